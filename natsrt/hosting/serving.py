@@ -1,0 +1,145 @@
+"""The NATS subscriptions of a worker: for each hosted type its calls, its control subject and its events.
+
+Subscriptions belong to the agent type: every worker that hosts it serves the union of all of them, because the members
+of a queue group must hold the same filters. A type's NATS subscriptions follow the registry's view.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from autogen_core import Subscription
+
+from natsrt.errors import NatsrtError
+from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.intake import Intake, Kind, Route
+from natsrt.jetstream.entries import Rule
+from natsrt.transport.connection import Connection, Interest
+from natsrt.wire.subjects import Subjects
+
+logger = logging.getLogger("natsrt.hosting")
+
+Place = tuple[str, str]
+"""A subject and a queue group."""
+
+
+@dataclass(slots=True)
+class _Served:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    interests: dict[Place, Interest] = field(default_factory=dict)
+
+
+class Serving:
+    """What this worker listens to."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        subjects: Subjects,
+        catalog: Catalog,
+        intake: Intake,
+        rules_of: Callable[[str], list[Rule]],
+    ) -> None:
+        self._connection = connection
+        self._subjects = subjects
+        self._catalog = catalog
+        self._intake = intake
+        self._rules_of = rules_of
+        self._served: dict[str, _Served] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._active = False
+
+    async def start(self) -> None:
+        """Serve every hosted type."""
+        self._active = True
+        for hosted in self._catalog:
+            await self._apply(hosted)
+        await self._connection.barrier()
+
+    async def stop(self) -> None:
+        """End all subscriptions; everything the server sent for them has been taken in when this returns."""
+        self._active = False
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        interests = [i for served in self._served.values() for i in served.interests.values()]
+        self._served.clear()
+        await asyncio.gather(*(self._connection.unsubscribe(interest) for interest in interests))
+
+    async def serve(self, agent_type: str) -> None:
+        """Serve the type as the view now says, and return when the server knows."""
+        hosted = self._catalog.find(agent_type)
+        if hosted is not None and self._active:
+            await self._apply(hosted)
+            await self._connection.barrier()
+
+    async def end(self, agent_type: str) -> None:
+        """Stop serving a type that is no longer hosted."""
+        served = self._served.pop(agent_type, None)
+        if served is not None:
+            async with served.lock:
+                for interest in served.interests.values():
+                    await self._connection.unsubscribe(interest)
+                served.interests.clear()
+
+    def rules_changed(self, agent_type: str) -> None:
+        """The registry's view of the type's subscriptions changed."""
+        hosted = self._catalog.find(agent_type)
+        if hosted is None:
+            return
+        hosted.rules = tuple(self._rules_of(agent_type))
+        if self._active:
+            task = asyncio.create_task(self._follow(agent_type))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _follow(self, agent_type: str) -> None:
+        try:
+            await self.serve(agent_type)
+        except NatsrtError as error:  # reconnecting: the new view that is read then brings it up again
+            logger.debug("serving %s: %s", agent_type, error)
+
+    async def _apply(self, hosted: HostedType) -> None:
+        served = self._served.setdefault(hosted.agent_type, _Served())
+        async with served.lock:
+            hosted.rules = tuple(self._rules_of(hosted.agent_type))
+            wanted = dict(self._wanted(hosted))
+            for place, route in wanted.items():
+                if place not in served.interests:
+                    served.interests[place] = await self._connection.subscribe(
+                        place[0], self._intake.sink(route), queue=place[1]
+                    )
+            for place in [p for p in served.interests if p not in wanted]:
+                await self._connection.unsubscribe(served.interests.pop(place))
+
+    def _wanted(self, hosted: HostedType) -> Iterator[tuple[Place, Route]]:
+        subjects, agent_type = self._subjects, hosted.agent_type
+        keys: list[str | None] = list(hosted.live) if hosted.has_instances_only else [None]
+        for key in keys:
+            queue = subjects.queue(agent_type, key)
+            calls = subjects.agent(agent_type) if key is None else subjects.instance(agent_type, key)
+            yield (calls, queue), Route(Kind.CALL, hosted, key)
+            yield (subjects.control(agent_type, key), queue), Route(Kind.CONTROL, hosted, key)
+            event = Route(Kind.EVENT, hosted, key)
+            for rule in hosted.rules:
+                if rule.kind != "custom":
+                    yield (self._filter(rule, key), queue), event
+        for subscription in hosted.custom:
+            # A group of its own: workers without an equal object cannot decide for it.
+            queue = f"{subjects.queue(agent_type)}.custom.{Rule.of(subscription).digest}"
+            yield (subjects.everything, queue), Route(Kind.EVENT, hosted, custom=subscription)
+
+    def _filter(self, rule: Rule, key: str | None) -> str:
+        if rule.kind == "prefix":
+            return self._subjects.prefix_filter(rule.pattern).subject
+        if key is None:
+            return self._subjects.type_filter(rule.pattern).subject
+        return self._subjects.instance_type_filter(rule.pattern, key).subject
+
+
+def is_custom(subscription: Subscription) -> bool:
+    """Whether only workers that added an equal Subscription object can decide for it."""
+    return Rule.of(subscription).kind == "custom"

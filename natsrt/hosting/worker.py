@@ -1,0 +1,391 @@
+"""Everything of a runtime that lives between start and stop: connection, registry view, calls, and the hosting side.
+
+A process becomes a *worker* when it hosts its first agent type: it joins the registry, listens on its own subject and
+shows itself as a NATS service. A runtime that only calls and publishes never does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import orjson
+from autogen_core import AgentId, AgentRuntime, Subscription
+from nats.aio.msg import Msg
+from nats.nuid import NUID
+from opentelemetry.trace import TracerProvider
+
+from natsrt.errors import CannotDecode, NatsrtError, SubscriptionNotServed
+from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.dispatch import Dispatch
+from natsrt.hosting.fates import Fates
+from natsrt.hosting.interventions import Interventions
+from natsrt.hosting.sending import Sending
+from natsrt.hosting.serving import Serving
+from natsrt.jetstream.entries import NOBODY, InstanceEntry, KnownEntry, Rule, SubscriptionEntry, WorkerEntry
+from natsrt.jetstream.registry import Registry
+from natsrt.observe.services import Endpoint, Services, service_name
+from natsrt.observe.telemetry import telemetry_for
+from natsrt.options import Options
+from natsrt.transport.calls import Calls
+from natsrt.transport.cancellation import Cancellations
+from natsrt.transport.connection import Connection, Interest
+from natsrt.version import VERSION
+from natsrt.wire import envelope
+from natsrt.wire.failures import ErrorTypes
+from natsrt.wire.serialization import Serialization
+from natsrt.wire.subjects import Subjects
+
+logger = logging.getLogger("natsrt.hosting")
+
+_ASK_TIMEOUT = 1.0
+
+
+class Worker:
+    """One life of a runtime, from start to stop."""
+
+    def __init__(
+        self,
+        runtime: AgentRuntime,
+        options: Options,
+        *,
+        catalog: Catalog,
+        serialization: Serialization,
+        interventions: Interventions,
+        error_types: ErrorTypes,
+        subscriptions: Sequence[Subscription],
+        tracer_provider: TracerProvider | None,
+    ) -> None:
+        self.name = options.name or socket.gethostname() or "worker"
+        self.worker_id = f"{service_name(self.name)[:60]}-{NUID().next().decode()[-10:]}"
+        self._options = options
+        self._subjects = Subjects(options.namespace)
+        self._catalog = catalog
+        self._own_subscriptions = subscriptions
+        self.connection = Connection(options, client_name=f"natsrt {self.worker_id}")
+        self.cancellations = Cancellations(self.connection, self._subjects.cancel)
+        self.registry = Registry(
+            self.connection,
+            self._subjects,
+            options,
+            on_rules_changed=self._rules_changed,
+            ask_worker=self._answers,
+        )
+        self.calls = Calls(self.connection, options, self.registry)
+        self._fates = Fates(options, self.worker_id, self.connection.publish)
+        self.dispatch = Dispatch(
+            connection=self.connection,
+            subjects=self._subjects,
+            options=options,
+            worker_id=self.worker_id,
+            catalog=catalog,
+            serialization=serialization,
+            cancellations=self.cancellations,
+            interventions=interventions,
+            fates=self._fates,
+        )
+        self._serving = Serving(
+            self.connection, self._subjects, catalog, self.dispatch.intake, lambda t: self.registry.view.rules(t)
+        )
+        self.sending = Sending(
+            connection=self.connection,
+            subjects=self._subjects,
+            options=options,
+            calls=self.calls,
+            directory=self.registry,
+            serialization=serialization,
+            cancellations=self.cancellations,
+            interventions=interventions,
+            error_types=error_types,
+            produced_here=catalog.produced_here,
+            ready=self._wait_ready,
+            is_ready=lambda: self._started.is_set() and self.connection.connected,
+        )
+        self._services = Services(
+            self.connection,
+            name=self.name,
+            worker_id=self.worker_id,
+            version=VERSION,
+            metadata={"worker_id": self.worker_id, "namespace": options.namespace, "pid": str(os.getpid())},
+            endpoints=self._endpoints,
+            spawn=self._spawn,
+        )
+        telemetry = telemetry_for(tracer_provider, self.worker_id)
+        self.dispatch.telemetry = self.sending.telemetry = telemetry
+        self._started = asyncio.Event()
+        self._interest: Interest | None = None
+        self._joined = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- lifecycle -----------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether this runtime is connected, in step with the registry, and serves what it hosts."""
+        return self._started.is_set() and self.registry.synced
+
+    async def start(self) -> None:
+        """Connect, read the registry, serve what is hosted. Leaves nothing behind when it fails."""
+        try:
+            await self.connection.open()
+            await self.cancellations.start()
+            await self.calls.start()
+            await self.registry.open()
+            if any(True for _ in self._catalog):
+                await self._join()
+            entries = [self._entry(subscription) for subscription in self._own_subscriptions]
+            await self.registry.declare(entries)
+            await self._serving.start()
+            await self._confirm_at_start(entries)
+            await self.connection.barrier()
+            self._started.set()
+        except BaseException:
+            await self._tear_down()
+            raise
+
+    async def stop(self, drain_timeout: float, abort: asyncio.Event) -> None:
+        """Stop taking messages, finish what was taken, leave the registry, close. Bounded by ``drain_timeout``."""
+        self._started.clear()
+        logger.info("%s: stops taking messages", self.worker_id)
+        await self._serving.stop()
+        self._fates.accept_all()
+        if self._joined and self.connection.connected:
+            try:
+                await self.registry.leave()
+            except NatsrtError as error:
+                logger.warning("this worker's entries stay until others remove them: %s", error)
+        logger.info("%s: finishes %d handlers", self.worker_id, self.dispatch.running)
+        await self.dispatch.finish(drain_timeout, abort)
+        await self._tear_down()
+        logger.info("%s: stopped", self.worker_id)
+
+    async def _tear_down(self) -> None:
+        await self._services.stop()
+        await self._fates.stop()
+        await self.calls.stop()
+        await self.cancellations.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.registry.close()
+        if self._interest is not None:
+            await self.connection.unsubscribe(self._interest)
+            self._interest = None
+        await self.connection.close()
+
+    async def _join(self) -> None:
+        """Become a worker, once."""
+        if self._joined:
+            return
+        self._joined = True
+        self._interest = await self.connection.subscribe(self._subjects.worker(self.worker_id), self._on_question)
+        await self._services.start()
+        await self.connection.barrier()
+        await self.registry.join(
+            WorkerEntry(self.worker_id, self.name, socket.gethostname(), os.getpid(), time.time(), VERSION)
+        )
+        await self.registry.declare([entry for hosted in self._catalog for entry in hosted.entries(self.worker_id)])
+
+    async def _wait_ready(self) -> None:
+        timeout = self._options.offline_timeout
+        await self._started.wait()
+        await self.connection.wait_connected(timeout)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing queued, running or awaited here."""
+        return not (self.dispatch.intake.queued or self.dispatch.running or self.calls.pending or self.sending.waiting)
+
+    async def wait_idle(self) -> None:
+        """Return when a full round trip through the server finds nothing queued, running or awaited here."""
+        pause = 0.001
+        while True:
+            if not self.idle:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.02)
+                continue
+            pause = 0.001
+            seen = (self.dispatch.intake.taken, self.sending.sent)
+            try:
+                await self.connection.barrier()
+            except NatsrtError:
+                await self.connection.wait_connected(self._options.offline_timeout)
+                continue
+            await asyncio.sleep(0)
+            if self.idle and seen == (self.dispatch.intake.taken, self.sending.sent):
+                return
+
+    # -- agent types and subscriptions ---------------------------------------------------------------------------
+
+    async def host(self, hosted: HostedType) -> None:
+        """A type, or another instance of it, was registered while running."""
+        await self._join()
+        await self.registry.declare(hosted.entries(self.worker_id))
+        moved = [s for s in self._own_subscriptions if Rule.of(s).agent_type == hosted.agent_type]
+        if moved:  # added before the type was hosted: from now on this worker declares them
+            await self.registry.declare([self._entry(s) for s in moved])
+            await self.registry.withdraw([self._entry(s, NOBODY).key for s in moved])
+        await self._serving.serve(hosted.agent_type)
+
+    async def abandon(self, hosted: HostedType, key: str | None = None) -> None:
+        """Stop hosting a type, or with ``key`` one instance of it. What it handles stays known."""
+        entries = [e for e in hosted.entries(self.worker_id) if not isinstance(e, KnownEntry)]
+        if key is not None and len(hosted.live) > 1:
+            entries = [e for e in entries if isinstance(e, InstanceEntry) and e.agent_key == key]
+        else:
+            await self._serving.end(hosted.agent_type)
+        try:
+            await self.registry.withdraw([entry.key for entry in entries])
+        except NatsrtError as error:
+            logger.warning("entries of %s stay behind: %s", hosted.agent_type, error)
+
+    async def subscribe(self, subscription: Subscription) -> None:
+        """Store a subscription, and return when every live worker of its agent type serves it.
+
+        Raises `SubscriptionNotServed` after ``subscription_timeout`` seconds.
+        """
+        entry = self._entry(subscription)
+        await self.registry.declare([entry])
+        await self._confirm(entry.agent_type)
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """Remove a subscription of this runtime, and return when every live worker knows."""
+        entry = self._entry(subscription)
+        await self.registry.withdraw([entry.key])
+        await self._confirm(entry.agent_type)
+
+    async def unsubscribe_foreign(self, subscription_id: str) -> bool:
+        """Remove a subscription that a runtime without the agent type added. False if there is none of this id."""
+        for entry in list(self.registry.view.subscriptions()):
+            if entry.subscription_id == subscription_id and entry.declarer == NOBODY:
+                await self.registry.withdraw([entry.key])
+                await self._confirm(entry.agent_type)
+                return True
+        return False
+
+    def _entry(self, subscription: Subscription, declarer: str | None = None) -> SubscriptionEntry:
+        rule = Rule.of(subscription)
+        if declarer is None:
+            declarer = self.worker_id if rule.agent_type in self._catalog else NOBODY
+        return SubscriptionEntry(rule.agent_type, rule.kind, rule.pattern, declarer, subscription.id)
+
+    async def _confirm(self, agent_type: str) -> None:
+        await self._serving.serve(agent_type)
+        others = [w for w in self.registry.view.workers_hosting(agent_type) if w != self.worker_id]
+        if not others:
+            return
+        question = orjson.dumps({"agent_type": agent_type, "revision": self.registry.view.applied})
+        body = envelope.encode(envelope.SERVE, '"id":"serve","source":"/"', question)
+        timeout = self._options.subscription_timeout
+        answers = await asyncio.gather(*(self._ask(worker_id, body, timeout) for worker_id in others))
+        silent = [w for w, ok in zip(others, answers, strict=True) if not ok and w in self.registry.view.workers]
+        if silent:
+            raise SubscriptionNotServed(agent_type, silent, timeout)
+
+    async def _confirm_at_start(self, entries: Sequence[SubscriptionEntry]) -> None:
+        for agent_type in {entry.agent_type for entry in entries}:
+            try:
+                await self._confirm(agent_type)
+            except SubscriptionNotServed as error:  # a frozen neighbour must not keep this worker from starting
+                logger.warning("%s", error)
+
+    def _rules_changed(self, agent_type: str) -> None:
+        self._serving.rules_changed(agent_type)
+
+    # -- this worker's own subject -------------------------------------------------------------------------------
+
+    def _on_question(self, message: Msg) -> None:
+        """In the read loop: questions about calls are answered in wire order with the calls themselves."""
+        try:
+            body = envelope.decode(message.data)
+            data = None if body is None else body.json()
+            if body is None or not isinstance(data, dict):
+                raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
+            if not message.reply or self._subjects.is_reserved(message.reply):
+                raise CannotDecode("a message to a worker", "it has no reply subject, or one where no reply may go")
+            if body.type == envelope.FATE:
+                calls = data.get("calls")
+                if not isinstance(calls, list) or not all(isinstance(call, str) for call in calls):
+                    raise CannotDecode("a question about calls", "calls must be a list of strings")
+                self._fates.asked(calls, message.reply)
+            elif body.type == envelope.SERVE:
+                self._spawn(self._serve_as_asked(data, message.reply))
+            else:
+                raise CannotDecode("a message to a worker", f"unknown type {body.type!r}")
+        except CannotDecode as error:
+            self.dispatch.undecodable += 1
+            logger.warning("%s", error)
+            if message.reply and not self._subjects.is_reserved(message.reply):
+                self._spawn(self.dispatch.answer_error(message.reply, error))
+
+    async def _serve_as_asked(self, data: dict[str, Any], reply: str) -> None:
+        agent_type, revision = data.get("agent_type"), data.get("revision")
+        try:
+            if not isinstance(agent_type, str) or not isinstance(revision, int):
+                raise CannotDecode("a request to serve", "agent_type must be text and revision a number")
+            await self._started.wait()
+            await self.registry.shown(revision)
+            await self._serving.serve(agent_type)
+            answer = envelope.encode(envelope.REPLY, '"id":"serve-r","source":"/"', b'{"serves":true}')
+            await self.connection.publish(reply, answer)
+        except NatsrtError as error:
+            logger.warning("cannot serve %s as asked: %s", agent_type, error)
+            await self.dispatch.answer_error(reply, error)
+
+    async def _answers(self, worker_id: str) -> bool:
+        """Whether a worker answers on its own subject."""
+        body = envelope.encode(envelope.FATE, '"id":"alive","source":"/"', b'{"calls":[]}')
+        return await self._ask(worker_id, body, _ASK_TIMEOUT)
+
+    async def _ask(self, worker_id: str, body: bytes, timeout: float) -> bool:
+        reply = await self.calls.ask(self._subjects.worker(worker_id), body, timeout)
+        if reply is None:
+            return False
+        answer = envelope.decode(reply.data)
+        return answer is not None and answer.type == envelope.REPLY
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    async def control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
+        """A control operation on an agent of another worker."""
+        holders = self.registry.view.instance_holders(agent.type, agent.key)
+        subject = self._subjects.control(agent.type, agent.key if holders else None)
+        return await self.sending.control(agent, subject, operation, data)
+
+    def _endpoints(self) -> list[Endpoint]:
+        endpoints = []
+        for hosted in self._catalog:
+            statistics = hosted.statistics
+            endpoints.append(
+                Endpoint(
+                    name=service_name(hosted.agent_type),
+                    subject=self._subjects.agent(hosted.agent_type),
+                    queue_group=self._subjects.queue(hosted.agent_type),
+                    metadata={
+                        "agent_type": hosted.agent_type,
+                        "handles": ", ".join(sorted(hosted.handles)),
+                        "live_agents": str(len(hosted.live)),
+                    },
+                    requests=statistics.requests,
+                    errors=statistics.errors,
+                    busy_ns=statistics.busy_ns,
+                    last_error=statistics.last_error,
+                )
+            )
+        return endpoints
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except NatsrtError as error:
+                logger.warning("%s", error)
+
+        task = asyncio.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

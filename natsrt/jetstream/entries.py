@@ -1,0 +1,329 @@
+"""What the registry stores, and the view that a runtime keeps of it. Pure values: no I/O.
+
+Keys of the bucket (each part is a token as in `natsrt.wire.subjects`):
+
+======================================================= =============================================================
+``r.worker.<worker_id>``                                a live worker; while it is missing, its other entries count
+                                                        for nothing
+``r.type.<agent type>.<worker_id>``                     the worker hosts the type
+``r.instance.<agent type>.<key>.<worker_id>``           the worker hosts this one registered instance
+``r.subscription.<agent type>.<pattern>.<declarer>``    a subscription; the declarer is a worker id, or ``-`` for a
+                                                        runtime that does not host the type
+``r.known.<agent type>``                                what the type handles; outlives its workers
+``hb.<worker_id>``                                      the worker's heartbeat: outside the feed, expires by itself
+======================================================= =============================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
+
+import orjson
+from autogen_core import AgentId, Subscription, TopicId, TypePrefixSubscription, TypeSubscription
+
+from natsrt.errors import CannotDecode
+from natsrt.wire.subjects import encode_token, plain_prefix
+
+FEED: Final = "r"
+HEARTBEAT: Final = "hb"
+NOBODY: Final = "-"
+"""The declarer of a subscription that no worker has to keep alive."""
+
+Kind = Literal["type", "prefix", "custom"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEntry:
+    """A worker process. ``started`` is in seconds since the epoch."""
+
+    worker_id: str
+    name: str
+    hostname: str
+    pid: int
+    started: float
+    version: str
+
+    @property
+    def key(self) -> str:
+        return f"{FEED}.worker.{self.worker_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class TypeEntry:
+    """An agent type on a worker. ``instances``: it exists as registered instances only."""
+
+    agent_type: str
+    worker_id: str
+    handles: tuple[str, ...] = ()
+    produces: tuple[str, ...] = ()
+    keyed: bool = False
+    instances: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{FEED}.type.{encode_token(self.agent_type)}.{self.worker_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceEntry:
+    """A registered agent instance on a worker."""
+
+    agent_type: str
+    agent_key: str
+    worker_id: str
+
+    @property
+    def key(self) -> str:
+        return f"{FEED}.instance.{encode_token(self.agent_type)}.{encode_token(self.agent_key)}.{self.worker_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownEntry:
+    """What an agent type handles, so that "known, but nobody alive" can be told from "unknown"."""
+
+    agent_type: str
+    handles: tuple[str, ...] = ()
+    produces: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{FEED}.known.{encode_token(self.agent_type)}"
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionEntry:
+    """A subscription of an agent type. ``subscription_id`` is the id under which it can be removed."""
+
+    agent_type: str
+    kind: Kind
+    pattern: str
+    declarer: str
+    subscription_id: str
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.agent_type, self.kind, self.pattern)
+
+    @property
+    def key(self) -> str:
+        return f"{FEED}.subscription.{encode_token(self.agent_type)}.{self.rule.digest}.{self.declarer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a subscription says, whoever declared it: which topics go to the agent type."""
+
+    agent_type: str
+    kind: Kind
+    pattern: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.kind}\0{self.pattern}".encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+    def matches(self, topic_type: str) -> bool:
+        """Whether the rule takes topics of this type. A custom rule is decided by its Subscription object instead."""
+        if self.kind == "type":
+            return topic_type == self.pattern
+        return self.kind == "prefix" and topic_type.startswith(self.pattern)
+
+    @classmethod
+    def of(cls, subscription: Subscription) -> Rule:
+        """The rule of any Subscription.
+
+        Raises ValueError for a prefix that no topic can have, and for a custom class without an ``agent_type``.
+        """
+        agent_type = getattr(subscription, "agent_type", None)
+        if not isinstance(agent_type, str):
+            raise ValueError(
+                f"{type(subscription).__qualname__} needs an attribute agent_type: the type whose workers serve it"
+            )
+        if isinstance(subscription, TypeSubscription) and _standard(subscription, TypeSubscription):
+            return cls(agent_type, "type", subscription.topic_type)
+        if isinstance(subscription, TypePrefixSubscription) and _standard(subscription, TypePrefixSubscription):
+            return cls(agent_type, "prefix", plain_prefix(subscription.topic_type_prefix))
+        own = type(subscription)
+        return cls(agent_type, "custom", f"{own.__module__}.{own.__qualname__}:{subscription.id}")
+
+
+def _standard(subscription: Subscription, cls: type[Any]) -> bool:
+    own = type(subscription)
+    return own.is_match is cls.is_match and own.map_to_agent is cls.map_to_agent
+
+
+Entry = WorkerEntry | TypeEntry | InstanceEntry | KnownEntry | SubscriptionEntry
+
+_CLASSES: dict[str, type[Any]] = {
+    "worker": WorkerEntry,
+    "type": TypeEntry,
+    "instance": InstanceEntry,
+    "known": KnownEntry,
+    "subscription": SubscriptionEntry,
+}
+
+
+def encode_entry(entry: Entry) -> bytes:
+    return orjson.dumps(asdict(entry))
+
+
+def decode_entry(key: str, value: bytes) -> Entry:
+    """The entry under ``key``. Unknown fields are ignored, so that a newer runtime can add some."""
+    kind = key.split(".", 2)[1] if "." in key else ""
+    cls = _CLASSES.get(kind)
+    if cls is None:
+        raise CannotDecode("a registry entry", f"unknown kind of key {key!r}")
+    try:
+        data = orjson.loads(value)
+        fields = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        for name in ("handles", "produces"):
+            if name in fields:
+                fields[name] = tuple(fields[name])
+        entry: Entry = cls(**fields)
+    except (orjson.JSONDecodeError, TypeError, KeyError) as error:
+        raise CannotDecode(f"the registry entry {key!r}", str(error), value) from None
+    return entry
+
+
+@dataclass(slots=True)
+class View:
+    """The registry as one runtime sees it: a snapshot, then every change in the stream's order."""
+
+    applied: int = 0
+    """The stream sequence up to which the view is complete."""
+    entries: dict[str, tuple[int, Entry]] = field(default_factory=dict)
+    workers: dict[str, WorkerEntry] = field(default_factory=dict)
+    hosts: dict[str, dict[str, TypeEntry]] = field(default_factory=dict)
+    instances: dict[str, dict[str, dict[str, InstanceEntry]]] = field(default_factory=dict)
+    known: dict[str, KnownEntry] = field(default_factory=dict)
+    declared: dict[str, dict[Rule, dict[str, SubscriptionEntry]]] = field(default_factory=dict)
+    of_worker: dict[str, set[str]] = field(default_factory=dict)
+
+    def put(self, key: str, revision: int, entry: Entry) -> set[str]:
+        """Apply one change; an older revision changes nothing. Returns the agent types whose subscriptions changed."""
+        self.applied = max(self.applied, revision)
+        present = self.entries.get(key)
+        if present is not None and present[0] >= revision:
+            return set()
+        self.entries[key] = (revision, entry)
+        match entry:
+            case WorkerEntry():
+                self.workers[entry.worker_id] = entry
+                return self._types_of(entry.worker_id) if present is None else set()
+            case TypeEntry():
+                self.hosts.setdefault(entry.agent_type, {})[entry.worker_id] = entry
+                self.of_worker.setdefault(entry.worker_id, set()).add(key)
+            case InstanceEntry():
+                keys = self.instances.setdefault(entry.agent_type, {})
+                keys.setdefault(entry.agent_key, {})[entry.worker_id] = entry
+                self.of_worker.setdefault(entry.worker_id, set()).add(key)
+            case KnownEntry():
+                self.known[entry.agent_type] = entry
+            case SubscriptionEntry():
+                rules = self.declared.setdefault(entry.agent_type, {})
+                rules.setdefault(entry.rule, {})[entry.declarer] = entry
+                if entry.declarer != NOBODY:
+                    self.of_worker.setdefault(entry.declarer, set()).add(key)
+                return {entry.agent_type}
+        return set()
+
+    def delete(self, key: str, revision: int) -> set[str]:
+        """Apply a deletion. A worker's takes everything it declared along."""
+        self.applied = max(self.applied, revision)
+        present = self.entries.get(key)
+        if present is None or present[0] >= revision:
+            return set()
+        entry = self.entries.pop(key)[1]
+        match entry:
+            case WorkerEntry():
+                self.workers.pop(entry.worker_id, None)
+                touched: set[str] = set()
+                for other in list(self.of_worker.get(entry.worker_id, ())):
+                    touched |= self.delete(other, revision)
+                self.of_worker.pop(entry.worker_id, None)
+                return touched
+            case TypeEntry():
+                _remove(self.hosts, entry.agent_type, entry.worker_id)
+                self._disown(entry.worker_id, key)
+            case InstanceEntry():
+                keys = self.instances.get(entry.agent_type, {})
+                _remove(keys, entry.agent_key, entry.worker_id)
+                if not keys:
+                    self.instances.pop(entry.agent_type, None)
+                self._disown(entry.worker_id, key)
+            case KnownEntry():
+                self.known.pop(entry.agent_type, None)
+            case SubscriptionEntry():
+                rules = self.declared.get(entry.agent_type, {})
+                _remove(rules, entry.rule, entry.declarer)
+                if not rules:
+                    self.declared.pop(entry.agent_type, None)
+                self._disown(entry.declarer, key)
+                return {entry.agent_type}
+        return set()
+
+    def _disown(self, worker_id: str, key: str) -> None:
+        owned = self.of_worker.get(worker_id)
+        if owned is not None:
+            owned.discard(key)
+
+    def _types_of(self, worker_id: str) -> set[str]:
+        types = set()
+        for key in self.of_worker.get(worker_id, ()):
+            entry = self.entries[key][1]
+            if isinstance(entry, SubscriptionEntry):
+                types.add(entry.agent_type)
+        return types
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def live(self, worker_ids: Iterable[str]) -> list[str]:
+        return [worker_id for worker_id in worker_ids if worker_id in self.workers]
+
+    def workers_hosting(self, agent_type: str) -> list[str]:
+        """The live workers that host the type, be it by factory or by instances."""
+        return self.live(self.hosts.get(agent_type, ()))
+
+    def workers_of(self, agent: AgentId) -> list[str]:
+        """The live workers that may answer for this one agent."""
+        holders = self.instance_holders(agent.type, agent.key)
+        return holders or [
+            worker_id
+            for worker_id, entry in self.hosts.get(agent.type, {}).items()
+            if worker_id in self.workers and not entry.instances
+        ]
+
+    def instance_holders(self, agent_type: str, key: str) -> list[str]:
+        keys = self.instances.get(agent_type)
+        return self.live(keys.get(key, ())) if keys else []
+
+    def is_known(self, agent_type: str) -> bool:
+        return agent_type in self.known or bool(self.hosts.get(agent_type))
+
+    def rules(self, agent_type: str) -> list[Rule]:
+        """The subscriptions in force for the type: those with a live declarer, or with none needed."""
+        return [
+            rule
+            for rule, declarers in self.declared.get(agent_type, {}).items()
+            if any(d == NOBODY or d in self.workers for d in declarers)
+        ]
+
+    def subscriptions(self) -> Iterator[SubscriptionEntry]:
+        for rules in self.declared.values():
+            for declarers in rules.values():
+                yield from declarers.values()
+
+
+def _remove(outer: dict[Any, dict[str, Any]], first: Any, second: str) -> None:
+    inner = outer.get(first)
+    if inner is not None:
+        inner.pop(second, None)
+        if not inner:
+            outer.pop(first, None)
+
+
+def recipients(rules: Iterable[Rule], topic: TopicId) -> bool:
+    """Whether any ordinary rule takes ``topic`` (its agent then has the topic's source as key)."""
+    return any(rule.matches(topic.type) for rule in rules)

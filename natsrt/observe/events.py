@@ -1,0 +1,61 @@
+"""AutoGen's structured events on the logger ``autogen_core.events``.
+
+They are built only when somebody listens at INFO, and carry the payload only when that logger is at DEBUG: payloads
+stay out of logs otherwise (the field then holds ``"(payload at DEBUG only)"``).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from autogen_core import EVENT_LOGGER_NAME, AgentId, TopicId
+from autogen_core.logging import (
+    AgentConstructionExceptionEvent,
+    DeliveryStage,
+    MessageDroppedEvent,
+    MessageEvent,
+    MessageHandlerExceptionEvent,
+    MessageKind,
+)
+
+_logger = logging.getLogger(EVENT_LOGGER_NAME)
+HIDDEN: Final = "(payload at DEBUG only)"
+
+
+def listening() -> bool:
+    """Whether anybody would see an event."""
+    return _logger.isEnabledFor(logging.INFO)
+
+
+def _shown(payload: bytes) -> str:
+    return payload.decode("utf-8", "replace") if _logger.isEnabledFor(logging.DEBUG) else HIDDEN
+
+
+def message(
+    payload: bytes,
+    *,
+    sender: AgentId | None,
+    receiver: AgentId | TopicId | None,
+    kind: MessageKind,
+    stage: DeliveryStage,
+) -> None:
+    if listening():
+        _logger.info(
+            MessageEvent(payload=_shown(payload), sender=sender, receiver=receiver, kind=kind, delivery_stage=stage)
+        )
+
+
+def dropped(*, sender: AgentId | None, receiver: AgentId | TopicId | None, kind: MessageKind) -> None:
+    if listening():
+        _logger.info(MessageDroppedEvent(payload=HIDDEN, sender=sender, receiver=receiver, kind=kind))
+
+
+def handler_failed(payload: bytes, *, agent: AgentId, error: BaseException) -> None:
+    if listening():
+        _logger.info(MessageHandlerExceptionEvent(payload=_shown(payload), handling_agent=agent, exception=error))
+
+
+def construction_failed(*, agent: AgentId, error: BaseException) -> None:
+    if listening():
+        _logger.info(AgentConstructionExceptionEvent(agent_id=agent, exception=error))

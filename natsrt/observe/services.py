@@ -1,0 +1,124 @@
+"""natsrt workers as NATS services: ``nats service ls``, ``info``, ``stats`` and ``ping`` show them.
+
+One service per worker process, one endpoint per agent type. The answers follow ADR-32; nats-py's own ``micro`` is not
+used because it runs one handler at a time per endpoint and drops requests when it stops.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import orjson
+from nats.aio.msg import Msg
+
+from natsrt.errors import NatsrtError
+from natsrt.transport.connection import Connection, Interest
+
+logger = logging.getLogger("natsrt.services")
+
+_VERBS: Final = ("PING", "INFO", "STATS")
+_TYPE: Final = "io.nats.micro.v1.{}_response"
+_NAME = re.compile(r"[^A-Za-z0-9_-]")
+_MAX_ERROR = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One agent type as a service endpoint. Times in nanoseconds."""
+
+    name: str
+    subject: str
+    queue_group: str
+    metadata: dict[str, str]
+    requests: int
+    errors: int
+    busy_ns: int
+    last_error: str
+
+
+def service_name(name: str) -> str:
+    """``name`` with what ADR-32 does not allow in a service name replaced by ``_``."""
+    return _NAME.sub("_", name) or "natsrt"
+
+
+class Services:
+    """Answers the service protocol for one worker."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        name: str,
+        worker_id: str,
+        version: str,
+        metadata: dict[str, str],
+        endpoints: Callable[[], Iterable[Endpoint]],
+        spawn: Callable[[Awaitable[None]], None],
+    ) -> None:
+        self._connection = connection
+        self._name = service_name(name)
+        self._worker_id = worker_id
+        self._version = version
+        self._metadata = metadata
+        self._endpoints = endpoints
+        self._spawn = spawn
+        self._started = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        self._interests: list[Interest] = []
+
+    async def start(self) -> None:
+        """Listen on the nine subjects of the protocol: for all, for this name, for this worker."""
+        for verb in _VERBS:
+            sink = self._sink(verb)
+            for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{self._name}", f"$SRV.{verb}.{self._name}.{self._worker_id}"):
+                self._interests.append(await self._connection.subscribe(subject, sink))
+
+    async def stop(self) -> None:
+        for interest in self._interests:
+            await self._connection.unsubscribe(interest)
+        self._interests.clear()
+
+    def _sink(self, verb: str) -> Callable[[Msg], None]:
+        return lambda message: self._spawn(self._answer(verb, message.reply)) if message.reply else None
+
+    async def _answer(self, verb: str, reply: str) -> None:
+        try:
+            await self._connection.publish(reply, orjson.dumps(self.response(verb)))
+        except NatsrtError as error:
+            logger.debug("a service request could not be answered: %s", error)
+
+    def response(self, verb: str) -> dict[str, Any]:
+        """The answer to ``PING``, ``INFO`` or ``STATS``."""
+        answer: dict[str, Any] = {
+            "type": _TYPE.format(verb.lower()),
+            "name": self._name,
+            "id": self._worker_id,
+            "version": self._version,
+            "metadata": self._metadata,
+        }
+        if verb == "INFO":
+            answer["description"] = "AutoGen agents on natsrt"
+            answer["endpoints"] = [
+                {"name": e.name, "subject": e.subject, "queue_group": e.queue_group, "metadata": e.metadata}
+                for e in self._endpoints()
+            ]
+        elif verb == "STATS":
+            answer["started"] = self._started
+            answer["endpoints"] = [
+                {
+                    "name": e.name,
+                    "subject": e.subject,
+                    "queue_group": e.queue_group,
+                    "num_requests": e.requests,
+                    "num_errors": e.errors,
+                    "last_error": e.last_error[:_MAX_ERROR],
+                    "processing_time": e.busy_ns,
+                    "average_processing_time": e.busy_ns // e.requests if e.requests else 0,
+                }
+                for e in self._endpoints()
+            ]
+        return answer

@@ -1,0 +1,539 @@
+"""`NatsAgentRuntime`: AutoGen's `AgentRuntime` over NATS.
+
+How a call goes: ``send_message`` → `natsrt.hosting.sending` → `natsrt.transport.calls` → NATS → `natsrt.hosting.intake`
+→ `natsrt.hosting.dispatch` → agent → reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from autogen_core import (
+    Agent,
+    AgentId,
+    AgentMetadata,
+    AgentRuntime,
+    AgentType,
+    CancellationToken,
+    InterventionHandler,
+    MessageSerializer,
+    Subscription,
+    TopicId,
+)
+from autogen_core.exceptions import NotAccessibleError
+from opentelemetry.trace import TracerProvider
+
+from natsrt.errors import AmbiguousAgent, NatsrtError, UnknownSubscription
+from natsrt.hosting import control
+from natsrt.hosting.catalog import Catalog
+from natsrt.hosting.interventions import Interventions
+from natsrt.hosting.worker import Worker
+from natsrt.jetstream.entries import Rule
+from natsrt.options import Options
+from natsrt.wire.failures import ErrorTypes
+from natsrt.wire.serialization import Serialization
+
+logger = logging.getLogger("natsrt")
+
+T = TypeVar("T", bound=Agent)
+_type = type  # `type` is a parameter's name in AutoGen's protocol
+
+
+class NatsAgentRuntime(AgentRuntime):
+    """Runs AutoGen agents across processes and machines, with NATS in between.
+
+    Args:
+        servers: A URL or a list of them. None: ``NATS_URL``, else ``nats://127.0.0.1:4222``.
+        name: The worker's name; its id is this plus a nonce per start. None: the host's name.
+        namespace: A prefix before every subject, bucket and stream name; runtimes of different namespaces do not meet.
+        tracer_provider: OpenTelemetry's; None means the global one, if one is set.
+        intervention_handlers: AutoGen's; they run in the sending runtime.
+        options: All settings at once. Settings given beside it replace its own.
+        settings: Any field of `Options` by name: credentials, TLS, a NATS context, timeouts.
+
+    Without ``options`` the environment, a configuration file and a NATS context count too: see `Options.load`.
+
+    Raises:
+        ConfigurationError: A setting is unknown, misspelt or wrong.
+    """
+
+    def __init__(
+        self,
+        servers: str | Sequence[str] | None = None,
+        *,
+        name: str | None = None,
+        namespace: str | None = None,
+        tracer_provider: TracerProvider | None = None,
+        intervention_handlers: Sequence[InterventionHandler] | None = None,
+        options: Options | None = None,
+        **settings: Any,
+    ) -> None:
+        given = {"servers": servers, "name": name, "namespace": namespace, **settings}
+        given = {setting: value for setting, value in given.items() if value is not None}
+        self._options = Options.load(**given) if options is None else options.replace(**given)
+        self._tracer_provider = tracer_provider
+        self._serialization = Serialization()
+        self._error_types = ErrorTypes()
+        self._interventions = Interventions(intervention_handlers)
+        self._catalog = Catalog(self, self._serialization)
+        self._subscriptions: list[Subscription] = []
+        self._worker: Worker | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._abort = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._closed_agents: set[int] = set()
+
+    # -- AgentRuntime, in the protocol's order -------------------------------------------------------------------
+
+    async def send_message(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None = None,
+        cancellation_token: CancellationToken | None = None,
+        message_id: str | None = None,
+        reply_type: type[Any] | None = None,
+    ) -> Any:
+        """Call an agent, wherever it lives, and return what its handler returns.
+
+        Args:
+            message: A dataclass, Pydantic model, protobuf message, plain value, or what an added serializer takes.
+            recipient: The agent.
+            sender: The agent that sends; None from outside of agents. A claim, not an identity.
+            cancellation_token: Cancels the call and sets the token of the handler, in any process.
+            message_id: None makes one.
+            reply_type: What a plain NATS responder's reply is to be decoded to; None gives JSON values.
+
+        Raises:
+            asyncio.CancelledError: The token was cancelled.
+            UndeliveredCall: One of its subclasses says why no agent answered.
+            CannotSerialize, MessageTooLarge: Before anything was sent.
+            ServerUnreachable: No server for ``offline_timeout`` seconds.
+            Exception: What the handler raised, as its own class where that is known here, else `RemoteAgentError`.
+        """
+        return await self._running().sending.send(
+            message,
+            recipient,
+            sender=sender,
+            token=cancellation_token,
+            message_id=message_id,
+            reply_type=reply_type,
+        )
+
+    async def publish_message(
+        self,
+        message: Any,
+        topic_id: TopicId,
+        *,
+        sender: AgentId | None = None,
+        cancellation_token: CancellationToken | None = None,
+        message_id: str | None = None,
+    ) -> None:
+        """Publish an event to every agent id that a subscription gives it to, the publisher's own excepted.
+
+        Core NATS delivers to subscribers that are connected at the moment.
+
+        Raises:
+            CannotSerialize, MessageTooLarge, ValueError: Before anything was sent; ValueError for a topic whose
+                subject would be too long.
+            ServerUnreachable: No server for ``offline_timeout`` seconds.
+        """
+        await self._running().sending.publish(
+            message, topic_id, sender=sender, token=cancellation_token, message_id=message_id
+        )
+
+    async def register_factory(
+        self,
+        type: str | AgentType,
+        agent_factory: Callable[[], T | Awaitable[T]],
+        *,
+        expected_class: type[T] | None = None,
+    ) -> AgentType:
+        """Host an agent type here. Other workers may host the same type; its calls are then shared out.
+
+        Raises:
+            ValueError: The type exists in this runtime already, or as instances anywhere.
+            RegistryUnavailable: The registry could not be written; nothing is left behind.
+        """
+        agent_type = type if isinstance(type, AgentType) else AgentType(type)
+        worker = await self._settled()
+        self._refuse_mixture(agent_type.type, instances=False)
+        hosted = self._catalog.add_factory(agent_type.type, agent_factory, expected_class)
+        if worker is not None:
+            try:
+                await worker.host(hosted)
+            except BaseException:
+                await self.unregister(agent_type)
+                raise
+        return agent_type
+
+    async def register_agent_instance(self, agent_instance: Agent, agent_id: AgentId) -> AgentId:
+        """Make one agent instance reachable from everywhere under ``agent_id``, and only under that.
+
+        Raises:
+            ValueError: The id is taken, here or elsewhere, or its type has a factory, or another class.
+        """
+        worker = await self._settled()
+        self._refuse_mixture(agent_id.type, instances=True)
+        if worker is not None and (holders := worker.registry.view.instance_holders(agent_id.type, agent_id.key)):
+            raise ValueError(f"Agent with id {agent_id} already exists on worker {holders[0]}.")
+        hosted = self._catalog.add_instance(agent_instance, agent_id)
+        try:
+            await agent_instance.bind_id_and_runtime(id=agent_id, runtime=self)
+            if worker is not None:
+                await worker.host(hosted)
+        except BaseException:
+            if worker is not None:
+                await worker.abandon(hosted, agent_id.key)
+            self._catalog.remove_instance(agent_id)
+            raise
+        return agent_id
+
+    # mypy cannot express that `type` defaults to the bound of T (as in AutoGen's own protocol)
+    async def try_get_underlying_agent_instance(self, id: AgentId, type: type[T] = Agent) -> T:  # type: ignore[assignment]
+        """The Python object behind a local agent, made if it is not there yet.
+
+        Raises:
+            LookupError: Nobody knows the agent type.
+            NotAccessibleError: The agent lives in another process.
+            TypeError: The agent is not a ``type``.
+        """
+        hosted = self._catalog.find(id.type)
+        if hosted is None:
+            if self._worker is not None and self._worker.registry.view.is_known(id.type):
+                raise NotAccessibleError(f"Agent {id} lives in another process.")
+            raise LookupError(f"Agent with name {id.type} not found.")
+        agent = await self._catalog.agent(hosted, id.key)
+        if not isinstance(agent, type):
+            raise TypeError(
+                f"Agent with name {id.type} is not of type {type.__name__}. It is of type {_type(agent).__name__}"
+            )
+        return agent
+
+    async def get(
+        self, id_or_type: AgentId | AgentType | str, /, key: str = "default", *, lazy: bool = True
+    ) -> AgentId:
+        """The id of an agent. ``lazy=False`` also makes the agent, wherever it lives."""
+        if isinstance(id_or_type, AgentId):
+            agent_id = id_or_type
+        else:
+            agent_id = AgentId(id_or_type if isinstance(id_or_type, str) else id_or_type.type, key)
+        if not lazy:
+            await self._control(agent_id, control.ACTIVATE)
+        return agent_id
+
+    async def save_state(self) -> Mapping[str, Any]:
+        """The states of all live agents of this runtime, by agent id as text."""
+        return {str(agent_id): dict(await agent.save_state()) for agent_id, agent in self._catalog.live_agents()}
+
+    async def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `save_state` returned, for the types that this runtime hosts; agents are made as needed."""
+        for name, agent_state in state.items():
+            agent_id = AgentId.from_str(name)
+            hosted = self._catalog.find(agent_id.type)
+            if hosted is not None:
+                agent = await self._catalog.agent(hosted, agent_id.key)
+                await agent.load_state(agent_state)
+
+    async def agent_metadata(self, agent: AgentId) -> AgentMetadata:
+        """The metadata of a local or remote agent.
+
+        Raises:
+            UndeliveredCall: One of its subclasses, for a remote agent that does not answer.
+            AmbiguousAgent: The type is not keyed and several live workers host it.
+        """
+        return cast(AgentMetadata, await self._control(agent, control.METADATA))
+
+    async def agent_save_state(self, agent: AgentId) -> Mapping[str, Any]:
+        """The state of a local or remote agent. Raises as `agent_metadata` does, and what the agent raises."""
+        return cast(Mapping[str, Any], await self._control(agent, control.SAVE_STATE))
+
+    async def agent_load_state(self, agent: AgentId, state: Mapping[str, Any]) -> None:
+        """Load ``state`` into a local or remote agent. Raises as `agent_save_state` does."""
+        await self._control(agent, control.LOAD_STATE, dict(state))
+
+    async def add_subscription(self, subscription: Subscription) -> None:
+        """Give topics to an agent type, whoever hosts it. Returns once every live worker of the type serves it.
+
+        Raises:
+            ValueError: An equal subscription was added here already, or the prefix is one that no topic can have.
+            SubscriptionNotServed: A worker did not confirm within ``subscription_timeout`` seconds.
+        """
+        rule = Rule.of(subscription)
+        worker = await self._settled()
+        if any(other == subscription for other in self._subscriptions):
+            raise ValueError("Subscription already exists")
+        self._subscriptions.append(subscription)
+        hosted = self._catalog.find(rule.agent_type)
+        if rule.kind == "custom" and hosted is not None:
+            hosted.custom.append(subscription)
+        if worker is not None:
+            try:
+                await worker.subscribe(subscription)
+            except NatsrtError as error:
+                if not isinstance(error, TimeoutError):
+                    self._forget_subscription(subscription)
+                raise
+
+    async def remove_subscription(self, id: str) -> None:
+        """End a subscription that this runtime added, or that a runtime without the agent type added anywhere.
+
+        Raises:
+            UnknownSubscription: A `LookupError` and `ValueError`: there is none with this id.
+        """
+        worker = await self._settled()
+        for subscription in self._subscriptions:
+            if subscription.id == id:
+                self._forget_subscription(subscription)
+                if worker is not None:
+                    await worker.unsubscribe(subscription)
+                return
+        if worker is None or not await worker.unsubscribe_foreign(id):
+            raise UnknownSubscription(id)
+
+    def add_message_serializer(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
+        """Add serializers. Those of AutoGen itself are replaced by natsrt's own, which keep nested types.
+
+        Raises:
+            ValueError: Two different classes have the same type name.
+        """
+        serializers = list(serializer) if isinstance(serializer, Sequence) else [serializer]
+        self._serialization.add(serializers)
+        self._catalog.serializers_added(serializers)
+
+    # -- beyond the protocol -------------------------------------------------------------------------------------
+
+    async def unregister(self, type: str | AgentType) -> None:
+        """Stop hosting an agent type here. Its live agents are forgotten, not closed; unknown types change nothing."""
+        agent_type = type if isinstance(type, str) else type.type
+        hosted = self._catalog.find(agent_type)
+        if hosted is not None:
+            self._catalog.remove(agent_type)
+            if self._worker is not None:
+                await self._worker.abandon(hosted)
+
+    def add_error_type(self, cls: type[BaseException]) -> None:
+        """Let a remote handler's exceptions of ``cls`` arrive as themselves instead of as `RemoteAgentError`.
+
+        They are rebuilt from their ``args`` and ``__dict__``, without calling the class.
+        """
+        self._error_types.add(cls)
+
+    @property
+    def options(self) -> Options:
+        """The settings in force."""
+        return self._options
+
+    @property
+    def worker_id(self) -> str | None:
+        """This start's worker id; None while stopped."""
+        return None if self._worker is None else self._worker.worker_id
+
+    @property
+    def ready(self) -> bool:
+        """Whether the runtime is started, connected, and in step with the registry."""
+        return self._worker is not None and self._worker.ready
+
+    @property
+    def running(self) -> Worker:
+        """The parts of a started runtime, for tools. Raises RuntimeError while stopped."""
+        return self._running()
+
+    # -- lifecycle -----------------------------------------------------------------------------------------------
+
+    def start(self) -> Awaitable[None]:
+        """Connect and serve. May be awaited or not; what is sent before it completes waits for it.
+
+        Raises:
+            RuntimeError: Already started.
+            ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable: From the awaited result, or
+                from the first send.
+        """
+        if self._worker is not None:
+            raise RuntimeError("Runtime is already started")
+        self._abort.clear()
+        self._stopped.clear()
+        self._stopping = None
+        self._worker = Worker(
+            self,
+            self._options,
+            catalog=self._catalog,
+            serialization=self._serialization,
+            interventions=self._interventions,
+            error_types=self._error_types,
+            subscriptions=self._subscriptions,
+            tracer_provider=self._tracer_provider,
+        )
+        self._starting = asyncio.ensure_future(self._start(self._worker))
+        self._starting.add_done_callback(_log_failure)
+        return self._starting
+
+    async def _start(self, worker: Worker) -> None:
+        try:
+            await worker.start()
+        except BaseException:
+            self._worker = None
+            self._stopped.set()
+            raise
+
+    async def stop(self) -> None:
+        """Stop taking messages, finish what was taken (``drain_timeout`` seconds at most), leave, disconnect.
+
+        Raises:
+            RuntimeError: Not started.
+            BaseException: The first exception of an event's handler, where ``ignore_unhandled_exceptions`` is off.
+        """
+        if self._worker is None:
+            raise RuntimeError("Runtime is not started")
+        if self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._stop(self._worker))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, worker: Worker) -> None:
+        try:
+            if self._starting is not None:
+                await asyncio.gather(self._starting, return_exceptions=True)
+            if self._worker is worker:
+                await worker.stop(self._options.drain_timeout, self._abort)
+        finally:
+            self._worker = None
+            self._starting = None
+            self._stopped.set()
+        if worker.dispatch.background_error is not None:
+            raise worker.dispatch.background_error
+
+    async def stop_when_idle(self) -> None:
+        """Stop once nothing is queued, running or awaited here, proved by a round trip through the server.
+
+        Called right after a publish, it waits for that event and for all that it causes in this runtime.
+        """
+        worker = self._running()
+        await self._await_start()
+        await worker.wait_idle()
+        await self.stop()
+
+    async def stop_when_signal(self, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
+        """Stop in order at the first signal; a second one ends what still runs at once."""
+        self._running()
+        loop = asyncio.get_running_loop()
+        received = asyncio.Event()
+
+        def on_signal() -> None:
+            if received.is_set():
+                logger.warning("second signal: ending what still runs")
+                self._abort.set()
+            received.set()
+
+        for number in signals:
+            loop.add_signal_handler(number, on_signal)
+        waits = [asyncio.ensure_future(received.wait()), asyncio.ensure_future(self._stopped.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self._worker is not None:
+                await self.stop()
+        finally:
+            for wait in waits:
+                wait.cancel()
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def wait_until_stopped(self) -> None:
+        """Return when the runtime is stopped, by whomever; at once if it was never started."""
+        if self._worker is not None:
+            await self._stopped.wait()
+
+    async def close(self) -> None:
+        """Stop, if running, and close every live agent. Closing twice is harmless."""
+        if self._worker is not None:
+            await self.stop()
+        for _, agent in self._catalog.live_agents():
+            if id(agent) not in self._closed_agents:
+                self._closed_agents.add(id(agent))
+                await agent.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _running(self) -> Worker:
+        if self._worker is None:
+            if self._starting is not None and self._starting.done() and not self._starting.cancelled():
+                failure = self._starting.exception()
+                if failure is not None:
+                    raise failure
+            raise RuntimeError("Runtime is not started: call start() first")
+        return self._worker
+
+    async def _await_start(self) -> None:
+        if self._starting is not None:
+            await asyncio.shield(self._starting)
+
+    async def _settled(self) -> Worker | None:
+        """The running worker, after a start that is under way; None while stopped."""
+        if self._worker is not None:
+            await self._await_start()
+        return self._worker
+
+    async def _control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
+        """Do it here where the agent lives here, else where it lives."""
+        worker = await self._settled()
+        hosted = self._catalog.find(agent.type)
+        if worker is not None:
+            workers = worker.registry.workers_of(agent)
+            if len(workers) > 1:
+                raise AmbiguousAgent(str(agent), workers)
+            if hosted is None or worker.worker_id not in workers:
+                failure = await worker.registry.verify(agent)
+                if failure is not None:
+                    raise failure
+                return await worker.control(agent, operation, data)
+        if hosted is None:
+            raise LookupError(f"Agent with name {agent.type} not found.")
+        return await control.carry_out(await self._catalog.agent(hosted, agent.key), operation, data)
+
+    def _refuse_mixture(self, agent_type: str, *, instances: bool) -> None:
+        """AutoGen's rule, over all workers: a type has a factory or instances, not both."""
+        if self._worker is None:
+            return
+        view = self._worker.registry.view
+        for worker_id in view.workers_hosting(agent_type):
+            if view.hosts[agent_type][worker_id].instances != instances:
+                raise ValueError("Agent factories and agent instances cannot be registered to the same type.")
+
+    def _forget_subscription(self, subscription: Subscription) -> None:
+        self._subscriptions.remove(subscription)
+        hosted = self._catalog.find(Rule.of(subscription).agent_type)
+        if hosted is not None and subscription in hosted.custom:
+            hosted.custom.remove(subscription)
+
+
+def create_distributed_runtime(
+    broker_url: str | Sequence[str] | None = None,
+    instance_id: str | None = None,
+    tracer_provider: TracerProvider | None = None,
+) -> NatsAgentRuntime:
+    """A runtime under the names that AutoGen's documentation uses for distributed runtimes.
+
+    ``broker_url`` is ``servers`` and ``instance_id`` is ``name`` of `NatsAgentRuntime`; None means the same there.
+    """
+    return NatsAgentRuntime(broker_url, name=instance_id, tracer_provider=tracer_provider)
+
+
+def _log_failure(starting: asyncio.Future[None]) -> None:
+    """A start that nobody awaits must not fail in silence."""
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        logger.debug("the runtime did not start: %s", error)

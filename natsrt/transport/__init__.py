@@ -1,0 +1,1 @@
+"""What touches the connection: connecting and supervising, calls and their replies."""

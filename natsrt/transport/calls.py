@@ -1,0 +1,438 @@
+"""Calls: NATS requests whose fate is always known.
+
+Rules:
+
+1. One inbox per runtime, one token per call; a reply belongs to the call of its token and to nothing else.
+2. "No responders" is a short cut, never the only signal: any tap (``nats sub '>'``) hides it.
+3. A call that is neither answered nor accepted after ``check_after`` seconds is checked against the directory. Nobody
+   there who could answer: a typed failure at once. A worker accepts a call that takes longer; from then on the caller
+   asks that worker about it.
+4. A worker that is asked and stays silent for ``lost_after`` seconds is lost, and so are its calls.
+5. While the connection is down no clock of rule 4 runs; after it returns every pending call is asked for, because its
+   reply may have been lost between two reconnects.
+
+Every wait has an end: a reply, a failure of rule 3 or 4, ``offline_timeout``, ``plain_timeout`` or the caller's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import orjson
+from autogen_core import AgentId
+from nats.aio.msg import Msg
+from nats.nuid import NUID
+
+from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, PermissionDenied, ServerUnreachable, WorkerLost
+from natsrt.options import Options
+from natsrt.transport.connection import Connection, Interest
+from natsrt.transport.probe import responder_exists
+from natsrt.wire import envelope
+from natsrt.wire.failures import SERVICE_ERROR_CODE
+
+logger = logging.getLogger("natsrt.calls")
+
+_TICK = 0.05
+_ASK_EVERY = 0.5
+_FIRST_QUESTION = 1.0
+"""Seconds after which an unaccepted call is asked for at every worker that could have it."""
+_GONE_AFTER = 1.5
+"""Seconds of "no responders" from a worker's own subject after which it is lost, on a settled connection."""
+_SETTLED = 4.0
+"""Seconds after a reconnect during which other runtimes may still be reconnecting."""
+_MAX_QUESTIONS = 500
+_BUSY = "429"
+
+
+class Directory(Protocol):
+    """Who hosts what, as far as a caller needs to know."""
+
+    def subject_of(self, recipient: AgentId) -> str:
+        """The subject on which ``recipient`` is to be called."""
+
+    def worker_subject(self, worker_id: str) -> str:
+        """The subject on which ``worker_id`` is asked about calls."""
+
+    def workers_of(self, recipient: AgentId) -> Sequence[str]:
+        """The live workers that may host ``recipient``, from the present view."""
+
+    async def verify(self, recipient: AgentId) -> NatsrtError | None:
+        """Read afresh: None if a live worker may host ``recipient``, else the failure that says why not."""
+
+    def suspect(self, worker_id: str) -> None:
+        """``worker_id`` did not answer: check whether it is still there."""
+
+
+class _Call:
+    __slots__ = (
+        "accepted_by",
+        "checking",
+        "future",
+        "plain_until",
+        "recipient",
+        "sent_at",
+        "subject",
+        "token",
+        "unknown_to",
+    )
+
+    def __init__(self, token: str, subject: str, recipient: AgentId, future: asyncio.Future[Msg], now: float) -> None:
+        self.token = token
+        self.subject = subject
+        self.recipient = recipient
+        self.future = future
+        self.sent_at = now
+        self.accepted_by: str | None = None
+        self.checking = False
+        self.plain_until: float | None = None
+        self.unknown_to: dict[str, int] = {}
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class _Asked:
+    """A worker that was asked about calls, and how long it has not answered."""
+
+    __slots__ = ("asked_at", "gone_since", "silent_since")
+
+    def __init__(self) -> None:
+        self.asked_at = 0.0
+        self.silent_since: float | None = None
+        self.gone_since: float | None = None
+
+    def heard(self) -> None:
+        self.silent_since = self.gone_since = None
+
+
+class Calls:
+    """The calling side of one runtime. A `Listener` of its connection."""
+
+    def __init__(self, connection: Connection, options: Options, directory: Directory) -> None:
+        self._connection = connection
+        self._options = options
+        self._directory = directory
+        self._pending: dict[str, _Call] = {}
+        self._fresh: deque[_Call] = deque()
+        self._watched: dict[str, _Call] = {}
+        self._asked: dict[str, _Asked] = {}
+        self._special: dict[str, Callable[[Msg], None]] = {}
+        self._counter = 0
+        self._inbox = ""
+        self._prefix_length = 0
+        self._interest: Interest | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._checks: set[asyncio.Task[None]] = set()
+        self._down_since: float | None = None
+        self._up_since = 0.0
+        self.accept_to = ""
+        """The subject on which workers accept this runtime's calls."""
+        connection.add_listener(self)
+        connection.on_denied(self._denied)
+
+    @property
+    def pending(self) -> int:
+        """How many calls wait for their end."""
+        return len(self._pending)
+
+    # -- lifecycle -----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self._inbox = f"{self._options.inbox_prefix}.{NUID().next().decode()}"
+        self._prefix_length = len(self._inbox) + 1
+        self.accept_to = f"{self._inbox}.accept"
+        self._special = {"accept": self._on_accepted}
+        self._interest = await self._connection.subscribe(f"{self._inbox}.*", self._on_message)
+        self._watcher = asyncio.create_task(self._watch(), name="natsrt call watcher")
+
+    async def stop(self) -> None:
+        """End the watch; calls that are still pending fail."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, *self._checks, return_exceptions=True)
+            self._watcher = None
+        for call in list(self._pending.values()):
+            call.fail(WorkerLost(str(call.recipient), call.accepted_by, "this runtime was stopped"))
+        self._fresh.clear()
+        self._watched.clear()
+        self._asked.clear()
+        if self._interest is not None:
+            await self._connection.unsubscribe(self._interest)
+            self._interest = None
+
+    def connection_lost(self) -> None:
+        self._down_since = asyncio.get_running_loop().time()
+
+    def connection_made(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._down_since, self._up_since = None, now
+        for asked in self._asked.values():
+            asked.asked_at = 0.0
+            asked.gone_since = None
+            if asked.silent_since is not None:
+                asked.silent_since = now
+        for call in self._pending.values():
+            self._watched.setdefault(call.token, call)
+            call.sent_at = min(call.sent_at, now - _FIRST_QUESTION)
+        self._wake.set()
+
+    # -- calling -------------------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        recipient: AgentId,
+        route: Callable[[], str],
+        body: bytes,
+        *,
+        sent: Callable[[], None],
+        link: Callable[[asyncio.Future[Msg]], None] | None = None,
+    ) -> Msg:
+        """Send ``body`` to the subject that ``route`` names, and return the reply, whatever it is.
+
+        ``sent`` is called once the message is in the client's buffer; ``link`` with every future that is waited for.
+        Raises the failures of the rules above. Cancelling this coroutine forgets the call; it does not cancel the
+        handler (that is what cancellation tokens do).
+        """
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        pause = 0.02
+        while True:
+            reply = await self._attempt(recipient, route(), body, sent, link)
+            if reply.headers is None:
+                return reply
+            if reply.headers.get("Status") == "503" and not reply.data:
+                failure = await self._directory.verify(recipient)
+                if failure is not None:
+                    raise failure
+                if loop.time() - begun > self._options.no_responders_retry:
+                    workers = self._directory.workers_of(recipient)
+                    raise WorkerLost(str(recipient), workers[0] if workers else None, "it does not listen")
+            elif reply.headers.get(SERVICE_ERROR_CODE) != _BUSY or loop.time() - begun > self._options.busy_retry:
+                return reply
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.25)
+
+    async def _attempt(
+        self,
+        recipient: AgentId,
+        subject: str,
+        body: bytes,
+        sent: Callable[[], None],
+        link: Callable[[asyncio.Future[Msg]], None] | None,
+    ) -> Msg:
+        loop = asyncio.get_running_loop()
+        self._counter += 1
+        token = format(self._counter, "x")
+        call = _Call(token, subject, recipient, loop.create_future(), loop.time())
+        if link is not None:
+            link(call.future)
+        self._pending[token] = call
+        try:
+            await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}")
+            sent()
+            self._fresh.append(call)
+            if not self._wake.is_set():
+                self._wake.set()
+            return await call.future
+        finally:
+            self._pending.pop(token, None)
+            self._watched.pop(token, None)
+
+    async def ask(self, subject: str, body: bytes, timeout: float) -> Msg | None:
+        """A question to a natsrt process: the first answer; None when nobody is there, or after ``timeout`` seconds."""
+        self._counter += 1
+        token = f"q{self._counter:x}"
+        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        self._special[token] = lambda message: None if answer.done() else answer.set_result(message)
+        try:
+            await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}")
+            async with asyncio.timeout(timeout):
+                message = await answer
+        except TimeoutError:
+            return None
+        finally:
+            self._special.pop(token, None)
+        gone = message.headers is not None and message.headers.get("Status") == "503"
+        return None if gone else message
+
+    # -- receiving -----------------------------------------------------------------------------------------------
+
+    def _on_message(self, message: Msg) -> None:
+        token = message.subject[self._prefix_length :]
+        call = self._pending.get(token)
+        if call is not None:
+            if not call.future.done():
+                call.future.set_result(message)
+        elif (special := self._special.get(token)) is not None:
+            special(message)
+
+    def _on_accepted(self, message: Msg) -> None:
+        try:
+            data = _data(message, envelope.ACCEPTED)
+            worker_id, tokens = str(data["worker"]), [str(call) for call in data["calls"]]
+        except (CannotDecode, KeyError, TypeError) as error:
+            logger.warning("an acceptance could not be read: %s", error)
+            return
+        for subject in tokens:
+            call = self._pending.get(subject[self._prefix_length :])
+            if call is not None:
+                call.accepted_by = worker_id
+                self._watched.setdefault(call.token, call)
+        self._asked_of(worker_id).heard()
+
+    def _on_fate(self, worker_id: str, message: Msg) -> None:
+        asked = self._asked_of(worker_id)
+        if message.headers is not None and message.headers.get("Status") == "503":
+            if asked.gone_since is None:
+                asked.gone_since = asyncio.get_running_loop().time()
+            return
+        try:
+            data = _data(message, envelope.REPLY)
+            running, unknown = data["running"], data["unknown"]
+        except (CannotDecode, KeyError, TypeError) as error:
+            logger.warning("worker %s answered about calls what cannot be read: %s", worker_id, error)
+            return
+        asked.heard()
+        for subject in running:
+            call = self._pending.get(subject[self._prefix_length :])
+            if call is not None:
+                call.accepted_by = worker_id
+        for subject in unknown:
+            call = self._pending.get(subject[self._prefix_length :])
+            if call is None:
+                continue
+            call.unknown_to[worker_id] = call.unknown_to.get(worker_id, 0) + 1
+            if call.accepted_by == worker_id:
+                call.fail(WorkerLost(str(call.recipient), worker_id, "it no longer knows the call"))
+
+    def _denied(self, denied: PermissionDenied) -> None:
+        for call in list(self._pending.values()):
+            if call.subject.lower() == denied.subject.lower():
+                call.fail(PermissionDenied(denied.operation, call.subject))
+
+    # -- watching ------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._pending:
+                self._fresh.clear()
+                self._wake.clear()
+                await self._wake.wait()
+            await asyncio.sleep(_TICK)
+            now = loop.time()
+            while self._fresh and now - self._fresh[0].sent_at >= self._options.check_after:
+                call = self._fresh.popleft()
+                if not call.future.done():
+                    self._watched[call.token] = call
+            try:
+                if self._down_since is not None:
+                    self._fail_offline(now)
+                elif self._watched:
+                    await self._look_after(now)
+            except NatsrtError as error:  # the connection went down in between: rule 5 takes over
+                logger.debug("asking about calls: %s", error)
+
+    def _fail_offline(self, now: float) -> None:
+        limit = self._options.offline_timeout
+        if limit is not None and self._down_since is not None and now - self._down_since > limit:
+            for call in list(self._pending.values()):
+                call.fail(ServerUnreachable(self._options.safe_servers, limit, "the connection was lost during a call"))
+
+    async def _look_after(self, now: float) -> None:
+        """One round over the calls that take longer: check, ask, and judge."""
+        questions: dict[str, list[_Call]] = {}
+        for call in list(self._watched.values()):
+            if call.future.done():
+                continue
+            if call.accepted_by is not None:
+                questions.setdefault(call.accepted_by, []).append(call)
+                continue
+            workers = self._directory.workers_of(call.recipient)
+            if not workers:
+                self._check(call, now)
+            elif now - call.sent_at >= _FIRST_QUESTION:
+                if all(self._out_of_question(call, worker_id, now) for worker_id in workers):
+                    call.fail(WorkerLost(str(call.recipient), None, "no worker of its type knows the call"))
+                    continue
+                for worker_id in workers:
+                    questions.setdefault(worker_id, []).append(call)
+        for worker_id, calls in questions.items():
+            asked = self._asked_of(worker_id)
+            if self._is_lost(asked, now):
+                self._directory.suspect(worker_id)
+                for call in calls:
+                    if call.accepted_by == worker_id:
+                        call.fail(WorkerLost(str(call.recipient), worker_id, "it does not answer any more"))
+            if now - asked.asked_at >= _ASK_EVERY:
+                await self._ask(worker_id, asked, calls, now)
+        for worker_id in [w for w in self._asked if w not in questions]:
+            del self._asked[worker_id]
+            self._special.pop(f"w-{worker_id}", None)
+
+    def _out_of_question(self, call: _Call, worker_id: str, now: float) -> bool:
+        return call.unknown_to.get(worker_id, 0) >= 2 or self._is_lost(self._asked_of(worker_id), now)
+
+    def _is_lost(self, asked: _Asked, now: float) -> bool:
+        if asked.silent_since is not None and now - asked.silent_since > self._options.lost_after:
+            return True
+        settled = now - self._up_since > _SETTLED
+        return settled and asked.gone_since is not None and now - asked.gone_since > _GONE_AFTER
+
+    async def _ask(self, worker_id: str, asked: _Asked, calls: Sequence[_Call], now: float) -> None:
+        asked.asked_at = now
+        if asked.silent_since is None:
+            asked.silent_since = now
+        reply = f"{self._inbox}.w-{worker_id}"
+        for start in range(0, len(calls), _MAX_QUESTIONS):
+            tokens = [f"{self._inbox}.{call.token}" for call in calls[start : start + _MAX_QUESTIONS]]
+            body = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', orjson.dumps({"calls": tokens}))
+            await self._connection.publish(self._directory.worker_subject(worker_id), body, reply=reply)
+
+    def _check(self, call: _Call, now: float) -> None:
+        """No live natsrt worker is known that could answer: find out what that means."""
+        if call.plain_until is not None:
+            if now > call.plain_until:
+                call.fail(CallTimeout(str(call.recipient), self._options.plain_timeout, "plain_timeout"))
+        elif not call.checking:
+            call.checking = True
+            task = asyncio.create_task(self._verify(call))
+            self._checks.add(task)
+            task.add_done_callback(self._checks.discard)
+
+    async def _verify(self, call: _Call) -> None:
+        try:
+            failure = await self._directory.verify(call.recipient)
+            if failure is None or call.future.done():
+                return
+            if await responder_exists(self._connection, call.subject, self._inbox, self._special):
+                call.plain_until = call.sent_at + self._options.plain_timeout
+                return
+            call.fail(failure)
+        except NatsrtError as error:  # the registry is out of reach: the next round tries again
+            logger.debug("checking a call to %s: %s", call.recipient, error)
+        finally:
+            call.checking = False
+
+    def _asked_of(self, worker_id: str) -> _Asked:
+        asked = self._asked.get(worker_id)
+        if asked is None:
+            asked = self._asked[worker_id] = _Asked()
+            self._special[f"w-{worker_id}"] = lambda message: self._on_fate(worker_id, message)
+        return asked
+
+
+def _data(message: Msg, kind: str) -> dict[str, list[str]]:
+    body = envelope.decode(message.data)
+    if body is None or body.type != kind:
+        raise CannotDecode("a control message", f"expected {kind}")
+    data = body.json()
+    if not isinstance(data, dict):
+        raise CannotDecode("a control message", "its data must be an object")
+    return data

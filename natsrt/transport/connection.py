@@ -1,0 +1,431 @@
+"""One supervised connection to NATS.
+
+Rules:
+
+1. Everything that arrives on any subscription is handed to its sink synchronously and in wire order. nats-py calls
+   ``set_result`` of the object passed as ``future`` from its read loop; order holds over subscriptions only this way,
+   because its callbacks run in a task per subscription. A sink never raises and never waits: an exception there makes
+   the connection deaf.
+2. The connection comes back for ever. nats-py reconnects by itself, except where the server answered ``-ERR`` (it
+   closes for good), where its read loop died (it stays "connected" and hears nothing), and where a hung server with
+   unsent data blocks its reconnecting. In those cases the supervisor builds a new client and subscribes everything
+   again.
+3. `barrier` proves that the server has processed all that was sent before: nats-py's own ``flush`` may write its PING
+   ahead of commands that are still queued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol, cast
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+from nats.js import JetStreamContext
+
+from natsrt.errors import MessageTooLarge, NatsrtError, PermissionDenied, ServerUnreachable
+from natsrt.options import Options
+
+logger = logging.getLogger("natsrt.connection")
+
+HEADER_OVERHEAD = 12
+"""Bytes of ``NATS/1.0`` and the line ends around a header block; the server counts them towards max_payload."""
+
+_VIOLATION = re.compile(r"permissions violation for (publish|subscription)\w* to \"?([^\"\s]+)", re.IGNORECASE)
+_WATCH_INTERVAL = 1.0
+_ONE_ATTEMPT = 2.0
+"""Seconds for one server to accept a connection."""
+_SLICE = 0.5
+_PATIENCE = 6
+
+Sink = Callable[[Msg], None]
+
+
+class _Ordered:
+    """What nats-py takes for a future: it calls `set_result` for every message, in wire order."""
+
+    __slots__ = ("_sink",)
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def cancelled(self) -> bool:
+        return False
+
+    def set_result(self, message: Msg) -> None:
+        try:
+            self._sink(message)
+        except Exception:  # an exception here would end the client's read loop
+            logger.exception("a message on %s could not be taken in", message.subject)
+
+
+class _Client(Client):
+    """nats-py's client, with a flush that is the last thing on the wire when it is sent."""
+
+    async def flush(self, timeout: float = 10) -> None:
+        deadline = asyncio.get_running_loop().time() + timeout
+        await asyncio.sleep(0)
+        while self.pending_data_size > 0 and self.is_connected:
+            if asyncio.get_running_loop().time() > deadline:
+                raise nats.errors.FlushTimeoutError
+            await asyncio.sleep(0)
+        await super().flush(cast(int, timeout))
+
+
+class Interest:
+    """A subscription that outlives the client: `Connection` repeats it on every new one."""
+
+    __slots__ = ("current", "future", "queue", "subject")
+
+    def __init__(self, subject: str, queue: str, sink: Sink) -> None:
+        self.subject = subject
+        self.queue = queue
+        self.future = _Ordered(sink)
+        self.current: NatsSubscription | None = None
+
+
+class Listener(Protocol):
+    """What wants to know of the connection's ups and downs. Neither method may raise or block."""
+
+    def connection_lost(self) -> None: ...
+    def connection_made(self) -> None: ...
+
+
+class Connection:
+    """The connection of one runtime. Created unopened; `open` may be called again after `close`."""
+
+    def __init__(self, options: Options, *, client_name: str) -> None:
+        self._options = options
+        self._name = client_name
+        self._client: _Client | None = None
+        self._interests: dict[Interest, None] = {}
+        self._listeners: list[Listener] = []
+        self._denied: list[Callable[[PermissionDenied], None]] = []
+        self._up = asyncio.Event()
+        self._closing = True
+        self._supervisor: asyncio.Task[None] | None = None
+        self._replace = asyncio.Event()
+        self._last_error: str | None = None
+        self._refused: asyncio.Future[None] | None = None
+        self.reconnects = 0
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Whether the client believes itself connected. Only a round trip proves it: see `barrier`."""
+        return self._up.is_set() and self._client is not None and self._client.is_connected
+
+    @property
+    def client(self) -> Client:
+        """The present client. Do not keep it: it may be replaced."""
+        if self._client is None:
+            raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection is not open")
+        return self._client
+
+    @property
+    def jetstream(self) -> JetStreamContext:
+        return self.client.jetstream(timeout=self._options.connect_timeout)
+
+    @property
+    def max_payload(self) -> int:
+        return self.client.max_payload
+
+    @property
+    def server(self) -> str:
+        """The connected server without user information, for messages."""
+        url = self._client.connected_url if self._client is not None else None
+        return f"{url.hostname}:{url.port}" if url is not None else ", ".join(self._options.safe_servers)
+
+    def add_listener(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def on_denied(self, callback: Callable[[PermissionDenied], None]) -> None:
+        """``callback`` hears of every publish or subscribe that the server refused (NATS itself stays silent)."""
+        self._denied.append(callback)
+
+    # -- opening and closing -------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect. Raises `ServerUnreachable` after ``connect_timeout`` seconds, `PermissionDenied` when refused."""
+        self._closing = False
+        self._last_error = None
+        try:
+            self._client = await self._connect(self._options.connect_timeout)
+        except BaseException:
+            self._closing = True
+            raise
+        self._made()
+        self._supervisor = asyncio.create_task(self._supervise(), name="natsrt connection supervisor")
+
+    async def close(self) -> None:
+        """Send what is queued and close. Harmless when closed."""
+        self._closing = True
+        self._up.clear()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+            self._supervisor = None
+        if self._client is not None:
+            client, self._client = self._client, None
+            await _close_quietly(client)
+        self._interests.clear()
+
+    async def wait_connected(self, timeout: float | None) -> None:
+        """Wait until connected. Raises `ServerUnreachable` after ``timeout`` seconds; None waits for ever."""
+        if self._up.is_set():
+            return
+        try:
+            async with asyncio.timeout(timeout):
+                await self._up.wait()
+        except TimeoutError:
+            raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._last_error) from None
+
+    async def _connect(self, timeout: float) -> _Client:
+        client = _Client()
+        settings = self._options.connect_kwargs()
+        settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
+        self._refused = asyncio.get_running_loop().create_future()
+        connecting = asyncio.ensure_future(
+            client.connect(
+                **settings,
+                allow_reconnect=True,
+                max_reconnect_attempts=-1,
+                error_cb=self._on_error,
+                disconnected_cb=self._bound(client, self._on_disconnected),
+                reconnected_cb=self._bound(client, self._on_reconnected),
+                closed_cb=self._bound(client, self._on_closed),
+                skip_subject_validation=False,
+            )
+        )
+        try:
+            await asyncio.wait({connecting, self._refused}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if self._refused.done():
+                self._refused.result()
+            if not connecting.done():
+                raise ServerUnreachable(self._options.safe_servers, timeout, self._last_error)
+            try:
+                connecting.result()
+            except (nats.errors.Error, OSError) as error:
+                raise ServerUnreachable(self._options.safe_servers, timeout, str(error)) from error
+            return client
+        except BaseException:
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            await _close_quietly(client)
+            raise
+        finally:
+            refused, self._refused = self._refused, None
+            refused.cancel()
+
+    def _bound(self, client: _Client, callback: Callable[[_Client], None]) -> Callable[[], Awaitable[None]]:
+        """A callback that a replaced client can no longer reach us through."""
+
+        async def call() -> None:
+            if self._client is client and not self._closing:
+                callback(client)
+
+        return call
+
+    # -- what the client tells -----------------------------------------------------------------------------------
+
+    async def _on_error(self, error: Exception) -> None:
+        text = str(error) or type(error).__name__
+        self._last_error = text
+        lowered = text.lower()
+        if "authorization violation" in lowered or isinstance(error, nats.errors.AuthorizationError):
+            if self._refused is not None and not self._refused.done():
+                self._refused.set_exception(PermissionDenied("connect", "with these credentials"))
+            return
+        if match := _VIOLATION.search(text):
+            operation = "publish to" if match.group(1).lower() == "publish" else "subscribe to"
+            denied = PermissionDenied(operation, match.group(2))
+            logger.warning("%s", denied)
+            for callback in self._denied:
+                callback(denied)
+            return
+        if self._up.is_set():
+            logger.warning("connection to %s: %s", self.server, text)
+        else:
+            logger.debug("connecting to %s: %s", ", ".join(self._options.safe_servers), text)
+
+    def _on_disconnected(self, client: _Client) -> None:
+        self._lost()
+
+    def _on_reconnected(self, client: _Client) -> None:
+        self.reconnects += 1
+        self._made()
+
+    def _on_closed(self, client: _Client) -> None:
+        self._lost()
+        self._replace.set()
+
+    def _lost(self) -> None:
+        if self._up.is_set():
+            logger.warning("lost the connection to %s", self.server)
+            self._up.clear()
+            for listener in self._listeners:
+                listener.connection_lost()
+
+    def _made(self) -> None:
+        self._up.set()
+        logger.info("connected to %s", self.server)
+        for listener in self._listeners:
+            listener.connection_made()
+
+    # -- supervision ---------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        """Replace a client that closed, went deaf or hangs."""
+        while True:
+            try:
+                async with asyncio.timeout(_WATCH_INTERVAL):
+                    await self._replace.wait()
+            except TimeoutError:
+                if await self._answers():
+                    continue
+            self._replace.clear()
+            self._lost()
+            await self._renew()
+
+    async def _answers(self) -> bool:
+        """Whether the client answers, or is at least busy reconnecting to a server."""
+        client = self._client
+        if client is None or client.is_closed:
+            return False
+        answer = client.rtt(60) if client.is_connected else self._begins_to_reconnect(client)
+        probe = asyncio.ensure_future(cast(Coroutine[Any, Any, object], answer))
+        try:
+            # In slices, so that an event loop that was blocked meanwhile counts once, and not as the server's silence.
+            for _ in range(_PATIENCE):
+                await asyncio.wait({probe}, timeout=_SLICE)
+                if probe.done():
+                    return probe.cancelled() or probe.exception() is None or not client.is_connected
+            return False
+        finally:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
+
+    async def _begins_to_reconnect(self, client: _Client) -> None:
+        """A hung server with unsent data never lets nats-py begin to reconnect, so it never tells of the loss."""
+        while self._up.is_set() and not client.is_connected:  # noqa: ASYNC110  # nats-py has no event for it
+            await asyncio.sleep(_SLICE)
+
+    async def _renew(self) -> None:
+        """Build new clients until one connects, and repeat every subscription on it."""
+        old, self._client = self._client, None
+        if old is not None:
+            _abandon(old)
+        while True:
+            try:
+                client = await self._connect(self._options.connect_timeout)
+                self._client = client
+                for interest in list(self._interests):
+                    interest.current = await _subscribe(client, interest)
+                await client.flush()
+            except (NatsrtError, nats.errors.Error, OSError, TimeoutError) as error:
+                self._last_error = str(error)
+                logger.debug("a new client could not connect: %s", error)
+                self._client = None
+                await asyncio.sleep(self._options.reconnect_wait)
+                continue
+            self.reconnects += 1
+            self._made()
+            return
+
+    # -- sending and subscribing ---------------------------------------------------------------------------------
+
+    def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> None:
+        """Raise `MessageTooLarge` for what would close the connection. Headers count (NATS_FACTS, trap 1)."""
+        size = len(payload)
+        if headers:
+            size += HEADER_OVERHEAD + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
+        if size > self.max_payload:
+            raise MessageTooLarge(size, self.max_payload)
+
+    async def publish(
+        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Queue a message for the server, in the order of these calls.
+
+        Raises `MessageTooLarge`, and `ServerUnreachable` when the client's buffer is full while it reconnects.
+        """
+        client = self.client
+        if headers is not None or len(payload) > client.max_payload:
+            self.check_size(payload, headers)
+        try:
+            await client.publish(subject, payload, reply, headers)
+        except nats.errors.MaxPayloadError:
+            raise MessageTooLarge(len(payload), self.max_payload) from None
+        except (nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError) as error:
+            raise ServerUnreachable(self._options.safe_servers, 0.0, str(error)) from error
+
+    async def subscribe(self, subject: str, sink: Sink, *, queue: str = "") -> Interest:
+        """Hand every message on ``subject`` to ``sink``, also over reconnects. The server knows after a `barrier`."""
+        interest = Interest(subject, queue, sink)
+        self._interests[interest] = None
+        if self._client is not None and not self._client.is_closed:
+            interest.current = await _subscribe(self._client, interest)
+        return interest
+
+    async def unsubscribe(self, interest: Interest) -> None:
+        """End ``interest`` after everything the server sent for it was handed over. Harmless when it has ended."""
+        if self._interests.pop(interest, self) is self:
+            return
+        current, interest.current = interest.current, None
+        if current is None or self._client is None:
+            return
+        try:
+            if self._client.is_connected:
+                await current.drain()  # type: ignore[no-untyped-call]
+            else:
+                await current.unsubscribe()
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            logger.debug("unsubscribing %s: %s", interest.subject, error)
+
+    async def barrier(self, timeout: float = 10.0) -> None:
+        """Return when the server has processed all that was sent before. Raises `ServerUnreachable`."""
+        reconnects = self.reconnects
+        # Shielded: a PONG for a flush that was cancelled ends nats-py's read loop.
+        flushing = asyncio.ensure_future(self.client.flush(cast(int, timeout)))
+        flushing.add_done_callback(_retrieve)
+        try:
+            await asyncio.shield(flushing)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            self._replace.set()
+            raise ServerUnreachable(self._options.safe_servers, timeout, str(error) or "no answer") from error
+        if not self.connected or reconnects != self.reconnects:
+            raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection was lost meanwhile")
+
+
+def _retrieve(task: asyncio.Future[None]) -> None:
+    """Look at the outcome of a task that perhaps nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _subscribe(client: Client, interest: Interest) -> NatsSubscription:
+    return await client.subscribe(interest.subject, queue=interest.queue, future=cast(Any, interest.future))
+
+
+async def _close_quietly(client: Client) -> None:
+    try:
+        async with asyncio.timeout(2):
+            await client.close()
+    except (nats.errors.Error, OSError, TimeoutError, asyncio.InvalidStateError) as error:
+        logger.debug("closing a client: %s", error)
+
+
+def _abandon(client: Client) -> None:
+    """Close a client that may hang, without waiting for it."""
+    task = asyncio.create_task(_close_quietly(client))
+    _abandoned.add(task)
+    task.add_done_callback(_abandoned.discard)
+
+
+_abandoned: set[asyncio.Task[None]] = set()

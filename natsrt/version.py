@@ -1,0 +1,5 @@
+"""The version of natsrt."""
+
+from importlib.metadata import version
+
+VERSION = version("natsrt")

@@ -1,0 +1,1 @@
+"""Pure values: subjects, envelopes, serialization. No I/O."""

@@ -1,0 +1,473 @@
+"""Codecs of single types and of containers: values as JSON trees.
+
+A *tree* is what ``json.loads`` gives: None, bool, int, float, str, list, dict. ``Codec.encode`` makes the tree of a
+value, ``Codec.decode`` the value of a tree. What would not come back equal and of the same type is ``Refused``; what
+does not fit is ``Unreadable``. Their texts name fields and types, never values. The rules are in ``compiler``.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import decimal
+import enum
+import math
+import typing
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import orjson
+from pydantic import TypeAdapter
+from pydantic.errors import PydanticUserError
+from pydantic_core import to_json
+
+TYPE_KEY = "$type"
+"""The reserved key that names the class of a polymorphic value."""
+
+VALUE_KEY = "value"
+"""Beside ``TYPE_KEY``: the tree of a value that is no object of its own."""
+
+NULL = type(None)
+ALL_KINDS: frozenset[type] = frozenset({NULL, bool, int, float, str, list, dict})
+
+
+class Fault(Exception):
+    """Where in a value something is wrong, and what."""
+
+    def __init__(self, reason: str, path: str = "") -> None:
+        self.reason = reason
+        self.path = path
+        super().__init__(reason)
+
+    def under(self, step: str) -> Fault:
+        """The same fault, seen from the value that holds the one at fault under ``step``."""
+        if self.path and not self.path.startswith("["):
+            step += "."
+        self.path = step + self.path
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}" if self.path else self.reason
+
+
+class Refused(Fault):
+    """A value cannot be written exactly, or a type not at all."""
+
+
+class Unreadable(Fault):
+    """A tree does not fit the type it should have."""
+
+
+def wrong_type(expected: str, value: object) -> Refused:
+    return Refused(f"declared {expected}, but holds {value_of_type(type(value))}")
+
+
+def value_of_type(cls: type) -> str:
+    return "None" if cls is NULL else f"a value of type {cls.__name__}"
+
+
+def misfit(expected: str, tree: object) -> Unreadable:
+    return Unreadable(f"expected {expected}, found JSON {_JSON_NAMES.get(type(tree), 'value')}")
+
+
+_JSON_NAMES = {
+    NULL: "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
+
+
+class Codec:
+    """How the values of one declared type are written.
+
+    ``name`` is the type's name in ``"$type"`` and in errors. ``kinds`` are the Python types of the trees it writes.
+    ``cls`` is the exact class of its values, None if there are several; ``base`` the declared class of which
+    ``"$type"`` may name a subclass, None if it may not. ``natural`` codecs stay unmarked in a union.
+    ``scalars`` are the exact classes of its values if these are JSON's own scalars, else empty.
+    ``polymorphic`` says that class names may occur inside, so that Pydantic's own JSON would not do.
+    """
+
+    name: str
+    kinds: frozenset[type]
+    cls: type | None = None
+    base: type | None = None
+    scalars: tuple[type, ...] = ()
+    natural = False
+    polymorphic = False
+
+    def encode(self, value: Any) -> Any:
+        """The tree of ``value``; raises ``Refused``."""
+        raise NotImplementedError
+
+    def decode(self, tree: Any) -> Any:
+        """The value of ``tree``; raises ``Unreadable``."""
+        raise NotImplementedError
+
+    def dumps(self, value: Any) -> bytes:
+        """``value`` as a whole payload; raises ``Refused``, or what the JSON writer raises."""
+        return orjson.dumps(self.encode(value))
+
+    def loads(self, payload: bytes) -> Any:
+        """The value of a whole payload; raises ``Unreadable``, or what the JSON reader raises."""
+        return self.decode(orjson.loads(payload))
+
+    def mark(self, tree: Any) -> dict[str, Any]:
+        """``tree`` with this type's name."""
+        return {TYPE_KEY: self.name, VALUE_KEY: tree}
+
+    def decode_marked(self, tree: dict[str, Any]) -> Any:
+        """The value of a tree made by ``mark``."""
+        return self.decode(self.unwrap(tree))
+
+    def unwrap(self, tree: dict[str, Any]) -> Any:
+        """What stands beside the name in a tree made by ``mark``."""
+        if len(tree) != 2 or VALUE_KEY not in tree:
+            raise Unreadable(f'a marked {self.name} has exactly the keys "{TYPE_KEY}" and "{VALUE_KEY}"')
+        return tree[VALUE_KEY]
+
+
+class ExactCodec(Codec):
+    """str, int, bool and None: JSON's own types. Subclasses of them are refused, and so is a bool for an int."""
+
+    natural = True
+
+    def __init__(self, cls: type) -> None:
+        self.cls: type = cls
+        self.name = "None" if cls is NULL else cls.__name__
+        self.kinds = frozenset({cls})
+        self.scalars = (cls,)
+
+    def encode(self, value: Any) -> Any:
+        if type(value) is not self.cls:
+            raise wrong_type(self.name, value)
+        return value
+
+    def decode(self, tree: Any) -> Any:
+        if type(tree) is not self.cls:
+            raise misfit(self.name, tree)
+        return tree
+
+
+class FloatCodec(Codec):
+    """Finite floats. An int in a float field travels as the equal float, if there is one."""
+
+    name = "float"
+    kinds = frozenset({float})
+    cls = float
+    scalars = (float,)
+    natural = True
+
+    def encode(self, value: Any) -> float:
+        if type(value) is float:
+            if not math.isfinite(value):
+                raise Refused("JSON has no NaN and no infinity")
+            return value
+        if type(value) is not int:
+            raise wrong_type("float", value)
+        try:
+            number = float(value)
+        except OverflowError:
+            raise Refused("the integer has no equal float") from None
+        if number != value:
+            raise Refused("the integer has no equal float")
+        return number
+
+    def decode(self, tree: Any) -> float:
+        if type(tree) is float:
+            return tree
+        if type(tree) is not int:
+            raise misfit("float", tree)
+        return float(tree)
+
+
+class TextCodec(Codec):
+    """A class whose values have an exact text. ``numbers``: a JSON number is read by its text, too."""
+
+    kinds = frozenset({str})
+
+    def __init__(
+        self, cls: type, write: Callable[[Any], str], read: Callable[[str], Any], *, numbers: bool = False
+    ) -> None:
+        self.cls: type = cls
+        self.name = cls.__name__
+        self._write = write
+        self._read = read
+        self._numbers = (int, float) if numbers else ()
+
+    def encode(self, value: Any) -> str:
+        if type(value) is not self.cls:
+            raise wrong_type(self.name, value)
+        return self._write(value)
+
+    def decode(self, tree: Any) -> Any:
+        if type(tree) in self._numbers:
+            tree = str(tree)
+        if type(tree) is not str:
+            raise misfit(self.name, tree)
+        try:
+            return self._read(tree)
+        except (ValueError, ArithmeticError):
+            raise Unreadable(f"the text is no {self.name}") from None
+
+
+def text_codecs() -> list[TextCodec]:
+    return [
+        TextCodec(
+            bytes, lambda value: base64.b64encode(value).decode(), lambda text: base64.b64decode(text, validate=True)
+        ),
+        TextCodec(datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+        TextCodec(datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
+        TextCodec(datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
+        TextCodec(uuid.UUID, str, uuid.UUID),
+        TextCodec(decimal.Decimal, str, decimal.Decimal, numbers=True),
+    ]
+
+
+class EnumCodec(Codec):
+    """Enums: by value if all values are str or all are int, else by member name."""
+
+    def __init__(self, cls: type[enum.Enum]) -> None:
+        self.cls: type[enum.Enum] = cls
+        self.name = cls.__name__
+        values = {type(member.value) for member in cls}
+        self._by_value = values in ({str}, {int})
+        self.kinds = frozenset(values if self._by_value else {str})
+
+    def encode(self, value: Any) -> Any:
+        if type(value) is not self.cls:
+            raise wrong_type(self.name, value)
+        if self._by_value:
+            return value.value
+        if value.name not in self.cls.__members__:
+            raise Refused(f"a combination of members of {self.name} has no name")
+        return value.name
+
+    def decode(self, tree: Any) -> Any:
+        try:
+            if type(tree) in self.kinds:
+                return self.cls(tree) if self._by_value else self.cls[tree]
+        except (ValueError, KeyError):
+            pass
+        raise Unreadable(f"no member of {self.name}")
+
+
+class LiteralCodec(Codec):
+    """``Literal[...]``, told apart by value and type."""
+
+    def __init__(self, members: Sequence[Any], codec_of: Callable[[type], Codec]) -> None:
+        self.name = "Literal"
+        self._trees = {(type(member), member): codec_of(type(member)).encode(member) for member in members}
+        self._members = {(type(tree), tree): key[1] for key, tree in self._trees.items()}
+        self.kinds = frozenset(type(tree) for tree in self._trees.values())
+        if len(self._members) != len(self._trees):
+            raise Refused("two members of a Literal have the same JSON")
+
+    def encode(self, value: Any) -> Any:
+        try:
+            return self._trees[type(value), value]
+        except (KeyError, TypeError):
+            raise Refused("not one of the declared literals") from None
+
+    def decode(self, tree: Any) -> Any:
+        try:
+            return self._members[type(tree), tree]
+        except (KeyError, TypeError):
+            raise Unreadable("not one of the declared literals") from None
+
+
+class ArrayCodec(Codec):
+    """list, set, frozenset and ``tuple[X, ...]``."""
+
+    kinds = frozenset({list})
+
+    def __init__(self, cls: type, item: Codec) -> None:
+        self.cls: type = cls
+        self.name = cls.__name__ if item.name == "Any" else f"{cls.__name__}[{item.name}]"
+        self.natural = cls is list
+        self.polymorphic = item.polymorphic
+        self._item = item
+
+    def encode(self, value: Any) -> list[Any]:
+        if type(value) is not self.cls:
+            raise wrong_type(self.name, value)
+        encode = self._item.encode
+        try:
+            return [encode(item) for item in typing.cast(Iterable[Any], value)]
+        except Refused as fault:
+            raise fault.under("[]") from None
+
+    def decode(self, tree: Any) -> Any:
+        if type(tree) is not list:
+            raise misfit(self.name, tree)
+        decode = self._item.decode
+        try:
+            items = [decode(item) for item in tree]
+        except Unreadable as fault:
+            raise fault.under("[]") from fault.__cause__
+        if self.cls is list:
+            return items
+        try:
+            return self.cls(items)
+        except TypeError:
+            raise Unreadable(f"an item of a {self.cls.__name__} is not hashable") from None
+
+
+class TupleCodec(Codec):
+    """``tuple[A, B, C]``."""
+
+    kinds = frozenset({list})
+    cls = tuple
+
+    def __init__(self, items: Sequence[Codec]) -> None:
+        self.name = f"tuple[{','.join(item.name for item in items)}]"
+        self.polymorphic = any(item.polymorphic for item in items)
+        self._items = items
+
+    def encode(self, value: Any) -> list[Any]:
+        if type(value) is not tuple or len(value) != len(self._items):
+            raise wrong_type(self.name, value)
+        return [_step(Refused, at, item.encode, value[at]) for at, item in enumerate(self._items)]
+
+    def decode(self, tree: Any) -> tuple[Any, ...]:
+        if type(tree) is not list or len(tree) != len(self._items):
+            raise misfit(self.name, tree)
+        return tuple(_step(Unreadable, at, item.decode, tree[at]) for at, item in enumerate(self._items))
+
+
+def _step(fault: type[Fault], at: int, turn: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return turn(value)
+    except fault as problem:
+        raise problem.under(f"[{at}]") from problem.__cause__
+
+
+class DictCodec(Codec):
+    """``dict[K, V]``; keys that are not str are written as their text."""
+
+    kinds = frozenset({dict})
+    cls = dict
+    natural = True
+
+    def __init__(self, key: Codec, value: Codec) -> None:
+        if key.name == "Any":
+            key = ExactCodec(str)
+        textual = key.kinds == {str}
+        if not textual and not key.kinds <= {int, float, bool}:
+            raise Refused(f"keys of type {key.name} have no exact text")
+        self.name = "dict" if value.name == "Any" and key.cls is str else f"dict[{key.name},{value.name}]"
+        self.polymorphic = value.polymorphic
+        self._key = None if isinstance(key, ExactCodec) and textual else key
+        self._textual = textual
+        self._value = value
+
+    def encode(self, value: Any) -> dict[str, Any]:
+        if type(value) is not dict:
+            raise wrong_type(self.name, value)
+        encode = self._value.encode
+        try:
+            if self._key is None:
+                if not all(type(key) is str for key in value):
+                    raise Refused("JSON keys are strings, and the declared type does not say what else they are")
+                return {key: encode(item) for key, item in value.items()}
+            tree = {self._key_text(key): encode(item) for key, item in value.items()}
+        except Refused as fault:
+            raise fault.under("[]") from None
+        if len(tree) != len(value):
+            raise Refused("two keys have the same text")
+        return tree
+
+    def _key_text(self, key: Any) -> str:
+        assert self._key is not None
+        tree = self._key.encode(key)
+        return tree if self._textual else orjson.dumps(tree).decode()
+
+    def decode(self, tree: Any) -> dict[Any, Any]:
+        if type(tree) is not dict:
+            raise misfit(self.name, tree)
+        decode = self._value.decode
+        try:
+            if self._key is None:
+                return {key: decode(item) for key, item in tree.items()}
+            return {self._key_value(key): decode(item) for key, item in tree.items()}
+        except Unreadable as fault:
+            raise fault.under("[]") from fault.__cause__
+
+    def _key_value(self, text: str) -> Any:
+        assert self._key is not None
+        if self._textual:
+            return self._key.decode(text)
+        try:
+            return self._key.decode(orjson.loads(text))
+        except orjson.JSONDecodeError:
+            raise Unreadable(f"the text of a key is no {self._key.name}") from None
+
+
+class OptionalCodec(Codec):
+    """``X | None``, the most frequent union."""
+
+    def __init__(self, inner: Codec) -> None:
+        self.name = f"{inner.name}|None"
+        self.kinds = inner.kinds | {NULL}
+        self.scalars = (*inner.scalars, NULL) if inner.scalars else ()
+        self.polymorphic = inner.polymorphic
+        self._inner = inner
+
+    def encode(self, value: Any) -> Any:
+        return None if value is None else self._inner.encode(value)
+
+    def decode(self, tree: Any) -> Any:
+        return None if tree is None else self._inner.decode(tree)
+
+
+_JSON_SCHEMA_TYPES: dict[Any, type] = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict}
+
+
+class PydanticCodec(Codec):
+    """Any other type that Pydantic can write as JSON; each value is read back at once to see that it is equal."""
+
+    def __init__(self, hint: Any) -> None:
+        self._adapter: TypeAdapter[Any] = TypeAdapter(hint)
+        self.name = getattr(hint, "__name__", None) or str(hint)
+        self.cls = hint if isinstance(hint, type) and not typing.is_typeddict(hint) else None
+        try:
+            kind = _JSON_SCHEMA_TYPES.get(self._adapter.json_schema(mode="serialization").get("type"))
+        except PydanticUserError:
+            kind = None
+        self.kinds = frozenset({kind}) if kind else ALL_KINDS
+
+    def encode(self, value: Any) -> Any:
+        try:
+            tree = self._adapter.dump_python(value, mode="json", by_alias=True, round_trip=True, warnings="error")
+            back = self._adapter.validate_json(to_json(tree))
+        except Exception:
+            # Pydantic's text quotes the value, which must not reach a log.
+            raise Refused(f"Pydantic does not write this {self.name} as JSON and read it back") from None
+        if type(back) is not type(value) or back != value:
+            raise Refused(f"the JSON of this {self.name} does not read back as an equal value")
+        return tree
+
+    def decode(self, tree: Any) -> Any:
+        try:
+            return self._adapter.validate_json(to_json(tree))
+        except Exception:
+            raise misfit(self.name, tree) from None
+
+
+class RawBytesCodec(Codec):
+    """``bytes`` as a whole message: the payload itself."""
+
+    name = "bytes"
+    cls = bytes
+
+    def dumps(self, value: Any) -> bytes:
+        if type(value) is not bytes:
+            raise wrong_type("bytes", value)
+        return value
+
+    def loads(self, payload: bytes) -> bytes:
+        return bytes(payload)

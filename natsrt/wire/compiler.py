@@ -1,0 +1,412 @@
+"""Python values as JSON trees and back, exactly or not at all.
+
+The rules
+---------
+A *tree* is what ``json.loads`` gives: None, bool, int, float, str, list, dict. A codec is compiled once per type
+annotation; ``encode`` makes the tree of a value, ``decode`` the value of a tree. What would not come back equal and of
+the same type is refused before it is sent.
+
+* **Declared types need no marks.** A field declared ``list[Item]`` is a plain JSON array of plain JSON objects.
+* **One reserved key**, ``"$type"``, names a class where the declaration does not decide: the value's class is a
+  subclass of the declared one; the declared type is a union with more than one member of that JSON kind; or it is
+  ``Any``, ``object``, an abstract class or a Protocol. It comes first in the object. Dataclasses, Pydantic models and
+  ``autogen_core.Image`` carry it beside their fields, ``{"$type": "Circle", "r": 1.0}``; whatever is no object of its
+  own (Pydantic root models, or ``datetime`` in ``datetime | str``) is wrapped: ``{"$type": "datetime", "value": ...}``.
+  In a union the JSON types themselves (``str``, ``int``, ``float``, ``bool``, ``list``, ``dict``) stay unmarked, and
+  the other members of that JSON kind are marked.
+* **A name is looked up** among the declared class and its subclasses, the union's members, and the registered classes
+  that fit the declared type. Nothing is imported. Any other name is unreadable, except where ``Any`` is declared: there
+  an object with an unknown ``"$type"`` stays a dict as it is.
+* **A user's own dict with a key** ``"$type"`` is wrapped as ``{"$type": "dict", "value": {...}}`` wherever a class
+  could stand instead, so in ``Any``. Where a dict is declared (``dict[str, int]``, a message of type ``dict``) it is
+  written as it is. A class whose own field is named ``"$type"`` cannot be sent.
+* In ``Any`` only JSON values, dataclasses, Pydantic models and images pass: a tuple would come back as a list.
+* Scalars travel as: bytes in base64, ``datetime`` and its kin in ISO 8601, ``Decimal`` and ``UUID`` as text, enums by
+  value if all their values are str or all int, else by member name. A dict declared with such keys has their text.
+* Unknown fields are ignored, so that a newer sender may add some, unless the codecs are ``strict``.
+
+Texts of errors name fields and types, never values.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import enum
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+from natsrt.wire.classes import ClassCodec, class_codec
+from natsrt.wire.codecs import (
+    ALL_KINDS,
+    NULL,
+    TYPE_KEY,
+    VALUE_KEY,
+    ArrayCodec,
+    Codec,
+    DictCodec,
+    EnumCodec,
+    ExactCodec,
+    FloatCodec,
+    LiteralCodec,
+    OptionalCodec,
+    PydanticCodec,
+    Refused,
+    TupleCodec,
+    Unreadable,
+    misfit,
+    text_codecs,
+    value_of_type,
+    wrong_type,
+)
+
+__all__ = ["AnyCodec", "Codecs"]
+
+
+class AnyCodec(Codec):
+    """``Any`` and ``object``: JSON values as they are, classes with their name."""
+
+    name = "Any"
+    kinds = ALL_KINDS
+    polymorphic = True
+
+    def __init__(self, codecs: Codecs) -> None:
+        self._codecs = codecs
+
+    def encode(self, value: Any) -> Any:
+        cls = type(value)
+        if cls is str or cls is int or cls is bool or value is None:
+            return value
+        if cls is float:
+            if not math.isfinite(value):
+                raise Refused("JSON has no NaN and no infinity")
+            return value
+        try:
+            if cls is list:
+                return [self.encode(item) for item in value]
+            if cls is dict:
+                return self._encode_dict(value)
+        except Refused as fault:
+            raise fault.under("[]") from None
+        return self._codecs.encode_marked(value, None)
+
+    def _encode_dict(self, value: dict[Any, Any]) -> dict[str, Any]:
+        if not all(type(key) is str for key in value):
+            raise Refused("JSON keys are strings, and the declared type does not say what else they are")
+        tree = {key: self.encode(item) for key, item in value.items()}
+        return {TYPE_KEY: "dict", VALUE_KEY: tree} if TYPE_KEY in tree else tree
+
+    def decode(self, tree: Any) -> Any:
+        if type(tree) is list:
+            return [self.decode(item) for item in tree]
+        if type(tree) is not dict:
+            return tree
+        if TYPE_KEY in tree:
+            name = tree[TYPE_KEY]
+            if name == "dict" and len(tree) == 2 and type(tree.get(VALUE_KEY)) is dict:
+                tree = tree[VALUE_KEY]
+            elif type(name) is str and (cls := self._codecs.lookup(name)) is not None:
+                return self._codecs.of(cls).decode_marked(tree)
+        return {key: self.decode(item) for key, item in tree.items()}
+
+
+class AbstractCodec(Codec):
+    """A declared class that is no message itself (abstract, a Protocol, a mix-in): every value is marked."""
+
+    kinds = frozenset({dict})
+    polymorphic = True
+
+    base: type
+
+    def __init__(self, base: type, codecs: Codecs) -> None:
+        self.base = base
+        self.name = base.__name__
+        self._codecs = codecs
+
+    def encode(self, value: Any) -> Any:
+        return self._codecs.encode_marked(value, self.base)
+
+    def decode(self, tree: Any) -> Any:
+        if type(tree) is not dict or TYPE_KEY not in tree:
+            raise Unreadable(f'a value of the abstract {self.name} needs its class in "{TYPE_KEY}"')
+        return self._codecs.decode_marked(tree, self.base)
+
+
+class UnionCodec(Codec):
+    """A union. Members alone in their JSON kind, and the natural ones, stay unmarked."""
+
+    def __init__(self, members: Sequence[Codec], codecs: Codecs) -> None:
+        self.name = "|".join(member.name for member in members)
+        self.kinds = frozenset().union(*(member.kinds for member in members))
+        self.polymorphic = any(member.polymorphic for member in members)
+        self._codecs = codecs
+        self._members = members
+        classes = [member.cls for member in members]
+        self._by_class = {member.cls: member for member in members if classes.count(member.cls) == 1}
+        self._by_name = {member.name: member for member in members}
+        if len(self._by_name) != len(members):
+            raise Refused(f"two members of the union {self.name} have the same name")
+        self._unmarked: set[str] = set()
+        self._by_kind: dict[type, list[Codec]] = {}
+        for kind in ALL_KINDS:
+            writers = [member for member in members if kind in member.kinds]
+            self._by_kind[kind] = sorted(writers, key=lambda member: not member.natural)
+        if not self._by_kind[int]:
+            self._by_kind[int] = [member for member in members if member.cls is float]
+        for member in members:
+            if all(self._by_kind[kind][0] is member and self._is_clear(kind) for kind in member.kinds):
+                self._unmarked.add(member.name)
+
+    def _is_clear(self, kind: type) -> bool:
+        writers = self._by_kind[kind]
+        return len(writers) == 1 or writers[0].natural
+
+    def encode(self, value: Any) -> Any:
+        member = self._by_class.get(type(value))
+        if member is not None:
+            return self._marked(member, member.encode(value))
+        for member in self._members:
+            try:
+                tree = member.encode(value)
+            except Refused:
+                continue
+            return self._marked(member, tree)
+        raise wrong_type(self.name, value)
+
+    def _marked(self, member: Codec, tree: Any) -> Any:
+        has_mark = type(tree) is dict and TYPE_KEY in tree
+        if has_mark and not member.natural:
+            return tree
+        return tree if member.name in self._unmarked and not has_mark else member.mark(tree)
+
+    def decode(self, tree: Any) -> Any:
+        if type(tree) is dict and TYPE_KEY in tree:
+            return self._decode_marked(tree)
+        candidates = self._by_kind[type(tree)]
+        if candidates and candidates[0].natural or len(candidates) == 1:
+            try:
+                return candidates[0].decode(tree)
+            except Unreadable:
+                if len(candidates) == 1:
+                    raise
+                candidates = candidates[1:]
+        values = []
+        for member in candidates:
+            try:
+                values.append(member.decode(tree))
+            except Unreadable:
+                continue
+        if len(values) > 1:
+            raise Unreadable(f'fits several members of {self.name}; "{TYPE_KEY}" has to say which')
+        if not values:
+            raise misfit(self.name, tree)
+        return values[0]
+
+    def _decode_marked(self, tree: dict[str, Any]) -> Any:
+        name = tree[TYPE_KEY]
+        if type(name) is str:
+            if name in self._by_name:
+                return self._by_name[name].decode_marked(tree)
+            for member in self._members:
+                if member.base is not None and (cls := self._codecs.find(name, member.base)) is not None:
+                    return self._codecs.of(cls).decode_marked(tree)
+        raise Unreadable(f'"{TYPE_KEY}" names no class that fits {self.name}')
+
+
+_ABSTRACT: dict[Any, tuple[type, ...]] = {
+    collections.abc.Sequence: (list, tuple),
+    collections.abc.MutableSequence: (list,),
+    collections.abc.Iterable: (list, tuple, set, frozenset),
+    collections.abc.Collection: (list, tuple, set, frozenset),
+    collections.abc.Set: (set, frozenset),
+    collections.abc.MutableSet: (set,),
+}
+"""What a value declared with an abstract collection may be."""
+
+
+class Codecs:
+    """The codecs of one registry of classes, compiled when first asked for.
+
+    ``lookup`` gives the registered class of a type name, None if there is none. ``strict`` codecs find an unknown
+    field unreadable, at any depth.
+    """
+
+    def __init__(self, lookup: Callable[[str], type | None] = lambda name: None, *, strict: bool = False) -> None:
+        self.lookup = lookup
+        self.strict = strict
+        self._compiled: dict[Any, Codec] = {float: FloatCodec()}
+        self._compiled.update({cls: ExactCodec(cls) for cls in (str, int, bool, NULL)})
+        self._compiled.update({codec.cls: codec for codec in text_codecs()})
+        self.any = self._compiled[Any] = self._compiled[object] = AnyCodec(self)
+
+    def of(self, hint: Any) -> Codec:
+        """The codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
+        hint = _bare(hint)
+        try:
+            codec = self._compiled.get(hint)
+        except TypeError:
+            return self._compile(hint)
+        if codec is None:
+            codec = self._compile(hint)
+            self._compiled.setdefault(hint, codec)
+        return codec
+
+    def keep(self, hint: Any, codec: Codec) -> int:
+        """Enter ``codec`` before it is complete, so that a recursive type finds it; gives the number known before."""
+        known = len(self._compiled)
+        self._compiled[hint] = codec
+        return known
+
+    def forget_since(self, known: int) -> None:
+        """Drop all but the first ``known`` codecs: a class could not be compiled, and the later ones may lead to it."""
+        while len(self._compiled) > known:
+            self._compiled.popitem()
+
+    def _compile(self, hint: Any) -> Codec:
+        origin = typing.get_origin(hint)
+        args = typing.get_args(hint)
+        if origin is typing.Union or origin is types.UnionType:
+            return self._union([self.of(arg) for arg in args])
+        if origin is typing.Literal:
+            return LiteralCodec(args, self.of)
+        if isinstance(hint, typing.TypeVar):
+            return self._type_variable(hint)
+        cls = origin or hint
+        if cls is tuple:
+            return self._tuple(args)
+        if cls in (list, set, frozenset):
+            return ArrayCodec(cls, self.of(args[0]) if args else self.any)
+        if cls in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
+            key, value = args or (str, Any)
+            return DictCodec(self.of(key), self.of(value))
+        if cls in _ABSTRACT:
+            item = self.of(args[0]) if args else self.any
+            return self._union([ArrayCodec(concrete, item) for concrete in _ABSTRACT[cls]])
+        if isinstance(cls, type):
+            return self._class(hint, cls, args)
+        return self._other(hint)
+
+    def _class(self, hint: Any, cls: type, args: tuple[Any, ...]) -> Codec:
+        if issubclass(cls, enum.Enum):
+            return EnumCodec(cls)
+        if cls is BaseModel:
+            return AbstractCodec(cls, self)
+        return class_codec(hint, cls, args, self) or self._other(hint)
+
+    def _other(self, hint: Any) -> Codec:
+        try:
+            return PydanticCodec(hint)
+        except (PydanticSchemaGenerationError, PydanticUserError):
+            if isinstance(hint, type):
+                return AbstractCodec(hint, self)
+            raise Refused(f"values of type {hint} cannot be sent") from None
+
+    def _type_variable(self, variable: typing.TypeVar) -> Codec:
+        if variable.__constraints__:
+            return self._union([self.of(hint) for hint in variable.__constraints__])
+        return self.of(Any if variable.__bound__ is None else variable.__bound__)
+
+    def _tuple(self, args: tuple[Any, ...]) -> Codec:
+        if not args or (len(args) == 2 and args[1] is Ellipsis):
+            return ArrayCodec(tuple, self.of(args[0]) if args else self.any)
+        return TupleCodec([self.of(arg) for arg in args if arg != ()])
+
+    def _union(self, members: Sequence[Codec]) -> Codec:
+        members = list(dict.fromkeys(members))
+        if self.any in members:
+            return self.any
+        rest = [member for member in members if member.cls is not NULL]
+        if len(members) == 1:
+            return members[0]
+        if len(rest) == 1 and NULL not in rest[0].kinds:
+            return OptionalCodec(rest[0])
+        return UnionCodec(members, self)
+
+    def find(self, name: str, base: type) -> type | None:
+        """The class that ``"$type": name`` means where ``base`` is declared, None if there is none.
+
+        Of several definitions of one class (the same module and qualified name) the last counts. Of different classes
+        the registered one counts.
+        """
+        named: dict[tuple[str, str], type] = {}
+        for cls in _with_subclasses(base):
+            if cls.__name__ == name and self.is_structured(cls):
+                named.pop((cls.__module__, cls.__qualname__), None)
+                named[cls.__module__, cls.__qualname__] = cls
+        if len(named) == 1:
+            return next(iter(named.values()))
+        registered = self.lookup(name)
+        return registered if registered is not None and _fits(registered, base) else None
+
+    def class_codec(self, cls: type) -> ClassCodec | None:
+        """The codec of a dataclass, a Pydantic model or ``Image``, None for others; raises ``Refused``."""
+        codec = self._compiled.get(cls) or class_codec(cls, cls, (), self)
+        return codec if isinstance(codec, ClassCodec) else None
+
+    def is_structured(self, cls: type) -> bool:
+        """Whether values of ``cls`` are JSON objects that can carry their class's name."""
+        try:
+            return self.class_codec(cls) is not None
+        except Refused:
+            return False
+
+    def encode_marked(self, value: Any, base: type | None) -> dict[str, Any]:
+        """The tree of a dataclass, model or image with its class's name, where ``base`` is declared (None: Any)."""
+        cls = type(value)
+        fits = base is None or _fits(cls, base)
+        codec = self.class_codec(cls) if fits else None
+        if codec is None:
+            wanted = "where any JSON value may stand" if base is None else f"declared {base.__name__}"
+            raise Refused(f"{wanted}, {value_of_type(cls)} does not come back as it is")
+        if base is not None and self.find(codec.name, base) not in (cls, None):
+            raise Refused(f"several classes below {base.__name__} are named {codec.name}")
+        return codec.mark(codec.encode(value))
+
+    def decode_marked(self, tree: dict[str, Any], base: type) -> Any:
+        """The value of a tree that names its class, where ``base`` is declared."""
+        name = tree[TYPE_KEY]
+        cls = self.find(name, base) if type(name) is str else None
+        if cls is None:
+            raise Unreadable(f'"{TYPE_KEY}" names no class that fits {base.__name__}')
+        return self.of(cls).decode_marked(tree)
+
+
+def _fits(cls: type, base: type) -> bool:
+    try:
+        return issubclass(cls, base)
+    except TypeError:
+        # A Protocol that is not runtime_checkable, or has data members: its author says that anything may fit.
+        return True
+
+
+def _with_subclasses(base: type) -> Iterable[type]:
+    """``base`` and all classes below it, in the order of their definition within each class."""
+    seen: dict[type, None] = {base: None}
+    queue = [base]
+    for cls in queue:
+        subclasses: list[type] = type.__subclasses__(cls)
+        for sub in subclasses:
+            if sub not in seen:
+                seen[sub] = None
+                queue.append(sub)
+    return seen
+
+
+def _bare(hint: Any) -> Any:
+    """``hint`` without what says nothing about the value: Annotated, Final, NewType, type aliases."""
+    while True:
+        if typing.get_origin(hint) in (typing.Annotated, typing.Final, typing.Required, typing.NotRequired):
+            hint = typing.get_args(hint)[0]
+        elif isinstance(hint, typing.NewType):
+            hint = hint.__supertype__
+        elif type(hint).__name__ == "TypeAliasType":
+            hint = hint.__value__
+        elif hint is typing.LiteralString:
+            return str
+        else:
+            return NULL if hint is None else hint

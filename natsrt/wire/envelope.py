@@ -1,0 +1,162 @@
+"""The bodies of natsrt messages: CloudEvents 1.0 in the JSON event format, with ``data`` last.
+
+Rules:
+
+1. A body of ours is ``{"specversion":"1.0",<attributes>,"data":<payload>}``. A quote inside a JSON string is always
+   escaped, so the first ``,"data":`` ends the attributes, and the payload is cut out exactly as the sender's
+   serializer wrote it. Payloads that are not JSON travel in ``data_base64`` (CloudEvents JSON format, §3.1.1).
+2. A body in another order is parsed generally; the payload is then the JSON text of its ``data``.
+3. A body without a ``type`` under ``natsrt.`` is not ours: it is a *plain* body, the payload itself.
+4. A body that claims to be ours and is broken is a `CannotDecode`, never a plain body.
+
+Everything here is a pure function of bytes: no I/O, no state.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from natsrt.errors import CannotDecode
+
+CALL: Final = "natsrt.call"
+REPLY: Final = "natsrt.reply"
+ERROR: Final = "natsrt.error"
+ACCEPTED: Final = "natsrt.accepted"
+EVENT: Final = "natsrt.event"
+CONTROL: Final = "natsrt.control"
+FATE: Final = "natsrt.fate"
+SERVE: Final = "natsrt.serve"
+CANCEL: Final = "natsrt.cancel"
+
+JSON_CONTENT: Final = "application/json"
+NO_AGENT: Final = "/"
+"""The ``source`` of a message that no agent sent. CloudEvents requires a non-empty URI-reference."""
+
+_START = b'{"specversion":"1.0"'
+_DATA = b',"data":'
+
+
+@dataclass(slots=True)
+class Envelope:
+    """A decoded body of ours. ``attributes`` are the CloudEvents attributes and extensions as they were sent."""
+
+    attributes: Mapping[str, Any]
+    payload: bytes
+    body: bytes
+
+    @property
+    def type(self) -> str:
+        return self.attributes["type"]  # type: ignore[no-any-return]
+
+    def text(self, name: str) -> str | None:
+        """The attribute ``name`` as text, None if absent; `CannotDecode` if it is not a string."""
+        value = self.attributes.get(name)
+        if value is None or isinstance(value, str):
+            return value
+        raise CannotDecode("an envelope", f"the attribute {name!r} must be a string, not {type(value).__name__}")
+
+    def required(self, name: str) -> str:
+        """The attribute ``name``, which must be there and be a string."""
+        value = self.text(name)
+        if value is None:
+            raise CannotDecode("an envelope", f"the attribute {name!r} is missing")
+        return value
+
+    def json(self) -> Any:
+        """The payload as plain JSON values."""
+        try:
+            return orjson.loads(self.payload)
+        except orjson.JSONDecodeError as error:
+            raise CannotDecode("the data of an envelope", str(error), self.payload) from None
+
+    def general(self) -> Envelope | None:
+        """The body parsed as whole JSON, None if the cut already was exact.
+
+        A writer that puts attributes behind ``data`` makes the cut payload invalid; the reader that finds it so asks
+        here once before it gives up.
+        """
+        try:
+            whole = orjson.loads(self.body)
+        except orjson.JSONDecodeError:
+            return None
+        parsed = _from_object(whole, self.body)
+        return None if parsed is None or parsed.payload == self.payload else parsed
+
+
+def quote(text: str) -> str:
+    """``text`` as a JSON string. Raises ValueError for lone surrogates, which no UTF-8 text can carry."""
+    try:
+        return orjson.dumps(text).decode()
+    except orjson.JSONEncodeError:
+        raise ValueError(f"{text!r} is not text that UTF-8 can carry") from None
+
+
+def encode(kind: str, attributes: str, payload: bytes, content_type: str = JSON_CONTENT) -> bytes:
+    """A body of ``kind``.
+
+    ``attributes`` is JSON text such as ``"id":"1","source":"/"`` (see `attribute`), because the hot path composes it
+    from parts that it has quoted before.
+    """
+    if content_type == JSON_CONTENT:
+        return b'{"specversion":"1.0","type":"%b",%b,"data":%b}' % (kind.encode(), attributes.encode(), payload)
+    return b'{"specversion":"1.0","type":"%b",%b,"datacontenttype":%b,"data_base64":"%b"}' % (
+        kind.encode(),
+        attributes.encode(),
+        orjson.dumps(content_type),
+        b64encode(payload),
+    )
+
+
+def attribute(name: str, value: str) -> str:
+    """One attribute as JSON text. ``name`` is ours; ``value`` may be anything."""
+    return f'"{name}":{quote(value)}'
+
+
+def decode(body: bytes) -> Envelope | None:
+    """The envelope in ``body``, or None for a plain body. Raises `CannotDecode` for a broken body of ours."""
+    if body.startswith(_START):
+        end = body.find(_DATA)
+        if end >= 0 and body.endswith(b"}"):
+            try:
+                attributes = orjson.loads(body[:end] + b"}")
+            except orjson.JSONDecodeError:
+                attributes = None
+            if attributes is not None:
+                kind = attributes.get("type")
+                if isinstance(kind, str) and kind.startswith("natsrt.") and "data_base64" not in attributes:
+                    return Envelope(attributes, body[end + len(_DATA) : -1], body)
+    elif body.lstrip()[:1] != b"{":
+        return None
+    try:
+        whole = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if body.startswith(_START) and b'"natsrt.' in body[:200]:
+            raise CannotDecode("a natsrt envelope", str(error), body) from None
+        return None
+    return _from_object(whole, body)
+
+
+def _from_object(whole: Any, body: bytes) -> Envelope | None:
+    if not isinstance(whole, dict):
+        return None
+    kind = whole.get("type")
+    if not isinstance(kind, str) or not kind.startswith("natsrt."):
+        return None
+    if whole.get("specversion") != "1.0":
+        raise CannotDecode("a natsrt envelope", "its specversion must be '1.0'", body)
+    attributes = {name: value for name, value in whole.items() if name not in ("data", "data_base64")}
+    if "data_base64" in whole:
+        if "data" in whole:
+            raise CannotDecode("a natsrt envelope", "it has both data and data_base64", body)
+        try:
+            payload = b64decode(whole["data_base64"], validate=True)
+        except (ValueError, TypeError):
+            raise CannotDecode("a natsrt envelope", "its data_base64 is not base64", body) from None
+    else:
+        payload = orjson.dumps(whole.get("data"))
+    return Envelope(attributes, payload, body)

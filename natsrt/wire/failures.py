@@ -1,0 +1,156 @@
+"""Exceptions on the wire: what a handler raised, and how its caller gets it back.
+
+A failure is data: class name, text, arguments, fields and traceback. The caller rebuilds only classes that it knows
+already, by ``__new__`` and fields, and never calls or imports anything that the wire names. Any doubt becomes a
+`RemoteAgentError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import traceback
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+from autogen_core import exceptions as autogen_exceptions
+from autogen_core import tool_agent
+
+from natsrt import errors
+from natsrt.errors import NatsrtError, RemoteAgentError
+
+SERVICE_ERROR: Final = "Nats-Service-Error"
+"""Header with an error's text, as the NATS service protocol defines it (ADR-32)."""
+SERVICE_ERROR_CODE: Final = "Nats-Service-Error-Code"
+"""Header with an error's number (ADR-32)."""
+
+CANCELLED: Final = 499
+_MAX_TEXT = 16_384
+
+_FORBIDDEN = (StopIteration, StopAsyncIteration, GeneratorExit)
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Where a rebuilt exception was raised: on ``exception.natsrt_remote``.
+
+    ``traceback`` is None where the worker sends none (``send_tracebacks=False``).
+    """
+
+    agent: str | None
+    worker_id: str | None
+    traceback: str | None
+
+
+def qualified_name(cls: type[BaseException]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class ErrorTypes:
+    """The exception classes a runtime may rebuild: builtins, AutoGen's, natsrt's, and those its user added."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type[BaseException]] = {}
+        for module in (builtins, autogen_exceptions, tool_agent, errors):
+            for value in vars(module).values():
+                if isinstance(value, type) and issubclass(value, BaseException):
+                    is_tool = issubclass(value, tool_agent.ToolException)
+                    if (issubclass(value, Exception) or is_tool) and not issubclass(value, _FORBIDDEN):
+                        self._classes[qualified_name(value)] = value
+
+    def add(self, cls: type[BaseException]) -> None:
+        """Let exceptions of ``cls`` arrive as themselves. Raises TypeError for what no future can carry."""
+        if not (isinstance(cls, type) and issubclass(cls, BaseException)) or issubclass(cls, _FORBIDDEN):
+            raise TypeError(f"{cls!r} is not an exception class that a call can raise")
+        self._classes[qualified_name(cls)] = cls
+
+    def rebuild(self, payload: bytes, *, agent: str | None, worker_id: str | None) -> BaseException:
+        """The exception in the data of a ``natsrt.error``. Never raises: what cannot be read says so."""
+        try:
+            data = orjson.loads(payload)
+            name, message = str(data["type"]), str(data["message"])
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return RemoteAgentError("unknown", "the worker sent an error that cannot be read")
+        trace = data.get("traceback")
+        remote = Remote(agent, worker_id, trace if isinstance(trace, str) else None)
+        exception = self._rebuild(name, message, data)
+        try:
+            exception.natsrt_remote = remote  # type: ignore[attr-defined]
+            where = f"raised by agent {agent} on worker {worker_id}"
+            exception.add_note(f"{where}\n{remote.traceback}" if remote.traceback else where)
+        except (AttributeError, TypeError):
+            pass
+        return exception
+
+    def _rebuild(self, name: str, message: str, data: dict[str, Any]) -> BaseException:
+        if data.get("code") == CANCELLED:
+            return asyncio.CancelledError(message)
+        cls = self._classes.get(name)
+        args, fields = data.get("args"), data.get("fields")
+        if cls is None or not isinstance(args, list) or not isinstance(fields, dict):
+            return RemoteAgentError(name, message)
+        try:
+            exception = cls.__new__(cls, *args)
+            exception.args = tuple(args)
+            exception.__dict__.update(fields)
+            str(exception)
+        except Exception:  # any doubt becomes a RemoteAgentError: the class may do what it likes in __new__ and __str__
+            return RemoteAgentError(name, message)
+        return exception
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception made ready to travel: ``payload`` for the body, ``code`` and ``text`` for the headers."""
+
+    payload: bytes
+    code: int
+    text: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        line = " ".join(self.text.split()) or "error"
+        return {SERVICE_ERROR: line.encode("ascii", "replace").decode()[:512], SERVICE_ERROR_CODE: str(self.code)}
+
+
+def describe(exception: BaseException, *, with_traceback: bool) -> Failure:
+    """``exception`` as data. Arguments and fields travel only where JSON carries them exactly."""
+    cls = type(exception)
+    text = _text(exception)
+    code = CANCELLED if isinstance(exception, asyncio.CancelledError) else _code(exception)
+    data: dict[str, Any] = {"type": qualified_name(cls), "message": text, "code": code}
+    args = _exact(list(exception.args))
+    fields = _exact({k: v for k, v in _fields(exception).items() if not k.startswith("__")})
+    if args is not None and fields is not None:
+        data["args"], data["fields"] = args, fields
+    if with_traceback and exception.__traceback__ is not None:
+        lines = traceback.format_exception(exception)
+        data["traceback"] = "".join(lines)[-_MAX_TEXT:]
+    return Failure(orjson.dumps(data, default=str), code, text)
+
+
+def _text(exception: BaseException) -> str:
+    try:
+        text = str(exception)
+    except Exception:  # a broken __str__ must not cost the caller the answer
+        text = "(its text could not be made)"
+    if not text and (fields := _fields(exception)):
+        text = ", ".join(f"{name}={value!r}" for name, value in fields.items() if not name.startswith("_"))
+    return text.encode("utf-8", "replace").decode()[:_MAX_TEXT]
+
+
+def _fields(exception: BaseException) -> dict[str, Any]:
+    return {k: v for k, v in vars(exception).items() if k not in ("__notes__", "natsrt_remote", "payload")}
+
+
+def _code(exception: BaseException) -> int:
+    return exception.code if isinstance(exception, NatsrtError) else 500
+
+
+def _exact(value: Any) -> Any:
+    """``value`` if JSON carries it unchanged, else None."""
+    try:
+        return value if orjson.loads(orjson.dumps(value)) == value else None
+    except (TypeError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,429 @@
+"""The names on the wire: tokens, subjects, queue groups and buckets, protocol version 1.
+
+Rules:
+
+1. Every name of the user (agent type, key, part of a topic type, source) becomes tokens of ``[A-Za-z0-9_=-]`` only.
+   Such a token is valid in a NATS subject and in a JetStream KV key, and no name can smuggle in a wildcard, a further
+   token, or a CR LF, which would end the protocol line and let a name speak to the server.
+2. Different names have different subjects, and a subject gives the names back. Only a token over 200 bytes is replaced
+   by a hash; its value then travels in the body and must hash to that token.
+3. What cannot be sent is a ``ValueError`` before anything is sent: nats-server closes a connection whose protocol line
+   is too long, and nats-py does not come back from that.
+
+Theory of operation. ``enc(s)`` writes ``""`` as ``=``, bytes in ``[A-Za-z0-9_-]`` as they are, and every other byte of
+the UTF-8 text as ``=`` and two upper-case hex digits. So ``=`` is always followed by two hex digits or stands alone,
+and ``=H``, which opens a hash, can never be the encoding of a value.
+
+A topic type is split at every ``.`` (which vanishes) and after every ``:`` (which stays at the end of its part). A part
+that ends in ``:`` is joined to the next one directly, any other part with a ``.``; that makes the split reversible. A
+prefix that ends on a boundary is then a list of complete parts, which a subject wildcard can express exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from natsrt.errors import ConfigurationError
+
+__all__ = [
+    "MAX_SUBJECT_BYTES",
+    "MAX_TOKEN_BYTES",
+    "Filter",
+    "Subjects",
+    "decode_token",
+    "encode_text",
+    "encode_token",
+    "is_hashed",
+    "plain_prefix",
+]
+
+MAX_TOKEN_BYTES = 200
+"""The longest token that is not replaced by a hash, in bytes of its encoded form."""
+
+MAX_SUBJECT_BYTES = 1024
+"""The longest subject that is sent, in bytes, namespace included."""
+
+_CACHE_ENTRIES = 4096
+_CACHED_CHARS = 256  # longer names are encoded anew each time, so that full caches stay small
+_SHOWN_CHARS = 80
+
+_PLAIN = re.compile(r"[A-Za-z0-9_-]+")
+_ESCAPED = re.compile(r"(?:[A-Za-z0-9_-]|=[0-9A-F]{2})*")
+_ESCAPE = re.compile(rb"=([0-9A-F]{2})")
+_HASHED = re.compile(r"=H[0-9a-f]{64}")
+_TOPIC_TYPE_CHARS = re.compile(r"[\w\-.:=]*")  # what AutoGen's TopicId allows; \w is Unicode's
+_ENCODED_BYTES = tuple(chr(byte) if _PLAIN.fullmatch(chr(byte)) else f"={byte:02X}" for byte in range(256))
+
+_TREES = ("agent", "topic", "natsrt")
+
+
+def encode_text(value: str) -> str:
+    """Return ``enc(value)``, of any length: the reversible form that bodies use.
+
+    Raises ValueError if ``value`` holds a lone surrogate, which UTF-8 cannot carry.
+    """
+    plain = _PLAIN.fullmatch(value)
+    if plain:
+        return plain.group()  # not `value`: a member of a `str` enumeration would format as its name
+    if not value:
+        return "="
+    try:
+        encoded = value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{_shown(value)} cannot be a name: it has a lone surrogate at position {error.start}, "
+            "which UTF-8 cannot carry"
+        ) from error
+    return "".join(map(_ENCODED_BYTES.__getitem__, encoded))
+
+
+def encode_token(value: str) -> str:
+    """Return the token for ``value``: ``enc(value)``, or if that is over 200 bytes its hash.
+
+    The hash is ``=H`` and the SHA-256 of the UTF-8 value in 64 lower-case hex digits; the value must then travel in the
+    body. Raises ValueError as `encode_text` does.
+    """
+    return _cached_token(value) if len(value) <= _CACHED_CHARS else _token(value)
+
+
+def decode_token(token: str) -> str:
+    """Return the value of which ``token`` is the `encode_text`, whatever its length.
+
+    Raises ValueError, naming what is wrong, for anything that `encode_text` does not write: hashes, malformed escapes,
+    bytes that are not UTF-8, and escapes of characters that need none (a name with two spellings would have two
+    subjects).
+    """
+    if _PLAIN.fullmatch(token):
+        return token
+    if token == "=":
+        return ""
+    if not token or not _ESCAPED.fullmatch(token):
+        raise ValueError(f"{_shown(token)} is not an encoded name: {_what_is_malformed(token)}")
+    try:
+        value = _ESCAPE.sub(lambda escape: bytes.fromhex(escape[1].decode()), token.encode()).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{_shown(token)} is not an encoded name: its bytes are not UTF-8") from error
+    spelling = encode_text(value)
+    if spelling != token:
+        raise ValueError(f"{_shown(token)} is not an encoded name: {_shown(value)} is written {_shown(spelling)}")
+    return value
+
+
+def is_hashed(token: str) -> bool:
+    """Whether ``token`` stands for a value that only the body holds."""
+    return _HASHED.fullmatch(token) is not None
+
+
+def plain_prefix(prefix: str) -> str:
+    """Return the text with which topic types must start to match a ``TypePrefixSubscription`` for ``prefix``.
+
+    That is ``prefix`` itself, but ``news.*``, as an older guide writes it, means ``news.``. (AutoGen's own
+    ``is_match`` takes the ``*`` literally and never matches: compare with this text instead.)
+
+    Raises ValueError, with the spelling that was probably meant, if no topic type can start with ``prefix``.
+    """
+    text = prefix[:-1] if prefix.endswith(".*") else prefix
+    spelled = _TOPIC_TYPE_CHARS.fullmatch(text)
+    if spelled:
+        return spelled.group()
+    possible = _TOPIC_TYPE_CHARS.match(prefix.strip())
+    meant = possible.group() if possible else ""
+    everything = "" if meant else ", which means every topic"
+    raise ValueError(
+        f"no topic type can start with {_shown(prefix)}: a prefix is plain text of letters, digits and _ - . : = "
+        f"without wildcards; write {_shown(meant)}{everything}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What to subscribe to, to receive the events of one AutoGen subscription.
+
+    ``exact`` is True if the subject lets exactly the matching topics through. If it is False it lets all of them
+    through and others too, and the subscriber must also ask the subscription's ``is_match``.
+    """
+
+    subject: str
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """All names of one namespace.
+
+    ``namespace`` is one token of ``[A-Za-z0-9_-]``, at most 200 bytes, put with a ``.`` before every subject and with a
+    ``_`` before every bucket and stream; ``""`` puts nothing. It is not put before queue groups, which NATS scopes by
+    their subjects. Namespaces keep names apart, not users: that takes NATS permissions or accounts.
+
+    Raises ConfigurationError for any other namespace, and for names that would put its subjects among those of an
+    application without a namespace.
+    """
+
+    namespace: str = ""
+    _root: str = field(init=False, repr=False, compare=False)
+    _topics: str = field(init=False, repr=False, compare=False)
+    _no_reply: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.namespace:
+            _check_namespace(self.namespace)
+        root = f"{self.namespace}." if self.namespace else ""
+        object.__setattr__(self, "_root", root)
+        object.__setattr__(self, "_topics", f"{root}topic.")
+        object.__setattr__(self, "_no_reply", ("$", *(f"{root}{tree}." for tree in _TREES)))
+
+    def agent(self, agent_type: str) -> str:
+        """The subject of calls to any agent of ``agent_type``: ``agent.<type>``."""
+        return f"{self._root}agent.{encode_token(agent_type)}"
+
+    def instance(self, agent_type: str, key: str) -> str:
+        """The subject of calls to one agent, in the one place where it lives: ``agent.<type>.<key>``."""
+        return f"{self._root}agent.{encode_token(agent_type)}.{encode_token(key)}"
+
+    def topic(self, topic_type: str, source: str) -> str:
+        """The subject of events on a topic: ``topic.<type tokens>.<source>``.
+
+        Any two strings have a subject, also those that AutoGen's ``TopicId`` refuses. Raises ValueError if it would be
+        over 1,024 bytes or a string holds a lone surrogate.
+        """
+        subject = f"{self._topics}{_type_tokens(topic_type)}.{encode_token(source)}"
+        if len(subject) > MAX_SUBJECT_BYTES:
+            raise _too_long(f"topic type {_shown(topic_type)} with source {_shown(source)}", subject)
+        return subject
+
+    def parse_topic(self, subject: str, *, topic_type: str | None = None, source: str | None = None) -> tuple[str, str]:
+        """Return topic type and source of an event from its ``subject``: the reverse of `topic`.
+
+        ``topic_type`` and ``source`` are what the event's body claims, None if it claims nothing. The subject decides,
+        because permissions are checked on it: a claim supplies a value that the subject only has as a hash, and every
+        claim must agree with the subject. Whether AutoGen's ``TopicId`` takes the type is left to ``TopicId``.
+
+        Raises ValueError if ``subject`` is none that `topic` returns, if a hashed value is not claimed, or if a claim
+        does not agree.
+        """
+        if not subject.startswith(self._topics):
+            raise ValueError(f"{_shown(subject)} is not the subject of a topic: it does not start with {self._topics}")
+        if len(subject) > MAX_SUBJECT_BYTES:
+            raise _too_long("the event", subject)
+        type_tokens, dot, source_token = subject[len(self._topics) :].rpartition(".")
+        if not dot:
+            raise ValueError(f"{_shown(subject)} is not the subject of a topic: it has no source after the topic type")
+        return (
+            _agreed("topic type", _read_type(type_tokens), topic_type, _type_tokens, type_tokens),
+            _agreed("source", _read_token(source_token), source, encode_token, source_token),
+        )
+
+    def type_filter(self, topic_type: str) -> Filter:
+        """The filter of ``TypeSubscription(topic_type)``: that type with any source.
+
+        Raises ValueError as `topic` does.
+        """
+        return self._checked_filter(f"{_type_tokens(topic_type)}.*", True, "topic type", topic_type)
+
+    def instance_type_filter(self, topic_type: str, key: str) -> Filter:
+        """The filter of ``TypeSubscription(topic_type)`` for the one agent with ``key``: that type with source ``key``.
+
+        Raises ValueError as `topic` does.
+        """
+        return Filter(self.topic(topic_type, key), True)
+
+    def prefix_filter(self, prefix: str) -> Filter:
+        """The filter of ``TypePrefixSubscription(prefix)``.
+
+        | prefix | subject | exact |
+        |---|---|---|
+        | (empty) | ``topic.*.>`` | yes |
+        | ``news.``, also written ``news.*`` | ``topic.news.*.>`` | yes |
+        | ``worker:`` | ``topic.worker=3A.*.>`` | yes |
+        | ``ord`` | ``topic.*.>`` | no |
+        | ``a.b.or`` | ``topic.a.b.*.>`` | no |
+
+        The ``*`` leaves room for one more token of the type and the ``>`` for the rest and the source; without the
+        ``*`` the topic ``news`` itself, whose source is the next token, would come along. Complete parts of the prefix
+        that are hashed are compared by their hash. A prefix that ends inside a part says nothing about that part's
+        token, hashed or not, so it subscribes at the boundary before that part and is not exact.
+
+        Raises ValueError if no topic type can start with ``prefix`` (see `plain_prefix`) or no subject is that long.
+        """
+        *complete, rest = _split(plain_prefix(prefix))
+        tokens = "".join(f"{encode_token(part)}." for part in complete)
+        return self._checked_filter(f"{tokens}*.>", not rest, "prefix", prefix)
+
+    @property
+    def everything(self) -> str:
+        """The subject that matches every topic."""
+        return f"{self._topics}*.>"
+
+    def worker(self, worker_id: str) -> str:
+        """The subject on which one worker is asked about its calls and told to drain."""
+        return f"{self._root}natsrt.worker.{encode_token(worker_id)}"
+
+    def control(self, agent_type: str, key: str | None = None) -> str:
+        """The subject for metadata, state and activation of a type, or with ``key`` of one agent.
+
+        It is outside ``agent.>``, so that a permission to call is not a permission to control.
+        """
+        subject = f"{self._root}natsrt.control.{encode_token(agent_type)}"
+        return subject if key is None else f"{subject}.{encode_token(key)}"
+
+    @property
+    def cancel(self) -> str:
+        """The subject on which every cancellation is broadcast."""
+        return f"{self._root}natsrt.cancel"
+
+    @property
+    def registry_feed(self) -> str:
+        """The root under which the server republishes committed changes of the registry."""
+        return f"{self._root}natsrt.registry"
+
+    def bucket(self, name: str) -> str:
+        """The name of a bucket or stream: ``<namespace>_<name>``, without a namespace ``name`` itself."""
+        return f"{self.namespace}_{name}" if self.namespace else name
+
+    def queue(self, agent_type: str, key: str | None = None) -> str:
+        """The queue group in which the workers of a type, or with ``key`` the holders of one agent, share messages."""
+        group = encode_token(agent_type)
+        return group if key is None else f"{group}.{encode_token(key)}"
+
+    def is_reserved(self, subject: str) -> bool:
+        """Whether a worker must refuse to send a reply, or an acceptance (``acceptto``), to ``subject``.
+
+        The caller chooses these subjects, but the worker publishes to them with the worker's permissions. A caller who
+        may publish to ``agent.public`` only could name ``agent.admin``, a control subject, a topic or ``$JS.API…``, and
+        the worker would send there for it, in the worker's name, a text that the caller partly chooses. So nothing of
+        the kind goes into this namespace's trees or to a subject of the server. A subject over 1,024 bytes is refused
+        too: with the worker's headers its protocol line can exceed what the server takes, which closes the worker's
+        connection. Trees of other namespaces are not known here; permissions must keep a worker out of them.
+
+        (Acknowledgements of JetStream messages go to ``$JS.ACK…`` and are not replies in this sense.)
+        """
+        return subject.startswith(self._no_reply) or len(subject.encode(errors="surrogatepass")) > MAX_SUBJECT_BYTES
+
+    def _checked_filter(self, tokens: str, exact: bool, what: str, value: str) -> Filter:
+        subject = f"{self._topics}{tokens}"
+        if len(subject) > MAX_SUBJECT_BYTES:
+            raise _too_long(f"{what} {_shown(value)}", subject)
+        return Filter(subject, exact)
+
+
+def _check_namespace(namespace: str) -> None:
+    if not _PLAIN.fullmatch(namespace):
+        raise ConfigurationError(
+            "namespace", f"{_shown(namespace)} must be one subject token of letters A-Z a-z, digits, _ and -, or empty"
+        )
+    if len(namespace) > MAX_TOKEN_BYTES:
+        raise ConfigurationError(
+            "namespace", f"it takes {len(namespace):,} bytes; at most {MAX_TOKEN_BYTES} are allowed"
+        )
+    if namespace in (*_TREES, "_INBOX"):
+        raise ConfigurationError(
+            "namespace",
+            f"{namespace!r} would mix its subjects with those of applications that have no namespace; choose another",
+        )
+
+
+def _token(value: str) -> str:
+    token = encode_text(value)
+    return token if len(token) <= MAX_TOKEN_BYTES else f"=H{hashlib.sha256(value.encode()).hexdigest()}"
+
+
+_cached_token = lru_cache(maxsize=_CACHE_ENTRIES)(_token)
+
+
+def _type_tokens(topic_type: str) -> str:
+    return _cached_join(topic_type) if len(topic_type) <= _CACHED_CHARS else _encoded_join(topic_type)
+
+
+def _encoded_join(topic_type: str) -> str:
+    return ".".join(map(encode_token, _split(topic_type)))
+
+
+_cached_join = lru_cache(maxsize=_CACHE_ENTRIES)(_encoded_join)
+
+
+def _split(topic_type: str) -> list[str]:
+    """The parts of a topic type, at least one; the last never ends in ``:``."""
+    parts = []
+    for piece in topic_type.split("."):
+        *closed, last = piece.split(":")
+        parts += [f"{part}:" for part in closed]
+        parts.append(last)
+    return parts
+
+
+def _join(parts: list[str]) -> str:
+    return "".join(part if part.endswith(":") else f"{part}." for part in parts).removesuffix(".")
+
+
+@lru_cache(maxsize=_CACHE_ENTRIES)
+def _read_type(tokens: str) -> str | None:
+    """The topic type that ``tokens`` stand for, None if one of them is a hash. ValueError if they stand for none."""
+    parts = []
+    hashed = False
+    for token in tokens.split("."):
+        part = _read_token(token)
+        if part is None:
+            hashed = True
+        else:
+            parts.append(part)
+    if hashed:
+        return None
+    topic_type = _join(parts)
+    spelling = _type_tokens(topic_type)
+    if spelling != tokens:
+        raise ValueError(f"{_shown(tokens)} are not the tokens of a topic type: {_shown(topic_type)} has {spelling}")
+    return topic_type
+
+
+@lru_cache(maxsize=_CACHE_ENTRIES)
+def _read_token(token: str) -> str | None:
+    """The value of a token of a subject, None if it is a hash. ValueError if no value has that token."""
+    if is_hashed(token):
+        return None
+    value = decode_token(token)
+    if len(token) > MAX_TOKEN_BYTES:
+        raise ValueError(
+            f"the token {_shown(token)} takes {len(token):,} bytes, so its hash {_token(value)} must be used"
+        )
+    return value
+
+
+def _agreed(what: str, known: str | None, claim: str | None, encode: Callable[[str], str], tokens: str) -> str:
+    """The value that the subject gives as ``known`` (None: as a hash) and the body as ``claim`` (None: not at all)."""
+    if claim is None:
+        if known is None:
+            raise ValueError(
+                f"the subject has only the hash of the {what}, {tokens}, and the body does not give its value"
+            )
+        return known
+    agrees = encode(claim) == tokens if known is None else claim == known
+    if not agrees:
+        raise ValueError(f"the body's {what} {_shown(claim)} does not agree with the subject, which has {tokens}")
+    return claim
+
+
+def _what_is_malformed(token: str) -> str:
+    if not token:
+        return "it is empty, and the empty name is written '='"
+    if is_hashed(token):
+        return "it is a hash, and the value is in the body of the message only"
+    valid = _ESCAPED.match(token)
+    position = valid.end() if valid else 0
+    if token[position] == "=":
+        return f"the = at position {position} is not followed by two upper-case hex digits"
+    return f"{token[position]!r} at position {position} is neither in [A-Za-z0-9_-] nor written as = and two hex digits"
+
+
+def _too_long(what: str, subject: str) -> ValueError:
+    return ValueError(f"the subject for {what} takes {len(subject):,} bytes; at most {MAX_SUBJECT_BYTES:,} are sent")
+
+
+def _shown(value: str) -> str:
+    """``value`` for an error's text, escaped and cut to a readable length."""
+    if len(value) <= _SHOWN_CHARS:
+        return ascii(str.__str__(value))
+    return f"{ascii(value[:_SHOWN_CHARS])}… ({len(value):,} characters)"

@@ -1,0 +1,86 @@
+"""Fixtures of all tests.
+
+Tests of one run share one server and keep apart by namespace (``namespace``). A test that stops, kills or pauses its
+server takes ``own_server``. With ``NATSRT_TEST_TAP=1`` a subscription to ``>`` is open beside every test.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from natsrt.embedded import EmbeddedServer
+from tests.support.processes import REPOSITORY, Processes, start_tap
+
+# The server and the processes belong to no event loop, so the session's loop may start what each test's loop uses.
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
+    """A running server that all tests share. Do not stop it; use ``namespace``."""
+    async with EmbeddedServer(http_port=-1) as shared, _tapped(shared, tmp_path_factory.mktemp("tap")):
+        yield shared
+
+
+@pytest.fixture
+async def own_server(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
+    """A running server of this test alone, to be restarted, killed or paused."""
+    async with EmbeddedServer(http_port=-1) as own, _tapped(own, tmp_path):
+        yield own
+
+
+@asynccontextmanager
+async def _tapped(server: EmbeddedServer, output: Path) -> AsyncIterator[None]:
+    if os.environ.get("NATSRT_TEST_TAP") != "1":
+        yield
+        return
+    processes = Processes(output)
+    try:
+        tap = await start_tap(processes, server.url)
+        yield
+        assert tap.running, f"the tap did not last: {tap.describe()}"
+    finally:
+        processes.close()
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A natsrt namespace that no other test uses, valid as one token of subjects, buckets and streams."""
+    return f"t{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Starts real processes, all of which end with the test."""
+    started = Processes(tmp_path)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def nats_cli() -> Path:
+    """The ``nats`` command. Without it a test is skipped, but fails where CI is set."""
+    home = Path.home()
+    go_path = Path(os.environ.get("GOPATH") or home / "go")
+    places = [
+        REPOSITORY / ".bin",
+        Path(os.environ.get("GOBIN") or go_path / "bin"),
+        go_path / "bin",
+        home / "go" / "bin",
+    ]
+    for path in (None, *map(str, places)):
+        if found := shutil.which("nats", path=path):
+            return Path(found)
+    reason = "the nats CLI is missing: go install github.com/nats-io/natscli/nats@latest"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
