@@ -23,6 +23,8 @@ the same type is refused before it is sent.
 * In ``Any`` only JSON values, dataclasses, Pydantic models and images pass: a tuple would come back as a list.
 * Scalars travel as: bytes in base64, ``datetime`` and its kin in ISO 8601, ``Decimal`` and ``UUID`` as text, enums by
   value if all their values are str or all int, else by member name. A dict declared with such keys has their text.
+  A time zone travels as its offset, and ``fold`` does not travel. A Pydantic model's own scalars are as Pydantic
+  writes them.
 * Unknown fields are ignored, so that a newer sender may add some, unless the codecs are ``strict``.
 
 Texts of errors name fields and types, never values.

@@ -298,6 +298,11 @@ class Serialization:
         """Whether messages of this type name can be read, in some content type."""
         return any(name == type_name for name, _ in (*self._registered, *self._builtin))
 
+    def content_type_of(self, type_name: str) -> str:
+        """The content type of a body of which only the type name is known: JSON, if that can be read."""
+        known = [content for name, content in (*self._registered, *self._builtin) if name == type_name]
+        return known[0] if known and JSON not in known else JSON
+
     def class_of(self, type_name: str) -> type | None:
         """The class of a type name; None if it is unknown, or known only by a serializer that has not been used."""
         known = self._classes.get(type_name)
