@@ -104,7 +104,7 @@ class Worker:
             error_types=error_types,
             produced_here=catalog.produced_here,
             ready=self._wait_ready,
-            is_ready=lambda: self._started.is_set() and self.connection.connected,
+            is_ready=lambda: self._started and self.connection.connected,
         )
         self._services = Services(
             self.connection,
@@ -117,7 +117,10 @@ class Worker:
         )
         telemetry = telemetry_for(tracer_provider, self.worker_id)
         self.dispatch.telemetry = self.sending.telemetry = telemetry
-        self._started = asyncio.Event()
+        self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the start has ended, for those who wait for it: with its failure, if it failed."""
+        self._started = False
+        self._stopping = False
         self._interest: Interest | None = None
         self._joined = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,7 +130,7 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether this runtime is connected, in step with the registry, and serves what it hosts."""
-        return self._started.is_set() and self.registry.synced
+        return self._started and not self._stopping and self.registry.synced
 
     async def start(self) -> None:
         """Connect, read the registry, serve what is hosted. Leaves nothing behind when it fails."""
@@ -143,14 +146,18 @@ class Worker:
             await self._serving.start()
             await self._confirm_at_start(entries)
             await self.connection.barrier()
-            self._started.set()
-        except BaseException:
+        except BaseException as error:
             await self._tear_down()
+            failure = error if isinstance(error, Exception) else RuntimeError("the start was cancelled")
+            self._outcome.set_exception(failure)
+            self._outcome.exception()  # whoever waits gets it; nobody has to
             raise
+        self._started = True
+        self._outcome.set_result(None)
 
     async def stop(self, drain_timeout: float, abort: asyncio.Event) -> None:
         """Stop taking messages, finish what was taken, leave the registry, close. Bounded by ``drain_timeout``."""
-        self._started.clear()
+        self._stopping = True
         logger.info("%s: stops taking messages", self.worker_id)
         await self._serving.stop()
         self._fates.accept_all()
@@ -165,6 +172,7 @@ class Worker:
         logger.info("%s: stopped", self.worker_id)
 
     async def _tear_down(self) -> None:
+        self._started = False
         await self._services.stop()
         await self._fates.stop()
         await self.calls.stop()
@@ -192,9 +200,8 @@ class Worker:
         await self.registry.declare([entry for hosted in self._catalog for entry in hosted.entries(self.worker_id)])
 
     async def _wait_ready(self) -> None:
-        timeout = self._options.offline_timeout
-        await self._started.wait()
-        await self.connection.wait_connected(timeout)
+        await asyncio.shield(self._outcome)
+        await self.connection.wait_connected(self._options.offline_timeout)
 
     @property
     def idle(self) -> bool:
@@ -328,7 +335,7 @@ class Worker:
         try:
             if not isinstance(agent_type, str) or not isinstance(revision, int):
                 raise CannotDecode("a request to serve", "agent_type must be text and revision a number")
-            await self._started.wait()
+            await asyncio.shield(self._outcome)
             await self.registry.shown(revision)
             await self._serving.serve(agent_type)
             answer = envelope.encode(envelope.REPLY, '"id":"serve-r","source":"/"', b'{"serves":true}')
