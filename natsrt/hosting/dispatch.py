@@ -16,7 +16,8 @@ import asyncio
 import logging
 import time
 import traceback
-from contextlib import nullcontext
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import orjson
@@ -34,7 +35,7 @@ from autogen_core.exceptions import MessageDroppedException
 from autogen_core.logging import DeliveryStage, MessageKind
 from nats.nuid import NUID
 
-from natsrt.errors import CannotDecode, NatsrtError, UnhandledMessage, WorkerBusy, WorkerStopped
+from natsrt.errors import CannotDecode, MessageTooLarge, NatsrtError, UnhandledMessage, WorkerBusy, WorkerStopped
 from natsrt.hosting.catalog import Catalog, Gate, HostedType
 from natsrt.hosting.control import carry_out_message
 from natsrt.hosting.fates import Fates
@@ -102,6 +103,7 @@ class Dispatch:
         self._cancellations = cancellations
         self._interventions = interventions
         self._fates = fates
+        self._type_attributes: dict[str, str] = {}
         self._tasks: dict[asyncio.Task[None], CancellationToken | None] = {}
         self._stopping = False
         self.telemetry: Telemetry | None = None
@@ -123,10 +125,16 @@ class Dispatch:
     def start(self, entry: Entry) -> None:
         self._spawn(self._serve(entry))
 
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks[task] = None
-        task.add_done_callback(self._tasks.pop)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` in a task of its own."""
+        self._tasks[asyncio.get_running_loop().create_task(self._tracked(work))] = None
+
+    async def _tracked(self, work: Coroutine[Any, Any, None]) -> None:
+        """Forget the task when it ends. A callback of the task would cost another turn of the event loop."""
+        try:
+            await work
+        finally:
+            self._tasks.pop(asyncio.current_task(), None)  # type: ignore[call-overload]
 
     async def finish(self, timeout: float, abort: asyncio.Event) -> None:
         """Wait for the handlers, ``timeout`` seconds at most or until ``abort``, then cancel them.
@@ -160,38 +168,32 @@ class Dispatch:
         began = time.perf_counter_ns()
         answer: Answer | None = None
         error: BaseException | None = None
+        body: Envelope | None = None
         plain = True
-        recipient = f"{route.hosted.agent_type}/{route.key}" if route.key is not None else route.hosted.agent_type
-        call_id = "-"
         try:
             body = envelope.decode(message.data)
             plain = body is None
-            if body is not None:
-                call_id = body.required("id")
             if route.kind is Kind.EVENT:
                 await self._event(entry, body)
+            elif route.kind is Kind.CALL:
+                answer = await self._call(entry, body)
             else:
-                if entry.pending is not None and body is not None:
-                    self._accept_at(entry, body)
-                agent_id = self._recipient(entry, body)
-                recipient = str(agent_id)
-                if route.kind is Kind.CONTROL:
-                    answer = await self._controlled(entry, agent_id, body, call_id)
-                else:
-                    answer = await self._call(entry, agent_id, body, call_id)
+                answer = await self._controlled(entry, body)
         except BaseException as raised:  # a handler's BaseException is answered too, and must not end the event loop
             error = raised
             if isinstance(raised, asyncio.CancelledError) and self._stopping:
-                error = WorkerStopped(recipient, self._worker_id)
+                error = WorkerStopped(route.name, self._worker_id)
             if isinstance(raised, CannotDecode):
                 self.undecodable += 1
-            answer = self._failure(error, plain, recipient, call_id)
-        self.intake.started(entry)
+            if route.kind is not Kind.EVENT and message.reply:
+                answer = self._failure(error, plain, route.name, _id_of(body))
+            else:
+                logger.error("%s on %s failed: %s", route.kind.value, _clip(message.subject), _outline(error))
+        if entry.waiting:
+            self.intake.started(entry)
         if route.kind is not Kind.CONTROL:
             route.hosted.statistics.record(began, error)
-        if error is not None and (route.kind is Kind.EVENT or not message.reply):
-            logger.error("%s on %s failed: %s", route.kind.value, _clip(message.subject), _outline(error))
-        if message.reply and route.kind is not Kind.EVENT and answer is not None:
+        if answer is not None and message.reply:
             await self._answer(entry, answer)
 
     async def _answer(self, entry: Entry, answer: Answer) -> None:
@@ -215,15 +217,21 @@ class Dispatch:
         await self._connection.publish(reply, answer.body, headers=answer.headers)
 
     def _failure(self, error: BaseException, plain: bool, recipient: str, call_id: str) -> Answer:
-        failure = describe(error, with_traceback=self._options.send_tracebacks)
+        answer = self._error_answer(error, plain, recipient, call_id, with_traceback=self._options.send_tracebacks)
+        try:
+            self._connection.check_size(answer.body, answer.headers)
+        except MessageTooLarge as too_large:  # said without what may be long: traceback, and names from the message
+            return self._error_answer(too_large, plain, envelope.NO_AGENT, "-", with_traceback=False)
+        return answer
+
+    def _error_answer(
+        self, error: BaseException, plain: bool, recipient: str, call_id: str, *, with_traceback: bool
+    ) -> Answer:
+        failure = describe(error, with_traceback=with_traceback)
         if plain:
             return Answer(failure.payload, failure.headers)
-        body = envelope.encode(envelope.ERROR, self._reply_attributes(call_id, recipient), failure.payload)
-        try:
-            self._connection.check_size(body, failure.headers)
-        except NatsrtError as too_large:
-            return self._failure(too_large, plain, recipient, call_id)
-        return Answer(body, failure.headers)
+        attributes = self._reply_attributes(call_id, recipient)
+        return Answer(envelope.encode(envelope.ERROR, attributes, failure.payload), failure.headers)
 
     def _reply_attributes(self, call_id: str, recipient: str) -> str:
         return (
@@ -249,12 +257,12 @@ class Dispatch:
         accept_to = body.text("acceptto")
         if accept_to is None or entry.pending is None:
             return
-        if self._subjects.is_reserved(accept_to):
+        if not envelope.is_subject(accept_to) or self._subjects.is_reserved(accept_to):
             raise CannotDecode("an envelope", "its acceptto lies where no acceptance may go")
         entry.pending.accept_to = accept_to
 
-    def _recipient(self, entry: Entry, body: Envelope | None) -> AgentId:
-        """The agent a call is for. The subject decides; the body adds the key, and must agree where both name it."""
+    def _key(self, entry: Entry, body: Envelope | None) -> str:
+        """The key of the agent a call is for. The subject decides; the body adds the key, or must agree with it."""
         route = entry.route
         if body is None:
             key = (entry.message.headers or {}).get(KEY_HEADER)
@@ -264,44 +272,56 @@ class Dispatch:
                 key = None if subject is None else decode_token(subject)
             except ValueError as error:
                 raise CannotDecode("an envelope", f"its subject is not an encoded key: {error}") from None
-        if route.key is not None:
-            if key is not None and key != route.key:
-                raise CannotDecode("an envelope", "its subject names another agent than the NATS subject does")
-            key = route.key
-        return AgentId(route.hosted.agent_type, "default" if key is None else key)
+        if route.key is None:
+            return "default" if key is None else key
+        if key is not None and key != route.key:
+            raise CannotDecode("an envelope", "its subject names another agent than the NATS subject does")
+        return route.key
 
-    async def _call(self, entry: Entry, agent_id: AgentId, body: Envelope | None, call_id: str) -> Answer:
-        if body is not None and body.type != envelope.CALL:
-            raise CannotDecode("an envelope", f"expected {envelope.CALL}, not {body.type!r}")
+    async def _call(self, entry: Entry, body: Envelope | None) -> Answer:
+        if body is not None:
+            if body.type != envelope.CALL:
+                raise CannotDecode("an envelope", f"expected {envelope.CALL}, not {body.type!r}")
+            self._accept_at(entry, body)
+        key = self._key(entry, body)
         hosted = entry.route.hosted
-        agent, delivery = await self._admit(hosted, agent_id.key, entry, body, None)
-        response = await self._invoke(hosted, agent_id, agent, delivery, entry)
-        encoded = self._serialization.encode(response)
-        events.message(
-            encoded.payload,
-            sender=agent_id,
-            receiver=delivery.context.sender,
-            kind=MessageKind.RESPOND,
-            stage=DeliveryStage.SEND,
+        agent, delivery = self._admit_at_once(hosted, key, entry, body, None) or (
+            await self._admit_in_turn(hosted, key, entry, body, None)
         )
-        answer = Answer(encoded.payload) if body is None else self._reply(encoded, call_id, agent_id)
+        response = await self._invoke(hosted, key, agent, delivery, entry)
+        encoded = self._serialization.encode(response)
+        if events.listening():
+            events.message(
+                encoded.payload,
+                sender=AgentId(hosted.agent_type, key),
+                receiver=delivery.context.sender,
+                kind=MessageKind.RESPOND,
+                stage=DeliveryStage.SEND,
+            )
+        answer = Answer(encoded.payload) if body is None else self._reply(encoded, body, hosted.agent_type, key)
         self._connection.check_size(answer.body)
         return answer
 
-    def _reply(self, encoded: Encoded, call_id: str, agent_id: AgentId) -> Answer:
-        source = f"{agent_id.type}/{encode_text(agent_id.key)}"
-        attributes = f"{self._reply_attributes(call_id, source)},{envelope.attribute('messagetype', encoded.type_name)}"
+    def _reply(self, encoded: Encoded, body: Envelope, agent_type: str, key: str) -> Answer:
+        type_attribute = self._type_attributes.get(encoded.type_name)
+        if type_attribute is None:
+            type_attribute = envelope.attribute("messagetype", encoded.type_name)
+            self._type_attributes[encoded.type_name] = type_attribute
+        attributes = f"{self._reply_attributes(_id_of(body), f'{agent_type}/{encode_text(key)}')},{type_attribute}"
         return Answer(envelope.encode(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
 
-    async def _controlled(self, entry: Entry, agent_id: AgentId, body: Envelope | None, call_id: str) -> Answer:
+    async def _controlled(self, entry: Entry, body: Envelope | None) -> Answer:
         if body is None or body.type != envelope.CONTROL:
             raise CannotDecode("a control message", f"expected {envelope.CONTROL}")
-        result = await carry_out_message(self._catalog, entry.route.hosted, agent_id.key, body)
+        self._accept_at(entry, body)
+        hosted, key = entry.route.hosted, self._key(entry, body)
+        result = await carry_out_message(self._catalog, hosted, key, body)
         try:
             payload = orjson.dumps(result)
         except TypeError as error:
             raise CannotDecode("a control result", f"an agent's state must be JSON: {error}") from None
-        answer = Answer(envelope.encode(envelope.REPLY, self._reply_attributes(call_id, str(agent_id)), payload))
+        source = f"{hosted.agent_type}/{encode_text(key)}"
+        answer = Answer(envelope.encode(envelope.REPLY, self._reply_attributes(_id_of(body), source), payload))
         self._connection.check_size(answer.body)
         return answer
 
@@ -361,8 +381,10 @@ class Dispatch:
 
     async def _deliver(self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId) -> None:
         try:
-            agent, delivery = await self._admit(hosted, key, entry, body, topic)
-            await self._invoke(hosted, AgentId(hosted.agent_type, key), agent, delivery, entry)
+            agent, delivery = self._admit_at_once(hosted, key, entry, body, topic) or (
+                await self._admit_in_turn(hosted, key, entry, body, topic)
+            )
+            await self._invoke(hosted, key, agent, delivery, entry)
         except MessageDroppedException:
             if body is not None:
                 raise
@@ -373,17 +395,24 @@ class Dispatch:
 
     # -- agent and message ---------------------------------------------------------------------------------------
 
-    async def _admit(
+    def _admit_at_once(
+        self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId | None
+    ) -> tuple[Agent, _Delivery] | None:
+        """The agent and what it is to be given, if nothing has to be waited for, and nobody waits at its gate."""
+        agent = hosted.live.get(key)
+        if agent is None or body is None or key in hosted.gates:
+            return None
+        delivery = self._delivery(body, topic)
+        if isinstance(delivery.message, UnknownPayload) and hosted.settling:
+            return None
+        self.intake.started(entry)
+        return agent, delivery
+
+    async def _admit_in_turn(
         self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId | None
     ) -> tuple[Agent, _Delivery]:
-        """The agent and what it is to be given, made ready in the order of arrival."""
-        agent = hosted.live.get(key)
+        """The same, waiting for the agent and the serializer, in the order of arrival."""
         gate = hosted.gates.get(key)
-        if agent is not None and gate is None and body is not None:
-            delivery = self._delivery(body, topic)
-            if not isinstance(delivery.message, UnknownPayload) or not hosted.settling:
-                self.intake.started(entry)
-                return agent, delivery
         if gate is None:
             gate = hosted.gates[key] = Gate()
         gate.users += 1
@@ -434,7 +463,7 @@ class Dispatch:
             cancellation_token=token,
             message_id=body.required("id"),
         )
-        return _Delivery(message, context, body.payload, type_name, dict(body.attributes))
+        return _Delivery(message, context, body.payload, type_name, body.attributes)
 
     async def _plain_delivery(self, hosted: HostedType, key: str, entry: Entry, topic: TopicId | None) -> _Delivery:
         """A body that is not ours is the payload itself."""
@@ -467,46 +496,47 @@ class Dispatch:
                 message = await self._interventions.on_publish(message, context)
         return _Delivery(message, context, payload, type_name or type(message).__name__, {"id": context.message_id})
 
-    async def _invoke(
-        self, hosted: HostedType, agent_id: AgentId, agent: Agent, delivery: _Delivery, entry: Entry
-    ) -> Any:
+    async def _invoke(self, hosted: HostedType, key: str, agent: Agent, delivery: _Delivery, entry: Entry) -> Any:
         context = delivery.context
+        agent_id = AgentId(hosted.agent_type, key)
         if isinstance(delivery.message, UnknownPayload):
             self.unknown_payloads += 1
             if self._has_default_unhandled(agent):
-                logger.warning("%s does not know messages of type %s", agent_id, delivery.type_name)
+                logger.warning("%s does not know messages of type %s", agent_id, _clip(delivery.type_name))
                 if context.is_rpc:
                     raise UnhandledMessage(str(agent_id), delivery.type_name, sorted(hosted.handles))
                 return None
-        events.message(
-            delivery.payload,
-            sender=context.sender,
-            receiver=agent_id if context.is_rpc else None,
-            kind=MessageKind.DIRECT if context.is_rpc else MessageKind.PUBLISH,
-            stage=DeliveryStage.DELIVER,
-        )
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks[task] = context.cancellation_token
-        span = (
-            nullcontext()
-            if self.telemetry is None
-            else self.telemetry.processing(
-                delivery.attributes,
-                subject=_clip(entry.message.subject),
-                destination=self._subjects.agent(hosted.agent_type),
-                agent=agent_id,
-                message_type=delivery.type_name,
-                size=entry.size,
-                waited=asyncio.get_running_loop().time() - entry.arrived,
+        if events.listening():
+            events.message(
+                delivery.payload,
+                sender=context.sender,
+                receiver=agent_id if context.is_rpc else None,
+                kind=MessageKind.DIRECT if context.is_rpc else MessageKind.PUBLISH,
+                stage=DeliveryStage.DELIVER,
             )
-        )
+        self._tasks[asyncio.current_task()] = context.cancellation_token  # type: ignore[index]
         try:
-            with span, MessageHandlerContext.populate_context(agent_id):
-                return await agent.on_message(delivery.message, context)
+            with MessageHandlerContext.populate_context(agent_id):
+                if self.telemetry is None:
+                    return await agent.on_message(delivery.message, context)
+                with self._process_span(self.telemetry, agent_id, delivery, entry):
+                    return await agent.on_message(delivery.message, context)
         except BaseException as error:
             events.handler_failed(delivery.payload, agent=agent_id, error=error)
             raise
+
+    def _process_span(
+        self, telemetry: Telemetry, agent_id: AgentId, delivery: _Delivery, entry: Entry
+    ) -> AbstractContextManager[None]:
+        return telemetry.processing(
+            delivery.attributes,
+            subject=_clip(entry.message.subject),
+            destination=self._subjects.agent(agent_id.type),
+            agent=agent_id,
+            message_type=delivery.type_name,
+            size=entry.size,
+            waited=asyncio.get_running_loop().time() - entry.arrived,
+        )
 
     @staticmethod
     def _has_default_unhandled(agent: Agent) -> bool:
@@ -514,6 +544,11 @@ class Dispatch:
             type(agent).on_unhandled_message is RoutedAgent.on_unhandled_message
             and type(agent).on_message_impl is RoutedAgent.on_message_impl
         )
+
+
+def _id_of(body: Envelope | None) -> str:
+    """The call's id for its reply."""
+    return "-" if body is None else body.attributes.get("id", "-")
 
 
 def _clip(text: str) -> str:

@@ -31,31 +31,50 @@ Publish = Callable[..., Awaitable[None]]
 class Reply(NamedTuple):
     body: bytes
     headers: dict[str, str] | None
-    at: float
+
+
+class _Last:
+    """The last few replies, in the order in which they were given. Cheap to add to; rarely searched."""
+
+    def __init__(self, max_count: int, max_bytes: int) -> None:
+        self._max_count, self._max_bytes = max_count, max_bytes
+        self._bytes = 0
+        self._replies: deque[tuple[str, bytes, dict[str, str] | None]] = deque()
+
+    def add(self, call_id: str, body: bytes, headers: dict[str, str] | None) -> None:
+        self._replies.append((call_id, body, headers))
+        self._bytes += len(body)
+        while self._bytes > self._max_bytes or len(self._replies) > self._max_count:
+            self._bytes -= len(self._replies.popleft()[1])
+
+    def get(self, call_id: str) -> Reply | None:
+        for known, body, headers in reversed(self._replies):
+            if known == call_id:
+                return Reply(body, headers)
+        return None
 
 
 class _Kept:
-    """Replies by call id, the oldest forgotten first."""
+    """Replies by call id, for a time; the oldest are forgotten first."""
 
-    def __init__(self, max_count: int, max_bytes: int, max_age: float) -> None:
-        self._max_count, self._max_bytes, self._max_age = max_count, max_bytes, max_age
+    def __init__(self, max_bytes: int, max_age: float) -> None:
+        self._max_bytes, self._max_age = max_bytes, max_age
         self._bytes = 0
-        self._replies: OrderedDict[str, Reply] = OrderedDict()
+        self._replies: OrderedDict[str, tuple[float, Reply]] = OrderedDict()
 
-    def add(self, call_id: str, reply: Reply) -> None:
+    def add(self, call_id: str, reply: Reply, now: float) -> None:
         if call_id in self._replies:
-            self._bytes -= len(self._replies.pop(call_id).body)
-        self._replies[call_id] = reply
+            self._bytes -= len(self._replies.pop(call_id)[1].body)
+        self._replies[call_id] = (now, reply)
         self._bytes += len(reply.body)
         while self._replies and (
-            len(self._replies) > self._max_count
-            or self._bytes > self._max_bytes
-            or reply.at - next(iter(self._replies.values())).at > self._max_age
+            self._bytes > self._max_bytes or now - next(iter(self._replies.values()))[0] > self._max_age
         ):
-            self._bytes -= len(self._replies.popitem(last=False)[1].body)
+            self._bytes -= len(self._replies.popitem(last=False)[1][1].body)
 
     def get(self, call_id: str) -> Reply | None:
-        return self._replies.get(call_id)
+        kept = self._replies.get(call_id)
+        return None if kept is None else kept[1]
 
 
 class Pending:
@@ -80,8 +99,8 @@ class Fates:
         self._publish = publish
         self._running: dict[str, Pending] = {}
         self._aging: deque[Pending] = deque()
-        self._kept = _Kept(1_000_000, options.keep_replies_bytes, options.keep_replies)
-        self._others = _Kept(_OTHERS_AT_MOST, _OTHERS_BYTES, options.keep_replies)
+        self._kept = _Kept(options.keep_replies_bytes, options.keep_replies)
+        self._others = _Last(_OTHERS_AT_MOST, _OTHERS_BYTES)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -89,21 +108,22 @@ class Fates:
     def running(self) -> int:
         return len(self._running)
 
-    def begin(self, call_id: str) -> Pending:
+    def begin(self, call_id: str, now: float) -> Pending:
         """A call arrived. Not async and cheap: it runs in the intake."""
-        loop = asyncio.get_running_loop()
-        pending = Pending(call_id, loop.time())
+        pending = Pending(call_id, now)
         self._running[call_id] = pending
         self._aging.append(pending)
         if self._timer is None:
-            self._timer = loop.call_later(_SWEEP, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(_SWEEP, self._sweep)
         return pending
 
     def end(self, pending: Pending, body: bytes, headers: dict[str, str] | None) -> None:
         """The call is answered with ``body``; the reply may still be asked for."""
         self._running.pop(pending.call_id, None)
-        reply = Reply(body, headers, asyncio.get_running_loop().time())
-        (self._kept if pending.accepted else self._others).add(pending.call_id, reply)
+        if pending.accepted:
+            self._kept.add(pending.call_id, Reply(body, headers), asyncio.get_running_loop().time())
+        else:
+            self._others.add(pending.call_id, body, headers)
 
     def forget(self, pending: Pending) -> None:
         """The call was refused before anything was done for it."""

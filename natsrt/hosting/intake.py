@@ -44,6 +44,11 @@ class Route:
     key: str | None = None
     custom: Subscription | None = None
 
+    @property
+    def name(self) -> str:
+        """Whom the route leads to, for messages."""
+        return self.hosted.agent_type if self.key is None else f"{self.hosted.agent_type}/{self.key}"
+
 
 class Entry:
     """One message on its way to its handlers."""
@@ -90,11 +95,11 @@ class Intake:
     def take(self, route: Route, message: Msg) -> None:
         """Runs in the client's read loop: cheap, never waits."""
         loop = asyncio.get_running_loop()
-        size = len(message.data)
-        pending = self._fates.begin(message.reply) if message.reply and route.kind is not Kind.EVENT else None
-        entry = Entry(route, message, size, loop.time(), pending)
+        size, now = len(message.data), loop.time()
+        pending = self._fates.begin(message.reply, now) if message.reply and route.kind is not Kind.EVENT else None
+        entry = Entry(route, message, size, now, pending)
         if self.pending_bytes + size > self._max_bytes:
-            self._overflow(entry, loop.time())
+            self._overflow(entry, now)
             return
         self.taken += 1
         self.pending_bytes += size

@@ -33,7 +33,7 @@ from natsrt.transport.calls import Calls, Directory
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
-from natsrt.wire.envelope import attribute
+from natsrt.wire.envelope import attribute, quote
 from natsrt.wire.failures import SERVICE_ERROR, ErrorTypes
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import Subjects, encode_text, is_hashed
@@ -122,10 +122,11 @@ class Sending:
         self._ready = ready
         self._is_ready = is_ready
         self._line = _Line()
-        self._ids = NUID()
+        self._id_prefix = NUID().next().decode()
+        self._type_attributes: dict[str, str] = {}
         self.telemetry: Telemetry | None = None
         self.sent = 0
-        """Messages sent since the runtime was made."""
+        """Messages sent since the runtime was started."""
 
     @property
     def waiting(self) -> int:
@@ -145,11 +146,11 @@ class Sending:
         reply_type: type[Any] | None = None,
     ) -> Any:
         """A call, from the message to the handler's answer."""
+        self.sent += 1
         if message_id is None:
-            message_id = self._ids.next().decode()
+            message_id = self._next_id()
         if token is not None and token.is_cancelled():
             raise asyncio.CancelledError("the cancellation token was cancelled before the send")
-        self.sent += 1
         if not self._interventions and not self._line.length and self._is_ready():
             reply = await self._call(message, recipient, sender, token, message_id, _nothing)
         else:
@@ -184,9 +185,10 @@ class Sending:
             f"{self._head(message_id, sender, encoded, token)},"
             f'"subject":"{encode_text(recipient.key)}","acceptto":"{self._calls.accept_to}"'
         )
-        events.message(
-            encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
-        )
+        if events.listening():
+            events.message(
+                encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
+            )
         work = _Work(recipient, lambda: self._directory.subject_of(recipient), envelope.CALL, encoded, token)
         if self.telemetry is None:
             return await self._exchange(work, attributes, leave)
@@ -207,8 +209,9 @@ class Sending:
         except TypeError as error:
             raise CannotDecode("a state", f"it must be JSON: {error}") from None
         await self._wait_ready(None)
+        self.sent += 1
         attributes = (
-            f"{attribute('id', self._ids.next().decode())},{attribute('source', envelope.NO_AGENT)},"
+            f"{attribute('id', self._next_id())},{attribute('source', envelope.NO_AGENT)},"
             f'"subject":"{encode_text(recipient.key)}",{attribute("operation", operation)},'
             f'"acceptto":"{self._calls.accept_to}"'
         )
@@ -255,17 +258,17 @@ class Sending:
         body = self._checked(body, reply, recipient)
         type_name = body.required("messagetype")
         content_type = body.text("datacontenttype") or envelope.JSON_CONTENT
-        produced = (*self._produced_here(), *([reply_type] if reply_type is not None else ()))
-        result = self._serialization.reply(type_name, content_type, body.payload, produced, sent)
+        result = self._serialization.reply(type_name, content_type, body.payload, self._produced_here, sent, reply_type)
         if isinstance(result, UnknownPayload):
             raise CannotDecode(
                 f"the reply of {recipient}",
                 f"its type {type_name!r} is unknown here; add its serializer with runtime.add_message_serializer",
                 body.payload,
             )
-        events.message(
-            body.payload, sender=recipient, receiver=None, kind=MessageKind.RESPOND, stage=DeliveryStage.DELIVER
-        )
+        if events.listening():
+            events.message(
+                body.payload, sender=recipient, receiver=None, kind=MessageKind.RESPOND, stage=DeliveryStage.DELIVER
+            )
         return result
 
     def _answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:
@@ -310,9 +313,9 @@ class Sending:
         message_id: str | None,
     ) -> None:
         """Publish an event."""
-        if message_id is None:
-            message_id = self._ids.next().decode()
         self.sent += 1
+        if message_id is None:
+            message_id = self._next_id()
         if not self._interventions and not self._line.length and self._is_ready():
             await self._publish(message, topic, sender, token, message_id)
             return
@@ -345,9 +348,10 @@ class Sending:
         attributes = self._head(message_id, sender, encoded, token)
         if "=H" in subject:
             attributes += self._hidden(subject, topic)
-        events.message(
-            encoded.payload, sender=sender, receiver=topic, kind=MessageKind.PUBLISH, stage=DeliveryStage.SEND
-        )
+        if events.listening():
+            events.message(
+                encoded.payload, sender=sender, receiver=topic, kind=MessageKind.PUBLISH, stage=DeliveryStage.SEND
+            )
         if self.telemetry is None:
             body = envelope.encode(envelope.EVENT, attributes, encoded.payload, encoded.content_type)
             await self._connection.publish(subject, body)
@@ -376,14 +380,16 @@ class Sending:
 
     def _head(self, message_id: str, sender: AgentId | None, encoded: Encoded, token: CancellationToken | None) -> str:
         """The attributes that every message has."""
-        head = (
-            f"{attribute('id', message_id)},{attribute('source', self._source(sender))},"
-            f"{attribute('messagetype', encoded.type_name)}"
-        )
+        source = '"/"' if sender is None else quote(f"{sender.type}/{encode_text(sender.key)}")
+        type_attribute = self._type_attributes.get(encoded.type_name)
+        if type_attribute is None:
+            type_attribute = attribute("messagetype", encoded.type_name)
+            self._type_attributes[encoded.type_name] = type_attribute
+        head = f'"id":{quote(message_id)},"source":{source},{type_attribute}'
         return head if token is None else f'{head},"cancelid":"{self._cancellations.id_of(token)}"'
 
-    def _source(self, sender: AgentId | None) -> str:
-        return envelope.NO_AGENT if sender is None else f"{sender.type}/{encode_text(sender.key)}"
+    def _next_id(self) -> str:
+        return f"{self._id_prefix}-{self.sent:x}"
 
     async def _intervene(self, work: Awaitable[Any]) -> Any:
         mark = _intervening.set(True)

@@ -114,6 +114,7 @@ class Worker:
             metadata={"worker_id": self.worker_id, "namespace": options.namespace, "pid": str(os.getpid())},
             endpoints=self._endpoints,
             spawn=self._spawn,
+            is_reserved=self._subjects.is_reserved,
         )
         telemetry = telemetry_for(tracer_provider, self.worker_id)
         self.dispatch.telemetry = self.sending.telemetry = telemetry
@@ -202,6 +203,11 @@ class Worker:
     async def _wait_ready(self) -> None:
         await asyncio.shield(self._outcome)
         await self.connection.wait_connected(self._options.offline_timeout)
+
+    @property
+    def undecodable(self) -> int:
+        """Messages that could not be read, on whatever subject they came."""
+        return self.dispatch.undecodable + self.connection.undecodable
 
     @property
     def idle(self) -> bool:
@@ -308,12 +314,13 @@ class Worker:
 
     def _on_question(self, message: Msg) -> None:
         """In the read loop: questions about calls are answered in wire order with the calls themselves."""
+        answerable = bool(message.reply) and not self._subjects.is_reserved(message.reply)
         try:
             body = envelope.decode(message.data)
             data = None if body is None else body.json()
             if body is None or not isinstance(data, dict):
                 raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
-            if not message.reply or self._subjects.is_reserved(message.reply):
+            if not answerable:
                 raise CannotDecode("a message to a worker", "it has no reply subject, or one where no reply may go")
             if body.type == envelope.FATE:
                 calls = data.get("calls")
@@ -321,20 +328,19 @@ class Worker:
                     raise CannotDecode("a question about calls", "calls must be a list of strings")
                 self._fates.asked(calls, message.reply)
             elif body.type == envelope.SERVE:
-                self._spawn(self._serve_as_asked(data, message.reply))
+                agent_type, revision = data.get("agent_type"), data.get("revision")
+                if not isinstance(agent_type, str) or not isinstance(revision, int):
+                    raise CannotDecode("a request to serve", "agent_type must be text and revision a number")
+                self._spawn(self._serve_as_asked(agent_type, revision, message.reply))
             else:
                 raise CannotDecode("a message to a worker", f"unknown type {body.type!r}")
         except CannotDecode as error:
-            self.dispatch.undecodable += 1
-            logger.warning("%s", error)
-            if message.reply and not self._subjects.is_reserved(message.reply):
+            if answerable:
                 self._spawn(self.dispatch.answer_error(message.reply, error))
+            raise  # the connection counts it
 
-    async def _serve_as_asked(self, data: dict[str, Any], reply: str) -> None:
-        agent_type, revision = data.get("agent_type"), data.get("revision")
+    async def _serve_as_asked(self, agent_type: str, revision: int, reply: str) -> None:
         try:
-            if not isinstance(agent_type, str) or not isinstance(revision, int):
-                raise CannotDecode("a request to serve", "agent_type must be text and revision a number")
             await asyncio.shield(self._outcome)
             await self.registry.shown(revision)
             await self._serving.serve(agent_type)

@@ -239,8 +239,7 @@ class Registry:
         try:
             revision, before = int(headers["Nats-Sequence"]), int(headers.get("Nats-Last-Sequence", 0))
         except (KeyError, ValueError):
-            logger.warning("a message on %s is not from the registry's stream", message.subject)
-            return
+            raise CannotDecode(f"a message on {message.subject}", "it is not from the registry's stream") from None
         if self.revision_of(key) < before and self.revision_of(key):
             self._resync()
         self._change(key, revision, headers, message.data)

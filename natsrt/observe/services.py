@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 from nats.aio.msg import Msg
 
-from natsrt.errors import NatsrtError
+from natsrt.errors import CannotDecode, NatsrtError
 from natsrt.transport.connection import Connection, Interest
 
 logger = logging.getLogger("natsrt.services")
@@ -59,7 +59,9 @@ class Services:
         metadata: dict[str, str],
         endpoints: Callable[[], Iterable[Endpoint]],
         spawn: Callable[[Awaitable[None]], None],
+        is_reserved: Callable[[str], bool],
     ) -> None:
+        """``is_reserved`` tells the subjects where no reply may go: callers choose it, but this worker publishes."""
         self._connection = connection
         self._name = service_name(name)
         self._worker_id = worker_id
@@ -67,6 +69,7 @@ class Services:
         self._metadata = metadata
         self._endpoints = endpoints
         self._spawn = spawn
+        self._is_reserved = is_reserved
         self._started = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         self._interests: list[Interest] = []
 
@@ -83,7 +86,12 @@ class Services:
         self._interests.clear()
 
     def _sink(self, verb: str) -> Callable[[Msg], None]:
-        return lambda message: self._spawn(self._answer(verb, message.reply)) if message.reply else None
+        def take(message: Msg) -> None:
+            if not message.reply or self._is_reserved(message.reply):
+                raise CannotDecode(f"a {verb} request", "it has no reply subject, or one where no reply may go")
+            self._spawn(self._answer(verb, message.reply))
+
+        return take
 
     async def _answer(self, verb: str, reply: str) -> None:
         try:

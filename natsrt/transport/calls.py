@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import orjson
 from autogen_core import AgentId
@@ -118,7 +117,6 @@ class Calls:
         self._options = options
         self._directory = directory
         self._pending: dict[str, _Call] = {}
-        self._fresh: deque[_Call] = deque()
         self._watched: dict[str, _Call] = {}
         self._asked: dict[str, _Asked] = {}
         self._special: dict[str, Callable[[Msg], None]] = {}
@@ -159,7 +157,6 @@ class Calls:
             self._watcher = None
         for call in list(self._pending.values()):
             call.fail(WorkerLost(str(call.recipient), call.accepted_by, "this runtime was stopped"))
-        self._fresh.clear()
         self._watched.clear()
         self._asked.clear()
         if self._interest is not None:
@@ -192,18 +189,33 @@ class Calls:
         *,
         sent: Callable[[], None],
         link: Callable[[asyncio.Future[Msg]], None] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Msg:
         """Send ``body`` to the subject that ``route`` names, and return the reply, whatever it is.
 
-        ``sent`` is called once the message is in the client's buffer; ``link`` with every future that is waited for.
+        ``headers`` are those of a plain call. ``sent`` is called once the message is in the client's buffer; ``link`` with every future that is waited for.
         Raises the failures of the rules above. Cancelling this coroutine forgets the call; it does not cancel the
         handler (that is what cancellation tokens do).
         """
         loop = asyncio.get_running_loop()
-        begun = loop.time()
+        begun = now = loop.time()
         pause = 0.02
         while True:
-            reply = await self._attempt(recipient, route(), body, sent, link)
+            self._counter += 1
+            token = f"{self._counter:x}"
+            future: asyncio.Future[Msg] = loop.create_future()
+            if link is not None:
+                link(future)
+            subject = route()
+            self._pending[token] = _Call(token, subject, recipient, future, now)
+            try:
+                await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+                sent()
+                self._wake.set()
+                reply = await future
+            finally:
+                del self._pending[token]
+                self._watched.pop(token, None)
             if reply.headers is None:
                 return reply
             if reply.headers.get("Status") == "503" and not reply.data:
@@ -217,32 +229,7 @@ class Calls:
                 return reply
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.25)
-
-    async def _attempt(
-        self,
-        recipient: AgentId,
-        subject: str,
-        body: bytes,
-        sent: Callable[[], None],
-        link: Callable[[asyncio.Future[Msg]], None] | None,
-    ) -> Msg:
-        loop = asyncio.get_running_loop()
-        self._counter += 1
-        token = format(self._counter, "x")
-        call = _Call(token, subject, recipient, loop.create_future(), loop.time())
-        if link is not None:
-            link(call.future)
-        self._pending[token] = call
-        try:
-            await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}")
-            sent()
-            self._fresh.append(call)
-            if not self._wake.is_set():
-                self._wake.set()
-            return await call.future
-        finally:
-            self._pending.pop(token, None)
-            self._watched.pop(token, None)
+            now = loop.time()
 
     async def ask(self, subject: str, body: bytes, timeout: float) -> Msg | None:
         """A question to a natsrt process: the first answer; None when nobody is there, or after ``timeout`` seconds."""
@@ -273,13 +260,11 @@ class Calls:
             special(message)
 
     def _on_accepted(self, message: Msg) -> None:
-        try:
-            data = _data(message, envelope.ACCEPTED)
-            worker_id, tokens = str(data["worker"]), [str(call) for call in data["calls"]]
-        except (CannotDecode, KeyError, TypeError) as error:
-            logger.warning("an acceptance could not be read: %s", error)
-            return
-        for subject in tokens:
+        data = _data(message, envelope.ACCEPTED)
+        worker_id, calls = data.get("worker"), _texts(data, "calls")
+        if not isinstance(worker_id, str):
+            raise CannotDecode("an acceptance", "it does not name its worker", message.data)
+        for subject in calls:
             call = self._pending.get(subject[self._prefix_length :])
             if call is not None:
                 call.accepted_by = worker_id
@@ -292,12 +277,8 @@ class Calls:
             if asked.gone_since is None:
                 asked.gone_since = asyncio.get_running_loop().time()
             return
-        try:
-            data = _data(message, envelope.REPLY)
-            running, unknown = data["running"], data["unknown"]
-        except (CannotDecode, KeyError, TypeError) as error:
-            logger.warning("worker %s answered about calls what cannot be read: %s", worker_id, error)
-            return
+        data = _data(message, envelope.REPLY)
+        running, unknown = _texts(data, "running"), _texts(data, "unknown")
         asked.heard()
         for subject in running:
             call = self._pending.get(subject[self._prefix_length :])
@@ -322,15 +303,14 @@ class Calls:
         loop = asyncio.get_running_loop()
         while True:
             if not self._pending:
-                self._fresh.clear()
                 self._wake.clear()
                 await self._wake.wait()
             await asyncio.sleep(_TICK)
             now = loop.time()
-            while self._fresh and now - self._fresh[0].sent_at >= self._options.check_after:
-                call = self._fresh.popleft()
-                if not call.future.done():
-                    self._watched[call.token] = call
+            for call in self._pending.values():  # the oldest first
+                if now - call.sent_at < self._options.check_after:
+                    break
+                self._watched[call.token] = call
             try:
                 if self._down_since is not None:
                     self._fail_offline(now)
@@ -428,11 +408,16 @@ class Calls:
         return asked
 
 
-def _data(message: Msg, kind: str) -> dict[str, list[str]]:
+def _data(message: Msg, kind: str) -> dict[str, Any]:
     body = envelope.decode(message.data)
-    if body is None or body.type != kind:
-        raise CannotDecode("a control message", f"expected {kind}")
-    data = body.json()
+    data = body.json() if body is not None and body.type == kind else None
     if not isinstance(data, dict):
-        raise CannotDecode("a control message", "its data must be an object")
+        raise CannotDecode("an answer about calls", f"expected {kind} with an object as data", message.data)
     return data
+
+
+def _texts(data: dict[str, Any], name: str) -> list[str]:
+    texts = data.get(name)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CannotDecode("an answer about calls", f"{name} must be a list of strings")
+    return texts

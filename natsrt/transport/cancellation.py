@@ -140,16 +140,11 @@ class Cancellations:
         return token
 
     def _on_cancel(self, message: Msg) -> None:
-        try:
-            body = envelope.decode(message.data)
-            if body is None or body.type != envelope.CANCEL:
-                raise CannotDecode("a cancellation", f"expected {envelope.CANCEL}")
-            cancel_id = body.json()["cancelid"]
-            if not isinstance(cancel_id, str):
-                raise CannotDecode("a cancellation", "its cancelid must be a string")
-        except (CannotDecode, KeyError, TypeError) as error:
-            logger.warning("a cancellation could not be read: %s", error)
-            return
+        body = envelope.decode(message.data)
+        data = body.json() if body is not None and body.type == envelope.CANCEL else None
+        cancel_id = data.get("cancelid") if isinstance(data, dict) else None
+        if not isinstance(cancel_id, str):
+            raise CannotDecode("a cancellation", f"expected {envelope.CANCEL} with a cancelid", message.data)
         now = asyncio.get_running_loop().time()
         self._early[cancel_id] = now
         while self._early and (

@@ -4,8 +4,8 @@ Rules:
 
 1. Everything that arrives on any subscription is handed to its sink synchronously and in wire order. nats-py calls
    ``set_result`` of the object passed as ``future`` from its read loop; order holds over subscriptions only this way,
-   because its callbacks run in a task per subscription. A sink never raises and never waits: an exception there makes
-   the connection deaf.
+   because its callbacks run in a task per subscription. A sink never waits, and raises nothing but `CannotDecode` for
+   what it cannot read, which is logged and counted here: any other exception there makes the connection deaf.
 2. The connection comes back for ever. nats-py reconnects by itself, except where the server answered ``-ERR`` (it
    closes for good), where its read loop died (it stays "connected" and hears nothing), and where a hung server with
    unsent data blocks its reconnecting. In those cases the supervisor builds a new client and subscribes everything
@@ -28,7 +28,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js import JetStreamContext
 
-from natsrt.errors import MessageTooLarge, NatsrtError, PermissionDenied, ServerUnreachable
+from natsrt.errors import CannotDecode, MessageTooLarge, NatsrtError, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
 
 logger = logging.getLogger("natsrt.connection")
@@ -49,10 +49,11 @@ Sink = Callable[[Msg], None]
 class _Ordered:
     """What nats-py takes for a future: it calls `set_result` for every message, in wire order."""
 
-    __slots__ = ("_sink",)
+    __slots__ = ("_sink", "_unreadable")
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, unreadable: Callable[[CannotDecode], None]) -> None:
         self._sink = sink
+        self._unreadable = unreadable
 
     def cancelled(self) -> bool:
         return False
@@ -60,12 +61,36 @@ class _Ordered:
     def set_result(self, message: Msg) -> None:
         try:
             self._sink(message)
+        except CannotDecode as error:
+            self._unreadable(error)
         except Exception:  # an exception here would end the client's read loop
             logger.exception("a message on %s could not be taken in", message.subject)
 
 
 class _Client(Client):
-    """nats-py's client, with a flush that is the last thing on the wire when it is sent."""
+    """nats-py's client, with a flush that is the last thing on the wire when it is sent, and a read loop that lives.
+
+    ``unreadable`` is told of every message that nats-py cannot read.
+    """
+
+    def __init__(self, unreadable: Callable[[CannotDecode], None]) -> None:
+        super().__init__()
+        self._unreadable = unreadable
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        """The server passes on subjects that are not UTF-8. In nats-py that ends the read loop."""
+        try:
+            await super()._process_msg(sid, subject, reply, data, headers)
+        except UnicodeDecodeError as error:
+            self._unreadable(CannotDecode("a message", f"its subject or reply subject is not UTF-8: {error}", data))
+
+    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
+        """The server passes on any header block. One that cannot be read counts as none."""
+        try:
+            return await super()._process_headers(headers)  # type: ignore[no-untyped-call, no-any-return]
+        except (UnicodeDecodeError, IndexError) as error:
+            self._unreadable(CannotDecode("a header block", str(error), headers or b""))
+            return None
 
     async def flush(self, timeout: float = 10) -> None:
         deadline = asyncio.get_running_loop().time() + timeout
@@ -82,10 +107,10 @@ class Interest:
 
     __slots__ = ("current", "future", "queue", "subject")
 
-    def __init__(self, subject: str, queue: str, sink: Sink) -> None:
+    def __init__(self, subject: str, queue: str, future: _Ordered) -> None:
         self.subject = subject
         self.queue = queue
-        self.future = _Ordered(sink)
+        self.future = future
         self.current: NatsSubscription | None = None
 
 
@@ -113,6 +138,10 @@ class Connection:
         self._last_error: str | None = None
         self._refused: asyncio.Future[None] | None = None
         self.reconnects = 0
+        self.max_payload = 0
+        """Bytes that the server takes at most, headers included; its last word while it is away."""
+        self.undecodable = 0
+        """Messages that no handler was meant for, or could be found for, and that could not be read."""
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -131,10 +160,6 @@ class Connection:
     @property
     def jetstream(self) -> JetStreamContext:
         return self.client.jetstream(timeout=self._options.connect_timeout)
-
-    @property
-    def max_payload(self) -> int:
-        return self.client.max_payload
 
     @property
     def server(self) -> str:
@@ -187,7 +212,7 @@ class Connection:
             raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._last_error) from None
 
     async def _connect(self, timeout: float) -> _Client:
-        client = _Client()
+        client = _Client(self._on_unreadable)
         settings = self._options.connect_kwargs()
         settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
         self._refused = asyncio.get_running_loop().create_future()
@@ -200,7 +225,7 @@ class Connection:
                 disconnected_cb=self._bound(client, self._on_disconnected),
                 reconnected_cb=self._bound(client, self._on_reconnected),
                 closed_cb=self._bound(client, self._on_closed),
-                skip_subject_validation=False,
+                skip_subject_validation=True,  # ours are encoded names, checked where they are made
             )
         )
         try:
@@ -254,6 +279,10 @@ class Connection:
         else:
             logger.debug("connecting to %s: %s", ", ".join(self._options.safe_servers), text)
 
+    def _on_unreadable(self, error: CannotDecode) -> None:
+        self.undecodable += 1
+        logger.warning("%s", error)
+
     def _on_disconnected(self, client: _Client) -> None:
         self._lost()
 
@@ -273,6 +302,7 @@ class Connection:
                 listener.connection_lost()
 
     def _made(self) -> None:
+        self.max_payload = self.client.max_payload
         self._up.set()
         logger.info("connected to %s", self.server)
         for listener in self._listeners:
@@ -348,16 +378,24 @@ class Connection:
         if size > self.max_payload:
             raise MessageTooLarge(size, self.max_payload)
 
-    async def publish(
+    def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
-    ) -> None:
-        """Queue a message for the server, in the order of these calls.
+    ) -> Awaitable[None]:
+        """Queue a message for the server, in the order in which the results of these calls are awaited.
 
+        ``subject`` and ``reply`` must be valid: they are encoded names, or came from the server.
         Raises `MessageTooLarge`, and `ServerUnreachable` when the client's buffer is full while it reconnects.
         """
+        client = self._client
+        if client is not None and client.is_connected and headers is None and len(payload) <= client.max_payload:
+            return client.publish(subject, payload, reply)  # nothing can go wrong that would need a name of ours
+        return self._publish_with_care(subject, payload, reply, headers)
+
+    async def _publish_with_care(
+        self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None
+    ) -> None:
         client = self.client
-        if headers is not None or len(payload) > client.max_payload:
-            self.check_size(payload, headers)
+        self.check_size(payload, headers)
         try:
             await client.publish(subject, payload, reply, headers)
         except nats.errors.MaxPayloadError:
@@ -367,7 +405,7 @@ class Connection:
 
     async def subscribe(self, subject: str, sink: Sink, *, queue: str = "") -> Interest:
         """Hand every message on ``subject`` to ``sink``, also over reconnects. The server knows after a `barrier`."""
-        interest = Interest(subject, queue, sink)
+        interest = Interest(subject, queue, _Ordered(sink, self._on_unreadable))
         self._interests[interest] = None
         if self._client is not None and not self._client.is_closed:
             interest.current = await _subscribe(self._client, interest)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import orjson
 from nats.aio.msg import Msg
@@ -62,12 +62,15 @@ async def responder_exists(
 def _verdict(report: bytes) -> bool | None:
     """True for a responder, False for none, None where another server of the cluster will tell."""
     try:
-        events: list[dict[str, Any]] = orjson.loads(report)["events"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        content = orjson.loads(report)
+    except orjson.JSONDecodeError:
+        return None
+    events = content.get("events") if isinstance(content, dict) else None
+    if not isinstance(events, list):
         return None
     travels_on = False
     for event in events:
-        if event.get("type") != "eg":
+        if not isinstance(event, dict) or event.get("type") != "eg":
             continue
         if event.get("kind") != _CLIENT:
             travels_on = True

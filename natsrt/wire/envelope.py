@@ -14,8 +14,8 @@ Everything here is a pure function of bytes: no I/O, no state.
 
 from __future__ import annotations
 
+import re
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,15 +37,42 @@ JSON_CONTENT: Final = "application/json"
 NO_AGENT: Final = "/"
 """The ``source`` of a message that no agent sent. CloudEvents requires a non-empty URI-reference."""
 
+TEXTS: Final = frozenset(
+    (
+        "acceptto",
+        "cancelid",
+        "datacontenttype",
+        "id",
+        "keyed",
+        "messagetype",
+        "operation",
+        "source",
+        "specversion",
+        "subject",
+        "topicsource",
+        "topictype",
+        "traceparent",
+        "tracestate",
+        "type",
+        "workerid",
+    )
+)
+"""The attributes and extensions that natsrt defines. All are strings."""
+
+_SUBJECT = re.compile(r"[^\s*>\x00-\x20\x7f]{1,1024}")
 _START = b'{"specversion":"1.0"'
 _DATA = b',"data":'
 
 
 @dataclass(slots=True)
 class Envelope:
-    """A decoded body of ours. ``attributes`` are the CloudEvents attributes and extensions as they were sent."""
+    """A decoded body of ours.
 
-    attributes: Mapping[str, Any]
+    ``attributes`` are the CloudEvents attributes and extensions as they were sent; those that natsrt defines are
+    strings, which `decode` has checked. Unknown extensions may be of any JSON type.
+    """
+
+    attributes: dict[str, Any]
     payload: bytes
     body: bytes
 
@@ -54,15 +81,12 @@ class Envelope:
         return self.attributes["type"]  # type: ignore[no-any-return]
 
     def text(self, name: str) -> str | None:
-        """The attribute ``name`` as text, None if absent; `CannotDecode` if it is not a string."""
-        value = self.attributes.get(name)
-        if value is None or isinstance(value, str):
-            return value
-        raise CannotDecode("an envelope", f"the attribute {name!r} must be a string, not {type(value).__name__}")
+        """The attribute ``name``, one that natsrt defines; None if absent."""
+        return self.attributes.get(name)
 
     def required(self, name: str) -> str:
-        """The attribute ``name``, which must be there and be a string."""
-        value = self.text(name)
+        """The attribute ``name``, one that natsrt defines. Raises `CannotDecode` if it is absent."""
+        value: str | None = self.attributes.get(name)
         if value is None:
             raise CannotDecode("an envelope", f"the attribute {name!r} is missing")
         return value
@@ -112,6 +136,11 @@ def encode(kind: str, attributes: str, payload: bytes, content_type: str = JSON_
     )
 
 
+def is_subject(text: str) -> bool:
+    """Whether ``text`` can be published to. A space or CR LF in a subject would speak to the server."""
+    return _SUBJECT.fullmatch(text) is not None
+
+
 def attribute(name: str, value: str) -> str:
     """One attribute as JSON text. ``name`` is ours; ``value`` may be anything."""
     return f'"{name}":{quote(value)}'
@@ -129,7 +158,7 @@ def decode(body: bytes) -> Envelope | None:
             if attributes is not None:
                 kind = attributes.get("type")
                 if isinstance(kind, str) and kind.startswith("natsrt.") and "data_base64" not in attributes:
-                    return Envelope(attributes, body[end + len(_DATA) : -1], body)
+                    return Envelope(_checked(attributes), body[end + len(_DATA) : -1], body)
     elif body.lstrip()[:1] != b"{":
         return None
     try:
@@ -159,4 +188,16 @@ def _from_object(whole: Any, body: bytes) -> Envelope | None:
             raise CannotDecode("a natsrt envelope", "its data_base64 is not base64", body) from None
     else:
         payload = orjson.dumps(whole.get("data"))
-    return Envelope(attributes, payload, body)
+    return Envelope(_checked(attributes), payload, body)
+
+
+def _checked(attributes: dict[str, Any]) -> dict[str, Any]:
+    for value in attributes.values():
+        if type(value) is not str:
+            break
+    else:
+        return attributes
+    for name, value in attributes.items():
+        if name in TEXTS and not isinstance(value, str):
+            raise CannotDecode("an envelope", f"the attribute {name!r} must be a string, not {type(value).__name__}")
+    return attributes

@@ -126,7 +126,7 @@ def describe(exception: BaseException, *, with_traceback: bool) -> Failure:
         data["args"], data["fields"] = args, fields
     if with_traceback and exception.__traceback__ is not None:
         lines = traceback.format_exception(exception)
-        data["traceback"] = "".join(lines)[-_MAX_TEXT:]
+        data["traceback"] = _carried("".join(lines))[-_MAX_TEXT:]
     return Failure(orjson.dumps(data, default=str), code, text)
 
 
@@ -137,7 +137,12 @@ def _text(exception: BaseException) -> str:
         text = "(its text could not be made)"
     if not text and (fields := _fields(exception)):
         text = ", ".join(f"{name}={value!r}" for name, value in fields.items() if not name.startswith("_"))
-    return text.encode("utf-8", "replace").decode()[:_MAX_TEXT]
+    return _carried(text)[:_MAX_TEXT]
+
+
+def _carried(text: str) -> str:
+    """``text`` with what UTF-8 cannot carry replaced."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _fields(exception: BaseException) -> dict[str, Any]:

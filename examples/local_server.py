@@ -1,0 +1,19 @@
+"""The NATS server of an example: the one that NATS_URL names, else one that lives as long as the example."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from natsrt.embedded import EmbeddedServer
+
+
+@asynccontextmanager
+async def local_server() -> AsyncIterator[str]:
+    """Yields the URL."""
+    if url := os.environ.get("NATS_URL"):
+        yield url
+        return
+    async with EmbeddedServer() as server:
+        yield server.url

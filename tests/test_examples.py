@@ -1,0 +1,73 @@
+"""Every example runs as it is, with a server of its own, and prints what it promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from natsrt.embedded import EmbeddedServer
+from tests.support.processes import REPOSITORY, Processes
+
+EXAMPLES = REPOSITORY / "examples"
+
+OUTPUT: dict[str, list[str]] = {
+    "one_call.py": ["42 / 4 = 10.5", "1 / 0 raised ZeroDivisionError: division by zero"],
+    "publish_subscribe.py": [
+        "archivist for berlin read: Home team wins",
+        "archivist for berlin read: NATS speaks AutoGen",
+        "engineer for berlin read: NATS speaks AutoGen",
+    ],
+    "several_workers.py": ["300 answers from 3 processes", "one was killed: 300 answers from 2 processes"],
+    "web_service.py": [
+        'GET /shouter/hello: HTTP/1.1 200 OK: {"text": "HELLO"}',
+        "GET /nobody/hello: HTTP/1.1 404 UnknownAgentType: "
+        "{\"error\": \"agent type 'nobody' is unknown; registered types: shouter\"}",
+    ],
+    "tracing.py": [
+        "lamp is on its way",
+        "send agent.shop",
+        "  receive agent.shop",
+        "    process agent.shop",
+        "      publish topic.shipped.default",
+        "        receive topic.shipped.default",
+        "          process agent.ledger",
+    ],
+    "group_chat.py": [
+        "user: A story about a lighthouse, please.",
+        "writer: A lighthouse dreams of trains.",
+        "editor: Lovely. Who waits for whom?",
+        "writer: Each night a lighthouse waits for one.",
+        "editor: I approve.",
+    ],
+    "without_natsrt.py": [
+        "'to be or not': 4 words",
+        "'it takes its time': 4 words",
+        "refused: a counter takes Text, not Number",
+        "no worker hosts nobody",
+        "event on topic.text.somewhere: 3 words",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+async def test_the_example_runs_and_prints_what_it_should(name: str, processes: Processes, tmp_path: Path) -> None:
+    # An empty variable counts as not set. It starts elsewhere, so that nothing depends on the current directory.
+    example = processes.python(EXAMPLES / name, env={"NATS_URL": ""}, cwd=tmp_path)
+    assert await example.wait(timeout=50) == 0, example.describe()
+    printed = example.stdout.splitlines()
+    missing = [line for line in OUTPUT[name] if line not in printed]
+    assert not missing, example.describe()
+    assert example.stderr == ""
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*OUTPUT, "local_server.py"}
+
+
+async def test_examples_use_the_server_that_nats_url_names(
+    server: EmbeddedServer, namespace: str, processes: Processes
+) -> None:
+    example = processes.python(EXAMPLES / "one_call.py", env={"NATS_URL": server.url, "NATSRT_NAMESPACE": namespace})
+    assert await example.wait(timeout=30) == 0, example.describe()
+    assert "42 / 4 = 10.5" in example.stdout
