@@ -31,9 +31,9 @@ from opentelemetry.trace import TracerProvider
 from natsrt.errors import AmbiguousAgent, NatsrtError, UnknownSubscription
 from natsrt.hosting import control
 from natsrt.hosting.catalog import Catalog
+from natsrt.hosting.declarations import Declarations
 from natsrt.hosting.interventions import Interventions
 from natsrt.hosting.worker import Worker
-from natsrt.jetstream.entries import Rule
 from natsrt.options import Options
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
@@ -81,7 +81,7 @@ class NatsAgentRuntime(AgentRuntime):
         self._error_types = ErrorTypes()
         self._interventions = Interventions(intervention_handlers)
         self._catalog = Catalog(self, self._serialization)
-        self._subscriptions: list[Subscription] = []
+        self._subscriptions = Declarations()
         self._worker: Worker | None = None
         self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -266,20 +266,14 @@ class NatsAgentRuntime(AgentRuntime):
             ValueError: An equal subscription was added here already, or the prefix is one that no topic can have.
             SubscriptionNotServed: A worker did not confirm within ``subscription_timeout`` seconds.
         """
-        rule = Rule.of(subscription)
         worker = await self._settled()
-        if any(other == subscription for other in self._subscriptions):
-            raise ValueError("Subscription already exists")
-        self._subscriptions.append(subscription)
-        hosted = self._catalog.find(rule.agent_type)
-        if rule.kind == "custom" and hosted is not None:
-            hosted.custom.append(subscription)
+        self._subscriptions.add(subscription)
         if worker is not None:
             try:
                 await worker.subscribe(subscription)
             except NatsrtError as error:
                 if not isinstance(error, TimeoutError):
-                    self._forget_subscription(subscription)
+                    self._subscriptions.remove(subscription)
                 raise
 
     async def remove_subscription(self, id: str) -> None:
@@ -289,13 +283,12 @@ class NatsAgentRuntime(AgentRuntime):
             UnknownSubscription: A `LookupError` and `ValueError`: there is none with this id.
         """
         worker = await self._settled()
-        for subscription in self._subscriptions:
-            if subscription.id == id:
-                self._forget_subscription(subscription)
-                if worker is not None:
-                    await worker.unsubscribe(subscription)
-                return
-        if worker is None or not await worker.unsubscribe_foreign(id):
+        subscription = self._subscriptions.find(id)
+        if subscription is not None:
+            self._subscriptions.remove(subscription)
+            if worker is not None:
+                await worker.unsubscribe(subscription)
+        elif worker is None or not await worker.unsubscribe_foreign(id):
             raise UnknownSubscription(id)
 
     def add_message_serializer(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
@@ -513,12 +506,6 @@ class NatsAgentRuntime(AgentRuntime):
         for worker_id in view.workers_hosting(agent_type):
             if view.hosts[agent_type][worker_id].instances != instances:
                 raise ValueError("Agent factories and agent instances cannot be registered to the same type.")
-
-    def _forget_subscription(self, subscription: Subscription) -> None:
-        self._subscriptions.remove(subscription)
-        hosted = self._catalog.find(Rule.of(subscription).agent_type)
-        if hosted is not None and subscription in hosted.custom:
-            hosted.custom.remove(subscription)
 
 
 def create_distributed_runtime(

@@ -19,7 +19,6 @@ from autogen_core import (
     ClosureAgent,
     MessageSerializer,
     RoutedAgent,
-    Subscription,
 )
 
 from natsrt.errors import CannotSerialize, UnknownAgent
@@ -70,7 +69,6 @@ class HostedType:
     produces: dict[str, type[Any]] = field(default_factory=dict)
     learned: set[type[Any]] = field(default_factory=set)
     rules: tuple[Rule, ...] = ()
-    custom: list[Subscription] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     registered_at: float = field(default_factory=time.monotonic)
 

@@ -134,7 +134,7 @@ class Dispatch:
         try:
             await work
         finally:
-            self._tasks.pop(asyncio.current_task(), None)  # type: ignore[call-overload]
+            self._tasks.pop(asyncio.current_task(), None)  # type: ignore[arg-type]
 
     async def finish(self, timeout: float, abort: asyncio.Event) -> None:
         """Wait for the handlers, ``timeout`` seconds at most or until ``abort``, then cancel them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from autogen_core import Subscription
@@ -41,13 +41,16 @@ class Serving:
         subjects: Subjects,
         catalog: Catalog,
         intake: Intake,
+        *,
         rules_of: Callable[[str], list[Rule]],
+        custom_of: Callable[[str], Sequence[Subscription]],
     ) -> None:
         self._connection = connection
         self._subjects = subjects
         self._catalog = catalog
         self._intake = intake
         self._rules_of = rules_of
+        self._custom_of = custom_of
         self._served: dict[str, _Served] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._active = False
@@ -97,8 +100,10 @@ class Serving:
             task.add_done_callback(self._tasks.discard)
 
     async def _follow(self, agent_type: str) -> None:
+        hosted = self._catalog.find(agent_type)
         try:
-            await self.serve(agent_type)
+            if hosted is not None and self._active:
+                await self._apply(hosted)
         except NatsrtError as error:  # reconnecting: the new view that is read then brings it up again
             logger.debug("serving %s: %s", agent_type, error)
 
@@ -127,7 +132,7 @@ class Serving:
             for rule in hosted.rules:
                 if rule.kind != "custom":
                     yield (self._filter(rule, key), queue), event
-        for subscription in hosted.custom:
+        for subscription in self._custom_of(agent_type):
             # A group of its own: workers without an equal object cannot decide for it.
             queue = f"{subjects.queue(agent_type)}.custom.{Rule.of(subscription).digest}"
             yield (subjects.everything, queue), Route(Kind.EVENT, hosted, custom=subscription)
@@ -138,8 +143,3 @@ class Serving:
         if key is None:
             return self._subjects.type_filter(rule.pattern).subject
         return self._subjects.instance_type_filter(rule.pattern, key).subject
-
-
-def is_custom(subscription: Subscription) -> bool:
-    """Whether only workers that added an equal Subscription object can decide for it."""
-    return Rule.of(subscription).kind == "custom"

@@ -22,6 +22,7 @@ from opentelemetry.trace import TracerProvider
 
 from natsrt.errors import CannotDecode, NatsrtError, SubscriptionNotServed
 from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.declarations import Declarations
 from natsrt.hosting.dispatch import Dispatch
 from natsrt.hosting.fates import Fates
 from natsrt.hosting.interventions import Interventions
@@ -58,7 +59,7 @@ class Worker:
         serialization: Serialization,
         interventions: Interventions,
         error_types: ErrorTypes,
-        subscriptions: Sequence[Subscription],
+        subscriptions: Declarations,
         tracer_provider: TracerProvider | None,
     ) -> None:
         self.name = options.name or socket.gethostname() or "worker"
@@ -66,7 +67,7 @@ class Worker:
         self._options = options
         self._subjects = Subjects(options.namespace)
         self._catalog = catalog
-        self._own_subscriptions = subscriptions
+        self._declarations = subscriptions
         self.connection = Connection(options, client_name=f"natsrt {self.worker_id}")
         self.cancellations = Cancellations(self.connection, self._subjects.cancel)
         self.registry = Registry(
@@ -90,7 +91,12 @@ class Worker:
             fates=self._fates,
         )
         self._serving = Serving(
-            self.connection, self._subjects, catalog, self.dispatch.intake, lambda t: self.registry.view.rules(t)
+            self.connection,
+            self._subjects,
+            catalog,
+            self.dispatch.intake,
+            rules_of=lambda agent_type: self.registry.view.rules(agent_type),
+            custom_of=subscriptions.custom,
         )
         self.sending = Sending(
             connection=self.connection,
@@ -142,7 +148,7 @@ class Worker:
             await self.registry.open()
             if any(True for _ in self._catalog):
                 await self._join()
-            entries = [self._entry(subscription) for subscription in self._own_subscriptions]
+            entries = [self._entry(subscription) for subscription in self._declarations]
             await self.registry.declare(entries)
             await self._serving.start()
             await self._confirm_at_start(entries)
@@ -239,7 +245,7 @@ class Worker:
         """A type, or another instance of it, was registered while running."""
         await self._join()
         await self.registry.declare(hosted.entries(self.worker_id))
-        moved = [s for s in self._own_subscriptions if Rule.of(s).agent_type == hosted.agent_type]
+        moved = self._declarations.of(hosted.agent_type)
         if moved:  # added before the type was hosted: from now on this worker declares them
             await self.registry.declare([self._entry(s) for s in moved])
             await self.registry.withdraw([self._entry(s, NOBODY).key for s in moved])

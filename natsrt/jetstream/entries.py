@@ -23,6 +23,7 @@ from typing import Any, Final, Literal
 
 import orjson
 from autogen_core import AgentId, Subscription, TopicId, TypePrefixSubscription, TypeSubscription
+from pydantic import TypeAdapter, ValidationError
 
 from natsrt.errors import CannotDecode
 from natsrt.wire.subjects import encode_token, plain_prefix
@@ -156,12 +157,12 @@ def _standard(subscription: Subscription, cls: type[Any]) -> bool:
 
 Entry = WorkerEntry | TypeEntry | InstanceEntry | KnownEntry | SubscriptionEntry
 
-_CLASSES: dict[str, type[Any]] = {
-    "worker": WorkerEntry,
-    "type": TypeEntry,
-    "instance": InstanceEntry,
-    "known": KnownEntry,
-    "subscription": SubscriptionEntry,
+_READERS: dict[str, TypeAdapter[Any]] = {
+    "worker": TypeAdapter(WorkerEntry),
+    "type": TypeAdapter(TypeEntry),
+    "instance": TypeAdapter(InstanceEntry),
+    "known": TypeAdapter(KnownEntry),
+    "subscription": TypeAdapter(SubscriptionEntry),
 }
 
 
@@ -172,17 +173,16 @@ def encode_entry(entry: Entry) -> bytes:
 def decode_entry(key: str, value: bytes) -> Entry:
     """The entry under ``key``. Unknown fields are ignored, so that a newer runtime can add some."""
     kind = key.split(".", 2)[1] if "." in key else ""
-    cls = _CLASSES.get(kind)
-    if cls is None:
+    reader = _READERS.get(kind)
+    if reader is None:
         raise CannotDecode("a registry entry", f"unknown kind of key {key!r}")
     try:
-        data = orjson.loads(value)
-        fields = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-        for name in ("handles", "produces"):
-            if name in fields:
-                fields[name] = tuple(fields[name])
-        entry: Entry = cls(**fields)
-    except (orjson.JSONDecodeError, TypeError, KeyError) as error:
+        entry: Entry = reader.validate_json(value)
+        if entry.key != key:
+            raise ValueError(f"its fields belong under {entry.key!r}")
+    except ValidationError as error:
+        raise CannotDecode(f"the registry entry {key!r}", error.errors()[0]["msg"], value) from None
+    except ValueError as error:
         raise CannotDecode(f"the registry entry {key!r}", str(error), value) from None
     return entry
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import nats.errors
@@ -219,11 +220,16 @@ class Registry:
         return ack.seq
 
     async def _remove_worker(self, worker_id: str) -> None:
-        """Delete the worker's entry, which every view takes for all its entries, and purge those from the stream."""
-        await self._delete(f"{FEED}.worker.{worker_id}")
-        js = self._connection.jetstream
+        """Delete the worker's entry, which every view takes for all its entries, and purge those from the stream.
+
+        Only what is older than the deletion: the worker may be alive after all and declare itself again meanwhile.
+        """
+        revision = await self._delete(f"{FEED}.worker.{worker_id}")
         for pattern in (f"{FEED}.*.*.{worker_id}", f"{FEED}.*.*.*.{worker_id}", f"{HEARTBEAT}.{worker_id}"):
-            await self._guard("write to", lambda p=pattern: js.purge_stream(self._stream, subject=self._kv + p))  # type: ignore[misc]
+            await self._guard("write to", partial(self._purge, self._kv + pattern, revision))
+
+    async def _purge(self, subject: str, before: int) -> None:
+        await self._connection.jetstream.purge_stream(self._stream, seq=before, subject=subject)
 
     # -- following -----------------------------------------------------------------------------------------------
 
@@ -242,8 +248,11 @@ class Registry:
             raise CannotDecode(f"a message on {message.subject}", "it is not from the registry's stream") from None
         if self.revision_of(key) < before and self.revision_of(key):
             self._resync()
-        self._change(key, revision, headers, message.data)
-        self._wake()
+        try:
+            self._change(key, revision, headers, message.data)
+        finally:  # one that cannot be read, perhaps of a newer runtime, is seen too
+            self.view.applied = max(self.view.applied, revision)
+            self._wake()
 
     def _change(self, key: str, revision: int, headers: dict[str, str], value: bytes) -> None:
         if _OPERATION in headers or _MARKER in headers:
@@ -251,12 +260,7 @@ class Registry:
             if self._worker is not None and key == self._worker.key and self._open:
                 self._resync()
         else:
-            try:
-                entry = decode_entry(key, value)
-            except CannotDecode as error:
-                logger.warning("%s", error)
-                return
-            touched = self.view.put(key, revision, entry)
+            touched = self.view.put(key, revision, decode_entry(key, value))
         for agent_type in touched:
             self._on_rules_changed(agent_type)
 
@@ -319,7 +323,10 @@ class Registry:
         finally:
             collected, self._collected = self._collected, None
             for message in collected:
-                self._apply(message)
+                try:
+                    self._apply(message)
+                except CannotDecode as error:
+                    logger.warning("%s", error)
         for agent_type in {*stale.declared, *self.view.declared}:
             self._on_rules_changed(agent_type)
         self._wake()
@@ -354,11 +361,12 @@ class Registry:
                         try:
                             view.put(key, revision, decode_entry(key, message.data))
                         except CannotDecode as error:
+                            view.applied = max(view.applied, revision)
                             logger.warning("%s", error)
                     remaining = message.metadata.num_pending
         finally:
             await subscription.unsubscribe()
-        for worker_id in set(view.workers) - alive:
+        for worker_id in {*view.workers, *view.of_worker} - alive:  # the latter: whose removal was not finished
             self._run(self._remove_if_dead(worker_id))
         return view
 
@@ -428,8 +436,8 @@ class Registry:
         try:
             if await self._has_heartbeat(worker_id) or await self._ask_worker(worker_id):
                 return
-            if worker_id not in self.view.workers and self._synced.is_set():
-                return
+            if not (worker_id in self.view.workers or worker_id in self.view.of_worker) and self._synced.is_set():
+                return  # another one was faster
             logger.info("worker %s has no heartbeat and does not answer: removing its entries", worker_id)
             await self._remove_worker(worker_id)
         except (NatsrtError, nats.errors.Error) as error:

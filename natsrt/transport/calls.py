@@ -193,9 +193,9 @@ class Calls:
     ) -> Msg:
         """Send ``body`` to the subject that ``route`` names, and return the reply, whatever it is.
 
-        ``headers`` are those of a plain call. ``sent`` is called once the message is in the client's buffer; ``link`` with every future that is waited for.
-        Raises the failures of the rules above. Cancelling this coroutine forgets the call; it does not cancel the
-        handler (that is what cancellation tokens do).
+        ``headers`` are those of a plain call. ``sent`` is called once the message is in the client's buffer; ``link``
+        with every future that is waited for. Raises the failures of the rules above. Cancelling this coroutine forgets
+        the call; it does not cancel the handler (that is what cancellation tokens do).
         """
         loop = asyncio.get_running_loop()
         begun = now = loop.time()
@@ -222,7 +222,7 @@ class Calls:
                 failure = await self._directory.verify(recipient)
                 if failure is not None:
                     raise failure
-                if loop.time() - begun > self._options.no_responders_retry:
+                if loop.time() - begun + pause > self._options.no_responders_retry:
                     workers = self._directory.workers_of(recipient)
                     raise WorkerLost(str(recipient), workers[0] if workers else None, "it does not listen")
             elif reply.headers.get(SERVICE_ERROR_CODE) != _BUSY or loop.time() - begun > self._options.busy_retry:

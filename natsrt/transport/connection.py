@@ -77,19 +77,29 @@ class _Client(Client):
         super().__init__()
         self._unreadable = unreadable
 
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        """The server passes on subjects that are not UTF-8. In nats-py that ends the read loop."""
+    # The next two override what nats-py keeps to itself, because there is no public way: the server passes on subjects
+    # that are not UTF-8 and headers that nobody can read, and either ends nats-py's read loop without a word.
+
+    def _build_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Msg | None:
+        """The message, or None for one that is left out."""
         try:
-            await super()._process_msg(sid, subject, reply, data, headers)
+            return Msg(
+                _client=self, subject=subject.decode(), reply=reply.decode(), data=data, headers=headers, _sid=sid
+            )
         except UnicodeDecodeError as error:
             self._unreadable(CannotDecode("a message", f"its subject or reply subject is not UTF-8: {error}", data))
+            return None
 
     async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        """The server passes on any header block. One that cannot be read counts as none."""
+        """The headers; a block that cannot be read counts as none."""
+        if not headers:
+            return None
         try:
-            return await super()._process_headers(headers)  # type: ignore[no-untyped-call, no-any-return]
+            return await super()._process_headers(headers)
         except (UnicodeDecodeError, IndexError) as error:
-            self._unreadable(CannotDecode("a header block", str(error), headers or b""))
+            self._unreadable(CannotDecode("a header block", str(error), headers))
             return None
 
     async def flush(self, timeout: float = 10) -> None:

@@ -9,8 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from autogen_core import AgentId
-
 from natsrt import NatsAgentRuntime
 from tests.programs import labor
 from tests.support.processes import Process, Processes
@@ -43,7 +41,7 @@ async def known(runtime: NatsAgentRuntime, *agent_types: str) -> None:
     """Return when the runtime's view of the registry lists a live worker for each type."""
     async with asyncio.timeout(10):
         for agent_type in agent_types:
-            while not runtime.running.registry.workers_of(AgentId(agent_type, "default")):
+            while not runtime.running.registry.view.workers_hosting(agent_type):
                 await asyncio.sleep(0.01)
 
 

@@ -1,0 +1,135 @@
+"""The options that every command has, and the way from them to a runtime."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from natsrt.cli.exits import Exit, reporting
+from natsrt.cli.output import OutputClosed
+from natsrt.errors import ConfigurationError
+from natsrt.options import Options
+from natsrt.runtime import NatsAgentRuntime
+
+_FLAGS: Mapping[str, tuple[str, str, str]] = {
+    "servers": ("--server", "URL", "Server, or several with commas ($NATS_URL)."),
+    "context": ("--context", "NAME", "Context of the nats CLI ($NATS_CONTEXT)."),
+    "creds": ("--creds", "FILE", "Credentials file ($NATS_CREDS)."),
+    "user": ("--user", "USER", "User name ($NATS_USER)."),
+    "password": ("--password", "PASSWORD", "Password ($NATS_PASSWORD)."),
+    "token": ("--token", "TOKEN", "Token ($NATS_TOKEN)."),
+    "nkey_seed_file": ("--nkey", "FILE", "User NKEY seed file ($NATS_NKEY)."),
+    "tls_ca": ("--tlsca", "FILE", "Certificates that the server's is checked with ($NATS_CA)."),
+    "tls_cert": ("--tlscert", "FILE", "Client certificate ($NATS_CERT)."),
+    "tls_key": ("--tlskey", "FILE", "Key of the client certificate ($NATS_KEY)."),
+    "namespace": ("--namespace", "NAME", "natsrt namespace ($NATSRT_NAMESPACE)."),
+    "inbox_prefix": ("--inbox-prefix", "SUBJECT", "Prefix of reply subjects ($NATSRT_INBOX_PREFIX)."),
+    "connect_timeout": ("--timeout", "DURATION", "How long to wait for answers: 5, 500ms, 1m30s ($NATS_TIMEOUT)."),
+}
+"""The connection settings with a flag: field of `Options`, flag, what it takes, help."""
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Connecting:
+    """The connection options as they were given. ``given`` is by field of `Options`; ``config`` a settings file."""
+
+    given: Mapping[str, str]
+    config: str | None
+    log_level: str
+
+    @property
+    def timeout(self) -> str | None:
+        """``--timeout`` as it was given; None if it was not."""
+        return self.given.get("connect_timeout")
+
+    def options(self, **more: Any) -> Options:
+        """All settings, from the command line, the environment, a file and a context.
+
+        Raises:
+            ConfigurationError: A setting is wrong; one of the command line is called by its flag.
+        """
+        try:
+            return Options.load(config=self.config, **self.given, **more)
+        except ConfigurationError as error:
+            if error.setting in self.given:
+                raise ConfigurationError(_FLAGS[error.setting][0], error.problem) from None
+            raise
+
+    def arguments(self) -> list[str]:
+        """The same options for another ``natsrt`` command."""
+        arguments = [part for field, value in self.given.items() for part in (_FLAGS[field][0], value)]
+        if self.config is not None:
+            arguments += ["--config", self.config]
+        return [*arguments, "--log-level", self.log_level]
+
+    @asynccontextmanager
+    async def runtime(self, **more: Any) -> AsyncIterator[NatsAgentRuntime]:
+        """A started runtime that hosts nothing."""
+        async with NatsAgentRuntime(options=self.options(**more)) as runtime:
+            yield runtime
+
+
+def basics(log_level: str = "warning") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--debug`` and ``--log-level``, logging to standard error, and errors as one line each."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+        @click.option(
+            "--log-level",
+            type=click.Choice(_LEVELS, case_sensitive=False),
+            default=log_level,
+            show_default=True,
+            help="What to log to standard error.",
+        )
+        @functools.wraps(command)
+        def run(debug: bool, log_level: str, **parameters: Any) -> Any:
+            _log_to_stderr(log_level)
+            with reporting(debug):
+                try:
+                    return command(log_level=log_level, **parameters)
+                except OutputClosed:
+                    return Exit.OK
+
+        return run
+
+    return decorate
+
+
+def connects(log_level: str = "warning") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of a command that connects. It is called with a `Connecting` first."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def run(config: str | None, log_level: str, **parameters: Any) -> Any:
+            given = {field: parameters.pop(field) for field in _FLAGS}
+            given = {field: value for field, value in given.items() if value is not None}
+            return command(Connecting(given, config, log_level), **parameters)
+
+        decorated = basics(log_level)(run)
+        decorated = click.option("--config", metavar="FILE", help="Settings file, TOML or YAML ($NATSRT_CONFIG).")(
+            decorated
+        )
+        for field, (flag, metavar, text) in reversed(_FLAGS.items()):
+            names = ("-s", flag) if field == "servers" else (flag,)
+            decorated = click.option(*names, field, metavar=metavar, help=text)(decorated)
+        return decorated
+
+    return decorate
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # AutoGen logs every message at INFO; who wants that sets the level of its loggers in a module of his own.
+    for name in ("autogen_core", "watchfiles"):
+        logging.getLogger(name).setLevel(logging.WARNING)

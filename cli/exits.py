@@ -1,0 +1,111 @@
+"""How commands end: exit codes, and one line on standard error instead of a traceback."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import IO, Any
+
+import click
+
+from natsrt.errors import (
+    CallTimeout,
+    ConfigurationError,
+    JetStreamRequired,
+    NatsrtError,
+    NoLiveWorker,
+    PermissionDenied,
+    RegistryUnavailable,
+    ServerUnreachable,
+    SubscriptionNotServed,
+    UnknownAgent,
+    UnknownAgentType,
+)
+
+
+class Exit(IntEnum):
+    """The exit codes. ``meaning`` is what ``natsrt --help`` says of each."""
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Exit:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    OK = 0, "done; also after Ctrl-C or SIGTERM where that is how a command ends"
+    FAILED = 1, "it failed, for a reason that has no code of its own"
+    USAGE = 2, "wrong use: an option, a setting, a module or a name"
+    NOT_CONNECTED = 3, "no server, not let in, or no JetStream and registry there"
+    UNKNOWN_AGENT = 4, "nobody knows the agent, or no live worker hosts it"
+    TIMEOUT = 5, "no answer within the time"
+    REMOTE_ERROR = 6, "the agent answered with an error"
+    PROBLEMS = 7, "problems were found"
+    INTERRUPTED = 130, "interrupted by Ctrl-C"
+
+
+class CommandFailed(Exception):
+    """A failure of a command itself, told in one line or a few."""
+
+    def __init__(self, text: str, code: Exit = Exit.FAILED) -> None:
+        self.code = code
+        super().__init__(text)
+
+
+class _Reported(click.ClickException):
+    """What click shows and exits with."""
+
+    def __init__(self, text: str, code: Exit) -> None:
+        super().__init__(text)
+        self.exit_code = code
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"natsrt: {self.message}", file=file, err=True)
+
+
+_CODES: tuple[tuple[tuple[type[NatsrtError], ...], Exit], ...] = (
+    ((ConfigurationError,), Exit.USAGE),
+    ((ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable), Exit.NOT_CONNECTED),
+    ((UnknownAgentType, UnknownAgent, NoLiveWorker), Exit.UNKNOWN_AGENT),
+    ((CallTimeout, SubscriptionNotServed), Exit.TIMEOUT),
+)
+
+
+def exit_code(error: BaseException) -> Exit:
+    """The exit code of an error; `Exit.REMOTE_ERROR` for what an agent answered, whatever its class."""
+    if isinstance(error, CommandFailed):
+        return error.code
+    if is_remote(error):
+        return Exit.REMOTE_ERROR
+    return next((code for classes, code in _CODES if isinstance(error, classes)), Exit.FAILED)
+
+
+def is_remote(error: BaseException) -> bool:
+    """Whether an agent answered with this error."""
+    return hasattr(error, "natsrt_remote")
+
+
+@contextmanager
+def reporting(debug: bool) -> Iterator[None]:
+    """Turn the errors that a user can meet into one line and an exit code; with ``debug`` a traceback comes first."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, CommandFailed | NatsrtError) and not is_remote(error):
+            raise
+        if debug:
+            traceback.print_exception(error)
+        raise _Reported(_text(error), exit_code(error)) from error
+
+
+def _text(error: Exception) -> str:
+    remote = getattr(error, "natsrt_remote", None)
+    if remote is None:
+        return str(error)
+    # The text of a NatsrtError names what happened; another class's text may be nothing but a value.
+    text = str(error) if isinstance(error, NatsrtError) else f"{type(error).__name__}: {error}"
+    worker = f" on worker {remote.worker_id}" if remote.worker_id else ""
+    return f"{text} (answered by {remote.agent}{worker})"

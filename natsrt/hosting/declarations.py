@@ -1,0 +1,46 @@
+"""The subscriptions that this runtime added, found by id, by rule and by agent type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from autogen_core import Subscription
+
+from natsrt.jetstream.entries import Rule
+
+
+class Declarations:
+    """Subscriptions in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Subscription] = {}
+        self._rules: dict[Rule, str] = {}
+        self._by_type: dict[str, dict[str, Subscription]] = {}
+
+    def __iter__(self) -> Iterator[Subscription]:
+        return iter(list(self._by_id.values()))
+
+    def add(self, subscription: Subscription) -> Rule:
+        """Raises ValueError where an equal one is there already: by id, by what it says, or by its own ``==``."""
+        rule = Rule.of(subscription)
+        of_type = self._by_type.setdefault(rule.agent_type, {})
+        if subscription.id in self._by_id or rule in self._rules or any(o == subscription for o in of_type.values()):
+            raise ValueError("Subscription already exists")
+        self._by_id[subscription.id] = of_type[subscription.id] = subscription
+        self._rules[rule] = subscription.id
+        return rule
+
+    def find(self, subscription_id: str) -> Subscription | None:
+        return self._by_id.get(subscription_id)
+
+    def remove(self, subscription: Subscription) -> None:
+        rule = Rule.of(subscription)
+        del self._by_id[subscription.id], self._rules[rule], self._by_type[rule.agent_type][subscription.id]
+
+    def of(self, agent_type: str) -> Sequence[Subscription]:
+        """Those of one agent type."""
+        return list(self._by_type.get(agent_type, {}).values())
+
+    def custom(self, agent_type: str) -> Sequence[Subscription]:
+        """Those of one agent type whose class only this process can ask."""
+        return [subscription for subscription in self.of(agent_type) if Rule.of(subscription).kind == "custom"]
