@@ -75,6 +75,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def json_option[F: Callable[..., Any]](command: F) -> F:
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """The option ``--json``, passed on as ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)

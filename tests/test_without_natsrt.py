@@ -38,7 +38,7 @@ class Echo(RoutedAgent):
         if message.text == "fail":
             raise LookupError("asked to fail")
         await asyncio.sleep(message.pause)
-        return Text(message.text)
+        return message
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ class Dispatch:
         self._interventions = interventions
         self._fates = fates
         self._type_attributes: dict[str, str] = {}
-        self._tasks: dict[asyncio.Task[None], CancellationToken | None] = {}
+        self._active: set[Entry] = set()
         self._stopping = False
         self.telemetry: Telemetry | None = None
         self.intake = Intake(fates, options.max_pending_bytes, start=self.start, refuse=self._refuse)
@@ -120,21 +120,16 @@ class Dispatch:
     @property
     def running(self) -> int:
         """Handlers that run or wait for their agent."""
-        return len(self._tasks)
+        return len(self._active)
 
     def start(self, entry: Entry) -> None:
-        self._spawn(self._serve(entry))
+        """Serve ``entry`` in a task of its own."""
+        self._run(entry, self._serve(entry))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work`` in a task of its own."""
-        self._tasks[asyncio.get_running_loop().create_task(self._tracked(work))] = None
-
-    async def _tracked(self, work: Coroutine[Any, Any, None]) -> None:
-        """Forget the task when it ends. A callback of the task would cost another turn of the event loop."""
-        try:
-            await work
-        finally:
-            self._tasks.pop(asyncio.current_task(), None)  # type: ignore[arg-type]
+    def _run(self, entry: Entry, work: Coroutine[Any, Any, None]) -> None:
+        """``work`` takes the entry out of `_active` at its end; a task's callback would cost a turn of the loop."""
+        self._active.add(entry)
+        entry.task = asyncio.get_running_loop().create_task(work)
 
     async def finish(self, timeout: float, abort: asyncio.Event) -> None:
         """Wait for the handlers, ``timeout`` seconds at most or until ``abort``, then cancel them.
@@ -144,22 +139,23 @@ class Dispatch:
         self._stopping = True
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout
-        while self.intake.queued or self._tasks:
-            for task, token in list(self._tasks.items()):
-                if token is not None and token.is_cancelled():
-                    task.cancel()
+        while self.intake.queued or self._active:
+            for entry in self._active:
+                if entry.token is not None and entry.token.is_cancelled():
+                    _task_of(entry).cancel()
             remaining = until - loop.time()
             if remaining <= 0 or abort.is_set():
                 break
-            if self._tasks:
-                await asyncio.wait(list(self._tasks), timeout=min(remaining, 0.1))
+            if self._active:
+                await asyncio.wait([_task_of(entry) for entry in self._active], timeout=min(remaining, 0.1))
             else:
                 await asyncio.sleep(0)
-        if self._tasks:
-            logger.warning("%d handlers did not finish in time and are cancelled", len(self._tasks))
-            for task in list(self._tasks):
+        if self._active:
+            logger.warning("%d handlers did not finish in time and are cancelled", len(self._active))
+            tasks = [_task_of(entry) for entry in self._active]
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait(list(self._tasks), timeout=1.0)
+            await asyncio.wait(tasks, timeout=1.0)
 
     # -- the one place that answers ------------------------------------------------------------------------------
 
@@ -181,20 +177,24 @@ class Dispatch:
                 answer = await self._controlled(entry, body)
         except BaseException as raised:  # a handler's BaseException is answered too, and must not end the event loop
             error = raised
+            agent, source = self._agent_of(entry, body)
             if isinstance(raised, asyncio.CancelledError) and self._stopping:
-                error = WorkerStopped(route.name, self._worker_id)
+                error = WorkerStopped(agent, self._worker_id)
             if isinstance(raised, CannotDecode):
                 self.undecodable += 1
             if route.kind is not Kind.EVENT and message.reply:
-                answer = self._failure(error, plain, route.name, _id_of(body))
+                answer = self._failure(error, plain, source, _id_of(body))
             else:
                 logger.error("%s on %s failed: %s", route.kind.value, _clip(message.subject), _outline(error))
         if entry.waiting:
             self.intake.started(entry)
         if route.kind is not Kind.CONTROL:
             route.hosted.statistics.record(began, error)
-        if answer is not None and message.reply:
-            await self._answer(entry, answer)
+        try:
+            if answer is not None and message.reply:
+                await self._answer(entry, answer)
+        finally:
+            self._active.discard(entry)
 
     async def _answer(self, entry: Entry, answer: Answer) -> None:
         reply = entry.message.reply
@@ -244,12 +244,15 @@ class Dispatch:
         if entry.pending is not None:
             self._fates.forget(entry.pending)
         error = WorkerBusy(entry.route.hosted.agent_type, self._worker_id, self.intake.pending_bytes)
-        self._spawn(self._answer_refused(entry, self._failure(error, False, entry.route.hosted.agent_type, "busy")))
+        self._run(entry, self._answer_refused(entry, self._failure(error, False, entry.route.name, "busy")))
 
     async def _answer_refused(self, entry: Entry, answer: Answer) -> None:
         entry.pending = None
-        if entry.message.reply:
-            await self._answer(entry, answer)
+        try:
+            if entry.message.reply:
+                await self._answer(entry, answer)
+        finally:
+            self._active.discard(entry)
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -277,6 +280,17 @@ class Dispatch:
         if key is not None and key != route.key:
             raise CannotDecode("an envelope", "its subject names another agent than the NATS subject does")
         return route.key
+
+    def _agent_of(self, entry: Entry, body: Envelope | None) -> tuple[str, str]:
+        """The agent of a message that failed, as text and as a ``source``: the route's name where it names no key."""
+        if entry.route.kind is Kind.EVENT:
+            return entry.route.name, entry.route.name
+        agent_type = entry.route.hosted.agent_type
+        try:
+            key = self._key(entry, body)
+            return f"{agent_type}/{key}", f"{agent_type}/{encode_text(key)}"
+        except ValueError:  # its key cannot be read, which may be what failed
+            return entry.route.name, entry.route.name
 
     async def _call(self, entry: Entry, body: Envelope | None) -> Answer:
         if body is not None:
@@ -328,19 +342,17 @@ class Dispatch:
     # -- events --------------------------------------------------------------------------------------------------
 
     async def _event(self, entry: Entry, body: Envelope | None) -> None:
-        """Deliver to every matching agent id once, the publisher excepted."""
+        """Deliver to the agent that the type's subscriptions give the event to, unless it is the publisher."""
         route = entry.route
         if body is not None and body.type != envelope.EVENT:
             raise CannotDecode("an envelope", f"expected {envelope.EVENT}, not {body.type!r}")
         topic = self._topic(entry, body)
-        keys = self._matching(entry, topic)
+        key = self._match(entry, topic)
+        if key is None:
+            return
         sender = self._sender(body)
-        if sender is not None and sender.type == route.hosted.agent_type:
-            keys = [key for key in keys if key != sender.key]
-        for key in keys[1:]:
-            self._spawn(self._one_of_several(route.hosted, key, entry, body, topic))
-        if keys:
-            await self._deliver(route.hosted, keys[0], entry, body, topic)
+        if sender is None or sender.key != key or sender.type != route.hosted.agent_type:
+            await self._deliver(route.hosted, key, entry, body, topic)
 
     def _topic(self, entry: Entry, body: Envelope | None) -> TopicId:
         claims = (None, None) if body is None else (body.text("topictype"), body.text("topicsource"))
@@ -352,32 +364,24 @@ class Dispatch:
         except ValueError as error:
             raise CannotDecode("a topic", str(error)) from None
 
-    def _matching(self, entry: Entry, topic: TopicId) -> list[str]:
-        """The keys of this type's agents that the union of its subscriptions gives the event to."""
+    def _match(self, entry: Entry, topic: TopicId) -> str | None:
+        """The key of this type's agent that the union of its subscriptions gives the event to; None for none here."""
         route, hosted = entry.route, entry.route.hosted
         ordinary = any(rule.matches(topic.type) for rule in hosted.rules)
         if route.custom is not None:
             if not route.custom.is_match(topic):
-                return []
+                return None
             agent_id = route.custom.map_to_agent(topic)
             if agent_id.type != hosted.agent_type or (ordinary and agent_id.key == topic.source):
-                return []  # the ordinary subscriptions deliver it already
-            keys = [agent_id.key]
+                return None  # the ordinary subscriptions deliver it already
+            key = agent_id.key
+        elif ordinary:
+            key = topic.source
         else:
-            keys = [topic.source] if ordinary else []
-        if hosted.has_instances_only:
-            wanted = hosted.live if route.key is None else (route.key,)
-            keys = [key for key in keys if key in wanted]
-        return keys
-
-    async def _one_of_several(
-        self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId
-    ) -> None:
-        try:
-            await self._deliver(hosted, key, entry, body, topic)
-        except BaseException as error:  # as in `_serve`
-            hosted.statistics.errors += 1
-            logger.error("event on %s failed: %s", _clip(entry.message.subject), _outline(error))
+            return None
+        if hosted.has_instances_only and key not in (hosted.live if route.key is None else (route.key,)):
+            return None
+        return key
 
     async def _deliver(self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId) -> None:
         try:
@@ -498,7 +502,7 @@ class Dispatch:
 
     async def _invoke(self, hosted: HostedType, key: str, agent: Agent, delivery: _Delivery, entry: Entry) -> Any:
         context = delivery.context
-        agent_id = AgentId(hosted.agent_type, key)
+        agent_id = agent.id
         if isinstance(delivery.message, UnknownPayload):
             self.unknown_payloads += 1
             if self._has_default_unhandled(agent):
@@ -514,7 +518,7 @@ class Dispatch:
                 kind=MessageKind.DIRECT if context.is_rpc else MessageKind.PUBLISH,
                 stage=DeliveryStage.DELIVER,
             )
-        self._tasks[asyncio.current_task()] = context.cancellation_token  # type: ignore[index]
+        entry.token = context.cancellation_token
         try:
             with MessageHandlerContext.populate_context(agent_id):
                 if self.telemetry is None:
@@ -544,6 +548,11 @@ class Dispatch:
             type(agent).on_unhandled_message is RoutedAgent.on_unhandled_message
             and type(agent).on_message_impl is RoutedAgent.on_message_impl
         )
+
+
+def _task_of(entry: Entry) -> asyncio.Task[None]:
+    assert entry.task is not None
+    return entry.task
 
 
 def _id_of(body: Envelope | None) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from autogen_core import Subscription
+from autogen_core import CancellationToken, Subscription
 from nats.aio.msg import Msg
 
 from natsrt.hosting.catalog import HostedType
@@ -53,7 +53,7 @@ class Route:
 class Entry:
     """One message on its way to its handlers."""
 
-    __slots__ = ("arrived", "message", "pending", "route", "size", "waiting")
+    __slots__ = ("arrived", "message", "pending", "route", "size", "task", "token", "waiting")
 
     def __init__(self, route: Route, message: Msg, size: int, arrived: float, pending: Pending | None) -> None:
         self.route = route
@@ -62,6 +62,10 @@ class Entry:
         self.arrived = arrived
         self.pending = pending
         """The call's fate; None for an event, and for a call without a reply subject."""
+        self.task: asyncio.Task[None] | None = None
+        """The task that serves it."""
+        self.token: CancellationToken | None = None
+        """The token of its handler, once that runs."""
         self.waiting = True
         """Whether it still counts towards the bound."""
 

@@ -434,7 +434,7 @@ class Registry:
     async def _remove_if_dead(self, worker_id: str) -> None:
         """Remove a worker that has no heartbeat and does not answer. Removing it twice changes nothing."""
         try:
-            if await self._has_heartbeat(worker_id) or await self._ask_worker(worker_id):
+            if await self.has_heartbeat(worker_id) or await self._ask_worker(worker_id):
                 return
             if not (worker_id in self.view.workers or worker_id in self.view.of_worker) and self._synced.is_set():
                 return  # another one was faster
@@ -443,7 +443,8 @@ class Registry:
         except (NatsrtError, nats.errors.Error) as error:
             logger.debug("looking after worker %s: %s", worker_id, error)
 
-    async def _has_heartbeat(self, worker_id: str) -> bool:
+    async def has_heartbeat(self, worker_id: str) -> bool:
+        """Whether the worker's heartbeat is stored, and has not expired."""
         js = self._connection.jetstream
         try:
             message = await js.get_last_msg(self._stream, f"{self._kv}{HEARTBEAT}.{worker_id}", direct=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +23,13 @@ from autogen_core.exceptions import NotAccessibleError
 
 import natsrt
 from natsrt.errors import CannotSerialize, UnknownAgent, UnknownAgentType
-from tests.conformance.conftest import World, natsrt_only, one_runtime, register, two_runtimes
+from tests.conformance.conftest import World, natsrt_only, two_runtimes
 from tests.conformance.samples import Counter, Number, Recorder, Seen, Text, contents
 
 
 async def test_a_type_registered_twice_is_a_value_error(world: World) -> None:
     await world.host.register_factory("counter", Counter)
-    with pytest.raises(ValueError, match="counter already exists"):
+    with pytest.raises(ValueError, match="counter.* already exists"):
         await world.host.register_factory("counter", Counter)
     assert await world.caller.send_message(Number(2), AgentId("counter", "k")) == Number(2)
 
@@ -87,6 +85,7 @@ async def test_an_agent_of_another_class_than_expected_is_a_value_error(world: W
         await world.caller.send_message(Text("a"), AgentId("counter", "k"))
 
 
+@natsrt_only  # the other runtime wraps every factory in one without arguments
 async def test_a_factory_with_two_arguments_gets_runtime_and_id_and_warns(world: World) -> None:
     given: list[tuple[AgentRuntime, AgentId]] = []
 
@@ -94,8 +93,6 @@ async def test_a_factory_with_two_arguments_gets_runtime_and_id_and_warns(world:
         given.append((runtime, agent_id))
         return Counter()
 
-    if not world.is_natsrt:  # it wraps every factory in one without arguments
-        pytest.skip("SingleThreadedAgentRuntime calls it without arguments")
     await world.host.register_factory("counter", factory)
     with pytest.warns(DeprecationWarning, match="two arguments"):
         assert await world.caller.send_message(Number(1), AgentId("counter", "k")) == Number(1)
@@ -424,16 +421,9 @@ async def test_the_agent_behind_an_id_is_not_accessible_from_another_runtime(wor
 
 @two_runtimes
 async def test_an_agent_registered_elsewhere_a_moment_ago_is_not_accessible_rather_than_unknown(
-    make_runtime: Callable[..., Any], world: World
+    world: World,
 ) -> None:
     for n in range(50):
         await world.host.register_factory(f"counter-{n}", Counter)
         with pytest.raises(NotAccessibleError):
             await world.caller.try_get_underlying_agent_instance(AgentId(f"counter-{n}", "k"))
-
-
-@one_runtime
-async def test_registering_warns_of_nothing(world: World) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        await register(world.host, Recorder, "recorder", lambda: Recorder([]))

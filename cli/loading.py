@@ -1,0 +1,193 @@
+"""From ``my_module:factory`` to agents in a runtime.
+
+Rules:
+
+- What goes wrong is told in the user's words: the module, the name, and the line of the user's own code. Frames of
+  natsrt never show.
+- A callable with one parameter is given the runtime and registers what it likes. One without, or an agent class, makes
+  one agent at a time: its first agent, the one with the key ``default``, is made at once. So a constructor that fails
+  is seen at the start, and the class is known, whose subscriptions and message types are then registered.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autogen_core import Agent, AgentId, AgentInstantiationContext, BaseAgent
+
+import natsrt
+from natsrt.cli.exits import CommandFailed, Exit, exit_code
+from natsrt.registration import register
+from natsrt.runtime import NatsAgentRuntime
+
+_HERE = Path(__file__).resolve().parent
+_NATSRT = Path(inspect.getfile(natsrt)).resolve().parent
+_DEFAULT_KEY = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded ``module:name``. ``agent_type`` is None where it takes the runtime and registers by itself."""
+
+    text: str
+    factory: Callable[..., Any]
+    agent_type: str | None
+    app_dir: Path
+
+    async def register(self, runtime: NatsAgentRuntime) -> None:
+        """Register its agents.
+
+        Raises:
+            CommandFailed: It raised, or returned no agent.
+            NatsrtError: The server or the registry cannot be reached.
+        """
+        if self.agent_type is not None:
+            first = await self._first_agent(runtime, self.agent_type)
+            work = register(runtime, type(first), self.agent_type, self._serving(first, self.agent_type))
+            await self._guarded(lambda: work, "cannot be registered")
+        else:
+            await self._guarded(lambda: self.factory(runtime), "raised")
+
+    async def _first_agent(self, runtime: NatsAgentRuntime, agent_type: str) -> BaseAgent:
+        with AgentInstantiationContext.populate_context((runtime, AgentId(agent_type, _DEFAULT_KEY))):
+            agent = await self._guarded(self.factory, "raised")
+        if not isinstance(agent, BaseAgent):
+            raise CommandFailed(
+                f"{self.text} returned {type(agent).__name__}, not an agent. A factory without parameters returns "
+                "an autogen_core.BaseAgent; one that registers agents takes the runtime as its only parameter.",
+                Exit.USAGE,
+            )
+        return agent
+
+    def _serving(self, first: BaseAgent, agent_type: str) -> Callable[[], Any]:
+        """The factory, whose first agent is there already."""
+        unused = {_DEFAULT_KEY: first}
+
+        def make() -> Any:
+            return unused.pop(AgentInstantiationContext.current_agent_id().key, None) or self.factory()
+
+        return make
+
+    async def _guarded(self, work: Callable[[], Any], what: str) -> Any:
+        try:
+            result = work()
+            return await result if inspect.isawaitable(result) else result
+        except Exception as error:
+            if exit_code(error) is Exit.NOT_CONNECTED:
+                raise
+            raise CommandFailed(f"{self.text} {what}: {_outline(error, self.app_dir)}") from error
+
+
+def load(text: str, agent_type: str | None, app_dir: Path) -> Target:
+    """Import what ``module:name`` names; names may be dotted. ``app_dir`` becomes importable.
+
+    Raises:
+        CommandFailed: With `Exit.USAGE`: there is no such module or name, the module does not import, or what it names
+            is no factory.
+    """
+    app_dir = app_dir.resolve()
+    module_name, colon, name = text.partition(":")
+    if not (module_name and colon and name):
+        raise CommandFailed(f"{text!r} must be MODULE:NAME, such as my_module:factory", Exit.USAGE)
+    if module_name.endswith(".py") or "/" in module_name:
+        meant = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise CommandFailed(f"{module_name!r} must be the name of a module, not a path: {meant}:{name}", Exit.USAGE)
+    if sys.path[:1] != [str(app_dir)]:
+        sys.path.insert(0, str(app_dir))
+    found = _attribute(_module(module_name, app_dir), module_name, name)
+    return Target(text, found, _type_of(found, text, agent_type or name.rpartition(".")[2], agent_type), app_dir)
+
+
+def _module(name: str, app_dir: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            missing = f"there is no module {error.name!r} in {app_dir} or among the installed ones"
+            raise CommandFailed(f"{missing}; --app-dir names another directory", Exit.USAGE) from None
+        raise CommandFailed(
+            f"the module {name!r} does not import: {_outline(error, app_dir)}", Exit.USAGE
+        ) from error
+
+
+def _attribute(module: Any, module_name: str, name: str) -> Any:
+    found, where = module, module_name
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            public = [other for other in vars(found) if not other.startswith("_")] if hasattr(found, "__dict__") else []
+            near = difflib.get_close_matches(part, public, 3) or [
+                other for other in public if getattr(getattr(found, other), "__module__", None) == module_name
+            ]
+            hint = f"; it has {', '.join(near[:10])}" if near else ""
+            raise CommandFailed(f"{where!r} has no name {part!r}{hint}", Exit.USAGE) from None
+        where = f"{where}.{part}"
+    return found
+
+
+def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | None:
+    """The agent type to register ``found`` under; None if it takes the runtime."""
+    if not callable(found):
+        raise CommandFailed(f"{text} is {type(found).__name__}, not a factory or agent class", Exit.USAGE)
+    is_class = inspect.isclass(found)
+    if is_class and not issubclass(found, BaseAgent):
+        hint = "; natsrt worker takes subclasses of autogen_core.BaseAgent" if issubclass(found, Agent) else ""
+        raise CommandFailed(f"{text} is the class {found.__name__}, which is not an agent class{hint}", Exit.USAGE)
+    required, first = _parameters(found, text)
+    if is_class and required:
+        raise CommandFailed(
+            f"the agent class {text} needs arguments ({', '.join(required)}): name a function instead that makes it, "
+            f"such as `def factory(): return {found.__name__}(…)`",
+            Exit.USAGE,
+        )
+    takes_runtime = not is_class and (len(required) == 1 or (not required and first == "runtime"))
+    if len(required) > 1:
+        raise CommandFailed(
+            f"{text} takes {len(required)} arguments ({', '.join(required)}): a factory takes the runtime only, or nothing",
+            Exit.USAGE,
+        )
+    if takes_runtime and agent_type is not None:
+        raise CommandFailed(f"--type has no meaning for {text}: it takes the runtime and names its types", Exit.USAGE)
+    if takes_runtime:
+        return None
+    try:
+        return AgentId(name, _DEFAULT_KEY).type
+    except ValueError:
+        raise CommandFailed(f"{name!r} cannot be an agent type: name another with --type", Exit.USAGE) from None
+
+
+def _parameters(found: Callable[..., Any], text: str) -> tuple[list[str], str | None]:
+    """The names of the parameters without a default, and of the first one."""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        raise CommandFailed(f"{text} does not tell its parameters; name a plain function instead", Exit.USAGE) from None
+    ordinary = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in ordinary if p.default is p.empty], ordinary[0].name if ordinary else None
+
+
+def _outline(error: BaseException, app_dir: Path) -> str:
+    """Class and text of ``error``, and the last line of the user's own code on the way to it."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    own = [f for f in frames if Path(f.filename).is_relative_to(app_dir) and "site-packages" not in f.filename]
+    if not (own or frames):
+        return text
+    frame = (own or frames)[-1]
+    code = f"\n    {frame.line}" if frame.line else ""
+    return f"{text}\n  {frame.filename}, line {frame.lineno}, in {frame.name}{code}"
+
+
+def _is_users(filename: str) -> bool:
+    path = Path(filename)
+    is_library = path.is_relative_to(_NATSRT) or path.is_relative_to(_HERE) or path == Path(importlib.__file__)
+    return not is_library and not filename.startswith("<")

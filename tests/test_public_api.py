@@ -1,0 +1,130 @@
+"""What users import, and that every exception means what its tree says and survives the wire."""
+
+from __future__ import annotations
+
+import builtins
+import re
+
+import pytest
+from autogen_core import exceptions as autogen_exceptions
+
+import natsrt
+from natsrt import errors
+from natsrt.wire.failures import ErrorTypes, describe
+
+PUBLIC = [
+    "AmbiguousAgent",
+    "CallTimeout",
+    "CannotDecode",
+    "CannotSerialize",
+    "ConfigurationError",
+    "EmbeddedServerError",
+    "JetStreamRequired",
+    "MessageTooLarge",
+    "NatsAgentRuntime",
+    "NatsrtError",
+    "NoLiveWorker",
+    "Options",
+    "PermissionDenied",
+    "RegistryUnavailable",
+    "RemoteAgentError",
+    "ServerUnreachable",
+    "SubscriptionNotServed",
+    "UndeliveredCall",
+    "UnhandledMessage",
+    "UnknownAgent",
+    "UnknownAgentType",
+    "UnknownSubscription",
+    "WorkerBusy",
+    "WorkerLost",
+    "WorkerStopped",
+    "__version__",
+    "create_distributed_runtime",
+    "register",
+]
+
+SAMPLES: list[errors.NatsrtError] = [
+    errors.NatsrtError("something"),
+    errors.ConfigurationError("NATSRT_NAME", "is wrong"),
+    errors.ServerUnreachable(["nats://a:4222", "nats://b:4222"], 2.5, "refused"),
+    errors.PermissionDenied("publish to", "agent.admin"),
+    errors.JetStreamRequired("127.0.0.1:4222"),
+    errors.EmbeddedServerError("it did not start"),
+    errors.SubscriptionNotServed("chat", ["w-1", "w-2"], 2.0),
+    errors.UnknownSubscription("id-1"),
+    errors.RegistryUnavailable("write to", "no leader"),
+    errors.UndeliveredCall("chat/a", "nobody answered"),
+    errors.UnknownAgentType("chat/a", "chat", ["mail", "news"]),
+    errors.UnknownAgent("chat/a", ["chat/b"]),
+    errors.NoLiveWorker("chat/a", "chat"),
+    errors.WorkerLost("chat/a", "w-1", "it does not answer"),
+    errors.WorkerLost("chat/a", None, "nobody accepted it"),
+    errors.WorkerBusy("chat/a", "w-1", 67_108_864),
+    errors.WorkerStopped("chat/a", "w-1"),
+    errors.CallTimeout("chat/a", 1.5, "call_timeout"),
+    errors.AmbiguousAgent("chat/a", ["w-1", "w-2"]),
+    errors.RemoteAgentError("shop.OutOfStock", "no lamps"),
+    errors.CannotSerialize("Order", "the field is missing"),
+    errors.CannotDecode("an envelope", "it is no JSON", b"payload"),
+    errors.MessageTooLarge(2_000_000, 1_048_576),
+    errors.UnhandledMessage("chat/a", "Order", ["Text"]),
+]
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(natsrt.__all__) == PUBLIC
+    assert all(hasattr(natsrt, name) for name in natsrt.__all__)
+    assert errors.__all__ == sorted(errors.__all__)
+
+
+def drawn_tree() -> dict[str, tuple[str | None, list[str]]]:
+    """Each class in the docstring of `natsrt.errors`: its parent in the tree, and its other bases."""
+    tree: dict[str, tuple[str | None, list[str]]] = {}
+    parents: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        drawn = re.match(r"    ((?:│   |    )*(?:├── |└── )?)(\w+)\s*(?:([A-Z]\w+(?:, [A-Z]\w+)*)(?: |$))?", line)
+        if drawn is None:
+            continue
+        name = drawn[2]
+        del parents[len(drawn[1]) // 4 :]
+        tree[name] = (parents[-1] if parents else None, drawn[3].split(", ") if drawn[3] else [])
+        parents.append(name)
+    return tree
+
+
+def test_every_exception_is_in_the_tree_of_the_docstring_under_its_own_base() -> None:
+    tree = drawn_tree()
+    assert sorted(tree) == errors.__all__
+    for name, (parent, others) in tree.items():
+        cls = getattr(errors, name)
+        expected = [] if parent is None else [getattr(errors, parent)]
+        for other in others:
+            expected.append(getattr(builtins, other, None) or getattr(autogen_exceptions, other))
+        assert set(cls.__bases__) == set(expected or [Exception]), name
+
+
+def test_there_is_a_sample_of_every_exception() -> None:
+    assert {type(sample).__name__ for sample in SAMPLES} == set(errors.__all__)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
+def test_every_exception_survives_the_wire_with_its_fields(sample: errors.NatsrtError) -> None:
+    failure = describe(sample, with_traceback=True)
+    rebuilt = ErrorTypes().rebuild(failure.payload, agent="chat/a", worker_id="w-1")
+    assert type(rebuilt) is type(sample)
+    assert str(rebuilt) == str(sample)
+    assert rebuilt.args == sample.args
+    assert failure.code == sample.code
+    fields = {name: value for name, value in vars(sample).items() if name != "payload"}
+    assert fields.items() <= vars(rebuilt).items()
+    remote = rebuilt.natsrt_remote  # type: ignore[attr-defined]
+    assert (remote.agent, remote.worker_id) == ("chat/a", "w-1")
+
+
+def test_the_bytes_of_a_message_that_could_not_be_decoded_stay_where_they_are() -> None:
+    assert b"secret" not in describe(errors.CannotDecode("a body", "why", b"secret"), with_traceback=True).payload
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
+def test_every_exception_has_a_text_and_shows_no_quotes_of_a_key_error(sample: errors.NatsrtError) -> None:
+    assert str(sample) and not str(sample).startswith(("'", '"'))
