@@ -743,13 +743,13 @@ def test_a_reply_is_found_by_registration_then_produced_types_then_the_module_of
         n: int
 
     serialization = registry(Shape)
-    assert serialization.reply("Shape", JSON, b'{"name":"a"}', [], None) == Shape("a")
-    assert serialization.reply("LocalReply", JSON, b'{"n":1}', [LocalReply], Flat) == LocalReply(1)
-    assert serialization.reply("Concrete", JSON, b'{"size":1}', [], Flat) == Concrete(1.0)
-    assert serialization.reply("str", JSON, b'"a"', [], None) == "a"
+    assert serialization.reply("Shape", JSON, b'{"name":"a"}', list, None) == Shape("a")
+    assert serialization.reply("LocalReply", JSON, b'{"n":1}', lambda: [LocalReply], Flat) == LocalReply(1)
+    assert serialization.reply("Concrete", JSON, b'{"size":1}', list, Flat) == Concrete(1.0)
+    assert serialization.reply("str", JSON, b'"a"', list, None) == "a"
     for name in ("LocalReply", "Path", "Role", "registry", "json"):
-        assert isinstance(serialization.reply(name, JSON, b"{}", [], Flat), UnknownPayload)
-    assert isinstance(serialization.reply("Flat", JSON, b"{}", [], dict), UnknownPayload)
+        assert isinstance(serialization.reply(name, JSON, b"{}", list, Flat), UnknownPayload)
+    assert isinstance(serialization.reply("Flat", JSON, b"{}", list, dict), UnknownPayload)
 
 
 # Plain bodies
@@ -936,7 +936,7 @@ def test_nothing_is_imported_by_a_name_from_the_wire(monkeypatch: pytest.MonkeyP
     serialization = registry(Flat)
     monkeypatch.setattr("builtins.__import__", refuse)
     try:
-        reply = serialization.reply("antigravity", JSON, b"{}", [], Flat)
+        reply = serialization.reply("antigravity", JSON, b"{}", list, Flat)
         note = serialization.decode("list", JSON, b'[{"$type":"os.system","value":1}]')
     finally:
         monkeypatch.undo()
