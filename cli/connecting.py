@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 
-from natsrt.cli.exits import Exit, reporting
-from natsrt.cli.output import OutputClosed
 from natsrt.errors import ConfigurationError
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
+
+from .exits import Exit, reporting
+from .output import OutputClosed
 
 _FLAGS: Mapping[str, tuple[str, str, str]] = {
     "servers": ("--server", "URL", "Server, or several with commas ($NATS_URL)."),
@@ -58,7 +59,7 @@ class Connecting:
             ConfigurationError: A setting is wrong; one of the command line is called by its flag.
         """
         try:
-            return Options.load(config=self.config, **self.given, **more)
+            return Options.load(config=self.config, **{**self.given, **more})
         except ConfigurationError as error:
             if error.setting in self.given:
                 raise ConfigurationError(_FLAGS[error.setting][0], error.problem) from None
@@ -118,7 +119,7 @@ def connects(log_level: str = "warning") -> Callable[[Callable[..., Any]], Calla
         decorated = click.option("--config", metavar="FILE", help="Settings file, TOML or YAML ($NATSRT_CONFIG).")(
             decorated
         )
-        for field, (flag, metavar, text) in reversed(_FLAGS.items()):
+        for field, (flag, metavar, text) in reversed(list(_FLAGS.items())):
             names = ("-s", flag) if field == "servers" else (flag,)
             decorated = click.option(*names, field, metavar=metavar, help=text)(decorated)
         return decorated

@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import IO, Any
 
 import click
 
@@ -26,25 +25,30 @@ from natsrt.errors import (
 
 
 class Exit(IntEnum):
-    """The exit codes. ``meaning`` is what ``natsrt --help`` says of each."""
+    """The exit codes; `MEANINGS` says what each is for."""
 
-    meaning: str
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_CONNECTED = 3
+    UNKNOWN_AGENT = 4
+    TIMEOUT = 5
+    REMOTE_ERROR = 6
+    PROBLEMS = 7
+    INTERRUPTED = 130
 
-    def __new__(cls, code: int, meaning: str) -> Exit:
-        member = int.__new__(cls, code)
-        member._value_ = code
-        member.meaning = meaning
-        return member
 
-    OK = 0, "done; also after Ctrl-C or SIGTERM where that is how a command ends"
-    FAILED = 1, "it failed, for a reason that has no code of its own"
-    USAGE = 2, "wrong use: an option, a setting, a module or a name"
-    NOT_CONNECTED = 3, "no server, not let in, or no JetStream and registry there"
-    UNKNOWN_AGENT = 4, "nobody knows the agent, or no live worker hosts it"
-    TIMEOUT = 5, "no answer within the time"
-    REMOTE_ERROR = 6, "the agent answered with an error"
-    PROBLEMS = 7, "problems were found"
-    INTERRUPTED = 130, "interrupted by Ctrl-C"
+MEANINGS = {
+    Exit.OK: "done; also after Ctrl-C or SIGTERM where that is how a command ends",
+    Exit.FAILED: "it failed, for a reason that has no code of its own",
+    Exit.USAGE: "wrong use: an option, a setting, a module or a name",
+    Exit.NOT_CONNECTED: "no server, not let in, or no JetStream and registry there",
+    Exit.UNKNOWN_AGENT: "nobody knows the agent, or no live worker hosts it",
+    Exit.TIMEOUT: "no answer within the time",
+    Exit.REMOTE_ERROR: "the agent answered with an error",
+    Exit.PROBLEMS: "problems were found",
+    Exit.INTERRUPTED: "interrupted by Ctrl-C",
+}
 
 
 class CommandFailed(Exception):
@@ -53,17 +57,6 @@ class CommandFailed(Exception):
     def __init__(self, text: str, code: Exit = Exit.FAILED) -> None:
         self.code = code
         super().__init__(text)
-
-
-class _Reported(click.ClickException):
-    """What click shows and exits with."""
-
-    def __init__(self, text: str, code: Exit) -> None:
-        super().__init__(text)
-        self.exit_code = code
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"natsrt: {self.message}", file=file, err=True)
 
 
 _CODES: tuple[tuple[tuple[type[NatsrtError], ...], Exit], ...] = (
@@ -98,7 +91,8 @@ def reporting(debug: bool) -> Iterator[None]:
             raise
         if debug:
             traceback.print_exception(error)
-        raise _Reported(_text(error), exit_code(error)) from error
+        click.echo(f"natsrt: {_text(error)}", err=True)
+        raise click.exceptions.Exit(exit_code(error)) from error
 
 
 def _text(error: Exception) -> str:

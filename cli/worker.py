@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 
-from natsrt.cli.connecting import Connecting, connects
-from natsrt.cli.exits import CommandFailed, Exit
-from natsrt.cli.loading import Target, load
-from natsrt.cli.output import line, note
-from natsrt.cli.server import server_if_none_answers
-from natsrt.cli.supervisor import Supervisor, require_watchfiles
 from natsrt.errors import NatsrtError
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
+
+from .connecting import Connecting, connects
+from .exits import CommandFailed, Exit
+from .loading import Target, load
+from .output import line, note
+from .server import server_if_none_answers
+from .supervisor import Supervisor, require_watchfiles
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STOP_MARGIN = 10.0
@@ -52,7 +54,9 @@ def worker(
     embedded: bool,
     ready_fd: int | None,
 ) -> int:
-    """Host agents until SIGTERM or Ctrl-C; a second one ends what still runs at once.
+    """Host the agents of a module.
+
+    Ends at SIGTERM or Ctrl-C, when what runs is finished; a second one ends it at once.
 
     MODULE:FACTORY names a callable that takes the runtime and registers agents (sync or async), or an agent class or a
     callable without parameters that makes one agent. Those two are registered under --type, with the subscriptions of
@@ -73,7 +77,7 @@ def worker(
     return asyncio.run(_supervise(arguments, processes, app_dir if reload else None, options, embedded))
 
 
-def _run(hosting: "Coroutine[object, object, int]") -> int:
+def _run(hosting: Coroutine[Any, Any, int]) -> int:
     """Run it on uvloop, where that is installed."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     try:
@@ -86,27 +90,61 @@ def _run(hosting: "Coroutine[object, object, int]") -> int:
         return runner.run(hosting)
 
 
-async def _supervise(
-    arguments: list[str], processes: int, watch: Path | None, options: Options, embedded: bool
-) -> int:
+async def _supervise(arguments: list[str], processes: int, watch: Path | None, options: Options, embedded: bool) -> int:
     stop_timeout = options.drain_timeout + _STOP_MARGIN
     async with server_if_none_answers(options) if embedded else nullcontext():
         return await Supervisor(arguments, processes, watch=watch, stop_timeout=stop_timeout).run()
 
 
 async def _host(target: Target, options: Options, embedded: bool, ready_fd: int | None) -> int:
-    interrupted = asyncio.Event()
-    working = asyncio.ensure_future(_work(target, options, embedded, ready_fd, interrupted))
-
-    def interrupt() -> None:
-        interrupted.set()
-        working.cancel()
-
-    for number in _SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, interrupt)
-    try:
-        await working
-    except asyncio.CancelledError:
-        if not interrupted.is_set():
-            raise
+    stop = asyncio.Event()
+    for number in _SIGNALS:  # until the runtime listens for them itself
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with server_if_none_answers(options) if embedded else nullcontext():
+        runtime = NatsAgentRuntime(options=options)
+        try:
+            if await _done_before(stop, _start(runtime, target)):
+                _announce(runtime, ready_fd)
+                await _serve(runtime)
+        finally:
+            await runtime.close()
     return Exit.OK
+
+
+async def _start(runtime: NatsAgentRuntime, target: Target) -> None:
+    await runtime.start()
+    await target.register(runtime)
+
+
+async def _done_before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Do ``work``, until ``stop`` is set. Returns whether it was done."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.is_set():
+            task.result()
+        return not stop.is_set()
+    finally:
+        task.cancel()
+        stopped.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)
+
+
+def _announce(runtime: NatsAgentRuntime, ready_fd: int | None) -> None:
+    hosts = runtime.running.registry.view.hosts
+    types = sorted(agent_type for agent_type, workers in hosts.items() if runtime.worker_id in workers)
+    if not types:
+        note("nothing was registered: this worker hosts no agents")
+    line(f"worker {runtime.worker_id} ready: types {', '.join(types) or 'none'}")
+    if ready_fd is not None:
+        os.write(ready_fd, b"1")
+        os.close(ready_fd)
+
+
+async def _serve(runtime: NatsAgentRuntime) -> None:
+    try:
+        await runtime.stop_when_signal()
+    except NatsrtError:
+        raise
+    except Exception as error:  # its text may quote a message, and those stay out of logs
+        raise CommandFailed(f"a handler of an event raised {type(error).__qualname__}; --debug shows more") from error

@@ -94,7 +94,9 @@ class Manager(RoutedAgent):
 
 
 async def main() -> None:
-    writer_model = ReplayChatCompletionClient(["A lighthouse dreams of trains.", "Each night a lighthouse waits for one."])
+    writer_model = ReplayChatCompletionClient(
+        ["A lighthouse dreams of trains.", "Each night a lighthouse waits for one."]
+    )
     editor_model = ReplayChatCompletionClient(["Lovely. Who waits for whom?", "I approve."])
     manager_model = ReplayChatCompletionClient(["writer", "editor", "writer", "editor"])
     transcript: list[str] = []

@@ -15,6 +15,7 @@ from autogen_core import (
 )
 
 from natsrt.hosting.catalog import message_types
+from natsrt.jetstream.entries import Rule
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.wire.serialization import serializer_for
 
@@ -37,24 +38,28 @@ async def register(
 
     Raises:
         CannotSerialize: A handler's message type cannot travel at all.
-        ValueError: The type exists in this runtime already.
+        ValueError: The type exists in this runtime already, or a subscription has a prefix that no topic can have.
     """
     for message_type in message_types(cls)[0]:
         if message_type is not object:
             serializer_for(message_type)
-    agent_type = await runtime.register_factory(type, factory, expected_class=cls)
+    agent_type = type if isinstance(type, AgentType) else AgentType(type)
+    subscriptions = await _subscriptions(cls, agent_type, skip_class_subscriptions)
+    if not skip_direct_message_subscription:
+        # The prefix ends in ":" so that it meets no other agent's, as AutoGen's own does.
+        subscriptions.append(TypePrefixSubscription(f"{agent_type.type}:", agent_type.type))
+    for subscription in subscriptions:
+        Rule.of(subscription)  # raises, before anything is known to others
+    await runtime.register_factory(agent_type, factory, expected_class=cls)
     added: list[Subscription] = []
     try:
-        for subscription in await _subscriptions(cls, agent_type, skip_class_subscriptions):
+        for subscription in subscriptions:
             await runtime.add_subscription(subscription)
             added.append(subscription)
-        if not skip_direct_message_subscription:
-            # The prefix ends in ":" so that it meets no other agent's, as AutoGen's own does.
-            await runtime.add_subscription(TypePrefixSubscription(f"{agent_type.type}:", agent_type.type))
     except BaseException:
         for subscription in added:
             await runtime.remove_subscription(subscription.id)
-        await runtime.unregister(agent_type)
+        await runtime.unregister(agent_type, keep_subscriptions=True)
         raise
     return agent_type
 

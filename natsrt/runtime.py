@@ -164,13 +164,13 @@ class NatsAgentRuntime(AgentRuntime):
         """
         agent_type = type if isinstance(type, AgentType) else AgentType(type)
         worker = await self._settled()
-        self._refuse_mixture(agent_type.type, instances=False)
+        await self._refuse_mixture(worker, agent_type.type, instances=False)
         hosted = self._catalog.add_factory(agent_type.type, agent_factory, expected_class)
         if worker is not None:
             try:
                 await worker.host(hosted)
             except BaseException:
-                await self.unregister(agent_type)
+                await self.unregister(agent_type, keep_subscriptions=True)
                 raise
         return agent_type
 
@@ -181,7 +181,7 @@ class NatsAgentRuntime(AgentRuntime):
             ValueError: The id is taken, here or elsewhere, or its type has a factory, or another class.
         """
         worker = await self._settled()
-        self._refuse_mixture(agent_id.type, instances=True)
+        await self._refuse_mixture(worker, agent_id.type, instances=True)
         if worker is not None and (holders := worker.registry.view.instance_holders(agent_id.type, agent_id.key)):
             raise ValueError(f"Agent with id {agent_id} already exists on worker {holders[0]}.")
         hosted = self._catalog.add_instance(agent_instance, agent_id)
@@ -201,13 +201,14 @@ class NatsAgentRuntime(AgentRuntime):
         """The Python object behind a local agent, made if it is not there yet.
 
         Raises:
-            LookupError: Nobody knows the agent type.
+            LookupError: No live worker hosts the agent.
             NotAccessibleError: The agent lives in another process.
             TypeError: The agent is not a ``type``.
         """
+        worker = await self._settled()
         hosted = self._catalog.find(id.type)
         if hosted is None:
-            if self._worker is not None and self._worker.registry.view.is_known(id.type):
+            if worker is not None and await worker.registry.verify(id) is None:
                 raise NotAccessibleError(f"Agent {id} lives in another process.")
             raise LookupError(f"Agent with name {id.type} not found.")
         agent = await self._catalog.agent(hosted, id.key)
@@ -303,14 +304,22 @@ class NatsAgentRuntime(AgentRuntime):
 
     # -- beyond the protocol -------------------------------------------------------------------------------------
 
-    async def unregister(self, type: str | AgentType) -> None:
-        """Stop hosting an agent type here. Its live agents are forgotten, not closed; unknown types change nothing."""
+    async def unregister(self, type: str | AgentType, *, keep_subscriptions: bool = False) -> None:
+        """Stop hosting an agent type here, and end the subscriptions that were added here for it.
+
+        Its live agents are forgotten, not closed. An unknown type changes nothing. With ``keep_subscriptions`` they
+        stay, as those of a runtime that does not host the type.
+        """
         agent_type = type if isinstance(type, str) else type.type
         hosted = self._catalog.find(agent_type)
-        if hosted is not None:
-            self._catalog.remove(agent_type)
-            if self._worker is not None:
-                await self._worker.abandon(hosted)
+        if hosted is None:
+            return
+        ended = () if keep_subscriptions else self._subscriptions.of(agent_type)
+        for subscription in ended:
+            self._subscriptions.remove(subscription)
+        self._catalog.remove(agent_type)
+        if self._worker is not None:
+            await self._worker.abandon(hosted, ended=ended)
 
     def add_error_type(self, cls: type[BaseException]) -> None:
         """Let a remote handler's exceptions of ``cls`` arrive as themselves instead of as `RemoteAgentError`.
@@ -443,13 +452,26 @@ class NatsAgentRuntime(AgentRuntime):
             await self._stopped.wait()
 
     async def close(self) -> None:
-        """Stop, if running, and close every live agent. Closing twice is harmless."""
+        """Stop, if running, and close every live agent. Closing twice is harmless.
+
+        Raises:
+            BaseException: The first of what stopping and the agents raised, after all of them were closed.
+        """
+        raised: list[BaseException] = []
         if self._worker is not None:
-            await self.stop()
+            try:
+                await self.stop()
+            except Exception as error:
+                raised.append(error)
         for _, agent in self._catalog.live_agents():
             if id(agent) not in self._closed_agents:
                 self._closed_agents.add(id(agent))
-                await agent.close()
+                try:
+                    await agent.close()
+                except Exception as error:
+                    raised.append(error)
+        if raised:
+            raise raised[0]
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -486,6 +508,8 @@ class NatsAgentRuntime(AgentRuntime):
         worker = await self._settled()
         hosted = self._catalog.find(agent.type)
         if worker is not None:
+            if worker.connection.connected:
+                await worker.registry.catch_up()
             workers = worker.registry.workers_of(agent)
             if len(workers) > 1:
                 raise AmbiguousAgent(str(agent), workers)
@@ -498,11 +522,12 @@ class NatsAgentRuntime(AgentRuntime):
             raise LookupError(f"Agent with name {agent.type} not found.")
         return await control.carry_out(await self._catalog.agent(hosted, agent.key), operation, data)
 
-    def _refuse_mixture(self, agent_type: str, *, instances: bool) -> None:
-        """AutoGen's rule, over all workers: a type has a factory or instances, not both."""
-        if self._worker is None:
+    async def _refuse_mixture(self, worker: Worker | None, agent_type: str, *, instances: bool) -> None:
+        """AutoGen's rule, over all workers as they are now: a type has a factory or instances, not both."""
+        if worker is None:
             return
-        view = self._worker.registry.view
+        await worker.registry.catch_up()
+        view = worker.registry.view
         for worker_id in view.workers_hosting(agent_type):
             if view.hosts[agent_type][worker_id].instances != instances:
                 raise ValueError("Agent factories and agent instances cannot be registered to the same type.")

@@ -22,7 +22,7 @@ OUTPUT: dict[str, list[str]] = {
     "web_service.py": [
         'GET /shouter/hello: HTTP/1.1 200 OK: {"text": "HELLO"}',
         "GET /nobody/hello: HTTP/1.1 404 UnknownAgentType: "
-        "{\"error\": \"agent type 'nobody' is unknown; registered types: shouter\"}",
+        '{"error": "agent type \'nobody\' is unknown; registered types: shouter"}',
     ],
     "tracing.py": [
         "lamp is on its way",

@@ -9,7 +9,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
-from autogen_core import AgentId, CancellationToken, MessageContext, RoutedAgent, TopicId, message_handler
+from autogen_core import (
+    AgentId,
+    CancellationToken,
+    MessageContext,
+    RoutedAgent,
+    TopicId,
+    TypeSubscription,
+    message_handler,
+)
 
 from natsrt import NatsAgentRuntime, NoLiveWorker, UndeliveredCall, UnknownAgentType
 from natsrt.embedded import EmbeddedServer
@@ -88,6 +96,7 @@ async def test_a_cancellation_reaches_a_foreign_handler(runtime: NatsAgentRuntim
         await call
 
 
+@pytest.mark.slow
 async def test_a_killed_foreign_worker_is_lost_within_five_seconds(
     runtime: NatsAgentRuntime, foreign_worker: Process
 ) -> None:
@@ -99,6 +108,7 @@ async def test_a_killed_foreign_worker_is_lost_within_five_seconds(
             await call
 
 
+@pytest.mark.slow
 async def test_a_foreign_worker_is_in_the_registry_and_leaves_it_when_it_dies(
     runtime: NatsAgentRuntime, foreign_worker: Process
 ) -> None:
@@ -122,8 +132,6 @@ async def test_an_event_reaches_a_foreign_worker(runtime: NatsAgentRuntime, fore
 
 
 async def test_a_foreign_worker_confirms_a_subscription(runtime: NatsAgentRuntime, foreign_worker: Process) -> None:
-    from autogen_core import TypeSubscription
-
     await runtime.add_subscription(TypeSubscription("text", "counter"))
 
 

@@ -168,13 +168,14 @@ class Catalog:
     # -- message types -------------------------------------------------------------------------------------------
 
     def _learn(self, hosted: HostedType, cls: type[Any]) -> None:
-        """Register the serializers of what ``cls`` handles and produces."""
+        """Register the serializers of what ``cls`` handles and produces, or, where two classes clash, none of them."""
         if cls in hosted.learned:
             return
+        handled, produced = message_types(cls)
+        self._serialization.refuse_clashes(message_type for message_type in handled if message_type is not object)
         for message_type, serializers in getattr(cls, "internal_extra_handles_types", ()):
             self._serialization.add(serializers)
             hosted.handles[type_name_of(message_type)] = message_type
-        handled, produced = message_types(cls)
         for message_type in handled:
             if message_type is not object:
                 try:

@@ -16,6 +16,8 @@ class Declarations:
         self._by_id: dict[str, Subscription] = {}
         self._rules: dict[Rule, str] = {}
         self._by_type: dict[str, dict[str, Subscription]] = {}
+        self.unowned: set[str] = set()
+        """Registry keys under which some were stored while this runtime did not host the type: they outlive a stop."""
 
     def __iter__(self) -> Iterator[Subscription]:
         return iter(list(self._by_id.values()))
@@ -42,5 +44,6 @@ class Declarations:
         return list(self._by_type.get(agent_type, {}).values())
 
     def custom(self, agent_type: str) -> Sequence[Subscription]:
-        """Those of one agent type whose class only this process can ask."""
-        return [subscription for subscription in self.of(agent_type) if Rule.of(subscription).kind == "custom"]
+        """Those of one agent type whose class only this process can ask, in an order that all processes share."""
+        ranked = {rule.digest: one for one in self.of(agent_type) if (rule := Rule.of(one)).kind == "custom"}
+        return [ranked[digest] for digest in sorted(ranked)]

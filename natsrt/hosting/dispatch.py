@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from autogen_core import (
     MessageContext,
     MessageHandlerContext,
     RoutedAgent,
+    Subscription,
     TopicId,
     UnknownPayload,
 )
@@ -35,7 +36,15 @@ from autogen_core.exceptions import MessageDroppedException
 from autogen_core.logging import DeliveryStage, MessageKind
 from nats.nuid import NUID
 
-from natsrt.errors import CannotDecode, MessageTooLarge, NatsrtError, UnhandledMessage, WorkerBusy, WorkerStopped
+from natsrt.errors import (
+    CannotDecode,
+    MessageTooLarge,
+    NatsrtError,
+    RemoteAgentError,
+    UnhandledMessage,
+    WorkerBusy,
+    WorkerStopped,
+)
 from natsrt.hosting.catalog import Catalog, Gate, HostedType
 from natsrt.hosting.control import carry_out_message
 from natsrt.hosting.fates import Fates
@@ -92,6 +101,7 @@ class Dispatch:
         cancellations: Cancellations,
         interventions: Interventions,
         fates: Fates,
+        custom_of: Callable[[str], Sequence[Subscription]],
     ) -> None:
         self._connection = connection
         self._subjects = subjects
@@ -103,6 +113,7 @@ class Dispatch:
         self._cancellations = cancellations
         self._interventions = interventions
         self._fates = fates
+        self._custom_of = custom_of
         self._type_attributes: dict[str, str] = {}
         self._active: set[Entry] = set()
         self._stopping = False
@@ -216,8 +227,11 @@ class Dispatch:
         answer = self._failure(error, False, envelope.NO_AGENT, "-")
         await self._connection.publish(reply, answer.body, headers=answer.headers)
 
-    def _failure(self, error: BaseException, plain: bool, recipient: str, call_id: str) -> Answer:
-        answer = self._error_answer(error, plain, recipient, call_id, with_traceback=self._options.send_tracebacks)
+    def _failure(
+        self, error: BaseException, plain: bool, recipient: str, call_id: str, *, refused: bool = False
+    ) -> Answer:
+        with_traceback = self._options.send_tracebacks
+        answer = self._error_answer(error, plain, recipient, call_id, with_traceback=with_traceback, refused=refused)
         try:
             self._connection.check_size(answer.body, answer.headers)
         except MessageTooLarge as too_large:  # said without what may be long: traceback, and names from the message
@@ -225,9 +239,16 @@ class Dispatch:
         return answer
 
     def _error_answer(
-        self, error: BaseException, plain: bool, recipient: str, call_id: str, *, with_traceback: bool
+        self,
+        error: BaseException,
+        plain: bool,
+        recipient: str,
+        call_id: str,
+        *,
+        with_traceback: bool,
+        refused: bool = False,
     ) -> Answer:
-        failure = describe(error, with_traceback=with_traceback)
+        failure = describe(error, with_traceback=with_traceback, refused=refused)
         if plain:
             return Answer(failure.payload, failure.headers)
         attributes = self._reply_attributes(call_id, recipient)
@@ -244,13 +265,17 @@ class Dispatch:
         if entry.pending is not None:
             self._fates.forget(entry.pending)
         error = WorkerBusy(entry.route.hosted.agent_type, self._worker_id, self.intake.pending_bytes)
-        self._run(entry, self._answer_refused(entry, self._failure(error, False, entry.route.name, "busy")))
-
-    async def _answer_refused(self, entry: Entry, answer: Answer) -> None:
         entry.pending = None
+        self._run(entry, self._answer_refused(entry, error))
+
+    async def _answer_refused(self, entry: Entry, error: WorkerBusy) -> None:
+        try:
+            plain = envelope.decode(entry.message.data) is None
+        except CannotDecode:
+            plain = False
         try:
             if entry.message.reply:
-                await self._answer(entry, answer)
+                await self._answer(entry, self._failure(error, plain, entry.route.name, "busy", refused=True))
         finally:
             self._active.discard(entry)
 
@@ -369,11 +394,16 @@ class Dispatch:
         route, hosted = entry.route, entry.route.hosted
         ordinary = any(rule.matches(topic.type) for rule in hosted.rules)
         if route.custom is not None:
-            if not route.custom.is_match(topic):
+            agent_id = _mapped(route.custom, topic)
+            if agent_id is None or agent_id.type != hosted.agent_type:
                 return None
-            agent_id = route.custom.map_to_agent(topic)
-            if agent_id.type != hosted.agent_type or (ordinary and agent_id.key == topic.source):
+            if ordinary and agent_id.key == topic.source:
                 return None  # the ordinary subscriptions deliver it already
+            for other in self._custom_of(hosted.agent_type):
+                if other is route.custom:
+                    break
+                if _mapped(other, topic) == agent_id:
+                    return None  # of several custom ones the first delivers it
             key = agent_id.key
         elif ordinary:
             key = topic.source
@@ -560,12 +590,18 @@ def _id_of(body: Envelope | None) -> str:
     return "-" if body is None else body.attributes.get("id", "-")
 
 
+def _mapped(subscription: Subscription, topic: TopicId) -> AgentId | None:
+    return subscription.map_to_agent(topic) if subscription.is_match(topic) else None
+
+
 def _clip(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _outline(error: BaseException) -> str:
     """An error for the log: class and places. Its text may quote a payload, so only natsrt's own texts are shown."""
+    if isinstance(error, RemoteAgentError):
+        return f"another agent's {error.error_type}"
     if isinstance(error, NatsrtError):
         return str(error)
     return f"{type(error).__qualname__}\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -34,7 +35,7 @@ from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import attribute, quote
-from natsrt.wire.failures import SERVICE_ERROR, ErrorTypes
+from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import Subjects, encode_text, is_hashed
 
@@ -42,38 +43,43 @@ _intervening: ContextVar[bool] = ContextVar("natsrt_intervening", default=False)
 
 
 class _Line:
-    """The one line of senders: a fair lock that tells whether anybody stands in it."""
+    """The one line of senders: first come, first served. Whoever gives up leaves it at once."""
 
     def __init__(self) -> None:
-        self._lock = asyncio.Lock()
-        self.length = 0
+        self._places: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # the first one has the turn
+
+    @property
+    def length(self) -> int:
+        return len(self._places)
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[Callable[[], None]]:
-        """Wait for the turn. Yields what ends it early; it ends at the latest with the block."""
+    async def turn(self, link: Callable[[asyncio.Future[None]], None]) -> AsyncIterator[Callable[[], None]]:
+        """Wait for the turn. Yields what ends it early; it ends at the latest with the block.
+
+        ``link`` is given the future that is waited for, to cancel it.
+        """
         if _intervening.get():
             yield _nothing
             return
-        self.length += 1
-        held = False
-
-        def leave() -> None:
-            nonlocal held
-            if held:
-                held = False
-                self._lock.release()
-                self.length -= 1
-
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._places[place] = None
+        self._call_next()
+        link(place)
         try:
-            await self._lock.acquire()
-        except BaseException:
-            self.length -= 1
-            raise
-        held = True
-        try:
-            yield leave
+            await place
+            yield lambda: self._leave(place)
         finally:
-            leave()
+            self._leave(place)
+
+    def _leave(self, place: asyncio.Future[None]) -> None:
+        if place in self._places:
+            del self._places[place]
+            self._call_next()
+
+    def _call_next(self) -> None:
+        first = next(iter(self._places), None)
+        if first is not None and not first.done():
+            first.set_result(None)
 
 
 def _nothing() -> None:
@@ -106,7 +112,7 @@ class Sending:
         interventions: Interventions,
         error_types: ErrorTypes,
         produced_here: Callable[[], Iterable[type[Any]]],
-        ready: Callable[[], Awaitable[None]],
+        ready: Callable[[float], Awaitable[None]],
         is_ready: Callable[[], bool],
     ) -> None:
         self._connection = connection
@@ -152,10 +158,11 @@ class Sending:
         if token is not None and token.is_cancelled():
             raise asyncio.CancelledError("the cancellation token was cancelled before the send")
         if not self._interventions and not self._line.length and self._is_ready():
-            reply = await self._call(message, recipient, sender, token, message_id, _nothing)
+            response = await self._call(message, recipient, sender, token, message_id, reply_type, _nothing)
         else:
-            async with self._line.turn() as leave:
-                await self._wait_ready(token)
+            begun = asyncio.get_running_loop().time()
+            async with self._line.turn(self._link(token)) as leave:
+                await self._wait_ready(token, begun)
                 if self._interventions:
                     context = MessageContext(
                         sender=sender,
@@ -165,8 +172,7 @@ class Sending:
                         message_id=message_id,
                     )
                     message = await self._intervene(self._interventions.on_send(message, context, recipient))
-                reply = await self._call(message, recipient, sender, token, message_id, leave)
-        response = self._result(reply, type(message), reply_type, recipient)
+                response = await self._call(message, recipient, sender, token, message_id, reply_type, leave)
         if self._interventions:
             response = await self._interventions.on_response(response, recipient, sender)
         return response
@@ -178,8 +184,9 @@ class Sending:
         sender: AgentId | None,
         token: CancellationToken | None,
         message_id: str,
+        reply_type: type[Any] | None,
         leave: Callable[[], None],
-    ) -> Msg:
+    ) -> Any:
         encoded = self._serialization.encode(message)
         attributes = (
             f"{self._head(message_id, sender, encoded, token)},"
@@ -191,7 +198,8 @@ class Sending:
             )
         work = _Work(recipient, lambda: self._directory.subject_of(recipient), envelope.CALL, encoded, token)
         if self.telemetry is None:
-            return await self._exchange(work, attributes, leave)
+            reply = await self._exchange(work, attributes, leave)
+            return self._result(reply, type(message), reply_type, recipient)
         with self.telemetry.sending(
             "send",
             self._subjects.agent(recipient.type),
@@ -200,7 +208,8 @@ class Sending:
             message_id=message_id,
             size=len(encoded.payload),
         ) as carrier:
-            return await self._exchange(work, attributes + carrier, leave)
+            reply = await self._exchange(work, attributes + carrier, leave)
+            return self._result(reply, type(message), reply_type, recipient)
 
     async def control(self, recipient: AgentId, subject: str, operation: str, data: Any = None) -> Any:
         """Ask the one worker behind a control subject. Returns plain JSON values."""
@@ -208,7 +217,7 @@ class Sending:
             payload = orjson.dumps(data)
         except TypeError as error:
             raise CannotDecode("a state", f"it must be JSON: {error}") from None
-        await self._wait_ready(None)
+        await self._wait_ready(None, asyncio.get_running_loop().time())
         self.sent += 1
         attributes = (
             f"{attribute('id', self._next_id())},{attribute('source', envelope.NO_AGENT)},"
@@ -223,7 +232,7 @@ class Sending:
     async def _exchange(self, work: _Work, attributes: str, leave: Callable[[], None]) -> Msg:
         body = envelope.encode(work.kind, attributes, work.encoded.payload, work.encoded.content_type)
         token = work.token
-        link = None if token is None else lambda future: self._cancellations.link(token, future)
+        link = None if token is None else self._link(token)
         timeout = self._options.call_timeout
         if timeout is None:
             return await self._calls.call(work.recipient, work.route, body, sent=leave, link=link)
@@ -235,15 +244,18 @@ class Sending:
                 raise
             raise CallTimeout(str(work.recipient), timeout, "call_timeout") from None
 
-    async def _wait_ready(self, token: CancellationToken | None) -> None:
-        """Wait for the start and the connection, or until ``token`` is cancelled."""
+    def _link(self, token: CancellationToken | None) -> Callable[[asyncio.Future[Any]], None]:
+        """What makes ``token`` cancel a future."""
+        if token is None:
+            return lambda future: None
+        return lambda future: self._cancellations.link(token, future)
+
+    async def _wait_ready(self, token: CancellationToken | None, begun: float) -> None:
+        """Wait for the start and the connection, or until ``token`` is cancelled. The send began at ``begun``."""
         if self._is_ready():
             return
-        if token is None:
-            await self._ready()
-            return
-        waiting = asyncio.ensure_future(self._ready())
-        self._cancellations.link(token, waiting)
+        waiting = asyncio.ensure_future(self._ready(begun))
+        self._link(token)(waiting)
         try:
             await waiting
         finally:
@@ -274,8 +286,7 @@ class Sending:
     def _answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:
         body = envelope.decode(reply.data)
         if body is None:
-            if SERVICE_ERROR in (reply.headers or {}):
-                raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None)
+            self._raise_service_error(reply, recipient)
             raise CannotDecode(f"the reply of {recipient}", "it is not a natsrt reply", reply.data)
         return self._checked(body, reply, recipient)
 
@@ -286,10 +297,17 @@ class Sending:
             raise CannotDecode(f"the reply of {recipient}", f"its type is {body.type!r}", reply.data)
         return body
 
+    def _raise_service_error(self, reply: Msg, recipient: AgentId) -> None:
+        """Raise what a plain reply reports as a NATS service does (ADR-32); one that is none changes nothing."""
+        headers = reply.headers or {}
+        text = headers.get(SERVICE_ERROR)
+        if text is not None:
+            text = f"{text} ({headers[SERVICE_ERROR_CODE]})" if SERVICE_ERROR_CODE in headers else text
+            raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None, text=text)
+
     def _plain_result(self, reply: Msg, reply_type: type[Any] | None, recipient: AgentId) -> Any:
         """A NATS responder in any language answered: JSON values, or ``reply_type``; else text, else bytes."""
-        if SERVICE_ERROR in (reply.headers or {}):
-            raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None)
+        self._raise_service_error(reply, recipient)
         if reply_type is not None:
             return self._serialization.infer(reply.data, [reply_type])
         try:
@@ -319,8 +337,9 @@ class Sending:
         if not self._interventions and not self._line.length and self._is_ready():
             await self._publish(message, topic, sender, token, message_id)
             return
-        async with self._line.turn():
-            await self._wait_ready(None)
+        begun = asyncio.get_running_loop().time()
+        async with self._line.turn(self._link(None)):
+            await self._wait_ready(None, begun)
             if self._interventions:
                 context = MessageContext(
                     sender=sender,

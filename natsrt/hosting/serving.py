@@ -134,8 +134,9 @@ class Serving:
                     yield (self._filter(rule, key), queue), event
         for subscription in self._custom_of(agent_type):
             # A group of its own: workers without an equal object cannot decide for it.
-            queue = f"{subjects.queue(agent_type)}.custom.{Rule.of(subscription).digest}"
-            yield (subjects.everything, queue), Route(Kind.EVENT, hosted, custom=subscription)
+            for key in keys:
+                queue = f"{subjects.queue(agent_type, key)}.custom.{Rule.of(subscription).digest}"
+                yield (subjects.everything, queue), Route(Kind.EVENT, hosted, key, custom=subscription)
 
     def _filter(self, rule: Rule, key: str | None) -> str:
         if rule.kind == "prefix":

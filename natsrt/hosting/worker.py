@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from typing import Any
 
 import orjson
@@ -28,7 +28,7 @@ from natsrt.hosting.fates import Fates
 from natsrt.hosting.interventions import Interventions
 from natsrt.hosting.sending import Sending
 from natsrt.hosting.serving import Serving
-from natsrt.jetstream.entries import NOBODY, InstanceEntry, KnownEntry, Rule, SubscriptionEntry, WorkerEntry
+from natsrt.jetstream.entries import NOBODY, Entry, InstanceEntry, KnownEntry, Rule, SubscriptionEntry, WorkerEntry
 from natsrt.jetstream.registry import Registry
 from natsrt.observe.services import Endpoint, Services, service_name
 from natsrt.observe.telemetry import telemetry_for
@@ -89,6 +89,7 @@ class Worker:
             cancellations=self.cancellations,
             interventions=interventions,
             fates=self._fates,
+            custom_of=subscriptions.custom,
         )
         self._serving = Serving(
             self.connection,
@@ -149,7 +150,8 @@ class Worker:
             if any(True for _ in self._catalog):
                 await self._join()
             entries = [self._entry(subscription) for subscription in self._declarations]
-            await self.registry.declare(entries)
+            await self._declare(entries)
+            await self._withdraw(self._declarations.unowned.difference(entry.key for entry in entries))
             await self._serving.start()
             await self._confirm_at_start(entries)
             await self.connection.barrier()
@@ -206,9 +208,10 @@ class Worker:
         )
         await self.registry.declare([entry for hosted in self._catalog for entry in hosted.entries(self.worker_id)])
 
-    async def _wait_ready(self) -> None:
+    async def _wait_ready(self, begun: float) -> None:
+        """For a send that began at ``begun``: ``offline_timeout`` counts from then, its time in line too."""
         await asyncio.shield(self._outcome)
-        await self.connection.wait_connected(self._options.offline_timeout)
+        await self.connection.wait_connected(self._options.offline_timeout, begun)
 
     @property
     def undecodable(self) -> int:
@@ -247,19 +250,26 @@ class Worker:
         await self.registry.declare(hosted.entries(self.worker_id))
         moved = self._declarations.of(hosted.agent_type)
         if moved:  # added before the type was hosted: from now on this worker declares them
-            await self.registry.declare([self._entry(s) for s in moved])
-            await self.registry.withdraw([self._entry(s, NOBODY).key for s in moved])
+            await self._declare([self._entry(s) for s in moved])
+            await self._withdraw([self._entry(s, NOBODY).key for s in moved])
         await self._serving.serve(hosted.agent_type)
 
-    async def abandon(self, hosted: HostedType, key: str | None = None) -> None:
-        """Stop hosting a type, or with ``key`` one instance of it. What it handles stays known."""
-        entries = [e for e in hosted.entries(self.worker_id) if not isinstance(e, KnownEntry)]
+    async def abandon(self, hosted: HostedType, key: str | None = None, *, ended: Sequence[Subscription] = ()) -> None:
+        """Stop hosting a type, or with ``key`` one instance of it. What it handles stays known.
+
+        With the type end the subscriptions in ``ended``; what else this runtime added for it belongs to nobody then.
+        """
+        entries: list[Entry] = [e for e in hosted.entries(self.worker_id) if not isinstance(e, KnownEntry)]
+        left: Sequence[Subscription] = ()
         if key is not None and len(hosted.live) > 1:
             entries = [e for e in entries if isinstance(e, InstanceEntry) and e.agent_key == key]
         else:
             await self._serving.end(hosted.agent_type)
+            left = self._declarations.of(hosted.agent_type)
+            entries += [self._entry(subscription, self.worker_id) for subscription in (*ended, *left)]
         try:
-            await self.registry.withdraw([entry.key for entry in entries])
+            await self._declare([self._entry(subscription, NOBODY) for subscription in left])
+            await self._withdraw([entry.key for entry in entries])
         except NatsrtError as error:
             logger.warning("entries of %s stay behind: %s", hosted.agent_type, error)
 
@@ -269,20 +279,20 @@ class Worker:
         Raises `SubscriptionNotServed` after ``subscription_timeout`` seconds.
         """
         entry = self._entry(subscription)
-        await self.registry.declare([entry])
+        await self._declare([entry])
         await self._confirm(entry.agent_type)
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """Remove a subscription of this runtime, and return when every live worker knows."""
         entry = self._entry(subscription)
-        await self.registry.withdraw([entry.key])
+        await self._withdraw([entry.key])
         await self._confirm(entry.agent_type)
 
     async def unsubscribe_foreign(self, subscription_id: str) -> bool:
         """Remove a subscription that a runtime without the agent type added. False if there is none of this id."""
         for entry in list(self.registry.view.subscriptions()):
             if entry.subscription_id == subscription_id and entry.declarer == NOBODY:
-                await self.registry.withdraw([entry.key])
+                await self._withdraw([entry.key])
                 await self._confirm(entry.agent_type)
                 return True
         return False
@@ -292,6 +302,14 @@ class Worker:
         if declarer is None:
             declarer = self.worker_id if rule.agent_type in self._catalog else NOBODY
         return SubscriptionEntry(rule.agent_type, rule.kind, rule.pattern, declarer, subscription.id)
+
+    async def _declare(self, entries: Sequence[SubscriptionEntry]) -> None:
+        self._declarations.unowned.update(entry.key for entry in entries if entry.declarer == NOBODY)
+        await self.registry.declare(entries)
+
+    async def _withdraw(self, keys: Collection[str]) -> None:
+        await self.registry.withdraw(list(keys))
+        self._declarations.unowned.difference_update(keys)
 
     async def _confirm(self, agent_type: str) -> None:
         await self._serving.serve(agent_type)

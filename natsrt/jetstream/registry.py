@@ -62,6 +62,13 @@ _WRITES_AT_ONCE = 256
 _RETRY_FOR = 5.0
 _LIST_AT_MOST = 20
 
+_NEEDED = {
+    "open": ("$js.api.info", "$js.api.stream.info.", "$js.api.stream.create."),
+    "read": ("$js.api.consumer.", "$js.api.direct."),
+    "write to": ("$kv.", "$js.api.stream.purge."),
+}
+"""The subjects that an operation publishes to. A refusal shows only in the client's log: this tells whose it is."""
+
 _MARKER = "Nats-Marker-Reason"
 _OPERATION = "KV-Operation"
 _TTL = "Nats-TTL"
@@ -101,7 +108,7 @@ class Registry:
         self._tasks: set[asyncio.Task[None]] = set()
         self._syncing: asyncio.Task[None] | None = None
         self._collected: list[Msg] | None = None
-        self._denied: PermissionDenied | None = None
+        self._guarded: dict[asyncio.Future[PermissionDenied], str] = {}
         self._open = False
         self._synced = asyncio.Event()
         self.view = View()
@@ -468,7 +475,7 @@ class Registry:
     async def verify(self, recipient: AgentId) -> NatsrtError | None:
         if self.view.workers_of(recipient):
             return None
-        await self._catch_up()
+        await self.catch_up()
         if self.view.workers_of(recipient):
             return None
         name = str(recipient)
@@ -484,7 +491,7 @@ class Registry:
         if worker_id in self.view.workers:
             self._run(self._remove_if_dead(worker_id))
 
-    async def _catch_up(self) -> None:
+    async def catch_up(self) -> None:
         """Make the view contain everything that is committed now."""
         js = self._connection.jetstream
 
@@ -501,21 +508,23 @@ class Registry:
 
     def _on_denied(self, denied: PermissionDenied) -> None:
         lowered = denied.subject.lower()
-        if lowered.startswith(("$js.", "$kv.", self._subjects.registry_feed.lower())):
-            self._denied = denied
+        for waiter, operation in self._guarded.items():
+            needed = (*_NEEDED[operation], self._subjects.registry_feed.lower(), self._options.inbox_prefix.lower())
+            if lowered.startswith(needed) and not waiter.done():
+                waiter.set_result(denied)
 
     async def _guard(self, operation: str, attempt: Callable[[], Awaitable[T]]) -> T:
         """Run ``attempt``, again for some seconds where a leader change explains its failure, and name what failed."""
         loop = asyncio.get_running_loop()
         until = loop.time() + _RETRY_FOR
         while True:
-            self._denied = None
             running = asyncio.ensure_future(attempt())
+            denied: asyncio.Future[PermissionDenied] = loop.create_future()
+            self._guarded[denied] = operation
             try:
-                while not running.done():
-                    await asyncio.wait({running}, timeout=0.1)
-                    if self._denied is not None:
-                        raise self._denied
+                await asyncio.wait({running, denied}, return_when=asyncio.FIRST_COMPLETED)
+                if denied.done():
+                    raise denied.result()
                 return running.result()
             except NatsrtError:
                 raise
@@ -534,9 +543,9 @@ class Registry:
             except (nats.errors.Error, OSError) as error:
                 problem = str(error) or type(error).__name__
             finally:
-                if not running.done():
-                    running.cancel()
-                    await asyncio.gather(running, return_exceptions=True)
+                del self._guarded[denied]
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
             if loop.time() > until or not self._connection.connected:
                 raise RegistryUnavailable(operation, problem)
             await asyncio.sleep(0.2)

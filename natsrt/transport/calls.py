@@ -31,20 +31,20 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest
 from natsrt.transport.probe import responder_exists
 from natsrt.wire import envelope
-from natsrt.wire.failures import SERVICE_ERROR_CODE
+from natsrt.wire.failures import BUSY, SERVICE_ERROR_CODE
 
 logger = logging.getLogger("natsrt.calls")
 
 _TICK = 0.05
 _ASK_EVERY = 0.5
-_FIRST_QUESTION = 1.0
+_FIRST_QUESTION = 0.5
 """Seconds after which an unaccepted call is asked for at every worker that could have it."""
 _GONE_AFTER = 1.5
 """Seconds of "no responders" from a worker's own subject after which it is lost, on a settled connection."""
 _SETTLED = 4.0
 """Seconds after a reconnect during which other runtimes may still be reconnecting."""
 _MAX_QUESTIONS = 500
-_BUSY = "429"
+_BUSY = str(BUSY)
 
 
 class Directory(Protocol):
@@ -150,18 +150,18 @@ class Calls:
         self._watcher = asyncio.create_task(self._watch(), name="natsrt call watcher")
 
     async def stop(self) -> None:
-        """End the watch; calls that are still pending fail."""
+        """End the watch; calls that are still pending fail, and so do those that are sent from now on."""
+        interest, self._interest = self._interest, None
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, *self._checks, return_exceptions=True)
             self._watcher = None
         for call in list(self._pending.values()):
-            call.fail(WorkerLost(str(call.recipient), call.accepted_by, "this runtime was stopped"))
+            call.fail(_stopped(call.recipient, call.accepted_by))
         self._watched.clear()
         self._asked.clear()
-        if self._interest is not None:
-            await self._connection.unsubscribe(self._interest)
-            self._interest = None
+        if interest is not None:
+            await self._connection.unsubscribe(interest)
 
     def connection_lost(self) -> None:
         self._down_since = asyncio.get_running_loop().time()
@@ -201,6 +201,8 @@ class Calls:
         begun = now = loop.time()
         pause = 0.02
         while True:
+            if self._interest is None:  # nobody would hear the reply
+                raise _stopped(recipient)
             self._counter += 1
             token = f"{self._counter:x}"
             future: asyncio.Future[Msg] = loop.create_future()
@@ -209,7 +211,8 @@ class Calls:
             subject = route()
             self._pending[token] = _Call(token, subject, recipient, future, now)
             try:
-                await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
+                if not future.done():  # else its token is cancelled already
+                    await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
                 sent()
                 self._wake.set()
                 reply = await future
@@ -318,6 +321,8 @@ class Calls:
                     await self._look_after(now)
             except NatsrtError as error:  # the connection went down in between: rule 5 takes over
                 logger.debug("asking about calls: %s", error)
+            except Exception:  # without the watch every later call could hang
+                logger.exception("looking after the calls failed")
 
     def _fail_offline(self, now: float) -> None:
         limit = self._options.offline_timeout
@@ -387,6 +392,7 @@ class Calls:
             task.add_done_callback(self._checks.discard)
 
     async def _verify(self, call: _Call) -> None:
+        began = asyncio.get_running_loop().time()
         try:
             failure = await self._directory.verify(call.recipient)
             if failure is None or call.future.done():
@@ -395,8 +401,10 @@ class Calls:
                 call.plain_until = call.sent_at + self._options.plain_timeout
                 return
             call.fail(failure)
-        except NatsrtError as error:  # the registry is out of reach: the next round tries again
+        except NatsrtError as error:  # the registry is out of reach
             logger.debug("checking a call to %s: %s", call.recipient, error)
+            if self._down_since is None and self._up_since < began:
+                call.fail(error)  # tried for seconds over a connection that held; else the next round tries again
         finally:
             call.checking = False
 
@@ -406,6 +414,10 @@ class Calls:
             asked = self._asked[worker_id] = _Asked()
             self._special[f"w-{worker_id}"] = lambda message: self._on_fate(worker_id, message)
         return asked
+
+
+def _stopped(recipient: AgentId, worker_id: str | None = None) -> WorkerLost:
+    return WorkerLost(str(recipient), worker_id, "this runtime was stopped")
 
 
 def _data(message: Msg, kind: str) -> dict[str, Any]:

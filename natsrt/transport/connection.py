@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, cast
 
 import nats.errors
@@ -28,7 +28,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js import JetStreamContext
 
-from natsrt.errors import CannotDecode, MessageTooLarge, NatsrtError, PermissionDenied, ServerUnreachable
+from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
 
 logger = logging.getLogger("natsrt.connection")
@@ -40,6 +40,8 @@ _VIOLATION = re.compile(r"permissions violation for (publish|subscription)\w* to
 _WATCH_INTERVAL = 1.0
 _ONE_ATTEMPT = 2.0
 """Seconds for one server to accept a connection."""
+_PONG_AT_LAST = 60
+"""Seconds after which the server's answer to a ping comes no more: the client has long been replaced."""
 _SLICE = 0.5
 _PATIENCE = 6
 
@@ -76,6 +78,7 @@ class _Client(Client):
     def __init__(self, unreadable: Callable[[CannotDecode], None]) -> None:
         super().__init__()
         self._unreadable = unreadable
+        self._pings: set[asyncio.Task[float]] = set()
 
     # The next two override what nats-py keeps to itself, because there is no public way: the server passes on subjects
     # that are not UTF-8 and headers that nobody can read, and either ends nats-py's read loop without a word.
@@ -109,7 +112,31 @@ class _Client(Client):
             if asyncio.get_running_loop().time() > deadline:
                 raise nats.errors.FlushTimeoutError
             await asyncio.sleep(0)
-        await super().flush(cast(int, timeout))
+        ping = self.ping()
+        await asyncio.wait({ping}, timeout=deadline - asyncio.get_running_loop().time())
+        if not ping.done():
+            raise nats.errors.FlushTimeoutError
+        ping.result()
+
+    def ping(self) -> asyncio.Task[float]:
+        """A round trip to the server, to be waited for with ``asyncio.wait`` and never to be cancelled.
+
+        A PONG for a ping whose future was cancelled, which nats-py also does when its time is up, ends the read loop.
+        """
+        ping = asyncio.create_task(self.rtt(_PONG_AT_LAST))
+        self._pings.add(ping)
+        ping.add_done_callback(self._pings.discard)
+        ping.add_done_callback(_retrieve)
+        return ping
+
+    async def close(self) -> None:
+        try:
+            await super().close()
+        finally:
+            for ping in self._pings:
+                ping.cancel()
+            if self._transport is not None:  # still open where nats-py gave up sending what a hung server did not take
+                self._transport.close()  # type: ignore[no-untyped-call]
 
 
 class Interest:
@@ -142,6 +169,7 @@ class Connection:
         self._listeners: list[Listener] = []
         self._denied: list[Callable[[PermissionDenied], None]] = []
         self._up = asyncio.Event()
+        self._waiting: set[asyncio.Future[None]] = set()
         self._closing = True
         self._supervisor: asyncio.Task[None] | None = None
         self._replace = asyncio.Event()
@@ -202,6 +230,9 @@ class Connection:
         """Send what is queued and close. Harmless when closed."""
         self._closing = True
         self._up.clear()
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_exception(self._closed_error())
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -211,15 +242,30 @@ class Connection:
             await _close_quietly(client)
         self._interests.clear()
 
-    async def wait_connected(self, timeout: float | None) -> None:
-        """Wait until connected. Raises `ServerUnreachable` after ``timeout`` seconds; None waits for ever."""
+    async def wait_connected(self, timeout: float | None, begun: float | None = None) -> None:
+        """Wait until connected.
+
+        Raises `ServerUnreachable` ``timeout`` seconds after the loop's time ``begun`` (None: now; a ``timeout`` of
+        None waits for ever), and when the connection is closed.
+        """
         if self._up.is_set():
             return
+        if self._closing:
+            raise self._closed_error()
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        self._waiting.add(waiter)
+        begun = loop.time() if begun is None else begun
         try:
-            async with asyncio.timeout(timeout):
-                await self._up.wait()
+            async with asyncio.timeout_at(None if timeout is None else begun + timeout):
+                await waiter
         except TimeoutError:
             raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._last_error) from None
+        finally:
+            self._waiting.discard(waiter)
+
+    def _closed_error(self) -> ServerUnreachable:
+        return ServerUnreachable(self._options.safe_servers, 0.0, "the connection is closed")
 
     async def _connect(self, timeout: float) -> _Client:
         client = _Client(self._on_unreadable)
@@ -314,6 +360,9 @@ class Connection:
     def _made(self) -> None:
         self.max_payload = self.client.max_payload
         self._up.set()
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
         logger.info("connected to %s", self.server)
         for listener in self._listeners:
             listener.connection_made()
@@ -338,23 +387,26 @@ class Connection:
         client = self._client
         if client is None or client.is_closed:
             return False
-        answer = client.rtt(60) if client.is_connected else self._begins_to_reconnect(client)
-        probe = asyncio.ensure_future(cast(Coroutine[Any, Any, object], answer))
-        try:
-            # In slices, so that an event loop that was blocked meanwhile counts once, and not as the server's silence.
-            for _ in range(_PATIENCE):
-                await asyncio.wait({probe}, timeout=_SLICE)
-                if probe.done():
-                    return probe.cancelled() or probe.exception() is None or not client.is_connected
-            return False
-        finally:
-            probe.cancel()
-            await asyncio.gather(probe, return_exceptions=True)
+        reconnects = self.reconnects
+        if not client.is_connected:
+            return await self._begins_to_reconnect(client)
+        ping = client.ping()
+        # In slices, so that an event loop that was blocked meanwhile counts once, and not as the server's silence.
+        for _ in range(_PATIENCE):
+            await asyncio.wait({ping}, timeout=_SLICE)
+            if ping.done():
+                return ping.cancelled() or ping.exception() is None or not client.is_connected
+            if reconnects != self.reconnects:
+                return True  # the ping went to a connection that is gone; the next one will tell
+        return False
 
-    async def _begins_to_reconnect(self, client: _Client) -> None:
+    async def _begins_to_reconnect(self, client: _Client) -> bool:
         """A hung server with unsent data never lets nats-py begin to reconnect, so it never tells of the loss."""
-        while self._up.is_set() and not client.is_connected:  # noqa: ASYNC110  # nats-py has no event for it
+        for _ in range(_PATIENCE):
+            if not self._up.is_set() or client.is_connected:
+                return True
             await asyncio.sleep(_SLICE)
+        return False
 
     async def _renew(self) -> None:
         """Build new clients until one connects, and repeat every subscription on it."""
@@ -366,11 +418,14 @@ class Connection:
                 client = await self._connect(self._options.connect_timeout)
                 self._client = client
                 for interest in list(self._interests):
-                    interest.current = await _subscribe(client, interest)
+                    if interest in self._interests:
+                        interest.current = await _subscribe(client, interest)
                 await client.flush()
-            except (NatsrtError, nats.errors.Error, OSError, TimeoutError) as error:
-                self._last_error = str(error)
-                logger.debug("a new client could not connect: %s", error)
+            except Exception as error:  # whatever it is, the connection comes back for ever
+                self._last_error = str(error) or type(error).__name__
+                logger.debug("a new client could not connect: %s", self._last_error)
+                if self._client is not None:
+                    _abandon(self._client)
                 self._client = None
                 await asyncio.sleep(self._options.reconnect_wait)
                 continue
@@ -439,19 +494,23 @@ class Connection:
     async def barrier(self, timeout: float = 10.0) -> None:
         """Return when the server has processed all that was sent before. Raises `ServerUnreachable`."""
         reconnects = self.reconnects
-        # Shielded: a PONG for a flush that was cancelled ends nats-py's read loop.
         flushing = asyncio.ensure_future(self.client.flush(cast(int, timeout)))
         flushing.add_done_callback(_retrieve)
         try:
-            await asyncio.shield(flushing)
+            while not flushing.done() and self.connected and reconnects == self.reconnects:
+                await asyncio.wait({flushing}, timeout=_SLICE)
+        finally:
+            flushing.cancel()
+        if not self.connected or reconnects != self.reconnects:
+            raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection was lost meanwhile")
+        try:
+            flushing.result()
         except (nats.errors.Error, OSError, TimeoutError) as error:
             self._replace.set()
             raise ServerUnreachable(self._options.safe_servers, timeout, str(error) or "no answer") from error
-        if not self.connected or reconnects != self.reconnects:
-            raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection was lost meanwhile")
 
 
-def _retrieve(task: asyncio.Future[None]) -> None:
+def _retrieve(task: asyncio.Future[Any]) -> None:
     """Look at the outcome of a task that perhaps nobody waits for any more."""
     if not task.cancelled():
         task.exception()

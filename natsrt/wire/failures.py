@@ -26,6 +26,8 @@ SERVICE_ERROR_CODE: Final = "Nats-Service-Error-Code"
 """Header with an error's number (ADR-32)."""
 
 CANCELLED: Final = 499
+BUSY: Final = 429
+"""The code of a refusal: the call was not started, and its caller sends it again."""
 _MAX_TEXT = 16_384
 
 _FORBIDDEN = (StopIteration, StopAsyncIteration, GeneratorExit)
@@ -65,13 +67,20 @@ class ErrorTypes:
             raise TypeError(f"{cls!r} is not an exception class that a call can raise")
         self._classes[qualified_name(cls)] = cls
 
-    def rebuild(self, payload: bytes, *, agent: str | None, worker_id: str | None) -> BaseException:
-        """The exception in the data of a ``natsrt.error``. Never raises: what cannot be read says so."""
+    def rebuild(
+        self,
+        payload: bytes,
+        *,
+        agent: str | None,
+        worker_id: str | None,
+        text: str = "the worker sent an error that cannot be read",
+    ) -> BaseException:
+        """The exception in the data of a ``natsrt.error``. Never raises: one that cannot be read has ``text``."""
         try:
             data = orjson.loads(payload)
             name, message = str(data["type"]), str(data["message"])
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            return RemoteAgentError("unknown", "the worker sent an error that cannot be read")
+            return RemoteAgentError("unknown", text)
         trace = data.get("traceback")
         remote = Remote(agent, worker_id, trace if isinstance(trace, str) else None)
         exception = self._rebuild(name, message, data)
@@ -114,11 +123,14 @@ class Failure:
         return {SERVICE_ERROR: line.encode("ascii", "replace").decode()[:512], SERVICE_ERROR_CODE: str(self.code)}
 
 
-def describe(exception: BaseException, *, with_traceback: bool) -> Failure:
-    """``exception`` as data. Arguments and fields travel only where JSON carries them exactly."""
+def describe(exception: BaseException, *, with_traceback: bool, refused: bool = False) -> Failure:
+    """``exception`` as data. Arguments and fields travel only where JSON carries them exactly.
+
+    ``refused``: the call was not started, so its caller may send it again.
+    """
     cls = type(exception)
     text = _text(exception)
-    code = CANCELLED if isinstance(exception, asyncio.CancelledError) else _code(exception)
+    code = BUSY if refused else _code(exception)
     data: dict[str, Any] = {"type": qualified_name(cls), "message": text, "code": code}
     args = _exact(list(exception.args))
     fields = _exact({k: v for k, v in _fields(exception).items() if not k.startswith("__")})
@@ -133,10 +145,10 @@ def describe(exception: BaseException, *, with_traceback: bool) -> Failure:
 def _text(exception: BaseException) -> str:
     try:
         text = str(exception)
-    except Exception:  # a broken __str__ must not cost the caller the answer
+        if not text and (fields := _fields(exception)):
+            text = ", ".join(f"{name}={value!r}" for name, value in fields.items() if not name.startswith("_"))
+    except Exception:  # a broken __str__ or __repr__ must not cost the caller the answer
         text = "(its text could not be made)"
-    if not text and (fields := _fields(exception)):
-        text = ", ".join(f"{name}={value!r}" for name, value in fields.items() if not name.startswith("_"))
     return _carried(text)[:_MAX_TEXT]
 
 
@@ -150,7 +162,11 @@ def _fields(exception: BaseException) -> dict[str, Any]:
 
 
 def _code(exception: BaseException) -> int:
-    return exception.code if isinstance(exception, NatsrtError) else 500
+    if isinstance(exception, asyncio.CancelledError):
+        return CANCELLED
+    if not isinstance(exception, NatsrtError):
+        return 500
+    return 503 if exception.code == BUSY else exception.code  # another agent was too busy for this one
 
 
 def _exact(value: Any) -> Any:

@@ -236,8 +236,15 @@ class Serialization:
         self._sending.clear()
         self._replies.clear()
 
-    def _claim(self, name: str, cls: type) -> None:
-        known = self._classes.setdefault(name, cls)
+    def refuse_clashes(self, classes: Iterable[Any]) -> None:
+        """Raise the ValueError that registering all of ``classes`` would raise; registers nothing."""
+        names = dict(self._classes)
+        for cls in classes:
+            if (serializer := self._own_or_none(cls)) is not None:
+                self._claim(serializer.type_name, typing.get_origin(cls) or cls, names)
+
+    def _claim(self, name: str, cls: type, names: dict[str, type] | None = None) -> None:
+        known = (self._classes if names is None else names).setdefault(name, cls)
         if known is not cls:
             raise ValueError(
                 f"two classes have the message type name {name!r}: {_qualified(known)} is registered, "

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import natsrt
 import pytest
 from autogen_core import AgentRuntime, SingleThreadedAgentRuntime
 
+import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from autogen_core import (
     AgentId,
+    AgentProxy,
     ClosureAgent,
     ClosureContext,
     DefaultSubscription,
@@ -233,7 +234,8 @@ async def test_messages_that_arrive_while_a_closure_is_being_registered_are_not_
         registered.set()
     await world.caller.publish_message(OnlyHere(-2), DefaultTopicId())
     await world.idle()
-    assert got[-1] == OnlyHere(-2)
+    assert OnlyHere(-2) in got
+    assert [message.n for message in got if message.n >= 0].count(sent[-1]) == 2
     hosted = world.host.running.dispatch
     assert hosted.unknown_payloads == 0
     assert hosted.undecodable == 0
@@ -391,8 +393,6 @@ async def test_concurrent_agents_process_one_message_and_a_collector_elsewhere_g
 
 @natsrt_only
 async def test_an_agent_proxy_reaches_a_remote_agent(world: World) -> None:
-    from autogen_core import AgentProxy
-
     await Recorder.register(world.host, "recorder", lambda: Recorder([]))
     proxy = AgentProxy(AgentId("recorder", "k"), world.caller)
     assert await proxy.send_message(Text("a"), sender=AgentId("x", "y")) == Text("k got a")

@@ -47,7 +47,7 @@ class Raiser(RoutedAgent):
 async def call_raiser(world: World, error: BaseException) -> BaseException:
     """What the caller of a handler that raises ``error`` gets."""
     await Raiser.register(world.host, "raiser", lambda: Raiser(error))
-    with pytest.raises(BaseException) as raised:  # noqa: PT011  # which one is what the tests look at
+    with pytest.raises(BaseException) as raised:  # which one is what the tests look at
         await world.caller.send_message(Text("x"), RAISER)
     return raised.value
 

@@ -262,9 +262,7 @@ async def test_protobuf_messages_are_events(world: World, message: object) -> No
 
     class Protobuf(RoutedAgent):
         @message_handler
-        async def on_protobuf(
-            self, message: wrappers_pb2.StringValue | struct_pb2.Struct, ctx: MessageContext
-        ) -> None:
+        async def on_protobuf(self, message: wrappers_pb2.StringValue | struct_pb2.Struct, ctx: MessageContext) -> None:
             seen.append(message)
 
     await register(world.host, Protobuf, "protobuf", lambda: Protobuf("protobuf"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -163,9 +164,9 @@ async def test_a_registration_that_fails_claims_no_type_name(world: World) -> No
     taken, clash = _message_class("Taken", a=int), _message_class("Taken", b=str)
     fresh, later = _message_class("Fresh", a=int), _message_class("Fresh", b=str)
     await natsrt.register(world.host, _agent_for(taken), "first", lambda: _agent_for(taken)("a"))
-    for types in ((fresh, clash), (clash, fresh)):
+    for agent in (_agent_for(fresh, clash), _agent_for(clash, fresh)):
         with pytest.raises(ValueError, match="Taken"):
-            await natsrt.register(world.host, _agent_for(*types), "second", lambda: _agent_for(*types)("a"))
+            await natsrt.register(world.host, agent, "second", partial(agent, "a"))
     await natsrt.register(world.host, _agent_for(later), "second", lambda: _agent_for(later)("a"))
 
 
@@ -427,3 +428,13 @@ async def test_an_agent_registered_elsewhere_a_moment_ago_is_not_accessible_rath
         await world.host.register_factory(f"counter-{n}", Counter)
         with pytest.raises(NotAccessibleError):
             await world.caller.try_get_underlying_agent_instance(AgentId(f"counter-{n}", "k"))
+
+
+@two_runtimes
+async def test_conflicts_are_found_over_workers_the_moment_after(world: World) -> None:
+    for n in range(50):
+        await world.host.register_agent_instance(Counter(), AgentId(f"given{n}", "k"))
+        with pytest.raises(ValueError, match="cannot be registered to the same type"):
+            await world.caller.register_factory(f"given{n}", Counter)
+        with pytest.raises(ValueError, match="already exists"):
+            await world.caller.register_agent_instance(Counter(), AgentId(f"given{n}", "k"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,13 +47,10 @@ async def test_an_instances_metadata_and_state_can_be_read(world: World) -> None
 
 
 async def test_an_unknown_agent_has_neither_metadata_nor_state(world: World) -> None:
-    for attempt in (
-        world.caller.agent_metadata(COUNTER),
-        world.caller.agent_save_state(COUNTER),
-        world.caller.agent_load_state(COUNTER, {}),
-    ):
+    caller = world.caller
+    for ask in (caller.agent_metadata, caller.agent_save_state, partial(caller.agent_load_state, state={})):
         with pytest.raises(LookupError) as raised:
-            await attempt
+            await ask(COUNTER)
         assert not world.is_natsrt or isinstance(raised.value, UnknownAgentType)
 
 
@@ -105,14 +103,20 @@ async def test_an_agent_that_lives_on_two_workers_is_ambiguous(world: World) -> 
     for runtime in (world.host, world.caller):
         await runtime.register_factory("counter", Counter)
     for runtime in (world.host, world.caller):
-        for attempt in (
-            runtime.agent_metadata(COUNTER),
-            runtime.agent_save_state(COUNTER),
-            runtime.agent_load_state(COUNTER, {"count": 1}),
-        ):
+        for ask in (runtime.agent_metadata, runtime.agent_save_state, partial(runtime.agent_load_state, state={})):
             with pytest.raises(AmbiguousAgent) as raised:
-                await attempt
+                await ask(COUNTER)
             assert sorted(raised.value.workers) == sorted([world.host.worker_id, world.caller.worker_id])
+
+
+@two_runtimes
+async def test_the_second_worker_of_a_type_makes_its_agents_ambiguous_at_once(world: World) -> None:
+    for n in range(50):
+        agent = AgentId(f"counter{n}", "k")
+        await world.host.register_factory(agent.type, Counter)
+        await world.caller.register_factory(agent.type, Counter)
+        with pytest.raises(AmbiguousAgent):
+            await world.host.agent_load_state(agent, {"count": 1})
 
 
 @two_runtimes

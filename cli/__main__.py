@@ -1,0 +1,5 @@
+"""``python -m natsrt.cli``: the command ``natsrt``."""
+
+from . import main
+
+main()

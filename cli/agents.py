@@ -1,0 +1,342 @@
+"""``natsrt agents``: who hosts what, and how the workers are."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import orjson
+from autogen_core import AgentId
+from nats.aio.msg import Msg
+from nats.nuid import NUID
+
+from natsrt.errors import NoLiveWorker, UnknownAgentType
+from natsrt.jetstream.entries import NOBODY, KnownEntry, TypeEntry, View
+from natsrt.options import Options
+from natsrt.runtime import NatsAgentRuntime
+from natsrt.transport.connection import Connection
+from natsrt.wire.subjects import Subjects
+
+from .connecting import Connecting, connects
+from .exits import Exit
+from .output import as_json as print_json
+from .output import json_option, line, note, table
+
+_LIVE, _NOT_LIVE = "live", "no worker"
+_STYLES = {_LIVE: "green", _NOT_LIVE: "yellow", "no answer": "red"}
+_PATIENCE = 2.0
+"""Seconds to wait for the answers of workers."""
+
+
+@click.group()
+def agents() -> None:
+    """Show agent types and the workers that host them."""
+
+
+# -- ls ----------------------------------------------------------------------------------------------------------
+
+
+@agents.command()
+@json_option
+@connects()
+def ls(connecting: Connecting, as_json: bool) -> None:
+    """List the agent types: those with live workers, and those known from the last day."""
+
+    async def run() -> list[dict[str, Any]]:
+        async with connecting.runtime() as runtime:
+            return type_rows(runtime.running.registry.view)
+
+    rows = asyncio.run(run())
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_types(rows)
+    else:
+        note("no agent type is registered")
+
+
+def type_rows(view: View) -> list[dict[str, Any]]:
+    """What ``agents ls`` shows, one row for each agent type."""
+    rows = []
+    for agent_type in sorted({*view.hosts, *view.known}):
+        workers = view.workers_hosting(agent_type)
+        hosting = [view.hosts[agent_type][worker_id] for worker_id in workers]
+        entries: list[TypeEntry | KnownEntry] = [*hosting]
+        if not hosting and agent_type in view.known:
+            entries.append(view.known[agent_type])
+        rows.append(
+            {
+                "type": agent_type,
+                "live": bool(workers),
+                "workers": sorted(workers),
+                "instances": len(view.instances.get(agent_type, ())) if any(e.instances for e in hosting) else None,
+                "keyed": any(e.keyed for e in hosting),
+                "handles": sorted({name for entry in entries for name in entry.handles}),
+                "produces": sorted({name for entry in entries for name in entry.produces}),
+                "subscriptions": len(view.rules(agent_type)),
+            }
+        )
+    return rows
+
+
+def print_types(rows: list[dict[str, Any]]) -> None:
+    """The table of ``agents ls``."""
+    table(
+        ("TYPE", "WORKERS", "STATE", "HANDLES", "SUBSCRIPTIONS"),
+        [
+            (
+                row["type"],
+                len(row["workers"]),
+                _LIVE if row["live"] else _NOT_LIVE,
+                ", ".join(row["handles"]),
+                row["subscriptions"],
+            )
+            for row in rows
+        ],
+        _STYLES,
+    )
+
+
+# -- info --------------------------------------------------------------------------------------------------------
+
+
+@agents.command()
+@click.argument("agent", metavar="TYPE[/KEY]")
+@json_option
+@connects()
+def info(connecting: Connecting, agent: str, as_json: bool) -> None:
+    """Show an agent type: workers, messages and subscriptions; with a key, the metadata of that agent.
+
+    Asking for one agent makes it, if it is not there yet.
+    """
+    agent_type, slash, key = agent.partition("/")
+
+    async def run() -> dict[str, Any]:
+        async with connecting.runtime() as runtime:
+            if slash:
+                return dict(await runtime.agent_metadata(AgentId(agent_type, key)))
+            return await _type_info(runtime, agent_type)
+
+    shown = asyncio.run(run())
+    if as_json:
+        print_json(shown)
+    elif slash:
+        table(("FIELD", "VALUE"), list(shown.items()))
+    else:
+        _print_info(shown)
+
+
+async def _type_info(runtime: NatsAgentRuntime, agent_type: str) -> dict[str, Any]:
+    view = runtime.running.registry.view
+    await _refuse_unknown(runtime, agent_type)
+    row = next(row for row in type_rows(view) if row["type"] == agent_type)
+    workers = [view.workers[worker_id] for worker_id in row["workers"]]
+    row["workers"] = [
+        {
+            "worker_id": worker.worker_id,
+            "name": worker.name,
+            "hostname": worker.hostname,
+            "pid": worker.pid,
+            "started": datetime.fromtimestamp(worker.started, UTC).isoformat(),
+            "version": worker.version,
+        }
+        for worker in workers
+    ]
+    row["instances"] = sorted(view.instances.get(agent_type, ()))
+    row["subscriptions"] = [
+        {
+            "kind": entry.kind,
+            "pattern": entry.pattern,
+            "id": entry.subscription_id,
+            "declared_by": None if entry.declarer == NOBODY else entry.declarer,
+        }
+        for entry in sorted(view.subscriptions(), key=lambda entry: (entry.kind, entry.pattern, entry.declarer))
+        if entry.agent_type == agent_type and (entry.declarer == NOBODY or entry.declarer in view.workers)
+    ]
+    return row
+
+
+def _print_info(shown: Mapping[str, Any]) -> None:
+    line(f"Agent type {shown['type']}: {_LIVE if shown['live'] else _NOT_LIVE}")
+    line(f"Handles:   {', '.join(shown['handles']) or '-'}")
+    line(f"Produces:  {', '.join(shown['produces']) or '-'}")
+    if shown["instances"]:
+        line(f"Instances: {', '.join(shown['instances'])}")
+    if shown["workers"]:
+        line()
+        table(
+            ("WORKER", "HOST", "PID", "STARTED", "VERSION"),
+            [(w["worker_id"], w["hostname"], w["pid"], w["started"], w["version"]) for w in shown["workers"]],
+        )
+    if shown["subscriptions"]:
+        line()
+        table(
+            ("SUBSCRIPTION", "TOPICS", "DECLARED BY"),
+            [(s["kind"], s["pattern"], s["declared_by"] or "-") for s in shown["subscriptions"]],
+        )
+
+
+async def _refuse_unknown(runtime: NatsAgentRuntime, agent_type: str) -> None:
+    view = runtime.running.registry.view
+    if not view.is_known(agent_type):
+        raise UnknownAgentType(agent_type, agent_type, sorted({*view.hosts, *view.known}))
+
+
+# -- ping --------------------------------------------------------------------------------------------------------
+
+
+@agents.command()
+@click.argument("agent_type", metavar="[TYPE]", required=False)
+@json_option
+@connects()
+def ping(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
+    """Measure the round trip to every worker, or to those of one agent type.
+
+    Exits with 4 if there is none, and with 5 if one of them does not answer.
+    """
+
+    async def run() -> list[dict[str, Any]]:
+        async with connecting.runtime() as runtime:
+            expected = await _expected(runtime, agent_type)
+            answers = await gather_answers(runtime.running.connection, runtime.options, "PING", expected)
+            workers = runtime.running.registry.view.workers
+            return [
+                {
+                    "worker_id": worker_id,
+                    "name": workers[worker_id].name if worker_id in workers else None,
+                    "answered": worker_id in answers,
+                    "round_trip_ms": answers[worker_id]["round_trip_ms"] if worker_id in answers else None,
+                }
+                for worker_id in sorted(expected)
+            ]
+
+    rows = asyncio.run(run())
+    if as_json:
+        print_json(rows)
+    elif rows:
+        shown = [(r["worker_id"], r["round_trip_ms"] if r["answered"] else "no answer") for r in rows]
+        table(("WORKER", "ROUND TRIP (ms)"), shown, _STYLES)
+    if not rows:
+        note("there is no live worker")
+        return Exit.UNKNOWN_AGENT
+    return Exit.OK if all(row["answered"] for row in rows) else Exit.TIMEOUT
+
+
+async def _expected(runtime: NatsAgentRuntime, agent_type: str | None) -> set[str]:
+    """The live workers, or those of one type."""
+    view = runtime.running.registry.view
+    if agent_type is None:
+        return set(view.workers)
+    await _refuse_unknown(runtime, agent_type)
+    workers = view.workers_hosting(agent_type)
+    if not workers:
+        raise NoLiveWorker(agent_type, agent_type)
+    return set(workers)
+
+
+async def gather_answers(
+    connection: Connection, options: Options, verb: str, expected: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """The answers of the ``expected`` workers to ``$SRV.<verb>``, by worker id, with ``round_trip_ms`` added.
+
+    Services of others answer there too, and are left out. A worker that is missing did not answer in time.
+    """
+    inbox = f"{options.inbox_prefix}.{NUID().next().decode()}"
+    answers: dict[str, dict[str, Any]] = {}
+    complete = asyncio.Event()
+    asked = time.perf_counter()
+
+    def take(message: Msg) -> None:
+        try:
+            answer = orjson.loads(message.data)
+            worker_id = answer["metadata"]["worker_id"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return
+        if worker_id in expected and worker_id not in answers:
+            answers[worker_id] = {**answer, "round_trip_ms": (time.perf_counter() - asked) * 1000}
+            if len(answers) == len(expected):
+                complete.set()
+
+    if not expected:
+        return answers
+    interest = await connection.subscribe(inbox, take)
+    try:
+        await connection.barrier()
+        asked = time.perf_counter()
+        await connection.publish(f"$SRV.{verb}", b"", reply=inbox)
+        async with asyncio.timeout(min(_PATIENCE, options.connect_timeout)):
+            await complete.wait()
+    except TimeoutError:
+        pass
+    finally:
+        await connection.unsubscribe(interest)
+    return answers
+
+
+# -- stats -------------------------------------------------------------------------------------------------------
+
+
+@agents.command()
+@click.argument("agent_type", metavar="[TYPE]", required=False)
+@json_option
+@connects()
+def stats(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
+    """Show what workers have done since they started: messages, errors and processing times by agent type.
+
+    Exits with 5 if a worker does not answer.
+    """
+
+    async def run() -> tuple[list[dict[str, Any]], set[str]]:
+        async with connecting.runtime() as runtime:
+            expected = await _expected(runtime, agent_type)
+            answers = await gather_answers(runtime.running.connection, runtime.options, "STATS", expected)
+            names = _types_by_subject(runtime)
+            rows = [
+                {
+                    "type": names.get(endpoint["subject"], endpoint["name"]),
+                    "worker_id": worker_id,
+                    "requests": endpoint["num_requests"],
+                    "errors": endpoint["num_errors"],
+                    "last_error": endpoint["last_error"],
+                    "processing_time_ns": endpoint["processing_time"],
+                    "average_processing_time_ns": endpoint["average_processing_time"],
+                }
+                for worker_id, answer in answers.items()
+                for endpoint in answer["endpoints"]
+            ]
+            wanted = [row for row in rows if agent_type is None or row["type"] == agent_type]
+            return sorted(wanted, key=lambda row: (row["type"], row["worker_id"])), expected - set(answers)
+
+    rows, silent = asyncio.run(run())
+    if as_json:
+        print_json(rows)
+    elif rows:
+        table(
+            ("TYPE", "WORKER", "MESSAGES", "ERRORS", "AVERAGE (ms)", "LAST ERROR"),
+            [
+                (
+                    row["type"],
+                    row["worker_id"],
+                    row["requests"],
+                    row["errors"],
+                    row["average_processing_time_ns"] / 1e6,
+                    row["last_error"],
+                )
+                for row in rows
+            ],
+        )
+    else:
+        note("there is nothing to show")
+    for worker_id in sorted(silent):
+        note(f"worker {worker_id} did not answer")
+    return Exit.TIMEOUT if silent else Exit.OK
+
+
+def _types_by_subject(runtime: NatsAgentRuntime) -> dict[str, str]:
+    """The agent types by the subject of their calls, which an endpoint's name does not tell exactly."""
+    subjects = Subjects(runtime.options.namespace)
+    return {subjects.agent(agent_type): agent_type for agent_type in runtime.running.registry.view.hosts}

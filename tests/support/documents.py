@@ -1,0 +1,84 @@
+"""What tests read out of the documents, and the parts of documents that are generated.
+
+``python -m tests.support.documents`` writes the generated parts anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from natsrt.cli.exits import MEANINGS
+from natsrt.options import describe_options
+from tests.support.processes import REPOSITORY
+
+_FENCE = re.compile(r"^( *)```(\w*)(?: ([^\n]*))?\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a document."""
+
+    path: Path
+    line: int
+    language: str
+    remark: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(REPOSITORY)}:{self.line}"
+
+
+def documents() -> list[Path]:
+    return sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
+
+
+def blocks(*languages: str) -> list[Block]:
+    return [block for path in documents() for block in _blocks(path) if block.language in languages]
+
+
+def _blocks(path: Path) -> Iterator[Block]:
+    text = path.read_text("utf-8")
+    for found in _FENCE.finditer(text):
+        indent, language, remark, inner = found.groups()
+        dedented = "\n".join(line.removeprefix(indent) for line in inner.splitlines()) + "\n"
+        yield Block(path, text.count("\n", 0, found.start()) + 1, language, remark or "", dedented)
+
+
+def settings_table() -> str:
+    lines = ["| setting | environment | value | default | meaning |", "|---|---|---|---|---|"]
+    for row in describe_options():
+        variables = f"`{row.env}`" + (f", `{row.nats_env}`" if row.nats_env else "")
+        default = f"`{row.default}`" if row.default else "empty"
+        lines.append(f"| `{row.field}` | {variables} | {row.type} | {default} | {row.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def exit_codes_table() -> str:
+    lines = ["| code | name | meaning |", "|---|---|---|"]
+    lines += [f"| {code.value} | {code.name.lower()} | {meaning} |" for code, meaning in MEANINGS.items()]
+    return "\n".join(lines) + "\n"
+
+
+GENERATED: dict[str, tuple[str, Callable[[], str]]] = {
+    "docs/configuration.md": ("settings", settings_table),
+    "docs/cli.md": ("exit codes", exit_codes_table),
+}
+"""Documents with a generated part: its name in the marks around it, and what it says."""
+
+
+def with_generated_part(name: str) -> str:
+    """The text of a document with its generated part as the code has it."""
+    part, make = GENERATED[name]
+    text = (REPOSITORY / name).read_text("utf-8")
+    marks = re.compile(rf"(<!-- {part}: [^>]*-->\n).*?(<!-- end of {part} -->)", re.DOTALL)
+    written, count = marks.subn(lambda found: found[1] + make() + found[2], text)
+    assert count == 1, f"{name} has no place for its {part}"
+    return written
+
+
+if __name__ == "__main__":
+    for name in GENERATED:
+        (REPOSITORY / name).write_text(with_generated_part(name), "utf-8")

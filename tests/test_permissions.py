@@ -1,0 +1,337 @@
+"""Permissions hold by subject: no body, header or reply subject reaches what the subject does not name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePrefixSubscription, TypeSubscription, rpc
+from autogen_core import event as event_handler
+from nats.aio.client import Client
+
+from natsrt import NatsAgentRuntime, PermissionDenied, register
+from natsrt.embedded import EmbeddedServer
+from tests.support.processes import REPOSITORY, eventually
+
+PASSWORDS = {"WORKER_PASSWORD": "for-workers", "CALLER_PASSWORD": "for-callers", "CLIENT_PASSWORD": "for-clients"}
+CONFIG = """
+server_name: "permissions-{name}"
+listen: 127.0.0.1:-1
+jetstream {{ store_dir: "{data}" }}
+"""
+
+
+@dataclass
+class Text:
+    text: str
+
+
+class Echo(RoutedAgent):
+    """Returns whatever it is sent, and remembers it."""
+
+    seen: list[Any]
+
+    def __init__(self, seen: list[Any]) -> None:
+        super().__init__("echo")
+        self.seen = seen
+        self.state: dict[str, Any] = {"secret": "of the agent"}
+
+    @rpc
+    async def on_text(self, message: Text, ctx: MessageContext) -> Text:
+        self.seen.append(message)
+        return message
+
+    @rpc
+    async def on_str(self, message: str, ctx: MessageContext) -> str:
+        self.seen.append(message)
+        return message
+
+    @rpc
+    async def on_dict(self, message: dict, ctx: MessageContext) -> dict:
+        self.seen.append(message)
+        if message.get("wait"):
+            await asyncio.sleep(0.4)  # long enough to be accepted
+        return message
+
+    async def save_state(self) -> Mapping[str, Any]:
+        return self.state
+
+    async def load_state(self, state: Mapping[str, Any]) -> None:
+        self.state = dict(state)
+
+
+class Listener(RoutedAgent):
+    """Remembers events."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        super().__init__("listens")
+        self.seen = seen
+
+    @event_handler
+    async def on_text(self, message: Text, ctx: MessageContext) -> None:
+        self.seen.append(message)
+
+    @event_handler
+    async def on_dict(self, message: dict, ctx: MessageContext) -> None:
+        self.seen.append(message)
+
+
+def documented(path: Path, namespace: str = "") -> str:
+    """The authorization block of a document, for a namespace as ``docs/permissions.md`` says."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        found = re.search(r"```conf\n(.*?)```", text, re.DOTALL)
+        assert found
+        block = found.group(1)
+    else:
+        lines = [line.removeprefix("#").removeprefix(" ") for line in text.splitlines()]
+        start = lines.index("authorization {")
+        block = "\n".join(lines[start : lines.index("}", start) + 1])
+    if namespace:
+        block = re.sub(r'"(agent|topic|natsrt)\.', rf'"{namespace}.\1.', block)
+        block = block.replace("natsrt_registry", f"{namespace}_natsrt_registry")
+    return block
+
+
+@pytest.fixture(params=["", "acme"], ids=["no namespace", "a namespace"])
+def space(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class House:
+    """A server with the documented permissions, and runtimes and clients of its users."""
+
+    def __init__(self, url: str, space: str, stack: AsyncExitStack) -> None:
+        self.url, self.space, self._stack = url, space, stack
+        self.public: list[Any] = []
+        self.admin: list[Any] = []
+        self.events: list[Any] = []
+        self.violations: list[str] = []
+
+    def subject(self, rest: str) -> str:
+        return f"{self.space}.{rest}" if self.space and not rest.startswith(("$", "_")) else rest
+
+    async def runtime(self, user: str, start: bool = True, **settings: Any) -> NatsAgentRuntime:
+        runtime = NatsAgentRuntime(
+            self.url,
+            name=user,
+            namespace=self.space,
+            user=user,
+            password=PASSWORDS[f"{user.upper()}_PASSWORD"],
+            inbox_prefix=f"_INBOX_{user}",
+            **settings,
+        )
+        return await self._stack.enter_async_context(runtime) if start else runtime
+
+    async def worker(self) -> NatsAgentRuntime:
+        """The worker with the agents ``public`` and ``admin``, and ``listener`` of the topic ``inside``."""
+        worker = await self.runtime("worker", start=False)
+        await register(worker, Echo, "public", lambda: Echo(self.public))
+        await register(worker, Echo, "admin", lambda: Echo(self.admin))
+        await register(worker, Listener, "listener", lambda: Listener(self.events))
+        await worker.add_subscription(TypeSubscription("inside", "listener"))
+        await self._stack.enter_async_context(worker)
+        return worker
+
+    async def client(self, user: str) -> Client:
+        async def on_error(error: Exception) -> None:
+            self.violations.append(str(error).lower())
+
+        client = await nats.connect(
+            self.url,
+            user=user,
+            password=PASSWORDS[f"{user.upper()}_PASSWORD"],
+            inbox_prefix=f"_INBOX_{user}",
+            error_cb=on_error,
+        )
+        self._stack.push_async_callback(client.close)
+        return client
+
+
+@pytest.fixture
+async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: str) -> AsyncIterator[House]:
+    for name, value in PASSWORDS.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "server.conf"
+    head = CONFIG.format(name=tmp_path.name, data=tmp_path / "data")
+    config.write_text(head + documented(REPOSITORY / "docs" / "permissions.md", space))
+    async with EmbeddedServer(config=config) as server, AsyncExitStack() as stack:
+        yield House(server.url, space, stack)
+
+
+def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says the server refused."""
+    return [r.getMessage() for r in caplog.records if "permission" in r.getMessage().lower()]
+
+
+async def test_the_documented_permissions_are_all_that_workers_and_callers_need(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await house.worker()
+    caller = await house.runtime("caller")
+    assert await caller.send_message(Text("hi"), AgentId("public", "k")) == Text("hi")
+    assert await caller.send_message({"wait": True}, AgentId("admin", "k")) == {"wait": True}
+    await caller.publish_message(Text("news"), TopicId("inside", "s"))
+    await eventually(lambda: house.events == [Text("news")])
+    with pytest.raises(LookupError):
+        await caller.send_message(Text("hi"), AgentId("unheard-of", "k"))
+
+    other = await house.runtime("worker", start=False)
+    await register(other, Echo, "public", lambda: Echo(house.public))
+    await register(other, Echo, "more", lambda: Echo(house.public))
+    async with other:
+        await other.add_subscription(TypePrefixSubscription("news.", "public"))
+        assert await other.agent_save_state(AgentId("admin", "k")) == {"secret": "of the agent"}
+        assert await worker.send_message(Text("hi"), AgentId("more", "k")) == Text("hi")
+        assert await caller.send_message(Text("hi"), AgentId("more", "k")) == Text("hi")
+    with pytest.raises(Exception, match="no worker that hosts it is alive"):
+        await caller.send_message(Text("hi"), AgentId("more", "k"))
+    assert refused(caplog) == []
+
+
+async def test_a_caller_may_neither_read_nor_write_state_and_is_told_so(house: House) -> None:
+    worker = await house.worker()
+    caller = await house.runtime("caller")
+    admin = AgentId("admin", "x")
+    with pytest.raises(PermissionDenied, match=r"natsrt\.control\.admin"):
+        await caller.agent_save_state(admin)
+    with pytest.raises(PermissionDenied, match=r"natsrt\.control\.admin"):
+        await caller.agent_load_state(admin, {"secret": "stolen"})
+    assert await worker.agent_save_state(admin) == {"secret": "of the agent"}
+
+
+async def test_a_caller_may_not_write_the_registry_and_is_told_so(house: House) -> None:
+    await house.worker()
+    caller = await house.runtime("caller")
+    with pytest.raises(PermissionDenied):
+        await caller.add_subscription(TypeSubscription("inside", "public"))
+    with pytest.raises(PermissionDenied):
+        await caller.register_factory("admin", lambda: Echo([]))
+    assert await caller.send_message(Text("hi"), AgentId("admin", "k")) == Text("hi")
+
+
+def call(data: Any, key: str | None = None, **attributes: Any) -> dict[str, Any]:
+    body = {"specversion": "1.0", "type": "natsrt.call", "id": "1", "source": "/", "messagetype": "dict"}
+    return {**body, **({"subject": key} if key is not None else {}), **attributes, "data": data}
+
+
+ADMIN_CALL = call({"text": "do it"}, "x")
+LOAD = call({"secret": "stolen"}, "x", type="natsrt.control", operation="load_state")
+SAVE = call({}, "x", type="natsrt.control", operation="save_state")
+EVENT = call({"text": "event"}, type="natsrt.event")
+CHANGE = {"agent_type": "public", "worker_id": "w", "handles": ["x"]}
+CANCEL = call({"cancelid": "x"}, type="natsrt.cancel")
+FORBIDDEN = [
+    "agent.admin",
+    "agent.admin.x",
+    "natsrt.control.admin",
+    "natsrt.control.admin.x",
+    "natsrt.control.public",
+    "natsrt.cancel",
+    "natsrt.registry.type.admin.w",
+    "topic.inside.s",
+]
+STREAM = "KV_{}natsrt_registry"
+
+
+def attacks(house: House, worker_id: str) -> list[tuple[str, bytes, dict[str, str] | None]]:
+    """Reply subject, body and headers of messages to ``agent.public`` that would like to reach further."""
+    bucket = f"{house.space}_natsrt_registry" if house.space else "natsrt_registry"
+    targets = [
+        *map(house.subject, [*FORBIDDEN, f"natsrt.worker.{worker_id}"]),
+        f"$KV.{bucket}.r.type.admin.w",
+        f"$JS.API.STREAM.PURGE.KV_{bucket}",
+        f"$JS.API.STREAM.DELETE.KV_{bucket}",
+        f"$SRV.PING.worker.{worker_id}",
+        "$SYS.REQ.SERVER.PING",
+    ]
+    wanted = [ADMIN_CALL, LOAD, SAVE, EVENT, CANCEL, CHANGE, {}]
+    inbox = "_INBOX_client.answer"
+    made: list[tuple[str, bytes, dict[str, str] | None]] = []
+    for target in targets:
+        for body in wanted:
+            text = json.dumps(body, separators=(",", ":"))
+            # The echo's answer is the body itself, where it is plain, or inside of an envelope.
+            made.append((target, text.encode(), None))
+            made.append((target, text.encode(), {"Natsrt-Type": "dict"}))
+            made.append((target, text.encode(), {"Natsrt-Type": "str"}))
+            made.append((target, json.dumps({"text": text}).encode(), None))
+            made.append((target, json.dumps(call(body, "x")).encode(), None))
+            made.append((target, json.dumps(call(text, "x", messagetype="str")).encode(), None))
+            made.append((target, json.dumps(call({"wait": True}, "x", acceptto=target)).encode(), None))
+            made.append((inbox, json.dumps(call({"wait": True}, "x", acceptto=target)).encode(), None))
+        # An error's text is partly the caller's too.
+        made.append((target, json.dumps(call({}, "x", messagetype=target)).encode(), None))
+        made.append((target, b"", {"Natsrt-Key": "x", "Nats-Trace-Dest": target}))
+        made.append((inbox, b'{"text":"traced"}', {"Nats-Trace-Dest": target, "Nats-Msg-Id": "x"}))
+    for header in ("Natsrt-Key", "Natsrt-Type", "Natsrt-Subject", "Nats-Subject", "Nats-Reply", "Natsrt-Agent"):
+        for value in ("x", "admin/x", house.subject("agent.admin"), "../admin"):
+            made.append((inbox, b'{"text":"header"}', {header: value}))
+    for body in wanted:
+        made.append((inbox, json.dumps(body).encode(), None))
+        for name in ("subject", "source", "agenttype", "agent_type", "recipient", "keyed", "operation", "topictype"):
+            for value in ("admin", "admin/x", "admin.x", "x", house.subject("agent.admin")):
+                made.append((inbox, json.dumps({**body, name: value}).encode(), None))
+    return made
+
+
+async def test_a_client_of_one_agent_reaches_no_other_by_anything_it_sends(house: House) -> None:
+    worker = await house.worker()
+    client = await house.client("client")
+    for reply, body, headers in attacks(house, str(worker.worker_id)):
+        await client.publish(house.subject("agent.public"), body, reply=reply, headers=headers)
+    answer = await client.request(house.subject("agent.public"), b'{"text":"last"}', timeout=20)
+    assert answer.data == b'{"text":"last"}'
+    await worker.running.wait_idle()
+
+    assert house.public  # some were calls that it may make
+    assert house.admin == []
+    assert house.events == []
+    assert await worker.agent_save_state(AgentId("admin", "x")) == {"secret": "of the agent"}
+    assert await worker.agent_save_state(AgentId("public", "x")) == {"secret": "of the agent"}
+    assert worker.ready and worker.running.connection.reconnects == 0
+    assert worker.running.dispatch.refused_replies > 0
+    caller = await house.runtime("caller")
+    assert await caller.send_message(Text("hi"), AgentId("admin", "k")) == Text("hi")
+
+
+async def test_a_client_of_one_agent_may_publish_nowhere_else(house: House) -> None:
+    worker = await house.worker()
+    client = await house.client("client")
+    subjects = [house.subject(rest) for rest in [*FORBIDDEN, f"natsrt.worker.{worker.worker_id}"]]
+    for subject in subjects:
+        await client.publish(subject, json.dumps(LOAD).encode(), reply="_INBOX_client.answer")
+    await eventually(lambda: len(house.violations) == len(subjects))
+    assert house.admin == house.events == []
+
+
+async def test_those_who_may_ask_a_worker_cannot_make_it_speak_for_them(house: House) -> None:
+    worker = await house.worker()
+    caller = await house.client("caller")
+    targets = [house.subject(rest) for rest in FORBIDDEN if not rest.startswith(("agent.", "topic."))]
+    asked = json.dumps(call({"calls": [*targets, house.subject("agent.admin")]}, type="natsrt.fate")).encode()
+    served = json.dumps(call({"agent_type": "admin", "revision": 0}, type="natsrt.serve")).encode()
+    for target in [*targets, house.subject("agent.admin")]:
+        for body in (asked, served, b"nonsense"):
+            await caller.publish(house.subject(f"natsrt.worker.{worker.worker_id}"), body, reply=target)
+    server_side = await house.client("worker")
+    for verb in ("PING", "INFO", "STATS"):
+        await server_side.publish(f"$SRV.{verb}", b"", reply=house.subject("agent.admin"))
+    await eventually(lambda: worker.running.undecodable >= 3)
+    await worker.running.wait_idle()
+    assert house.admin == []
+
+
+def test_the_example_in_nats_conf_is_the_documented_one() -> None:
+    def lines(block: str) -> list[str]:
+        return [line.strip() for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+    assert lines(documented(REPOSITORY / "nats.conf")) == lines(documented(REPOSITORY / "docs" / "permissions.md"))
