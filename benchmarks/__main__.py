@@ -20,6 +20,8 @@ from benchmarks.scenarios import all_scenarios
 from natsrt.embedded import EmbeddedServer
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+_WIDTH = 140
+"""Columns of the tables where they do not go to a terminal."""
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -40,7 +42,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     type=_FILE,
     help="Measure nothing, take this file of --json; several: several runs.",
 )
-@click.option("--update-docs", is_flag=True, help=f"Fill the tables of {DOCUMENT.parent.name}/{DOCUMENT.name}.")
+@click.option(
+    "--update-docs", is_flag=True, help=f"Fill the tables and plots of {DOCUMENT.parent.name}/{DOCUMENT.name}."
+)
 def main(
     scenarios: tuple[str, ...],
     listing: bool,
@@ -65,10 +69,10 @@ def main(
         for scenario in chosen:
             print(f"{scenario.name:28}{scenario.title}")
         return
-    for module, needed in (("matplotlib", plot is not None), ("uvloop", loop == "uvloop")):
+    for module, needed in (("matplotlib", plot is not None or update_docs), ("uvloop", loop == "uvloop")):
         if needed and importlib.util.find_spec(module) is None:
             raise click.UsageError(f"{module} is not installed: pip install 'natsrt[bench,fast]'")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     if earlier:
         runs: list[Any] = [report.load(path) for path in earlier]
         for scenario in runs[-1]["scenarios"]:

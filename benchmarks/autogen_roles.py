@@ -17,9 +17,10 @@ from autogen_core import (
     try_get_known_serializers_for_type,
 )
 
-from benchmarks.agents import Echo, Handled, Text, text_of
+from benchmarks.agents import Echo
 from benchmarks.roles import Caller, Role, Send, Worker
 from benchmarks.setup import ECHO, KEY, TOPIC, Setup
+from benchmarks.work import Handled, Text, text_of
 
 _AT_A_TIME = 64
 
@@ -61,7 +62,7 @@ class RuntimeWorker(RuntimeRole, Worker):
     async def register(self, count: int, at_once: bool = False) -> float:
         """Seconds for registering ``count`` agent types while the runtime runs, one after the other or at once."""
         began = time.perf_counter()
-        registering = (Echo.register(self.runtime, f"registered{number}", Echo) for number in range(count))
+        registering = (Echo.register(self.runtime, f"registered{number}", lambda: Echo()) for number in range(count))
         if at_once:
             await asyncio.gather(*registering)
         else:

@@ -182,7 +182,7 @@ class Runner:
         await team.start()
         try:
             if scenario.most is not None:
-                await variant.measure(team, scenario.first * scenario.multiple)
+                await variant.measure(team, count)  # new processes warm up too
             return await variant.measure(team, count)
         finally:
             await team.stop()

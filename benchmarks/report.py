@@ -35,7 +35,7 @@ PACKAGES = (
     "grpcio",
     "uvloop",
 )
-_FAILED, _ABSENT = "failed", "absent"
+_FAILED, _ABSENT, _NOTE = "failed", "absent", "note"
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -76,12 +76,13 @@ def load(path: Path) -> dict[str, Any]:
 
 def show_scenario(scenario: Results, loop: str, console: Console) -> None:
     """One scenario as a table."""
-    table = Table(title=f"{scenario['title']} ({scenario['name']}, {loop})", title_justify="left")
-    table.add_column("")
-    for title in _titles(scenario):
-        table.add_column(title, justify="right")
-    for row in scenario["rows"]:
-        table.add_row(row["name"], *_cells(row))
+    table = Table()
+    titles, rows = _table(scenario)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="left" if number == 0 or title == _NOTE else "right", no_wrap=title != _NOTE)
+    for row in rows:
+        table.add_row(*row)
+    console.print(f"\n{scenario['title']} ({scenario['name']}, {loop})", highlight=False)
     console.print(table)
 
 
@@ -90,8 +91,8 @@ def show_goals(results: Results, console: Console) -> None:
     goals = [goal for scenario in results["scenarios"] for goal in scenario["goals"]]
     if not goals:
         return
-    table = Table(title="Goals", title_justify="left")
-    for title in ("", "goal", "measured", "met"):
+    table = Table()
+    for title in ("Goals", "goal", "measured", "met"):
         table.add_column(title)
     for goal in goals:
         table.add_row(goal["text"].replace("`", ""), _bound(goal), _figure(goal["value"]), _met(goal))
@@ -108,23 +109,29 @@ def failures(results: Results) -> list[str]:
     ]
 
 
-def _titles(scenario: Results) -> list[str]:
-    ratio = f"against {scenario['baseline']}" if scenario["baseline"] else "ratio"
-    return [scenario["unit"], "least … most", ratio, "least … most", "µs caller", "µs workers", "µs server"]
+def _table(scenario: Results) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows. Columns that would be empty are left out."""
+    titles = ["", scenario["unit"], f"against {scenario['baseline']}", "µs caller", "µs workers", "µs server", _NOTE]
+    rows = [[row["name"], *_cells(row)] for row in scenario["rows"]]
+    used = [number for number in range(len(titles)) if number == 0 or any(row[number] for row in rows)]
+    return [titles[number] for number in used], [[row[number] for number in used] for row in rows]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    for why in (_ABSENT, _FAILED):
-        if why in row:
-            first_line = row[why].splitlines()[0]
-            return [first_line if why == _ABSENT else f"failed: {first_line}", "", "", "", "", "", ""]
-    cells = []
-    for spread in (row["value"], row["ratio"]):
-        if spread is None:
-            cells += ["", ""]
-        else:
-            cells += [_figure(spread["median"]), f"{_figure(spread['min'])} … {_figure(spread['max'])}"]
-    return cells + ["" if row[name] is None else f"{row[name]:.1f}" for name in ("caller_us", "worker_us", "server_us")]
+    if _ABSENT in row:
+        return ["", "", "", "", "", row[_ABSENT]]
+    if _FAILED in row:
+        return ["", "", "", "", "", f"failed: {row[_FAILED].splitlines()[0]}"]
+    cpu = ["" if row[name] is None else f"{row[name]:.1f}" for name in ("caller_us", "worker_us", "server_us")]
+    return [_spread(row["value"]), _spread(row["ratio"]), *cpu, ""]
+
+
+def _spread(spread: Mapping[str, float] | None) -> str:
+    """The median, and least and most where they differ."""
+    if spread is None:
+        return ""
+    median, least, most = (_figure(spread[name]) for name in ("median", "min", "max"))
+    return median if least == most else f"{median} ({least} … {most})"
 
 
 def _figure(value: float | None) -> str:
@@ -152,11 +159,12 @@ def update_document(path: Path, runs: Sequence[Results]) -> None:
     """Fill the sections between ``<!-- benchmark: NAME -->`` and ``<!-- /benchmark -->``.
 
     ``goals`` has a column for every run, ``environment`` says where and how they were measured, ``tables`` has every
-    scenario of the last run; any other name is one scenario of the last run. Sections of scenarios that were not run
-    stay as they are.
+    scenario of the last run, ``plots`` shows its plots, which are written to a directory with the document's name.
+    Any other name is one scenario of the last run. Sections of scenarios that were not run stay as they are.
     """
     last = runs[-1]
     scenarios = {scenario["name"]: scenario for scenario in last["scenarios"]}
+    plots = plot(last, path.with_suffix(""))
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
@@ -164,6 +172,8 @@ def update_document(path: Path, runs: Sequence[Results]) -> None:
             content = _goals_markdown(runs)
         elif name == "environment":
             content = _environment_markdown(runs)
+        elif name == "plots":
+            content = _plots_markdown(plots, path.parent)
         elif name == "tables":
             content = "\n".join(
                 f"### {scenario['title']}\n\n{_scenario_markdown(scenario)}" for scenario in last["scenarios"]
@@ -183,7 +193,7 @@ def _markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _scenario_markdown(scenario: Results) -> str:
-    return _markdown(["", *_titles(scenario)], ([row["name"], *_cells(row)] for row in scenario["rows"]))
+    return _markdown(*_table(scenario))
 
 
 def _goals_markdown(runs: Sequence[Results]) -> str:
@@ -212,6 +222,15 @@ def _environment_markdown(runs: Sequence[Results]) -> str:
             f"rounds of {of['seconds_per_turn']:g} s a turn; {versions}.{short}\n"
         )
     return "".join(lines)
+
+
+def _plots_markdown(plots: Sequence[Path], beside: Path) -> str:
+    """The SVG files, each with the PNG of the same name behind it."""
+    return "\n".join(
+        f"[![{path.stem}]({path.relative_to(beside)})]({path.with_suffix('.png').relative_to(beside)})\n"
+        for path in plots
+        if path.suffix == ".svg"
+    )
 
 
 # -- plots -------------------------------------------------------------------------------------------------------

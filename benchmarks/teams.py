@@ -40,7 +40,7 @@ class Member:
     @classmethod
     async def start(cls, peer: Peer, role: str, place: Place, setup: Setup, loop: str) -> Member:
         """Start the process; it is ready when this returns."""
-        errors = tempfile.TemporaryFile()
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  # stop() closes it
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

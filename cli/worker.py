@@ -24,6 +24,8 @@ from .server import server_if_none_answers
 from .supervisor import Supervisor, require_watchfiles
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_START_GRACE = 2.0
+"""Seconds that a start has to complete after a signal, where the worker may serve calls already."""
 _STOP_MARGIN = 10.0
 """Seconds beyond ``drain_timeout`` after which a supervised worker that was told to stop is killed."""
 
@@ -60,7 +62,8 @@ def worker(
 
     MODULE:FACTORY names a callable that takes the runtime and registers agents (sync or async), or an agent class or a
     callable without parameters that makes one agent. Those two are registered under --type, with the subscriptions of
-    the class; their agent with the key "default" is made at the start.
+    the class; their agent with the key "default" is made at the start. A callable that takes the runtime is called
+    before the runtime starts; one that sends messages starts it itself, with `await runtime.start()`.
 
     \b
     natsrt worker my_module:register_agents
@@ -103,8 +106,10 @@ async def _host(target: Target, options: Options, embedded: bool, ready_fd: int 
     async with server_if_none_answers(options) if embedded else nullcontext():
         runtime = NatsAgentRuntime(options=options)
         try:
-            if await _done_before(stop, _start(runtime, target)):
+            if await _started(runtime, target, stop):
                 _announce(runtime, ready_fd)
+                if stop.is_set():  # as soon as the runtime listens for signals itself
+                    asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
                 await _serve(runtime)
         finally:
             await runtime.close()
@@ -112,22 +117,26 @@ async def _host(target: Target, options: Options, embedded: bool, ready_fd: int 
 
 
 async def _start(runtime: NatsAgentRuntime, target: Target) -> None:
-    await runtime.start()
     await target.register(runtime)
+    if runtime.worker_id is None:
+        await runtime.start()
 
 
-async def _done_before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Do ``work``, until ``stop`` is set. Returns whether it was done."""
-    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+async def _started(runtime: NatsAgentRuntime, target: Target, stop: asyncio.Event) -> bool:
+    """Register and start, unless ``stop`` is set before there is a connection. Returns whether it was done."""
+    starting, stopped = asyncio.create_task(_start(runtime, target)), asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not stop.is_set():
-            task.result()
-        return not stop.is_set()
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set() and runtime.worker_id is not None and runtime.running.connection.connected:
+            # It may have calls already: they are finished by stopping in order, which takes a start that is complete.
+            await asyncio.wait({starting}, timeout=_START_GRACE)
+        if starting.done():
+            starting.result()
+        return starting.done()
     finally:
-        task.cancel()
+        starting.cancel()
         stopped.cancel()
-        await asyncio.gather(task, stopped, return_exceptions=True)
+        await asyncio.gather(starting, stopped, return_exceptions=True)
 
 
 def _announce(runtime: NatsAgentRuntime, ready_fd: int | None) -> None:

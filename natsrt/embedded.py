@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 DEVELOPMENT_SETTINGS = """\
 max_payload: 1MB
-ping_interval: 1s
+ping_interval: 3s
 ping_max: 2
 write_deadline: 10s
 """

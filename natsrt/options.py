@@ -224,7 +224,9 @@ class Options(BaseModel):
         0.15, description="Seconds after which a worker tells the caller that it has a call it has not answered yet."
     )
     lost_after: Seconds = Field(
-        4.0, description="Seconds of silence after which a worker that was asked about a call counts as lost."
+        12.0,
+        description="Seconds of silence after which a worker that is still connected, and was asked about a call, "
+        "counts as lost.",
     )
     busy_retry: Seconds = Field(1.0, description="Seconds for which a call that was answered busy is sent again.")
     no_responders_retry: Seconds = Field(

@@ -388,6 +388,8 @@ class NatsAgentRuntime(AgentRuntime):
     async def stop(self) -> None:
         """Stop taking messages, finish what was taken (``drain_timeout`` seconds at most), leave, disconnect.
 
+        A handler may stop its own runtime; it is not waited for, and its reply can no longer be sent.
+
         Raises:
             RuntimeError: Not started.
             BaseException: The first exception of an event's handler, where ``ignore_unhandled_exceptions`` is off.
@@ -396,6 +398,7 @@ class NatsAgentRuntime(AgentRuntime):
             raise RuntimeError("Runtime is not started")
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self._stop(self._worker))
+        self._worker.dispatch.excuse(asyncio.current_task())
         await asyncio.shield(self._stopping)
 
     async def _stop(self, worker: Worker) -> None:

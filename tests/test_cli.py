@@ -78,7 +78,7 @@ def run(server: EmbeddedServer, namespace: str) -> Run:
 async def runtime(server: EmbeddedServer, namespace: str) -> AsyncIterator[NatsAgentRuntime]:
     """A worker with the agent type ``clerk``."""
     Clerk.news.clear()
-    async with NatsAgentRuntime(server.url, namespace=namespace, name="office") as runtime:
+    async with NatsAgentRuntime(server.url, namespace=namespace, name="office", drain_timeout=0.5) as runtime:
         await register(runtime, Clerk, "clerk", Clerk)
         yield runtime
 
@@ -197,6 +197,7 @@ async def test_ping_without_any_worker_is_exit_code_4(run: Run) -> None:
     assert (await run("agents", "ping")).code == 4
 
 
+@pytest.mark.slow
 async def test_ping_names_a_frozen_worker(
     run: Run, server: EmbeddedServer, namespace: str, processes: Processes
 ) -> None:
@@ -286,6 +287,7 @@ async def test_send_waits_as_long_as_the_handler_works(run: Run, runtime: NatsAg
     assert (await run("send", "clerk/x", '{"question": "wait 7"}')).json == "x: wait 7"
 
 
+@pytest.mark.slow
 async def test_a_worker_killed_in_mid_call_fails_the_send(
     run: Run, server: EmbeddedServer, namespace: str, processes: Processes, tmp_path: Path
 ) -> None:
@@ -435,6 +437,7 @@ async def test_doctor_finds_nothing_wrong_with_a_healthy_server(
     assert "no problems" in (await run("doctor")).stdout
 
 
+@pytest.mark.slow
 async def test_doctor_changes_nothing(run: Run, server: EmbeddedServer, namespace: str) -> None:
     first = await run("doctor", "--json")
     again = await run("doctor", "--json")
@@ -442,6 +445,7 @@ async def test_doctor_changes_nothing(run: Run, server: EmbeddedServer, namespac
         assert "is not there yet" in next(f["text"] for f in ended.json if f["check"] == "registry")
 
 
+@pytest.mark.slow
 async def test_doctor_disturbs_no_agent(run: Run, runtime: NatsAgentRuntime, caplog: pytest.LogCaptureFixture) -> None:
     from autogen_core import TypePrefixSubscription
 
@@ -468,13 +472,14 @@ async def test_doctor_says_how_to_enable_jetstream(tmp_path: Path) -> None:
         assert "runs without JetStream" in other.stderr
 
 
+@pytest.mark.slow
 async def test_doctor_tells_what_is_not_permitted(tmp_path: Path) -> None:
     config = tmp_path / "nats.conf"
     config.write_text(
         'jetstream { store_dir: "%s" }\n'
         "authorization { users: [\n"
-        '  { user: all, password: all }, { user: some, password: some, permissions: { publish: ["agent.>", "$JS.API.>"],'
-        ' subscribe: ["_INBOX.>", "natsrt.>"] } }\n'
+        "  { user: all, password: all }, { user: some, password: some, permissions: {\n"
+        '    publish: ["agent.>", "$JS.API.>"], subscribe: ["_INBOX.>", "natsrt.>"] } }\n'
         "] }\n" % (tmp_path / "data")
     )
     async with EmbeddedServer(config=config, port=-1) as guarded:
@@ -501,6 +506,7 @@ async def test_doctor_without_a_server_names_the_problem() -> None:
     assert (ended.code, levels(ended)) == (7, {"connection": "problem"})
 
 
+@pytest.mark.slow
 async def test_doctor_names_a_worker_that_does_not_answer(
     run: Run, server: EmbeddedServer, namespace: str, processes: Processes
 ) -> None:
@@ -530,6 +536,7 @@ async def test_the_server_is_ready_when_it_says_so_and_ends_at_a_signal(processe
     assert (await natsrt("agents", "ls", "--server", url, "--timeout", "500ms")).code == 3
 
 
+@pytest.mark.slow
 async def test_the_server_keeps_its_data_where_it_is_told(processes: Processes, tmp_path: Path) -> None:
     for _ in range(2):
         server = processes.natsrt("server", "--port", "-1", "--data-dir", str(tmp_path / "data"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import re
@@ -15,10 +14,10 @@ from pathlib import Path
 import orjson
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
+from natsrt.cli import natsrt as command_line
 
 import natsrt
 from natsrt import NatsAgentRuntime, Options, errors
-from natsrt.cli import natsrt as command_line
 from natsrt.embedded import EmbeddedServer
 from natsrt.wire import envelope
 from tests.support.documents import GENERATED, Block, blocks, documents, with_generated_part
@@ -201,15 +200,13 @@ async def test_commands_in_documents_print_what_is_shown(
                 await background(process, command)
             else:
                 assert await process.wait(30) == 0, f"{block}: {command.text}: {process.describe()}"
-                output = process.stdout + process.stderr
+                output = (process.stdout + process.stderr).rstrip("\n") + "\n"
                 assert command.pattern.fullmatch(output), f"{block}: {command.text} printed\n{output}"
 
 
 async def background(process: Process, command: Command) -> None:
     for line in command.expected:
         await process.wait_for_line(re.compile(re.escape(line).replace("…", ".*")))
-    if not command.expected:
-        await asyncio.sleep(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ async def test_a_server_that_runs_is_not_started_twice(own_server: EmbeddedServe
 async def test_the_development_settings_are_in_force(own_server: EmbeddedServer) -> None:
     assert own_server.monitor_url is not None
     shown = json.loads(await asyncio.to_thread(lambda: urllib.request.urlopen(f"{own_server.monitor_url}/varz").read()))
-    assert shown["ping_interval"] == 1_000_000_000
+    assert shown["ping_interval"] == 3_000_000_000
     assert shown["ping_max"] == 2
     assert shown["max_payload"] == 1024 * 1024
     assert shown["host"] == "127.0.0.1"

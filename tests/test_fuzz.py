@@ -20,7 +20,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from opentelemetry.sdk.trace import TracerProvider
 
-from natsrt import NatsAgentRuntime, NatsrtError
+from natsrt import MessageTooLarge, NatsAgentRuntime, NatsrtError, RemoteAgentError
 from natsrt.embedded import EmbeddedServer
 from natsrt.jetstream.entries import KnownEntry, encode_entry
 from tests.support.processes import eventually
@@ -449,6 +449,36 @@ async def speak(server: EmbeddedServer, commands: bytes) -> None:
             assert line and not line.startswith(b"-ERR"), line
     writer.close()
     await writer.wait_closed()
+
+
+@dataclass
+class Fail:
+    text: str
+
+
+class Failing(RoutedAgent):
+    """Raises an exception with the text it is sent, and with whatever the text evaluates to in JSON."""
+
+    def __init__(self) -> None:
+        super().__init__("fails")
+
+    @handler
+    async def on_fail(self, message: Fail, ctx: MessageContext) -> Text:
+        raise RuntimeError(json.loads(message.text))
+
+
+@pytest.mark.parametrize(
+    "text", ['"\\ud800"', '"\\u0000\\r\\nx"', '["\\udfff"]', '{"a":1e999}', "5", f'"{"x" * 900_000}"', '""']
+)
+async def test_an_error_with_any_text_is_answered(target: Target, text: str) -> None:
+    await Failing.register(target.runtime, "failing", Failing)
+    body = json.dumps({"text": text}).encode()
+    calls = [body, envelope("natsrt.call", data={"text": text}, messagetype="Fail")]
+    for answer in await target.ask(target.subject("agent.failing"), calls):
+        assert answer.headers and answer.headers[SERVICE_ERROR_CODE] in ("500", "413")
+    with pytest.raises((RuntimeError, RemoteAgentError, MessageTooLarge)):
+        await target.runtime.send_message(Fail(text), AgentId("failing", "k"))
+    await target.lives()
 
 
 async def test_service_requests_with_any_body_are_answered(target: Target) -> None:

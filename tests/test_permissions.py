@@ -126,8 +126,7 @@ class House:
             namespace=self.space,
             user=user,
             password=PASSWORDS[f"{user.upper()}_PASSWORD"],
-            inbox_prefix=f"_INBOX_{user}",
-            **settings,
+            **{"inbox_prefix": f"_INBOX_{user}", **settings},
         )
         return await self._stack.enter_async_context(runtime) if start else runtime
 
@@ -206,6 +205,12 @@ async def test_a_caller_may_neither_read_nor_write_state_and_is_told_so(house: H
     with pytest.raises(PermissionDenied, match=r"natsrt\.control\.admin"):
         await caller.agent_load_state(admin, {"secret": "stolen"})
     assert await worker.agent_save_state(admin) == {"secret": "of the agent"}
+
+
+async def test_a_user_without_an_inbox_of_its_own_is_told_so(house: House) -> None:
+    await house.worker()
+    with pytest.raises(PermissionDenied, match="subscribe to"):
+        await house.runtime("caller", inbox_prefix="_INBOX")
 
 
 async def test_a_caller_may_not_write_the_registry_and_is_told_so(house: House) -> None:

@@ -114,11 +114,18 @@ def test_every_exception_survives_the_wire_with_its_fields(sample: errors.Natsrt
     assert type(rebuilt) is type(sample)
     assert str(rebuilt) == str(sample)
     assert rebuilt.args == sample.args
-    assert failure.code == sample.code
+    assert failure.code == (503 if isinstance(sample, errors.WorkerBusy) else sample.code)
     fields = {name: value for name, value in vars(sample).items() if name != "payload"}
     assert fields.items() <= vars(rebuilt).items()
     remote = rebuilt.natsrt_remote  # type: ignore[attr-defined]
     assert (remote.agent, remote.worker_id) == ("chat/a", "w-1")
+
+
+def test_only_a_worker_that_refused_a_call_itself_says_that_it_is_busy() -> None:
+    # A handler whose own call met a busy worker was started: its caller must not send the call again.
+    busy = errors.WorkerBusy("chat/a", "w-1", 1)
+    assert describe(busy, with_traceback=False, refused=True).code == errors.WorkerBusy.code == 429
+    assert describe(busy, with_traceback=False).code == 503
 
 
 def test_the_bytes_of_a_message_that_could_not_be_decoded_stay_where_they_are() -> None:

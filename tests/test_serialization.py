@@ -747,6 +747,7 @@ def test_a_reply_is_found_by_registration_then_produced_types_then_the_module_of
     assert serialization.reply("LocalReply", JSON, b'{"n":1}', lambda: [LocalReply], Flat) == LocalReply(1)
     assert serialization.reply("Concrete", JSON, b'{"size":1}', list, Flat) == Concrete(1.0)
     assert serialization.reply("str", JSON, b'"a"', list, None) == "a"
+    serialization = registry(Shape)
     for name in ("LocalReply", "Path", "Role", "registry", "json"):
         assert isinstance(serialization.reply(name, JSON, b"{}", list, Flat), UnknownPayload)
     assert isinstance(serialization.reply("Flat", JSON, b"{}", list, dict), UnknownPayload)

@@ -12,9 +12,9 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from benchmarks.agents import Counter, encoded, text_of, use_cpu
 from benchmarks.roles import Caller, Role, Send, Worker
 from benchmarks.setup import ECHO, TOPIC
+from benchmarks.work import Counter, encoded, text_of, use_cpu
 
 _TIMEOUT = 60
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from autogen_core import AgentRuntime
-from autogen_http_runtime.runtimes.http import HttpAgentServer, HttpWorkerAgentRuntime
+from autogen_http_runtime.runtimes.http import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    HttpAgentServer,
+    HttpWorkerAgentRuntime,
+)
 
 from benchmarks.autogen_roles import RuntimeCaller, RuntimeRole, RuntimeWorker
 from benchmarks.roles import Role, free_address, until_listening
@@ -13,9 +16,9 @@ from benchmarks.roles import Role, free_address, until_listening
 
 class _Http(RuntimeRole):
     async def open(self) -> AgentRuntime:
-        runtime = HttpWorkerAgentRuntime(f"http://{self.place.address}")
+        runtime: Any = HttpWorkerAgentRuntime(f"http://{self.place.address}")
         await runtime.start()
-        return runtime
+        return cast(AgentRuntime, runtime)
 
     async def close(self, runtime: Any) -> None:
         await runtime.stop()

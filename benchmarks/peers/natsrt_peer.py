@@ -55,7 +55,7 @@ class NatsrtWorker(_Natsrt, RuntimeWorker):
         began = time.perf_counter()
         runtime = self.make()
         for number in range(count):
-            await Echo.register(runtime, f"registered{number}", Echo)
+            await Echo.register(runtime, f"registered{number}", lambda: Echo())
         await runtime.start()
         took = time.perf_counter() - began
         await runtime.close()
@@ -72,7 +72,7 @@ class NatsrtIdle(_Natsrt):
     async def start(self) -> None:
         self._runtimes = [self.make() for _ in range(self.setup.idle_workers)]
         for runtime in self._runtimes:
-            await Echo.register(runtime, "idle", Echo)
+            await Echo.register(runtime, "idle", lambda: Echo())
             await runtime.start()
 
     async def stop(self) -> None:

@@ -46,7 +46,7 @@ def _events(name: str, title: str, setup: Setup, goals: Sequence[Goal] = ()) -> 
                 peer=peer,
                 setup=setup,
                 measure=measures.events(),
-                missing="events never reach a handler" if peer is HTTP else None,
+                missing="its workers cannot read the events it publishes" if peer is HTTP else None,
             )
             for peer in PEERS
         ],

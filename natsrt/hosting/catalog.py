@@ -25,6 +25,7 @@ from natsrt.errors import CannotSerialize, UnknownAgent
 from natsrt.jetstream.entries import InstanceEntry, KnownEntry, Rule, TypeEntry
 from natsrt.observe import events
 from natsrt.wire.serialization import Serialization, type_name_of
+from natsrt.wire.subjects import encode_token
 
 logger = logging.getLogger("natsrt.hosting")
 
@@ -140,7 +141,11 @@ class Catalog:
         return hosted
 
     def add_instance(self, agent: Agent, agent_id: AgentId) -> HostedType:
-        """Raises ValueError for a taken id, a type with a factory, or another class of instance (AutoGen's rules)."""
+        """Raises ValueError for a taken id, a type with a factory, or another class of instance (AutoGen's rules).
+
+        Also for a key that no subject can carry.
+        """
+        encode_token(agent_id.key)
         hosted = self._types.get(agent_id.type)
         if hosted is not None:
             if agent_id.key in hosted.live and hosted.has_instances_only:

@@ -116,6 +116,7 @@ class Dispatch:
         self._custom_of = custom_of
         self._type_attributes: dict[str, str] = {}
         self._active: set[Entry] = set()
+        self._excused: set[Entry] = set()
         self._stopping = False
         self.telemetry: Telemetry | None = None
         self.intake = Intake(fates, options.max_pending_bytes, start=self.start, refuse=self._refuse)
@@ -142,6 +143,16 @@ class Dispatch:
         self._active.add(entry)
         entry.task = asyncio.get_running_loop().create_task(work)
 
+    def excuse(self, task: asyncio.Task[Any] | None) -> None:
+        """``task`` waits for the stop itself. If it is a handler's, the stop does not wait for it."""
+        for entry in self._active:
+            if entry.task is task:
+                self._excused.add(entry)
+
+    @property
+    def _unfinished(self) -> set[Entry]:
+        return self._active - self._excused
+
     async def finish(self, timeout: float, abort: asyncio.Event) -> None:
         """Wait for the handlers, ``timeout`` seconds at most or until ``abort``, then cancel them.
 
@@ -150,20 +161,20 @@ class Dispatch:
         self._stopping = True
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout
-        while self.intake.queued or self._active:
-            for entry in self._active:
+        while self.intake.queued or self._unfinished:
+            for entry in self._unfinished:
                 if entry.token is not None and entry.token.is_cancelled():
                     _task_of(entry).cancel()
             remaining = until - loop.time()
             if remaining <= 0 or abort.is_set():
                 break
-            if self._active:
-                await asyncio.wait([_task_of(entry) for entry in self._active], timeout=min(remaining, 0.1))
+            if self._unfinished:
+                await asyncio.wait([_task_of(entry) for entry in self._unfinished], timeout=min(remaining, 0.1))
             else:
                 await asyncio.sleep(0)
-        if self._active:
-            logger.warning("%d handlers did not finish in time and are cancelled", len(self._active))
-            tasks = [_task_of(entry) for entry in self._active]
+        if self._unfinished:
+            tasks = [_task_of(entry) for entry in self._unfinished]
+            logger.warning("%d handlers did not finish in time and are cancelled", len(tasks))
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=1.0)
@@ -480,7 +491,7 @@ class Dispatch:
 
     def _delivery(self, body: Envelope, topic: TopicId | None) -> _Delivery:
         type_name = body.required("messagetype")
-        content_type = body.text("datacontenttype") or envelope.JSON_CONTENT
+        content_type = body.content_type
         try:
             message = self._serialization.decode(type_name, content_type, body.payload)
         except CannotDecode:

@@ -269,7 +269,7 @@ class Sending:
             return self._plain_result(reply, reply_type, recipient)
         body = self._checked(body, reply, recipient)
         type_name = body.required("messagetype")
-        content_type = body.text("datacontenttype") or envelope.JSON_CONTENT
+        content_type = body.content_type
         result = self._serialization.reply(type_name, content_type, body.payload, self._produced_here, sent, reply_type)
         if isinstance(result, UnknownPayload):
             raise CannotDecode(

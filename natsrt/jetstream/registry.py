@@ -7,7 +7,8 @@ Rules:
    and when a change shows that one before it was missed, a new snapshot is read.
 2. A write returns when this runtime's own view contains it, and so everything that was committed before it.
 3. Heartbeats are outside that feed, so an idle runtime hears nothing of idle workers. Every worker looks after the next
-   one in the order of worker ids, and removes it when its heartbeat has expired and it does not answer either.
+   one in the order of worker ids, and any other runtime after one by chance, and removes it when its heartbeat has
+   expired and it does not answer either.
 4. A worker whose entry was removed (it was frozen, or cut off) declares itself again.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -110,6 +112,8 @@ class Registry:
         self._collected: list[Msg] | None = None
         self._guarded: dict[asyncio.Future[PermissionDenied], str] = {}
         self._open = False
+        self._examined: set[str] = set()
+        self._may_remove = True
         self._synced = asyncio.Event()
         self.view = View()
         connection.add_listener(self)
@@ -137,6 +141,7 @@ class Registry:
         except BaseException:
             self._open = False
             raise
+        self._run(self._look_after_others())
         self._synced.set()
 
     async def leave(self) -> None:
@@ -180,7 +185,6 @@ class Registry:
         await self._beat(worker)
         await self.declare([worker])
         self._run(self._heartbeats(worker))
-        self._run(self._look_after_next(worker))
 
     async def declare(self, entries: Sequence[Entry]) -> None:
         """Store ``entries`` as this runtime's own; they are stored again whenever they vanish."""
@@ -428,18 +432,25 @@ class Registry:
             except NatsrtError as error:
                 logger.debug("heartbeat: %s", error)
 
-    async def _look_after_next(self, worker: WorkerEntry) -> None:
-        while self._worker is worker:
+    async def _look_after_others(self) -> None:
+        while self._may_remove:
             await asyncio.sleep(self._options.heartbeat_interval)
-            if not self._connection.connected:
-                continue
-            ring = sorted({*self.view.workers, worker.worker_id})
-            following = ring[(ring.index(worker.worker_id) + 1) % len(ring)]
-            if following != worker.worker_id:
-                await self._remove_if_dead(following)
+            if self._connection.connected and (worker_id := self._one_to_look_after()) is not None:
+                await self._remove_if_dead(worker_id)
+
+    def _one_to_look_after(self) -> str | None:
+        if self._worker is None:
+            return random.choice(list(self.view.workers)) if self.view.workers else None
+        own = self._worker.worker_id
+        ring = sorted({*self.view.workers, own})
+        following = ring[(ring.index(own) + 1) % len(ring)]
+        return following if following != own else None
 
     async def _remove_if_dead(self, worker_id: str) -> None:
         """Remove a worker that has no heartbeat and does not answer. Removing it twice changes nothing."""
+        if worker_id in self._examined or not self._may_remove:
+            return
+        self._examined.add(worker_id)
         try:
             if await self.has_heartbeat(worker_id) or await self._ask_worker(worker_id):
                 return
@@ -447,8 +458,13 @@ class Registry:
                 return  # another one was faster
             logger.info("worker %s has no heartbeat and does not answer: removing its entries", worker_id)
             await self._remove_worker(worker_id)
+        except PermissionDenied as error:
+            self._may_remove = False
+            logger.info("this runtime leaves the entries of dead workers to others: %s", error)
         except (NatsrtError, nats.errors.Error) as error:
             logger.debug("looking after worker %s: %s", worker_id, error)
+        finally:
+            self._examined.discard(worker_id)
 
     async def has_heartbeat(self, worker_id: str) -> bool:
         """Whether the worker's heartbeat is stored, and has not expired."""
@@ -522,7 +538,8 @@ class Registry:
             denied: asyncio.Future[PermissionDenied] = loop.create_future()
             self._guarded[denied] = operation
             try:
-                await asyncio.wait({running, denied}, return_when=asyncio.FIRST_COMPLETED)
+                waits: set[asyncio.Future[Any]] = {running, denied}
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if denied.done():
                     raise denied.result()
                 return running.result()

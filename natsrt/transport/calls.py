@@ -7,7 +7,9 @@ Rules:
 3. A call that is neither answered nor accepted after ``check_after`` seconds is checked against the directory. Nobody
    there who could answer: a typed failure at once. A worker accepts a call that takes longer; from then on the caller
    asks that worker about it.
-4. A worker that is asked and stays silent for ``lost_after`` seconds is lost, and so are its calls.
+4. A worker that is asked and does not answer is lost, and so are its calls, when the server says that it does not
+   listen any more, or after ``lost_after`` seconds of silence. The server is believed sooner because a worker that is
+   alive may be slow: a handler that holds its event loop for 2 s at a time delays every step of an answer.
 5. While the connection is down no clock of rule 4 runs; after it returns every pending call is asked for, because its
    reply may have been lost between two reconnects.
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -40,7 +42,7 @@ _ASK_EVERY = 0.5
 _FIRST_QUESTION = 0.5
 """Seconds after which an unaccepted call is asked for at every worker that could have it."""
 _GONE_AFTER = 1.5
-"""Seconds of "no responders" from a worker's own subject after which it is lost, on a settled connection."""
+"""Seconds for which a worker does not listen, after which it is lost, on a settled connection."""
 _SETTLED = 4.0
 """Seconds after a reconnect during which other runtimes may still be reconnecting."""
 _MAX_QUESTIONS = 500
@@ -107,6 +109,11 @@ class _Asked:
 
     def heard(self) -> None:
         self.silent_since = self.gone_since = None
+
+    def gone(self, now: float) -> None:
+        """It does not listen any more."""
+        if self.gone_since is None:
+            self.gone_since = now
 
 
 class Calls:
@@ -225,6 +232,8 @@ class Calls:
                 failure = await self._directory.verify(recipient)
                 if failure is not None:
                     raise failure
+                for worker_id in self._directory.workers_of(recipient):
+                    self._directory.suspect(worker_id)
                 if loop.time() - begun + pause > self._options.no_responders_retry:
                     workers = self._directory.workers_of(recipient)
                     raise WorkerLost(str(recipient), workers[0] if workers else None, "it does not listen")
@@ -277,8 +286,7 @@ class Calls:
     def _on_fate(self, worker_id: str, message: Msg) -> None:
         asked = self._asked_of(worker_id)
         if message.headers is not None and message.headers.get("Status") == "503":
-            if asked.gone_since is None:
-                asked.gone_since = asyncio.get_running_loop().time()
+            asked.gone(asyncio.get_running_loop().time())
             return
         data = _data(message, envelope.REPLY)
         running, unknown = _texts(data, "running"), _texts(data, "unknown")
@@ -356,6 +364,8 @@ class Calls:
                     if call.accepted_by == worker_id:
                         call.fail(WorkerLost(str(call.recipient), worker_id, "it does not answer any more"))
             if now - asked.asked_at >= _ASK_EVERY:
+                if asked.silent_since is not None and now - asked.silent_since >= _ASK_EVERY:
+                    self._spawn(self._probe(worker_id, asked))
                 await self._ask(worker_id, asked, calls, now)
         for worker_id in [w for w in self._asked if w not in questions]:
             del self._asked[worker_id]
@@ -387,9 +397,25 @@ class Calls:
                 call.fail(CallTimeout(str(call.recipient), self._options.plain_timeout, "plain_timeout"))
         elif not call.checking:
             call.checking = True
-            task = asyncio.create_task(self._verify(call))
-            self._checks.add(task)
-            task.add_done_callback(self._checks.discard)
+            self._spawn(self._verify(call))
+
+    def _spawn(self, check: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(check)
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    async def _probe(self, worker_id: str, asked: _Asked) -> None:
+        """Ask the server whether a silent worker still listens: a tap hides its "no responders"."""
+        subject = self._directory.worker_subject(worker_id)
+        try:
+            listens = await responder_exists(self._connection, subject, self._inbox, self._special)
+        except NatsrtError as error:  # the connection went down in between
+            logger.debug("looking for worker %s: %s", worker_id, error)
+            return
+        if listens:
+            asked.gone_since = None
+        elif listens is not None:
+            asked.gone(asyncio.get_running_loop().time())
 
     async def _verify(self, call: _Call) -> None:
         began = asyncio.get_running_loop().time()

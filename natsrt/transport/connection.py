@@ -130,11 +130,18 @@ class _Client(Client):
         return ping
 
     async def close(self) -> None:
+        """Close, and let go of everybody who waits for this client, also where nats-py forgets them."""
         try:
             await super().close()
         finally:
             for ping in self._pings:
                 ping.cancel()
+            queue = self._flush_queue
+            while queue is not None and not queue.empty():  # publishers whose messages a hung server did not take
+                flushed = queue.get_nowait()
+                if not flushed.done():
+                    flushed.set_result(None)
+                await asyncio.sleep(0)  # whoever waited for room in the queue comes next
             if self._transport is not None:  # still open where nats-py gave up sending what a hung server did not take
                 self._transport.close()  # type: ignore[no-untyped-call]
 

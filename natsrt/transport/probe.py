@@ -28,11 +28,11 @@ _CLIENT = 0
 
 async def responder_exists(
     connection: Connection, subject: str, inbox: str, listeners: dict[str, Callable[[Msg], None]]
-) -> bool:
-    """Whether a subscriber on ``subject`` looks like one that replies.
+) -> bool | None:
+    """Whether a subscriber on ``subject`` looks like one that replies; None if no server told.
 
-    ``listeners`` maps tokens under ``inbox`` to callbacks. A server too old to trace reports nothing: the answer is
-    then False, and such a server's plain responders must answer within ``check_after``.
+    ``listeners`` maps tokens under ``inbox`` to callbacks. A server too old to trace reports nothing: its plain
+    responders must answer within ``check_after``.
     """
     token = f"t-{NUID().next().decode()}"
     found = asyncio.get_running_loop().create_future()
@@ -54,7 +54,7 @@ async def responder_exists(
         async with asyncio.timeout(_WAIT):
             return bool(await found)
     except TimeoutError:
-        return False
+        return None
     finally:
         listeners.pop(token, None)
 

@@ -80,6 +80,11 @@ class Envelope:
     def type(self) -> str:
         return self.attributes["type"]  # type: ignore[no-any-return]
 
+    @property
+    def content_type(self) -> str:
+        """The media type of the payload."""
+        return self.attributes.get("datacontenttype", JSON_CONTENT)  # type: ignore[no-any-return]
+
     def text(self, name: str) -> str | None:
         """The attribute ``name``, one that natsrt defines; None if absent."""
         return self.attributes.get(name)
@@ -131,7 +136,7 @@ def encode(kind: str, attributes: str, payload: bytes, content_type: str = JSON_
     return b'{"specversion":"1.0","type":"%b",%b,"datacontenttype":%b,"data_base64":"%b"}' % (
         kind.encode(),
         attributes.encode(),
-        orjson.dumps(content_type),
+        quote(content_type).encode(),
         b64encode(payload),
     )
 

@@ -23,11 +23,13 @@ import orjson
 from autogen_core import (
     JSON_DATA_CONTENT_TYPE,
     PROTOBUF_DATA_CONTENT_TYPE,
+    FunctionCall,
     Image,
     MessageSerializer,
     UnknownPayload,
     try_get_known_serializers_for_type,
 )
+from autogen_core.models import FunctionExecutionResult
 from google.protobuf import any_pb2, json_format  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from pydantic import BaseModel
@@ -45,6 +47,7 @@ PROTOBUF = PROTOBUF_DATA_CONTENT_TYPE
 BYTES = "application/octet-stream"
 
 _PLAIN: tuple[type, ...] = (str, int, float, bool, bytes, list, dict, type(None))
+_AUTOGEN_MESSAGES: tuple[type, ...] = (Image, FunctionCall, FunctionExecutionResult)
 
 
 class Encoded(NamedTuple):
@@ -183,7 +186,8 @@ class Serialization:
     """The serializers of one runtime.
 
     Registered classes can be received; any dataclass, Pydantic model, protobuf message, ``Image`` or plain value can be
-    sent, and plain values and ``Image`` can always be received, unless a registered class has their name.
+    sent, and plain values and AutoGen's own messages (``Image``, and a tool agent's call and result) can always be
+    received, unless a registered class has their name.
     """
 
     def __init__(self) -> None:
@@ -197,7 +201,7 @@ class Serialization:
         self._builtin: dict[tuple[str, str], MessageSerializer[Any]] = {}
         self._sending: dict[type, MessageSerializer[Any]] = {}
         self._replies: dict[tuple[str, str, type | None, type | None], MessageSerializer[Any]] = {}
-        for cls in (*_PLAIN, Image):
+        for cls in (*_PLAIN, *_AUTOGEN_MESSAGES):
             serializer = self._own_serializer(cls)
             self._builtin[serializer.type_name, serializer.data_content_type] = serializer
 
@@ -317,7 +321,7 @@ class Serialization:
         """The class of a type name; None if it is unknown, or known only by a serializer that has not been used."""
         known = self._classes.get(type_name)
         if known is None and type_name not in self._custom:
-            known = next((cls for cls in (*_PLAIN, Image) if type_name_of(cls) == type_name), None)
+            known = next((cls for cls in (*_PLAIN, *_AUTOGEN_MESSAGES) if type_name_of(cls) == type_name), None)
         return known
 
     def _message_class(self, type_name: str) -> type | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 from autogen_core import (
@@ -18,6 +19,7 @@ from autogen_core import (
     RoutedAgent,
     TopicId,
     TypeSubscription,
+    event,
     message_handler,
     type_subscription,
 )
@@ -738,3 +740,26 @@ def test_a_runtime_is_made_outside_of_an_event_loop_and_run_in_several(server: E
 
     for n in range(3):
         asyncio.run(run(n))
+
+
+class StopsItsRuntime(RoutedAgent):
+    def __init__(self, stopped: asyncio.Event) -> None:
+        super().__init__("stops its runtime")
+        self._stopped = stopped
+
+    @event
+    async def on_text(self, message: Text, ctx: MessageContext) -> None:
+        await cast(NatsAgentRuntime, self.runtime).stop()
+        self._stopped.set()
+
+
+async def test_a_handler_may_stop_its_own_runtime(server: EmbeddedServer, namespace: str) -> None:
+    runtime = NatsAgentRuntime(server.url, namespace=namespace)
+    stopped = asyncio.Event()
+    await StopsItsRuntime.register(runtime, "stopper", lambda: StopsItsRuntime(stopped))
+    await runtime.add_subscription(TypeSubscription("quit", "stopper"))
+    await runtime.start()
+    await runtime.publish_message(Text("now"), TopicId("quit", "x"))
+    async with asyncio.timeout(10):
+        await stopped.wait()
+    assert runtime.worker_id is None

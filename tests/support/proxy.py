@@ -17,21 +17,25 @@ class Proxy:
         self._listener: asyncio.Server | None = None
         self._links: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._open = True
-        self._flowing = asyncio.Event()
-        self._flowing.set()
+        self._port = 0  # any, until one is chosen
+        self._frozen: list[asyncio.Event] = []
+        self._flowing = self._new_flow()
         self.accepted = 0
         """Connections that were passed on."""
 
+    @staticmethod
+    def _new_flow() -> asyncio.Event:
+        flow = asyncio.Event()
+        flow.set()
+        return flow
+
     async def __aenter__(self) -> Proxy:
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        await self.restore()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._listener is not None
-        self._listener.close()
         self.cut()
         for task in list(self._tasks):
             task.cancel()
@@ -40,31 +44,34 @@ class Proxy:
     @property
     def url(self) -> str:
         """Where clients connect."""
-        assert self._listener is not None
-        return "nats://{}:{}".format(*self._listener.sockets[0].getsockname()[:2])
+        return f"nats://127.0.0.1:{self._port}"
 
     def cut(self) -> None:
         """Break all links, and refuse new ones until `restore`."""
-        self._open = False
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         for writer in self._links:
             writer.transport.abort()
 
-    def restore(self) -> None:
-        """Let new links through again."""
-        self._open = True
+    async def restore(self) -> None:
+        """Let new links through."""
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
+        self._port = self._listener.sockets[0].getsockname()[1]
 
     def freeze(self) -> None:
-        """Pass nothing on, in either direction; the links stay open."""
+        """Pass nothing on over the present links, in either direction; they stay open. New links work."""
         self._flowing.clear()
+        self._frozen.append(self._flowing)
+        self._flowing = self._new_flow()
 
     def thaw(self) -> None:
         """Pass everything on again, what came meanwhile too."""
-        self._flowing.set()
+        for flow in self._frozen:
+            flow.set()
+        self._frozen.clear()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not self._open:
-            writer.transport.abort()
-            return
         try:
             server_reader, server_writer = await asyncio.open_connection(*self._target)
         except OSError:
@@ -73,14 +80,16 @@ class Proxy:
         self.accepted += 1
         for source, destination in ((reader, server_writer), (server_reader, writer)):
             self._links.add(destination)
-            task = asyncio.create_task(self._forward(source, destination))
+            task = asyncio.create_task(self._forward(source, destination, self._flowing))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _forward(self, source: asyncio.StreamReader, destination: asyncio.StreamWriter) -> None:
+    async def _forward(
+        self, source: asyncio.StreamReader, destination: asyncio.StreamWriter, flowing: asyncio.Event
+    ) -> None:
         try:
             while data := await source.read(65536):
-                await self._flowing.wait()
+                await flowing.wait()
                 destination.write(data)
                 await destination.drain()
         except OSError:

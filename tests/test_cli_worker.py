@@ -1,0 +1,539 @@
+"""``natsrt worker`` with real processes: what it loads, how it ends, how workers are kept running."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Set
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from autogen_core import AgentId, TopicId
+
+from natsrt import NatsAgentRuntime
+from natsrt.embedded import EmbeddedServer
+from tests.support.cli import natsrt
+from tests.support.processes import Process, Processes, eventually
+
+AGENTS = """
+import asyncio, os
+from autogen_core import MessageContext, RoutedAgent, event, rpc, type_subscription, TypeSubscription
+
+import natsrt
+
+VERSION = "one"
+
+
+@type_subscription("news")
+class Echo(RoutedAgent):
+    def __init__(self):
+        super().__init__("Echoes")
+
+    @rpc
+    async def echo(self, message: str, ctx: MessageContext) -> str:
+        if message.startswith("wait"):
+            print("waiting", flush=True)
+            await asyncio.sleep(float(message.split()[1]))
+        if message == "die":
+            os._exit(9)
+        return f"{VERSION} {self.id} {os.getpid()} {message}"
+
+    @event
+    async def read(self, message: dict, ctx: MessageContext) -> None:
+        print(f"news for {self.id}: {message}", flush=True)
+
+
+@type_subscription("news")
+class Named(Echo):
+    def __init__(self, name):
+        super().__init__()
+
+
+def named():
+    return Named("n")
+
+
+async def later():
+    await asyncio.sleep(0)
+    return Named("n")
+
+
+class Office:
+    @staticmethod
+    async def open(runtime):
+        await natsrt.register(runtime, Echo, "first", Echo)
+        await natsrt.register(runtime, Echo, "second", Echo)
+
+
+def sync(runtime):
+    return Office.open(runtime)
+
+
+def with_default(runtime=None):
+    return Office.open(runtime)
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    """A directory with the module ``office``."""
+    directory = tmp_path / "app"
+    directory.mkdir()
+    (directory / "office.py").write_text(AGENTS)
+    return directory
+
+
+@pytest.fixture
+async def client(server: EmbeddedServer, namespace: str) -> AsyncIterator[NatsAgentRuntime]:
+    async with NatsAgentRuntime(server.url, namespace=namespace) as runtime:
+        yield runtime
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(server: EmbeddedServer, namespace: str, processes: Processes, app: Path) -> Start:
+    """Start a worker in ``app``, on the shared server and in this test's namespace."""
+
+    def start(*arguments: str, **how: object) -> Process:
+        where = ("--server", server.url, "--namespace", namespace)
+        return processes.natsrt("worker", *where, *arguments, **{"name": "worker", "cwd": app, **how})  # type: ignore[arg-type]
+
+    return start
+
+
+async def pid_of(client: NatsAgentRuntime, agent_type: str = "echo") -> int:
+    """The process that answers."""
+    reply = await client.send_message("who", AgentId(agent_type, "k"))
+    return int(reply.split()[2])
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def _running(call: Awaitable[str]) -> AsyncIterator[asyncio.Future[str]]:
+    """A call under way, which does not outlive the block."""
+    task = asyncio.ensure_future(call)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+# -- what it loads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "types"),
+    [
+        (("office:Office.open",), "first, second"),
+        (("office:sync",), "first, second"),
+        (("office:with_default",), "first, second"),
+        (("office:Echo",), "Echo"),
+        (("office:Echo", "--type", "my.echo"), "my.echo"),
+        (("office:named",), "named"),
+        (("office:later", "--type", "x"), "x"),
+    ],
+)
+async def test_a_worker_hosts_what_its_target_makes(
+    start: Start, client: NatsAgentRuntime, target: tuple[str, ...], types: str
+) -> None:
+    worker = start(*target)
+    line = await worker.wait_for_line(" ready: types ")
+    assert line.endswith(f" ready: types {types}")
+    assert line.startswith("worker ")
+    for agent_type in types.split(", "):
+        for key in ("default", "k"):
+            reply = await client.send_message("hi", AgentId(agent_type, key))
+            assert reply == f"one {agent_type}/{key} {worker.pid} hi"
+        await client.publish_message({"headline": "42"}, TopicId("news", "default"))
+        await worker.wait_for_line(f"news for {agent_type}/default: ")
+        await client.publish_message({"headline": "43"}, TopicId(f"{agent_type}:", "direct"))
+        await worker.wait_for_line(f"news for {agent_type}/direct: ")
+
+
+async def test_the_agent_that_is_made_at_the_start_is_the_default_one(
+    start: Start, client: NatsAgentRuntime, app: Path
+) -> None:
+    (app / "counted.py").write_text(
+        "from office import Echo\n"
+        "made = []\n"
+        "def factory():\n"
+        "    agent = Echo()\n"
+        "    made.append(agent)\n"
+        "    print(f'made {len(made)}: {agent.id}', flush=True)\n"
+        "    return agent\n"
+    )
+    worker = start("counted:factory", "--type", "echo")
+    await worker.wait_for_line("ready")
+    await client.send_message("hi", AgentId("echo", "default"))
+    await client.send_message("hi", AgentId("echo", "other"))
+    assert re.findall(r"made .*", worker.stdout) == ["made 1: echo/default", "made 2: echo/other"]
+
+
+async def test_another_directory_is_importable_and_only_that(start: Start, app: Path, tmp_path: Path) -> None:
+    worker = start("office:Echo", "--app-dir", str(app), cwd=tmp_path)
+    await worker.wait_for_line("ready: types Echo")
+    without = start("office:Echo", cwd=tmp_path)
+    assert await without.wait() == 2
+
+
+async def test_a_factory_may_start_the_runtime_to_send_messages(start: Start, app: Path) -> None:
+    (app / "sending.py").write_text(
+        "import natsrt\nfrom autogen_core import AgentId\nfrom office import Echo\n"
+        "async def factory(runtime):\n"
+        "    await natsrt.register(runtime, Echo, 'echo', Echo)\n"
+        "    await runtime.start()\n"
+        "    print(await runtime.send_message('hello', AgentId('echo', 'k')), flush=True)\n"
+    )
+    worker = start("sending:factory")
+    await worker.wait_for_line("one echo/k")
+    await worker.wait_for_line("ready: types echo")
+
+
+# -- what cannot be loaded ---------------------------------------------------------------------------------------
+
+BROKEN = {
+    "no_such_module:factory": (2, "there is no module 'no_such_module'"),
+    "office.part:factory": (2, "there is no module 'office.part'"),
+    "office": (2, "must be MODULE:NAME"),
+    "office.py:Echo": (2, "must be the name of a module, not a path: office:Echo"),
+    "office:Ecko": (2, "'office' has no name 'Ecko'; it has Echo"),
+    "office:Office.opne": (2, "'office.Office' has no name 'opne'; it has open"),
+    "office:VERSION": (2, "office:VERSION is str, not a factory"),
+    "office:Named": (2, "the agent class office:Named needs arguments (name)"),
+    "office:Office": (2, "no subclass of autogen_core.BaseAgent"),
+    "broken:factory": (2, "broken.py, line 3, in <module>\n    ratio = 1 / 0"),
+    "imports_missing:factory": (2, "No module named 'missing_dependency'"),
+    "no_python:factory": (2, "SyntaxError"),
+    "leaves:factory": (2, "the module 'leaves' does not import: SystemExit: 3"),
+    "raising:takes_runtime": (1, "raising:takes_runtime raised: ValueError: bad luck"),
+    "raising:makes_agent": (1, 'raising.py, line 9, in helper\n    raise ValueError("bad luck")'),
+    "raising:Agent": (1, "raising:Agent raised: KeyError: 'API_KEY'"),
+    "raising:makes_nothing": (2, "raising:makes_nothing returned NoneType, not an agent"),
+    "raising:takes_two": (2, "raising:takes_two takes 2 arguments (a, b)"),
+    "raising:registers_twice": (1, "Agent with type echo already exists."),
+}
+
+MODULES = {
+    "broken.py": "def factory(runtime): ...\n\nratio = 1 / 0\n",
+    "imports_missing.py": "import missing_dependency\n",
+    "no_python.py": "def factory(:\n",
+    "leaves.py": "import sys\nsys.exit(3)\n",
+    "raising.py": """
+import os
+from autogen_core import RoutedAgent
+from office import Echo
+import natsrt
+
+
+def helper():
+    raise ValueError("bad luck")
+
+async def takes_runtime(runtime):
+    helper()
+
+def makes_agent():
+    helper()
+
+class Agent(RoutedAgent):
+    def __init__(self):
+        super().__init__(os.environ["API_KEY"])
+
+def makes_nothing():
+    pass
+
+def takes_two(a, b):
+    pass
+
+async def registers_twice(runtime):
+    await natsrt.register(runtime, Echo, "echo", Echo)
+    await natsrt.register(runtime, Echo, "echo", Echo)
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", BROKEN)
+async def test_what_cannot_be_loaded_is_told_without_a_traceback(start: Start, app: Path, target: str) -> None:
+    code, expected = BROKEN[target]
+    for name, text in MODULES.items():
+        (app / name).write_text(text)
+    worker = start(target, "--log-level", "warning")
+    assert await worker.wait(20) == code, worker.describe()
+    assert worker.stderr.startswith("natsrt: ")
+    assert expected in worker.stderr
+    assert target.partition(":")[0] in worker.stderr
+    assert "Traceback" not in worker.stderr
+    assert "natsrt/" not in worker.stderr
+    assert worker.stdout == ""
+
+
+async def test_a_type_for_a_callable_that_registers_by_itself_is_refused(start: Start) -> None:
+    worker = start("office:sync", "--type", "x")
+    assert await worker.wait() == 2
+    assert "--type has no meaning for office:sync" in worker.stderr
+
+
+async def test_a_type_that_autogen_refuses_is_refused(start: Start) -> None:
+    worker = start("office:Echo", "--type", "two words")
+    assert await worker.wait() == 2
+    assert "'two words' cannot be an agent type" in worker.stderr
+
+
+async def test_a_factory_that_raises_leaves_nothing_registered(
+    start: Start, app: Path, client: NatsAgentRuntime
+) -> None:
+    (app / "half.py").write_text(
+        "import natsrt\nfrom office import Echo\n"
+        "async def factory(runtime):\n"
+        "    await natsrt.register(runtime, Echo, 'echo', Echo)\n"
+        "    raise RuntimeError('halfway')\n"
+    )
+    worker = start("half:factory")
+    assert await worker.wait() == 1
+    view = client.running.registry.view
+    await eventually(lambda: not view.workers_hosting("echo") and not view.workers, message="an empty registry")
+
+
+# -- how it ends -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_a_worker_with_exit_code_0(start: Start, client: NatsAgentRuntime, signum: int) -> None:
+    worker = start("office:Echo", "--type", "echo")
+    await worker.wait_for_line("ready")
+    worker.send_signal(signum)
+    assert await worker.wait() == 0
+    assert "Traceback" not in worker.stderr
+    await eventually(lambda: not client.running.registry.view.workers, message="it left the registry")
+
+
+@pytest.mark.slow
+async def test_a_worker_finishes_what_it_does_and_a_second_signal_ends_it(
+    start: Start, client: NatsAgentRuntime
+) -> None:
+    worker = start("office:Echo", "--type", "echo")
+    await worker.wait_for_line("ready")
+    call = client.send_message("wait 1", AgentId("echo", "k"))
+    async with _running(call) as reply:
+        await worker.wait_for_line("waiting")
+        worker.terminate()
+        assert (await reply).endswith("wait 1")
+    assert await worker.wait() == 0
+
+    worker = start("office:Echo", "--type", "echo")
+    await worker.wait_for_line("ready")
+    async with _running(client.send_message("wait 60", AgentId("echo", "k"))) as reply:
+        await worker.wait_for_line("waiting")
+        worker.terminate()
+        await worker.wait_for_line("finishes 1 handlers")
+        worker.terminate()
+        assert await worker.wait() == 0
+        with pytest.raises(Exception, match="stopped before its handler"):
+            await reply
+
+
+async def test_a_signal_before_there_is_a_connection_ends_it_too(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        url = f"nats://127.0.0.1:{silent.getsockname()[1]}"
+        worker = start("office:Echo", "--timeout", "1m", "--server", url)
+        silent.settimeout(20)
+        connection, _ = await asyncio.to_thread(silent.accept)
+        with connection:
+            worker.terminate()
+            assert await worker.wait() == 0
+
+
+async def test_no_server_is_exit_code_3(start: Start) -> None:
+    worker = start("office:Echo", "--server", "nats://127.0.0.1:1", "--timeout", "500ms")
+    assert await worker.wait() == 3
+    assert "no NATS server answered" in worker.stderr
+
+
+@pytest.mark.slow
+async def test_an_embedded_server_is_started_only_where_none_answers(processes: Processes, app: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"nats://127.0.0.1:{free.getsockname()[1]}"
+    first = processes.natsrt("worker", "office:Echo", "--embedded", "--server", url, name="first", cwd=app)
+    await first.wait_for_line(f"no server answered: started one at {url}")
+    await first.wait_for_line("ready")
+    second = processes.natsrt("worker", "office:named", "--embedded", "--server", url, name="second", cwd=app)
+    await second.wait_for_line("ready")
+    assert "started one" not in second.stderr
+    rows = (await natsrt("agents", "ls", "--json", "--server", url)).json
+    assert [row["type"] for row in rows] == ["Echo", "named"]
+    second.terminate()
+    assert await second.wait() == 0
+    first.terminate()
+    assert await first.wait() == 0
+    assert (await natsrt("agents", "ls", "--server", url, "--timeout", "500ms")).code == 3
+
+
+async def test_an_embedded_server_elsewhere_is_refused(start: Start) -> None:
+    worker = start("office:Echo", "--embedded", "--server", "nats://192.0.2.1:4222")
+    assert await worker.wait(20) == 3
+    assert "on this machine only" in worker.stderr
+
+
+# -- several processes -------------------------------------------------------------------------------------------
+
+
+async def workers_of(client: NatsAgentRuntime, count: int, without: Set[int] = frozenset()) -> dict[int, str]:
+    """Wait until ``count`` live workers host ``echo``: their ids by process id, none of which is in ``without``."""
+
+    def hosting() -> dict[int, str]:
+        view = client.running.registry.view
+        found = {view.workers[w].pid: w for w in view.workers_hosting("echo")}
+        return found if len(found) == count and not without & {*found} else {}
+
+    return await eventually(hosting, 30, f"{count} workers")
+
+
+@pytest.mark.slow
+async def test_a_killed_worker_process_is_replaced(start: Start, client: NatsAgentRuntime) -> None:
+    supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
+    before = await workers_of(client, 2)
+    assert supervisor.pid not in before
+    victim = min(before)
+    os.kill(victim, signal.SIGKILL)
+    await supervisor.wait_for_line(f"worker process {victim} was ended by SIGKILL; another one starts in 0.2 s")
+    after = await workers_of(client, 2, without={victim})
+    assert len({*before} & {*after}) == 1
+    assert await pid_of(client) in after
+    supervisor.terminate()
+    assert await supervisor.wait(20) == 0
+    assert not any(is_alive(pid) for pid in after)
+
+
+@pytest.mark.slow
+async def test_pauses_grow_from_one_quick_death_to_the_next(start: Start, app: Path) -> None:
+    (app / "dying.py").write_text(
+        "import os, threading\nimport natsrt\nfrom office import Echo\n"
+        "async def factory(runtime):\n"
+        "    await natsrt.register(runtime, Echo, 'echo', Echo)\n"
+        "    threading.Timer(0.3, lambda: os._exit(9)).start()\n"
+    )
+    supervisor = start("dying:factory", "--processes", "1", "--reload")
+    for pause in ("0.2", "0.4", "0.8"):
+        await supervisor.wait_for_line(f"ended with exit code 9; another one starts in {pause} s", 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_to_the_supervisor_stops_all_in_order(
+    start: Start, client: NatsAgentRuntime, signum: int
+) -> None:
+    supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
+    pids = {*await workers_of(client, 2)}
+    async with _running(client.send_message("wait 1", AgentId("echo", "k"))) as reply:
+        await supervisor.wait_for_line("waiting")
+        supervisor.send_signal(signum)
+        assert (await reply).endswith("wait 1")
+    assert await supervisor.wait(20) == 0
+    assert not any(is_alive(pid) for pid in pids)
+    assert not client.running.registry.view.workers
+
+
+@pytest.mark.slow
+async def test_a_second_signal_to_the_supervisor_stops_all_at_once(start: Start, client: NatsAgentRuntime) -> None:
+    supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
+    pids = {*await workers_of(client, 2)}
+    async with _running(client.send_message("wait 60", AgentId("echo", "k"))):
+        await supervisor.wait_for_line("waiting")
+        supervisor.terminate()
+        await supervisor.wait_for_line("finishes 1 handlers")
+        supervisor.terminate()
+        assert await supervisor.wait(20) == 0
+    assert not any(is_alive(pid) for pid in pids)
+
+
+@pytest.mark.slow
+async def test_no_worker_outlives_a_killed_supervisor(start: Start, client: NatsAgentRuntime) -> None:
+    supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
+    pids = {*await workers_of(client, 2)}
+    supervisor.kill()
+    await eventually(lambda: not any(is_alive(pid) for pid in pids), 15, "the end of the workers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "code"), [("broken:factory", 2), ("raising:takes_runtime", 1), ("no_such_module:x", 2)]
+)
+async def test_workers_that_cannot_be_started_are_not_tried_for_ever(
+    start: Start, app: Path, target: str, code: int
+) -> None:
+    for name, text in MODULES.items():
+        (app / name).write_text(text)
+    supervisor = start(target, "--processes", "2")
+    assert await supervisor.wait(30) == code
+    assert "a worker cannot be started: all are stopped" in supervisor.stderr
+    assert target.partition(":")[0] in supervisor.stderr
+
+
+@pytest.mark.slow
+async def test_workers_without_a_server_end_with_exit_code_3(start: Start) -> None:
+    supervisor = start("office:Echo", "--processes", "2", "--server", "nats://127.0.0.1:1", "--timeout", "500ms")
+    assert await supervisor.wait(30) == 3
+
+
+@pytest.mark.slow
+async def test_workers_of_one_embedded_server(processes: Processes, app: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"nats://127.0.0.1:{free.getsockname()[1]}"
+    target = ("office:Echo", "--type", "echo", "--processes", "2", "--embedded", "--server", url)
+    supervisor = processes.natsrt("worker", *target, cwd=app)
+    await supervisor.wait_for_line("started one")
+    async with NatsAgentRuntime(url) as client:
+        await workers_of(client, 2)
+    supervisor.terminate()
+    assert await supervisor.wait(20) == 0
+
+
+# -- reloading ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_a_changed_file_is_picked_up(start: Start, client: NatsAgentRuntime, app: Path) -> None:
+    supervisor = start("office:Echo", "--type", "echo", "--reload")
+    before = {*await workers_of(client, 1)}
+    assert (await client.send_message("hi", AgentId("echo", "k"))).startswith("one ")
+    (app / "office.py").write_text(AGENTS.replace('"one"', '"two"'))
+    await supervisor.wait_for_line("changed: office.py; the workers start anew")
+    await workers_of(client, 1, without=before)
+    assert (await client.send_message("hi", AgentId("echo", "k"))).startswith("two ")
+    supervisor.terminate()
+    assert await supervisor.wait(20) == 0
+
+
+@pytest.mark.slow
+async def test_a_broken_file_is_waited_for(start: Start, client: NatsAgentRuntime, app: Path) -> None:
+    (app / "office.py").write_text("def broken(:\n")
+    supervisor = start("office:Echo", "--type", "echo", "--reload")
+    await supervisor.wait_for_line("waiting for a file to change", 20)
+    assert "SyntaxError" in supervisor.stderr
+    (app / "office.py").write_text(AGENTS)
+    await workers_of(client, 1)
+    supervisor.interrupt()
+    assert await supervisor.wait(20) == 0
+
+
+async def test_without_watchfiles_reload_names_the_extra(start: Start, tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "watchfiles.py").write_text("raise ImportError('as if it were not installed')\n")
+    supervisor = start("office:Echo", "--reload", env={"PYTHONPATH": str(hidden)})
+    assert await supervisor.wait() == 2
+    assert "pip install 'natsrt[reload]'" in supervisor.stderr

@@ -1,0 +1,318 @@
+"""It comes back: servers that stop, die, hang or drop the connection, and what becomes of the calls meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from autogen_core import AgentId, CancellationToken, MessageContext
+from nats.aio.client import Client
+
+import natsrt
+from natsrt import NatsAgentRuntime
+from natsrt.embedded import EmbeddedServer
+from tests.programs.labor import TOPIC, Laborer, Work
+from tests.support.calls import ended, failure, known, running, worker_process
+from tests.support.processes import Processes, eventually
+from tests.support.proxy import Proxy
+
+LABORER = AgentId("laborer", "default")
+
+# The promises' own limits, in seconds.
+AT_ONCE = 0.5
+SOON = 5.0
+
+
+async def _echoes(caller: NatsAgentRuntime) -> bool:
+    """Whether a call works."""
+    try:
+        return bool((await caller.send_message(Work("echo", "again"), LABORER)).note == "again")
+    except natsrt.NatsrtError:
+        return False
+
+
+# -- the server goes and comes back ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+@pytest.mark.parametrize("seconds", [0.5, 4.0], ids=["short", "long"])
+async def test_calls_under_way_are_answered_after_a_restart_of_the_server(
+    processes: Processes, own_server: EmbeddedServer, namespace: str, kill: bool, seconds: float
+) -> None:
+    worker, worker_id = await worker_process(processes, own_server.url, namespace, "laborer")
+    async with running(own_server.url, namespace) as caller:
+        await known(caller, "laborer")
+        calls = [asyncio.ensure_future(caller.send_message(Work("sleep", f"w{n}", seconds), LABORER)) for n in range(5)]
+        for n in range(5):
+            await worker.wait_for_line(f"begins w{n}")
+        await own_server.restart(kill=kill, downtime=1.0)
+        replies = (await ended(asyncio.gather(*calls), within=seconds + SOON)).result()
+        assert [(reply.note, reply.worker) for reply in replies] == [(f"w{n}", worker_id) for n in range(5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+async def test_calls_and_events_work_again_soon_after_a_restart_of_the_server(
+    processes: Processes, own_server: EmbeddedServer, namespace: str, kill: bool
+) -> None:
+    worker, worker_id = await worker_process(processes, own_server.url, namespace, "laborer", "listening")
+    async with running(own_server.url, namespace) as caller:
+        await known(caller, "laborer", "listening")
+        assert await _echoes(caller)
+        await own_server.restart(kill=kill, downtime=1.0)
+
+        async def works_again() -> None:
+            while not await _echoes(caller):
+                await asyncio.sleep(0.05)
+            await caller.publish_message(Work("echo", "after"), TOPIC)
+            await worker.wait_for_line("begins after", timeout=SOON)
+
+        await ended(works_again(), within=SOON)
+        await eventually(lambda: caller.ready)
+        assert (await caller.send_message(Work("echo"), LABORER)).worker == worker_id
+        error = await failure(caller.send_message(Work("echo"), AgentId("nobody", "k")), within=AT_ONCE)
+        assert isinstance(error, natsrt.UnknownAgentType)
+
+
+@pytest.mark.slow
+async def test_what_is_sent_while_the_server_is_away_arrives_when_it_is_back(
+    own_server: EmbeddedServer, namespace: str
+) -> None:
+    async with running(own_server.url, namespace, "laborer") as runtime:
+        await own_server.kill()
+        await eventually(lambda: not runtime.running.connection.connected)
+        assert not runtime.ready
+        calls = [asyncio.ensure_future(runtime.send_message(Work("echo", str(n)), LABORER)) for n in range(20)]
+        await asyncio.wait(calls, timeout=1.0)
+        await own_server.start()
+        replies = (await ended(asyncio.gather(*calls), within=SOON)).result()
+        assert [reply.note for reply in replies] == [str(n) for n in range(20)]
+
+
+@pytest.mark.slow
+async def test_a_paused_server_delays_calls_and_loses_none(
+    processes: Processes, own_server: EmbeddedServer, namespace: str
+) -> None:
+    worker, _ = await worker_process(processes, own_server.url, namespace, "laborer")
+    async with running(own_server.url, namespace) as caller:
+        await known(caller, "laborer")
+        under_way = asyncio.ensure_future(caller.send_message(Work("sleep", "under way", 3.0), LABORER))
+        await worker.wait_for_line("begins under way")
+        own_server.pause()
+        await asyncio.wait({under_way}, timeout=8.0)
+        own_server.resume()
+        assert (await ended(under_way, within=SOON)).result().note == "under way"
+        await eventually(lambda: _echoes(caller), timeout=SOON)
+
+
+# -- the server is gone ----------------------------------------------------------------------------------------------
+
+
+async def test_when_the_server_is_gone_for_good_everything_fails_after_offline_timeout(
+    own_server: EmbeddedServer, namespace: str
+) -> None:
+    async with (
+        running(own_server.url, namespace, "laborer") as hosting,
+        running(own_server.url, namespace, offline_timeout=1.0) as caller,
+    ):
+        await known(caller, "laborer")
+        under_way = asyncio.ensure_future(caller.send_message(Work("sleep", seconds=60.0), LABORER))
+        await eventually(lambda: hosting.running.dispatch.running)
+        await own_server.kill()
+        await eventually(lambda: not caller.running.connection.connected)
+        late: list[Any] = [caller.send_message(Work("echo"), LABORER) for _ in range(10)]
+        late += [caller.publish_message(Work("echo"), TOPIC) for _ in range(10)]
+        outcome = await ended(asyncio.gather(under_way, *late, return_exceptions=True), within=3.0)
+        assert {type(error) for error in outcome.result()} == {natsrt.ServerUnreachable}
+        assert {error.seconds for error in outcome.result()} == {1.0}
+        await hosting.running.dispatch.finish(0.0, asyncio.Event())
+
+
+async def test_a_token_ends_a_send_that_waits_for_the_server(own_server: EmbeddedServer, namespace: str) -> None:
+    async with running(own_server.url, namespace, "laborer") as runtime:
+        await own_server.kill()
+        await eventually(lambda: not runtime.running.connection.connected)
+        tokens = [CancellationToken() for _ in range(3)]
+        calls = [
+            asyncio.ensure_future(runtime.send_message(Work("echo"), LABORER, cancellation_token=token))
+            for token in tokens
+        ]
+        await asyncio.wait(calls, timeout=0.1)
+        for token, call in reversed(list(zip(tokens, calls, strict=True))):
+            token.cancel()
+            assert isinstance(await failure(call, within=AT_ONCE), asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("offline_timeout", [30.0, None])
+async def test_stopping_ends_the_sends_that_wait_for_the_server(
+    own_server: EmbeddedServer, namespace: str, offline_timeout: float | None
+) -> None:
+    runtime = NatsAgentRuntime(own_server.url, namespace=namespace, offline_timeout=offline_timeout or "none")
+    await runtime.start()
+    await own_server.kill()
+    await eventually(lambda: not runtime.running.connection.connected)
+    calls = [asyncio.ensure_future(runtime.send_message(Work("echo"), LABORER)) for _ in range(3)]
+    await asyncio.wait(calls, timeout=0.1)
+    await ended(runtime.stop(), within=SOON)
+    for call in calls:
+        assert isinstance(await failure(call, within=AT_ONCE), natsrt.ServerUnreachable)
+
+
+@pytest.mark.slow
+async def test_a_call_to_an_unknown_type_ends_when_the_registry_cannot_be_read(tmp_path: Path, namespace: str) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text(f'jetstream {{ store_dir: "{tmp_path / "jetstream"}" }}')
+    async with (
+        EmbeddedServer(config=config, port=-1) as server,
+        running(server.url, namespace) as runtime,
+    ):
+        config.write_text("")
+        await server.restart()
+        await eventually(lambda: runtime.running.connection.connected)
+        assert not runtime.ready
+        error = await failure(runtime.send_message(Work("echo"), AgentId("nobody", "k")), within=15.0)
+        assert isinstance(error, natsrt.RegistryUnavailable | natsrt.JetStreamRequired)
+
+
+# -- the network -----------------------------------------------------------------------------------------------------
+
+
+class _Gated(Laborer):
+    """Its handler goes on when it is told to."""
+
+    begun: asyncio.Event
+    go_on: asyncio.Event
+
+    async def sleep(self, message: Work, ctx: MessageContext) -> Any:
+        type(self).begun.set()
+        await type(self).go_on.wait()
+        return await self.echo(message, ctx)
+
+
+@pytest.fixture
+def gated() -> type[_Gated]:
+    _Gated.begun, _Gated.go_on = asyncio.Event(), asyncio.Event()
+    return _Gated
+
+
+@pytest.mark.parametrize("accepted", [False, True], ids=["before its acceptance", "after its acceptance"])
+async def test_a_reply_that_is_published_while_the_caller_is_disconnected_arrives(
+    own_server: EmbeddedServer, namespace: str, gated: type[_Gated], accepted: bool
+) -> None:
+    async with (
+        Proxy(own_server.url) as proxy,
+        running(own_server.url, namespace) as hosting,
+        running(proxy.url, namespace) as caller,
+    ):
+        await natsrt.register(hosting, gated, "gated", gated)
+        await known(caller, "gated")
+        call = asyncio.ensure_future(caller.send_message(Work("sleep", "kept"), AgentId("gated", "k")))
+        await gated.begun.wait()
+        if accepted:
+            await asyncio.wait({call}, timeout=0.5)
+        proxy.cut()
+        await eventually(lambda: not caller.running.connection.connected)
+        gated.go_on.set()
+        await eventually(lambda: not hosting.running.dispatch.running)
+        await hosting.running.connection.barrier()
+        await proxy.restore()
+        assert (await ended(call)).result().note == "kept"
+
+
+async def test_a_reply_whose_worker_is_disconnected_when_it_is_ready_arrives(
+    own_server: EmbeddedServer, namespace: str, gated: type[_Gated]
+) -> None:
+    async with (
+        Proxy(own_server.url) as proxy,
+        running(proxy.url, namespace) as hosting,
+        running(own_server.url, namespace) as caller,
+    ):
+        await natsrt.register(hosting, gated, "gated", gated)
+        await known(caller, "gated")
+        call = asyncio.ensure_future(caller.send_message(Work("sleep", "kept"), AgentId("gated", "k")))
+        await gated.begun.wait()
+        proxy.cut()
+        await eventually(lambda: not hosting.running.connection.connected)
+        gated.go_on.set()
+        await eventually(lambda: not hosting.running.dispatch.running)
+        await proxy.restore()
+        assert (await ended(call)).result().note == "kept"
+
+
+async def test_a_connection_that_the_server_closes_for_good_is_replaced(
+    own_server: EmbeddedServer, namespace: str, gated: type[_Gated]
+) -> None:
+    async with running(own_server.url, namespace, "laborer") as runtime:
+        await natsrt.register(runtime, gated, "gated", gated)
+        call = asyncio.ensure_future(runtime.send_message(Work("sleep", "kept"), AgentId("gated", "k")))
+        await gated.begun.wait()
+        closed = runtime.running.connection.client
+        await closed.publish("s" * 5000, b"")  # a line that is longer than the server takes
+        await eventually(lambda: closed.is_closed)
+        await eventually(lambda: runtime.running.connection.connected, timeout=SOON)
+        assert runtime.running.connection.client is not closed
+        gated.go_on.set()
+        assert (await ended(call)).result().note == "kept"
+        assert (await ended(runtime.send_message(Work("echo", "new"), LABORER))).result().note == "new"
+
+
+@pytest.mark.slow
+async def test_a_connection_that_has_gone_deaf_is_replaced(own_server: EmbeddedServer, namespace: str) -> None:
+    async with (
+        Proxy(own_server.url) as proxy,
+        running(own_server.url, namespace, "laborer"),
+        running(proxy.url, namespace) as caller,
+    ):
+        await known(caller, "laborer")
+        deaf = caller.running.connection.client
+        proxy.freeze()
+        flushing = asyncio.ensure_future(Client.flush(deaf))  # nats-py's own, whose answer will find it cancelled
+        await asyncio.wait({flushing}, timeout=0.1)
+        flushing.cancel()
+        proxy.thaw()
+        await eventually(lambda: caller.running.connection.client is not deaf, timeout=10.0)
+        assert (await ended(caller.send_message(Work("echo", "hears"), LABORER))).result().note == "hears"
+
+
+async def test_giving_up_a_barrier_does_not_make_the_connection_deaf(
+    own_server: EmbeddedServer, namespace: str
+) -> None:
+    async with (
+        Proxy(own_server.url) as proxy,
+        running(own_server.url, namespace, "laborer"),
+        running(proxy.url, namespace) as caller,
+    ):
+        await known(caller, "laborer")
+        connection = caller.running.connection
+        client = connection.client
+        proxy.freeze()
+        barrier = asyncio.ensure_future(connection.barrier())
+        flush = asyncio.ensure_future(client.flush(timeout=1))
+        await asyncio.wait({barrier}, timeout=0.1)
+        barrier.cancel()
+        await asyncio.wait({barrier, flush})
+        proxy.thaw()
+        await ended(connection.barrier())
+        assert (await ended(caller.send_message(Work("echo", "hears"), LABORER))).result().note == "hears"
+        assert connection.client is client
+        assert connection.reconnects == 0
+
+
+@pytest.mark.slow
+async def test_a_link_that_hangs_is_replaced_and_calls_go_on(own_server: EmbeddedServer, namespace: str) -> None:
+    async with (
+        Proxy(own_server.url) as proxy,
+        running(own_server.url, namespace, "laborer", "listening"),
+        running(proxy.url, namespace) as caller,
+    ):
+        await known(caller, "laborer", "listening")
+        proxy.freeze()
+        for _ in range(40):  # more than the sockets hold
+            await caller.publish_message("x" * 900_000, TOPIC)
+        call = caller.send_message(Work("echo", "through"), LABORER)
+        outcome = await ended(call, within=15.0)
+        assert isinstance(outcome.exception(), natsrt.NatsrtError) if outcome.exception() else outcome.result()
+        await eventually(lambda: _echoes(caller), timeout=10.0)

@@ -1,0 +1,251 @@
+"""The registry: what it tells of workers that vanish, freeze and return, and what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from contextlib import AsyncExitStack
+from typing import Any
+
+import nats
+import pytest
+from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubscription, event, rpc
+from nats.js.errors import NotFoundError
+from nats.js.kv import KeyValue
+
+from natsrt import NatsAgentRuntime, NoLiveWorker, UnknownAgentType, register
+from natsrt.embedded import EmbeddedServer
+from tests.support.processes import REPOSITORY, Process, Processes, eventually
+from tests.support.reading_worker import News, WhatWasRead
+
+READING_WORKER = REPOSITORY / "tests" / "support" / "reading_worker.py"
+
+
+class Echo(RoutedAgent):
+    """Returns what it is sent, and remembers events."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__("echo")
+        self._seen = seen
+
+    @rpc
+    async def on_str(self, message: str, ctx: MessageContext) -> str:
+        return message
+
+    @event
+    async def on_news(self, message: News, ctx: MessageContext) -> None:
+        self._seen.append(message.number)
+
+
+async def start_worker(server: EmbeddedServer, namespace: str, processes: Processes, name: str) -> Process:
+    worker = processes.python(READING_WORKER, server.url, namespace, name, "news", name=name)
+    await worker.wait_for_line("ready", 20)
+    return worker
+
+
+async def keys(server: EmbeddedServer, namespace: str) -> list[str]:
+    """The keys that the bucket holds."""
+    client = await nats.connect(server.url)
+    try:
+        js = client.jetstream()
+        info = await js.stream_info(f"KV_{namespace}_natsrt_registry", subjects_filter=">")
+        found = []
+        for subject in info.state.subjects or {}:
+            try:
+                message = await js.get_last_msg(f"KV_{namespace}_natsrt_registry", subject, direct=True)
+            except NotFoundError:  # purged since the list was made
+                continue
+            if not {"KV-Operation", "Nats-Marker-Reason"} & (message.headers or {}).keys():
+                found.append(subject.removeprefix(f"$KV.{namespace}_natsrt_registry."))
+        return found
+    finally:
+        await client.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_others", [True, False], ids=["beside another worker", "as the last worker"])
+async def test_the_entries_of_a_killed_worker_vanish_by_themselves(
+    server: EmbeddedServer, namespace: str, processes: Processes, with_others: bool
+) -> None:
+    seen: list[int] = []
+    async with AsyncExitStack() as stack:
+        if with_others:
+            other = NatsAgentRuntime(server.url, namespace=namespace, name="other")
+            await other.register_factory("reader", lambda: Echo(seen), expected_class=Echo)
+            await stack.enter_async_context(other)
+        doomed = await start_worker(server, namespace, processes, "doomed")
+        watcher = await stack.enter_async_context(NatsAgentRuntime(server.url, namespace=namespace))
+        assert (await watcher.send_message(WhatWasRead(), AgentId("memory-doomed", "m"))).events == []
+        doomed.kill()
+
+        async def gone() -> bool:
+            left = [key for key in await keys(server, namespace) if "doomed-" in key.rpartition(".")[2]]
+            return not left
+
+        if with_others:
+            await eventually(gone, 15, "the entries of the killed worker are gone")
+            # Its subscription ended with it.
+            await watcher.publish_message(News(1), TopicId("news", "s"))
+            await other.running.wait_idle()
+            assert seen == []
+        await eventually(gone, 15, "the entries of the killed worker are gone")
+        with pytest.raises(NoLiveWorker):
+            await watcher.send_message(WhatWasRead(), AgentId("memory-doomed", "m"))
+
+
+@pytest.mark.slow
+async def test_a_worker_that_was_removed_while_it_was_frozen_registers_again(
+    server: EmbeddedServer, namespace: str, processes: Processes
+) -> None:
+    other = NatsAgentRuntime(server.url, namespace=namespace, name="other")
+    await register(other, Echo, "echo", lambda: Echo([]))
+    async with other:
+        frozen = await start_worker(server, namespace, processes, "frozen")
+        before = {key for key in await keys(server, namespace) if "frozen" in key}
+
+        async def registered() -> bool:
+            return {key for key in await keys(server, namespace) if "frozen" in key} == before
+
+        async def removed() -> bool:
+            return not [key for key in await keys(server, namespace) if key.startswith("r.worker.frozen")]
+
+        frozen.pause()
+        await eventually(removed, 20, "the frozen worker is removed")
+        frozen.resume()
+        await eventually(registered, 15, "the worker has registered everything again")
+        await other.publish_message(News(7), TopicId("news", "s"))
+
+        async def read() -> bool:
+            return (await other.send_message(WhatWasRead(), AgentId("memory-frozen", "m"))).events == ["s 7"]
+
+        await eventually(read)
+
+
+async def test_a_type_stays_known_after_its_last_worker_stopped(server: EmbeddedServer, namespace: str) -> None:
+    async with NatsAgentRuntime(server.url, namespace=namespace) as caller:
+        with pytest.raises(UnknownAgentType):
+            await caller.send_message("hi", AgentId("echo", "k"))
+        worker = NatsAgentRuntime(server.url, namespace=namespace)
+        await register(worker, Echo, "echo", lambda: Echo([]))
+        async with worker:
+            assert await caller.send_message("hi", AgentId("echo", "k")) == "hi"
+        with pytest.raises(NoLiveWorker):
+            await caller.send_message("hi", AgentId("echo", "k"))
+        async with NatsAgentRuntime(server.url, namespace=namespace) as newcomer:
+            with pytest.raises(NoLiveWorker):
+                await newcomer.send_message("hi", AgentId("echo", "k"))
+
+
+async def test_runtimes_that_create_the_bucket_at_the_same_time_all_start(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    runtimes = [NatsAgentRuntime(server.url, namespace=namespace) for _ in range(8)]
+    for number, runtime in enumerate(runtimes):
+        await register(runtime, Echo, f"echo{number}", lambda: Echo([]))
+    await asyncio.gather(*(runtime.start() for runtime in runtimes))
+    for number, runtime in enumerate(runtimes):
+        following = AgentId(f"echo{(number + 1) % len(runtimes)}", "k")
+        assert await runtime.send_message("hi", following) == "hi"
+    await asyncio.gather(*(runtime.close() for runtime in runtimes))
+
+
+async def test_a_runtime_of_more_than_a_hundred_types_is_seen_whole(server: EmbeddedServer, namespace: str) -> None:
+    worker = NatsAgentRuntime(server.url, namespace=namespace)
+    for number in range(150):
+        await register(worker, Echo, f"echo{number}", lambda: Echo([]))
+        await worker.add_subscription(TypeSubscription(f"topic{number}", f"echo{number}"))
+    early = NatsAgentRuntime(server.url, namespace=namespace)
+    async with early, worker, NatsAgentRuntime(server.url, namespace=namespace) as late:
+        for caller in (early, late):
+            replies = await asyncio.gather(
+                *(caller.send_message(str(number), AgentId(f"echo{number}", "k")) for number in range(150))
+            )
+            assert replies == [str(number) for number in range(150)]
+        assert len([key for key in await keys(server, namespace) if key.startswith("r.type.")]) == 150
+    assert not [key for key in await keys(server, namespace) if key.startswith("r.type.")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["data kept", "data lost"])
+async def test_after_a_server_restart_everything_is_registered_and_served_again(
+    own_server: EmbeddedServer, namespace: str, data: str
+) -> None:
+    seen: list[int] = []
+    worker = NatsAgentRuntime(own_server.url, namespace=namespace, name="worker")
+    await register(worker, Echo, "echo", lambda: Echo(seen))
+    adder = NatsAgentRuntime(own_server.url, namespace=namespace, name="adder")
+    caller = NatsAgentRuntime(own_server.url, namespace=namespace, name="caller")
+    async with worker, adder, caller:
+        await adder.add_subscription(TypeSubscription("news", "echo"))
+        assert await caller.send_message("hi", AgentId("echo", "k")) == "hi"
+        before = sorted(await keys(own_server, namespace))
+        await own_server.kill()
+        if data == "data lost":
+            assert own_server.data_dir is not None
+            shutil.rmtree(own_server.data_dir / "jetstream")
+        await own_server.start()
+        await eventually(lambda: worker.ready and adder.ready and caller.ready, 15, "all are ready again")
+
+        async def complete() -> bool:
+            return sorted(await keys(own_server, namespace)) == before
+
+        await eventually(complete, 10, "the registry is as it was")
+        assert await caller.send_message("hi", AgentId("echo", "k")) == "hi"
+        await caller.publish_message(News(1), TopicId("news", "s"))
+        await eventually(lambda: seen == [1])
+        await adder.add_subscription(TypeSubscription("more", "echo"))
+        await caller.publish_message(News(2), TopicId("more", "s"))
+        await eventually(lambda: seen == [1, 2])
+        late = NatsAgentRuntime(own_server.url, namespace=namespace, name="late")
+        await register(late, Echo, "late", lambda: Echo([]))
+        async with late:
+            assert await caller.send_message("hi", AgentId("late", "k")) == "hi"
+
+
+@pytest.mark.slow
+async def test_the_feed_is_silent_while_workers_are_idle(server: EmbeddedServer, namespace: str) -> None:
+    async with AsyncExitStack() as stack:
+        for number in range(12):
+            worker = NatsAgentRuntime(server.url, namespace=namespace, name=f"idle{number}")
+            await register(worker, Echo, f"echo{number % 3}", lambda: Echo([]))
+            await stack.enter_async_context(worker)
+        watcher = await stack.enter_async_context(NatsAgentRuntime(server.url, namespace=namespace))
+        client = await nats.connect(server.url)
+        stack.push_async_callback(client.close)
+        fed: list[str] = []
+        beats: list[str] = []
+
+        async def on_change(message: Any) -> None:
+            fed.append(message.subject)
+
+        async def on_beat(message: Any) -> None:
+            beats.append(message.subject)
+
+        await client.subscribe(f"{namespace}.natsrt.registry.>", cb=on_change)
+        await client.subscribe(f"$KV.{namespace}_natsrt_registry.hb.>", cb=on_beat)
+        await client.flush()
+        received = watcher.running.connection.client.stats["in_msgs"]
+        await eventually(lambda: len(beats) >= 36, 20, "three heartbeats of each worker")
+        assert fed == []
+        # It looks after one worker at a time, however many there are.
+        assert watcher.running.connection.client.stats["in_msgs"] - received < len(beats) / 2
+
+
+async def test_a_change_of_a_kind_that_this_version_does_not_know_is_ignored(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    worker = NatsAgentRuntime(server.url, namespace=namespace)
+    await register(worker, Echo, "echo", lambda: Echo([]))
+    async with worker, NatsAgentRuntime(server.url, namespace=namespace) as caller:
+        client = await nats.connect(server.url)
+        bucket: KeyValue = await client.jetstream().key_value(f"{namespace}_natsrt_registry")
+        await bucket.put("r.novelty.echo", b'{"from":"a newer version"}')
+        async with asyncio.timeout(1):
+            with pytest.raises(UnknownAgentType):  # proved by a view that contains the novelty
+                await caller.send_message("hi", AgentId("unheard-of", "k"))
+        assert await caller.send_message("hi", AgentId("echo", "k")) == "hi"
+        async with NatsAgentRuntime(server.url, namespace=namespace) as late:
+            with pytest.raises(UnknownAgentType):
+                await late.send_message("hi", AgentId("unheard-of", "k"))
+            assert await late.send_message("hi", AgentId("echo", "k")) == "hi"
+        await client.close()
