@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from benchmarks.roles import Role
@@ -40,20 +40,27 @@ async def serve(make: Callable[[Place, Setup], Role], answers: int) -> None:
     if setup.trace_memory:
         tracemalloc.start()
     role = make(Place(**given["place"]), setup)
-    try:
+
+    async def carry_out(work: Awaitable[Any]) -> None:
+        try:
+            answer({"result": await work})
+        except Exception as error:
+            traceback.print_exc()
+            answer({"error": f"{type(error).__name__}: {error}"})
+
+    async def start() -> str:
         await role.start()
-        answer({"result": role.address})
+        return role.address
+
+    # One at a time, but apart from the reading, which sees the end of the driver in the midst of a command.
+    running = asyncio.create_task(carry_out(start()))
+    try:
         while line := await commands.readline():
             command = json.loads(line)
-            try:
-                answer({"result": await getattr(role, command["command"])(**command["arguments"])})
-            except Exception as error:
-                traceback.print_exc()
-                answer({"error": f"{type(error).__name__}: {error}"})
-    except Exception as error:
-        traceback.print_exc()
-        answer({"error": f"{type(error).__name__}: {error}"})
+            running = asyncio.create_task(carry_out(getattr(role, command["command"])(**command["arguments"])))
     finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
         async with asyncio.timeout(_STOP_SECONDS):
             await role.stop()
 
