@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Settings
+from benchmarks.harness import MORE, Settings
 
 Results = Mapping[str, Any]
 
@@ -264,21 +264,21 @@ def _plot_ratios(results: Results, directory: Path) -> list[Path]:
     names = list(dict.fromkeys(row["name"] for scenario in compared for row in scenario["rows"] if row.get("ratio")))
     if not names:
         return []
-    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.9 * len(compared)))
-    height = 0.8 / len(names)
-    for number, name in enumerate(names):
-        places, lengths = [], []
+    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.35 * len(compared)))
+    for name in names:
+        places, speeds = [], []
         for place, scenario in enumerate(compared):
             ratio = next((row["ratio"] for row in scenario["rows"] if row["name"] == name and row.get("ratio")), None)
             if ratio:
-                places.append(place + number * height)
-                lengths.append(ratio["median"] if scenario["better"] == "more" else 1 / ratio["median"])
-        bars = axes.barh(places, lengths, height, label=name)
-        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
-    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(compared))], [s["title"] for s in compared])
+                places.append(place)
+                speeds.append(ratio["median"] if scenario["better"] == MORE else 1 / ratio["median"])
+        axes.plot(speeds, places, "o", label=name)
+    axes.set_yticks(range(len(compared)), [scenario["title"] for scenario in compared])
     axes.invert_yaxis()
-    axes.set_xlabel(f"speed against bare nats-py in the same run ({results['environment']['loop']})")
-    axes.legend()
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    axes.set_xlabel(f"speed against bare nats-py in the same run, right is faster ({results['environment']['loop']})")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return _written(figure, directory / "ratios")
 
 

@@ -273,7 +273,8 @@ async def test_a_connection_that_has_gone_deaf_is_replaced(own_server: EmbeddedS
         await asyncio.wait({flushing}, timeout=0.1)
         flushing.cancel()
         proxy.thaw()
-        await eventually(lambda: caller.running.connection.client is not deaf, timeout=10.0)
+        connection = caller.running.connection
+        await eventually(lambda: connection.connected and connection.client is not deaf, timeout=10.0)
         assert (await ended(caller.send_message(Work("echo", "hears"), LABORER))).result().note == "hears"
 
 
