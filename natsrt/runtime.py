@@ -379,7 +379,7 @@ class NatsAgentRuntime(AgentRuntime):
 
     async def _start(self, worker: Worker) -> None:
         try:
-            await worker.start()
+            await worker.start(self._abort)
         except BaseException:
             self._worker = None
             self._stopped.set()

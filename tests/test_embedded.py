@@ -403,7 +403,7 @@ def test_the_examples_in_nats_conf_are_accepted_too(tmp_path: Path) -> None:
     )
     checked = subprocess.run(
         [find_server_binary(), "-t", "-c", config],
-        env={**os.environ, "WORKER_PASSWORD": "w", "CALLER_PASSWORD": "c"},
+        env={**os.environ, "WORKER_PASSWORD": "w", "CALLER_PASSWORD": "c", "CLIENT_PASSWORD": "p"},
         capture_output=True,
         text=True,
         check=False,

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from autogen_core import AgentId, CancellationToken, MessageContext
+from autogen_core import AgentId, CancellationToken, MessageContext, TypeSubscription
 from nats.aio.client import Client
 
 import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
+from natsrt.wire import envelope
+from natsrt.wire.subjects import Subjects
 from tests.programs.labor import TOPIC, Laborer, Work
 from tests.support.calls import ended, failure, known, running, worker_process
 from tests.support.processes import Processes, eventually
@@ -220,6 +222,62 @@ async def test_a_reply_that_is_published_while_the_caller_is_disconnected_arrive
         await hosting.running.connection.barrier()
         await proxy.restore()
         assert (await ended(call)).result().note == "kept"
+
+
+async def test_a_call_that_got_lost_on_its_way_is_sent_again(
+    processes: Processes, own_server: EmbeddedServer, namespace: str
+) -> None:
+    worker, worker_id = await worker_process(processes, own_server.url, namespace, "laborer")
+    async with (
+        Proxy(own_server.url) as proxy,
+        running(proxy.url, namespace) as caller,
+    ):
+        await known(caller, "laborer")
+        assert await _echoes(caller)
+        await eventually(lambda: _remembers(caller, worker_id, 3.0))
+        proxy.freeze()
+        call = asyncio.ensure_future(caller.send_message(Work("echo", "lost"), LABORER))
+        await eventually(lambda: caller.running.calls.pending == 1)
+        proxy.cut()
+        proxy.thaw()
+        await proxy.restore()
+        reply = (await ended(call, within=SOON)).result()
+        assert (reply.note, reply.worker) == ("lost", worker_id)
+        assert worker.stdout.count("begins lost") == 1
+
+
+async def _remembers(caller: NatsAgentRuntime, worker_id: str, seconds: float) -> bool:
+    """Whether the worker's memory of calls reaches back so far."""
+    question = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', b'{"calls":[]}')
+    answer = await caller.running.calls.ask(Subjects(caller.options.namespace).worker(worker_id), question, 1.0)
+    body = None if answer is None else envelope.decode(answer.data)
+    return body is not None and body.json()["remembers"] > seconds
+
+
+async def test_a_call_that_may_have_been_handled_is_not_sent_again(
+    processes: Processes, own_server: EmbeddedServer, namespace: str
+) -> None:
+    lost, _ = await worker_process(processes, own_server.url, namespace, "laborer")
+    async with running(own_server.url, namespace) as caller:
+        await known(caller, "laborer")
+        call = asyncio.ensure_future(caller.send_message(Work("sleep", "unsure", 60.0), LABORER))
+        await lost.wait_for_line("begins unsure")
+        other, _ = await worker_process(processes, own_server.url, namespace, "laborer")
+        lost.kill()
+        error = await failure(call, within=SOON)
+        assert isinstance(error, natsrt.WorkerLost)
+        assert "begins unsure" not in other.stdout
+
+
+async def test_a_subscription_is_added_although_another_worker_of_the_type_was_killed(
+    processes: Processes, own_server: EmbeddedServer, namespace: str
+) -> None:
+    dead, _ = await worker_process(processes, own_server.url, namespace, "laborer")
+    async with running(own_server.url, namespace) as other:
+        await known(other, "laborer")
+        dead.kill()
+        await dead.wait()
+        await other.add_subscription(TypeSubscription("late", "laborer"))
 
 
 async def test_a_reply_whose_worker_is_disconnected_when_it_is_ready_arrives(

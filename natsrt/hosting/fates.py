@@ -39,16 +39,20 @@ class _Last:
     def __init__(self, max_count: int, max_bytes: int) -> None:
         self._max_count, self._max_bytes = max_count, max_bytes
         self._bytes = 0
-        self._replies: deque[tuple[str, bytes, dict[str, str] | None]] = deque()
+        self._replies: deque[tuple[str, bytes, dict[str, str] | None, float]] = deque()
+        self.forgot = float("-inf")
+        """The latest arrival of a call whose reply is forgotten."""
 
-    def add(self, call_id: str, body: bytes, headers: dict[str, str] | None) -> None:
-        self._replies.append((call_id, body, headers))
+    def add(self, call_id: str, body: bytes, headers: dict[str, str] | None, arrived: float) -> None:
+        self._replies.append((call_id, body, headers, arrived))
         self._bytes += len(body)
         while self._bytes > self._max_bytes or len(self._replies) > self._max_count:
-            self._bytes -= len(self._replies.popleft()[1])
+            _, forgotten, _, arrived = self._replies.popleft()
+            self._bytes -= len(forgotten)
+            self.forgot = max(self.forgot, arrived)
 
     def get(self, call_id: str) -> Reply | None:
-        for known, body, headers in reversed(self._replies):
+        for known, body, headers, _ in reversed(self._replies):
             if known == call_id:
                 return Reply(body, headers)
         return None
@@ -101,6 +105,7 @@ class Fates:
         self._aging: deque[Pending] = deque()
         self._kept = _Kept(options.keep_replies_bytes, options.keep_replies)
         self._others = _Last(_OTHERS_AT_MOST, _OTHERS_BYTES)
+        self._began = asyncio.get_running_loop().time()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -123,7 +128,7 @@ class Fates:
         if pending.accepted:
             self._kept.add(pending.call_id, Reply(body, headers), asyncio.get_running_loop().time())
         else:
-            self._others.add(pending.call_id, body, headers)
+            self._others.add(pending.call_id, body, headers, pending.arrived)
 
     def forget(self, pending: Pending) -> None:
         """The call was refused before anything was done for it."""
@@ -155,7 +160,11 @@ class Fates:
         await self._publish(accept_to, envelope.encode(envelope.ACCEPTED, '"id":"accepted","source":"/"', data))
 
     def asked(self, calls: list[str], reply_to: str) -> None:
-        """Somebody asks what became of ``calls``. Finished ones are answered again first."""
+        """Somebody asks what became of ``calls``. Finished ones are answered again first.
+
+        The answer says for how many seconds back this worker remembers every call: what is unknown to it and younger
+        was never received.
+        """
         running, unknown, finished = [], [], []
         for call_id in calls:
             if call_id in self._running:
@@ -166,7 +175,15 @@ class Fates:
                 self._spawn(self._publish(call_id, reply.body, headers=reply.headers))
             else:
                 unknown.append(call_id)
-        data = orjson.dumps({"worker": self._worker_id, "running": running, "finished": finished, "unknown": unknown})
+        data = orjson.dumps(
+            {
+                "worker": self._worker_id,
+                "running": running,
+                "finished": finished,
+                "unknown": unknown,
+                "remembers": asyncio.get_running_loop().time() - max(self._began, self._others.forgot),
+            }
+        )
         self._spawn(self._publish(reply_to, envelope.encode(envelope.REPLY, '"id":"fate-r","source":"/"', data)))
 
     def _spawn(self, work: Awaitable[None]) -> None:

@@ -140,8 +140,11 @@ class Worker:
         """Whether this runtime is connected, in step with the registry, and serves what it hosts."""
         return self._started and not self._stopping and self.registry.synced
 
-    async def start(self) -> None:
-        """Connect, read the registry, serve what is hosted. Leaves nothing behind when it fails."""
+    async def start(self, abort: asyncio.Event) -> None:
+        """Connect, read the registry, serve what is hosted. Leaves nothing behind when it fails.
+
+        A start that fails late finishes what it took by then, as `stop` does, until ``abort``.
+        """
         try:
             await self.connection.open()
             await self.cancellations.start()
@@ -156,6 +159,8 @@ class Worker:
             await self._confirm_at_start(entries)
             await self.connection.barrier()
         except BaseException as error:
+            await self._serving.stop()
+            await self.dispatch.finish(self._options.drain_timeout, abort)  # what was taken by then
             await self._tear_down()
             failure = error if isinstance(error, Exception) else RuntimeError("the start was cancelled")
             self._outcome.set_exception(failure)
@@ -312,24 +317,34 @@ class Worker:
         self._declarations.unowned.difference_update(keys)
 
     async def _confirm(self, agent_type: str) -> None:
+        """Serve the type as the view now says, and return when every live worker of it does."""
         await self._serving.serve(agent_type)
         others = [w for w in self.registry.view.workers_hosting(agent_type) if w != self.worker_id]
-        if not others:
-            return
         question = orjson.dumps({"agent_type": agent_type, "revision": self.registry.view.applied})
         body = envelope.encode(envelope.SERVE, '"id":"serve","source":"/"', question)
-        timeout = self._options.subscription_timeout
-        answers = await asyncio.gather(*(self._ask(worker_id, body, timeout) for worker_id in others))
-        silent = [w for w, ok in zip(others, answers, strict=True) if not ok and w in self.registry.view.workers]
+        answers = await asyncio.gather(*(self._serves(worker_id, body) for worker_id in others))
+        silent = [worker_id for worker_id, serves in zip(others, answers, strict=True) if not serves]
         if silent:
-            raise SubscriptionNotServed(agent_type, silent, timeout)
+            raise SubscriptionNotServed(agent_type, silent, self._options.subscription_timeout)
+
+    async def _serves(self, worker_id: str, body: bytes) -> bool:
+        """Whether a worker says that it serves what it is told, or is not there to serve anything."""
+        if await self._ask(worker_id, body, self._options.subscription_timeout):
+            return True
+        if worker_id not in self.registry.view.workers:
+            return True
+        if await self.calls.listens(self._subjects.worker(worker_id)):
+            return False
+        self.registry.suspect(worker_id)  # dead, or reconnecting: it serves what the registry says when it is back
+        return True
 
     async def _confirm_at_start(self, entries: Sequence[SubscriptionEntry]) -> None:
-        for agent_type in {entry.agent_type for entry in entries}:
-            try:
-                await self._confirm(agent_type)
-            except SubscriptionNotServed as error:  # a frozen neighbour must not keep this worker from starting
-                logger.warning("%s", error)
+        confirmations = (self._confirm(agent_type) for agent_type in {entry.agent_type for entry in entries})
+        for outcome in await asyncio.gather(*confirmations, return_exceptions=True):
+            if isinstance(outcome, SubscriptionNotServed):  # a frozen neighbour must not keep this worker from starting
+                logger.warning("%s", outcome)
+            elif outcome is not None:
+                raise outcome
 
     def _rules_changed(self, agent_type: str) -> None:
         self._serving.rules_changed(agent_type)

@@ -115,6 +115,7 @@ class Registry:
         self._examined: set[str] = set()
         self._may_remove = True
         self._synced = asyncio.Event()
+        self._departed_at = float("-inf")
         self.view = View()
         connection.add_listener(self)
         connection.on_denied(self._on_denied)
@@ -267,7 +268,10 @@ class Registry:
 
     def _change(self, key: str, revision: int, headers: dict[str, str], value: bytes) -> None:
         if _OPERATION in headers or _MARKER in headers:
+            workers = len(self.view.workers)
             touched = self.view.delete(key, revision)
+            if len(self.view.workers) < workers:
+                self._departed_at = asyncio.get_running_loop().time()
             if self._worker is not None and key == self._worker.key and self._open:
                 self._resync()
         else:
@@ -331,6 +335,8 @@ class Registry:
         try:
             await self._connection.barrier()
             self.view = await self._guard("read", self._load)
+            if not stale.workers.keys() <= self.view.workers.keys():
+                self._departed_at = asyncio.get_running_loop().time()
         finally:
             collected, self._collected = self._collected, None
             for message in collected:
@@ -506,6 +512,9 @@ class Registry:
     def suspect(self, worker_id: str) -> None:
         if worker_id in self.view.workers:
             self._run(self._remove_if_dead(worker_id))
+
+    def all_stayed(self, since: float) -> bool:
+        return self._departed_at < since and self.synced
 
     async def catch_up(self) -> None:
         """Make the view contain everything that is committed now."""

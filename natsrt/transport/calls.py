@@ -10,7 +10,10 @@ Rules:
 4. A worker that is asked and does not answer is lost, and so are its calls, when the server says that it does not
    listen any more, or after ``lost_after`` seconds of silence. The server is believed sooner because a worker that is
    alive may be slow: a handler that holds its event loop for 2 s at a time delays every step of an answer.
-5. While the connection is down no clock of rule 4 runs; after it returns every pending call is asked for, because its
+5. A call that every worker of the type says it never received is sent again, provided that none has left meanwhile.
+   Unknown to a worker whose memory does not reach back far enough, or with one missing, it is lost: it may have been
+   handled.
+6. While the connection is down no clock of rule 4 runs; after it returns every pending call is asked for, because its
    reply may have been lost between two reconnects.
 
 Every wait has an end: a reply, a failure of rule 3 or 4, ``offline_timeout``, ``plain_timeout`` or the caller's own.
@@ -46,6 +49,10 @@ _GONE_AFTER = 1.5
 _SETTLED = 4.0
 """Seconds after a reconnect during which other runtimes may still be reconnecting."""
 _MAX_QUESTIONS = 500
+_CONVINCED = 2
+"""Answers "unknown" of one worker that settle it: the first may have overtaken the call on its way in a cluster."""
+_MARGIN = 1.0
+"""Seconds by which a worker's memory must reach back further than the call."""
 _BUSY = str(BUSY)
 
 
@@ -67,18 +74,27 @@ class Directory(Protocol):
     def suspect(self, worker_id: str) -> None:
         """``worker_id`` did not answer: check whether it is still there."""
 
+    def all_stayed(self, since: float) -> bool:
+        """Whether no worker has left since the moment ``since`` of the event loop's clock."""
+
+
+class _NeverReceived(Exception):
+    """The call got lost on its way: it can be sent again."""
+
 
 class _Call:
     __slots__ = (
         "accepted_by",
         "checking",
         "future",
+        "never_at",
         "plain_until",
         "recipient",
         "sent_at",
         "subject",
         "token",
         "unknown_to",
+        "watched_from",
     )
 
     def __init__(self, token: str, subject: str, recipient: AgentId, future: asyncio.Future[Msg], now: float) -> None:
@@ -87,10 +103,15 @@ class _Call:
         self.recipient = recipient
         self.future = future
         self.sent_at = now
+        self.watched_from = now
+        """The moment from which the waits count: `sent_at`, or earlier after a reconnect, when all is to be asked."""
         self.accepted_by: str | None = None
         self.checking = False
         self.plain_until: float | None = None
         self.unknown_to: dict[str, int] = {}
+        """How often each worker said that it does not know the call."""
+        self.never_at: dict[str, int] = {}
+        """How often each worker said that it never received it."""
 
     def fail(self, error: BaseException) -> None:
         if not self.future.done():
@@ -183,7 +204,7 @@ class Calls:
                 asked.silent_since = now
         for call in self._pending.values():
             self._watched.setdefault(call.token, call)
-            call.sent_at = min(call.sent_at, now - _FIRST_QUESTION)
+            call.watched_from = min(call.watched_from, now - _FIRST_QUESTION)
         self._wake.set()
 
     # -- calling -------------------------------------------------------------------------------------------------
@@ -223,6 +244,11 @@ class Calls:
                 sent()
                 self._wake.set()
                 reply = await future
+            except _NeverReceived:
+                if loop.time() - begun > self._options.no_responders_retry:
+                    raise WorkerLost(str(recipient), None, "it got lost on its way, again and again") from None
+                now = loop.time()
+                continue
             finally:
                 del self._pending[token]
                 self._watched.pop(token, None)
@@ -260,6 +286,10 @@ class Calls:
         gone = message.headers is not None and message.headers.get("Status") == "503"
         return None if gone else message
 
+    async def listens(self, subject: str) -> bool:
+        """Whether somebody who may answer listens on ``subject``, as far as the server tells."""
+        return await responder_exists(self._connection, subject, self._inbox, self._special) is not False
+
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def _on_message(self, message: Msg) -> None:
@@ -290,6 +320,10 @@ class Calls:
             return
         data = _data(message, envelope.REPLY)
         running, unknown = _texts(data, "running"), _texts(data, "unknown")
+        remembers = data.get("remembers", 0.0)
+        if not isinstance(remembers, int | float):
+            raise CannotDecode("an answer about calls", "remembers must be a number of seconds", message.data)
+        now = asyncio.get_running_loop().time()
         asked.heard()
         for subject in running:
             call = self._pending.get(subject[self._prefix_length :])
@@ -300,6 +334,8 @@ class Calls:
             if call is None:
                 continue
             call.unknown_to[worker_id] = call.unknown_to.get(worker_id, 0) + 1
+            if remembers > now - call.sent_at + _MARGIN:
+                call.never_at[worker_id] = call.never_at.get(worker_id, 0) + 1
             if call.accepted_by == worker_id:
                 call.fail(WorkerLost(str(call.recipient), worker_id, "it no longer knows the call"))
 
@@ -319,7 +355,7 @@ class Calls:
             await asyncio.sleep(_TICK)
             now = loop.time()
             for call in self._pending.values():  # the oldest first
-                if now - call.sent_at < self._options.check_after:
+                if now - call.watched_from < self._options.check_after:
                     break
                 self._watched[call.token] = call
             try:
@@ -327,7 +363,7 @@ class Calls:
                     self._fail_offline(now)
                 elif self._watched:
                     await self._look_after(now)
-            except NatsrtError as error:  # the connection went down in between: rule 5 takes over
+            except NatsrtError as error:  # the connection went down in between: rule 6 takes over
                 logger.debug("asking about calls: %s", error)
             except Exception:  # without the watch every later call could hang
                 logger.exception("looking after the calls failed")
@@ -350,7 +386,12 @@ class Calls:
             workers = self._directory.workers_of(call.recipient)
             if not workers:
                 self._check(call, now)
-            elif now - call.sent_at >= _FIRST_QUESTION:
+            elif now - call.watched_from >= _FIRST_QUESTION:
+                if all(call.never_at.get(worker_id, 0) >= _CONVINCED for worker_id in workers) and (
+                    self._directory.all_stayed(call.sent_at)
+                ):
+                    call.fail(_NeverReceived())
+                    continue
                 if all(self._out_of_question(call, worker_id, now) for worker_id in workers):
                     call.fail(WorkerLost(str(call.recipient), None, "no worker of its type knows the call"))
                     continue
@@ -372,7 +413,7 @@ class Calls:
             self._special.pop(f"w-{worker_id}", None)
 
     def _out_of_question(self, call: _Call, worker_id: str, now: float) -> bool:
-        return call.unknown_to.get(worker_id, 0) >= 2 or self._is_lost(self._asked_of(worker_id), now)
+        return call.unknown_to.get(worker_id, 0) >= _CONVINCED or self._is_lost(self._asked_of(worker_id), now)
 
     def _is_lost(self, asked: _Asked, now: float) -> bool:
         if asked.silent_since is not None and now - asked.silent_since > self._options.lost_after:
