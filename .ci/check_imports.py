@@ -45,7 +45,9 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "natsrt" else {node.module}
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "natsrt" else {node.module}
+            )
     return {name.removeprefix("natsrt.") for name in names if name.startswith("natsrt.")}
 
 

@@ -207,7 +207,10 @@ class Options(BaseModel):
         30.0, description="Seconds that a send waits for a lost server before it fails. None: waits for ever."
     )
     reconnect_wait: Seconds = Field(0.25, description="Seconds between two attempts to reconnect to one server.")
-    ping_interval: Seconds = Field(2.0, description="Seconds between two pings of the server.")
+    ping_interval: Seconds = Field(
+        10.0,
+        description="Seconds between two pings of the NATS client. A hung server is found sooner, by natsrt itself.",
+    )
     max_pings_out: Count = Field(2, description="Unanswered pings after which the connection counts as lost.")
 
     # Calls and events.

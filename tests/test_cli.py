@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, event, rpc, type_subscription
-from natsrt.cli.demo_agents import Headline, Upper
 
 from natsrt import NatsAgentRuntime, register
+from natsrt.cli.demo_agents import Headline, Upper
 from natsrt.embedded import EmbeddedServer
 from tests.support.cli import NATSRT, Ended, natsrt
 from tests.support.processes import Processes, eventually

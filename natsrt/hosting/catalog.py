@@ -31,6 +31,8 @@ logger = logging.getLogger("natsrt.hosting")
 
 Factory = Callable[[], Any]
 
+_REMEMBERED = 4096
+"""Topic types whose match is remembered per agent type."""
 SETTLING = 1.0
 """Seconds after a registration during which a message of an unknown type waits for its serializer.
 
@@ -70,8 +72,24 @@ class HostedType:
     produces: dict[str, type[Any]] = field(default_factory=dict)
     learned: set[type[Any]] = field(default_factory=set)
     rules: tuple[Rule, ...] = ()
+    taken: dict[str, bool] = field(default_factory=dict)
+    """Which topic types `rules` take, as far as they were asked for."""
     statistics: Statistics = field(default_factory=Statistics)
     registered_at: float = field(default_factory=time.monotonic)
+
+    def set_rules(self, rules: Sequence[Rule]) -> None:
+        """The subscriptions in force for the type."""
+        self.rules = tuple(rules)
+        self.taken.clear()
+
+    def takes(self, topic_type: str) -> bool:
+        """Whether an ordinary subscription takes topics of this type."""
+        taken = self.taken.get(topic_type)
+        if taken is None:
+            if len(self.taken) >= _REMEMBERED:
+                self.taken.clear()
+            taken = self.taken[topic_type] = any(rule.matches(topic_type) for rule in self.rules)
+        return taken
 
     @property
     def has_instances_only(self) -> bool:

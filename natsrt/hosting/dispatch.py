@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -24,17 +24,13 @@ import orjson
 from autogen_core import (
     Agent,
     AgentId,
-    CancellationToken,
-    MessageContext,
     MessageHandlerContext,
     RoutedAgent,
-    Subscription,
     TopicId,
     UnknownPayload,
 )
 from autogen_core.exceptions import MessageDroppedException
 from autogen_core.logging import DeliveryStage, MessageKind
-from nats.nuid import NUID
 
 from natsrt.errors import (
     CannotDecode,
@@ -49,24 +45,19 @@ from natsrt.hosting.catalog import Catalog, Gate, HostedType
 from natsrt.hosting.control import carry_out_message
 from natsrt.hosting.fates import Fates
 from natsrt.hosting.intake import Entry, Intake, Kind
-from natsrt.hosting.interventions import Interventions
+from natsrt.hosting.reading import Delivery, Reading
 from natsrt.observe import events
 from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
-from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.failures import describe
 from natsrt.wire.serialization import Encoded, Serialization
-from natsrt.wire.subjects import Subjects, decode_token, encode_text
+from natsrt.wire.subjects import Subjects, encode_text
 
 logger = logging.getLogger("natsrt.hosting")
 
-KEY_HEADER = "Natsrt-Key"
-"""Header that names the agent key of a plain body; ``default`` without it."""
-TYPE_HEADER = "Natsrt-Type"
-"""Header that names the message type of a plain body; inferred without it."""
 WORKER_EXTENSION = "workerid"
 """Extension of a reply that names the worker which answered."""
 
@@ -74,16 +65,6 @@ WORKER_EXTENSION = "workerid"
 class Answer(NamedTuple):
     body: bytes
     headers: dict[str, str] | None = None
-
-
-class _Delivery(NamedTuple):
-    """What a handler is called with."""
-
-    message: Any
-    context: MessageContext
-    payload: bytes
-    type_name: str
-    attributes: dict[str, Any]
 
 
 class Dispatch:
@@ -98,10 +79,8 @@ class Dispatch:
         worker_id: str,
         catalog: Catalog,
         serialization: Serialization,
-        cancellations: Cancellations,
-        interventions: Interventions,
+        reading: Reading,
         fates: Fates,
-        custom_of: Callable[[str], Sequence[Subscription]],
     ) -> None:
         self._connection = connection
         self._subjects = subjects
@@ -110,10 +89,8 @@ class Dispatch:
         self._worker_attribute = envelope.attribute(WORKER_EXTENSION, worker_id)
         self._catalog = catalog
         self._serialization = serialization
-        self._cancellations = cancellations
-        self._interventions = interventions
+        self._reading = reading
         self._fates = fates
-        self._custom_of = custom_of
         self._type_attributes: dict[str, str] = {}
         self._active: set[Entry] = set()
         self._excused: set[Entry] = set()
@@ -266,10 +243,7 @@ class Dispatch:
         return Answer(envelope.encode(envelope.ERROR, attributes, failure.payload), failure.headers)
 
     def _reply_attributes(self, call_id: str, recipient: str) -> str:
-        return (
-            f"{envelope.attribute('id', call_id + '-r')},{envelope.attribute('source', recipient)},"
-            f"{self._worker_attribute}"
-        )
+        return f'"id":{envelope.quote(call_id + "-r")},"source":{envelope.quote(recipient)},{self._worker_attribute}'
 
     def _refuse(self, entry: Entry) -> None:
         """The intake is full: say so, without starting anything."""
@@ -292,38 +266,13 @@ class Dispatch:
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def _accept_at(self, entry: Entry, body: Envelope) -> None:
-        accept_to = body.text("acceptto")
-        if accept_to is None or entry.pending is None:
-            return
-        if not envelope.is_subject(accept_to) or self._subjects.is_reserved(accept_to):
-            raise CannotDecode("an envelope", "its acceptto lies where no acceptance may go")
-        entry.pending.accept_to = accept_to
-
-    def _key(self, entry: Entry, body: Envelope | None) -> str:
-        """The key of the agent a call is for. The subject decides; the body adds the key, or must agree with it."""
-        route = entry.route
-        if body is None:
-            key = (entry.message.headers or {}).get(KEY_HEADER)
-        else:
-            subject = body.text("subject")
-            try:
-                key = None if subject is None else decode_token(subject)
-            except ValueError as error:
-                raise CannotDecode("an envelope", f"its subject is not an encoded key: {error}") from None
-        if route.key is None:
-            return "default" if key is None else key
-        if key is not None and key != route.key:
-            raise CannotDecode("an envelope", "its subject names another agent than the NATS subject does")
-        return route.key
-
     def _agent_of(self, entry: Entry, body: Envelope | None) -> tuple[str, str]:
         """The agent of a message that failed, as text and as a ``source``: the route's name where it names no key."""
         if entry.route.kind is Kind.EVENT:
             return entry.route.name, entry.route.name
         agent_type = entry.route.hosted.agent_type
         try:
-            key = self._key(entry, body)
+            key = self._reading.key(entry, body)
             return f"{agent_type}/{key}", f"{agent_type}/{encode_text(key)}"
         except ValueError:  # its key cannot be read, which may be what failed
             return entry.route.name, entry.route.name
@@ -332,13 +281,13 @@ class Dispatch:
         if body is not None:
             if body.type != envelope.CALL:
                 raise CannotDecode("an envelope", f"expected {envelope.CALL}, not {body.type!r}")
-            self._accept_at(entry, body)
-        key = self._key(entry, body)
+            self._reading.accept_at(entry, body)
+        key = self._reading.key(entry, body)
         hosted = entry.route.hosted
         agent, delivery = self._admit_at_once(hosted, key, entry, body, None) or (
             await self._admit_in_turn(hosted, key, entry, body, None)
         )
-        response = await self._invoke(hosted, key, agent, delivery, entry)
+        response = await self._invoke(hosted, agent, delivery, entry)
         encoded = self._serialization.encode(response)
         if events.listening():
             events.message(
@@ -363,8 +312,8 @@ class Dispatch:
     async def _controlled(self, entry: Entry, body: Envelope | None) -> Answer:
         if body is None or body.type != envelope.CONTROL:
             raise CannotDecode("a control message", f"expected {envelope.CONTROL}")
-        self._accept_at(entry, body)
-        hosted, key = entry.route.hosted, self._key(entry, body)
+        self._reading.accept_at(entry, body)
+        hosted, key = entry.route.hosted, self._reading.key(entry, body)
         result = await carry_out_message(self._catalog, hosted, key, body)
         try:
             payload = orjson.dumps(result)
@@ -382,54 +331,20 @@ class Dispatch:
         route = entry.route
         if body is not None and body.type != envelope.EVENT:
             raise CannotDecode("an envelope", f"expected {envelope.EVENT}, not {body.type!r}")
-        topic = self._topic(entry, body)
-        key = self._match(entry, topic)
+        topic = self._reading.topic(entry, body)
+        key = self._reading.match(entry, topic)
         if key is None:
             return
-        sender = self._sender(body)
+        sender = self._reading.sender(body)
         if sender is None or sender.key != key or sender.type != route.hosted.agent_type:
             await self._deliver(route.hosted, key, entry, body, topic)
-
-    def _topic(self, entry: Entry, body: Envelope | None) -> TopicId:
-        claims = (None, None) if body is None else (body.text("topictype"), body.text("topicsource"))
-        try:
-            topic_type, source = self._subjects.parse_topic(
-                entry.message.subject, topic_type=claims[0], source=claims[1]
-            )
-            return TopicId(topic_type, source)
-        except ValueError as error:
-            raise CannotDecode("a topic", str(error)) from None
-
-    def _match(self, entry: Entry, topic: TopicId) -> str | None:
-        """The key of this type's agent that the union of its subscriptions gives the event to; None for none here."""
-        route, hosted = entry.route, entry.route.hosted
-        ordinary = any(rule.matches(topic.type) for rule in hosted.rules)
-        if route.custom is not None:
-            agent_id = _mapped(route.custom, topic)
-            if agent_id is None or agent_id.type != hosted.agent_type:
-                return None
-            if ordinary and agent_id.key == topic.source:
-                return None  # the ordinary subscriptions deliver it already
-            for other in self._custom_of(hosted.agent_type):
-                if other is route.custom:
-                    break
-                if _mapped(other, topic) == agent_id:
-                    return None  # of several custom ones the first delivers it
-            key = agent_id.key
-        elif ordinary:
-            key = topic.source
-        else:
-            return None
-        if hosted.has_instances_only and key not in (hosted.live if route.key is None else (route.key,)):
-            return None
-        return key
 
     async def _deliver(self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId) -> None:
         try:
             agent, delivery = self._admit_at_once(hosted, key, entry, body, topic) or (
                 await self._admit_in_turn(hosted, key, entry, body, topic)
             )
-            await self._invoke(hosted, key, agent, delivery, entry)
+            await self._invoke(hosted, agent, delivery, entry)
         except MessageDroppedException:
             if body is not None:
                 raise
@@ -442,12 +357,12 @@ class Dispatch:
 
     def _admit_at_once(
         self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId | None
-    ) -> tuple[Agent, _Delivery] | None:
+    ) -> tuple[Agent, Delivery] | None:
         """The agent and what it is to be given, if nothing has to be waited for, and nobody waits at its gate."""
         agent = hosted.live.get(key)
         if agent is None or body is None or key in hosted.gates:
             return None
-        delivery = self._delivery(body, topic)
+        delivery = self._reading.delivery(body, topic)
         if isinstance(delivery.message, UnknownPayload) and hosted.settling:
             return None
         self.intake.started(entry)
@@ -455,7 +370,7 @@ class Dispatch:
 
     async def _admit_in_turn(
         self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId | None
-    ) -> tuple[Agent, _Delivery]:
+    ) -> tuple[Agent, Delivery]:
         """The same, waiting for the agent and the serializer, in the order of arrival."""
         gate = hosted.gates.get(key)
         if gate is None:
@@ -465,10 +380,10 @@ class Dispatch:
             async with gate.lock:
                 agent = await self._catalog.agent(hosted, key)
                 if body is None:
-                    delivery = await self._plain_delivery(hosted, key, entry, topic)
+                    delivery = await self._reading.plain_delivery(hosted, key, entry, topic)
                 else:
                     await self._catalog.wait_for_serializer(hosted, body.required("messagetype"))
-                    delivery = self._delivery(body, topic)
+                    delivery = self._reading.delivery(body, topic)
                 self.intake.started(entry)
                 return agent, delivery
         finally:
@@ -476,102 +391,36 @@ class Dispatch:
             if not gate.users:
                 hosted.gates.pop(key, None)
 
-    def _sender(self, body: Envelope | None) -> AgentId | None:
-        """Who says that he sent it: a claim, documented as such."""
-        source = None if body is None else body.required("source")
-        if source is None or source == envelope.NO_AGENT:
-            return None
-        agent_type, slash, key = source.partition("/")
-        try:
-            if not slash:
-                raise ValueError("it has no key")
-            return AgentId(agent_type, decode_token(key))
-        except ValueError as error:
-            raise CannotDecode("an envelope", f"its source is not type/key: {error}") from None
-
-    def _delivery(self, body: Envelope, topic: TopicId | None) -> _Delivery:
-        type_name = body.required("messagetype")
-        content_type = body.content_type
-        try:
-            message = self._serialization.decode(type_name, content_type, body.payload)
-        except CannotDecode:
-            general = body.general()
-            if general is None:
-                raise
-            body = general
-            message = self._serialization.decode(type_name, content_type, body.payload)
-        token = self._cancellations.token_of(body.text("cancelid"))
-        context = MessageContext(
-            sender=self._sender(body),
-            topic_id=topic,
-            is_rpc=topic is None,
-            cancellation_token=token,
-            message_id=body.required("id"),
-        )
-        return _Delivery(message, context, body.payload, type_name, body.attributes)
-
-    async def _plain_delivery(self, hosted: HostedType, key: str, entry: Entry, topic: TopicId | None) -> _Delivery:
-        """A body that is not ours is the payload itself."""
-        headers, payload = entry.message.headers or {}, entry.message.data
-        type_name = headers.get(TYPE_HEADER)
-        if type_name is not None:
-            await self._catalog.wait_for_serializer(hosted, type_name)
-            content_type = self._serialization.content_type_of(type_name)
-            message = self._serialization.decode(type_name, content_type, payload)
-        elif self._options.infer_types:
-            message = self._serialization.infer(payload, list(hosted.handles.values()))
-        else:
-            raise CannotDecode(
-                "a plain body",
-                f"type inference is off: name the message type in the header {TYPE_HEADER}, "
-                f"one of {', '.join(sorted(hosted.handles)) or 'none'}",
-                payload,
-            )
-        context = MessageContext(
-            sender=None,
-            topic_id=topic,
-            is_rpc=topic is None,
-            cancellation_token=CancellationToken(),
-            message_id=NUID().next().decode(),
-        )
-        if self._interventions:
-            if topic is None:
-                message = await self._interventions.on_send(message, context, AgentId(hosted.agent_type, key))
-            else:
-                message = await self._interventions.on_publish(message, context)
-        return _Delivery(message, context, payload, type_name or type(message).__name__, {"id": context.message_id})
-
-    async def _invoke(self, hosted: HostedType, key: str, agent: Agent, delivery: _Delivery, entry: Entry) -> Any:
-        context = delivery.context
-        agent_id = agent.id
-        if isinstance(delivery.message, UnknownPayload):
+    async def _invoke(self, hosted: HostedType, agent: Agent, delivery: Delivery, entry: Entry) -> Any:
+        message, context = delivery.message, delivery.context
+        if type(message) is UnknownPayload:
             self.unknown_payloads += 1
             if self._has_default_unhandled(agent):
-                logger.warning("%s does not know messages of type %s", agent_id, _clip(delivery.type_name))
+                logger.warning("%s does not know messages of type %s", agent.id, _clip(delivery.type_name))
                 if context.is_rpc:
-                    raise UnhandledMessage(str(agent_id), delivery.type_name, sorted(hosted.handles))
+                    raise UnhandledMessage(str(agent.id), delivery.type_name, sorted(hosted.handles))
                 return None
         if events.listening():
             events.message(
                 delivery.payload,
                 sender=context.sender,
-                receiver=agent_id if context.is_rpc else None,
+                receiver=agent.id if context.is_rpc else None,
                 kind=MessageKind.DIRECT if context.is_rpc else MessageKind.PUBLISH,
                 stage=DeliveryStage.DELIVER,
             )
         entry.token = context.cancellation_token
         try:
-            with MessageHandlerContext.populate_context(agent_id):
+            with MessageHandlerContext.populate_context(agent.id):
                 if self.telemetry is None:
-                    return await agent.on_message(delivery.message, context)
-                with self._process_span(self.telemetry, agent_id, delivery, entry):
-                    return await agent.on_message(delivery.message, context)
+                    return await agent.on_message(message, context)
+                with self._process_span(self.telemetry, agent.id, delivery, entry):
+                    return await agent.on_message(message, context)
         except BaseException as error:
-            events.handler_failed(delivery.payload, agent=agent_id, error=error)
+            events.handler_failed(delivery.payload, agent=agent.id, error=error)
             raise
 
     def _process_span(
-        self, telemetry: Telemetry, agent_id: AgentId, delivery: _Delivery, entry: Entry
+        self, telemetry: Telemetry, agent_id: AgentId, delivery: Delivery, entry: Entry
     ) -> AbstractContextManager[None]:
         return telemetry.processing(
             delivery.attributes,
@@ -599,10 +448,6 @@ def _task_of(entry: Entry) -> asyncio.Task[None]:
 def _id_of(body: Envelope | None) -> str:
     """The call's id for its reply."""
     return "-" if body is None else body.attributes.get("id", "-")
-
-
-def _mapped(subscription: Subscription, topic: TopicId) -> AgentId | None:
-    return subscription.map_to_agent(topic) if subscription.is_match(topic) else None
 
 
 def _clip(text: str) -> str:

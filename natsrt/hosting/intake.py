@@ -23,6 +23,7 @@ from natsrt.transport.connection import Sink
 logger = logging.getLogger("natsrt.hosting")
 
 _WARN_EVERY = 5.0
+_STARTS_PER_TURN = 64
 
 
 class Kind(Enum):
@@ -119,10 +120,17 @@ class Intake:
             self.pending_bytes -= entry.size
 
     def _drain(self) -> None:
-        self._scheduled = False
+        """Start some entries, and leave the rest to the next turn of the event loop.
+
+        So reading runs ahead of handling into this bounded queue, and what comes behind a burst of messages (the
+        server's PONG, questions about calls) does not wait until all of them are handled.
+        """
         queue = self._queue
-        while queue:
+        for _ in range(min(len(queue), _STARTS_PER_TURN)):
             self._start(queue.popleft())
+        self._scheduled = bool(queue)
+        if queue:
+            asyncio.get_running_loop().call_soon(self._drain)
 
     def _overflow(self, entry: Entry, now: float) -> None:
         if entry.route.kind is Kind.EVENT:

@@ -229,20 +229,21 @@ class Sending:
         reply = await self._exchange(work, attributes, _nothing)
         return self._answered(reply, recipient).json()
 
-    async def _exchange(self, work: _Work, attributes: str, leave: Callable[[], None]) -> Msg:
+    def _exchange(self, work: _Work, attributes: str, leave: Callable[[], None]) -> Awaitable[Msg]:
         body = envelope.encode(work.kind, attributes, work.encoded.payload, work.encoded.content_type)
-        token = work.token
-        link = None if token is None else self._link(token)
+        link = None if work.token is None else self._link(work.token)
+        call = self._calls.call(work.recipient, work.route, body, sent=leave, link=link)
         timeout = self._options.call_timeout
-        if timeout is None:
-            return await self._calls.call(work.recipient, work.route, body, sent=leave, link=link)
+        return call if timeout is None else self._within(timeout, call, work.recipient)
+
+    async def _within(self, timeout: float, call: Awaitable[Msg], recipient: AgentId) -> Msg:
         try:
             async with asyncio.timeout(timeout) as deadline:
-                return await self._calls.call(work.recipient, work.route, body, sent=leave, link=link)
+                return await call
         except TimeoutError:
             if not deadline.expired():
                 raise
-            raise CallTimeout(str(work.recipient), timeout, "call_timeout") from None
+            raise CallTimeout(str(recipient), timeout, "call_timeout") from None
 
     def _link(self, token: CancellationToken | None) -> Callable[[asyncio.Future[Any]], None]:
         """What makes ``token`` cancel a future."""
@@ -269,8 +270,19 @@ class Sending:
             return self._plain_result(reply, reply_type, recipient)
         body = self._checked(body, reply, recipient)
         type_name = body.required("messagetype")
-        content_type = body.content_type
-        result = self._serialization.reply(type_name, content_type, body.payload, self._produced_here, sent, reply_type)
+
+        def read(payload: bytes) -> Any:
+            return self._serialization.reply(
+                type_name, body.content_type, payload, self._produced_here, sent, reply_type
+            )
+
+        try:
+            result = read(body.payload)
+        except CannotDecode:
+            general = body.general()
+            if general is None:
+                raise
+            result = read(general.payload)
         if isinstance(result, UnknownPayload):
             raise CannotDecode(
                 f"the reply of {recipient}",

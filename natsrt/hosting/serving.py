@@ -93,7 +93,7 @@ class Serving:
         hosted = self._catalog.find(agent_type)
         if hosted is None:
             return
-        hosted.rules = tuple(self._rules_of(agent_type))
+        hosted.set_rules(self._rules_of(agent_type))
         if self._active:
             task = asyncio.create_task(self._follow(agent_type))
             self._tasks.add(task)
@@ -110,7 +110,7 @@ class Serving:
     async def _apply(self, hosted: HostedType) -> None:
         served = self._served.setdefault(hosted.agent_type, _Served())
         async with served.lock:
-            hosted.rules = tuple(self._rules_of(hosted.agent_type))
+            hosted.set_rules(self._rules_of(hosted.agent_type))
             wanted = dict(self._wanted(hosted))
             for place, route in wanted.items():
                 if place not in served.interests:

@@ -26,6 +26,7 @@ from natsrt.hosting.declarations import Declarations
 from natsrt.hosting.dispatch import Dispatch
 from natsrt.hosting.fates import Fates
 from natsrt.hosting.interventions import Interventions
+from natsrt.hosting.reading import Reading
 from natsrt.hosting.sending import Sending
 from natsrt.hosting.serving import Serving
 from natsrt.jetstream.entries import NOBODY, Entry, InstanceEntry, KnownEntry, Rule, SubscriptionEntry, WorkerEntry
@@ -86,10 +87,16 @@ class Worker:
             worker_id=self.worker_id,
             catalog=catalog,
             serialization=serialization,
-            cancellations=self.cancellations,
-            interventions=interventions,
+            reading=Reading(
+                subjects=self._subjects,
+                catalog=catalog,
+                serialization=serialization,
+                cancellations=self.cancellations,
+                interventions=interventions,
+                infer_types=options.infer_types,
+                custom_of=subscriptions.custom,
+            ),
             fates=self._fates,
-            custom_of=subscriptions.custom,
         )
         self._serving = Serving(
             self.connection,

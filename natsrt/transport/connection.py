@@ -398,13 +398,17 @@ class Connection:
         if not client.is_connected:
             return await self._begins_to_reconnect(client)
         ping = client.ping()
-        # In slices, so that an event loop that was blocked meanwhile counts once, and not as the server's silence.
-        for _ in range(_PATIENCE):
+        # In slices, so that an event loop that was blocked meanwhile counts once, and not as the server's silence. What
+        # arrives is a sign of life too: the PONG waits behind it.
+        silent, heard = 0, client.stats["in_msgs"]
+        while silent < _PATIENCE:
             await asyncio.wait({ping}, timeout=_SLICE)
             if ping.done():
                 return ping.cancelled() or ping.exception() is None or not client.is_connected
             if reconnects != self.reconnects:
                 return True  # the ping went to a connection that is gone; the next one will tell
+            silent = silent + 1 if client.stats["in_msgs"] == heard else 0
+            heard = client.stats["in_msgs"]
         return False
 
     async def _begins_to_reconnect(self, client: _Client) -> bool:

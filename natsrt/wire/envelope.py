@@ -59,6 +59,10 @@ TEXTS: Final = frozenset(
 )
 """The attributes and extensions that natsrt defines. All are strings."""
 
+_ONLY_TEXTS = {str}
+_WITH_MESSAGE = frozenset((CALL, EVENT, REPLY))
+_NEEDED = {False: {"id", "source"}, True: {"id", "source", "messagetype"}}
+"""What is looked for behind ``data`` where it does not stand before it."""
 _SUBJECT = re.compile(r"[^\s*>\x00-\x20\x7f]{1,1024}")
 _START = b'{"specversion":"1.0"'
 _DATA = b',"data":'
@@ -114,7 +118,7 @@ class Envelope:
         except orjson.JSONDecodeError:
             return None
         parsed = _from_object(whole, self.body)
-        return None if parsed is None or parsed.payload == self.payload else parsed
+        return None if parsed is None or parsed.attributes == self.attributes else parsed
 
 
 def quote(text: str) -> str:
@@ -163,7 +167,8 @@ def decode(body: bytes) -> Envelope | None:
             if attributes is not None:
                 kind = attributes.get("type")
                 if isinstance(kind, str) and kind.startswith("natsrt.") and "data_base64" not in attributes:
-                    return Envelope(_checked(attributes), body[end + len(_DATA) : -1], body)
+                    cut = Envelope(_checked(attributes), body[end + len(_DATA) : -1], body)
+                    return cut if _NEEDED[kind in _WITH_MESSAGE] <= attributes.keys() else cut.general() or cut
     elif body.lstrip()[:1] != b"{":
         return None
     try:
@@ -197,10 +202,7 @@ def _from_object(whole: Any, body: bytes) -> Envelope | None:
 
 
 def _checked(attributes: dict[str, Any]) -> dict[str, Any]:
-    for value in attributes.values():
-        if type(value) is not str:
-            break
-    else:
+    if set(map(type, attributes.values())) == _ONLY_TEXTS:
         return attributes
     for name, value in attributes.items():
         if name in TEXTS and not isinstance(value, str):

@@ -47,7 +47,7 @@ MAX_TOKEN_BYTES = 200
 MAX_SUBJECT_BYTES = 1024
 """The longest subject that is sent, in bytes, namespace included."""
 
-_CACHE_ENTRIES = 4096
+_CACHE_ENTRIES = 32_768
 _CACHED_CHARS = 256  # longer names are encoded anew each time, so that full caches stay small
 _SHOWN_CHARS = 80
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from natsrt.cli.exits import MEANINGS
-
 from natsrt.options import describe_options
 from tests.support.processes import REPOSITORY
 
