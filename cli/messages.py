@@ -15,9 +15,9 @@ from autogen_core import AgentId, TopicId
 from nats.aio.msg import Msg
 
 from natsrt.errors import CallTimeout, CannotDecode
-from natsrt.hosting.dispatch import KEY_HEADER, TYPE_HEADER
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
+from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, ErrorTypes
 from natsrt.wire.subjects import Subjects, plain_prefix
 

@@ -18,14 +18,10 @@ from natsrt.hosting.intake import Entry
 from natsrt.hosting.interventions import Interventions
 from natsrt.transport.cancellation import Cancellations
 from natsrt.wire import envelope
-from natsrt.wire.envelope import Envelope
+from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, Envelope
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects, decode_token
 
-KEY_HEADER = "Natsrt-Key"
-"""Header that names the agent key of a plain body; ``default`` without it."""
-TYPE_HEADER = "Natsrt-Type"
-"""Header that names the message type of a plain body; inferred without it."""
 _CLAIMS = ("topictype", "topicsource")
 """Extensions with the real values of hashed tokens."""
 _REMEMBERED = 4096

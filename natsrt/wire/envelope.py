@@ -33,6 +33,11 @@ FATE: Final = "natsrt.fate"
 SERVE: Final = "natsrt.serve"
 CANCEL: Final = "natsrt.cancel"
 
+KEY_HEADER: Final = "Natsrt-Key"
+"""Header that names the agent key of a plain body; ``default`` without it."""
+TYPE_HEADER: Final = "Natsrt-Type"
+"""Header that names the message type of a plain body; inferred without it."""
+
 JSON_CONTENT: Final = "application/json"
 NO_AGENT: Final = "/"
 """The ``source`` of a message that no agent sent. CloudEvents requires a non-empty URI-reference."""
