@@ -53,7 +53,11 @@ _CONVINCED = 2
 """Answers "unknown" of one worker that settle it: the first may have overtaken the call on its way in a cluster."""
 _MARGIN = 1.0
 """Seconds by which a worker's memory must reach back further than the call."""
+_RESENDS = 3
+"""How often a call is sent again that got lost on its way."""
 _BUSY = str(BUSY)
+_BUSY_PAUSE = 0.05
+"""Seconds between two attempts at most: a queue group chooses by chance, so it takes some to find who has room."""
 
 
 class Directory(Protocol):
@@ -226,8 +230,9 @@ class Calls:
         the call; it does not cancel the handler (that is what cancellation tokens do).
         """
         loop = asyncio.get_running_loop()
-        begun = now = loop.time()
-        pause = 0.02
+        now = loop.time()
+        refused_at: float | None = None
+        times_lost, pause = 0, 0.02
         while True:
             if self._interest is None:  # nobody would hear the reply
                 raise _stopped(recipient)
@@ -245,28 +250,34 @@ class Calls:
                 self._wake.set()
                 reply = await future
             except _NeverReceived:
-                if loop.time() - begun > self._options.no_responders_retry:
+                times_lost += 1
+                if times_lost > _RESENDS:
                     raise WorkerLost(str(recipient), None, "it got lost on its way, again and again") from None
-                now = loop.time()
+                now, refused_at = loop.time(), None
                 continue
             finally:
                 del self._pending[token]
                 self._watched.pop(token, None)
             if reply.headers is None:
                 return reply
+            now = loop.time()
+            refused_at = now if refused_at is None else refused_at
             if reply.headers.get("Status") == "503" and not reply.data:
                 failure = await self._directory.verify(recipient)
                 if failure is not None:
                     raise failure
                 for worker_id in self._directory.workers_of(recipient):
                     self._directory.suspect(worker_id)
-                if loop.time() - begun + pause > self._options.no_responders_retry:
+                if now - refused_at + pause > self._options.no_responders_retry:
                     workers = self._directory.workers_of(recipient)
                     raise WorkerLost(str(recipient), workers[0] if workers else None, "it does not listen")
-            elif reply.headers.get(SERVICE_ERROR_CODE) != _BUSY or loop.time() - begun > self._options.busy_retry:
+                longest = 0.25
+            elif reply.headers.get(SERVICE_ERROR_CODE) == _BUSY and now - refused_at <= self._options.busy_retry:
+                longest = _BUSY_PAUSE
+            else:
                 return reply
             await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.25)
+            pause = min(pause * 2, longest)
             now = loop.time()
 
     async def ask(self, subject: str, body: bytes, timeout: float) -> Msg | None:
