@@ -365,7 +365,12 @@ async def _open_registry(patient: _Patient) -> AsyncIterator[Registry]:
         return True
 
     registry = Registry(
-        patient.connection, patient.subjects, patient.options, on_rules_changed=lambda _: None, ask_worker=spared
+        patient.connection,
+        patient.subjects,
+        patient.options,
+        on_rules_changed=lambda _: None,
+        on_removed=lambda _: None,
+        ask_worker=spared,
     )
     await registry.open()
     try:

@@ -28,7 +28,7 @@ from autogen_core import (
 from autogen_core.exceptions import NotAccessibleError
 from opentelemetry.trace import TracerProvider
 
-from natsrt.errors import AmbiguousAgent, NatsrtError, UnknownSubscription
+from natsrt.errors import AmbiguousAgent, SubscriptionNotServed, UnknownSubscription
 from natsrt.hosting import control
 from natsrt.hosting.catalog import Catalog
 from natsrt.hosting.declarations import Declarations
@@ -37,6 +37,7 @@ from natsrt.hosting.worker import Worker
 from natsrt.options import Options
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
+from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt")
 
@@ -81,7 +82,7 @@ class NatsAgentRuntime(AgentRuntime):
         self._error_types = ErrorTypes()
         self._interventions = Interventions(intervention_handlers)
         self._catalog = Catalog(self, self._serialization)
-        self._subscriptions = Declarations()
+        self._subscriptions = Declarations(Subjects(self._options.namespace))
         self._worker: Worker | None = None
         self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -272,9 +273,11 @@ class NatsAgentRuntime(AgentRuntime):
         if worker is not None:
             try:
                 await worker.subscribe(subscription)
-            except NatsrtError as error:
-                if not isinstance(error, TimeoutError):
-                    self._subscriptions.remove(subscription)
+            except SubscriptionNotServed:  # it is stored all the same
+                raise
+            except BaseException:
+                self._subscriptions.remove(subscription)
+                await worker.forget(subscription)
                 raise
 
     async def remove_subscription(self, id: str) -> None:
@@ -286,9 +289,10 @@ class NatsAgentRuntime(AgentRuntime):
         worker = await self._settled()
         subscription = self._subscriptions.find(id)
         if subscription is not None:
-            self._subscriptions.remove(subscription)
-            if worker is not None:
-                await worker.unsubscribe(subscription)
+            if worker is None:
+                self._subscriptions.remove(subscription)
+            else:
+                await worker.unsubscribe(subscription, stored=self._subscriptions.remove)
         elif worker is None or not await worker.unsubscribe_foreign(id):
             raise UnknownSubscription(id)
 

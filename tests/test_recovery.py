@@ -15,6 +15,7 @@ from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.wire import envelope
 from natsrt.wire.subjects import Subjects
+from tests.programs import labor
 from tests.programs.labor import TOPIC, Laborer, Work
 from tests.support.calls import ended, failure, known, running, worker_process
 from tests.support.processes import Processes, eventually
@@ -375,3 +376,47 @@ async def test_a_link_that_hangs_is_replaced_and_calls_go_on(own_server: Embedde
         outcome = await ended(call, within=15.0)
         assert isinstance(outcome.exception(), natsrt.NatsrtError) if outcome.exception() else outcome.result()
         await eventually(lambda: _echoes(caller), timeout=10.0)
+
+
+# -- stopping and cancelling meanwhile -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_stopping_while_the_server_hangs_leaves_nothing_behind(
+    own_server: EmbeddedServer, namespace: str
+) -> None:
+    runtime = NatsAgentRuntime(own_server.url, namespace=namespace, drain_timeout=5.0)
+    await runtime.start()
+    await labor.host(runtime, "laborer")
+    own_server.pause()
+    try:
+        await ended(runtime.stop(), within=30.0)
+    finally:
+        own_server.resume()
+    assert runtime.worker_id is None
+    await eventually(lambda: not [t for t in asyncio.all_tasks() if t.get_name().startswith("natsrt ")])
+    async with running(own_server.url, namespace) as other:
+        assert isinstance(await failure(other.send_message(Work("echo"), LABORER), within=SOON), natsrt.UndeliveredCall)
+
+
+async def test_a_cancellation_during_a_blink_of_the_workers_connection_arrives(
+    own_server: EmbeddedServer, namespace: str
+) -> None:
+    async with (
+        Proxy(own_server.url) as proxy,
+        running(proxy.url, namespace, "laborer") as hosting,
+        running(own_server.url, namespace) as caller,
+    ):
+        await known(caller, "laborer")
+        token = CancellationToken()
+        call = asyncio.ensure_future(
+            caller.send_message(Work("until_cancelled", "blink"), LABORER, cancellation_token=token)
+        )
+        await eventually(lambda: any(entry.token for entry in hosting.running.dispatch.active))
+        proxy.cut()
+        await eventually(lambda: not hosting.running.connection.connected)
+        token.cancel()
+        await asyncio.wait({call})
+        assert call.cancelled()
+        await proxy.restore()
+        await eventually(lambda: hosting.running.dispatch.running == 0, timeout=15.0)

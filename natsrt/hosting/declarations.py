@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 
 from autogen_core import Subscription
 
-from natsrt.jetstream.entries import Rule
+from natsrt.jetstream.entries import Rule, SubscriptionEntry
+from natsrt.wire.subjects import Subjects
 
 
 class Declarations:
     """Subscriptions in the order in which they were added."""
 
-    def __init__(self) -> None:
+    def __init__(self, subjects: Subjects) -> None:
+        self._subjects = subjects
         self._by_id: dict[str, Subscription] = {}
         self._rules: dict[Rule, str] = {}
         self._by_type: dict[str, dict[str, Subscription]] = {}
@@ -23,8 +25,12 @@ class Declarations:
         return iter(list(self._by_id.values()))
 
     def add(self, subscription: Subscription) -> Rule:
-        """Raises ValueError where an equal one is there already: by id, by what it says, or by its own ``==``."""
+        """Raises ValueError where an equal one is there already: by id, by what it says, or by its own ``==``.
+
+        And where no NATS subject can express it, before anybody else hears of it.
+        """
         rule = Rule.of(subscription)
+        rule.subject(self._subjects)
         of_type = self._by_type.setdefault(rule.agent_type, {})
         if subscription.id in self._by_id or rule in self._rules or any(o == subscription for o in of_type.values()):
             raise ValueError("Subscription already exists")
@@ -38,6 +44,13 @@ class Declarations:
     def remove(self, subscription: Subscription) -> None:
         rule = Rule.of(subscription)
         del self._by_id[subscription.id], self._rules[rule], self._by_type[rule.agent_type][subscription.id]
+
+    def removed_by_others(self, entry: SubscriptionEntry) -> None:
+        """Another runtime removed what this one had added without hosting the type."""
+        self.unowned.discard(entry.key)
+        subscription = self._by_id.get(entry.subscription_id)
+        if subscription is not None:
+            self.remove(subscription)
 
     def of(self, agent_type: str) -> Sequence[Subscription]:
         """Those of one agent type."""

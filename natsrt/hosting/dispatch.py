@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -110,6 +110,11 @@ class Dispatch:
     def running(self) -> int:
         """Handlers that run or wait for their agent."""
         return len(self._active)
+
+    @property
+    def active(self) -> Sequence[Entry]:
+        """The entries behind `running`, as they are now."""
+        return list(self._active)
 
     def start(self, entry: Entry) -> None:
         """Serve ``entry`` in a task of its own."""

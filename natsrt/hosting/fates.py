@@ -65,6 +65,8 @@ class _Kept:
         self._max_bytes, self._max_age = max_bytes, max_age
         self._bytes = 0
         self._replies: OrderedDict[str, tuple[float, Reply]] = OrderedDict()
+        self.forgot = float("-inf")
+        """The latest end of a call whose reply is forgotten."""
 
     def add(self, call_id: str, reply: Reply, now: float) -> None:
         if call_id in self._replies:
@@ -74,7 +76,9 @@ class _Kept:
         while self._replies and (
             self._bytes > self._max_bytes or now - next(iter(self._replies.values()))[0] > self._max_age
         ):
-            self._bytes -= len(self._replies.popitem(last=False)[1][1].body)
+            ended, forgotten = self._replies.popitem(last=False)[1]
+            self._bytes -= len(forgotten.body)
+            self.forgot = max(self.forgot, ended)
 
     def get(self, call_id: str) -> Reply | None:
         kept = self._replies.get(call_id)
@@ -147,11 +151,17 @@ class Fates:
 
     def _accept_older_than(self, moment: float) -> None:
         accepted: dict[str, list[str]] = {}
+        unread: list[Pending] = []
         while self._aging and self._aging[0].arrived <= moment:
             pending = self._aging.popleft()
-            if pending.call_id in self._running and pending.accept_to is not None:
+            if pending.call_id not in self._running:
+                continue
+            if pending.accept_to is None:
+                unread.append(pending)  # its envelope was not looked at yet, or it has none
+            else:
                 pending.accepted = True
                 accepted.setdefault(pending.accept_to, []).append(pending.call_id)
+        self._aging.extendleft(reversed(unread))
         for accept_to, calls in accepted.items():
             self._spawn(self._accept(accept_to, calls))
 
@@ -175,13 +185,14 @@ class Fates:
                 self._spawn(self._publish(call_id, reply.body, headers=reply.headers))
             else:
                 unknown.append(call_id)
+        forgot = max(self._began, self._others.forgot, self._kept.forgot)
         data = orjson.dumps(
             {
                 "worker": self._worker_id,
                 "running": running,
                 "finished": finished,
                 "unknown": unknown,
-                "remembers": asyncio.get_running_loop().time() - max(self._began, self._others.forgot),
+                "remembers": asyncio.get_running_loop().time() - forgot,
             }
         )
         self._spawn(self._publish(reply_to, envelope.encode(envelope.REPLY, '"id":"fate-r","source":"/"', data)))

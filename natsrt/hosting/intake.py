@@ -24,6 +24,8 @@ logger = logging.getLogger("natsrt.hosting")
 
 _WARN_EVERY = 5.0
 _STARTS_PER_TURN = 64
+_OVERHEAD = 512
+"""Bytes that a message takes beside its data."""
 
 
 class Kind(Enum):
@@ -100,7 +102,7 @@ class Intake:
     def take(self, route: Route, message: Msg) -> None:
         """Runs in the client's read loop: cheap, never waits."""
         loop = asyncio.get_running_loop()
-        size, now = len(message.data), loop.time()
+        size, now = len(message.data) + _OVERHEAD, loop.time()
         pending = self._fates.begin(message.reply, now) if message.reply and route.kind is not Kind.EVENT else None
         entry = Entry(route, message, size, now, pending)
         if self.pending_bytes + size > self._max_bytes:
@@ -126,7 +128,9 @@ class Intake:
         server's PONG, questions about calls) does not wait until all of them are handled.
         """
         queue = self._queue
-        for _ in range(min(len(queue), _STARTS_PER_TURN)):
+        # Half full, nothing is left over: what cannot be handled as fast as it comes then waits at the server.
+        at_once = len(queue) if self.pending_bytes > self._max_bytes // 2 else _STARTS_PER_TURN
+        for _ in range(min(len(queue), at_once)):
             self._start(queue.popleft())
         self._scheduled = bool(queue)
         if queue:

@@ -5,7 +5,8 @@ Rules:
 1. What one runtime sends leaves in the order in which it was sent, over calls and events. Without interventions and
    while connected nothing waits between ``send_message`` and the client's buffer. Otherwise senders stand in one line,
    and nobody overtakes it.
-2. Interventions run in that line. What a handler of theirs sends itself bypasses it, or it would wait for itself.
+2. Interventions run in that line. What a handler of theirs sends itself bypasses it, or it would wait for itself; and
+   from then on the message that it intervenes in no longer keeps its place.
 """
 
 from __future__ import annotations
@@ -39,7 +40,23 @@ from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import Subjects, encode_text, is_hashed
 
-_intervening: ContextVar[bool] = ContextVar("natsrt_intervening", default=False)
+
+class _Turn:
+    """A sender's turn in the line. ``intervening`` while an intervention runs in it."""
+
+    __slots__ = ("_leave", "intervening")
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
+        self.intervening = False
+
+    def leave(self) -> None:
+        """End the turn early. Doing so twice is harmless."""
+        self._leave()
+
+
+_intervening: ContextVar[_Turn | None] = ContextVar("natsrt_intervening", default=None)
+"""The turn whose intervention the present code runs in."""
 
 
 class _Line:
@@ -53,13 +70,16 @@ class _Line:
         return len(self._places)
 
     @asynccontextmanager
-    async def turn(self, link: Callable[[asyncio.Future[None]], None]) -> AsyncIterator[Callable[[], None]]:
-        """Wait for the turn. Yields what ends it early; it ends at the latest with the block.
+    async def turn(self, link: Callable[[asyncio.Future[None]], None]) -> AsyncIterator[_Turn]:
+        """Wait for the turn; it ends at the latest with the block.
 
-        ``link`` is given the future that is waited for, to cancel it.
+        ``link`` is given the future that is waited for, to cancel it. What an intervention sends itself does not stand
+        in the line, and ends the turn that it runs in: whoever has to answer it may have to send, too.
         """
-        if _intervening.get():
-            yield _nothing
+        outer = _intervening.get()
+        if outer is not None and outer.intervening:
+            outer.leave()
+            yield _Turn(_nothing)
             return
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._places[place] = None
@@ -67,7 +87,7 @@ class _Line:
         link(place)
         try:
             await place
-            yield lambda: self._leave(place)
+            yield _Turn(lambda: self._leave(place))
         finally:
             self._leave(place)
 
@@ -133,11 +153,8 @@ class Sending:
         self.telemetry: Telemetry | None = None
         self.sent = 0
         """Messages sent since the runtime was started."""
-
-    @property
-    def waiting(self) -> int:
-        """Senders that stand in line."""
-        return self._line.length
+        self.under_way = 0
+        """Sends that have not come to their end: calls not answered, events not published."""
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -152,30 +169,34 @@ class Sending:
         reply_type: type[Any] | None = None,
     ) -> Any:
         """A call, from the message to the handler's answer."""
-        self.sent += 1
-        if message_id is None:
-            message_id = self._next_id()
-        if token is not None and token.is_cancelled():
-            raise asyncio.CancelledError("the cancellation token was cancelled before the send")
-        if not self._interventions and not self._line.length and self._is_ready():
-            response = await self._call(message, recipient, sender, token, message_id, reply_type, _nothing)
-        else:
-            begun = asyncio.get_running_loop().time()
-            async with self._line.turn(self._link(token)) as leave:
-                await self._wait_ready(token, begun)
-                if self._interventions:
-                    context = MessageContext(
-                        sender=sender,
-                        topic_id=None,
-                        is_rpc=True,
-                        cancellation_token=token or CancellationToken(),
-                        message_id=message_id,
-                    )
-                    message = await self._intervene(self._interventions.on_send(message, context, recipient))
-                response = await self._call(message, recipient, sender, token, message_id, reply_type, leave)
-        if self._interventions:
-            response = await self._interventions.on_response(response, recipient, sender)
-        return response
+        self.under_way += 1
+        try:
+            self.sent += 1
+            if message_id is None:
+                message_id = self._next_id()
+            if token is not None and token.is_cancelled():
+                raise asyncio.CancelledError("the cancellation token was cancelled before the send")
+            if not self._interventions and not self._line.length and self._is_ready():
+                response = await self._call(message, recipient, sender, token, message_id, reply_type, _nothing)
+            else:
+                begun = asyncio.get_running_loop().time()
+                async with self._line.turn(self._link(token)) as turn:
+                    await self._wait_ready(token, begun)
+                    if self._interventions:
+                        context = MessageContext(
+                            sender=sender,
+                            topic_id=None,
+                            is_rpc=True,
+                            cancellation_token=token or CancellationToken(),
+                            message_id=message_id,
+                        )
+                        message = await self._intervene(turn, self._interventions.on_send(message, context, recipient))
+                    response = await self._call(message, recipient, sender, token, message_id, reply_type, turn.leave)
+            if self._interventions:
+                response = await self._interventions.on_response(response, recipient, sender)
+            return response
+        finally:
+            self.under_way -= 1
 
     async def _call(
         self,
@@ -343,28 +364,32 @@ class Sending:
         message_id: str | None,
     ) -> None:
         """Publish an event."""
-        self.sent += 1
-        if message_id is None:
-            message_id = self._next_id()
-        if not self._interventions and not self._line.length and self._is_ready():
-            await self._publish(message, topic, sender, token, message_id)
-            return
-        begun = asyncio.get_running_loop().time()
-        async with self._line.turn(self._link(None)):
-            await self._wait_ready(None, begun)
-            if self._interventions:
-                context = MessageContext(
-                    sender=sender,
-                    topic_id=topic,
-                    is_rpc=False,
-                    cancellation_token=token or CancellationToken(),
-                    message_id=message_id,
-                )
-                try:
-                    message = await self._intervene(self._interventions.on_publish(message, context))
-                except MessageDroppedException:
-                    return
-            await self._publish(message, topic, sender, token, message_id)
+        self.under_way += 1
+        try:
+            self.sent += 1
+            if message_id is None:
+                message_id = self._next_id()
+            if not self._interventions and not self._line.length and self._is_ready():
+                await self._publish(message, topic, sender, token, message_id)
+                return
+            begun = asyncio.get_running_loop().time()
+            async with self._line.turn(self._link(None)) as turn:
+                await self._wait_ready(None, begun)
+                if self._interventions:
+                    context = MessageContext(
+                        sender=sender,
+                        topic_id=topic,
+                        is_rpc=False,
+                        cancellation_token=token or CancellationToken(),
+                        message_id=message_id,
+                    )
+                    try:
+                        message = await self._intervene(turn, self._interventions.on_publish(message, context))
+                    except MessageDroppedException:
+                        return
+                await self._publish(message, topic, sender, token, message_id)
+        finally:
+            self.under_way -= 1
 
     async def _publish(
         self,
@@ -422,9 +447,11 @@ class Sending:
     def _next_id(self) -> str:
         return f"{self._id_prefix}-{self.sent:x}"
 
-    async def _intervene(self, work: Awaitable[Any]) -> Any:
-        mark = _intervening.set(True)
+    async def _intervene(self, turn: _Turn, work: Awaitable[Any]) -> Any:
+        turn.intervening = True
+        mark = _intervening.set(turn)
         try:
             return await work
         finally:
+            turn.intervening = False
             _intervening.reset(mark)

@@ -106,6 +106,8 @@ class Serving:
                 await self._apply(hosted)
         except NatsrtError as error:  # reconnecting: the new view that is read then brings it up again
             logger.debug("serving %s: %s", agent_type, error)
+        except Exception:
+            logger.exception("serving agent type %s failed", agent_type)
 
     async def _apply(self, hosted: HostedType) -> None:
         served = self._served.setdefault(hosted.agent_type, _Served())
@@ -131,16 +133,14 @@ class Serving:
             event = Route(Kind.EVENT, hosted, key)
             for rule in hosted.rules:
                 if rule.kind != "custom":
-                    yield (self._filter(rule, key), queue), event
+                    try:
+                        place = (rule.subject(subjects, key), queue)
+                    except ValueError as error:  # somebody else's: it must not cost the type its other subscriptions
+                        logger.error("a subscription of agent type %s cannot be served: %s", agent_type, error)
+                    else:
+                        yield place, event
         for subscription in self._custom_of(agent_type):
             # A group of its own: workers without an equal object cannot decide for it.
             for key in keys:
                 queue = f"{subjects.queue(agent_type, key)}.custom.{Rule.of(subscription).digest}"
                 yield (subjects.everything, queue), Route(Kind.EVENT, hosted, key, custom=subscription)
-
-    def _filter(self, rule: Rule, key: str | None) -> str:
-        if rule.kind == "prefix":
-            return self._subjects.prefix_filter(rule.pattern).subject
-        if key is None:
-            return self._subjects.type_filter(rule.pattern).subject
-        return self._subjects.instance_type_filter(rule.pattern, key).subject

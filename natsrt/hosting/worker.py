@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import orjson
@@ -76,6 +76,7 @@ class Worker:
             self._subjects,
             options,
             on_rules_changed=self._rules_changed,
+            on_removed=self._declarations.removed_by_others,
             ask_worker=self._answers,
         )
         self.calls = Calls(self.connection, options, self.registry)
@@ -179,17 +180,19 @@ class Worker:
     async def stop(self, drain_timeout: float, abort: asyncio.Event) -> None:
         """Stop taking messages, finish what was taken, leave the registry, close. Bounded by ``drain_timeout``."""
         self._stopping = True
-        logger.info("%s: stops taking messages", self.worker_id)
-        await self._serving.stop()
-        self._fates.accept_all()
-        if self._joined and self.connection.connected:
-            try:
-                await self.registry.leave()
-            except NatsrtError as error:
-                logger.warning("this worker's entries stay until others remove them: %s", error)
-        logger.info("%s: finishes %d handlers", self.worker_id, self.dispatch.running)
-        await self.dispatch.finish(drain_timeout, abort)
-        await self._tear_down()
+        try:
+            logger.info("%s: stops taking messages", self.worker_id)
+            await self._serving.stop()
+            self._fates.accept_all()
+            if self._joined and self.connection.connected:
+                try:
+                    await self.registry.leave()
+                except NatsrtError as error:
+                    logger.warning("this worker's entries stay until others remove them: %s", error)
+            logger.info("%s: finishes %d handlers", self.worker_id, self.dispatch.running)
+            await self.dispatch.finish(drain_timeout, abort)
+        finally:  # whatever happens, nothing of this life goes on
+            await self._tear_down()
         logger.info("%s: stopped", self.worker_id)
 
     async def _tear_down(self) -> None:
@@ -233,7 +236,7 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Nothing queued, running or awaited here."""
-        return not (self.dispatch.intake.queued or self.dispatch.running or self.calls.pending or self.sending.waiting)
+        return not (self.dispatch.intake.queued or self.dispatch.running or self.sending.under_way)
 
     async def wait_idle(self) -> None:
         """Return when a full round trip through the server finds nothing queued, running or awaited here."""
@@ -294,10 +297,21 @@ class Worker:
         await self._declare([entry])
         await self._confirm(entry.agent_type)
 
-    async def unsubscribe(self, subscription: Subscription) -> None:
-        """Remove a subscription of this runtime, and return when every live worker knows."""
+    async def forget(self, subscription: Subscription) -> None:
+        """Undo a `subscribe` that did not come to its end, as far as the registry can be reached."""
+        try:
+            await self._withdraw([self._entry(subscription).key])
+        except NatsrtError as error:
+            logger.warning("a subscription that was not completed stays behind: %s", error)
+
+    async def unsubscribe(self, subscription: Subscription, *, stored: Callable[[Subscription], None]) -> None:
+        """Remove a subscription of this runtime, and return when every live worker knows.
+
+        ``stored`` is called once the registry has removed it: from then on it is gone, whatever follows.
+        """
         entry = self._entry(subscription)
         await self._withdraw([entry.key])
+        stored(subscription)
         await self._confirm(entry.agent_type)
 
     async def unsubscribe_foreign(self, subscription_id: str) -> bool:
@@ -444,6 +458,8 @@ class Worker:
                 await work
             except NatsrtError as error:
                 logger.warning("%s", error)
+            except Exception:
+                logger.exception("answering a message to this worker failed")
 
         task = asyncio.create_task(guarded())
         self._tasks.add(task)

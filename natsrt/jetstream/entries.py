@@ -26,7 +26,7 @@ from autogen_core import AgentId, Subscription, TopicId, TypePrefixSubscription,
 from pydantic import TypeAdapter, ValidationError
 
 from natsrt.errors import CannotDecode
-from natsrt.wire.subjects import encode_token, plain_prefix
+from natsrt.wire.subjects import Subjects, encode_token, plain_prefix
 
 FEED: Final = "r"
 HEARTBEAT: Final = "hb"
@@ -130,6 +130,19 @@ class Rule:
         if self.kind == "type":
             return topic_type == self.pattern
         return self.kind == "prefix" and topic_type.startswith(self.pattern)
+
+    def subject(self, subjects: Subjects, key: str | None = None) -> str:
+        """The NATS subject to subscribe to, for the whole type or for one instance's ``key``.
+
+        Raises ValueError for a rule that no subject can express: an impossible prefix, or one that is too long.
+        """
+        if self.kind == "custom":
+            return subjects.everything
+        if self.kind == "prefix":
+            return subjects.prefix_filter(self.pattern).subject
+        if key is None:
+            return subjects.type_filter(self.pattern).subject
+        return subjects.instance_type_filter(self.pattern, key).subject
 
     @classmethod
     def of(cls, subscription: Subscription) -> Rule:

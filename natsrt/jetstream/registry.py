@@ -40,8 +40,10 @@ from natsrt.errors import (
 from natsrt.jetstream.entries import (
     FEED,
     HEARTBEAT,
+    NOBODY,
     Entry,
     KnownEntry,
+    SubscriptionEntry,
     View,
     WorkerEntry,
     decode_entry,
@@ -81,7 +83,8 @@ T = TypeVar("T")
 class Registry:
     """One runtime's part in the registry. Implements `natsrt.transport.calls.Directory`; a connection `Listener`.
 
-    ``on_rules_changed(agent_type)`` is called when the subscriptions in force for a type may have changed.
+    ``on_rules_changed(agent_type)`` is called when the subscriptions in force for a type may have changed;
+    ``on_removed(entry)`` when another runtime removed a subscription that this one had declared for nobody.
     ``ask_worker(worker_id)`` tells whether a worker answers on its own subject.
     """
 
@@ -92,12 +95,14 @@ class Registry:
         options: Options,
         *,
         on_rules_changed: Callable[[str], None],
+        on_removed: Callable[[SubscriptionEntry], None],
         ask_worker: Callable[[str], Awaitable[bool]],
     ) -> None:
         self._connection = connection
         self._subjects = subjects
         self._options = options
         self._on_rules_changed = on_rules_changed
+        self._on_removed = on_removed
         self._ask_worker = ask_worker
         self._bucket = subjects.bucket(BUCKET)
         self._stream = f"KV_{self._bucket}"
@@ -116,6 +121,8 @@ class Registry:
         self._may_remove = True
         self._synced = asyncio.Event()
         self._departed_at = float("-inf")
+        self._generation = 0
+        self._reading = asyncio.Lock()
         self.view = View()
         connection.add_listener(self)
         connection.on_denied(self._on_denied)
@@ -165,7 +172,9 @@ class Registry:
             except NatsrtError as error:
                 logger.warning("this worker's entries stay until others remove them: %s", error)
         for _, waiter in self._waiting:
-            waiter.cancel()
+            if not waiter.done():
+                waiter.set_exception(RegistryUnavailable("follow", "this runtime was stopped"))
+                waiter.exception()  # whoever waits gets it; nobody has to
         self._waiting.clear()
         if self._interest is not None:
             await self._connection.unsubscribe(self._interest)
@@ -268,6 +277,10 @@ class Registry:
 
     def _change(self, key: str, revision: int, headers: dict[str, str], value: bytes) -> None:
         if _OPERATION in headers or _MARKER in headers:
+            own = self._own.get(key)
+            if isinstance(own, SubscriptionEntry) and own.declarer == NOBODY:
+                del self._own[key]  # somebody removed it, as anybody may
+                self._on_removed(own)
             workers = len(self.view.workers)
             touched = self.view.delete(key, revision)
             if len(self.view.workers) < workers:
@@ -330,6 +343,10 @@ class Registry:
 
     async def _read_snapshot(self) -> None:
         """Replace the view by what the stream holds; what the feed brings meanwhile is applied after."""
+        async with self._reading:
+            await self._replace_view()
+
+    async def _replace_view(self) -> None:
         self._collected = []
         stale = self.view
         try:
@@ -388,14 +405,17 @@ class Registry:
         return view
 
     def _resync(self) -> None:
+        """Read everything again. One that is under way is not enough: it may have read before what matters now."""
+        self._generation += 1
         if self._syncing is None or self._syncing.done():
             self._syncing = self._run(self._synchronise())
 
     async def _synchronise(self) -> None:
-        """After a reconnect or a gap: bucket, snapshot, own entries. Tries until it succeeds."""
-        self._synced.clear()
+        """After a reconnect or a gap: bucket, snapshot, own entries. Tries until it succeeds without another one."""
         pause = self._options.reconnect_wait
         while self._open:
+            self._synced.clear()
+            generation = self._generation
             try:
                 await self._guard("open", self._ensure_bucket)
                 await self._read_snapshot()
@@ -407,10 +427,12 @@ class Registry:
                 if self._worker is not None:
                     await self._beat(self._worker)
                 await self.declare(sorted(missing, key=lambda entry: not isinstance(entry, WorkerEntry)))
-                self._synced.set()
-                return
-            except (NatsrtError, nats.errors.Error) as error:
-                logger.info("the registry is not back yet: %s", error)
+                if generation == self._generation:
+                    self._synced.set()
+                    return
+            except Exception as error:  # whatever it is, the registry comes back
+                known = isinstance(error, NatsrtError | nats.errors.Error)
+                logger.info("the registry is not back yet: %s", error, exc_info=None if known else error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 5.0)
 

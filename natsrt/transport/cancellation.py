@@ -28,6 +28,8 @@ from natsrt.wire import envelope
 logger = logging.getLogger("natsrt.cancellation")
 
 _REMEMBER = 30.0
+_REPEATS = (1.0, 3.0, 6.0)
+"""Seconds between the announcements of one cancellation."""
 _REMEMBER_AT_MOST = 10_000
 
 
@@ -56,19 +58,33 @@ class Cancellations:
         self._interest: Interest | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._unsent: set[str] = set()
+        self._announced: set[str] = set()
         self._sending: set[asyncio.Task[None]] = set()
+        connection.add_listener(self)
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._interest = await self._connection.subscribe(self._subject, self._on_cancel)
-        for cancel_id in list(self._unsent):
-            await self._broadcast(cancel_id)
+        self.connection_made()
 
     async def stop(self) -> None:
+        await asyncio.sleep(0)  # what was cancelled just now is said at least once
+        for announcing in list(self._sending):
+            announcing.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
         if self._interest is not None:
             await self._connection.unsubscribe(self._interest)
             self._interest = None
+
+    def connection_lost(self) -> None:
+        """Nothing to do: what is cancelled meanwhile is said when the connection is back."""
+
+    def connection_made(self) -> None:
+        """Say again what was cancelled of late: it may have been lost with the connection."""
+        if self._interest is None:
+            return
+        for cancel_id in {*self._unsent, *self._announced}:
+            self._announce(cancel_id)
 
     # -- sending -------------------------------------------------------------------------------------------------
 
@@ -112,9 +128,21 @@ class Cancellations:
         if shared.cancel_id in self._from_wire:
             self._from_wire.discard(shared.cancel_id)
             return
-        task = asyncio.ensure_future(self._broadcast(shared.cancel_id))
+        self._announced.add(shared.cancel_id)
+        self._announce(shared.cancel_id)
+
+    def _announce(self, cancel_id: str) -> None:
+        task = asyncio.create_task(self._repeat(cancel_id))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
+
+    async def _repeat(self, cancel_id: str) -> None:
+        """Say it several times: whoever was reconnecting would not hear it else. Hearing it twice changes nothing."""
+        for pause in _REPEATS:
+            await self._broadcast(cancel_id)
+            await asyncio.sleep(pause)
+        await self._broadcast(cancel_id)
+        self._announced.discard(cancel_id)
 
     async def _broadcast(self, cancel_id: str) -> None:
         body = envelope.encode(envelope.CANCEL, '"id":"cancel","source":"/"', orjson.dumps({"cancelid": cancel_id}))
@@ -123,7 +151,7 @@ class Cancellations:
             self._unsent.discard(cancel_id)
         except NatsrtError as error:
             self._unsent.add(cancel_id)
-            logger.warning("a cancellation could not be sent: %s", error)
+            logger.info("a cancellation could not be sent yet: %s", error)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 

@@ -116,6 +116,8 @@ class _Client(Client):
         await asyncio.wait({ping}, timeout=deadline - asyncio.get_running_loop().time())
         if not ping.done():
             raise nats.errors.FlushTimeoutError
+        if ping.cancelled():  # by `close`
+            raise nats.errors.ConnectionClosedError
         ping.result()
 
     def ping(self) -> asyncio.Task[float]:

@@ -25,7 +25,7 @@ from nats.aio.client import Client
 
 from natsrt.embedded import EmbeddedServer
 from tests.conformance.conftest import MakeRuntime, MakeWorld, natsrt_only
-from tests.conformance.samples import Number, Recorder, Seen, Text, contents
+from tests.conformance.samples import Counter, Number, Recorder, Seen, Text, contents
 
 RECORDER = AgentId("recorder", "k")
 NEWS = TopicId("news", "k")
@@ -379,3 +379,37 @@ async def test_a_number_stays_a_number_through_the_chain(make_world: MakeWorld) 
     world = await make_world(intervention_handlers=[DefaultInterventionHandler(), Handler()])
     await Doubler.register(world.host, "doubler", lambda: Doubler("doubles"))
     assert await world.caller.send_message(Number(2), AgentId("doubler", "k")) == Number(4)
+
+
+class Moderator(RoutedAgent):
+    """Asks another agent before it answers."""
+
+    def __init__(self) -> None:
+        super().__init__("moderates")
+
+    @message_handler
+    async def on_text(self, message: Text, ctx: MessageContext) -> Text:
+        await self.send_message(Number(1), AgentId("counter", "k"))
+        return Text("allowed")
+
+
+class AsksTheModerator(DefaultInterventionHandler):
+    def __init__(self) -> None:
+        self.runtime: Any = None
+
+    async def on_send(self, message: Any, *, message_context: MessageContext, recipient: AgentId) -> Any:
+        if recipient.type == "recorder":
+            await self.runtime.send_message(message, AgentId("moderator", "k"))
+        return message
+
+
+@natsrt_only
+async def test_an_intervention_may_ask_an_agent_whose_handler_sends(make_world: MakeWorld) -> None:
+    handler = AsksTheModerator()
+    world = await make_world(intervention_handlers=[handler])
+    handler.runtime = world.caller
+    await Recorder.register(world.host, "recorder", lambda: Recorder([]))
+    await Counter.register(world.host, "counter", Counter)
+    await Moderator.register(world.host, "moderator", Moderator)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(world.caller.send_message(Text(f"t{n}"), RECORDER) for n in range(3)))

@@ -190,3 +190,14 @@ async def test_an_event_published_right_after_a_subscription_was_added_elsewhere
     await world.idle()
     assert contents(seen) == [str(n) for n in range(100)]
     assert {one.agent for one in seen} == {AgentId("recorder", "k")}
+
+
+@natsrt_only
+async def test_a_subscription_that_no_subject_can_express_is_refused_and_spoils_nothing(world: World) -> None:
+    await Recorder.register(world.host, "recorder", lambda: Recorder([]))
+    for runtime in (world.host, world.caller):
+        with pytest.raises(ValueError, match="1,?024|bytes"):
+            await runtime.add_subscription(TypeSubscription("a." * 600 + "a", "recorder"))
+        await runtime.add_subscription(TypeSubscription(f"short{id(runtime)}", "recorder"))
+        break
+    assert (await world.caller.send_message(Text("still"), AgentId("recorder", "k"))).content == "k got still"
