@@ -285,7 +285,7 @@ async def connection_at_server(server: EmbeddedServer, runtime: NatsAgentRuntime
 
     def read() -> dict[str, Any]:
         with urlopen(f"{server.monitor_url}/connz?subs=detail&limit=4096") as page:
-            found = [c for c in json.load(page)["connections"] if c["name"] == f"natsrt {runtime.worker_id}"]
+            found = [c for c in json.load(page)["connections"] if c.get("name") == f"natsrt {runtime.worker_id}"]
             return dict(found[0])
 
     return await asyncio.to_thread(read)

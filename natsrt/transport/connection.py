@@ -449,7 +449,7 @@ class Connection:
     # -- sending and subscribing ---------------------------------------------------------------------------------
 
     def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> None:
-        """Raise `MessageTooLarge` for what would close the connection. The server counts the headers, nats-py does not."""
+        """Raise `MessageTooLarge` for what would close the connection: the server counts the headers too."""
         size = len(payload)
         if headers:
             size += HEADER_OVERHEAD + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
