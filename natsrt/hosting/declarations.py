@@ -24,7 +24,7 @@ class Declarations:
     def __iter__(self) -> Iterator[Subscription]:
         return iter(list(self._by_id.values()))
 
-    def add(self, subscription: Subscription) -> Rule:
+    def add(self, subscription: Subscription) -> None:
         """Raises ValueError where an equal one is there already: by id, by what it says, or by its own ``==``.
 
         And where no NATS subject can express it, before anybody else hears of it.
@@ -36,7 +36,6 @@ class Declarations:
             raise ValueError("Subscription already exists")
         self._by_id[subscription.id] = of_type[subscription.id] = subscription
         self._rules[rule] = subscription.id
-        return rule
 
     def find(self, subscription_id: str) -> Subscription | None:
         return self._by_id.get(subscription_id)

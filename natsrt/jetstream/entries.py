@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 import orjson
-from autogen_core import AgentId, Subscription, TopicId, TypePrefixSubscription, TypeSubscription
+from autogen_core import AgentId, Subscription, TypePrefixSubscription, TypeSubscription
 from pydantic import TypeAdapter, ValidationError
 
 from natsrt.errors import CannotDecode
@@ -335,8 +335,3 @@ def _remove(outer: dict[Any, dict[str, Any]], first: Any, second: str) -> None:
         inner.pop(second, None)
         if not inner:
             outer.pop(first, None)
-
-
-def recipients(rules: Iterable[Rule], topic: TopicId) -> bool:
-    """Whether any ordinary rule takes ``topic`` (its agent then has the topic's source as key)."""
-    return any(rule.matches(topic.type) for rule in rules)

@@ -203,7 +203,7 @@ class Registry:
             chunk = entries[start : start + _WRITES_AT_ONCE]
             revisions += await asyncio.gather(*(self._write(entry) for entry in chunk))
         if revisions:
-            await self._shown(max(revisions))
+            await self.shown(max(revisions))
         for entry in entries:
             self._own[entry.key] = entry
 
@@ -213,16 +213,12 @@ class Registry:
             self._own.pop(key, None)
         revisions = await asyncio.gather(*(self._delete(key) for key in keys))
         if revisions:
-            await self._shown(max(revisions))
+            await self.shown(max(revisions))
 
     def revision_of(self, key: str) -> int:
         """The revision of an entry in the view; 0 if it is not there."""
         present = self.view.entries.get(key)
         return present[0] if present is not None else 0
-
-    async def shown(self, revision: int) -> None:
-        """Wait until the view contains ``revision``. Raises `RegistryUnavailable` when it does not come."""
-        await self._shown(revision)
 
     async def _write(self, entry: Entry) -> int:
         ttl = KNOWN_TTL if isinstance(entry, KnownEntry) else None
@@ -302,7 +298,8 @@ class Registry:
                 still.append((revision, waiter))
         self._waiting = still
 
-    async def _shown(self, revision: int) -> None:
+    async def shown(self, revision: int) -> None:
+        """Wait until the view contains ``revision``. Raises `RegistryUnavailable` when it does not come."""
         if revision <= self.view.applied:
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -549,7 +546,7 @@ class Registry:
                 return 0
             return message.seq or 0
 
-        await self._shown(await self._guard("read", last))
+        await self.shown(await self._guard("read", last))
 
     # -- errors --------------------------------------------------------------------------------------------------
 
