@@ -21,7 +21,7 @@ LAYERS = (
     ("transport",),
     ("wire",),
     ("embedded", "options"),
-    ("contexts",),
+    ("contexts", "keyed_types"),
     ("errors", "version"),
 )
 """Top to bottom. A module may import its own layer and those below it."""

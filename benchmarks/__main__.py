@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import sys
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -117,6 +118,8 @@ def _chosen(patterns: tuple[str, ...], peers: tuple[str, ...], short: bool) -> l
 
 async def _measure(scenarios: list[Scenario], settings: Settings, console: Console) -> dict[str, Any]:
     environment = report.environment(settings)
+    # An installed package has its bytecode. Without it each process would compile what is not installed: natsrt.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     measured = []
     async with EmbeddedServer() as server:
         runner = Runner(settings, server.url, server.pid, report.say)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from benchmarks.peers import Peer
 from benchmarks.setup import Place, Setup
@@ -21,6 +21,8 @@ _START_SECONDS = 300.0
 _COMMAND_SECONDS = 300.0
 _STOP_SECONDS = 15.0
 _TAIL = 2000
+_ANSWER_BYTES = 2**26
+"""The longest answer of a process."""
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -38,7 +40,7 @@ class Member:
         self._errors = errors
 
     @classmethod
-    async def start(cls, peer: Peer, role: str, place: Place, setup: Setup, loop: str) -> Member:
+    async def start(cls, peer: Peer, role: str, place: Place, setup: Setup, loop: str) -> Self:
         """Start the process; it is ready when this returns."""
         errors = tempfile.TemporaryFile()  # noqa: SIM115  # stop() closes it
         process = await asyncio.create_subprocess_exec(
@@ -51,6 +53,7 @@ class Member:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
+            limit=_ANSWER_BYTES,
             cwd=_REPOSITORY,
             process_group=0,  # Ctrl-C is for the driver, which then ends its processes in order
         )

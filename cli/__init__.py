@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from natsrt.version import VERSION
 
-from .agents import agents
-from .demo import demo
-from .doctor import doctor
 from .exits import MEANINGS, Exit
-from .messages import publish, send, tail
-from .server import server
-from .worker import worker
 
 __all__ = ["main"]
 
 _EXIT_CODES = "\n".join(f"{code:>3}  {code.name.lower()}: {meaning}" for code, meaning in MEANINGS.items())
 
+_MODULES: Mapping[str, str] = {
+    "agents": "agents",
+    "demo": "demo",
+    "doctor": "doctor",
+    "publish": "messages",
+    "send": "messages",
+    "server": "server",
+    "tail": "messages",
+    "worker": "worker",
+}
+"""Every command, and the module that defines it under the same name."""
+
+
+class _Commands(click.Group):
+    """Imports a command's module when the command is used, so that none waits for the others' imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _MODULES:
+            return None
+        command: click.Command = getattr(import_module(f".{_MODULES[cmd_name]}", __name__), cmd_name)
+        return command
+
 
 @click.group(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     epilog=f"\b\nExit codes:\n{_EXIT_CODES}",
 )
@@ -33,10 +55,6 @@ def natsrt() -> None:
     Connection options, the NATS_* variables of the nats CLI, NATSRT_<SETTING> for every other setting, and settings
     files work with every command that connects.
     """
-
-
-for _command in (worker, server, agents, send, publish, tail, doctor, demo):
-    natsrt.add_command(_command)
 
 
 def main() -> NoReturn:

@@ -7,12 +7,10 @@ Nothing is changed, and nobody is disturbed: what is published to try a permissi
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import platform
 import time
-import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -38,6 +36,7 @@ from natsrt.wire.subjects import Subjects
 from .agents import gather_answers
 from .connecting import Connecting, connects
 from .exits import Exit
+from .health import judge, read_json
 from .output import as_json as print_json
 from .output import json_option, line, table
 
@@ -94,17 +93,25 @@ class _Patient:
 
 @click.command()
 @click.option("--monitor-url", metavar="URL", help="The server's monitoring pages, such as http://127.0.0.1:8222.")
+@click.option(
+    "--health-url",
+    "health_urls",
+    metavar="URL",
+    multiple=True,
+    help="A worker's --health-port, such as http://127.0.0.1:8080; may be given for several.",
+)
 @json_option
 @connects("error")
-def doctor(connecting: Connecting, monitor_url: str | None, as_json: bool) -> int:
+def doctor(connecting: Connecting, monitor_url: str | None, health_urls: tuple[str, ...], as_json: bool) -> int:
     """Find out what is wrong, and what to do.
 
-    Checks connection, versions, JetStream, permissions, clock, registry and server settings.
+    Checks connection, versions, JetStream, permissions, clock, registry, server settings, and what workers say of their
+    health.
 
     Exits with 7 if there is a problem; warnings alone are 0.
     """
     logging.getLogger("natsrt.connection").setLevel(logging.CRITICAL)  # what it warns of is among the findings
-    findings = asyncio.run(examine(connecting.options(), monitor_url))
+    findings = asyncio.run(examine(connecting.options(), monitor_url, health_urls))
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -115,11 +122,14 @@ def doctor(connecting: Connecting, monitor_url: str | None, as_json: bool) -> in
     return Exit.PROBLEMS if any(finding.level == "problem" for finding in findings) else Exit.OK
 
 
-async def examine(options: Options, monitor_url: str | None = None) -> list[Finding]:
+async def examine(options: Options, monitor_url: str | None, health_urls: Sequence[str]) -> list[Finding]:
     """All checks. Those that need what an earlier one missed are left out."""
     connection = Connection(options, client_name="natsrt doctor")
     patient = _Patient(connection, options, Subjects(options.namespace))
     connection.on_denied(lambda denied: patient.denied.add((denied.operation, denied.subject.lower())))
+    for url in health_urls:  # whether or not there is a server
+        for level, text, advice in await asyncio.to_thread(judge, url):
+            patient.found("health", level, text, advice)
     try:
         await connection.open()
     except PermissionDenied as error:
@@ -370,6 +380,7 @@ async def _open_registry(patient: _Patient) -> AsyncIterator[Registry]:
         patient.options,
         on_rules_changed=lambda _: None,
         on_removed=lambda _: None,
+        on_evicted=lambda: None,
         ask_worker=spared,
     )
     await registry.open()
@@ -415,7 +426,7 @@ async def _check_server_settings(patient: _Patient, monitor_url: str | None) -> 
         return
     url = f"{monitor_url.rstrip('/')}/varz"
     try:
-        settings = await asyncio.to_thread(_read_json, url)
+        settings = await asyncio.to_thread(read_json, url, _REQUEST_SECONDS)
         interval, pings = settings["ping_interval"] / 1e9, settings["ping_max"]
         store_dir = (settings.get("jetstream", {}).get("config") or {}).get("store_dir", "")
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -430,11 +441,3 @@ async def _check_server_settings(patient: _Patient, monitor_url: str | None) -> 
     if store_dir.startswith("/tmp/"):
         advice = "set jetstream { store_dir } in nats.conf: what is below /tmp is lost at a reboot"
         patient.found("server settings", "warning", f"JetStream stores in {store_dir}", advice)
-
-
-def _read_json(url: str) -> dict[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError("it must start with http:// or https://")
-    with urllib.request.urlopen(url, timeout=_REQUEST_SECONDS) as answer:
-        read: dict[str, Any] = json.load(answer)
-    return read

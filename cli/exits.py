@@ -18,6 +18,7 @@ from natsrt.errors import (
     PermissionDenied,
     RegistryUnavailable,
     ServerUnreachable,
+    StateUnavailable,
     SubscriptionNotServed,
     UnknownAgent,
     UnknownAgentType,
@@ -61,7 +62,10 @@ class CommandFailed(Exception):
 
 _CODES: tuple[tuple[tuple[type[NatsrtError], ...], Exit], ...] = (
     ((ConfigurationError,), Exit.USAGE),
-    ((ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable), Exit.NOT_CONNECTED),
+    (
+        (ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable, StateUnavailable),
+        Exit.NOT_CONNECTED,
+    ),
     ((UnknownAgentType, UnknownAgent, NoLiveWorker), Exit.UNKNOWN_AGENT),
     ((CallTimeout, SubscriptionNotServed), Exit.TIMEOUT),
 )

@@ -73,10 +73,8 @@ async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: 
     # A plain call, of which the runtime knows the fate as of its own calls; what it says is up to the agent.
     headers = {KEY_HEADER: agent.key} | ({TYPE_HEADER: type_name} if type_name else {})
     async with connecting.runtime(call_timeout=connecting.timeout) as runtime:
-        running, limit = runtime.running, runtime.options.call_timeout
-        calling = running.calls.call(
-            agent, lambda: running.registry.subject_of(agent), body, sent=lambda: None, headers=headers
-        )
+        limit = runtime.options.call_timeout
+        calling = runtime.running.calls.call(agent, body, headers=headers)
         try:
             async with asyncio.timeout(limit):
                 reply = await calling

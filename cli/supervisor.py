@@ -27,6 +27,7 @@ from pathlib import Path
 from natsrt.embedded import ProcessGroupGuard
 
 from .exits import CommandFailed, Exit
+from .health import Address, Endpoint
 from .output import note
 
 logger = logging.getLogger("natsrt.supervisor")
@@ -79,13 +80,30 @@ class Supervisor:
     Args:
         watch: Directory whose changed Python files make the workers start anew. None: none.
         stop_timeout: Seconds that workers have to stop in order before they are killed.
+        health: Where the first worker answers probes; each other one has the next port. None: nowhere.
+
+    Raises:
+        CommandFailed: One of those ports is not free.
     """
 
-    def __init__(self, arguments: Sequence[str], processes: int, *, watch: Path | None, stop_timeout: float) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        processes: int,
+        *,
+        watch: Path | None,
+        stop_timeout: float,
+        health: Address | None,
+    ) -> None:
         self._arguments = arguments
         self._processes = processes
         self._watch = watch
         self._stop_timeout = stop_timeout
+        self._health = health
+        if health is not None:
+            for slot in range(processes):
+                with Endpoint(health.of_slot(slot)):
+                    pass
         self._workers: dict[int, _Worker] = {}
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -158,6 +176,7 @@ class Supervisor:
         assert self._guard is not None
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
+        health = [] if self._health is None else self._health.of_slot(slot).arguments()
         env = {**os.environ}
         if self._watch is not None:  # a file changed twice within a second is not told from its compiled form
             env["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -166,6 +185,7 @@ class Supervisor:
                 *COMMAND,
                 "worker",
                 *self._arguments,
+                *health,
                 "--ready-fd",
                 str(writing),
                 stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from natsrt.runtime import NatsAgentRuntime
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit
+from .health import Address, Endpoint, health_options
 from .loading import Target, load
 from .output import line, note
 from .server import server_if_none_answers
@@ -43,6 +44,7 @@ _STOP_MARGIN = 10.0
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many workers to run.")
 @click.option("--reload", is_flag=True, help="Start anew when a Python file below --app-dir changes.")
 @click.option("--embedded", is_flag=True, help="Start a server, with temporary data, if none answers.")
+@health_options
 @click.option("--ready-fd", type=int, hidden=True)
 @connects("info")
 def worker(
@@ -54,6 +56,7 @@ def worker(
     processes: int,
     reload: bool,
     embedded: bool,
+    health: Address | None,
     ready_fd: int | None,
 ) -> int:
     """Host the agents of a module.
@@ -65,19 +68,31 @@ def worker(
     the class; their agent with the key "default" is made at the start. A callable that takes the runtime is called
     before the runtime starts; one that sends messages starts it itself, with `await runtime.start()`.
 
+    With --processes, the first worker answers on --health-port and each other one on the next port.
+
     \b
     natsrt worker my_module:register_agents
     natsrt worker my_module:MyAgent --type my_agent --processes 4
     """
     options = connecting.options(name=name)
     if processes == 1 and not reload:
-        return _run(_host(load(target, agent_type, app_dir), options, embedded, ready_fd))
+        with nullcontext() if health is None else Endpoint(health) as endpoint:
+            if endpoint is not None:
+                line(f"health: {endpoint.url}")
+            return _run(_host(load(target, agent_type, app_dir), options, embedded, endpoint, ready_fd))
     if reload:
         require_watchfiles()
     arguments = [target, "--app-dir", str(app_dir), *connecting.arguments()]
     arguments += ["--type", agent_type] if agent_type is not None else []
     arguments += ["--name", name] if name is not None else []
-    return asyncio.run(_supervise(arguments, processes, app_dir if reload else None, options, embedded))
+    supervisor = Supervisor(
+        arguments,
+        processes,
+        watch=app_dir if reload else None,
+        stop_timeout=options.drain_timeout + _STOP_MARGIN,
+        health=health,
+    )
+    return asyncio.run(_supervise(supervisor, options, embedded))
 
 
 def _run(hosting: Coroutine[Any, Any, int]) -> int:
@@ -93,18 +108,21 @@ def _run(hosting: Coroutine[Any, Any, int]) -> int:
         return runner.run(hosting)
 
 
-async def _supervise(arguments: list[str], processes: int, watch: Path | None, options: Options, embedded: bool) -> int:
-    stop_timeout = options.drain_timeout + _STOP_MARGIN
+async def _supervise(supervisor: Supervisor, options: Options, embedded: bool) -> int:
     async with server_if_none_answers(options) if embedded else nullcontext():
-        return await Supervisor(arguments, processes, watch=watch, stop_timeout=stop_timeout).run()
+        return await supervisor.run()
 
 
-async def _host(target: Target, options: Options, embedded: bool, ready_fd: int | None) -> int:
+async def _host(
+    target: Target, options: Options, embedded: bool, endpoint: Endpoint | None, ready_fd: int | None
+) -> int:
     stop = asyncio.Event()
     for number in _SIGNALS:  # until the runtime listens for them itself
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with server_if_none_answers(options) if embedded else nullcontext():
         runtime = NatsAgentRuntime(options=options)
+        if endpoint is not None:
+            endpoint.speak_for(runtime.health)
         try:
             if await _started(runtime, target, stop):
                 _announce(runtime, ready_fd)

@@ -2,16 +2,21 @@
 
 from natsrt import errors
 from natsrt.errors import *  # noqa: F403  # the whole tree of exceptions is public
+from natsrt.keyed_types import KeyedOptions, keyed
+from natsrt.observe.health import Health
 from natsrt.options import Options
 from natsrt.registration import register
 from natsrt.runtime import NatsAgentRuntime, create_distributed_runtime
 from natsrt.version import VERSION as __version__
 
 __all__ = [
+    "Health",
+    "KeyedOptions",
     "NatsAgentRuntime",
     "Options",
     "__version__",
     "create_distributed_runtime",
+    "keyed",
     "register",
     *errors.__all__,
 ]

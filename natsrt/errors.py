@@ -12,13 +12,16 @@ standard library promises in its place, so existing ``except`` clauses keep work
     ├── SubscriptionNotServed       TimeoutError            a worker did not confirm a subscription
     ├── UnknownSubscription         LookupError, ValueError no subscription has the id
     ├── RegistryUnavailable         ConnectionError         the registry could not be read or written
+    ├── StateUnavailable            ConnectionError         what is stored of keyed agents could not be read or written
     ├── UndeliveredCall             UndeliverableException  no agent answered
     │   ├── UnknownAgentType        LookupError             nobody ever registered the type
     │   ├── UnknownAgent            LookupError             the type has instances only, and not this one
     │   ├── NoLiveWorker                                    the type is known, but no worker hosts it now
     │   ├── WorkerLost                                      the worker vanished; the message may have been handled
     │   ├── WorkerBusy                                      the worker's intake is full
-    │   └── WorkerStopped                                   the worker stopped before the handler finished
+    │   ├── WorkerStopped                                   the worker stopped before the handler finished
+    │   ├── StateConflict                                   the agent's stored state was changed elsewhere meanwhile
+    │   └── StateNotSaved                                   the agent's state could not be stored
     ├── CallTimeout                 TimeoutError            a deadline of the caller passed
     ├── AmbiguousAgent              UndeliverableException  several workers each have an agent of that id
     ├── RemoteAgentError                                    a handler raised what this process does not know
@@ -49,6 +52,9 @@ __all__ = [
     "RegistryUnavailable",
     "RemoteAgentError",
     "ServerUnreachable",
+    "StateConflict",
+    "StateNotSaved",
+    "StateUnavailable",
     "SubscriptionNotServed",
     "UndeliveredCall",
     "UnhandledMessage",
@@ -162,6 +168,20 @@ class RegistryUnavailable(NatsrtError, ConnectionError):
         super().__init__(f"cannot {operation} the registry: {reason}")
 
 
+class StateUnavailable(NatsrtError, ConnectionError):
+    """The bucket of keyed agents, their owners and state, could not be read or written.
+
+    ``reason`` is the server's or the client's word.
+    """
+
+    code = 503
+
+    def __init__(self, operation: str, reason: str) -> None:
+        self.operation = operation
+        self.reason = reason
+        super().__init__(f"cannot {operation} the records of keyed agents: {reason}")
+
+
 class UndeliveredCall(NatsrtError, UndeliverableException):
     """A call that no agent answered. ``recipient`` is the agent id as text, ``type/key``."""
 
@@ -243,6 +263,40 @@ class WorkerStopped(UndeliveredCall):
     def __init__(self, recipient: str, worker_id: str) -> None:
         self.worker_id = worker_id
         super().__init__(recipient, f"worker {worker_id} stopped before its handler for {recipient} finished")
+
+
+class StateConflict(UndeliveredCall):
+    """Another worker or an operator changed the agent's stored state while ``worker_id`` had it.
+
+    The message was handled, but what it did to the agent's state was not kept, and the worker dropped its instance.
+    The call can be made again: it meets the state as it is stored now.
+    """
+
+    code = 409
+
+    def __init__(self, recipient: str, worker_id: str) -> None:
+        self.worker_id = worker_id
+        super().__init__(
+            recipient,
+            f"the stored state of {recipient} was changed elsewhere while worker {worker_id} had it: what this call "
+            "did to it was not kept; call again",
+        )
+
+
+class StateNotSaved(UndeliveredCall):
+    """The message was handled, but the agent's state could not be stored; ``reason`` says why.
+
+    The worker keeps the instance as it is, and stores its state with the next message.
+    """
+
+    def __init__(self, recipient: str, worker_id: str, reason: str) -> None:
+        self.worker_id = worker_id
+        self.reason = reason
+        super().__init__(
+            recipient,
+            f"worker {worker_id} handled the call to {recipient} but could not store the agent's state ({reason}); "
+            "it keeps the state in memory, and stores it with the next message",
+        )
 
 
 class CallTimeout(NatsrtError, TimeoutError):

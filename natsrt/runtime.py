@@ -28,12 +28,16 @@ from autogen_core import (
 from autogen_core.exceptions import NotAccessibleError
 from opentelemetry.trace import TracerProvider
 
-from natsrt.errors import AmbiguousAgent, SubscriptionNotServed, UnknownSubscription
+from natsrt.errors import AmbiguousAgent, NatsrtError, SubscriptionNotServed, UnknownSubscription
 from natsrt.hosting import control
 from natsrt.hosting.catalog import Catalog
 from natsrt.hosting.declarations import Declarations
 from natsrt.hosting.interventions import Interventions
+from natsrt.hosting.mailbox import chain
+from natsrt.hosting.owning import OwnedElsewhere
 from natsrt.hosting.worker import Worker
+from natsrt.keyed_types import KeyedOptions, keyed_options_of
+from natsrt.observe.health import Health
 from natsrt.options import Options
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
@@ -156,17 +160,28 @@ class NatsAgentRuntime(AgentRuntime):
         agent_factory: Callable[[], T | Awaitable[T]],
         *,
         expected_class: type[T] | None = None,
+        keyed: bool | KeyedOptions | None = None,
     ) -> AgentType:
         """Host an agent type here. Other workers may host the same type; its calls are then shared out.
 
+        Args:
+            type: The agent type.
+            agent_factory: Makes an agent.
+            expected_class: The class of what it makes. None: not checked, and what the class says is not known.
+            keyed: Whether each id of the type has one live instance over all workers, and how such agents behave.
+                None: as the setting ``keyed`` says for the type, else as `natsrt.keyed` says for the class.
+
         Raises:
-            ValueError: The type exists in this runtime already, or as instances anywhere.
+            ValueError: The type exists in this runtime already, as instances anywhere, or keyed otherwise elsewhere.
             RegistryUnavailable: The registry could not be written; nothing is left behind.
         """
         agent_type = type if isinstance(type, AgentType) else AgentType(type)
         worker = await self._settled()
+        options = self._keyed_options(agent_type.type, expected_class, keyed)
         await self._refuse_mixture(worker, agent_type.type, instances=False)
-        hosted = self._catalog.add_factory(agent_type.type, agent_factory, expected_class)
+        if worker is not None:
+            worker.refuse_mixture(agent_type.type, options is not None)
+        hosted = self._catalog.add_factory(agent_type.type, agent_factory, expected_class, options)
         if worker is not None:
             try:
                 await worker.host(hosted)
@@ -212,7 +227,13 @@ class NatsAgentRuntime(AgentRuntime):
             if worker is not None and await worker.registry.verify(id) is None:
                 raise NotAccessibleError(f"Agent {id} lives in another process.")
             raise LookupError(f"Agent with name {id.type} not found.")
-        agent = await self._catalog.agent(hosted, id.key)
+        if hosted.keyed is None or worker is None:
+            agent = await self._catalog.agent(hosted, id.key)
+        else:
+            try:
+                agent = await worker.keyed.instance(hosted, id.key, chain.get())
+            except OwnedElsewhere as owner:
+                raise NotAccessibleError(f"Agent {id} lives on worker {owner.worker_id}.") from None
         if not isinstance(agent, type):
             raise TypeError(
                 f"Agent with name {id.type} is not of type {type.__name__}. It is of type {_type(agent).__name__}"
@@ -233,14 +254,26 @@ class NatsAgentRuntime(AgentRuntime):
 
     async def save_state(self) -> Mapping[str, Any]:
         """The states of all live agents of this runtime, by agent id as text."""
-        return {str(agent_id): dict(await agent.save_state()) for agent_id, agent in self._catalog.live_agents()}
+        worker, states = await self._settled(), {}
+        for agent_id, agent in self._catalog.live_agents():
+            hosted = self._catalog.find(agent_id.type)
+            if hosted is None or hosted.keyed is None or worker is None:
+                states[str(agent_id)] = dict(await agent.save_state())
+            else:
+                try:
+                    states[str(agent_id)] = dict(await worker.keyed.state(hosted, agent_id.key, chain.get()))
+                except OwnedElsewhere:  # it moved away meanwhile
+                    continue
+        return states
 
     async def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `save_state` returned, for the types that this runtime hosts; agents are made as needed."""
         for name, agent_state in state.items():
             agent_id = AgentId.from_str(name)
             hosted = self._catalog.find(agent_id.type)
-            if hosted is not None:
+            if hosted is not None and hosted.keyed is not None:
+                await self._control(agent_id, control.LOAD_STATE, dict(agent_state))
+            elif hosted is not None:
                 agent = await self._catalog.agent(hosted, agent_id.key)
                 await agent.load_state(agent_state)
 
@@ -260,6 +293,17 @@ class NatsAgentRuntime(AgentRuntime):
     async def agent_load_state(self, agent: AgentId, state: Mapping[str, Any]) -> None:
         """Load ``state`` into a local or remote agent. Raises as `agent_save_state` does."""
         await self._control(agent, control.LOAD_STATE, dict(state))
+
+    async def store_state(self, agent: AgentId) -> None:
+        """Store the state of a keyed agent that lives in this runtime now, whatever its options say of saving.
+
+        An agent may do so for itself, in the middle of a handler.
+
+        Raises:
+            LookupError: It does not live here.
+            StateConflict, StateNotSaved: It could not be stored.
+        """
+        await self._running().owning.store(agent)
 
     async def add_subscription(self, subscription: Subscription) -> None:
         """Give topics to an agent type, whoever hosts it. Returns once every live worker of the type serves it.
@@ -346,6 +390,18 @@ class NatsAgentRuntime(AgentRuntime):
     def ready(self) -> bool:
         """Whether the runtime is started, connected, and in step with the registry."""
         return self._worker is not None and self._worker.ready
+
+    def health(self) -> Health:
+        """How this runtime is at this moment, for probes and for people. Never raises, and works while stopped too.
+
+        To be called in the runtime's event loop.
+        """
+        if self._worker is not None:
+            return self._worker.health()
+        if (failure := self._start_failure()) is not None:
+            told = str(failure) if isinstance(failure, NatsrtError) else type(failure).__qualname__
+            return Health.stopped(f"Its start failed: {told}")
+        return Health.stopped("It was stopped." if self._stopped.is_set() else "It was not started.")
 
     @property
     def running(self) -> Worker:
@@ -493,12 +549,16 @@ class NatsAgentRuntime(AgentRuntime):
 
     def _running(self) -> Worker:
         if self._worker is None:
-            if self._starting is not None and self._starting.done() and not self._starting.cancelled():
-                failure = self._starting.exception()
-                if failure is not None:
-                    raise failure
+            if (failure := self._start_failure()) is not None:
+                raise failure
             raise RuntimeError("Runtime is not started: call start() first")
         return self._worker
+
+    def _start_failure(self) -> BaseException | None:
+        """Why the last start failed; None if it did not."""
+        if self._starting is None or not self._starting.done() or self._starting.cancelled():
+            return None
+        return self._starting.exception()
 
     async def _await_start(self) -> None:
         if self._starting is not None:
@@ -517,10 +577,10 @@ class NatsAgentRuntime(AgentRuntime):
         if worker is not None:
             if worker.connection.connected:
                 await worker.registry.catch_up()
-            workers = worker.registry.workers_of(agent)
-            if len(workers) > 1:
+            workers, keyed = worker.registry.view.takers_of(agent), worker.registry.is_keyed(agent.type)
+            if len(workers) > 1 and not keyed:
                 raise AmbiguousAgent(str(agent), workers)
-            if hosted is None or worker.worker_id not in workers:
+            if keyed or hosted is None or worker.worker_id not in workers:
                 failure = await worker.registry.verify(agent)
                 if failure is not None:
                     raise failure
@@ -528,6 +588,16 @@ class NatsAgentRuntime(AgentRuntime):
         if hosted is None:
             raise LookupError(f"Agent with name {agent.type} not found.")
         return await control.carry_out(await self._catalog.agent(hosted, agent.key), operation, data)
+
+    def _keyed_options(
+        self, agent_type: str, cls: type[Any] | None, keyed: bool | KeyedOptions | None
+    ) -> KeyedOptions | None:
+        """What is said of a type: by the argument, by the setting, by the class, in this order. None: not keyed."""
+        said_of_class = keyed_options_of(cls)
+        said = self._options.keyed.get(agent_type) if keyed is None else keyed
+        if said is None or said is True:
+            return said_of_class or (KeyedOptions() if said else None)
+        return said or None
 
     async def _refuse_mixture(self, worker: Worker | None, agent_type: str, *, instances: bool) -> None:
         """AutoGen's rule, over all workers as they are now: a type has a factory or instances, not both."""

@@ -23,6 +23,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode
 
 from natsrt import NatsAgentRuntime
@@ -288,6 +289,62 @@ async def test_the_trace_context_travels_as_w3c_says(server: EmbeddedServer, nam
         server, f"{namespace}.agent.answerer", lambda: runtime.send_message(Ask("hi"), AgentId("answerer", "x"))
     )
     assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-0[0-9a-f]", json.loads(body)["traceparent"])
+
+
+UNSAMPLED = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-00", "tracestate": "vendor=value"}
+
+
+@pytest.mark.parametrize("travels", [("traceparent",), ("traceparent", "tracestate")])
+async def test_below_a_context_that_is_not_sampled_nothing_is_recorded_and_it_is_passed_on(
+    server: EmbeddedServer, namespace: str, start: Start, exporter: InMemorySpanExporter, travels: Sequence[str]
+) -> None:
+    runtime, other = await start(), await start()
+    await Relay.register(runtime, "relay", lambda: Relay("passes on"))
+    await Answerer.register(other, "answerer", Answerer)
+    extensions = {name: UNSAMPLED[name] for name in travels}
+    (body,) = await bodies_on(
+        server, f"{namespace}.agent.answerer", lambda: call_relay(server, namespace, "nested", extensions)
+    )
+    passed_on = json.loads(body)
+    assert {name: passed_on[name] for name in UNSAMPLED if name in passed_on} == extensions
+    assert exporter.get_finished_spans() == ()
+
+
+async def test_a_sampler_of_its_own_mind_records_below_a_context_that_is_not_sampled(
+    server: EmbeddedServer, namespace: str, start: Start, exporter: InMemorySpanExporter
+) -> None:
+    provider = TracerProvider(sampler=ALWAYS_ON)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    runtime = await start(provider)
+    await Relay.register(runtime, "relay", lambda: Relay("passes on"))
+    await call_relay(server, namespace, "fail", UNSAMPLED)
+    receive, _ = await finished(exporter, 2)
+    assert receive.parent is not None and receive.parent.span_id == int("cd" * 8, 16)
+    assert receive.context.trace_id == int("ab" * 16, 16)
+    assert receive.context.trace_state.to_header() == UNSAMPLED["tracestate"]
+
+
+async def call_relay(server: EmbeddedServer, namespace: str, text: str, extensions: dict[str, str]) -> None:
+    """A call of the relay by a client that is no runtime."""
+    envelope = {"specversion": "1.0", "type": "natsrt.call", "id": "1", "source": "/", "messagetype": "Ask"}
+    client = await nats.connect(server.url)
+    body = json.dumps(envelope | {"subject": "k"} | extensions | {"data": {"text": text}}, separators=(",", ":"))
+    await client.request(f"{namespace}.agent.relay", body.encode(), timeout=5)
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    ["", "00-xyz", f"00-{'0' * 32}-{'cd' * 8}-01", f"00-{'ab' * 16}-{'0' * 16}-01", f"00-{'AB' * 16}-{'cd' * 8}-01"],
+)
+async def test_a_trace_context_that_cannot_be_read_is_as_none(
+    server: EmbeddedServer, namespace: str, start: Start, exporter: InMemorySpanExporter, traceparent: str
+) -> None:
+    runtime = await start()
+    await Relay.register(runtime, "relay", lambda: Relay("passes on"))
+    await call_relay(server, namespace, "fail", {"traceparent": traceparent})
+    receive, process = await finished(exporter, 2)
+    assert receive.parent is None and is_child(process, receive)
 
 
 async def test_autogens_variable_turns_tracing_off(

@@ -23,6 +23,7 @@ from autogen_core import (
 
 from natsrt.errors import CannotSerialize, UnknownAgent
 from natsrt.jetstream.entries import InstanceEntry, KnownEntry, Rule, TypeEntry
+from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.observe import events
 from natsrt.wire.serialization import Serialization, type_name_of
 from natsrt.wire.subjects import encode_token
@@ -60,11 +61,12 @@ class Statistics:
 
 @dataclass(slots=True, eq=False)
 class HostedType:
-    """One agent type. ``factory`` is None where it exists as registered instances only."""
+    """One agent type. ``factory`` is None where it exists as registered instances only, ``keyed`` where it is not."""
 
     agent_type: str
     factory: Factory | None
     expected_class: type[Agent] | None
+    keyed: KeyedOptions | None = None
     instance_class: type[Agent] | None = None
     live: dict[str, Agent] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -103,7 +105,14 @@ class HostedType:
         """What the registry is told of this type."""
         handles, produces = tuple(sorted(self.handles)), tuple(sorted(self.produces))
         entries: list[TypeEntry | KnownEntry | InstanceEntry] = [
-            TypeEntry(self.agent_type, worker_id, handles, produces, instances=self.has_instances_only),
+            TypeEntry(
+                self.agent_type,
+                worker_id,
+                handles,
+                produces,
+                keyed=self.keyed is not None,
+                instances=self.has_instances_only,
+            ),
             KnownEntry(self.agent_type, handles, produces),
         ]
         if self.has_instances_only:
@@ -131,6 +140,8 @@ class Catalog:
         self._runtime = runtime
         self._serialization = serialization
         self._types: dict[str, HostedType] = {}
+        self._closures: list[HostedType] = []
+        """Types of AutoGen's ClosureAgent that may be settling: what they handle shows in their serializers alone."""
         self._serializers_changed = asyncio.Event()
 
     def __iter__(self) -> Iterator[HostedType]:
@@ -144,7 +155,9 @@ class Catalog:
 
     # -- registering ---------------------------------------------------------------------------------------------
 
-    def add_factory(self, agent_type: str, factory: Factory, expected_class: type[Agent] | None) -> HostedType:
+    def add_factory(
+        self, agent_type: str, factory: Factory, expected_class: type[Agent] | None, keyed: KeyedOptions | None = None
+    ) -> HostedType:
         """Raises ValueError where the type exists already (as AutoGen does), or the factory takes arguments."""
         if agent_type in self._types:
             raise ValueError(f"Agent with type {agent_type} already exists.")
@@ -152,10 +165,12 @@ class Catalog:
         count = len(inspect.signature(factory).parameters)
         if count not in (0, 2):
             raise ValueError(f"Agent factory must take 0 or 2 arguments, not {count}.")
-        hosted = HostedType(agent_type, factory, expected_class)
+        hosted = HostedType(agent_type, factory, expected_class, keyed)
         if expected_class is not None:
             self._learn(hosted, expected_class)
         self._types[agent_type] = hosted
+        if expected_class is not None and issubclass(expected_class, ClosureAgent):
+            self._closures.append(hosted)
         return hosted
 
     def add_instance(self, agent: Agent, agent_id: AgentId) -> HostedType:
@@ -212,13 +227,12 @@ class Catalog:
 
     def serializers_added(self, serializers: Sequence[MessageSerializer[Any]]) -> None:
         """Wake the messages that wait for them."""
-        for hosted in self._types.values():
-            if hosted.settling:
-                for serializer in serializers:
-                    cls = self._serialization.class_of(serializer.type_name)
-                    expected = hosted.expected_class
-                    if cls is not None and expected is not None and issubclass(expected, ClosureAgent):
-                        hosted.handles.setdefault(serializer.type_name, cls)
+        self._closures = [hosted for hosted in self._closures if hosted.settling]
+        for hosted in self._closures:
+            for serializer in serializers:
+                cls = self._serialization.class_of(serializer.type_name)
+                if cls is not None:
+                    hosted.handles.setdefault(serializer.type_name, cls)
         self._serializers_changed.set()
         self._serializers_changed = asyncio.Event()
 
@@ -271,6 +285,11 @@ class Catalog:
                     raise ValueError(
                         "Factory registered using the wrong type: "
                         f"expected {expected.__name__}, got {type(agent).__name__}"
+                    )
+                if expected is None and hosted.keyed is None and keyed_options_of(type(agent)) is not None:
+                    raise ValueError(
+                        f"{type(agent).__name__} is a keyed class, but the type {hosted.agent_type!r} was registered "
+                        "without saying so: give expected_class or keyed to register_factory"
                     )
             except BaseException as error:
                 events.construction_failed(agent=agent_id, error=error)

@@ -17,8 +17,12 @@ METADATA: Final = "metadata"
 SAVE_STATE: Final = "save_state"
 LOAD_STATE: Final = "load_state"
 ACTIVATE: Final = "activate"
+STORE_STATE: Final = "store_state"
+"""Store the state of a keyed agent now."""
+GIVE_AWAY: Final = "give_away"
+"""Of a worker, not of an agent: release so many idle agents of the type, so that others get them."""
 
-_OPERATIONS: Final = (METADATA, SAVE_STATE, LOAD_STATE, ACTIVATE)
+_OPERATIONS: Final = (METADATA, SAVE_STATE, LOAD_STATE, ACTIVATE, STORE_STATE)
 
 
 async def carry_out(agent: Agent, operation: str, data: Any) -> Any:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from autogen_core import Subscription
+from autogen_core import Subscription, TypePrefixSubscription, TypeSubscription
 
 from natsrt.jetstream.entries import Rule, SubscriptionEntry
 from natsrt.wire.subjects import Subjects
+
+_EQUAL_BY_RULE = (TypeSubscription.__eq__, TypePrefixSubscription.__eq__)
+"""AutoGen's own: equal ids, or equal rules."""
 
 
 class Declarations:
@@ -18,6 +21,10 @@ class Declarations:
         self._by_id: dict[str, Subscription] = {}
         self._rules: dict[Rule, str] = {}
         self._by_type: dict[str, dict[str, Subscription]] = {}
+        self._custom: dict[str, dict[str, Subscription]] = {}
+        """Those whose class only this process can ask, by agent type and by their rule's digest."""
+        self._special: dict[str, dict[str, Subscription]] = {}
+        """Those whose ``==`` may say more than their rule, by agent type and id."""
         self.unowned: set[str] = set()
         """Registry keys under which some were stored while this runtime did not host the type: they outlive a stop."""
 
@@ -31,11 +38,17 @@ class Declarations:
         """
         rule = Rule.of(subscription)
         rule.subject(self._subjects)
-        of_type = self._by_type.setdefault(rule.agent_type, {})
-        if subscription.id in self._by_id or rule in self._rules or any(o == subscription for o in of_type.values()):
+        is_special = rule.kind == "custom" or type(subscription).__eq__ not in _EQUAL_BY_RULE
+        of_type, special = self._by_type.setdefault(rule.agent_type, {}), self._special.setdefault(rule.agent_type, {})
+        asked = (of_type if is_special else special).values()
+        if subscription.id in self._by_id or rule in self._rules or any(other == subscription for other in asked):
             raise ValueError("Subscription already exists")
         self._by_id[subscription.id] = of_type[subscription.id] = subscription
         self._rules[rule] = subscription.id
+        if is_special:
+            special[subscription.id] = subscription
+        if rule.kind == "custom":
+            self._custom.setdefault(rule.agent_type, {})[rule.digest] = subscription
 
     def find(self, subscription_id: str) -> Subscription | None:
         return self._by_id.get(subscription_id)
@@ -43,6 +56,8 @@ class Declarations:
     def remove(self, subscription: Subscription) -> None:
         rule = Rule.of(subscription)
         del self._by_id[subscription.id], self._rules[rule], self._by_type[rule.agent_type][subscription.id]
+        self._special[rule.agent_type].pop(subscription.id, None)
+        self._custom.get(rule.agent_type, {}).pop(rule.digest, None)
 
     def removed_by_others(self, entry: SubscriptionEntry) -> None:
         """Another runtime removed what this one had added without hosting the type."""
@@ -57,5 +72,5 @@ class Declarations:
 
     def custom(self, agent_type: str) -> Sequence[Subscription]:
         """Those of one agent type whose class only this process can ask, in an order that all processes share."""
-        ranked = {rule.digest: one for one in self.of(agent_type) if (rule := Rule.of(one)).kind == "custom"}
+        ranked = self._custom.get(agent_type, {})
         return [ranked[digest] for digest in sorted(ranked)]

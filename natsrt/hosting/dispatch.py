@@ -18,9 +18,9 @@ import time
 import traceback
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from contextvars import ContextVar, copy_context
+from typing import Any
 
-import orjson
 from autogen_core import (
     Agent,
     AgentId,
@@ -31,40 +31,50 @@ from autogen_core import (
 )
 from autogen_core.exceptions import MessageDroppedException
 from autogen_core.logging import DeliveryStage, MessageKind
+from nats.aio.msg import Msg
+from opentelemetry.context import Context
 
 from natsrt.errors import (
     CannotDecode,
-    MessageTooLarge,
     NatsrtError,
     RemoteAgentError,
     UnhandledMessage,
     WorkerBusy,
     WorkerStopped,
 )
+from natsrt.hosting.answers import Answer, Answers, id_of
 from natsrt.hosting.catalog import Catalog, Gate, HostedType
 from natsrt.hosting.control import carry_out_message
 from natsrt.hosting.fates import Fates
-from natsrt.hosting.intake import Entry, Intake, Kind
+from natsrt.hosting.intake import CONTROL, EVENT, Entry, Intake
+from natsrt.hosting.keyed import Keyed, chain_of
+from natsrt.hosting.mailbox import chain
+from natsrt.hosting.owning import OwnedElsewhere
 from natsrt.hosting.reading import Delivery, Reading
+from natsrt.hosting.sending import Sending
 from natsrt.observe import events
 from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
-from natsrt.wire.failures import describe
-from natsrt.wire.serialization import Encoded, Serialization
+from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects, encode_text
 
 logger = logging.getLogger("natsrt.hosting")
 
-WORKER_EXTENSION = "workerid"
-"""Extension of a reply that names the worker which answered."""
+
+def _agent_variable() -> ContextVar[AgentId]:
+    """The variable behind `MessageHandlerContext`, which AutoGen gives no public name.
+
+    ``populate_context`` takes a microsecond, most of it to put back the old value; a handler's task ends instead.
+    """
+    mark = AgentId("mark", "mark")
+    with MessageHandlerContext.populate_context(mark):
+        return next(variable for variable, value in copy_context().items() if value is mark)
 
 
-class Answer(NamedTuple):
-    body: bytes
-    headers: dict[str, str] | None = None
+_handling_agent = _agent_variable()
 
 
 class Dispatch:
@@ -81,17 +91,20 @@ class Dispatch:
         serialization: Serialization,
         reading: Reading,
         fates: Fates,
+        keyed: Keyed,
+        sending: Sending,
     ) -> None:
         self._connection = connection
         self._subjects = subjects
         self._options = options
         self._worker_id = worker_id
-        self._worker_attribute = envelope.attribute(WORKER_EXTENSION, worker_id)
+        self._answers = Answers(connection, options, worker_id)
         self._catalog = catalog
         self._serialization = serialization
         self._reading = reading
         self._fates = fates
-        self._type_attributes: dict[str, str] = {}
+        self._keyed = keyed
+        self._sending = sending
         self._active: set[Entry] = set()
         self._excused: set[Entry] = set()
         self._stopping = False
@@ -123,7 +136,7 @@ class Dispatch:
     def _run(self, entry: Entry, work: Coroutine[Any, Any, None]) -> None:
         """``work`` takes the entry out of `_active` at its end; a task's callback would cost a turn of the loop."""
         self._active.add(entry)
-        entry.task = asyncio.get_running_loop().create_task(work)
+        entry.task = asyncio.get_running_loop().create_task(work, name=entry.route.name)
 
     def excuse(self, task: asyncio.Task[Any] | None) -> None:
         """``task`` waits for the stop itself. If it is a handler's, the stop does not wait for it."""
@@ -165,40 +178,60 @@ class Dispatch:
 
     async def _serve(self, entry: Entry) -> None:
         route, message = entry.route, entry.message
+        hosted = route.hosted
         began = time.perf_counter_ns()
         answer: Answer | None = None
         error: BaseException | None = None
         body: Envelope | None = None
-        plain = True
+        key: str | None = None
         try:
             body = envelope.decode(message.data)
-            plain = body is None
-            if route.kind is Kind.EVENT:
-                await self._event(entry, body)
-            elif route.kind is Kind.CALL:
-                answer = await self._call(entry, body)
-            else:
-                answer = await self._controlled(entry, body)
+            key, topic = self._reading.recipient(entry, body)
+            if entry.kind is CONTROL:
+                answer = await self._controlled(hosted, key, entry, body)
+            elif key is not None:
+                if hosted.keyed is None:
+                    if body is not None and "chain" in body.attributes:
+                        chain.set(chain_of(body))
+                    answer = await self._handle(hosted, key, entry, body, topic)
+                else:
+                    answer = await self._handle_keyed(hosted, key, entry, body, topic)
         except BaseException as raised:  # a handler's BaseException is answered too, and must not end the event loop
-            error = raised
-            agent, source = self._agent_of(entry, body)
-            if isinstance(raised, asyncio.CancelledError) and self._stopping:
-                error = WorkerStopped(agent, self._worker_id)
-            if isinstance(raised, CannotDecode):
-                self.undecodable += 1
-            if route.kind is not Kind.EVENT and message.reply:
-                answer = self._failure(error, plain, source, _id_of(body))
-            else:
-                logger.error("%s on %s failed: %s", route.kind.value, _clip(message.subject), _outline(error))
+            error = self._failed(raised, entry, body, key)
+            if error is not None and entry.kind is not EVENT and message.reply:
+                answer = self._failure(error, entry, body)
         if entry.waiting:
             self.intake.started(entry)
-        if route.kind is not Kind.CONTROL:
-            route.hosted.statistics.record(began, error)
+        if entry.kind is not CONTROL:
+            hosted.statistics.record(began, error)
         try:
             if answer is not None and message.reply:
                 await self._answer(entry, answer)
         finally:
             self._active.discard(entry)
+
+    def _failed(
+        self, error: BaseException, entry: Entry, body: Envelope | None, key: str | None
+    ) -> BaseException | None:
+        """Note that a message failed. Returns what its caller is told; None where that was no failure.
+
+        ``key`` is None where it failed before its agent was known.
+        """
+        if entry.kind is EVENT and key is not None:
+            if body is None and isinstance(error, MessageDroppedException):
+                return None
+            if not self._options.ignore_unhandled_exceptions and self.background_error is None:
+                self.background_error = error
+        if isinstance(error, asyncio.CancelledError) and self._stopping:
+            error = WorkerStopped(self._agent_of(entry, body)[0], self._worker_id)
+        if isinstance(error, CannotDecode):
+            self.undecodable += 1
+        if entry.kind is EVENT or not entry.message.reply:
+            logger.error("%s on %s failed: %s", entry.kind.value, _clip(entry.message.subject), _outline(error))
+        return error
+
+    def _failure(self, error: BaseException, entry: Entry, body: Envelope | None) -> Answer:
+        return self._answers.failure(error, body is None, self._agent_of(entry, body)[1], id_of(body))
 
     async def _answer(self, entry: Entry, answer: Answer) -> None:
         reply = entry.message.reply
@@ -217,38 +250,8 @@ class Dispatch:
 
     async def answer_error(self, reply: str, error: BaseException) -> None:
         """Answer a message that is not for an agent with ``error``."""
-        answer = self._failure(error, False, envelope.NO_AGENT, "-")
+        answer = self._answers.failure(error, False, envelope.NO_AGENT, "-")
         await self._connection.publish(reply, answer.body, headers=answer.headers)
-
-    def _failure(
-        self, error: BaseException, plain: bool, recipient: str, call_id: str, *, refused: bool = False
-    ) -> Answer:
-        with_traceback = self._options.send_tracebacks
-        answer = self._error_answer(error, plain, recipient, call_id, with_traceback=with_traceback, refused=refused)
-        try:
-            self._connection.check_size(answer.body, answer.headers)
-        except MessageTooLarge as too_large:  # said without what may be long: traceback, and names from the message
-            return self._error_answer(too_large, plain, envelope.NO_AGENT, "-", with_traceback=False)
-        return answer
-
-    def _error_answer(
-        self,
-        error: BaseException,
-        plain: bool,
-        recipient: str,
-        call_id: str,
-        *,
-        with_traceback: bool,
-        refused: bool = False,
-    ) -> Answer:
-        failure = describe(error, with_traceback=with_traceback, refused=refused)
-        if plain:
-            return Answer(failure.payload, failure.headers)
-        attributes = self._reply_attributes(call_id, recipient)
-        return Answer(envelope.encode(envelope.ERROR, attributes, failure.payload), failure.headers)
-
-    def _reply_attributes(self, call_id: str, recipient: str) -> str:
-        return f'"id":{envelope.quote(call_id + "-r")},"source":{envelope.quote(recipient)},{self._worker_attribute}'
 
     def _refuse(self, entry: Entry) -> None:
         """The intake is full: say so, without starting anything."""
@@ -265,15 +268,14 @@ class Dispatch:
             plain = False
         try:
             if entry.message.reply:
-                await self._answer(entry, self._failure(error, plain, entry.route.name, "busy", refused=True))
+                answer = self._answers.failure(error, plain, entry.route.name, "busy", refused=True)
+                await self._answer(entry, answer)
         finally:
             self._active.discard(entry)
 
-    # -- calls ---------------------------------------------------------------------------------------------------
-
     def _agent_of(self, entry: Entry, body: Envelope | None) -> tuple[str, str]:
         """The agent of a message that failed, as text and as a ``source``: the route's name where it names no key."""
-        if entry.route.kind is Kind.EVENT:
+        if entry.kind is EVENT:
             return entry.route.name, entry.route.name
         agent_type = entry.route.hosted.agent_type
         try:
@@ -282,81 +284,73 @@ class Dispatch:
         except ValueError:  # its key cannot be read, which may be what failed
             return entry.route.name, entry.route.name
 
-    async def _call(self, entry: Entry, body: Envelope | None) -> Answer:
-        if body is not None:
-            if body.type != envelope.CALL:
-                raise CannotDecode("an envelope", f"expected {envelope.CALL}, not {body.type!r}")
-            self._reading.accept_at(entry, body)
-        key = self._reading.key(entry, body)
-        hosted = entry.route.hosted
-        agent, delivery = self._admit_at_once(hosted, key, entry, body, None) or (
-            await self._admit_in_turn(hosted, key, entry, body, None)
+    async def _handle(
+        self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId | None
+    ) -> Answer | None:
+        """Let the live agent here handle the message. The answer to a call; None for an event."""
+        agent, delivery = self._admit_at_once(hosted, key, entry, body, topic) or (
+            await self._admit_in_turn(hosted, key, entry, body, topic)
         )
         response = await self._invoke(hosted, agent, delivery, entry)
+        return self._reply(response, delivery, body, hosted.agent_type, key) if topic is None else None
+
+    def _reply(self, response: Any, delivery: Delivery, body: Envelope | None, agent_type: str, key: str) -> Answer:
         encoded = self._serialization.encode(response)
         if events.listening():
             events.message(
                 encoded.payload,
-                sender=AgentId(hosted.agent_type, key),
+                sender=AgentId(agent_type, key),
                 receiver=delivery.context.sender,
                 kind=MessageKind.RESPOND,
                 stage=DeliveryStage.SEND,
             )
-        answer = Answer(encoded.payload) if body is None else self._reply(encoded, body, hosted.agent_type, key)
-        self._connection.check_size(answer.body)
-        return answer
+        return self._answers.reply(encoded, body, agent_type, key)
 
-    def _reply(self, encoded: Encoded, body: Envelope, agent_type: str, key: str) -> Answer:
-        type_attribute = self._type_attributes.get(encoded.type_name)
-        if type_attribute is None:
-            type_attribute = envelope.attribute("messagetype", encoded.type_name)
-            self._type_attributes[encoded.type_name] = type_attribute
-        attributes = f"{self._reply_attributes(_id_of(body), f'{agent_type}/{encode_text(key)}')},{type_attribute}"
-        return Answer(envelope.encode(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
-
-    async def _controlled(self, entry: Entry, body: Envelope | None) -> Answer:
-        if body is None or body.type != envelope.CONTROL:
+    async def _controlled(self, hosted: HostedType, key: str | None, entry: Entry, body: Envelope | None) -> Answer:
+        if body is None or key is None:
             raise CannotDecode("a control message", f"expected {envelope.CONTROL}")
-        self._reading.accept_at(entry, body)
-        hosted, key = entry.route.hosted, self._reading.key(entry, body)
-        result = await carry_out_message(self._catalog, hosted, key, body)
+        if hosted.keyed is None:
+            result = await carry_out_message(self._catalog, hosted, key, body)
+        else:
+            try:
+                result = await self._keyed.control(hosted, key, body)
+            except OwnedElsewhere as owner:
+                return _passed_on(
+                    await self._sending.pass_control_on(AgentId(hosted.agent_type, key), owner.worker_id, body)
+                )
+        return self._answers.control_reply(result, body, hosted.agent_type, key)
+
+    # -- keyed agents --------------------------------------------------------------------------------------------
+
+    async def _handle_keyed(
+        self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId | None
+    ) -> Answer | None:
+        """The same where the agent lives: here, or on the worker that owns it."""
+        if entry.kind is EVENT and entry.pending is not None:  # a reply subject tells its publisher that it is lost
+            self._fates.forget(entry.pending)
+            entry.pending = None
+        along = chain_of(body)
+        if body is not None and body.type == envelope.LOCATE:
+            location = await self._keyed.locate(hosted, key, along)
+            return self._answers.control_reply(location._asdict(), body, hosted.agent_type, key)
         try:
-            payload = orjson.dumps(result)
-        except TypeError as error:
-            raise CannotDecode("a control result", f"an agent's state must be JSON: {error}") from None
-        source = f"{hosted.agent_type}/{encode_text(key)}"
-        answer = Answer(envelope.encode(envelope.REPLY, self._reply_attributes(_id_of(body), source), payload))
-        self._connection.check_size(answer.body)
-        return answer
+            return await self._keyed.visit(hosted, key, along, lambda: self._handle(hosted, key, entry, body, topic))
+        except OwnedElsewhere:
+            return await self._pass_on(AgentId(hosted.agent_type, key), hosted, entry, body, topic)
 
-    # -- events --------------------------------------------------------------------------------------------------
-
-    async def _event(self, entry: Entry, body: Envelope | None) -> None:
-        """Deliver to the agent that the type's subscriptions give the event to, unless it is the publisher."""
-        route = entry.route
-        if body is not None and body.type != envelope.EVENT:
-            raise CannotDecode("an envelope", f"expected {envelope.EVENT}, not {body.type!r}")
-        topic = self._reading.topic(entry, body)
-        key = self._reading.match(entry, topic)
-        if key is None:
-            return
-        sender = self._reading.sender(body)
-        if sender is None or sender.key != key or sender.type != route.hosted.agent_type:
-            await self._deliver(route.hosted, key, entry, body, topic)
-
-    async def _deliver(self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId) -> None:
-        try:
-            agent, delivery = self._admit_at_once(hosted, key, entry, body, topic) or (
-                await self._admit_in_turn(hosted, key, entry, body, topic)
-            )
-            await self._invoke(hosted, agent, delivery, entry)
-        except MessageDroppedException:
-            if body is not None:
-                raise
-        except BaseException as error:
-            if not self._options.ignore_unhandled_exceptions and self.background_error is None:
-                self.background_error = error
-            raise
+    async def _pass_on(
+        self, agent: AgentId, hosted: HostedType, entry: Entry, body: Envelope | None, topic: TopicId | None
+    ) -> Answer | None:
+        """Send a message to the owner of its agent, for a sender that did not know him."""
+        self.intake.started(entry)
+        if topic is None:
+            return _passed_on(await self._sending.pass_call_on(agent, entry.message, body))
+        if body is None:  # a plain event becomes one of ours on the way
+            delivery = await self._reading.plain_delivery(hosted, agent.key, entry, topic)
+            await self._sending.deliver_new(agent, topic, delivery.message, delivery.context.message_id)
+        else:
+            await self._sending.pass_event_on(agent, topic, body)
+        return None
 
     # -- agent and message ---------------------------------------------------------------------------------------
 
@@ -414,27 +408,28 @@ class Dispatch:
                 stage=DeliveryStage.DELIVER,
             )
         entry.token = context.cancellation_token
+        _handling_agent.set(agent.id)
         try:
-            with MessageHandlerContext.populate_context(agent.id):
-                if self.telemetry is None:
-                    return await agent.on_message(message, context)
-                with self._process_span(self.telemetry, agent.id, delivery, entry):
-                    return await agent.on_message(message, context)
+            if self.telemetry is None or (trace := self.telemetry.continued(delivery.attributes)) is None:
+                return await agent.on_message(message, context)
+            with self._process_span(self.telemetry, trace, agent.id, delivery, entry):
+                return await agent.on_message(message, context)
         except BaseException as error:
             events.handler_failed(delivery.payload, agent=agent.id, error=error)
             raise
 
     def _process_span(
-        self, telemetry: Telemetry, agent_id: AgentId, delivery: Delivery, entry: Entry
-    ) -> AbstractContextManager[None]:
+        self, telemetry: Telemetry, trace: Context, agent_id: AgentId, delivery: Delivery, entry: Entry
+    ) -> AbstractContextManager[Any]:
         return telemetry.processing(
+            trace,
             delivery.attributes,
             subject=_clip(entry.message.subject),
             destination=self._subjects.agent(agent_id.type),
             agent=agent_id,
             message_type=delivery.type_name,
             size=entry.size,
-            waited=asyncio.get_running_loop().time() - entry.arrived,
+            arrived=entry.arrived,
         )
 
     @staticmethod
@@ -445,14 +440,14 @@ class Dispatch:
         )
 
 
+def _passed_on(reply: Msg) -> Answer:
+    """The owner's reply as the answer to the message that was passed on to it."""
+    return Answer(reply.data, reply.headers)
+
+
 def _task_of(entry: Entry) -> asyncio.Task[None]:
     assert entry.task is not None
     return entry.task
-
-
-def _id_of(body: Envelope | None) -> str:
-    """The call's id for its reply."""
-    return "-" if body is None else body.attributes.get("id", "-")
 
 
 def _clip(text: str) -> str:

@@ -7,14 +7,15 @@ must agree with it. Everything here raises `CannotDecode` for what cannot be rea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from autogen_core import AgentId, CancellationToken, MessageContext, Subscription, TopicId
 from nats.nuid import NUID
 
 from natsrt.errors import CannotDecode
 from natsrt.hosting.catalog import Catalog, HostedType
-from natsrt.hosting.intake import Entry
+from natsrt.hosting.intake import EVENT, Entry
 from natsrt.hosting.interventions import Interventions
 from natsrt.transport.cancellation import Cancellations
 from natsrt.wire import envelope
@@ -22,13 +23,16 @@ from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, Envelope
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects, decode_token
 
-_CLAIMS = ("topictype", "topicsource")
-"""Extensions with the real values of hashed tokens."""
 _REMEMBERED = 4096
-"""Topics and acceptance subjects that are not checked again."""
+"""Topics, senders and acceptance subjects that are not read again."""
+_LONGEST = 1024
+"""Characters of what is remembered, so that this stays small."""
+
+_T = TypeVar("_T")
 
 
-class Delivery(NamedTuple):
+@dataclass(slots=True)
+class Delivery:
     """What a handler is called with."""
 
     message: Any
@@ -60,20 +64,53 @@ class Reading:
         self._infer_types = infer_types
         self._custom_of = custom_of
         self._topics: dict[str, TopicId] = {}
-        self._acceptable: set[str] = set()
+        self._senders: dict[str, AgentId] = {}
+        self._acceptable: dict[str, None] = {}
 
     # -- whom it is for ------------------------------------------------------------------------------------------
 
-    def accept_at(self, entry: Entry, body: Envelope) -> None:
-        accept_to = body.text("acceptto")
+    def recipient(self, entry: Entry, body: Envelope | None) -> tuple[str | None, TopicId | None]:
+        """The key of the agent that the message is for, and the topic of an event, None for a call.
+
+        The key is None for an event that no agent here gets: its publisher does not get it back, and a keyed agent does
+        not get from here what the publisher has sent to it.
+        """
+        route = entry.route
+        if body is not None and (kind := body.attributes["type"]) != route.expects:
+            if kind == envelope.EVENT and route.hosted.keyed is not None and route.key is not None:
+                entry.kind = EVENT
+                return route.key, self._claimed_topic(body)
+            if kind != envelope.LOCATE or route.hosted.keyed is None:
+                raise CannotDecode("an envelope", f"expected {route.expects}, not {kind!r}")
+        if route.kind is not EVENT:
+            if body is not None:
+                self._accept_at(entry, body)
+            return self.key(entry, body), None
+        topic = self.topic(entry, body)
+        key = self.match(entry, topic)
+        if key is not None and body is not None:
+            agent_type, sender = route.hosted.agent_type, self.sender(body)
+            if sender is not None and sender.key == key and sender.type == agent_type:
+                return None, topic
+            if route.custom is None and (served := body.text("keyed")) and agent_type in served.split():
+                return None, topic
+        return key, topic
+
+    def _claimed_topic(self, body: Envelope) -> TopicId:
+        """The topic of an event that its publisher sent to a keyed agent itself."""
+        try:
+            return TopicId(body.required("topictype"), body.required("topicsource"))
+        except ValueError as error:
+            raise CannotDecode("a topic", str(error)) from None
+
+    def _accept_at(self, entry: Entry, body: Envelope) -> None:
+        accept_to = body.attributes.get("acceptto")
         if accept_to is None or entry.pending is None:
             return
         if accept_to not in self._acceptable:
             if not envelope.is_subject(accept_to) or self._subjects.is_reserved(accept_to):
                 raise CannotDecode("an envelope", "its acceptto lies where no acceptance may go")
-            if len(self._acceptable) >= _REMEMBERED:
-                self._acceptable.clear()
-            self._acceptable.add(accept_to)
+            _remember(self._acceptable, accept_to, None)
         entry.pending.accept_to = accept_to
 
     def key(self, entry: Entry, body: Envelope | None) -> str:
@@ -82,7 +119,7 @@ class Reading:
         if body is None:
             key = (entry.message.headers or {}).get(KEY_HEADER)
         else:
-            subject = body.text("subject")
+            subject = body.attributes.get("subject")
             try:
                 key = None if subject is None else decode_token(subject)
             except ValueError as error:
@@ -95,21 +132,20 @@ class Reading:
 
     def topic(self, entry: Entry, body: Envelope | None) -> TopicId:
         subject = entry.message.subject
-        claims = {} if body is None else {name: body.attributes[name] for name in _CLAIMS if name in body.attributes}
-        topic = None if claims else self._topics.get(subject)
+        if body is not None and ("topictype" in body.attributes or "topicsource" in body.attributes):
+            return self._read_topic(subject, body.attributes.get("topictype"), body.attributes.get("topicsource"))
+        topic = self._topics.get(subject)
         if topic is None:
-            try:
-                parsed = self._subjects.parse_topic(
-                    subject, topic_type=claims.get("topictype"), source=claims.get("topicsource")
-                )
-                topic = TopicId(*parsed)
-            except ValueError as error:
-                raise CannotDecode("a topic", str(error)) from None
-            if not claims:
-                if len(self._topics) >= _REMEMBERED:
-                    self._topics.clear()
-                self._topics[subject] = topic
+            topic = self._read_topic(subject, None, None)
+            _remember(self._topics, subject, topic)
         return topic
+
+    def _read_topic(self, subject: str, topic_type: str | None, source: str | None) -> TopicId:
+        """``topic_type`` and ``source`` are the body's claims, None where it has none."""
+        try:
+            return TopicId(*self._subjects.parse_topic(subject, topic_type=topic_type, source=source))
+        except ValueError as error:
+            raise CannotDecode("a topic", str(error)) from None
 
     def match(self, entry: Entry, topic: TopicId) -> str | None:
         """The key of this type's agent that the union of its subscriptions gives the event to; None for none here."""
@@ -131,7 +167,7 @@ class Reading:
             key = topic.source
         else:
             return None
-        if hosted.has_instances_only and key not in (hosted.live if route.key is None else (route.key,)):
+        if hosted.factory is None and key not in (hosted.live if route.key is None else (route.key,)):
             return None
         return key
 
@@ -139,16 +175,20 @@ class Reading:
 
     def sender(self, body: Envelope | None) -> AgentId | None:
         """Who says that he sent it: a claim, documented as such."""
-        source = envelope.NO_AGENT if body is None else body.required("source")
+        source = envelope.NO_AGENT if body is None else body.attributes.get("source") or body.required("source")
         if source == envelope.NO_AGENT:
             return None
-        agent_type, slash, key = source.partition("/")
-        try:
-            if not slash:
-                raise ValueError("it has no key")
-            return AgentId(agent_type, decode_token(key))
-        except ValueError as error:
-            raise CannotDecode("an envelope", f"its source is not type/key: {error}") from None
+        sender = self._senders.get(source)
+        if sender is None:
+            agent_type, slash, key = source.partition("/")
+            try:
+                if not slash:
+                    raise ValueError("it has no key")
+                sender = AgentId(agent_type, decode_token(key))
+            except ValueError as error:
+                raise CannotDecode("an envelope", f"its source is not type/key: {error}") from None
+            _remember(self._senders, source, sender)
+        return sender
 
     def delivery(self, body: Envelope, topic: TopicId | None) -> Delivery:
         """Raises `CannotDecode`. A message of a type that nobody here knows is an ``UnknownPayload``."""
@@ -158,7 +198,9 @@ class Reading:
         except KeyError as missing:
             raise CannotDecode("an envelope", f"the attribute {missing} is missing") from None
         try:
-            message = self._serialization.decode(type_name, body.content_type, body.payload)
+            message = self._serialization.decode(
+                type_name, attributes.get("datacontenttype", envelope.JSON_CONTENT), body.payload
+            )
         except CannotDecode:
             general = body.general()
             if general is None:
@@ -199,6 +241,13 @@ class Reading:
             else:
                 message = await self._interventions.on_publish(message, context)
         return Delivery(message, context, payload, type_name or type(message).__name__, {"id": context.message_id})
+
+
+def _remember(known: dict[str, _T], text: str, value: _T) -> None:
+    if len(text) <= _LONGEST:
+        if len(known) >= _REMEMBERED:
+            known.clear()
+        known[text] = value
 
 
 def _mapped(subscription: Subscription, topic: TopicId) -> AgentId | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from autogen_core import Subscription
@@ -28,8 +28,30 @@ Place = tuple[str, str]
 
 @dataclass(slots=True)
 class _Served:
+    """What is subscribed for one agent type."""
+
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     interests: dict[Place, Interest] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    """Those that `interests` express."""
+    beside: _Beside | None = None
+    """What else they express; None before the first time."""
+    changes: int = 0
+    """How often `interests` changed."""
+    told: tuple[int, int] | None = None
+    """``changes``, and the connection's reconnects, at the last time that the server was known to know all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What a type's NATS subscriptions depend on beside its rules.
+
+    ``keys`` are those of its registered instances, or one None for the whole type; ``custom`` the ids of the
+    subscriptions that only this process can ask.
+    """
+
+    keys: tuple[str | None, ...]
+    custom: tuple[str, ...]
 
 
 class Serving:
@@ -42,6 +64,7 @@ class Serving:
         catalog: Catalog,
         intake: Intake,
         *,
+        worker_id: str,
         rules_of: Callable[[str], list[Rule]],
         custom_of: Callable[[str], Sequence[Subscription]],
     ) -> None:
@@ -49,6 +72,7 @@ class Serving:
         self._subjects = subjects
         self._catalog = catalog
         self._intake = intake
+        self._worker_id = worker_id
         self._rules_of = rules_of
         self._custom_of = custom_of
         self._served: dict[str, _Served] = {}
@@ -60,7 +84,7 @@ class Serving:
         self._active = True
         for hosted in self._catalog:
             await self._apply(hosted)
-        await self._connection.barrier()
+        await self._tell(list(self._served.values()))
 
     async def stop(self) -> None:
         """End all subscriptions; everything the server sent for them has been taken in when this returns."""
@@ -76,8 +100,7 @@ class Serving:
         """Serve the type as the view now says, and return when the server knows."""
         hosted = self._catalog.find(agent_type)
         if hosted is not None and self._active:
-            await self._apply(hosted)
-            await self._connection.barrier()
+            await self._tell([await self._apply(hosted)])
 
     async def end(self, agent_type: str) -> None:
         """Stop serving a type that is no longer hosted."""
@@ -87,6 +110,15 @@ class Serving:
                 for interest in served.interests.values():
                     await self._connection.unsubscribe(interest)
                 served.interests.clear()
+
+    async def listen(self, hosted: HostedType, key: str) -> Interest:
+        """Listen on the subject of one keyed agent, which this worker owns."""
+        subjects, agent_type = self._subjects, hosted.agent_type
+        return await self._connection.subscribe(
+            subjects.instance(agent_type, key),
+            self._intake.sink(Route(Kind.CALL, hosted, key)),
+            queue=subjects.queue(agent_type, key),
+        )
 
     def rules_changed(self, agent_type: str) -> None:
         """The registry's view of the type's subscriptions changed."""
@@ -109,29 +141,56 @@ class Serving:
         except Exception:
             logger.exception("serving agent type %s failed", agent_type)
 
-    async def _apply(self, hosted: HostedType) -> None:
+    async def _tell(self, served: Collection[_Served]) -> None:
+        """Return when the server knows their subscriptions: after a round trip, or at once where nothing is new."""
+        states = [(one, (one.changes, self._connection.reconnects)) for one in served]
+        if any(one.told != state for one, state in states):
+            await self._connection.barrier()
+            for one, state in states:
+                one.told = state
+
+    async def _apply(self, hosted: HostedType) -> _Served:
+        """Bring the NATS subscriptions of a type in step with the view."""
         served = self._served.setdefault(hosted.agent_type, _Served())
         async with served.lock:
             hosted.set_rules(self._rules_of(hosted.agent_type))
-            wanted = dict(self._wanted(hosted))
+            rules = hosted.rules
+            custom = self._custom_of(hosted.agent_type)
+            keys = tuple(hosted.live) if hosted.has_instances_only else (None,)
+            beside = _Beside(keys, tuple(subscription.id for subscription in custom))
+            # A view lists new rules last. Looking at those alone keeps the cost of one from growing with their number.
+            old = len(served.rules)
+            only_more = served.beside == beside and rules[:old] == served.rules
+            wanted = dict(self._wanted(hosted, keys, rules[old:] if only_more else rules, custom))
             for place, route in wanted.items():
                 if place not in served.interests:
+                    served.changes += 1
                     served.interests[place] = await self._connection.subscribe(
                         place[0], self._intake.sink(route), queue=place[1]
                     )
-            for place in [p for p in served.interests if p not in wanted]:
+            for place in () if only_more else [p for p in served.interests if p not in wanted]:
+                served.changes += 1
                 await self._connection.unsubscribe(served.interests.pop(place))
+            served.rules, served.beside = rules, beside
+        return served
 
-    def _wanted(self, hosted: HostedType) -> Iterator[tuple[Place, Route]]:
+    def _wanted(
+        self,
+        hosted: HostedType,
+        keys: Sequence[str | None],
+        rules: Sequence[Rule],
+        custom: Sequence[Subscription],
+    ) -> Iterator[tuple[Place, Route]]:
         subjects, agent_type = self._subjects, hosted.agent_type
-        keys: list[str | None] = list(hosted.live) if hosted.has_instances_only else [None]
         for key in keys:
             queue = subjects.queue(agent_type, key)
             calls = subjects.agent(agent_type) if key is None else subjects.instance(agent_type, key)
             yield (calls, queue), Route(Kind.CALL, hosted, key)
             yield (subjects.control(agent_type, key), queue), Route(Kind.CONTROL, hosted, key)
+            if hosted.keyed is not None:
+                yield (subjects.control_at(agent_type, self._worker_id), ""), Route(Kind.CONTROL, hosted)
             event = Route(Kind.EVENT, hosted, key)
-            for rule in hosted.rules:
+            for rule in rules:
                 if rule.kind != "custom":
                     try:
                         place = (rule.subject(subjects, key), queue)
@@ -139,7 +198,7 @@ class Serving:
                         logger.error("a subscription of agent type %s cannot be served: %s", agent_type, error)
                     else:
                         yield place, event
-        for subscription in self._custom_of(agent_type):
+        for subscription in custom:
             # A group of its own: workers without an equal object cannot decide for it.
             for key in keys:
                 queue = f"{subjects.queue(agent_type, key)}.custom.{Rule.of(subscription).digest}"

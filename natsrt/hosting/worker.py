@@ -26,11 +26,16 @@ from natsrt.hosting.declarations import Declarations
 from natsrt.hosting.dispatch import Dispatch
 from natsrt.hosting.fates import Fates
 from natsrt.hosting.interventions import Interventions
+from natsrt.hosting.keyed import Keyed, answer_to_owner_question, grip_in, owner_question
+from natsrt.hosting.owning import Grip, Owning
 from natsrt.hosting.reading import Reading
+from natsrt.hosting.replies import Replies
 from natsrt.hosting.sending import Sending
 from natsrt.hosting.serving import Serving
+from natsrt.jetstream.agents import AgentRecords
 from natsrt.jetstream.entries import NOBODY, Entry, InstanceEntry, KnownEntry, Rule, SubscriptionEntry, WorkerEntry
 from natsrt.jetstream.registry import Registry
+from natsrt.observe.health import Health
 from natsrt.observe.services import Endpoint, Services, service_name
 from natsrt.observe.telemetry import telemetry_for
 from natsrt.options import Options
@@ -46,6 +51,8 @@ from natsrt.wire.subjects import Subjects
 logger = logging.getLogger("natsrt.hosting")
 
 _ASK_TIMEOUT = 1.0
+_HAND_OVER_WITHIN = 10.0
+"""Seconds that agents may take to be stored and released after their handlers have ended."""
 
 
 class Worker:
@@ -77,9 +84,38 @@ class Worker:
             options,
             on_rules_changed=self._rules_changed,
             on_removed=self._declarations.removed_by_others,
+            on_evicted=self._evicted,
             ask_worker=self._answers,
         )
         self.calls = Calls(self.connection, options, self.registry)
+        self.records = AgentRecords(self.connection, self._subjects, options)
+        self.sending = Sending(
+            connection=self.connection,
+            subjects=self._subjects,
+            options=options,
+            calls=self.calls,
+            registry=self.registry,
+            serialization=serialization,
+            cancellations=self.cancellations,
+            interventions=interventions,
+            replies=Replies(serialization, error_types, catalog.produced_here),
+            ready=self._wait_ready,
+            is_ready=lambda: self._started and self.connection.connected,
+        )
+        self.owning = Owning(
+            connection=self.connection,
+            options=options,
+            worker_id=self.worker_id,
+            catalog=catalog,
+            serialization=serialization,
+            registry=self.registry,
+            calls=self.calls,
+            records=self.records,
+            listen=lambda hosted, key: self._serving.listen(hosted, key),
+            ask=self._ask_owner,
+            locate=self.sending.locate,
+        )
+        self.keyed = Keyed(self.owning, catalog)
         self._fates = Fates(options, self.worker_id, self.connection.publish)
         self.dispatch = Dispatch(
             connection=self.connection,
@@ -98,28 +134,17 @@ class Worker:
                 custom_of=subscriptions.custom,
             ),
             fates=self._fates,
+            keyed=self.keyed,
+            sending=self.sending,
         )
         self._serving = Serving(
             self.connection,
             self._subjects,
             catalog,
             self.dispatch.intake,
+            worker_id=self.worker_id,
             rules_of=lambda agent_type: self.registry.view.rules(agent_type),
             custom_of=subscriptions.custom,
-        )
-        self.sending = Sending(
-            connection=self.connection,
-            subjects=self._subjects,
-            options=options,
-            calls=self.calls,
-            directory=self.registry,
-            serialization=serialization,
-            cancellations=self.cancellations,
-            interventions=interventions,
-            error_types=error_types,
-            produced_here=catalog.produced_here,
-            ready=self._wait_ready,
-            is_ready=lambda: self._started and self.connection.connected,
         )
         self._services = Services(
             self.connection,
@@ -135,6 +160,7 @@ class Worker:
         self.dispatch.telemetry = self.sending.telemetry = telemetry
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the start has ended, for those who wait for it: with its failure, if it failed."""
+        self._began = time.monotonic()
         self._started = False
         self._stopping = False
         self._interest: Interest | None = None
@@ -146,7 +172,46 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether this runtime is connected, in step with the registry, and serves what it hosts."""
-        return self._started and not self._stopping and self.registry.synced
+        return not self._obstacles()
+
+    def _obstacles(self) -> tuple[str, ...]:
+        """Why it is not ready, a sentence each; none if it is."""
+        if self._stopping:
+            return (f"It is draining: it takes no new messages, and finishes {self.dispatch.running} handlers.",)
+        starting = () if self._started else ("Its start is not complete.",)
+        if not self.connection.connected:
+            return (*starting, f"It is not connected to {', '.join(self._options.safe_servers)}; it keeps trying.")
+        return starting if self.registry.synced else (*starting, "It is not in step with the registry.")
+
+    def health(self) -> Health:
+        """What there is to say about this life of the runtime."""
+        obstacles, intake = self._obstacles(), self.dispatch.intake
+        statistics = [hosted.statistics for hosted in self._catalog]
+        return Health(
+            live=True,
+            ready=not obstacles,
+            reasons=obstacles,
+            worker_id=self.worker_id,
+            uptime_seconds=time.monotonic() - self._began,
+            draining=self._stopping,
+            server=self.connection.server if self.connection.connected else None,
+            connected=self.connection.connected,
+            reconnects=self.connection.reconnects,
+            in_step=self.registry.synced,
+            workers=len(self.registry.view.workers),
+            agents={hosted.agent_type: len(hosted.live) for hosted in self._catalog},
+            messages_handled=sum(one.requests for one in statistics),
+            messages_failed=sum(one.errors for one in statistics),
+            handlers_running=self.dispatch.running,
+            messages_queued=intake.queued,
+            pending_bytes=intake.pending_bytes,
+            max_pending_bytes=self._options.max_pending_bytes,
+            dropped_events=intake.dropped_events,
+            undecodable=self.undecodable,
+            unknown_payloads=self.dispatch.unknown_payloads,
+            calls_pending=self.calls.pending,
+            sends_under_way=self.sending.under_way,
+        )
 
     async def start(self, abort: asyncio.Event) -> None:
         """Connect, read the registry, serve what is hosted. Leaves nothing behind when it fails.
@@ -158,8 +223,11 @@ class Worker:
             await self.cancellations.start()
             await self.calls.start()
             await self.registry.open()
+            self._refuse_mixtures()
             if any(True for _ in self._catalog):
                 await self._join()
+            if any(hosted.keyed for hosted in self._catalog):
+                await self.owning.start()
             entries = [self._entry(subscription) for subscription in self._declarations]
             await self._declare(entries)
             await self._withdraw(self._declarations.unowned.difference(entry.key for entry in entries))
@@ -182,21 +250,38 @@ class Worker:
         self._stopping = True
         try:
             logger.info("%s: stops taking messages", self.worker_id)
+            if self._joined and self.connection.connected:
+                try:
+                    await self.registry.drain()
+                except NatsrtError as error:
+                    logger.warning("other runtimes do not learn that this worker stops: %s", error)
             await self._serving.stop()
             self._fates.accept_all()
+            logger.info("%s: finishes %d handlers", self.worker_id, self.dispatch.running)
+            handing_over = asyncio.ensure_future(self.owning.drain())
+            await self.dispatch.finish(drain_timeout, abort)
+            await self._hand_over(handing_over)
             if self._joined and self.connection.connected:
                 try:
                     await self.registry.leave()
                 except NatsrtError as error:
                     logger.warning("this worker's entries stay until others remove them: %s", error)
-            logger.info("%s: finishes %d handlers", self.worker_id, self.dispatch.running)
-            await self.dispatch.finish(drain_timeout, abort)
         finally:  # whatever happens, nothing of this life goes on
             await self._tear_down()
         logger.info("%s: stopped", self.worker_id)
 
+    async def _hand_over(self, handing_over: asyncio.Future[None]) -> None:
+        """Wait until nobody here owns an agent any more: handlers have ended, so this is a matter of writing."""
+        await asyncio.wait({handing_over}, timeout=_HAND_OVER_WITHIN)
+        if not handing_over.done():
+            logger.warning("%s: agents that could not be handed over are left to whoever finds them", self.worker_id)
+            handing_over.cancel()
+        await asyncio.gather(handing_over, return_exceptions=True)
+
     async def _tear_down(self) -> None:
         self._started = False
+        await self.owning.stop()
+        await self.sending.stop()
         await self._services.stop()
         await self._fates.stop()
         await self.calls.stop()
@@ -209,6 +294,21 @@ class Worker:
             await self.connection.unsubscribe(self._interest)
             self._interest = None
         await self.connection.close()
+
+    def _refuse_mixtures(self) -> None:
+        """A type is keyed on all workers or on none: members of one queue group must agree who has an agent."""
+        for hosted in self._catalog:
+            self.refuse_mixture(hosted.agent_type, hosted.keyed is not None)
+
+    def refuse_mixture(self, agent_type: str, keyed: bool) -> None:
+        """Raises ValueError where other workers host the type, and hold it for keyed, or not, otherwise than here."""
+        view = self.registry.view
+        others = [worker_id for worker_id in view.workers_hosting(agent_type) if worker_id != self.worker_id]
+        if any(view.hosts[agent_type][worker_id].keyed != keyed for worker_id in others):
+            there, here = ("not keyed", "keyed") if keyed else ("keyed", "not keyed")
+            raise ValueError(
+                f"The agent type {agent_type!r} is {there} on worker {others[0]}, so it cannot be {here} here."
+            )
 
     async def _join(self) -> None:
         """Become a worker, once."""
@@ -262,6 +362,8 @@ class Worker:
     async def host(self, hosted: HostedType) -> None:
         """A type, or another instance of it, was registered while running."""
         await self._join()
+        if hosted.keyed is not None:
+            await self.owning.start()
         await self.registry.declare(hosted.entries(self.worker_id))
         moved = self._declarations.of(hosted.agent_type)
         if moved:  # added before the type was hosted: from now on this worker declares them
@@ -350,7 +452,7 @@ class Worker:
 
     async def _serves(self, worker_id: str, body: bytes) -> bool:
         """Whether a worker says that it serves what it is told, or is not there to serve anything."""
-        if await self._ask(worker_id, body, self._options.subscription_timeout):
+        if await self._ask(worker_id, body, self._options.subscription_timeout) is not None:
             return True
         if worker_id not in self.registry.view.workers:
             return True
@@ -366,6 +468,10 @@ class Worker:
                 logger.warning("%s", outcome)
             elif outcome is not None:
                 raise outcome
+
+    def _evicted(self) -> None:
+        """Another runtime took this worker for dead."""
+        self.owning.doubt()
 
     def _rules_changed(self, agent_type: str) -> None:
         self._serving.rules_changed(agent_type)
@@ -387,6 +493,8 @@ class Worker:
                 if not isinstance(calls, list) or not all(isinstance(call, str) for call in calls):
                     raise CannotDecode("a question about calls", "calls must be a list of strings")
                 self._fates.asked(calls, message.reply)
+            elif body.type == envelope.OWNER:
+                self._spawn(self.connection.publish(message.reply, answer_to_owner_question(data, self.owning)))
             elif body.type == envelope.SERVE:
                 agent_type, revision = data.get("agent_type"), data.get("revision")
                 if not isinstance(agent_type, str) or not isinstance(revision, int):
@@ -413,19 +521,26 @@ class Worker:
     async def _answers(self, worker_id: str) -> bool:
         """Whether a worker answers on its own subject."""
         body = envelope.encode(envelope.FATE, '"id":"alive","source":"/"', b'{"calls":[]}')
-        return await self._ask(worker_id, body, _ASK_TIMEOUT)
+        return await self._ask(worker_id, body, _ASK_TIMEOUT) is not None
 
-    async def _ask(self, worker_id: str, body: bytes, timeout: float) -> bool:
+    async def _ask_owner(self, worker_id: str, agent: AgentId, along: Collection[str], timeout: float) -> Grip | None:
+        """A worker's grip on an agent; None where it does not answer."""
+        answer = await self._ask(worker_id, owner_question(agent, along), timeout)
+        return None if answer is None else grip_in(answer)
+
+    async def _ask(self, worker_id: str, body: bytes, timeout: float) -> envelope.Envelope | None:
+        """A worker's answer to what is asked on its own subject; None where there is none in time."""
         reply = await self.calls.ask(self._subjects.worker(worker_id), body, timeout)
-        if reply is None:
-            return False
-        answer = envelope.decode(reply.data)
-        return answer is not None and answer.type == envelope.REPLY
+        answer = None if reply is None else envelope.decode(reply.data)
+        return answer if answer is not None and answer.type == envelope.REPLY else None
 
     # -- small things --------------------------------------------------------------------------------------------
 
     async def control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
-        """A control operation on an agent of another worker."""
+        """A control operation on an agent of another worker, or, if it is keyed, wherever it lives."""
+        if self.registry.is_keyed(agent.type):
+            owner = (await self.sending.locate(agent)).worker_id
+            return await self.sending.control(agent, self._subjects.control_at(agent.type, owner), operation, data)
         holders = self.registry.view.instance_holders(agent.type, agent.key)
         subject = self._subjects.control(agent.type, agent.key if holders else None)
         return await self.sending.control(agent, subject, operation, data)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import orjson
@@ -38,7 +38,7 @@ Kind = Literal["type", "prefix", "custom"]
 
 @dataclass(frozen=True, slots=True)
 class WorkerEntry:
-    """A worker process. ``started`` is in seconds since the epoch."""
+    """A worker process. ``started`` is in seconds since the epoch; one that is ``draining`` takes nothing new."""
 
     worker_id: str
     name: str
@@ -46,6 +46,7 @@ class WorkerEntry:
     pid: int
     started: float
     version: str
+    draining: bool = False
 
     @property
     def key(self) -> str:
@@ -180,7 +181,7 @@ _READERS: dict[str, TypeAdapter[Any]] = {
 
 
 def encode_entry(entry: Entry) -> bytes:
-    return orjson.dumps(asdict(entry))
+    return orjson.dumps(entry)
 
 
 def decode_entry(key: str, value: bytes) -> Entry:
@@ -213,6 +214,8 @@ class View:
     known: dict[str, KnownEntry] = field(default_factory=dict)
     declared: dict[str, dict[Rule, dict[str, SubscriptionEntry]]] = field(default_factory=dict)
     of_worker: dict[str, set[str]] = field(default_factory=dict)
+    keyed: set[str] = field(default_factory=set)
+    """The agent types whose workers say that they are keyed."""
 
     def put(self, key: str, revision: int, entry: Entry) -> set[str]:
         """Apply one change; an older revision changes nothing. Returns the agent types whose subscriptions changed."""
@@ -227,6 +230,7 @@ class View:
                 return self._types_of(entry.worker_id) if present is None else set()
             case TypeEntry():
                 self.hosts.setdefault(entry.agent_type, {})[entry.worker_id] = entry
+                (self.keyed.add if entry.keyed else self.keyed.discard)(entry.agent_type)
                 self.of_worker.setdefault(entry.worker_id, set()).add(key)
             case InstanceEntry():
                 keys = self.instances.setdefault(entry.agent_type, {})
@@ -259,6 +263,8 @@ class View:
                 return touched
             case TypeEntry():
                 _remove(self.hosts, entry.agent_type, entry.worker_id)
+                if entry.agent_type not in self.hosts:
+                    self.keyed.discard(entry.agent_type)
                 self._disown(entry.worker_id, key)
             case InstanceEntry():
                 keys = self.instances.get(entry.agent_type, {})
@@ -295,18 +301,27 @@ class View:
     def live(self, worker_ids: Iterable[str]) -> list[str]:
         return [worker_id for worker_id in worker_ids if worker_id in self.workers]
 
+    def stays(self, worker_id: str) -> bool:
+        """Whether the worker is live, and takes new messages."""
+        worker = self.workers.get(worker_id)
+        return worker is not None and not worker.draining
+
     def workers_hosting(self, agent_type: str) -> list[str]:
-        """The live workers that host the type, be it by factory or by instances."""
-        return self.live(self.hosts.get(agent_type, ()))
+        """The workers that host the type and take new messages for it, be it by factory or by instances."""
+        return [worker_id for worker_id in self.hosts.get(agent_type, ()) if self.stays(worker_id)]
 
     def workers_of(self, agent: AgentId) -> list[str]:
-        """The live workers that may answer for this one agent."""
+        """The live workers that may have messages for this one agent, draining ones too."""
         holders = self.instance_holders(agent.type, agent.key)
         return holders or [
             worker_id
             for worker_id, entry in self.hosts.get(agent.type, {}).items()
             if worker_id in self.workers and not entry.instances
         ]
+
+    def takers_of(self, agent: AgentId) -> list[str]:
+        """Those of `workers_of` that take new messages."""
+        return [worker_id for worker_id in self.workers_of(agent) if self.stays(worker_id)]
 
     def instance_holders(self, agent_type: str, key: str) -> list[str]:
         keys = self.instances.get(agent_type)
@@ -320,8 +335,16 @@ class View:
         return [
             rule
             for rule, declarers in self.declared.get(agent_type, {}).items()
-            if any(d == NOBODY or d in self.workers for d in declarers)
+            if NOBODY in declarers or not self.workers.keys().isdisjoint(declarers)
         ]
+
+    def keyed_takers(self, topic_type: str) -> tuple[str, ...]:
+        """The keyed types that an ordinary subscription gives topics of this type to."""
+        return tuple(
+            agent_type
+            for agent_type in sorted(self.keyed)
+            if any(rule.matches(topic_type) for rule in self.rules(agent_type))
+        )
 
     def subscriptions(self) -> Iterator[SubscriptionEntry]:
         for rules in self.declared.values():

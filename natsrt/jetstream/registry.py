@@ -18,8 +18,10 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import nats.errors
 import nats.js.errors
@@ -29,7 +31,6 @@ from nats.js import api
 
 from natsrt.errors import (
     CannotDecode,
-    JetStreamRequired,
     NatsrtError,
     NoLiveWorker,
     PermissionDenied,
@@ -37,6 +38,7 @@ from natsrt.errors import (
     UnknownAgent,
     UnknownAgentType,
 )
+from natsrt.jetstream.buckets import MARKER, MARKER_TTL, OPERATION, TTL, ensure_bucket, is_gone, last_messages
 from natsrt.jetstream.entries import (
     FEED,
     HEARTBEAT,
@@ -49,6 +51,7 @@ from natsrt.jetstream.entries import (
     decode_entry,
     encode_entry,
 )
+from natsrt.jetstream.guard import OPEN, READ, WRITE, Guard
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest
 from natsrt.wire.subjects import Subjects
@@ -59,32 +62,24 @@ BUCKET = "natsrt_registry"
 KNOWN_TTL = 36 * 3600
 """Seconds a type stays known without a worker that confirms it; confirmed every 12 hours, so 24 hours at least."""
 _KNOWN_REFRESH = 12 * 3600
-_MARKER_TTL = 60.0
 _TOMBSTONE_TTL = 3600
-_FETCH = 500
 _WRITES_AT_ONCE = 256
 _RETRY_FOR = 5.0
 _LIST_AT_MOST = 20
 
-_NEEDED = {
-    "open": ("$js.api.info", "$js.api.stream.info.", "$js.api.stream.create."),
-    "read": ("$js.api.consumer.", "$js.api.direct."),
-    "write to": ("$kv.", "$js.api.stream.purge."),
-}
-"""The subjects that an operation publishes to. A refusal shows only in the client's log: this tells whose it is."""
-
-_MARKER = "Nats-Marker-Reason"
-_OPERATION = "KV-Operation"
-_TTL = "Nats-TTL"
-
-T = TypeVar("T")
+_LEFT = "Natsrt-Left"
+_IN_ORDER = "in-order"
+"""A header of a worker's deletion: the worker itself left, with everything answered."""
+_REMEMBERED = 32_768
+"""Topic types whose keyed takers are remembered."""
 
 
 class Registry:
     """One runtime's part in the registry. Implements `natsrt.transport.calls.Directory`; a connection `Listener`.
 
     ``on_rules_changed(agent_type)`` is called when the subscriptions in force for a type may have changed;
-    ``on_removed(entry)`` when another runtime removed a subscription that this one had declared for nobody.
+    ``on_removed(entry)`` when another runtime removed a subscription that this one had declared for nobody;
+    ``on_evicted()`` when another one took this worker for dead and removed it.
     ``ask_worker(worker_id)`` tells whether a worker answers on its own subject.
     """
 
@@ -96,6 +91,7 @@ class Registry:
         *,
         on_rules_changed: Callable[[str], None],
         on_removed: Callable[[SubscriptionEntry], None],
+        on_evicted: Callable[[], None],
         ask_worker: Callable[[str], Awaitable[bool]],
     ) -> None:
         self._connection = connection
@@ -103,6 +99,7 @@ class Registry:
         self._options = options
         self._on_rules_changed = on_rules_changed
         self._on_removed = on_removed
+        self._on_evicted = on_evicted
         self._ask_worker = ask_worker
         self._bucket = subjects.bucket(BUCKET)
         self._stream = f"KV_{self._bucket}"
@@ -115,17 +112,23 @@ class Registry:
         self._tasks: set[asyncio.Task[None]] = set()
         self._syncing: asyncio.Task[None] | None = None
         self._collected: list[Msg] | None = None
-        self._guarded: dict[asyncio.Future[PermissionDenied], str] = {}
         self._open = False
         self._examined: set[str] = set()
         self._may_remove = True
         self._synced = asyncio.Event()
         self._departed_at = float("-inf")
+        self._takers: dict[str, tuple[str, ...]] = {}
         self._generation = 0
         self._reading = asyncio.Lock()
         self.view = View()
         connection.add_listener(self)
-        connection.on_denied(self._on_denied)
+        self._guard = Guard(
+            connection,
+            self._bucket,
+            RegistryUnavailable,
+            subscribed=(subjects.registry_feed, options.inbox_prefix),
+            retry_for=_RETRY_FOR,
+        )
 
     @property
     def synced(self) -> bool:
@@ -144,7 +147,7 @@ class Registry:
         self._open = True
         try:
             self._interest = await self._connection.subscribe(f"{self._subjects.registry_feed}.>", self._on_change)
-            await self._guard("open", self._ensure_bucket)
+            await self._guard.run(OPEN, self._ensure_bucket)
             await self._read_snapshot()
         except BaseException:
             self._open = False
@@ -157,7 +160,7 @@ class Registry:
         worker, self._worker = self._worker, None
         self._own.clear()
         if worker is not None:
-            await self._remove_worker(worker.worker_id)
+            await self._remove_worker(worker.worker_id, in_order=True)
 
     async def close(self) -> None:
         """Leave, if that can still be done, and stop following. Harmless when closed."""
@@ -196,12 +199,18 @@ class Registry:
         await self.declare([worker])
         self._run(self._heartbeats(worker))
 
+    async def drain(self) -> None:
+        """Say that this worker takes no new messages: it is there only for what it has."""
+        if self._worker is not None:
+            self._worker = replace(self._worker, draining=True)
+            await self.declare([self._worker])
+
     async def declare(self, entries: Sequence[Entry]) -> None:
         """Store ``entries`` as this runtime's own; they are stored again whenever they vanish."""
         revisions = []
         for start in range(0, len(entries), _WRITES_AT_ONCE):
             chunk = entries[start : start + _WRITES_AT_ONCE]
-            revisions += await asyncio.gather(*(self._write(entry) for entry in chunk))
+            revisions += await self._write_all([partial(self._write, entry) for entry in chunk])
         if revisions:
             await self.shown(max(revisions))
         for entry in entries:
@@ -211,7 +220,7 @@ class Registry:
         """Delete entries."""
         for key in keys:
             self._own.pop(key, None)
-        revisions = await asyncio.gather(*(self._delete(key) for key in keys))
+        revisions = await self._write_all([partial(self._delete, key) for key in keys])
         if revisions:
             await self.shown(max(revisions))
 
@@ -220,30 +229,35 @@ class Registry:
         present = self.view.entries.get(key)
         return present[0] if present is not None else 0
 
+    async def _write_all(self, writes: Sequence[Callable[[], Awaitable[int]]]) -> list[int]:
+        """Do the writes at once, and give the revisions. They are repeated together, which changes nothing."""
+
+        async def attempt() -> list[int]:
+            return list(await asyncio.gather(*(write() for write in writes)))
+
+        return await self._guard.run(WRITE, attempt) if writes else []
+
     async def _write(self, entry: Entry) -> int:
         ttl = KNOWN_TTL if isinstance(entry, KnownEntry) else None
         subject, value = self._kv + entry.key, encode_entry(entry)
-        ack = await self._guard(
-            "write to", lambda: self._connection.jetstream.publish(subject, value, stream=self._stream, msg_ttl=ttl)
-        )
+        ack = await self._connection.jetstream.publish(subject, value, stream=self._stream, msg_ttl=ttl)
         return ack.seq
 
-    async def _delete(self, key: str) -> int:
-        headers = {_OPERATION: "DEL", _TTL: str(_TOMBSTONE_TTL)}
-        ack = await self._guard(
-            "write to",
-            lambda: self._connection.jetstream.publish(self._kv + key, b"", stream=self._stream, headers=dict(headers)),
-        )
+    async def _delete(self, key: str, headers: dict[str, str] | None = None) -> int:
+        headers = {OPERATION: "DEL", TTL: str(_TOMBSTONE_TTL), **(headers or {})}
+        ack = await self._connection.jetstream.publish(self._kv + key, b"", stream=self._stream, headers=headers)
         return ack.seq
 
-    async def _remove_worker(self, worker_id: str) -> None:
+    async def _remove_worker(self, worker_id: str, *, in_order: bool = False) -> None:
         """Delete the worker's entry, which every view takes for all its entries, and purge those from the stream.
 
         Only what is older than the deletion: the worker may be alive after all and declare itself again meanwhile.
+        A worker that leaves ``in_order`` has answered all that it ever received.
         """
-        revision = await self._delete(f"{FEED}.worker.{worker_id}")
+        headers = {_LEFT: _IN_ORDER} if in_order else None
+        [revision] = await self._write_all([partial(self._delete, f"{FEED}.worker.{worker_id}", headers)])
         for pattern in (f"{FEED}.*.*.{worker_id}", f"{FEED}.*.*.*.{worker_id}", f"{HEARTBEAT}.{worker_id}"):
-            await self._guard("write to", partial(self._purge, self._kv + pattern, revision))
+            await self._guard.run(WRITE, partial(self._purge, self._kv + pattern, revision))
 
     async def _purge(self, subject: str, before: int) -> None:
         await self._connection.jetstream.purge_stream(self._stream, seq=before, subject=subject)
@@ -269,19 +283,21 @@ class Registry:
             self._change(key, revision, headers, message.data)
         finally:  # one that cannot be read, perhaps of a newer runtime, is seen too
             self.view.applied = max(self.view.applied, revision)
+            self._takers.clear()
             self._wake()
 
     def _change(self, key: str, revision: int, headers: dict[str, str], value: bytes) -> None:
-        if _OPERATION in headers or _MARKER in headers:
+        if is_gone(headers):
             own = self._own.get(key)
             if isinstance(own, SubscriptionEntry) and own.declarer == NOBODY:
                 del self._own[key]  # somebody removed it, as anybody may
                 self._on_removed(own)
             workers = len(self.view.workers)
             touched = self.view.delete(key, revision)
-            if len(self.view.workers) < workers:
+            if len(self.view.workers) < workers and headers.get(_LEFT) != _IN_ORDER:
                 self._departed_at = asyncio.get_running_loop().time()
             if self._worker is not None and key == self._worker.key and self._open:
+                self._on_evicted()
                 self._resync()
         else:
             touched = self.view.put(key, revision, decode_entry(key, value))
@@ -314,29 +330,19 @@ class Registry:
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     async def _ensure_bucket(self) -> None:
-        js = self._connection.jetstream
-        try:
-            info = await js.stream_info(self._stream)
-            if info.config.republish is None:
-                problem = f"the bucket {self._bucket} exists without republishing: it is not natsrt's, so delete it"
-                raise RegistryUnavailable("open", problem)
-            return
-        except nats.js.errors.NotFoundError:
-            pass
-        try:
-            await js.create_key_value(
-                api.KeyValueConfig(
-                    bucket=self._bucket,
-                    description="natsrt: workers, agent types and subscriptions",
-                    history=1,
-                    direct=True,
-                    replicas=self._options.registry_replicas,
-                    limit_marker_ttl=_MARKER_TTL,
-                    republish=api.RePublish(src=f"{self._kv}{FEED}.>", dest=f"{self._subjects.registry_feed}.>"),
-                )
-            )
-        except nats.js.errors.BadRequestError:  # another runtime created it at the same moment
-            await js.stream_info(self._stream)
+        config = api.KeyValueConfig(
+            bucket=self._bucket,
+            description="natsrt: workers, agent types and subscriptions",
+            history=1,
+            direct=True,
+            replicas=self._options.registry_replicas,
+            limit_marker_ttl=MARKER_TTL,
+            republish=api.RePublish(src=f"{self._kv}{FEED}.>", dest=f"{self._subjects.registry_feed}.>"),
+        )
+        info = await ensure_bucket(self._connection.jetstream, config)
+        if info.config.republish is None:
+            problem = f"the bucket {self._bucket} exists without republishing: it is not natsrt's, so delete it"
+            raise RegistryUnavailable("open", problem)
 
     async def _read_snapshot(self) -> None:
         """Replace the view by what the stream holds; what the feed brings meanwhile is applied after."""
@@ -348,7 +354,7 @@ class Registry:
         stale = self.view
         try:
             await self._connection.barrier()
-            self.view = await self._guard("read", self._load)
+            self.view = await self._guard.run(READ, self._load)
             if not stale.workers.keys() <= self.view.workers.keys():
                 self._departed_at = asyncio.get_running_loop().time()
         finally:
@@ -358,48 +364,38 @@ class Registry:
                     self._apply(message)
                 except CannotDecode as error:
                     logger.warning("%s", error)
+        self._takers.clear()
         for agent_type in {*stale.declared, *self.view.declared}:
             self._on_rules_changed(agent_type)
         self._wake()
 
     async def _load(self) -> View:
-        js = self._connection.jetstream
         view, alive = View(), set[str]()
-        subscription = await js.pull_subscribe(
-            f"{self._kv}>",
-            stream=self._stream,
-            config=api.ConsumerConfig(
-                deliver_policy=api.DeliverPolicy.LAST_PER_SUBJECT,
-                ack_policy=api.AckPolicy.NONE,
-                inactive_threshold=30.0,
-                mem_storage=True,
-                num_replicas=1,
-            ),
+        pages = last_messages(
+            self._connection.jetstream, self._stream, f"{self._kv}>", timeout=self._options.connect_timeout
         )
-        try:
-            remaining = (await subscription.consumer_info()).num_pending or 0
-            while remaining:
-                messages = await subscription.fetch(min(remaining, _FETCH), timeout=self._options.connect_timeout)
-                for message in messages:
-                    key, headers = message.subject[len(self._kv) :], message.headers or {}
-                    revision = message.metadata.sequence.stream
-                    if key.startswith(f"{HEARTBEAT}."):
-                        if _MARKER not in headers and _OPERATION not in headers:
-                            alive.add(key[len(HEARTBEAT) + 1 :])
-                    elif _OPERATION in headers or _MARKER in headers:
-                        view.delete(key, revision)
-                    else:
-                        try:
-                            view.put(key, revision, decode_entry(key, message.data))
-                        except CannotDecode as error:
-                            view.applied = max(view.applied, revision)
-                            logger.warning("%s", error)
-                    remaining = message.metadata.num_pending
-        finally:
-            await subscription.unsubscribe()
+        async with aclosing(pages):
+            async for page in pages:
+                for message in page:
+                    self._load_one(message, view, alive)
         for worker_id in {*view.workers, *view.of_worker} - alive:  # the latter: whose removal was not finished
             self._run(self._remove_if_dead(worker_id))
         return view
+
+    def _load_one(self, message: Msg, view: View, alive: set[str]) -> None:
+        key, gone = message.subject[len(self._kv) :], is_gone(message.headers)
+        revision = message.metadata.sequence.stream
+        if key.startswith(f"{HEARTBEAT}."):
+            if not gone:
+                alive.add(key[len(HEARTBEAT) + 1 :])
+        elif gone:
+            view.delete(key, revision)
+        else:
+            try:
+                view.put(key, revision, decode_entry(key, message.data))
+            except CannotDecode as error:
+                view.applied = max(view.applied, revision)
+                logger.warning("%s", error)
 
     def _resync(self) -> None:
         """Read everything again. One that is under way is not enough: it may have read before what matters now."""
@@ -414,7 +410,7 @@ class Registry:
             self._synced.clear()
             generation = self._generation
             try:
-                await self._guard("open", self._ensure_bucket)
+                await self._guard.run(OPEN, self._ensure_bucket)
                 await self._read_snapshot()
                 missing = [
                     entry
@@ -439,7 +435,7 @@ class Registry:
         await self._connection.publish(
             f"{self._kv}{HEARTBEAT}.{worker.worker_id}",
             b"",
-            headers={_TTL: f"{max(1, round(self._options.heartbeat_ttl))}s"},
+            headers={TTL: f"{max(1, round(self._options.heartbeat_ttl))}s"},
         )
 
     async def _heartbeats(self, worker: WorkerEntry) -> None:
@@ -498,9 +494,32 @@ class Registry:
             message = await js.get_last_msg(self._stream, f"{self._kv}{HEARTBEAT}.{worker_id}", direct=True)
         except nats.js.errors.NotFoundError:
             return False
-        return _MARKER not in (message.headers or {})
+        return MARKER not in (message.headers or {})
 
     # -- Directory -----------------------------------------------------------------------------------------------
+
+    def is_keyed(self, agent_type: str) -> bool:
+        """Whether the type's workers say that it is keyed."""
+        return agent_type in self.view.keyed
+
+    def keyed_takers(self, topic_type: str) -> tuple[str, ...]:
+        """The keyed types that an ordinary subscription gives topics of this type to."""
+        if not self.view.keyed:
+            return ()
+        takers = self._takers.get(topic_type)
+        if takers is None:
+            if len(self._takers) >= _REMEMBERED:
+                self._takers.clear()
+            takers = self._takers[topic_type] = self.view.keyed_takers(topic_type)
+        return takers
+
+    def stays(self, worker_id: str) -> bool:
+        """Whether a worker is live, and takes new messages."""
+        return self.view.stays(worker_id)
+
+    def lists(self, worker_id: str) -> bool:
+        """Whether a worker is live, as far as this view goes."""
+        return worker_id in self.view.workers
 
     def subject_of(self, recipient: AgentId) -> str:
         if self.view.instance_holders(recipient.type, recipient.key):
@@ -514,10 +533,10 @@ class Registry:
         return self.view.workers_of(recipient)
 
     async def verify(self, recipient: AgentId) -> NatsrtError | None:
-        if self.view.workers_of(recipient):
+        if self.view.takers_of(recipient):
             return None
         await self.catch_up()
-        if self.view.workers_of(recipient):
+        if self.view.takers_of(recipient):
             return None
         name = str(recipient)
         if self.view.workers_hosting(recipient.type):
@@ -546,54 +565,7 @@ class Registry:
                 return 0
             return message.seq or 0
 
-        await self.shown(await self._guard("read", last))
-
-    # -- errors --------------------------------------------------------------------------------------------------
-
-    def _on_denied(self, denied: PermissionDenied) -> None:
-        lowered = denied.subject.lower()
-        for waiter, operation in self._guarded.items():
-            needed = (*_NEEDED[operation], self._subjects.registry_feed.lower(), self._options.inbox_prefix.lower())
-            if lowered.startswith(needed) and not waiter.done():
-                waiter.set_result(denied)
-
-    async def _guard(self, operation: str, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Run ``attempt``, again for some seconds where a leader change explains its failure, and name what failed."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + _RETRY_FOR
-        while True:
-            running = asyncio.ensure_future(attempt())
-            denied: asyncio.Future[PermissionDenied] = loop.create_future()
-            self._guarded[denied] = operation
-            try:
-                waits: set[asyncio.Future[Any]] = {running, denied}
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                if denied.done():
-                    raise denied.result()
-                return running.result()
-            except NatsrtError:
-                raise
-            except nats.js.errors.ServiceUnavailableError:
-                if operation == "open":
-                    raise JetStreamRequired(self._connection.server) from None
-                problem = "JetStream does not answer"
-            except (nats.js.errors.NoStreamResponseError, TimeoutError):
-                problem = "JetStream does not answer"
-            except nats.js.errors.APIError as error:
-                if error.err_code == 10039:  # JetStream not enabled for account
-                    raise JetStreamRequired(self._connection.server) from None
-                if error.code is not None and error.code < 500:
-                    raise RegistryUnavailable(operation, error.description or str(error)) from error
-                problem = error.description or str(error)
-            except (nats.errors.Error, OSError) as error:
-                problem = str(error) or type(error).__name__
-            finally:
-                del self._guarded[denied]
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
-            if loop.time() > until or not self._connection.connected:
-                raise RegistryUnavailable(operation, problem)
-            await asyncio.sleep(0.2)
+        await self.shown(await self._guard.run(READ, last))
 
     def _run(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)

@@ -15,25 +15,54 @@ and add ``natsrt.agent.type``, ``natsrt.agent.key``, ``natsrt.message.type`` and
 
 The trace context travels in the CloudEvents extensions ``traceparent`` and ``tracestate`` (CloudEvents distributed
 tracing extension, W3C Trace Context). Without a provider none of this code runs.
+
+Below a context that is not sampled no spans are opened, and the context is passed on as it came, if the provider's
+sampler says of itself that it leaves such spans out: OpenTelemetry's default one does. Any other sampler is asked for
+every span.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 from autogen_core import AgentId
 from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider
+from opentelemetry.context import Context, attach
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from natsrt.wire.envelope import attribute
 
 _DISABLE = "AUTOGEN_DISABLE_RUNTIME_TRACING"
 _propagator = TraceContextTextMapPropagator()
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+"""The form that version 00 of Trace Context writes. Reading it here takes a third of the propagator's time."""
+
+
+class _Covering:
+    """Ends its span with the block, and marks it where that failed. Gives the block what shall travel."""
+
+    __slots__ = ("_carrier", "_span")
+
+    def __init__(self, span: Span, carrier: str = "") -> None:
+        self._span = span
+        self._carrier = carrier
+
+    def __enter__(self) -> str:
+        return self._carrier
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, origin: TracebackType | None
+    ) -> None:
+        if error is not None:
+            _fail(self._span, error)
+        self._span.end()
 
 
 class Telemetry:
@@ -42,33 +71,37 @@ class Telemetry:
     def __init__(self, provider: TracerProvider, worker_id: str) -> None:
         self._tracer = provider.get_tracer("natsrt")
         self._worker_id = worker_id
+        self._follows = _follows_parents(provider)
 
-    @contextmanager
     def sending(
         self, operation: str, destination: str, *, kind: SpanKind, message_type: str, message_id: str, size: int
-    ) -> Iterator[str]:
-        """A span around a send. Yields the trace context as envelope attributes, with a leading comma, or ``""``."""
-        with self._tracer.start_as_current_span(
-            f"{operation} {destination}",
-            kind=kind,
-            attributes={
-                **self._attributes(operation, "send", destination, message_id, size),
-                "natsrt.message.type": message_type,
-            },
-            set_status_on_exception=False,
-            record_exception=False,
-        ) as span:
-            carrier: dict[str, str] = {}
-            _propagator.inject(carrier)
-            try:
-                yield "".join(f",{attribute(name, value)}" for name, value in carrier.items())
-            except BaseException as error:
-                _fail(span, error)
-                raise
+    ) -> _Covering:
+        """A span around a send. Gives the trace context as envelope attributes, with a leading comma, or ``""``."""
+        span = trace.get_current_span()
+        if not self._is_left_out(span.get_span_context()):
+            attributes = self._attributes(operation, "send", destination, message_id, size)
+            attributes["natsrt.message.type"] = message_type
+            span = self._tracer.start_span(f"{operation} {destination}", kind=kind, attributes=attributes)
+            return _Covering(span, _carrier(span.get_span_context()))
+        return _Covering(trace.INVALID_SPAN, _carrier(span.get_span_context()))
 
-    @contextmanager
+    def continued(self, envelope: Mapping[str, Any]) -> Context | None:
+        """The context of a message's sender, for `processing`. None where no span shall be opened below it.
+
+        Called in the handler's own task, where that context then is the current one.
+        """
+        remote = _remote(envelope)
+        if remote is None:
+            return Context()
+        context = trace.set_span_in_context(NonRecordingSpan(remote), Context())
+        if self._is_left_out(remote):
+            attach(context)
+            return None
+        return context
+
     def processing(
         self,
+        context: Context,
         envelope: Mapping[str, Any],
         *,
         subject: str,
@@ -76,13 +109,14 @@ class Telemetry:
         agent: AgentId,
         message_type: str,
         size: int,
-        waited: float,
-    ) -> Iterator[None]:
-        """A receive span that ends now, and a process span around the handler. ``waited`` in seconds."""
-        carrier = {k: v for k in ("traceparent", "tracestate") if isinstance(v := envelope.get(k), str)}
-        context = _propagator.extract(carrier)
+        arrived: float,
+    ) -> _Covering:
+        """A receive span that ends now, and a process span around the handler, current until the end of its task.
+
+        ``arrived`` by the clock of the event loop.
+        """
         message_id = str(envelope.get("id", ""))
-        now = time.time_ns()
+        now, waited = time.time_ns(), asyncio.get_running_loop().time() - arrived
         receive = self._tracer.start_span(
             f"receive {subject}",
             context=context,
@@ -91,24 +125,20 @@ class Telemetry:
             start_time=now - int(waited * 1e9),
         )
         receive.end(now)
-        with self._tracer.start_as_current_span(
-            f"process {destination}",
-            context=trace.set_span_in_context(receive, context),
-            kind=SpanKind.CONSUMER,
-            attributes={
-                **self._attributes("process", "process", destination, message_id, size),
-                "natsrt.agent.type": agent.type,
-                "natsrt.agent.key": agent.key,
-                "natsrt.message.type": message_type,
-            },
-            set_status_on_exception=False,
-            record_exception=False,
-        ) as span:
-            try:
-                yield
-            except BaseException as error:
-                _fail(span, error)
-                raise
+        attributes = self._attributes("process", "process", destination, message_id, size)
+        attributes["natsrt.agent.type"] = agent.type
+        attributes["natsrt.agent.key"] = agent.key
+        attributes["natsrt.message.type"] = message_type
+        context = trace.set_span_in_context(receive, context)
+        process = self._tracer.start_span(
+            f"process {destination}", context=context, kind=SpanKind.CONSUMER, attributes=attributes
+        )
+        attach(trace.set_span_in_context(process, context))
+        return _Covering(process)
+
+    def _is_left_out(self, parent: SpanContext) -> bool:
+        """Whether no span below ``parent`` would be recorded."""
+        return self._follows and parent.is_valid and not parent.trace_flags.sampled
 
     def _attributes(self, name: str, kind: str, destination: str, message_id: str, size: int) -> dict[str, Any]:
         return {
@@ -120,6 +150,39 @@ class Telemetry:
             "messaging.message.body.size": size,
             "natsrt.worker.id": self._worker_id,
         }
+
+
+def _follows_parents(provider: TracerProvider) -> bool:
+    """Whether the provider's sampler says in its description that it leaves out what is below an unsampled span."""
+    describe = getattr(getattr(provider, "sampler", None), "get_description", str)
+    description = str(describe())
+    return (
+        description.startswith("ParentBased{")
+        and "remoteParentNotSampled:AlwaysOffSampler" in description
+        and "localParentNotSampled:AlwaysOffSampler" in description
+    )
+
+
+def _carrier(context: SpanContext) -> str:
+    if not context.is_valid:
+        return ""
+    parent = f',"traceparent":"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"'
+    state = context.trace_state
+    return f"{parent},{attribute('tracestate', state.to_header())}" if state else parent
+
+
+def _remote(envelope: Mapping[str, Any]) -> SpanContext | None:
+    """The sender's span, as a message tells it; None where it tells none that can be read."""
+    parent = envelope.get("traceparent")
+    if not isinstance(parent, str):
+        return None
+    state = envelope.get("tracestate")
+    if state is None and (found := _TRACEPARENT.fullmatch(parent)) is not None:
+        flags = trace.TraceFlags(int(found[3], 16))
+        return SpanContext(int(found[1], 16), int(found[2], 16), is_remote=True, trace_flags=flags)
+    carrier = {"traceparent": parent} | ({"tracestate": state} if isinstance(state, str) else {})
+    context = trace.get_current_span(_propagator.extract(carrier, Context())).get_span_context()
+    return context if context.is_valid else None
 
 
 def _fail(span: Span, error: BaseException) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
@@ -53,6 +54,9 @@ _CONVINCED = 2
 """Answers "unknown" of one worker that settle it: the first may have overtaken the call on its way in a cluster."""
 _MARGIN = 1.0
 """Seconds by which a worker's memory must reach back further than the call."""
+_POSTED_FOR = 2.0
+"""Seconds for which the server may say that nobody got what was posted."""
+_POSTED_AT_MOST = 10_000
 _RESENDS = 3
 """How often a call is sent again that got lost on its way."""
 _BUSY = str(BUSY)
@@ -82,6 +86,24 @@ class Directory(Protocol):
         """Whether no worker has left since the moment ``since`` of the event loop's clock."""
 
 
+class Place(Protocol):
+    """Where a keyed agent lives. Until that is known its messages wait, in order."""
+
+    subject: str
+
+    def is_open(self) -> bool:
+        """Whether a message may go at once. Saying so counts as one."""
+
+    def join(self) -> asyncio.Future[None]:
+        """Stand in the line, from this moment on."""
+
+    async def wait(self, turn: asyncio.Future[None]) -> None:
+        """Return when the message of ``turn`` may go, which it then does at once."""
+
+    def lost(self) -> None:
+        """Nobody listens there any more."""
+
+
 class _NeverReceived(Exception):
     """The call got lost on its way: it can be sent again."""
 
@@ -94,15 +116,16 @@ class _Call:
         "never_at",
         "plain_until",
         "recipient",
+        "reply",
         "sent_at",
         "subject",
-        "token",
         "unknown_to",
         "watched_from",
     )
 
-    def __init__(self, token: str, subject: str, recipient: AgentId, future: asyncio.Future[Msg], now: float) -> None:
-        self.token = token
+    def __init__(self, reply: str, subject: str, recipient: AgentId, future: asyncio.Future[Msg], now: float) -> None:
+        self.reply = reply
+        """The subject of its reply, which is its id, too."""
         self.subject = subject
         self.recipient = recipient
         self.future = future
@@ -152,6 +175,7 @@ class Calls:
         self._watched: dict[str, _Call] = {}
         self._asked: dict[str, _Asked] = {}
         self._special: dict[str, Callable[[Msg], None]] = {}
+        self._posted: deque[tuple[float, str]] = deque()
         self._counter = 0
         self._inbox = ""
         self._prefix_length = 0
@@ -207,7 +231,7 @@ class Calls:
             if asked.silent_since is not None:
                 asked.silent_since = now
         for call in self._pending.values():
-            self._watched.setdefault(call.token, call)
+            self._watched.setdefault(call.reply, call)
             call.watched_from = min(call.watched_from, now - _FIRST_QUESTION)
         self._wake.set()
 
@@ -216,18 +240,20 @@ class Calls:
     async def call(
         self,
         recipient: AgentId,
-        route: Callable[[], str],
         body: bytes,
         *,
-        sent: Callable[[], None],
-        link: Callable[[asyncio.Future[Msg]], None] | None = None,
+        subject: str | None = None,
+        place: Place | None = None,
+        sent: Callable[[], None] | None = None,
+        link: Callable[[asyncio.Future[Any]], None] | None = None,
         headers: dict[str, str] | None = None,
     ) -> Msg:
-        """Send ``body`` to the subject that ``route`` names, and return the reply, whatever it is.
+        """Send ``body`` to ``subject`` (None: where the directory says), and return the reply, whatever it is.
 
-        ``headers`` are those of a plain call. ``sent`` is called once the message is in the client's buffer; ``link``
-        with every future that is waited for. Raises the failures of the rules above. Cancelling this coroutine forgets
-        the call; it does not cancel the handler (that is what cancellation tokens do).
+        ``place`` is that of a keyed agent, and names the subject. ``headers`` are those of a plain call. ``sent`` is
+        called once the message is in the client's buffer, or stands in line at its place; ``link`` with every future
+        that is waited for. Raises the failures of the rules above. Cancelling this coroutine forgets the call; it does
+        not cancel the handler (that is what cancellation tokens do).
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -236,33 +262,53 @@ class Calls:
         while True:
             if self._interest is None:  # nobody would hear the reply
                 raise _stopped(recipient)
+            if place is not None and not place.is_open():
+                turn = place.join()
+                if link is not None:
+                    link(turn)
+                if sent is not None:
+                    sent()
+                await place.wait(turn)
+                now = loop.time()
             self._counter += 1
-            token = f"{self._counter:x}"
+            reply_to = f"{self._inbox}.{self._counter:x}"
             future: asyncio.Future[Msg] = loop.create_future()
             if link is not None:
                 link(future)
-            subject = route()
-            self._pending[token] = _Call(token, subject, recipient, future, now)
+            if place is not None:
+                route = place.subject
+            else:
+                route = self._directory.subject_of(recipient) if subject is None else subject
+            self._pending[reply_to] = _Call(reply_to, route, recipient, future, now)
             try:
                 if not future.done():  # else its token is cancelled already
-                    await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}", headers=headers)
-                sent()
+                    await self._connection.publish(route, body, reply=reply_to, headers=headers)
+                if sent is not None:
+                    sent()
                 self._wake.set()
                 reply = await future
+            except WorkerLost:
+                if place is not None:
+                    place.lost()
+                raise
             except _NeverReceived:
+                if place is not None:
+                    place.lost()
                 times_lost += 1
                 if times_lost > _RESENDS:
                     raise WorkerLost(str(recipient), None, "it got lost on its way, again and again") from None
                 now, refused_at = loop.time(), None
                 continue
             finally:
-                del self._pending[token]
-                self._watched.pop(token, None)
+                del self._pending[reply_to]
+                self._watched.pop(reply_to, None)
             if reply.headers is None:
                 return reply
             now = loop.time()
             refused_at = now if refused_at is None else refused_at
-            if reply.headers.get("Status") == "503" and not reply.data:
+            if _is_nobody(reply):
+                if place is not None:
+                    place.lost()
                 failure = await self._directory.verify(recipient)
                 if failure is not None:
                     raise failure
@@ -294,8 +340,18 @@ class Calls:
             return None
         finally:
             self._special.pop(token, None)
-        gone = message.headers is not None and message.headers.get("Status") == "503"
-        return None if gone else message
+        return None if _is_nobody(message) else message
+
+    async def post(self, subject: str, body: bytes, lost: Callable[[], None]) -> None:
+        """Send what nobody answers. ``lost`` is called where the server says at once that nobody listens."""
+        now = asyncio.get_running_loop().time()
+        while self._posted and (self._posted[0][0] < now - _POSTED_FOR or len(self._posted) >= _POSTED_AT_MOST):
+            self._special.pop(self._posted.popleft()[1], None)
+        self._counter += 1
+        token = f"p{self._counter:x}"
+        self._special[token] = lambda message: lost() if _is_nobody(message) else None
+        self._posted.append((now, token))
+        await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}")
 
     async def listens(self, subject: str) -> bool:
         """Whether somebody who may answer listens on ``subject``, as far as the server tells."""
@@ -304,12 +360,11 @@ class Calls:
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def _on_message(self, message: Msg) -> None:
-        token = message.subject[self._prefix_length :]
-        call = self._pending.get(token)
+        call = self._pending.get(message.subject)
         if call is not None:
             if not call.future.done():
                 call.future.set_result(message)
-        elif (special := self._special.get(token)) is not None:
+        elif (special := self._special.get(message.subject[self._prefix_length :])) is not None:
             special(message)
 
     def _on_accepted(self, message: Msg) -> None:
@@ -318,15 +373,15 @@ class Calls:
         if not isinstance(worker_id, str):
             raise CannotDecode("an acceptance", "it does not name its worker", message.data)
         for subject in calls:
-            call = self._pending.get(subject[self._prefix_length :])
+            call = self._pending.get(subject)
             if call is not None:
                 call.accepted_by = worker_id
-                self._watched.setdefault(call.token, call)
+                self._watched.setdefault(call.reply, call)
         self._asked_of(worker_id).heard()
 
     def _on_fate(self, worker_id: str, message: Msg) -> None:
         asked = self._asked_of(worker_id)
-        if message.headers is not None and message.headers.get("Status") == "503":
+        if _is_nobody(message):
             asked.gone(asyncio.get_running_loop().time())
             return
         data = _data(message, envelope.REPLY)
@@ -337,11 +392,11 @@ class Calls:
         now = asyncio.get_running_loop().time()
         asked.heard()
         for subject in running:
-            call = self._pending.get(subject[self._prefix_length :])
+            call = self._pending.get(subject)
             if call is not None:
                 call.accepted_by = worker_id
         for subject in unknown:
-            call = self._pending.get(subject[self._prefix_length :])
+            call = self._pending.get(subject)
             if call is None:
                 continue
             call.unknown_to[worker_id] = call.unknown_to.get(worker_id, 0) + 1
@@ -368,7 +423,7 @@ class Calls:
             for call in self._pending.values():  # the oldest first
                 if now - call.watched_from < self._options.check_after:
                     break
-                self._watched[call.token] = call
+                self._watched[call.reply] = call
             try:
                 if self._down_since is not None:
                     self._fail_offline(now)
@@ -438,8 +493,8 @@ class Calls:
             asked.silent_since = now
         reply = f"{self._inbox}.w-{worker_id}"
         for start in range(0, len(calls), _MAX_QUESTIONS):
-            tokens = [f"{self._inbox}.{call.token}" for call in calls[start : start + _MAX_QUESTIONS]]
-            body = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', orjson.dumps({"calls": tokens}))
+            ids = [call.reply for call in calls[start : start + _MAX_QUESTIONS]]
+            body = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', orjson.dumps({"calls": ids}))
             await self._connection.publish(self._directory.worker_subject(worker_id), body, reply=reply)
 
     def _check(self, call: _Call, now: float) -> None:
@@ -496,6 +551,11 @@ class Calls:
 
 def _stopped(recipient: AgentId, worker_id: str | None = None) -> WorkerLost:
     return WorkerLost(str(recipient), worker_id, "this runtime was stopped")
+
+
+def _is_nobody(message: Msg) -> bool:
+    """Whether the server says that nobody listens."""
+    return message.headers is not None and message.headers.get("Status") == "503" and not message.data
 
 
 def _data(message: Msg, kind: str) -> dict[str, Any]:

@@ -19,17 +19,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Protocol, cast
 
 import nats.errors
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js import JetStreamContext
 
 from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
+from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
 
 logger = logging.getLogger("natsrt.connection")
 
@@ -40,112 +40,21 @@ _VIOLATION = re.compile(r"permissions violation for (publish|subscription)\w* to
 _WATCH_INTERVAL = 1.0
 _ONE_ATTEMPT = 2.0
 """Seconds for one server to accept a connection."""
-_PONG_AT_LAST = 60
-"""Seconds after which the server's answer to a ping comes no more: the client has long been replaced."""
+_ONE_REQUEST = 2.0
+"""Seconds for one request to JetStream: one that arrives while a cluster elects a leader is never answered."""
 _SLICE = 0.5
 _PATIENCE = 6
 
-Sink = Callable[[Msg], None]
+
+class _Queued:
+    """What is awaited for a message that is queued already."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return _NO_WAIT
 
 
-class _Ordered:
-    """What nats-py takes for a future: it calls `set_result` for every message, in wire order."""
-
-    __slots__ = ("_sink", "_unreadable")
-
-    def __init__(self, sink: Sink, unreadable: Callable[[CannotDecode], None]) -> None:
-        self._sink = sink
-        self._unreadable = unreadable
-
-    def cancelled(self) -> bool:
-        return False
-
-    def set_result(self, message: Msg) -> None:
-        try:
-            self._sink(message)
-        except CannotDecode as error:
-            self._unreadable(error)
-        except Exception:  # an exception here would end the client's read loop
-            logger.exception("a message on %s could not be taken in", message.subject)
-
-
-class _Client(Client):
-    """nats-py's client, with a flush that is the last thing on the wire when it is sent, and a read loop that lives.
-
-    ``unreadable`` is told of every message that nats-py cannot read.
-    """
-
-    def __init__(self, unreadable: Callable[[CannotDecode], None]) -> None:
-        super().__init__()
-        self._unreadable = unreadable
-        self._pings: set[asyncio.Task[float]] = set()
-
-    # The next two override what nats-py keeps to itself, because there is no public way: the server passes on subjects
-    # that are not UTF-8 and headers that nobody can read, and either ends nats-py's read loop without a word.
-
-    def _build_message(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
-    ) -> Msg | None:
-        """The message, or None for one that is left out."""
-        try:
-            return Msg(
-                _client=self, subject=subject.decode(), reply=reply.decode(), data=data, headers=headers, _sid=sid
-            )
-        except UnicodeDecodeError as error:
-            self._unreadable(CannotDecode("a message", f"its subject or reply subject is not UTF-8: {error}", data))
-            return None
-
-    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        """The headers; a block that cannot be read counts as none."""
-        if not headers:
-            return None
-        try:
-            return await super()._process_headers(headers)
-        except (UnicodeDecodeError, IndexError) as error:
-            self._unreadable(CannotDecode("a header block", str(error), headers))
-            return None
-
-    async def flush(self, timeout: float = 10) -> None:
-        deadline = asyncio.get_running_loop().time() + timeout
-        await asyncio.sleep(0)
-        while self.pending_data_size > 0 and self.is_connected:
-            if asyncio.get_running_loop().time() > deadline:
-                raise nats.errors.FlushTimeoutError
-            await asyncio.sleep(0)
-        ping = self.ping()
-        await asyncio.wait({ping}, timeout=deadline - asyncio.get_running_loop().time())
-        if not ping.done():
-            raise nats.errors.FlushTimeoutError
-        if ping.cancelled():  # by `close`
-            raise nats.errors.ConnectionClosedError
-        ping.result()
-
-    def ping(self) -> asyncio.Task[float]:
-        """A round trip to the server, to be waited for with ``asyncio.wait`` and never to be cancelled.
-
-        A PONG for a ping whose future was cancelled, which nats-py also does when its time is up, ends the read loop.
-        """
-        ping = asyncio.create_task(self.rtt(_PONG_AT_LAST))
-        self._pings.add(ping)
-        ping.add_done_callback(self._pings.discard)
-        ping.add_done_callback(_retrieve)
-        return ping
-
-    async def close(self) -> None:
-        """Close, and let go of everybody who waits for this client, also where nats-py forgets them."""
-        try:
-            await super().close()
-        finally:
-            for ping in self._pings:
-                ping.cancel()
-            queue = self._flush_queue
-            while queue is not None and not queue.empty():  # publishers whose messages a hung server did not take
-                flushed = queue.get_nowait()
-                if not flushed.done():
-                    flushed.set_result(None)
-                await asyncio.sleep(0)  # whoever waited for room in the queue comes next
-            if self._transport is not None:  # still open where nats-py gave up sending what a hung server did not take
-                self._transport.close()  # type: ignore[no-untyped-call]
+_NO_WAIT = cast(Generator[None, None, None], iter(()))
+_QUEUED = _Queued()
 
 
 class Interest:
@@ -153,7 +62,7 @@ class Interest:
 
     __slots__ = ("current", "future", "queue", "subject")
 
-    def __init__(self, subject: str, queue: str, future: _Ordered) -> None:
+    def __init__(self, subject: str, queue: str, future: Ordered) -> None:
         self.subject = subject
         self.queue = queue
         self.future = future
@@ -173,7 +82,7 @@ class Connection:
     def __init__(self, options: Options, *, client_name: str) -> None:
         self._options = options
         self._name = client_name
-        self._client: _Client | None = None
+        self._client: NatsClient | None = None
         self._interests: dict[Interest, None] = {}
         self._listeners: list[Listener] = []
         self._denied: list[Callable[[PermissionDenied], None]] = []
@@ -183,6 +92,8 @@ class Connection:
         self._supervisor: asyncio.Task[None] | None = None
         self._replace = asyncio.Event()
         self._last_error: str | None = None
+        self._discovered: dict[str, None] = {}
+        """Further servers of the cluster, that the present ones told of: a new client may have to connect to these."""
         self._refused: asyncio.Future[None] | None = None
         self.reconnects = 0
         self.max_payload = 0
@@ -195,7 +106,8 @@ class Connection:
     @property
     def connected(self) -> bool:
         """Whether the client believes itself connected. Only a round trip proves it: see `barrier`."""
-        return self._up.is_set() and self._client is not None and self._client.is_connected
+        client = self._client
+        return client is not None and client.is_connected and self._up.is_set()
 
     @property
     def client(self) -> Client:
@@ -206,7 +118,8 @@ class Connection:
 
     @property
     def jetstream(self) -> JetStreamContext:
-        return self.client.jetstream(timeout=self._options.connect_timeout)
+        """For requests that are repeated where no answer comes."""
+        return self.client.jetstream(timeout=min(_ONE_REQUEST, self._options.connect_timeout))
 
     @property
     def server(self) -> str:
@@ -227,6 +140,7 @@ class Connection:
         """Connect. Raises `ServerUnreachable` after ``connect_timeout`` seconds, `PermissionDenied` when refused."""
         self._closing = False
         self._last_error = None
+        self._discovered.clear()
         try:
             self._client = await self._connect(self._options.connect_timeout)
         except BaseException:
@@ -276,10 +190,11 @@ class Connection:
     def _closed_error(self) -> ServerUnreachable:
         return ServerUnreachable(self._options.safe_servers, 0.0, "the connection is closed")
 
-    async def _connect(self, timeout: float) -> _Client:
-        client = _Client(self._on_unreadable)
+    async def _connect(self, timeout: float) -> NatsClient:
+        client = NatsClient(self._on_unreadable)
         settings = self._options.connect_kwargs()
         settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
+        settings["servers"] += self._discovered
         self._refused = asyncio.get_running_loop().create_future()
         connecting = asyncio.ensure_future(
             client.connect(
@@ -313,7 +228,7 @@ class Connection:
             refused, self._refused = self._refused, None
             refused.cancel()
 
-    def _bound(self, client: _Client, callback: Callable[[_Client], None]) -> Callable[[], Awaitable[None]]:
+    def _bound(self, client: NatsClient, callback: Callable[[NatsClient], None]) -> Callable[[], Awaitable[None]]:
         """A callback that a replaced client can no longer reach us through."""
 
         async def call() -> None:
@@ -348,14 +263,14 @@ class Connection:
         self.undecodable += 1
         logger.warning("%s", error)
 
-    def _on_disconnected(self, client: _Client) -> None:
+    def _on_disconnected(self, client: NatsClient) -> None:
         self._lost()
 
-    def _on_reconnected(self, client: _Client) -> None:
+    def _on_reconnected(self, client: NatsClient) -> None:
         self.reconnects += 1
         self._made()
 
-    def _on_closed(self, client: _Client) -> None:
+    def _on_closed(self, client: NatsClient) -> None:
         self._lost()
         self._replace.set()
 
@@ -413,7 +328,7 @@ class Connection:
             heard = client.stats["in_msgs"]
         return False
 
-    async def _begins_to_reconnect(self, client: _Client) -> bool:
+    async def _begins_to_reconnect(self, client: NatsClient) -> bool:
         """A hung server with unsent data never lets nats-py begin to reconnect, so it never tells of the loss."""
         for _ in range(_PATIENCE):
             if not self._up.is_set() or client.is_connected:
@@ -425,6 +340,8 @@ class Connection:
         """Build new clients until one connects, and repeat every subscription on it."""
         old, self._client = self._client, None
         if old is not None:
+            if not any(url.startswith("ws") for url in self._options.servers):  # nats-py takes them for TCP's there
+                self._discovered |= dict.fromkeys(url.geturl() for url in old.discovered_servers)
             _abandon(old)
         while True:
             try:
@@ -459,14 +376,14 @@ class Connection:
     def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> Awaitable[None]:
-        """Queue a message for the server, in the order in which the results of these calls are awaited.
+        """Queue a message for the server; the result is to be awaited at once, for it may have to wait for room.
 
         ``subject`` and ``reply`` must be valid: they are encoded names, or came from the server.
         Raises `MessageTooLarge`, and `ServerUnreachable` when the client's buffer is full while it reconnects.
         """
         client = self._client
-        if client is not None and client.is_connected and headers is None and len(payload) <= client.max_payload:
-            return client.publish(subject, payload, reply)  # nothing can go wrong that would need a name of ours
+        if client is not None and headers is None and client.post(subject, payload, reply):
+            return _QUEUED
         return self._publish_with_care(subject, payload, reply, headers)
 
     async def _publish_with_care(
@@ -483,7 +400,7 @@ class Connection:
 
     async def subscribe(self, subject: str, sink: Sink, *, queue: str = "") -> Interest:
         """Hand every message on ``subject`` to ``sink``, also over reconnects. The server knows after a `barrier`."""
-        interest = Interest(subject, queue, _Ordered(sink, self._on_unreadable))
+        interest = Interest(subject, queue, Ordered(sink, self._on_unreadable))
         self._interests[interest] = None
         if self._client is not None and not self._client.is_closed:
             interest.current = await _subscribe(self._client, interest)
@@ -504,11 +421,15 @@ class Connection:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             logger.debug("unsubscribing %s: %s", interest.subject, error)
 
+    def holds(self, interest: Interest) -> bool:
+        """Whether ``interest`` goes on: `unsubscribe` ends it, and `close` ends all."""
+        return interest in self._interests
+
     async def barrier(self, timeout: float = 10.0) -> None:
         """Return when the server has processed all that was sent before. Raises `ServerUnreachable`."""
         reconnects = self.reconnects
         flushing = asyncio.ensure_future(self.client.flush(cast(int, timeout)))
-        flushing.add_done_callback(_retrieve)
+        flushing.add_done_callback(retrieve)
         try:
             while not flushing.done() and self.connected and reconnects == self.reconnects:
                 await asyncio.wait({flushing}, timeout=_SLICE)
@@ -521,12 +442,6 @@ class Connection:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             self._replace.set()
             raise ServerUnreachable(self._options.safe_servers, timeout, str(error) or "no answer") from error
-
-
-def _retrieve(task: asyncio.Future[Any]) -> None:
-    """Look at the outcome of a task that perhaps nobody waits for any more."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def _subscribe(client: Client, interest: Interest) -> NatsSubscription:

@@ -32,6 +32,8 @@ CONTROL: Final = "natsrt.control"
 FATE: Final = "natsrt.fate"
 SERVE: Final = "natsrt.serve"
 CANCEL: Final = "natsrt.cancel"
+LOCATE: Final = "natsrt.locate"
+OWNER: Final = "natsrt.owner"
 
 KEY_HEADER: Final = "Natsrt-Key"
 """Header that names the agent key of a plain body; ``default`` without it."""
@@ -46,6 +48,7 @@ TEXTS: Final = frozenset(
     (
         "acceptto",
         "cancelid",
+        "chain",
         "datacontenttype",
         "id",
         "keyed",
@@ -64,13 +67,13 @@ TEXTS: Final = frozenset(
 )
 """The attributes and extensions that natsrt defines. All are strings."""
 
-_ONLY_TEXTS = {str}
 _WITH_MESSAGE = frozenset((CALL, EVENT, REPLY))
 _NEEDED = {False: {"id", "source"}, True: {"id", "source", "messagetype"}}
 """What is looked for behind ``data`` where it does not stand before it."""
 _SUBJECT = re.compile(r"[^\s*>\x00-\x20\x7f]{1,1024}")
 _START = b'{"specversion":"1.0"'
 _DATA = b',"data":'
+_CLOSE = ord("}")
 
 
 @dataclass(slots=True)
@@ -150,6 +153,16 @@ def encode(kind: str, attributes: str, payload: bytes, content_type: str = JSON_
     )
 
 
+def rewrite(body: Envelope, **changes: str | None) -> bytes:
+    """The same message with other attributes; None takes one away."""
+    attributes = {
+        name: value
+        for name, value in {**body.attributes, **changes}.items()
+        if value is not None and name not in ("specversion", "type", "datacontenttype")
+    }
+    return encode(body.type, orjson.dumps(attributes)[1:-1].decode(), body.payload, body.content_type)
+
+
 def is_subject(text: str) -> bool:
     """Whether ``text`` can be published to. A space or CR LF in a subject would speak to the server."""
     return _SUBJECT.fullmatch(text) is not None
@@ -164,18 +177,31 @@ def decode(body: bytes) -> Envelope | None:
     """The envelope in ``body``, or None for a plain body. Raises `CannotDecode` for a broken body of ours."""
     if body.startswith(_START):
         end = body.find(_DATA)
-        if end >= 0 and body.endswith(b"}"):
+        if end >= 0 and body[-1] == _CLOSE:
             try:
                 attributes = orjson.loads(body[:end] + b"}")
             except orjson.JSONDecodeError:
-                attributes = None
-            if attributes is not None:
-                kind = attributes.get("type")
-                if isinstance(kind, str) and kind.startswith("natsrt.") and "data_base64" not in attributes:
-                    cut = Envelope(_checked(attributes), body[end + len(_DATA) : -1], body)
-                    return cut if _NEEDED[kind in _WITH_MESSAGE] <= attributes.keys() else cut.general() or cut
+                return _decode_whole(body)
+            if (
+                _all_texts(attributes)
+                and attributes.get("type") in _WITH_MESSAGE
+                and "id" in attributes
+                and "source" in attributes
+                and "messagetype" in attributes
+                and "data_base64" not in attributes
+            ):  # as natsrt writes messages
+                return Envelope(attributes, body[end + len(_DATA) : -1], body)
+            kind = attributes.get("type")
+            if isinstance(kind, str) and kind.startswith("natsrt.") and "data_base64" not in attributes:
+                cut = Envelope(_checked(attributes), body[end + len(_DATA) : -1], body)
+                return cut if _NEEDED[kind in _WITH_MESSAGE] <= attributes.keys() else cut.general() or cut
     elif body.lstrip()[:1] != b"{":
         return None
+    return _decode_whole(body)
+
+
+def _decode_whole(body: bytes) -> Envelope | None:
+    """The same, of a body whose attributes cannot be cut out."""
     try:
         whole = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -206,9 +232,14 @@ def _from_object(whole: Any, body: bytes) -> Envelope | None:
     return Envelope(_checked(attributes), payload, body)
 
 
+def _all_texts(attributes: dict[str, Any]) -> bool:
+    for value in attributes.values():  # noqa: SIM110 (a generator takes four times as long)
+        if type(value) is not str:
+            return False
+    return True
+
+
 def _checked(attributes: dict[str, Any]) -> dict[str, Any]:
-    if set(map(type, attributes.values())) == _ONLY_TEXTS:
-        return attributes
     for name, value in attributes.items():
         if name in TEXTS and not isinstance(value, str):
             raise CannotDecode("an envelope", f"the attribute {name!r} must be a string, not {type(value).__name__}")

@@ -11,11 +11,11 @@ import asyncio
 import builtins
 import traceback
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Final
 
 import orjson
 from autogen_core import exceptions as autogen_exceptions
-from autogen_core import tool_agent
 
 from natsrt import errors
 from natsrt.errors import NatsrtError, RemoteAgentError
@@ -30,6 +30,7 @@ BUSY: Final = 429
 """The code of a refusal: the call was not started, and its caller sends it again."""
 _MAX_TEXT = 16_384
 
+_TOOL_AGENT: Final = "autogen_core.tool_agent"
 _FORBIDDEN = (StopIteration, StopAsyncIteration, GeneratorExit)
 
 
@@ -54,12 +55,22 @@ class ErrorTypes:
 
     def __init__(self) -> None:
         self._classes: dict[str, type[BaseException]] = {}
-        for module in (builtins, autogen_exceptions, tool_agent, errors):
-            for value in vars(module).values():
-                if isinstance(value, type) and issubclass(value, BaseException):
-                    is_tool = issubclass(value, tool_agent.ToolException)
-                    if (issubclass(value, Exception) or is_tool) and not issubclass(value, _FORBIDDEN):
-                        self._classes[qualified_name(value)] = value
+        for module in (builtins, autogen_exceptions, errors):
+            self._know(module, Exception)
+
+    def _know(self, module: ModuleType, base: type[BaseException]) -> None:
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, base) and not issubclass(value, _FORBIDDEN):
+                self._classes.setdefault(qualified_name(value), value)
+
+    def _find(self, name: str) -> type[BaseException] | None:
+        if name not in self._classes and name.startswith(f"{_TOOL_AGENT}."):
+            # Imported when one is met: with it come AutoGen's models and tools, for which every start would wait.
+            # What is imported is always this one module, whatever the wire names.
+            from autogen_core import tool_agent
+
+            self._know(tool_agent, tool_agent.ToolException)
+        return self._classes.get(name)
 
     def add(self, cls: type[BaseException]) -> None:
         """Let exceptions of ``cls`` arrive as themselves. Raises TypeError for what no future can carry."""
@@ -95,7 +106,7 @@ class ErrorTypes:
     def _rebuild(self, name: str, message: str, data: dict[str, Any]) -> BaseException:
         if data.get("code") == CANCELLED:
             return asyncio.CancelledError(message)
-        cls = self._classes.get(name)
+        cls = self._find(name)
         args, fields = data.get("args"), data.get("fields")
         if cls is None or not isinstance(args, list) or not isinstance(fields, dict):
             return RemoteAgentError(name, message)

@@ -29,7 +29,6 @@ from autogen_core import (
     UnknownPayload,
     try_get_known_serializers_for_type,
 )
-from autogen_core.models import FunctionExecutionResult
 from google.protobuf import any_pb2, json_format  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from pydantic import BaseModel
@@ -47,7 +46,6 @@ PROTOBUF = PROTOBUF_DATA_CONTENT_TYPE
 BYTES = "application/octet-stream"
 
 _PLAIN: tuple[type, ...] = (str, int, float, bool, bytes, list, dict, type(None))
-_AUTOGEN_MESSAGES: tuple[type, ...] = (Image, FunctionCall, FunctionExecutionResult)
 
 
 class Encoded(NamedTuple):
@@ -100,17 +98,19 @@ class _OwnSerializer:
             raise CannotSerialize(self.type_name, f"{type(error).__name__} was raised while writing it") from error
 
     def deserialize(self, payload: bytes) -> Any:
-        what = f"a message of type {self.type_name}"
         try:
             return self._codec.loads(payload)
         except Unreadable as fault:
-            raise CannotDecode(what, str(fault), payload) from fault.__cause__
+            raise self._cannot_decode(str(fault), payload) from fault.__cause__
         except RecursionError:
-            raise CannotDecode(what, "it is nested too deeply", payload) from None
+            raise self._cannot_decode("it is nested too deeply", payload) from None
         except ValueError:
-            raise CannotDecode(what, "it is not JSON", payload) from None
+            raise self._cannot_decode("it is not JSON", payload) from None
         except Exception as error:
-            raise CannotDecode(what, f"{type(error).__name__} was raised while reading it", payload) from error
+            raise self._cannot_decode(f"{type(error).__name__} was raised while reading it", payload) from error
+
+    def _cannot_decode(self, problem: str, payload: bytes) -> CannotDecode:
+        return CannotDecode(f"a message of type {self.type_name}", problem, payload)
 
 
 class _ProtobufSerializer:
@@ -182,6 +182,22 @@ _AUTOGEN_STANDARD = tuple(
 )
 
 
+_BUILTIN: dict[str, type] = {type_name_of(cls): cls for cls in (*_PLAIN, Image, FunctionCall)}
+_TOOL_RESULT = "FunctionExecutionResult"
+_BUILTIN_NAMES = frozenset({*_BUILTIN, _TOOL_RESULT})
+"""The type names that can always be received, unless a class of the user's is registered under them."""
+
+
+def _builtin_class(type_name: str) -> type | None:
+    """The class of one of `_BUILTIN_NAMES`; None for any other name."""
+    if type_name == _TOOL_RESULT:
+        # Imported when one is met: with it come AutoGen's models and tools, for which every start would have to wait.
+        from autogen_core.models import FunctionExecutionResult
+
+        return FunctionExecutionResult
+    return _BUILTIN.get(type_name)
+
+
 class Serialization:
     """The serializers of one runtime.
 
@@ -198,12 +214,8 @@ class Serialization:
         self._registered: dict[tuple[str, str], MessageSerializer[Any]] = {}
         self._custom: dict[str, MessageSerializer[Any]] = {}
         self._classes: dict[str, type] = {}
-        self._builtin: dict[tuple[str, str], MessageSerializer[Any]] = {}
         self._sending: dict[type, MessageSerializer[Any]] = {}
         self._replies: dict[tuple[str, str, type | None, type | None], MessageSerializer[Any]] = {}
-        for cls in (*_PLAIN, *_AUTOGEN_MESSAGES):
-            serializer = self._own_serializer(cls)
-            self._builtin[serializer.type_name, serializer.data_content_type] = serializer
 
     def add(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
         """Register serializers. Raises ValueError where another class has the same type name.
@@ -302,26 +314,28 @@ class Serialization:
 
     def lookup(self, type_name: str, content_type: str = JSON) -> MessageSerializer[Any] | None:
         """The serializer that reads messages of this type name, None if there is none."""
-        key = (type_name, content_type)
-        serializer = self._registered.get(key)
-        if serializer is None and type_name not in self._classes:
-            serializer = self._builtin.get(key)
+        serializer = self._registered.get((type_name, content_type))
+        if serializer is None and type_name not in self._classes and (cls := _builtin_class(type_name)) is not None:
+            builtin = self._own_serializer(cls)
+            serializer = builtin if builtin.data_content_type == content_type else None
         return serializer
 
     def is_known(self, type_name: str) -> bool:
         """Whether messages of this type name can be read, in some content type."""
-        return any(name == type_name for name, _ in (*self._registered, *self._builtin))
+        return type_name in _BUILTIN_NAMES or any(name == type_name for name, _ in self._registered)
 
     def content_type_of(self, type_name: str) -> str:
         """The content type of a body of which only the type name is known: JSON, if that can be read."""
-        known = [content for name, content in (*self._registered, *self._builtin) if name == type_name]
+        known = [content for name, content in self._registered if name == type_name]
+        if type_name in _BUILTIN_NAMES:
+            known.append(BYTES if type_name == "bytes" else JSON)
         return known[0] if known and JSON not in known else JSON
 
     def class_of(self, type_name: str) -> type | None:
         """The class of a type name; None if it is unknown, or known only by a serializer that has not been used."""
         known = self._classes.get(type_name)
         if known is None and type_name not in self._custom:
-            known = next((cls for cls in (*_PLAIN, *_AUTOGEN_MESSAGES) if type_name_of(cls) == type_name), None)
+            known = _builtin_class(type_name)
         return known
 
     def _message_class(self, type_name: str) -> type | None:

@@ -270,6 +270,10 @@ class Subjects:
         subject = f"{self._root}natsrt.control.{encode_token(agent_type)}"
         return subject if key is None else f"{subject}.{encode_token(key)}"
 
+    def control_at(self, agent_type: str, worker_id: str) -> str:
+        """The subject for the same of a keyed type's agents on one worker: ``natsrt.control.<type>.at.<worker_id>``."""
+        return f"{self._root}natsrt.control.{encode_token(agent_type)}.at.{encode_token(worker_id)}"
+
     @property
     def cancel(self) -> str:
         """The subject on which every cancellation is broadcast."""
@@ -301,7 +305,10 @@ class Subjects:
 
         (Acknowledgements of JetStream messages go to ``$JS.ACK…`` and are not replies in this sense.)
         """
-        return subject.startswith(self._no_reply) or len(subject.encode(errors="surrogatepass")) > MAX_SUBJECT_BYTES
+        return subject.startswith(self._no_reply) or (
+            len(subject) > MAX_SUBJECT_BYTES // 4  # characters take four bytes at most
+            and len(subject.encode(errors="surrogatepass")) > MAX_SUBJECT_BYTES
+        )
 
     def _checked_filter(self, tokens: str, exact: bool, what: str, value: str) -> Filter:
         subject = f"{self._topics}{tokens}"

@@ -19,6 +19,8 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._port = 0  # any, until one is chosen
         self._frozen: list[asyncio.Event] = []
+        self._muted: set[asyncio.StreamReader] = set()
+        self._servers: set[asyncio.StreamReader] = set()
         self._flowing = self._new_flow()
         self.accepted = 0
         """Connections that were passed on."""
@@ -71,6 +73,10 @@ class Proxy:
             flow.set()
         self._frozen.clear()
 
+    def mute(self) -> None:
+        """Throw away what the server sends over the present links; what clients send arrives."""
+        self._muted |= self._servers
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             server_reader, server_writer = await asyncio.open_connection(*self._target)
@@ -78,6 +84,7 @@ class Proxy:
             writer.transport.abort()
             return
         self.accepted += 1
+        self._servers.add(server_reader)
         for source, destination in ((reader, server_writer), (server_reader, writer)):
             self._links.add(destination)
             task = asyncio.create_task(self._forward(source, destination, self._flowing))
@@ -90,6 +97,8 @@ class Proxy:
         try:
             while data := await source.read(65536):
                 await flowing.wait()
+                if source in self._muted:
+                    continue
                 destination.write(data)
                 await destination.drain()
         except OSError:
@@ -97,3 +106,5 @@ class Proxy:
         finally:
             destination.close()
             self._links.discard(destination)
+            self._servers.discard(source)
+            self._muted.discard(source)

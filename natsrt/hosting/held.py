@@ -1,0 +1,126 @@
+"""One keyed agent on a worker, and what follows from the options of its type."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+from autogen_core import Agent, AgentId, BaseAgent
+
+from natsrt.hosting.catalog import HostedType
+from natsrt.hosting.mailbox import Mailbox
+from natsrt.jetstream.agents import Record
+from natsrt.keyed_types import KeyedOptions
+from natsrt.transport.connection import Interest
+
+_LEASE = 10.0
+
+
+class Held:
+    """A keyed agent that this worker owns, or is finding out about."""
+
+    __slots__ = (
+        "_moving",
+        "_saving",
+        "agent_id",
+        "changed",
+        "digest",
+        "emptied",
+        "guests",
+        "hosted",
+        "interest",
+        "loaded",
+        "mailbox",
+        "record",
+        "releasing",
+        "saved_at",
+        "sure",
+        "used_at",
+        "users",
+    )
+
+    def __init__(self, hosted: HostedType, key: str, now: float) -> None:
+        self.hosted = hosted
+        self.agent_id = AgentId(hosted.agent_type, key)
+        self.mailbox = Mailbox()
+        self._moving: asyncio.Lock | None = None
+        self._saving: asyncio.Lock | None = None
+        self.record: Record | None = None
+        """The record as this worker wrote it last; None while it does not own the agent."""
+        self.interest: Interest | None = None
+        self.sure = -1
+        """How many reasons to doubt there had been when the record was last known to be as this worker wrote it."""
+        self.loaded = False
+        """Whether the instance is there, with its state."""
+        self.digest = b""
+        """Of the state as it is stored; empty for none."""
+        self.changed = False
+        """Whether messages were handled since the last save."""
+        self.saved_at = now
+        self.used_at = now
+        self.users = 0
+        """Messages that wait or are handled."""
+        self.guests = 0
+        """Questions for its place that are being answered."""
+        self.releasing = False
+        self.emptied: asyncio.Future[None] | None = None
+        """Done when `users` comes to 0, for who releases."""
+
+    @property
+    def key(self) -> str:
+        return self.agent_id.key
+
+    @property
+    def options(self) -> KeyedOptions:
+        options = self.hosted.keyed
+        assert options is not None
+        return options
+
+    @property
+    def moving(self) -> asyncio.Lock:
+        """Held from the beginning to the end of a claim or a release. Locks are made when they are first used: of
+        100,000 agents few ever need one."""
+        if self._moving is None:
+            self._moving = asyncio.Lock()
+        return self._moving
+
+    @property
+    def is_moving(self) -> bool:
+        return self._moving is not None and self._moving.locked()
+
+    @property
+    def saving(self) -> asyncio.Lock:
+        """Held while the record or the instance changes under an owner: loading, storing, looking up."""
+        if self._saving is None:
+            self._saving = asyncio.Lock()
+        return self._saving
+
+    def empty(self) -> None:
+        """Nobody uses it any more, or nothing is left to wait for."""
+        if self.emptied is not None and not self.emptied.done():
+            self.emptied.set_result(None)
+
+
+def lease(options: KeyedOptions) -> float:
+    """Seconds after a message for which its sender may rely on where it went.
+
+    An agent that is released for being idle was so for longer than that.
+    """
+    return _LEASE if options.idle_timeout is None else min(_LEASE, options.idle_timeout / 2)
+
+
+def housekeeping_interval(options: KeyedOptions) -> float:
+    """Seconds between two looks at the agents of a type."""
+    due = [options.idle_timeout or _LEASE * 2]
+    if options.save == "interval":
+        due.append(options.save_interval)
+    return min(5.0, max(0.05, min(due) / 4))
+
+
+def keeps_state(agent: Agent) -> bool:
+    """Whether the agent's class implements ``save_state``: AutoGen's base class only warns that it does not."""
+    return getattr(type(agent), "save_state", None) is not BaseAgent.save_state
+
+
+def digest_of(state: bytes) -> bytes:
+    return hashlib.blake2b(state, digest_size=16).digest()

@@ -1,0 +1,99 @@
+"""What a worker does for keyed agents beside owning them: controlling them, and asking other workers about them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from autogen_core import Agent, AgentId
+
+from natsrt.errors import CannotDecode
+from natsrt.hosting import control
+from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.owning import Grip, Location, Owning
+from natsrt.wire import envelope
+from natsrt.wire.envelope import Envelope
+
+T = TypeVar("T")
+
+
+class Keyed:
+    """The keyed side of one worker."""
+
+    def __init__(self, owning: Owning, catalog: Catalog) -> None:
+        self.owning = owning
+        self._catalog = catalog
+
+    async def visit(self, hosted: HostedType, key: str, along: Collection[str], serve: Callable[[], Awaitable[T]]) -> T:
+        """`Owning.visit`."""
+        return await self.owning.visit(hosted, key, along, serve)
+
+    async def locate(self, hosted: HostedType, key: str, along: Collection[str]) -> Location:
+        """`Owning.locate`."""
+        return await self.owning.locate(hosted, key, along)
+
+    async def instance(self, hosted: HostedType, key: str, along: Collection[str]) -> Agent:
+        """The live instance. Raises `OwnedElsewhere`."""
+
+        async def live() -> Agent:
+            return hosted.live[key]
+
+        return await self.owning.visit(hosted, key, along, live)
+
+    async def state(self, hosted: HostedType, key: str, along: Collection[str]) -> Mapping[str, Any]:
+        """What ``save_state`` returns when its turn comes. Raises `OwnedElsewhere`."""
+
+        async def save() -> Mapping[str, Any]:
+            return await hosted.live[key].save_state()
+
+        return await self.owning.visit(hosted, key, along, save)
+
+    async def control(self, hosted: HostedType, key: str, body: Envelope) -> Any:
+        """One control message, when its agent's turn comes. Raises `OwnedElsewhere`."""
+        operation = body.required("operation")
+        if operation == control.GIVE_AWAY:
+            return await self._give_away(hosted, body.json())
+
+        async def carry_out() -> Any:
+            return await control.carry_out_message(self._catalog, hosted, key, body)
+
+        result = await self.owning.visit(hosted, key, chain_of(body), carry_out)
+        if operation in (control.LOAD_STATE, control.STORE_STATE):
+            await self.owning.store(AgentId(hosted.agent_type, key))
+        return result
+
+    async def _give_away(self, hosted: HostedType, count: Any) -> int:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise CannotDecode("a control message", "how many agents to give away must be a number of at least 0")
+        return await self.owning.give_away(hosted.agent_type, count)
+
+
+def chain_of(body: Envelope | None) -> tuple[str, ...]:
+    """The visits that wait for what a message says."""
+    along = None if body is None else body.text("chain")
+    return () if along is None else tuple(along.split())
+
+
+def owner_question(agent: AgentId, along: Collection[str]) -> bytes:
+    """Asks a worker for its grip on an agent."""
+    data = {"agent_type": agent.type, "key": agent.key, "chain": list(along)}
+    return envelope.encode(envelope.OWNER, '"id":"owner","source":"/"', orjson.dumps(data))
+
+
+def answer_to_owner_question(data: dict[str, Any], owning: Owning) -> bytes:
+    """The answer. Raises `CannotDecode`."""
+    agent_type, key, along = data.get("agent_type"), data.get("key"), data.get("chain", [])
+    if not isinstance(agent_type, str) or not isinstance(key, str) or not isinstance(along, list):
+        raise CannotDecode("a question for an owner", "agent_type and key must be text, and chain a list")
+    grip = owning.grip(agent_type, key, [visit for visit in along if isinstance(visit, str)])
+    return envelope.encode(envelope.REPLY, '"id":"owner-r","source":"/"', orjson.dumps({"grip": grip.value}))
+
+
+def grip_in(answer: Envelope) -> Grip:
+    """The grip that a worker answers. Raises `CannotDecode`."""
+    data = answer.json()
+    try:
+        return Grip(data["grip"])
+    except (TypeError, KeyError, ValueError):
+        raise CannotDecode("a worker's answer about an agent", "it does not say what it should", answer.body) from None

@@ -1,0 +1,542 @@
+"""The keyed agents that this worker owns: claiming, loading, storing, releasing.
+
+Rules:
+
+1. The stored record decides who owns an agent. Every write to it names the revision that it follows, so whoever lost
+   the ownership, frozen or cut off, cannot store anything any more: it drops its instance.
+2. A worker that stood still, was disconnected or was taken for dead looks its records up again before it handles a
+   message or answers one.
+3. An owner that does not answer is replaced when the registry no longer lists it, or when the server says that it does
+   not listen and that cannot be a reconnect that all go through.
+4. State is stored before the reply, as far as the type's options say so.
+5. Whoever releases stops listening, lets what was received be handled, stores, and gives up the record, in this order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from enum import Enum
+from typing import Any, NamedTuple, TypeVar
+
+import orjson
+from autogen_core import Agent, AgentId
+from nats.nuid import NUID
+
+from natsrt.errors import NatsrtError, StateConflict, StateNotSaved, WorkerLost
+from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.held import Held, digest_of, housekeeping_interval, keeps_state, lease
+from natsrt.hosting.mailbox import chain
+from natsrt.jetstream.agents import AgentRecords, Record, RecordChanged, RecordTaken
+from natsrt.jetstream.registry import Registry
+from natsrt.options import Options
+from natsrt.transport.calls import Calls
+from natsrt.transport.connection import Connection, Interest
+from natsrt.wire.serialization import Serialization
+
+logger = logging.getLogger("natsrt.hosting")
+
+_PULSE = 0.25
+_STALL = 2.0
+"""Seconds for which the event loop stood still, after which others may have taken this worker for dead."""
+_SETTLED = 4.0
+"""Seconds after a reconnect of one's own during which an owner may still be reconnecting."""
+_ASK = 0.5
+_PAUSE = 0.02
+_AT_ONCE = 64
+"""Agents that are looked up or released at the same time."""
+
+T = TypeVar("T")
+
+
+class OwnedElsewhere(Exception):
+    """The agent lives on ``worker_id``."""
+
+    def __init__(self, worker_id: str) -> None:
+        self.worker_id = worker_id
+        super().__init__(worker_id)
+
+
+class Grip(Enum):
+    """What a worker says about an agent that a record gives to it."""
+
+    HOLDS = "holds"
+    MOVING = "moving"
+    """It is claiming or releasing it now."""
+    FREE = "free"
+
+
+class Location(NamedTuple):
+    """Where an agent lives, and for how many seconds after a message to it that can be relied on."""
+
+    worker_id: str
+    lease: float
+
+
+class Owning:
+    """What one worker owns. A `Listener` of its connection.
+
+    ``listen(hosted, key)`` subscribes to an agent's own subject. ``ask(worker_id, agent, along, timeout)`` asks a
+    worker for its grip on an agent, None where it does not answer. ``locate(agent, along)`` asks a worker of the
+    agent's type that takes new messages.
+    """
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        options: Options,
+        worker_id: str,
+        catalog: Catalog,
+        serialization: Serialization,
+        registry: Registry,
+        calls: Calls,
+        records: AgentRecords,
+        listen: Callable[[HostedType, str], Awaitable[Interest]],
+        ask: Callable[[str, AgentId, Collection[str], float], Awaitable[Grip | None]],
+        locate: Callable[[AgentId, Collection[str]], Awaitable[Location]],
+    ) -> None:
+        self._connection = connection
+        self._options = options
+        self._worker_id = worker_id
+        self._catalog = catalog
+        self._serialization = serialization
+        self._registry = registry
+        self._calls = calls
+        self._records = records
+        self._listen = listen
+        self._ask = ask
+        self._locate = locate
+        self._held: dict[str, dict[str, Held]] = {}
+        self._hosting: dict[str, int] = {}
+        self._visit_prefix = NUID().next().decode()[-8:]
+        self._visits = 0
+        self._doubts = 0
+        self._up_since = -math.inf
+        self._pulse_at = math.inf
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._started = False
+        self.draining = False
+        self.conflicts = 0
+        """Instances dropped because their records were changed elsewhere."""
+        connection.add_listener(self)
+
+    # -- lifecycle -----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Needed once this worker hosts a keyed type. Harmless when started."""
+        if not self._started:
+            await self._records.open()
+            self._started = True
+            self._pulse_at = asyncio.get_running_loop().time()
+            self._run(self._pulse())
+            self._run(self._keep_house())
+
+    async def drain(self) -> None:
+        """Hand all agents over: what was received for them is handled, their state is stored, nobody owns them."""
+        self.draining = True
+        await asyncio.gather(*(self.release(held) for held in self._all()))
+
+    async def stop(self) -> None:
+        """End, and forget what was not released."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for held in self._all():
+            held.record = None
+            if held.hosted.keyed is not None:
+                held.hosted.live.pop(held.key, None)
+        self._held.clear()
+
+    def connection_lost(self) -> None:
+        self._doubts += 1
+
+    def connection_made(self) -> None:
+        self._up_since = asyncio.get_running_loop().time()
+        self.doubt()
+
+    def doubt(self) -> None:
+        """Others may have taken this worker for dead: look every record up again, and soon.
+
+        Until then this worker would take messages that are for others.
+        """
+        self._doubts += 1
+        if self._started:
+            self._run(self._look_up_all(self._doubts))
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    async def visit(self, hosted: HostedType, key: str, along: Collection[str], serve: Callable[[], Awaitable[T]]) -> T:
+        """Run ``serve`` when its turn comes, with the agent live and owned here, and store the state after it.
+
+        ``along`` is the chain of the message. Raises `OwnedElsewhere`, `StateConflict`, `StateNotSaved`, and what
+        ``serve`` and the agent's own methods raise.
+        """
+        held = self._hold(hosted, key)
+        held.users += 1
+        self._visits += 1
+        visit = f"{self._visit_prefix}{self._visits:x}"
+        try:
+            await held.mailbox.enter(visit, along)
+            try:
+                if (owner := await self._own(held, along)) is not None:
+                    raise OwnedElsewhere(owner)
+                if not held.loaded:
+                    await self._load(held)
+                if held.options.concurrency == "concurrent":
+                    held.mailbox.leave(visit)
+                mark = chain.set((*along, visit))
+                try:
+                    return await serve()
+                finally:
+                    chain.reset(mark)
+                    await self._settle(held)
+            finally:
+                held.mailbox.leave(visit)
+        finally:
+            held.used_at = asyncio.get_running_loop().time()
+            held.users -= 1
+            if not held.users:
+                held.empty()
+                self._tidy(held)
+
+    async def locate(self, hosted: HostedType, key: str, along: Collection[str]) -> Location:
+        """Who owns the agent, for a message of the chain ``along``. This worker claims it where nobody does."""
+        held = self._hold(hosted, key)
+        held.guests += 1
+        try:
+            owner = await self._own(held, along, to_stay=True)
+            held.used_at = asyncio.get_running_loop().time()
+            return Location(owner or self._worker_id, lease(held.options))
+        finally:
+            held.guests -= 1
+            self._tidy(held)
+
+    def grip(self, agent_type: str, key: str, along: Collection[str]) -> Grip:
+        """What to tell a worker that found this one in the agent's record, for a message of the chain ``along``."""
+        held = self._held.get(agent_type, {}).get(key)
+        if held is None:
+            return Grip.FREE
+        if held.record is not None and held.mailbox.holds(along):  # it cannot be released before that message came
+            return Grip.HOLDS
+        if held.is_moving or held.releasing:
+            return Grip.MOVING
+        if held.record is None:
+            return Grip.FREE
+        if self.draining:
+            self._run(self.release(held))
+            return Grip.MOVING
+        return Grip.HOLDS
+
+    async def store(self, agent_id: AgentId) -> None:
+        """Store the agent's state now. Raises `LookupError` where it is not live here."""
+        held = self._held.get(agent_id.type, {}).get(agent_id.key)
+        if held is None or held.record is None or not held.loaded:
+            raise LookupError(f"Agent {agent_id} is not live in this runtime.")
+        await self._store(held)
+
+    def owned(self, agent_type: str) -> int:
+        """How many agents of the type this worker owns."""
+        return sum(1 for held in self._held.get(agent_type, {}).values() if held.record is not None)
+
+    def _hold(self, hosted: HostedType, key: str) -> Held:
+        of_type = self._held.get(hosted.agent_type)
+        if of_type is None:
+            of_type = self._held[hosted.agent_type] = {}
+        held = of_type.get(key)
+        if held is None:
+            held = of_type[key] = Held(hosted, key, asyncio.get_running_loop().time())
+        return held
+
+    def _tidy(self, held: Held) -> None:
+        """Forget what this worker neither owns nor is asked for."""
+        if held.record is None and not (held.users or held.guests or held.releasing or held.is_moving):
+            of_type = self._held.get(held.hosted.agent_type, {})
+            if of_type.get(held.key) is held:
+                del of_type[held.key]
+
+    def _all(self) -> list[Held]:
+        return [held for of_type in self._held.values() for held in of_type.values()]
+
+    # -- ownership -----------------------------------------------------------------------------------------------
+
+    async def _own(self, held: Held, along: Collection[str], *, to_stay: bool = False) -> str | None:
+        """Own the agent, and return None; or return the id of the worker that does.
+
+        One that is being released is still owned; with ``to_stay`` its release is waited for instead.
+        """
+        if held.record is not None:
+            await self._make_sure(held)
+            if held.record is not None and not (to_stay and held.releasing and not held.mailbox.holds(along)):
+                return None
+        async with held.moving:
+            return None if held.record is not None else await self._claim(held, along)
+
+    async def _claim(self, held: Held, along: Collection[str]) -> str | None:
+        if self.draining:
+            return (await self._locate(held.agent_id, along)).worker_id
+        until = asyncio.get_running_loop().time() + self._options.lost_after + _SETTLED
+        doubts, pause = self._doubts, _PAUSE
+        present: Record | None = None
+        while True:
+            try:
+                if present is None:
+                    held.record = await self._records.claim(held.agent_id, self._worker_id)
+                    break
+                if present.owner is not None and present.owner != self._worker_id:
+                    grip = await self._grip_of(present.owner, held.agent_id, along)
+                    if grip is Grip.HOLDS:
+                        return present.owner
+                    if grip is Grip.MOVING:
+                        if asyncio.get_running_loop().time() > until:
+                            raise WorkerLost(str(held.agent_id), present.owner, "it owns the agent, but is silent")
+                        await asyncio.sleep(pause)
+                        pause = min(pause * 2, _PULSE)
+                        present = await self._records.read(held.agent_id)
+                        continue
+                held.record = await self._records.take(present, self._worker_id)
+                break
+            except RecordTaken as taken:
+                present = taken.record
+            except RecordChanged:
+                present = await self._records.read(held.agent_id)
+        held.sure = doubts
+        try:
+            held.interest = await self._listen(held.hosted, held.key)
+            await self._connection.barrier()
+        except BaseException:
+            await self._drop(held)
+            raise
+        return None
+
+    async def _grip_of(self, owner: str, agent_id: AgentId, along: Collection[str]) -> Grip:
+        """The owner's grip on the agent; ``FREE`` if the owner is gone, ``MOVING`` while that is not certain."""
+        grip = await self._ask(owner, agent_id, along, _ASK)
+        if grip is not None:
+            return grip
+        if not self._registry.lists(owner):
+            await self._registry.catch_up()
+            if not self._registry.lists(owner):
+                return Grip.FREE
+        if await self._calls.listens(self._registry.worker_subject(owner)):
+            return Grip.MOVING
+        self._registry.suspect(owner)
+        settled = asyncio.get_running_loop().time() - self._up_since > _SETTLED
+        return Grip.FREE if settled else Grip.MOVING
+
+    async def _make_sure(self, held: Held) -> None:
+        """Know that the record is still as this worker wrote it, or drop the instance."""
+        if held.record is not None and (held.sure != self._doubts or self._stood_still()):
+            async with held.saving:
+                if held.record is not None and held.sure != self._doubts:
+                    await self._look_up(held, held.record)
+
+    async def _look_up(self, held: Held, own: Record) -> None:
+        doubts = self._doubts
+        record = await self._records.read(held.agent_id)
+        if record is None or record.owner != self._worker_id or not self._records.follows(record, own):
+            self.conflicts += 1
+            logger.warning("%s was taken over while this worker was away: its instance is dropped", held.agent_id)
+            await self._drop(held)
+        else:
+            held.sure = doubts
+
+    async def _look_up_all(self, doubts: int) -> None:
+        async def look_up(held: Held) -> None:
+            async with self._turns:
+                if doubts == self._doubts:
+                    await self._make_sure(held)
+                    self._tidy(held)
+
+        for outcome in await asyncio.gather(*(look_up(held) for held in self._all()), return_exceptions=True):
+            if isinstance(outcome, Exception):
+                logger.info("an owner cannot be looked up yet: %s", outcome)
+
+    async def _drop(self, held: Held) -> None:
+        """This worker does not own the agent any more: its instance must not be met again."""
+        held.record, held.loaded, held.changed, held.digest = None, False, False, b""
+        held.empty()
+        agent = held.hosted.live.pop(held.key, None)
+        interest, held.interest = held.interest, None
+        if interest is not None:
+            await self._connection.unsubscribe(interest)
+        if agent is not None:
+            await _close(agent)
+
+    def _stood_still(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        if now - self._pulse_at <= _STALL:
+            return False
+        self._pulse_at = now
+        self._doubts += 1  # whoever was really taken for dead loses its connection or its registry entry, too: `doubt`
+        return True
+
+    async def _pulse(self) -> None:
+        while True:
+            await asyncio.sleep(_PULSE)
+            self._stood_still()
+            self._pulse_at = asyncio.get_running_loop().time()
+
+    # -- instances and their state -------------------------------------------------------------------------------
+
+    async def _load(self, held: Held) -> None:
+        """Make the instance, with the state that is stored."""
+        async with held.saving:
+            record = held.record
+            if held.loaded or record is None:
+                return
+            try:
+                agent = await self._catalog.agent(held.hosted, held.key)
+                state = await self._records.state(record) if record.has_state and keeps_state(agent) else None
+                if state is not None:
+                    await agent.load_state(orjson.loads(state))
+                    held.digest = digest_of(state)
+            except BaseException:
+                held.hosted.live.pop(held.key, None)
+                raise
+            held.loaded = True
+            held.saved_at = asyncio.get_running_loop().time()
+
+    async def _settle(self, held: Held) -> None:
+        """After a handler: still the owner? And store what it changed, where that comes before the reply."""
+        held.changed = True
+        await self._make_sure(held)
+        if held.record is None:
+            raise StateConflict(str(held.agent_id), self._worker_id)
+        if held.options.save == "message":
+            await self._store(held)
+
+    async def _store(self, held: Held) -> None:
+        """Store the state if it changed. Raises `StateConflict` or `StateNotSaved`."""
+        agent = held.hosted.live.get(held.key)
+        if agent is None or not held.loaded or not keeps_state(agent):
+            return
+        async with held.saving:
+            if held.record is None:
+                raise StateConflict(str(held.agent_id), self._worker_id)
+            held.changed = False
+            state = self._serialization.encode(dict(await agent.save_state())).payload
+            digest = digest_of(state)
+            if digest == held.digest or (state == b"{}" and not held.record.has_state):
+                return
+            try:
+                held.record = await self._records.save(held.record, state)
+            except RecordChanged:
+                self.conflicts += 1
+                logger.warning("the stored state of %s was changed elsewhere: its instance is dropped", held.agent_id)
+                await self._drop(held)
+                raise StateConflict(str(held.agent_id), self._worker_id) from None
+            except NatsrtError as error:
+                held.changed = True
+                raise StateNotSaved(str(held.agent_id), self._worker_id, str(error)) from error
+            held.digest = digest
+            held.saved_at = asyncio.get_running_loop().time()
+
+    # -- releasing -----------------------------------------------------------------------------------------------
+
+    async def release(self, held: Held) -> None:
+        """Handle what was received for the agent, store its state, close it, and leave it to nobody."""
+        if held.releasing:
+            return
+        held.releasing = True
+        try:
+            async with held.moving:
+                if held.record is not None:
+                    await self._release(held)
+        except Exception as error:
+            known = isinstance(error, NatsrtError)
+            logger.warning("%s cannot be released: %s", held.agent_id, error, exc_info=None if known else error)
+        finally:
+            held.releasing = False
+            self._tidy(held)
+
+    async def _release(self, held: Held) -> None:
+        await self._emptied(held)  # listening: what comes along a chain of what runs must come in
+        interest, held.interest = held.interest, None
+        if interest is not None:
+            async with self._turns:
+                await self._connection.unsubscribe(interest)
+        await self._emptied(held)
+        async with self._turns:
+            try:
+                if held.options.save != "manual":
+                    await self._store(held)
+                if held.record is not None:
+                    await self._records.release(held.record)
+            except RecordChanged:
+                self.conflicts += 1
+            except NatsrtError:
+                if held.record is not None and not self.draining:  # it can be stored later, as long as it lives
+                    held.interest = await self._listen(held.hosted, held.key)
+                    raise
+                await self._drop(held)
+                raise
+            await self._drop(held)
+
+    @staticmethod
+    async def _emptied(held: Held) -> None:
+        while held.users and held.record is not None:
+            held.emptied = asyncio.get_running_loop().create_future()
+            await held.emptied
+        held.emptied = None
+
+    async def give_away(self, agent_type: str, count: int) -> int:
+        """Release up to ``count`` idle agents of a type, so that other workers get them. Returns how many it were."""
+        now = asyncio.get_running_loop().time()
+        idle = [
+            held
+            for held in self._held.get(agent_type, {}).values()
+            # No sender may take it for granted that it is here.
+            if held.record is not None and not held.users and now - held.used_at > 2 * lease(held.options)
+        ]
+        chosen = random.sample(idle, min(count, len(idle)))
+        await asyncio.gather(*(self.release(held) for held in chosen))
+        return len(chosen)
+
+    async def _keep_house(self) -> None:
+        """Release what is idle, store what is due, and share with workers that joined."""
+        while True:
+            keyed = [hosted.keyed for hosted in self._catalog if hosted.keyed is not None]
+            await asyncio.sleep(min(map(housekeeping_interval, keyed), default=5.0))
+            now = asyncio.get_running_loop().time()
+            await asyncio.gather(*(work for hosted in self._catalog for work in self._due(hosted, now)))
+
+    def _due(self, hosted: HostedType, now: float) -> Iterator[Awaitable[Any]]:
+        options = hosted.keyed
+        if options is None:
+            return
+        mine = list(self._held.get(hosted.agent_type, {}).values())
+        for held in mine:
+            if held.record is None:
+                continue
+            if options.idle_timeout is not None and not held.users and now - held.used_at > options.idle_timeout:
+                yield self.release(held)
+            elif options.save == "interval" and held.changed and now - held.saved_at >= options.save_interval:
+                yield self._store_in_background(held)
+        hosting = len(self._registry.view.workers_hosting(hosted.agent_type))
+        before = self._hosting.get(hosted.agent_type, hosting)
+        self._hosting[hosted.agent_type] = hosting
+        if options.rebalance and hosting > before:
+            yield self.give_away(hosted.agent_type, round(len(mine) * (hosting - before) / hosting))
+
+    async def _store_in_background(self, held: Held) -> None:
+        try:
+            await self._store(held)
+        except Exception as error:
+            logger.warning("the state of %s could not be stored: %s", held.agent_id, error)
+
+    def _run(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _close(agent: Agent) -> None:
+    try:
+        await agent.close()
+    except Exception:
+        logger.exception("closing agent %s failed", agent.id)

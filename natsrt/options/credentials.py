@@ -1,0 +1,96 @@
+"""What authenticates: seeds, credentials files and certificates, checked before the client uses them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from natsrt.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import ssl
+
+CREDENTIAL_KINDS = (("user", "password"), ("token",), ("nkey_seed",), ("nkey_seed_file",), ("creds",))
+"""What authenticates, by kind. Only the members of one kind are used together."""
+CREDENTIALS = frozenset(field for kind in CREDENTIAL_KINDS for field in kind)
+
+SEED = re.compile(r"^\s*(S[A-Z2-7]{40,})\s*$", re.MULTILINE)
+_FILE_SECTIONS = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
+
+
+def kinds_in(values: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """The kinds of credentials that are given, in part at least."""
+    return {kind for kind in CREDENTIAL_KINDS if any(values.get(field) is not None for field in kind)}
+
+
+def check_seed(field: str, seed: str, where: str = "") -> None:
+    """Raise a `ConfigurationError` about ``field`` for what is no seed of a user; ``where`` ends its text."""
+    import nkeys  # type: ignore[import-untyped]
+
+    text = seed.strip().encode()
+    try:
+        prefix, key = nkeys.decode_seed(text)
+        # nkeys overlooks the checksum; encoding the key again computes it.
+        is_whole = nkeys.encode_seed(key, prefix) == text
+    except Exception:  # nkeys lets base64's errors through, beside its own
+        prefix, is_whole = None, False
+    if not is_whole or prefix != nkeys.PREFIX_BYTE_USER:
+        raise ConfigurationError(
+            field, f"must be the whole seed of a user NKEY, which starts with SU and has 58 letters and digits{where}"
+        )
+
+
+def seed_in(path: Path) -> str:
+    """The seed in a file: the one line that looks like one, as the ``nats`` CLI reads it, comments and all."""
+    try:
+        found = SEED.search(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise ConfigurationError("nkey_seed_file", f"{path} cannot be read: {error.strerror}") from None
+    if found is None:
+        raise ConfigurationError("nkey_seed_file", f"there is no seed of an NKEY in {path}")
+    check_seed("nkey_seed_file", found[1], f"; the one in {path} is not")
+    return found[1]
+
+
+def check_credentials_file(path: Path) -> None:
+    """Raise a `ConfigurationError` for what is no credentials file."""
+    # nats-py reads on for ever at the end of a file without a JWT, inside the event loop.
+    try:
+        contents = path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError("creds", f"{path} cannot be read: {error.strerror}") from None
+    for section in _FILE_SECTIONS:
+        if section not in contents:
+            raise ConfigurationError("creds", f"{path} is no credentials file: it has no '{section.decode()}'")
+
+
+def tls_context(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLContext:
+    """For connecting. None is the system's CA certificates, no client certificate, and its key in the same file."""
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError("tls_ca", f"{ca} cannot be used as CA certificates: {_reason(error)}") from None
+    if cert is not None:
+        try:
+            # Without a password OpenSSL would ask for one at the terminal.
+            context.load_cert_chain(cert, key, password=_no_password)
+        except (OSError, ssl.SSLError, _EncryptedKey) as error:
+            with_key = f" with the key {key}" if key else ""
+            raise ConfigurationError("tls_cert", f"{cert} cannot be used{with_key}: {_reason(error)}") from None
+    return context
+
+
+class _EncryptedKey(Exception):
+    pass
+
+
+def _no_password() -> str:
+    raise _EncryptedKey("the private key is encrypted; store it without a passphrase")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__

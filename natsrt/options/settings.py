@@ -1,0 +1,385 @@
+"""`Options`: every setting with its meaning and its default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from natsrt.errors import ConfigurationError
+from natsrt.options.credentials import CREDENTIALS, check_credentials_file, check_seed, kinds_in, seed_in, tls_context
+from natsrt.options.layers import Layer, merged, named_by
+from natsrt.options.servers import check_websocket_package
+from natsrt.options.sources import (
+    CONFIG_VARIABLE,
+    NATS_ENVIRONMENT,
+    context_layer,
+    environment_layers,
+    file_layer,
+    variable_of,
+    with_lone_user_as_token,
+)
+from natsrt.options.values import (
+    NO_TYPES,
+    TYPE_NAMES,
+    Count,
+    File,
+    KeyedTypes,
+    Seconds,
+    SecondsOrNone,
+    Secret,
+    Subject,
+    Text,
+    configuration_error,
+    kind_of,
+)
+
+MIB = 1024 * 1024
+
+
+class _ContextRead(str):
+    """The name of a context whose settings are already among the others: it is not read a second time."""
+
+
+class Options(BaseModel):
+    """All settings of a runtime; immutable. Times are in seconds, sizes in bytes.
+
+    ``Options(…)`` takes settings from code, and from the context that ``context`` names; it looks at no environment
+    and no file. `load` looks everywhere, `from_file` at one file. Text is accepted for every setting and converted.
+
+    Raises:
+        ConfigurationError: A setting is unknown, has a value that cannot be used, or contradicts another.
+    """
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True, validate_default=False)
+
+    # Where the server is and who we are.
+    servers: tuple[str, ...] = Field(
+        ("nats://127.0.0.1:4222",),
+        description="URLs of the servers of one cluster: a list, or one text with commas. Schemes nats (also where "
+        "none is given) and tls, or ws and wss, not mixed. A user and password, or a token, may stand in the URL, "
+        "percent-encoded; it is used for all of them.",
+    )
+    name: Text | None = Field(
+        None, description="Name of this worker, the start of its worker id. None: made from the host's name."
+    )
+    namespace: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_-]*$",
+        description="Prefix of every subject, bucket and stream name: one token of letters, digits, - and _. Runtimes "
+        "see each other only within one namespace. Empty: no prefix.",
+    )
+    user: Text | None = Field(None, description="User name; needs password. None: no user.")
+    password: Secret | None = Field(None, description="Password of user. None: no password.")
+    token: Secret | None = Field(None, description="Authentication token. None: no token.")
+    nkey_seed: Secret | None = Field(
+        None, description="Seed of a user NKEY itself, a text that starts with SU. None: no NKEY."
+    )
+    nkey_seed_file: File | None = Field(None, description="Path of a file with the seed of a user NKEY. None: no NKEY.")
+    creds: File | None = Field(
+        None, description="Path of a credentials file (JWT and seed), read at every connecting. None: no credentials."
+    )
+    tls_ca: File | None = Field(
+        None, description="Path of the CA certificates, PEM, that the server's one is checked with. None: the system's."
+    )
+    tls_cert: File | None = Field(
+        None, description="Path of the client certificate, PEM; it may hold the key too. None: no client certificate."
+    )
+    tls_key: File | None = Field(
+        None, description="Path of the client certificate's private key, PEM, not encrypted. None: it is in tls_cert."
+    )
+    tls_hostname: Text | None = Field(
+        None, description="Name that the server's certificate must be for. None: the host in the URL."
+    )
+    tls_first: bool = Field(
+        False,
+        description="Start with the TLS handshake, before the server has said anything. Makes TLS certain; the server "
+        "needs handshake_first. Without it TLS is used when the server asks for it.",
+    )
+    context: Text | None = Field(
+        None,
+        description="Name of a context of the nats CLI, or the path of its .json file, whose settings stand below all "
+        "others. None: no context; the one that the CLI has selected is never used by itself.",
+    )
+    inbox_prefix: Subject = Field(
+        "_INBOX", description="Subject prefix of the inboxes for replies, for users whose permissions name their own."
+    )
+
+    # Connection.
+    connect_timeout: Seconds = Field(
+        5.0, description="Seconds that the first connection may take as a whole, over all servers."
+    )
+    offline_timeout: SecondsOrNone = Field(
+        30.0, description="Seconds that a send waits for a lost server before it fails. None: waits for ever."
+    )
+    reconnect_wait: Seconds = Field(0.25, description="Seconds between two attempts to reconnect to one server.")
+    ping_interval: Seconds = Field(
+        10.0,
+        description="Seconds between two pings of the NATS client. A hung server is found sooner, by natsrt itself.",
+    )
+    max_pings_out: Count = Field(2, description="Unanswered pings after which the connection counts as lost.")
+
+    # Calls and events.
+    call_timeout: SecondsOrNone = Field(
+        None, description="Seconds after which a call fails, however honestly its handler works. None: no deadline."
+    )
+    plain_timeout: Seconds = Field(
+        60.0, description="Seconds that a call waits for a plain NATS responder where no natsrt worker hosts the type."
+    )
+    check_after: Seconds = Field(
+        0.2, description="Seconds after which a caller checks a call that was neither answered nor accepted."
+    )
+    accept_after: Seconds = Field(
+        0.15, description="Seconds after which a worker tells the caller that it has a call it has not answered yet."
+    )
+    lost_after: Seconds = Field(
+        12.0,
+        description="Seconds of silence after which a worker that is still connected, and was asked about a call, "
+        "counts as lost.",
+    )
+    busy_retry: Seconds = Field(1.0, description="Seconds for which a call that was answered busy is sent again.")
+    no_responders_retry: Seconds = Field(
+        5.0,
+        description="Seconds for which a call without responders is sent again while the registry lists a live worker.",
+    )
+    subscription_timeout: Seconds = Field(
+        2.0, description="Seconds that the live workers of a type have to confirm a new subscription."
+    )
+    infer_types: bool = Field(
+        True, description="Find out the message type of a plain body from what the agent handles, where none is given."
+    )
+
+    # Being a worker.
+    drain_timeout: Seconds = Field(
+        30.0, description="Seconds that running and queued handlers have to finish while stopping."
+    )
+    heartbeat_interval: Seconds = Field(1.5, description="Seconds between two heartbeats of a worker.")
+    heartbeat_ttl: Annotated[Seconds, Field(ge=1)] = Field(
+        6.0,
+        description="Seconds after its last heartbeat at which a worker's registry entries go away; more than twice "
+        "heartbeat_interval, and at least 1, the shortest that JetStream can do.",
+    )
+    max_pending_bytes: Count = Field(
+        64 * MIB, description="Bytes of messages not yet started that a worker holds; above it calls are answered busy."
+    )
+    keep_replies: Seconds = Field(
+        30.0, description="Seconds for which finished replies of accepted calls are kept, to be sent again."
+    )
+    keep_replies_bytes: Count = Field(64 * MIB, description="Bytes of finished replies that are kept at most.")
+    keyed: KeyedTypes = Field(
+        NO_TYPES,
+        description="Agent types that are keyed, or are not although their class says so: a table of types, each true, "
+        "false or a table of options (concurrency, save, save_interval, idle_timeout, rebalance); or their names with "
+        "commas.",
+    )
+    registry_replicas: Annotated[Count, Field(le=5)] = Field(
+        1, description="Copies of the registry in a JetStream cluster, 1 to 5; counts when the registry is made."
+    )
+
+    # Errors.
+    send_tracebacks: bool = Field(True, description="Send the traceback of a handler's exception to the caller.")
+    ignore_unhandled_exceptions: bool = Field(
+        True, description="Log what a handler of an event raises. Otherwise it is raised by stop and stop_when_idle."
+    )
+
+    if not TYPE_CHECKING:  # Type checkers see the keyword arguments that Pydantic makes from the fields.
+
+        def __init__(self, **settings: Any) -> None:
+            layers = [Layer(settings, {})]
+            context = settings.get("context")
+            if isinstance(context, str) and context and not isinstance(context, _ContextRead):
+                layers.append(context_layer(context, os.environ))
+            values, origins = merged(layers, type(self).model_fields)
+            with named_by(origins):
+                try:
+                    super().__init__(**values)
+                except ValidationError as error:
+                    raise configuration_error(error, type(self).model_fields) from None
+                _check_together(self)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """The settings of a TOML (``.toml``) or YAML (``.yaml``, ``.yml``) file, and of the context that it names.
+
+        The settings stand at the top level, or in a table ``natsrt`` beside tables of others, which are ignored.
+        Relative paths in the file are relative to its directory.
+
+        Raises:
+            ConfigurationError: The file cannot be read, or a setting in it is wrong; names the file, the line where
+                it is known, and the setting.
+        """
+        return cls._from_sources([file_layer(Path(path), cls.model_fields)], os.environ)
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        config: str | os.PathLike[str] | None = None,
+        environ: Mapping[str, str] | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """The settings of all sources, in the order of precedence of `natsrt.options`.
+
+        Args:
+            config: Path of a configuration file. None: the one that ``NATSRT_CONFIG`` names, if it does.
+            environ: The environment. None: that of this process.
+            **overrides: Settings from code or the command line; one that is None counts as not given, and the text
+                ``"none"`` means None.
+
+        Raises:
+            ConfigurationError: A source cannot be read, or a setting is unknown, wrong or contradicts another.
+        """
+        environ = os.environ if environ is None else environ
+        sources = [Layer({field: value for field, value in overrides.items() if value is not None}, {})]
+        sources += environment_layers(environ, cls.model_fields)
+        if config is not None:
+            sources.append(file_layer(Path(config), cls.model_fields))
+        elif named := environ.get(CONFIG_VARIABLE):
+            with named_by({"config": CONFIG_VARIABLE}):
+                sources.append(file_layer(Path(named), cls.model_fields))
+        return cls._from_sources(with_lone_user_as_token(sources), environ)
+
+    @classmethod
+    def _from_sources(cls, sources: Sequence[Layer], environ: Mapping[str, str]) -> Self:
+        context = next((value for layer in sources if (value := layer.values.get("context"))), None)
+        layers = list(sources)
+        if isinstance(context, str):
+            origin = next(layer.origins for layer in sources if layer.values.get("context"))
+            with named_by(origin):
+                layers.append(context_layer(context, environ))
+        values, origins = merged(layers, cls.model_fields)
+        if isinstance(context, str):
+            values["context"] = _ContextRead(context)
+        with named_by(origins):
+            return cls(**values)
+
+    def replace(self, **changes: Any) -> Self:
+        """These settings with some changed. A credential of another kind takes the place of the present one.
+
+        The context is not read again, so ``context`` itself cannot be changed.
+
+        Raises:
+            ConfigurationError: As the constructor; or ``context`` is among the changes.
+        """
+        if changes.get("context", self.context) != self.context:
+            raise ConfigurationError("context", "cannot be replaced; make new options with Options.load(context=…)")
+        current = {field: getattr(self, field) for field in self.model_fields_set}
+        values, _ = merged([Layer(changes, {}), Layer(current, {})], type(self).model_fields)
+        if self.context is not None:
+            values["context"] = _ContextRead(self.context)
+        return type(self)(**values)
+
+    @property
+    def server_list(self) -> list[str]:
+        """The URLs of the servers, as ``nats.connect`` takes them, without credentials."""
+        return list(self.servers)
+
+    @property
+    def safe_servers(self) -> list[str]:
+        """The URLs of the servers for messages and logs: neither credentials nor a query, which may hold a secret."""
+        return [urlunsplit(urlsplit(server)._replace(query="", fragment="")) for server in self.servers]
+
+    def connect_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for ``nats.connect``, all but callbacks and the policy of attempts.
+
+        Reads the files anew, so that exchanged certificates and seeds are used by the next client.
+
+        Raises:
+            ConfigurationError: A file cannot be used, or a WebSocket URL is given without the package aiohttp.
+        """
+        check_websocket_package(self.servers)
+        kwargs: dict[str, Any] = {
+            "servers": self.server_list,
+            "connect_timeout": self.connect_timeout,
+            "reconnect_time_wait": self.reconnect_wait,
+            "ping_interval": self.ping_interval,
+            "max_outstanding_pings": self.max_pings_out,
+            "drain_timeout": self.drain_timeout,
+            "inbox_prefix": self.inbox_prefix,
+            "tls_handshake_first": self.tls_first,
+        }
+        if self.name is not None:
+            kwargs["name"] = self.name
+        if self.tls_hostname is not None:
+            kwargs["tls_hostname"] = self.tls_hostname
+        if self.tls_ca is not None or self.tls_cert is not None:
+            kwargs["tls"] = tls_context(self.tls_ca, self.tls_cert, self.tls_key)
+        if self.user is not None and self.password is not None:
+            kwargs["user"], kwargs["password"] = self.user, self.password.get_secret_value()
+        elif self.token is not None:
+            kwargs["token"] = self.token.get_secret_value()
+        elif self.nkey_seed is not None:
+            kwargs["nkeys_seed_str"] = self.nkey_seed.get_secret_value()
+        elif self.nkey_seed_file is not None:
+            kwargs["nkeys_seed_str"] = seed_in(self.nkey_seed_file)
+        elif self.creds is not None:
+            kwargs["user_credentials"] = str(self.creds)
+        return kwargs
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What ``repr`` shows: the settings that were given, in the order of the fields."""
+        for field in type(self).model_fields:
+            if field in self.model_fields_set:
+                yield field, self.safe_servers if field == "servers" else getattr(self, field)
+
+
+def _check_together(options: Options) -> None:
+    """What no single field can tell."""
+    kinds = sorted(kinds_in({field: getattr(options, field) for field in CREDENTIALS}))
+    if len(kinds) > 1:
+        given = [field for kind in kinds for field in kind if getattr(options, field) is not None]
+        raise ConfigurationError(given[0], f"cannot be used together with {', '.join(given[1:])}; give one of them")
+    if options.user is not None and options.password is None:
+        raise ConfigurationError("user", "is given without password; a token is given as token")
+    if options.password is not None and options.user is None:
+        raise ConfigurationError("password", "is given without user")
+    if options.tls_key is not None and options.tls_cert is None:
+        raise ConfigurationError("tls_key", "is given without tls_cert, the certificate that it belongs to")
+    if options.heartbeat_ttl <= 2 * options.heartbeat_interval:
+        raise ConfigurationError(
+            "heartbeat_ttl",
+            f"must be more than twice heartbeat_interval, so that one late heartbeat does not end a worker; it is "
+            f"{options.heartbeat_ttl:g} s, and heartbeat_interval is {options.heartbeat_interval:g} s",
+        )
+    if options.nkey_seed is not None:
+        check_seed("nkey_seed", options.nkey_seed.get_secret_value())
+    # A pipe (`--creds <(…)`) can be read once only; that once is the client's.
+    if options.nkey_seed_file is not None and options.nkey_seed_file.is_file():
+        seed_in(options.nkey_seed_file)
+    if options.creds is not None and options.creds.is_file():
+        check_credentials_file(options.creds)
+
+
+class OptionRow(NamedTuple):
+    """One line of the table of settings in the documentation."""
+
+    field: str
+    env: str
+    """The variable that sets it."""
+    nats_env: str | None
+    """The variable of the ``nats`` CLI that sets it too, None if there is none."""
+    type: str
+    """In words: ``seconds``, ``text``, ``file path``, …; ends in ``or none`` where None is a value."""
+    default: str
+    """As it is written in the environment."""
+    description: str
+
+
+def describe_options() -> Iterator[OptionRow]:
+    """One row for every field of `Options`, in their order."""
+    nats_names = {field: variable for variable, field in NATS_ENVIRONMENT.items()}
+    for field, info in Options.model_fields.items():
+        default = ",".join(info.default) if isinstance(info.default, tuple | Mapping) else str(info.default)
+        kind, optional = kind_of(info)
+        yield OptionRow(
+            field=field,
+            env=variable_of(field),
+            nats_env=nats_names.get(field),
+            type=TYPE_NAMES[kind] + (" or none" if optional else ""),
+            default=default.lower() if info.default is None or isinstance(info.default, bool) else default,
+            description=info.description or "",
+        )

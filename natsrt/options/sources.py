@@ -1,0 +1,180 @@
+"""Where settings come from: the environment, a configuration file, a NATS context.
+
+``fields`` are those of the settings, by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from natsrt.contexts import read_context
+from natsrt.errors import ConfigurationError
+from natsrt.options.layers import Layer, unknown_name
+from natsrt.options.values import kind_of, looks_like_contents
+
+NATS_ENVIRONMENT: Mapping[str, str] = {
+    "NATS_URL": "servers",
+    "NATS_USER": "user",
+    "NATS_PASSWORD": "password",
+    "NATS_TOKEN": "token",
+    "NATS_CREDS": "creds",
+    "NATS_NKEY": "nkey_seed_file",
+    "NATS_CERT": "tls_cert",
+    "NATS_KEY": "tls_key",
+    "NATS_CA": "tls_ca",
+    "NATS_CONTEXT": "context",
+    "NATS_TIMEOUT": "connect_timeout",
+}
+"""What the ``nats`` CLI reads (the flags in its ``nats/main.go``), and the setting that each one means here.
+
+``NATS_TOKEN`` is read by its newer versions only.
+"""
+
+ENVIRONMENT_PREFIX = "NATSRT_"
+CONFIG_VARIABLE = "NATSRT_CONFIG"
+RESERVED_PREFIXES = ("NATSRT_TEST_", "NATSRT_HEALTH_")
+"""Variables that are no settings of a runtime: of the tests, and of the endpoint of ``natsrt worker``."""
+"""Variables of the test-suite; they are no settings."""
+
+
+def variable_of(field: str) -> str:
+    """The variable that sets a field."""
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def environment_layers(environ: Mapping[str, str], fields: Iterable[str]) -> list[Layer]:
+    """Our own variables, and below them those of the ``nats`` CLI. An empty variable counts as not set, as there."""
+    ours = {variable_of(field): field for field in fields}
+    for variable in environ:
+        is_ours = variable.startswith(ENVIRONMENT_PREFIX) and not variable.startswith(RESERVED_PREFIXES)
+        if is_ours and variable not in ours and variable != CONFIG_VARIABLE:
+            raise ConfigurationError(variable, unknown_name(variable, [*ours, CONFIG_VARIABLE]))
+    if environ.get("NATS_SOCKS_PROXY"):
+        raise ConfigurationError("NATS_SOCKS_PROXY", "natsrt cannot connect through a SOCKS proxy")
+    return [_variables_layer(names, environ) for names in (ours, NATS_ENVIRONMENT)]
+
+
+def _variables_layer(fields: Mapping[str, str], environ: Mapping[str, str]) -> Layer:
+    found = {variable: field for variable, field in fields.items() if environ.get(variable)}
+    return Layer(
+        {field: environ[variable] for variable, field in found.items()},
+        {field: variable for variable, field in found.items()},
+    )
+
+
+def with_lone_user_as_token(sources: Sequence[Layer]) -> list[Layer]:
+    """``NATS_USER`` without a password anywhere is a token, as in the ``nats`` CLI."""
+    if any(layer.values.get("password") is not None for layer in sources):
+        return list(sources)
+    return [
+        Layer(
+            {"token" if field == "user" else field: value for field, value in layer.values.items()},
+            {"token" if field == "user" else field: origin for field, origin in layer.origins.items()},
+        )
+        if layer.origins.get("user") == "NATS_USER" and "token" not in layer.values
+        else layer
+        for layer in sources
+    ]
+
+
+def context_layer(name: str, environ: Mapping[str, str]) -> Layer:
+    """The settings of a NATS context. Raises `ConfigurationError`, as `read_context`."""
+    context = read_context(name, environ)
+    return Layer(
+        context.settings,
+        {setting: f"NATS context {context.path}: {field}" for setting, field in context.fields.items()},
+    )
+
+
+def file_layer(path: Path, fields: Mapping[str, FieldInfo]) -> Layer:
+    """The settings of a TOML or YAML file. Raises `ConfigurationError` for one that cannot be read."""
+    readers: dict[str, Callable[[Path, str], tuple[dict[str, Any], dict[str, int]]]] = {
+        ".toml": _read_toml,
+        ".yaml": _read_yaml,
+        ".yml": _read_yaml,
+    }
+    read = readers.get(path.suffix.lower())
+    if read is None:
+        raise ConfigurationError("config", f"{path} must end in .toml, .yaml or .yml")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigurationError("config", f"there is no file {path}") from None
+    except OSError as error:
+        raise ConfigurationError("config", f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError("config", f"{path} is not UTF-8 text") from None
+    values, lines = read(path, text)
+    origins = {key: f"{path}, line {lines[key]}: {key}" if key in lines else f"{path}: {key}" for key in values}
+    return Layer({key: _beside(path, value, fields.get(key)) for key, value in values.items()}, origins)
+
+
+def _beside(path: Path, value: Any, info: FieldInfo | None) -> Any:
+    """A path in a configuration file, relative to that file."""
+    if info is None or kind_of(info)[0] is not Path or not isinstance(value, str):
+        return value
+    return value if looks_like_contents(value) else str(path.resolve().parent / Path(value).expanduser())
+
+
+def _read_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
+    import tomllib
+
+    try:
+        table = _own_table(path, tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(str(path), f"is not valid TOML: {error}") from None
+    # tomllib keeps no positions. A key that stands at the start of exactly one line is certain to be that one.
+    lines: dict[str, int] = {}
+    for key in table:
+        found = [
+            number
+            for number, line in enumerate(text.splitlines(), 1)
+            if re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line)
+        ]
+        if len(found) == 1:
+            lines[key] = found[0]
+    return table, lines
+
+
+def _read_yaml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
+    import yaml
+
+    try:
+        document = yaml.safe_load(text)
+        root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        # PyYAML's own text quotes the line, and with it what may be a password.
+        mark = error.problem_mark
+        where = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
+        raise ConfigurationError(where, "is not valid YAML") from None
+    except yaml.YAMLError:
+        raise ConfigurationError(str(path), "is not valid YAML") from None
+    if document is None:
+        return {}, {}
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise ConfigurationError(str(path), "must hold settings, as lines of `name: value`")
+    table = _own_table(path, document)
+    if table is not document:
+        root = next(value for key, value in root.value if key.value == "natsrt")
+    lines: dict[str, int] = {}  # Also finds what PyYAML overlooks: of two lines for one setting it takes the last.
+    for key, _ in root.value if table else ():
+        if key.value in lines:
+            raise ConfigurationError(f"{path}, line {key.start_mark.line + 1}: {key.value}", "is given twice")
+        lines[key.value] = key.start_mark.line + 1
+    return table, lines
+
+
+def _own_table(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    if "natsrt" not in document:
+        return document
+    for key, value in document.items():
+        if not isinstance(value, dict) and not (key == "natsrt" and value is None):
+            problem = "must be a table" if key == "natsrt" else "must stand in a table; natsrt's settings in [natsrt]"
+            raise ConfigurationError(f"{path}: {key}", problem)
+    table: dict[str, Any] = document["natsrt"] or {}
+    return table

@@ -1,0 +1,192 @@
+"""What the value of a setting may be: how it is converted and checked, and what is said of one that cannot be used."""
+
+from __future__ import annotations
+
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from natsrt.errors import ConfigurationError
+from natsrt.keyed_types import KeyedOptions
+from natsrt.options.credentials import SEED
+
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _no_bool(value: object) -> object:
+    # Python and Pydantic take True for 1; as a number of seconds or bytes it can only be a mistake.
+    if isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _seconds(value: object) -> object:
+    """Seconds from text: a plain number, or a duration as the ``nats`` CLI takes it (Go's notation: ``1m30s``)."""
+    _no_bool(value)
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    parts = _DURATION_PART.findall(text)
+    if parts and "".join(number + unit for number, unit in parts) == text:
+        return sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
+    return text
+
+
+def _none_word(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+def looks_like_contents(text: str) -> bool:
+    """Whether what should be a file's path is what stands in such a file."""
+    return "BEGIN " in text or SEED.search(text) is not None
+
+
+def _not_contents(value: object) -> object:
+    """Refuse what a path is mixed up with, before any message could show it."""
+    if isinstance(value, str) and looks_like_contents(value):
+        raise ValueError("must be the path of a file, not its contents")
+    return value
+
+
+def _readable_file(path: Path) -> Path:
+    path = Path(os.path.abspath(path.expanduser()))
+    if not path.exists():
+        raise ValueError(f"there is no file {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; it must be a file")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"the file {path} may not be read by this user")
+    return path
+
+
+def _subject(value: str) -> str:
+    if not re.fullmatch(r"[^\s.*>]+(\.[^\s.*>]+)*", value):
+        raise ValueError("must be subject tokens joined by dots, without spaces, * and >")
+    return value
+
+
+class _Table(dict[str, Any]):
+    """A table that is not changed any more, and so can be hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def _keyed_types(value: object) -> object:
+    """Agent types, from a table, a list, or one text with commas; a lone name means that it is keyed."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        value = dict.fromkeys(value, True)
+    if not isinstance(value, Mapping):
+        raise ValueError(_KEYED)
+    return _Table({_text(name): _keyed_options(name, said) for name, said in value.items()})
+
+
+def _text(name: object) -> str:
+    if not isinstance(name, str):
+        raise ValueError(_KEYED)
+    return name
+
+
+def _keyed_options(agent_type: str, said: object) -> KeyedOptions | bool:
+    if isinstance(said, KeyedOptions | bool):
+        return said
+    if not isinstance(said, Mapping):
+        raise ValueError(f"{agent_type}: must be true, false, or a table of options, not {said!r:.60}")
+    unknown = said.keys() - {field.name for field in fields(KeyedOptions)}
+    if unknown:
+        known = ", ".join(field.name for field in fields(KeyedOptions))
+        raise ValueError(f"{agent_type}: there is no option {sorted(map(str, unknown))[0]!r}; there are {known}")
+    try:
+        return KeyedOptions(**said)
+    except ConfigurationError as error:
+        raise ValueError(f"{agent_type}: {error}") from None
+
+
+_KEYED = "must be a table of agent types, each true, false or a table of options; or names of agent types with commas"
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+SecondsOrNone = Annotated[Seconds | None, BeforeValidator(_none_word)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+Secret = Annotated[SecretStr, Field(min_length=1)]
+File = Annotated[Path, BeforeValidator(_not_contents), AfterValidator(_readable_file)]
+Subject = Annotated[str, AfterValidator(_subject)]
+KeyedTypes = Annotated[Mapping[str, Any], PlainValidator(_keyed_types)]
+NO_TYPES: Mapping[str, Any] = _Table()
+
+TYPE_NAMES: Mapping[type, str] = {
+    tuple: "URLs",
+    Mapping: "agent types",
+    str: "text",
+    SecretStr: "secret text",
+    Path: "file path",
+    float: "seconds",
+    int: "whole number",
+    bool: "true or false",
+}
+
+_EXPECTED: Mapping[type, str] = {
+    tuple: "one URL or a list of URLs",
+    Mapping: _KEYED,
+    str: "text",
+    SecretStr: "text that is not empty",
+    Path: "the path of a file",
+    float: "a number of seconds greater than 0",
+    int: "a whole number of at least 1",
+    bool: "true or false",
+}
+
+_EXPECTED_OF_FIELD: Mapping[str, str] = {
+    "namespace": "one token of letters, digits, - and _",
+    "name": "text that is not empty",
+    "user": "text that is not empty",
+    "heartbeat_ttl": "a number of seconds of at least 1",
+    "registry_replicas": "a whole number from 1 to 5",
+}
+
+
+def kind_of(info: FieldInfo) -> tuple[type, bool]:
+    """The plain type of a field, and whether it may be None."""
+    annotation: Any = info.annotation
+    optional = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    if optional:
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    while typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    kind: type = typing.get_origin(annotation) or annotation
+    return kind, optional
+
+
+def configuration_error(error: ValidationError, known: Mapping[str, FieldInfo]) -> ConfigurationError:
+    """The first of Pydantic's complaints as ours: what is wrong, what would be right, and no secret.
+
+    ``known`` are the fields of the settings, by name.
+    """
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0])
+    own_text = str(first.get("ctx", {}).get("error", "")) if first["type"] == "value_error" else ""
+    if own_text:
+        return ConfigurationError(field, own_text)
+    kind, optional = kind_of(known[field])
+    expected = _EXPECTED_OF_FIELD.get(field, _EXPECTED[kind]) + (" or none" if optional and kind is float else "")
+    value = first["input"]
+    shown = type_of(value) if kind in (SecretStr, tuple) else f"{value!r:.60}"
+    if kind is SecretStr and isinstance(value, str):
+        shown = "an empty one"
+    return ConfigurationError(field, f"must be {expected}, not {shown}")
+
+
+def type_of(value: object) -> str:
+    """What a value is, in words that do not show it."""
+    return "nothing" if value is None else f"a value of type {type(value).__name__}"

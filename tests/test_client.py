@@ -1,0 +1,223 @@
+"""What natsrt overrides of nats-py, each against nats-py's own way or a real server.
+
+A version of nats-py in which one of them means something else fails here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import AsyncIterator
+from types import MethodType
+from typing import Any, cast
+
+import nats.errors
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.protocol.parser import Parser
+
+from natsrt.embedded import EmbeddedServer
+from natsrt.errors import CannotDecode
+from natsrt.options import Options
+from natsrt.transport.client import NatsClient, Ordered
+from natsrt.transport.connection import Connection
+
+ORDERED, OTHER = 1, 2
+"""Subscription ids: with a sink of ours, and with a queue of nats-py's."""
+
+
+class Receiver:
+    """A client that was never connected, to be fed with what a server would send."""
+
+    def __init__(self, parser: type[Parser] | None = None) -> None:
+        self.unreadable: list[CannotDecode] = []
+        self.heard: list[tuple[str, str, bytes, dict[str, str] | None]] = []
+        self.messages: list[Msg] = []
+        self.client = NatsClient(self.unreadable.append)
+        if parser is not None:
+            self.client._ps = parser(self.client)
+        sink = cast(Any, Ordered(self.hear, self.unreadable.append))
+        self.client._subs[ORDERED] = Subscription(self.client, ORDERED, "a.>", future=sink)
+        self.other = self.client._subs[OTHER] = Subscription(self.client, OTHER, "b.>")
+
+    def hear(self, message: Msg) -> None:
+        self.messages.append(message)
+        self.heard.append((message.subject, message.reply, message.data, message.headers))
+
+    async def feed(self, *chunks: bytes) -> None:
+        for chunk in chunks:
+            await self.client._ps.parse(chunk)
+
+    @property
+    def queued(self) -> list[tuple[str, bytes]]:
+        """What the subscription with a queue got."""
+        queue = self.other._pending_queue
+        return [(message.subject, message.data) for message in (queue.get_nowait() for _ in range(queue.qsize()))]
+
+
+def frame(subject: str, sid: int, payload: bytes, reply: str = "", headers: bytes = b"") -> bytes:
+    """What a server sends for one message."""
+    words = ["HMSG" if headers else "MSG", subject, str(sid), *([reply] if reply else [])]
+    words += [str(len(headers))] if headers else []
+    return f"{' '.join(words)} {len(headers) + len(payload)}\r\n".encode() + headers + payload + b"\r\n"
+
+
+def traffic(seed: int) -> bytes:
+    """A stream of many messages of all kinds, with what else a server says in between."""
+    chance = random.Random(seed)
+    stream = b""
+    for number in range(200):
+        sid = OTHER if chance.random() < 0.1 else ORDERED
+        reply = f"_INBOX.{number}" if chance.random() < 0.5 else ""
+        headers = b"NATS/1.0\r\nName: value\r\n\r\n" if chance.random() < 0.1 else b""
+        if chance.random() < 0.05:
+            headers = b"NATS/1.0 503\r\n\r\n"
+        payload = chance.choice([b"", b"x", b"\r\n", b"MSG a 1 2\r\n", b"PING\r\n", chance.randbytes(700)])
+        stream += frame(f"a.{number}", sid, payload, reply, headers)
+        if chance.random() < 0.1:
+            stream += chance.choice([b"+OK\r\n", b"PONG\r\n"])
+    return stream
+
+
+def cut(stream: bytes, seed: int) -> list[bytes]:
+    """``stream`` as it might come out of a socket."""
+    chance = random.Random(seed)
+    chunks = []
+    while stream:
+        size = chance.choice([1, 2, 7, 50, 300, 5000])
+        chunks.append(stream[:size])
+        stream = stream[size:]
+    return chunks
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_the_parser_hands_over_what_nats_py_would_however_the_stream_is_cut(seed: int) -> None:
+    ours, theirs = Receiver(), Receiver(Parser)
+    assert type(ours.client._ps) is not Parser
+    stream = traffic(seed)
+    await theirs.feed(stream)
+    await ours.feed(*cut(stream, seed))
+    assert len(ours.heard) > 150
+    assert ours.heard == theirs.heard
+    assert ours.queued == theirs.queued
+    assert (ours.client.stats["in_msgs"], ours.client.stats["in_bytes"]) == (
+        theirs.client.stats["in_msgs"],
+        theirs.client.stats["in_bytes"],
+    )
+
+
+async def test_a_message_arrives_once_and_whole_wherever_it_is_cut() -> None:
+    stream = frame("a.1", ORDERED, b"one", "r.1") + frame("a.2", ORDERED, b"two\r\n")
+    for at in range(len(stream) + 1):
+        receiver = Receiver()
+        await receiver.feed(stream[:at], stream[at:])
+        assert receiver.heard == [("a.1", "r.1", b"one", None), ("a.2", "", b"two\r\n", None)]
+
+
+async def test_a_message_has_all_that_nats_py_gives_it() -> None:
+    ours, theirs = Receiver(), Receiver(Parser)
+    theirs.client._build_message = MethodType(Client._build_message, theirs.client)  # type: ignore[method-assign]
+    stream = frame("a.1", ORDERED, b"data", "answer")
+    await theirs.feed(stream)
+    await ours.feed(stream)
+    (mine,), (other,) = ours.messages, theirs.messages
+    assert dataclasses.replace(mine, _client=other._client) == other
+    assert mine._client is ours.client
+
+
+async def test_what_was_begun_is_forgotten_when_the_connection_is_lost() -> None:
+    receiver = Receiver()
+    await receiver.feed(frame("a.lost", ORDERED, b"half of it")[:-5])
+    receiver.client._ps.reset()
+    await receiver.feed(frame("a.new", ORDERED, b"whole"))
+    assert receiver.heard == [("a.new", "", b"whole", None)]
+
+
+@pytest.mark.parametrize(
+    "line", [b"MSG a.1 1 many\r\n", b"MSG a.1\r\n", b"HMSG a.1 one 12 14\r\n", b"WHAT\r\n", b"\r\n"]
+)
+async def test_what_is_no_frame_is_a_protocol_error_as_in_nats_py(line: bytes) -> None:
+    with pytest.raises(nats.errors.ProtocolError):
+        await Receiver().feed(line)
+
+
+async def test_a_subject_that_is_not_utf_8_is_reported_and_the_next_message_is_heard() -> None:
+    receiver = Receiver()
+    await receiver.feed(frame("a.X", ORDERED, b"1").replace(b"X", b"\xff") + frame("a.2", ORDERED, b"2"))
+    assert [error.what for error in receiver.unreadable] == ["a message"]
+    assert receiver.heard == [("a.2", "", b"2", None)]
+
+
+async def test_messages_of_a_subscription_that_ended_are_left_out() -> None:
+    receiver = Receiver()
+    del receiver.client._subs[ORDERED]
+    await receiver.feed(frame("a.1", ORDERED, b"1") + frame("b.1", OTHER, b"2"))
+    assert receiver.heard == []
+    assert receiver.queued == [("b.1", b"2")]
+
+
+@pytest.fixture
+async def connection(server: EmbeddedServer) -> AsyncIterator[Connection]:
+    connection = Connection(Options(servers=[server.url]), client_name="test")
+    await connection.open()
+    yield connection
+    await connection.close()
+
+
+async def test_what_is_posted_arrives_in_order_with_what_is_published(connection: Connection, namespace: str) -> None:
+    heard: list[tuple[str, bytes]] = []
+    await connection.subscribe(f"{namespace}.>", lambda message: heard.append((message.reply, message.data)))
+    client = cast(NatsClient, connection.client)
+    before = client.stats["out_msgs"], client.stats["out_bytes"]
+    for number in range(1000):
+        payload, reply = b"%d\r\n" % number, "" if number % 2 else f"answer.{number}"
+        if number % 3:
+            assert client.post(f"{namespace}.x", payload, reply)
+        else:
+            await client.publish(f"{namespace}.x", payload, reply)
+    expected = [("" if number % 2 else f"answer.{number}", b"%d\r\n" % number) for number in range(1000)]
+    assert client.stats["out_msgs"] - before[0] == 1000
+    assert client.stats["out_bytes"] - before[1] == sum(len(payload) for _, payload in expected)
+    await connection.barrier()
+    assert heard == expected
+
+
+async def test_one_posted_message_is_sent_without_anything_else(connection: Connection, namespace: str) -> None:
+    heard: list[bytes] = []
+    await connection.subscribe(namespace, lambda message: heard.append(message.data))
+    await connection.barrier()
+    for sent in range(1, 4):
+        assert cast(NatsClient, connection.client).post(namespace, b"", "")
+        while len(heard) < sent:
+            await asyncio.sleep(0)
+
+
+async def test_a_message_that_would_have_to_wait_or_be_refused_is_not_posted(
+    connection: Connection, namespace: str
+) -> None:
+    client = cast(NatsClient, connection.client)
+    assert not client.post(namespace, bytes(client.max_payload + 1), "")
+    posted = 0
+    while client.post(namespace, bytes(1_000_000), ""):
+        posted += 1
+    assert client.pending_data_size > client._max_pending_size
+    assert posted == 3  # 2 MiB is what nats-py keeps at most
+    await connection.publish(namespace, b"after them")  # waits until they are written
+    assert client.pending_data_size == 0
+    assert client.post(namespace, b"room again", "")
+    await connection.barrier()
+    await connection.close()
+    assert not client.post(namespace, b"nobody there", "")
+
+
+async def test_a_large_message_arrives_whole_among_small_ones(connection: Connection, namespace: str) -> None:
+    heard: list[bytes] = []
+    await connection.subscribe(namespace, lambda message: heard.append(message.data))
+    payloads = [bytes([number]) * size for number, size in enumerate([1, 1_000_000, 0, 65_536, 7, 1_000_000, 3])]
+    for payload in payloads:
+        await connection.publish(namespace, payload)
+    await connection.barrier()
+    assert heard == payloads
