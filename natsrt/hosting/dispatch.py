@@ -105,6 +105,7 @@ class Dispatch:
         self._fates = fates
         self._keyed = keyed
         self._sending = sending
+        self._passing = sending.passing
         self._active: set[Entry] = set()
         self._excused: set[Entry] = set()
         self._stopping = False
@@ -316,7 +317,7 @@ class Dispatch:
                 result = await self._keyed.control(hosted, key, body)
             except OwnedElsewhere as owner:
                 return _passed_on(
-                    await self._sending.pass_control_on(AgentId(hosted.agent_type, key), owner.worker_id, body)
+                    await self._passing.control_on(AgentId(hosted.agent_type, key), owner.worker_id, body)
                 )
         return self._answers.control_reply(result, body, hosted.agent_type, key)
 
@@ -344,12 +345,12 @@ class Dispatch:
         """Send a message to the owner of its agent, for a sender that did not know him."""
         self.intake.started(entry)
         if topic is None:
-            return _passed_on(await self._sending.pass_call_on(agent, entry.message, body))
+            return _passed_on(await self._passing.call_on(agent, entry.message, body))
         if body is None:  # a plain event becomes one of ours on the way
             delivery = await self._reading.plain_delivery(hosted, agent.key, entry, topic)
-            await self._sending.deliver_new(agent, topic, delivery.message, delivery.context.message_id)
+            await self._sending.publish_to(agent, delivery.message, topic, delivery.context.message_id)
         else:
-            await self._sending.pass_event_on(agent, topic, body)
+            await self._passing.event_on(agent, topic, body)
         return None
 
     # -- agent and message ---------------------------------------------------------------------------------------

@@ -12,11 +12,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -27,11 +23,11 @@ from nats.aio.msg import Msg
 from nats.nuid import NUID
 from opentelemetry.trace import SpanKind
 
-from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, NoLiveWorker, WorkerLost
+from natsrt.errors import CallTimeout, CannotDecode
 from natsrt.hosting.interventions import Interventions
-from natsrt.hosting.locating import Locating, Place
+from natsrt.hosting.line import Line, Turn, intervening
 from natsrt.hosting.mailbox import chain
-from natsrt.hosting.owning import Location
+from natsrt.hosting.passing import Passing
 from natsrt.hosting.replies import Replies
 from natsrt.jetstream.registry import Registry
 from natsrt.observe import events
@@ -41,80 +37,9 @@ from natsrt.transport.calls import Calls
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
-from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, attribute, quote
+from natsrt.wire.envelope import attribute, quote
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import Subjects, encode_text, is_hashed
-
-logger = logging.getLogger("natsrt.hosting")
-
-_PLAIN_HEADERS = (KEY_HEADER, TYPE_HEADER)
-_DELIVERIES = 5
-"""How often an event is sent to a keyed agent whose owner turns out not to listen."""
-
-
-class _Turn:
-    """A sender's turn in the line. ``intervening`` while an intervention runs in it."""
-
-    __slots__ = ("_leave", "intervening")
-
-    def __init__(self, leave: Callable[[], None]) -> None:
-        self._leave = leave
-        self.intervening = False
-
-    def leave(self) -> None:
-        """End the turn early. Doing so twice is harmless."""
-        self._leave()
-
-
-_intervening: ContextVar[_Turn | None] = ContextVar("natsrt_intervening", default=None)
-"""The turn whose intervention the present code runs in."""
-
-
-class _Line:
-    """The one line of senders: first come, first served. Whoever gives up leaves it at once."""
-
-    def __init__(self) -> None:
-        self._places: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # the first one has the turn
-
-    @property
-    def length(self) -> int:
-        return len(self._places)
-
-    @asynccontextmanager
-    async def turn(self, link: Callable[[asyncio.Future[None]], None]) -> AsyncIterator[_Turn]:
-        """Wait for the turn; it ends at the latest with the block.
-
-        ``link`` is given the future that is waited for, to cancel it. What an intervention sends itself does not stand
-        in the line, and ends the turn that it runs in: whoever has to answer it may have to send, too.
-        """
-        outer = _intervening.get()
-        if outer is not None and outer.intervening:
-            outer.leave()
-            yield _Turn(_nothing)
-            return
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._places[place] = None
-        self._call_next()
-        link(place)
-        try:
-            await place
-            yield _Turn(lambda: self._leave(place))
-        finally:
-            self._leave(place)
-
-    def _leave(self, place: asyncio.Future[None]) -> None:
-        if place in self._places:
-            del self._places[place]
-            self._call_next()
-
-    def _call_next(self) -> None:
-        first = next(iter(self._places), None)
-        if first is not None and not first.done():
-            first.set_result(None)
-
-
-def _nothing() -> None:
-    """Ends no turn."""
 
 
 class Sending:
@@ -144,20 +69,28 @@ class Sending:
         self._interventions = interventions
         self._replies = replies
         self._registry = registry
-        self._locating = Locating(subjects, is_keyed=registry.is_keyed, stays=registry.stays, ask=self.locate)
-        self._deliveries: set[asyncio.Task[None]] = set()
+        self.passing = Passing(
+            connection=connection,
+            subjects=subjects,
+            calls=calls,
+            registry=registry,
+            replies=replies,
+            question=self._question,
+        )
         self._ready = ready
         self._is_ready = is_ready
-        self._line = _Line()
+        self._line = Line()
         self._id_prefix = NUID().next().decode()
         self._type_attributes: dict[str, str] = {}
         self.telemetry: Telemetry | None = None
         self.sent = 0
         """Messages sent since the runtime was started."""
-        self.undelivered = 0
-        """Events for keyed agents that no worker could be found for."""
-        self.under_way = 0
-        """Sends that have not come to their end: calls not answered, events not published."""
+        self._under_way = 0
+
+    @property
+    def under_way(self) -> int:
+        """Sends that have not come to their end: calls not answered, events not published or not delivered."""
+        return self._under_way + self.passing.under_way
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +105,7 @@ class Sending:
         reply_type: type[Any] | None = None,
     ) -> Any:
         """A call, from the message to the handler's answer."""
-        self.under_way += 1
+        self._under_way += 1
         try:
             self.sent += 1
             if message_id is None:
@@ -183,7 +116,7 @@ class Sending:
                 return await self._send_in_line(message, recipient, sender, token, message_id, reply_type)
             return await self._call(message, recipient, sender, token, message_id, reply_type)
         finally:
-            self.under_way -= 1
+            self._under_way -= 1
 
     async def _send_in_line(
         self,
@@ -272,7 +205,7 @@ class Sending:
         leave: Callable[[], None] | None = None,
     ) -> Awaitable[Msg]:
         link = None if token is None else self._link(token)
-        place = None if subject is not None else self._locating.place_of(recipient)
+        place = None if subject is not None else self.passing.place_of(recipient)
         call = self._calls.call(recipient, body, subject=subject, place=place, sent=leave, link=link)
         timeout = self._options.call_timeout
         return call if timeout is None else self._within(timeout, call, recipient)
@@ -315,7 +248,7 @@ class Sending:
         message_id: str | None,
     ) -> None:
         """Publish an event."""
-        self.under_way += 1
+        self._under_way += 1
         try:
             self.sent += 1
             if message_id is None:
@@ -340,7 +273,7 @@ class Sending:
                         return
                 await self._publish(message, topic, sender, token, message_id)
         finally:
-            self.under_way -= 1
+            self._under_way -= 1
 
     async def _publish(
         self,
@@ -361,7 +294,7 @@ class Sending:
         takers = self._registry.keyed_takers(topic.type)
         if self.telemetry is None:
             if takers:
-                hidden += await self._deliver_all(takers, topic, sender, attributes, encoded)
+                hidden += await self.passing.deliver_all(takers, topic, sender, attributes, encoded)
             body = envelope.encode(envelope.EVENT, attributes + hidden, encoded.payload, encoded.content_type)
             await self._connection.publish(subject, body)
             return
@@ -375,7 +308,7 @@ class Sending:
         ) as carrier:
             attributes += carrier
             if takers:
-                hidden += await self._deliver_all(takers, topic, sender, attributes, encoded)
+                hidden += await self.passing.deliver_all(takers, topic, sender, attributes, encoded)
             body = envelope.encode(envelope.EVENT, attributes + hidden, encoded.payload, encoded.content_type)
             await self._connection.publish(subject, body)
 
@@ -388,98 +321,10 @@ class Sending:
             hidden += f",{attribute('topictype', topic.type)}"
         return hidden
 
-    # -- keyed agents --------------------------------------------------------------------------------------------
-
-    async def locate(self, agent: AgentId, along: Collection[str] | None = None) -> Location:
-        """Ask a worker of the agent's type who owns the agent. ``along`` is the chain that asks; None: the present one.
-
-        Raises what a call of the agent would raise.
-        """
-        visits = chain.get() if along is None else along
-        attributes = self._question(agent) + (f',"chain":"{" ".join(visits)}"' if visits else "")
-        body = envelope.encode(envelope.LOCATE, attributes, b"null")
-        reply = await self._calls.call(agent, body, subject=self._subjects.agent(agent.type))
-        data = self._replies.answered(reply, agent).json()
-        try:
-            return Location(str(data["worker_id"]), float(data["lease"]))
-        except (TypeError, KeyError, ValueError):
-            raise CannotDecode(f"where {agent} lives", "the answer does not say it", reply.data) from None
-
-    async def pass_call_on(self, agent: AgentId, message: Msg, body: envelope.Envelope | None) -> Msg:
-        """Call an agent's owner for a caller that did not know him. ``body`` is None for a plain call."""
-        place = self._locating.place_of(agent)
-        if body is not None:
-            return await self._calls.call(agent, envelope.rewrite(body, acceptto=self._calls.accept_to), place=place)
-        headers = {name: value for name, value in (message.headers or {}).items() if name in _PLAIN_HEADERS}
-        return await self._calls.call(agent, message.data, place=place, headers=headers or None)
-
-    async def pass_control_on(self, agent: AgentId, owner: str, body: envelope.Envelope) -> Msg:
-        """The same with a control message for a worker that owns the agent."""
-        subject = self._subjects.control_at(agent.type, owner)
-        return await self._calls.call(agent, envelope.rewrite(body, acceptto=self._calls.accept_to), subject=subject)
-
-    async def pass_event_on(self, agent: AgentId, topic: TopicId, body: envelope.Envelope) -> None:
-        """Send an event of another publisher to the agent's owner."""
-        await self._deliver(agent, envelope.rewrite(body, keyed=None, **_delivered(agent, topic)))
-
-    async def deliver_new(self, agent: AgentId, topic: TopicId, message: Any, message_id: str) -> None:
-        """Send an event of a plain publisher to the agent's owner."""
+    async def publish_to(self, agent: AgentId, message: Any, topic: TopicId, message_id: str) -> None:
+        """Send the event of a plain publisher to one keyed agent."""
         encoded = self._serialization.encode(message)
-        await self._deliver(agent, _delivery(agent, topic, self._head(message_id, None, encoded, None), encoded))
-
-    async def _deliver_all(
-        self, takers: Sequence[str], topic: TopicId, sender: AgentId | None, attributes: str, encoded: Encoded
-    ) -> str:
-        """Send an event to the keyed agents that it is for. Returns the attribute that says which types have it."""
-        agents = [AgentId(agent_type, topic.source) for agent_type in takers]
-        for agent in agents:
-            if agent != sender:
-                await self._deliver(agent, _delivery(agent, topic, attributes, encoded))
-        return f",{attribute('keyed', ' '.join(takers))}"
-
-    async def _deliver(self, agent: AgentId, body: bytes) -> None:
-        """Send an event where ``agent`` lives, or, until that is known, let it stand in line for it."""
-        self._connection.check_size(body)
-        place = self._locating.place_of(agent)
-        if place is None:
-            raise NoLiveWorker(str(agent), agent.type)
-        if place.is_open():
-            await self._post(place, body, _DELIVERIES)
-        else:
-            self._deliver_later(place, body, _DELIVERIES)
-
-    async def _post(self, place: Place, body: bytes, tries: int) -> None:
-        def lost() -> None:
-            place.lost()
-            self._deliver_later(place, body, tries - 1)
-
-        await self._calls.post(place.subject, body, lost)
-
-    def _deliver_later(self, place: Place, body: bytes, tries: int) -> None:
-        task = asyncio.get_running_loop().create_task(self._deliver_in_turn(place, place.join(), body, tries))
-        self.under_way += 1
-        self._deliveries.add(task)
-        task.add_done_callback(self._delivered)
-
-    async def _deliver_in_turn(self, place: Place, turn: asyncio.Future[None], body: bytes, tries: int) -> None:
-        try:
-            await place.wait(turn)
-            if not tries:
-                raise WorkerLost(str(place.recipient), None, "its owner does not listen, again and again")
-            await self._post(place, body, tries)
-        except NatsrtError as error:
-            self.undelivered += 1
-            logger.warning("an event for %s found nobody: %s", place.recipient, error)
-
-    def _delivered(self, task: asyncio.Task[None]) -> None:
-        self.under_way -= 1
-        self._deliveries.discard(task)
-
-    async def stop(self) -> None:
-        """Give up the events that still wait."""
-        for task in list(self._deliveries):
-            task.cancel()
-        await asyncio.gather(*self._deliveries, return_exceptions=True)
+        await self.passing.deliver(agent, topic, self._head(message_id, None, encoded, None), encoded)
 
     # -- both ----------------------------------------------------------------------------------------------------
 
@@ -503,21 +348,11 @@ class Sending:
     def _next_id(self) -> str:
         return f"{self._id_prefix}-{self.sent:x}"
 
-    async def _intervene(self, turn: _Turn, work: Awaitable[Any]) -> Any:
+    async def _intervene(self, turn: Turn, work: Awaitable[Any]) -> Any:
         turn.intervening = True
-        mark = _intervening.set(turn)
+        mark = intervening.set(turn)
         try:
             return await work
         finally:
             turn.intervening = False
-            _intervening.reset(mark)
-
-
-def _delivered(agent: AgentId, topic: TopicId) -> dict[str, str]:
-    """What an event that is sent to one keyed agent says beside what it said: the subject no longer names the topic."""
-    return {"subject": encode_text(agent.key), "topictype": topic.type, "topicsource": topic.source}
-
-
-def _delivery(agent: AgentId, topic: TopicId, attributes: str, encoded: Encoded) -> bytes:
-    named = "".join(f",{attribute(name, value)}" for name, value in _delivered(agent, topic).items())
-    return envelope.encode(envelope.EVENT, attributes + named, encoded.payload, encoded.content_type)
+            intervening.reset(mark)

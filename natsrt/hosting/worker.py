@@ -113,7 +113,7 @@ class Worker:
             records=self.records,
             listen=lambda hosted, key: self._serving.listen(hosted, key),
             ask=self._ask_owner,
-            locate=self.sending.locate,
+            locate=self.sending.passing.locate,
         )
         self.keyed = Keyed(self.owning, catalog)
         self._fates = Fates(options, self.worker_id, self.connection.publish)
@@ -281,7 +281,7 @@ class Worker:
     async def _tear_down(self) -> None:
         self._started = False
         await self.owning.stop()
-        await self.sending.stop()
+        await self.sending.passing.stop()
         await self._services.stop()
         await self._fates.stop()
         await self.calls.stop()
@@ -539,7 +539,7 @@ class Worker:
     async def control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
         """A control operation on an agent of another worker, or, if it is keyed, wherever it lives."""
         if self.registry.is_keyed(agent.type):
-            owner = (await self.sending.locate(agent)).worker_id
+            owner = (await self.sending.passing.locate(agent)).worker_id
             return await self.sending.control(agent, self._subjects.control_at(agent.type, owner), operation, data)
         holders = self.registry.view.instance_holders(agent.type, agent.key)
         subject = self._subjects.control(agent.type, agent.key if holders else None)
