@@ -332,10 +332,12 @@ class Dispatch:
             entry.pending = None
         along = chain_of(body)
         if body is not None and body.type == envelope.LOCATE:
-            location = await self._keyed.locate(hosted, key, along)
+            location = await self._keyed.owning.locate(hosted, key, along)
             return self._answers.control_reply(location._asdict(), body, hosted.agent_type, key)
         try:
-            return await self._keyed.visit(hosted, key, along, lambda: self._handle(hosted, key, entry, body, topic))
+            return await self._keyed.owning.visit(
+                hosted, key, along, lambda: self._handle(hosted, key, entry, body, topic)
+            )
         except OwnedElsewhere:
             return await self._pass_on(AgentId(hosted.agent_type, key), hosted, entry, body, topic)
 

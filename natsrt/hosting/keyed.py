@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-import orjson
 from autogen_core import Agent, AgentId
 
 from natsrt.errors import CannotDecode
 from natsrt.hosting import control
 from natsrt.hosting.catalog import Catalog, HostedType
-from natsrt.hosting.owning import Grip, Location, Owning
-from natsrt.wire import envelope
+from natsrt.hosting.owning import Owning
 from natsrt.wire.envelope import Envelope
 
 T = TypeVar("T")
@@ -24,14 +22,6 @@ class Keyed:
     def __init__(self, owning: Owning, catalog: Catalog) -> None:
         self.owning = owning
         self._catalog = catalog
-
-    async def visit(self, hosted: HostedType, key: str, along: Collection[str], serve: Callable[[], Awaitable[T]]) -> T:
-        """`Owning.visit`."""
-        return await self.owning.visit(hosted, key, along, serve)
-
-    async def locate(self, hosted: HostedType, key: str, along: Collection[str]) -> Location:
-        """`Owning.locate`."""
-        return await self.owning.locate(hosted, key, along)
 
     async def instance(self, hosted: HostedType, key: str, along: Collection[str]) -> Agent:
         """The live instance. Raises `OwnedElsewhere`."""
@@ -73,27 +63,3 @@ def chain_of(body: Envelope | None) -> tuple[str, ...]:
     """The visits that wait for what a message says."""
     along = None if body is None else body.text("chain")
     return () if along is None else tuple(along.split())
-
-
-def owner_question(agent: AgentId, along: Collection[str]) -> bytes:
-    """Asks a worker for its grip on an agent."""
-    data = {"agent_type": agent.type, "key": agent.key, "chain": list(along)}
-    return envelope.encode(envelope.OWNER, '"id":"owner","source":"/"', orjson.dumps(data))
-
-
-def answer_to_owner_question(data: dict[str, Any], owning: Owning) -> bytes:
-    """The answer. Raises `CannotDecode`."""
-    agent_type, key, along = data.get("agent_type"), data.get("key"), data.get("chain", [])
-    if not isinstance(agent_type, str) or not isinstance(key, str) or not isinstance(along, list):
-        raise CannotDecode("a question for an owner", "agent_type and key must be text, and chain a list")
-    grip = owning.grip(agent_type, key, [visit for visit in along if isinstance(visit, str)])
-    return envelope.encode(envelope.REPLY, '"id":"owner-r","source":"/"', orjson.dumps({"grip": grip.value}))
-
-
-def grip_in(answer: Envelope) -> Grip:
-    """The grip that a worker answers. Raises `CannotDecode`."""
-    data = answer.json()
-    try:
-        return Grip(data["grip"])
-    except (TypeError, KeyError, ValueError):
-        raise CannotDecode("a worker's answer about an agent", "it does not say what it should", answer.body) from None

@@ -14,20 +14,19 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
-import orjson
 from autogen_core import AgentId, AgentRuntime, Subscription
-from nats.aio.msg import Msg
 from nats.nuid import NUID
 from opentelemetry.trace import TracerProvider
 
-from natsrt.errors import CannotDecode, NatsrtError, SubscriptionNotServed
+from natsrt.errors import NatsrtError, SubscriptionNotServed
+from natsrt.hosting.asking import Answering, Asking
 from natsrt.hosting.catalog import Catalog, HostedType
 from natsrt.hosting.declarations import Declarations
 from natsrt.hosting.dispatch import Dispatch
 from natsrt.hosting.fates import Fates
 from natsrt.hosting.interventions import Interventions
-from natsrt.hosting.keyed import Keyed, answer_to_owner_question, grip_in, owner_question
-from natsrt.hosting.owning import Grip, Owning
+from natsrt.hosting.keyed import Keyed
+from natsrt.hosting.owning import Owning
 from natsrt.hosting.reading import Reading
 from natsrt.hosting.replies import Replies
 from natsrt.hosting.sending import Sending
@@ -43,14 +42,12 @@ from natsrt.transport.calls import Calls
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection, Interest
 from natsrt.version import VERSION
-from natsrt.wire import envelope
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt.hosting")
 
-_ASK_TIMEOUT = 1.0
 _HAND_OVER_WITHIN = 10.0
 """Seconds that agents may take to be stored and released after their handlers have ended."""
 
@@ -85,9 +82,10 @@ class Worker:
             on_rules_changed=self._rules_changed,
             on_removed=self._declarations.removed_by_others,
             on_evicted=self._evicted,
-            ask_worker=self._answers,
+            ask_worker=lambda worker_id: self._asking.alive(worker_id),
         )
         self.calls = Calls(self.connection, options, self.registry)
+        self._asking = Asking(self.calls, self._subjects)
         self.records = AgentRecords(self.connection, self._subjects, options)
         self.sending = Sending(
             connection=self.connection,
@@ -112,7 +110,7 @@ class Worker:
             calls=self.calls,
             records=self.records,
             listen=lambda hosted, key: self._serving.listen(hosted, key),
-            ask=self._ask_owner,
+            ask=self._asking.grip,
             locate=self.sending.passing.locate,
         )
         self.keyed = Keyed(self.owning, catalog)
@@ -145,6 +143,15 @@ class Worker:
             worker_id=self.worker_id,
             rules_of=lambda agent_type: self.registry.view.rules(agent_type),
             custom_of=subscriptions.custom,
+        )
+        self._answering = Answering(
+            connection=self.connection,
+            subjects=self._subjects,
+            fates=self._fates,
+            owning=self.owning,
+            serve=self._serve,
+            refuse=self.dispatch.answer_error,
+            spawn=self._spawn,
         )
         self._services = Services(
             self.connection,
@@ -315,7 +322,9 @@ class Worker:
         if self._joined:
             return
         self._joined = True
-        self._interest = await self.connection.subscribe(self._subjects.worker(self.worker_id), self._on_question)
+        self._interest = await self.connection.subscribe(
+            self._subjects.worker(self.worker_id), self._answering.on_question
+        )
         await self._services.start()
         await self.connection.barrier()
         await self.registry.join(
@@ -443,16 +452,15 @@ class Worker:
         """Serve the type as the view now says, and return when every live worker of it does."""
         await self._serving.serve(agent_type)
         others = [w for w in self.registry.view.workers_hosting(agent_type) if w != self.worker_id]
-        question = orjson.dumps({"agent_type": agent_type, "revision": self.registry.view.applied})
-        body = envelope.encode(envelope.SERVE, '"id":"serve","source":"/"', question)
-        answers = await asyncio.gather(*(self._serves(worker_id, body) for worker_id in others))
+        revision = self.registry.view.applied
+        answers = await asyncio.gather(*(self._serves(worker_id, agent_type, revision) for worker_id in others))
         silent = [worker_id for worker_id, serves in zip(others, answers, strict=True) if not serves]
         if silent:
             raise SubscriptionNotServed(agent_type, silent, self._options.subscription_timeout)
 
-    async def _serves(self, worker_id: str, body: bytes) -> bool:
+    async def _serves(self, worker_id: str, agent_type: str, revision: int) -> bool:
         """Whether a worker says that it serves what it is told, or is not there to serve anything."""
-        if await self._ask(worker_id, body, self._options.subscription_timeout) is not None:
+        if await self._asking.serves(worker_id, agent_type, revision, self._options.subscription_timeout):
             return True
         if worker_id not in self.registry.view.workers:
             return True
@@ -469,70 +477,18 @@ class Worker:
             elif outcome is not None:
                 raise outcome
 
+    async def _serve(self, agent_type: str, revision: int) -> None:
+        """Another worker asks for it: serve the type as the registry says at ``revision``."""
+        await asyncio.shield(self._outcome)
+        await self.registry.shown(revision)
+        await self._serving.serve(agent_type)
+
     def _evicted(self) -> None:
         """Another runtime took this worker for dead."""
         self.owning.doubt()
 
     def _rules_changed(self, agent_type: str) -> None:
         self._serving.rules_changed(agent_type)
-
-    # -- this worker's own subject -------------------------------------------------------------------------------
-
-    def _on_question(self, message: Msg) -> None:
-        """In the read loop: questions about calls are answered in wire order with the calls themselves."""
-        answerable = bool(message.reply) and not self._subjects.is_reserved(message.reply)
-        try:
-            body = envelope.decode(message.data)
-            data = None if body is None else body.json()
-            if body is None or not isinstance(data, dict):
-                raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
-            if not answerable:
-                raise CannotDecode("a message to a worker", "it has no reply subject, or one where no reply may go")
-            if body.type == envelope.FATE:
-                calls = data.get("calls")
-                if not isinstance(calls, list) or not all(isinstance(call, str) for call in calls):
-                    raise CannotDecode("a question about calls", "calls must be a list of strings")
-                self._fates.asked(calls, message.reply)
-            elif body.type == envelope.OWNER:
-                self._spawn(self.connection.publish(message.reply, answer_to_owner_question(data, self.owning)))
-            elif body.type == envelope.SERVE:
-                agent_type, revision = data.get("agent_type"), data.get("revision")
-                if not isinstance(agent_type, str) or not isinstance(revision, int):
-                    raise CannotDecode("a request to serve", "agent_type must be text and revision a number")
-                self._spawn(self._serve_as_asked(agent_type, revision, message.reply))
-            else:
-                raise CannotDecode("a message to a worker", f"unknown type {body.type!r}")
-        except CannotDecode as error:
-            if answerable:
-                self._spawn(self.dispatch.answer_error(message.reply, error))
-            raise  # the connection counts it
-
-    async def _serve_as_asked(self, agent_type: str, revision: int, reply: str) -> None:
-        try:
-            await asyncio.shield(self._outcome)
-            await self.registry.shown(revision)
-            await self._serving.serve(agent_type)
-            answer = envelope.encode(envelope.REPLY, '"id":"serve-r","source":"/"', b'{"serves":true}')
-            await self.connection.publish(reply, answer)
-        except NatsrtError as error:
-            logger.warning("cannot serve %s as asked: %s", agent_type, error)
-            await self.dispatch.answer_error(reply, error)
-
-    async def _answers(self, worker_id: str) -> bool:
-        """Whether a worker answers on its own subject."""
-        body = envelope.encode(envelope.FATE, '"id":"alive","source":"/"', b'{"calls":[]}')
-        return await self._ask(worker_id, body, _ASK_TIMEOUT) is not None
-
-    async def _ask_owner(self, worker_id: str, agent: AgentId, along: Collection[str], timeout: float) -> Grip | None:
-        """A worker's grip on an agent; None where it does not answer."""
-        answer = await self._ask(worker_id, owner_question(agent, along), timeout)
-        return None if answer is None else grip_in(answer)
-
-    async def _ask(self, worker_id: str, body: bytes, timeout: float) -> envelope.Envelope | None:
-        """A worker's answer to what is asked on its own subject; None where there is none in time."""
-        reply = await self.calls.ask(self._subjects.worker(worker_id), body, timeout)
-        answer = None if reply is None else envelope.decode(reply.data)
-        return answer if answer is not None and answer.type == envelope.REPLY else None
 
     # -- small things --------------------------------------------------------------------------------------------
 

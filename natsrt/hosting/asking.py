@@ -1,0 +1,143 @@
+"""What workers ask one another, each on its own subject ``natsrt.worker.<worker_id>``, and how a worker answers.
+
+What became of calls is asked by callers, too: see `natsrt.transport.calls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+import orjson
+from autogen_core import AgentId
+from nats.aio.msg import Msg
+
+from natsrt.errors import CannotDecode
+from natsrt.hosting.fates import Fates
+from natsrt.hosting.owning import Grip, Owning
+from natsrt.transport.calls import Calls
+from natsrt.transport.connection import Connection
+from natsrt.wire import envelope
+from natsrt.wire.envelope import Envelope
+from natsrt.wire.subjects import Subjects
+
+_ALIVE_WITHIN = 1.0
+
+
+class Asking:
+    """Asks other workers."""
+
+    def __init__(self, calls: Calls, subjects: Subjects) -> None:
+        self._calls = calls
+        self._subjects = subjects
+
+    async def alive(self, worker_id: str) -> bool:
+        """Whether a worker answers."""
+        return await self._ask(worker_id, envelope.FATE, {"calls": []}, _ALIVE_WITHIN) is not None
+
+    async def serves(self, worker_id: str, agent_type: str, revision: int, timeout: float) -> bool:
+        """Whether a worker says that it serves the type as the registry says at ``revision``."""
+        question = {"agent_type": agent_type, "revision": revision}
+        return await self._ask(worker_id, envelope.SERVE, question, timeout) is not None
+
+    async def grip(self, worker_id: str, agent: AgentId, along: Collection[str], timeout: float) -> Grip | None:
+        """A worker's grip on a keyed agent, for a message of the chain ``along``; None where it does not answer.
+
+        Raises `CannotDecode`.
+        """
+        question = {"agent_type": agent.type, "key": agent.key, "chain": list(along)}
+        answer = await self._ask(worker_id, envelope.OWNER, question, timeout)
+        if answer is None:
+            return None
+        data = answer.json()
+        try:
+            return Grip(data["grip"])
+        except (TypeError, KeyError, ValueError):
+            raise CannotDecode("a worker's answer about an agent", "it has no grip of a known name") from None
+
+    async def _ask(self, worker_id: str, kind: str, question: dict[str, Any], timeout: float) -> Envelope | None:
+        body = envelope.encode(kind, '"id":"question","source":"/"', orjson.dumps(question))
+        reply = await self._calls.ask(self._subjects.worker(worker_id), body, timeout)
+        answer = None if reply is None else envelope.decode(reply.data)
+        return answer if answer is not None and answer.type == envelope.REPLY else None
+
+
+class Answering:
+    """Answers what this worker is asked.
+
+    ``serve(agent_type, revision)`` serves a type as the registry says at ``revision``; ``refuse(reply, error)`` answers
+    with an error; ``spawn`` runs what takes time.
+    """
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        subjects: Subjects,
+        fates: Fates,
+        owning: Owning,
+        serve: Callable[[str, int], Awaitable[None]],
+        refuse: Callable[[str, Exception], Awaitable[None]],
+        spawn: Callable[[Awaitable[None]], None],
+    ) -> None:
+        self._connection = connection
+        self._subjects = subjects
+        self._fates = fates
+        self._owning = owning
+        self._serve = serve
+        self._refuse = refuse
+        self._spawn = spawn
+
+    def on_question(self, message: Msg) -> None:
+        """In the read loop: questions about calls are answered in wire order with the calls themselves."""
+        reply = message.reply
+        answerable = bool(reply) and not self._subjects.is_reserved(reply)
+        try:
+            body = envelope.decode(message.data)
+            data = None if body is None else body.json()
+            if body is None or not isinstance(data, dict):
+                raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
+            if not answerable:
+                raise CannotDecode("a message to a worker", "it has no reply subject, or one where no reply may go")
+            if body.type == envelope.FATE:
+                self._fates.asked(_texts(data, "calls"), reply)
+            elif body.type == envelope.OWNER:
+                grip = self._owning.grip(_text(data, "agent_type"), _text(data, "key"), _texts(data, "chain"))
+                self._spawn(self._answer(reply, {"grip": grip.value}))
+            elif body.type == envelope.SERVE:
+                revision = data.get("revision")
+                if not isinstance(revision, int):
+                    raise CannotDecode("a question to a worker", "revision must be a number")
+                self._spawn(self._serve_as_asked(_text(data, "agent_type"), revision, reply))
+            else:
+                raise CannotDecode("a message to a worker", f"unknown type {body.type!r}")
+        except CannotDecode as error:
+            if answerable:
+                self._spawn(self._refuse(reply, error))
+            raise  # the connection counts it
+
+    async def _serve_as_asked(self, agent_type: str, revision: int, reply: str) -> None:
+        try:
+            await self._serve(agent_type, revision)
+        except Exception as error:
+            await self._refuse(reply, error)
+            raise
+        await self._answer(reply, {"serves": True})
+
+    async def _answer(self, reply: str, data: dict[str, Any]) -> None:
+        body = envelope.encode(envelope.REPLY, '"id":"answer","source":"/"', orjson.dumps(data))
+        await self._connection.publish(reply, body)
+
+
+def _text(data: dict[str, Any], name: str) -> str:
+    value = data.get(name)
+    if not isinstance(value, str):
+        raise CannotDecode("a question to a worker", f"{name} must be text")
+    return value
+
+
+def _texts(data: dict[str, Any], name: str) -> list[str]:
+    value = data.get(name)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise CannotDecode("a question to a worker", f"{name} must be a list of strings")
+    return value
