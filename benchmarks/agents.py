@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from autogen_core import MessageContext, RoutedAgent, event, rpc
 
 from benchmarks.work import Counter, Handled, Text, use_cpu
@@ -19,7 +22,11 @@ class Echo(RoutedAgent):
     async def on_call(self, message: Text, ctx: MessageContext) -> Text:
         if self._work_ms:
             use_cpu(self._work_ms)
+        self.keep(message)
         return message
+
+    def keep(self, message: Text) -> None:
+        """What a call does to the agent's state: it has none."""
 
     @event
     async def on_event(self, message: Text, ctx: MessageContext) -> None:
@@ -29,3 +36,32 @@ class Echo(RoutedAgent):
     async def on_handled(self, message: Handled, ctx: MessageContext) -> Handled:
         await self._events.reach(message.total)
         return message
+
+
+class Keeper(Echo):
+    """Its state is the last text that it was called with: the same text again changes nothing."""
+
+    def __init__(self, work_ms: float = 0) -> None:
+        super().__init__(work_ms)
+        self._state: dict[str, Any] = {}
+
+    def keep(self, message: Text) -> None:
+        self._state["content"] = message.content
+
+    async def save_state(self) -> Mapping[str, Any]:
+        return self._state
+
+    async def load_state(self, state: Mapping[str, Any]) -> None:
+        self._state = dict(state)
+
+
+class Tally(Keeper):
+    """Its state counts the calls, too: each of them changes it."""
+
+    def keep(self, message: Text) -> None:
+        super().keep(message)
+        self._state["calls"] = self._state.get("calls", 0) + 1
+
+
+CLASSES: dict[str, type[Echo]] = {cls.__name__: cls for cls in (Echo, Keeper, Tally)}
+"""What `benchmarks.setup.Setup` names as ``agent``."""

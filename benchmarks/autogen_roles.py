@@ -17,7 +17,7 @@ from autogen_core import (
     try_get_known_serializers_for_type,
 )
 
-from benchmarks.agents import Echo
+from benchmarks.agents import CLASSES, Echo
 from benchmarks.roles import Caller, Role, Send, Worker
 from benchmarks.setup import ECHO, KEY, TOPIC, Setup
 from benchmarks.work import Handled, Text, text_of
@@ -39,8 +39,9 @@ class RuntimeRole(Role):
 
 async def host_echoes(runtime: AgentRuntime, setup: Setup) -> None:
     """Register the agents of ``setup``."""
+    cls = CLASSES[setup.agent]
     for agent_type in setup.type_names:
-        await Echo.register(runtime, agent_type, lambda: Echo(setup.work_ms))
+        await cls.register(runtime, agent_type, lambda: cls(setup.work_ms))
     for agent_type in setup.type_names[: setup.subscribers]:
         await runtime.add_subscription(TypeSubscription(TOPIC, agent_type))
     for number in range(1, setup.subscriptions):
@@ -83,7 +84,7 @@ class RuntimeWorker(RuntimeRole, Worker):
         alone = []
         for number in range(count):
             with AgentInstantiationContext.populate_context((self.runtime, AgentId(ECHO, f"alone{number}"))):
-                alone.append(Echo())
+                alone.append(CLASSES[self.setup.agent]())
         after = await self.memory()
         return after - before - alone.__sizeof__()
 
@@ -101,6 +102,7 @@ class RuntimeCaller(RuntimeRole, Caller):
         for runtime in self._publishers:
             for message_type in (Text, Handled):
                 runtime.add_message_serializer(try_get_known_serializers_for_type(message_type))
+        self._new = itertools.count()
         self._recipients = itertools.cycle(
             [AgentId(agent_type, key) for key in self.setup.keys for agent_type in self.setup.type_names]
         )
@@ -127,6 +129,13 @@ class RuntimeCaller(RuntimeRole, Caller):
         if await send(message, AgentId(ECHO, KEY)) != message:
             raise RuntimeError("the agent did not answer with what it was sent")
         return lambda: send(message, next(recipients))
+
+    async def first_calls(self, concurrency: int, count: int, size: int) -> float:
+        """Seconds for ``count`` calls by ``concurrency`` callers, each of them the first one to its agent."""
+        message = text_of(size)
+        return await self.timed(
+            lambda: self.runtime.send_message(message, AgentId(ECHO, f"new{next(self._new)}")), concurrency, count
+        )
 
     async def publishing(self, size: int) -> list[Send]:
         message, topic = text_of(size), TopicId(TOPIC, KEY)

@@ -13,11 +13,12 @@ SIZE = 100
 
 def calls(concurrency: int, size: int = SIZE) -> Measure:
     """Calls per second by ``concurrency`` callers, each of which makes one after the other."""
+    return _by_callers("calls", concurrency, size)
 
-    async def measure(team: Team, count: int) -> Sample:
-        return await _timed(team, count, count, "calls", concurrency=concurrency, size=size)
 
-    return measure
+def first_calls(concurrency: int, size: int = SIZE) -> Measure:
+    """The same, with a new agent for every call."""
+    return _by_callers("first_calls", concurrency, size)
 
 
 def events(size: int = SIZE) -> Measure:
@@ -46,6 +47,13 @@ def in_worker(command: str, *, scale: float = 1.0, **arguments: Any) -> Measure:
     async def measure(team: Team, count: int) -> Sample:
         member = team.workers[0] if team.workers else team.caller
         return Sample(value=await member.ask(command, **arguments) * scale)
+
+    return measure
+
+
+def _by_callers(command: str, concurrency: int, size: int) -> Measure:
+    async def measure(team: Team, count: int) -> Sample:
+        return await _timed(team, count, count, command, concurrency=concurrency, size=size)
 
     return measure
 

@@ -68,7 +68,10 @@ class Caller(Role):
 
     async def calls(self, concurrency: int, count: int, size: int) -> float:
         """Seconds for ``count`` calls by ``concurrency`` callers, each of which makes one after the other."""
-        call = await self.calling(size)
+        return await self.timed(await self.calling(size), concurrency, count)
+
+    async def timed(self, call: Send, concurrency: int, count: int) -> float:
+        """The same for any ``call``."""
 
         async def make(number: int) -> None:
             for _ in range(number):

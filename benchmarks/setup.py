@@ -19,6 +19,7 @@ class Setup:
 
     Args:
         workers: Worker processes, all hosting the same agent types.
+        agent: The agents' class, one of `benchmarks.agents`.
         agent_types: Agent types that each worker hosts. Calls go to all of them in turn.
         live_agents: Agents of each type that live before anything is measured. Calls go to all of them in turn.
         subscribers: Of the agent types, those that are subscribed to the topic of the events.
@@ -32,6 +33,7 @@ class Setup:
     """
 
     workers: int = 1
+    agent: str = "Echo"
     agent_types: int = 1
     live_agents: int = 1
     subscribers: int = 1

@@ -24,6 +24,7 @@ _MODULES: Mapping[str, str] = {
     "publish": "messages",
     "send": "messages",
     "server": "server",
+    "state": "state",
     "tail": "messages",
     "worker": "worker",
 }

@@ -10,11 +10,10 @@ from typing import Any
 
 import click
 import orjson
-from autogen_core import AgentId
 from nats.aio.msg import Msg
 from nats.nuid import NUID
 
-from natsrt.errors import NoLiveWorker, UnknownAgentType
+from natsrt.errors import NoLiveWorker, PermissionDenied, StateUnavailable
 from natsrt.jetstream.entries import NOBODY, KnownEntry, TypeEntry, View
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
@@ -23,11 +22,14 @@ from natsrt.wire.subjects import Subjects
 
 from .connecting import Connecting, connects
 from .exits import Exit
+from .naming import agent_id, refuse_unknown
 from .output import as_json as print_json
 from .output import json_option, line, note, table
+from .owners import Survey
+from .ownership import rebalance, where
 
-_LIVE, _NOT_LIVE = "live", "no worker"
-_STYLES = {_LIVE: "green", _NOT_LIVE: "yellow", "no answer": "red"}
+_LIVE, _NOT_LIVE, _GONE = "live", "no worker", "gone"
+_STYLES = {_LIVE: "green", _NOT_LIVE: "yellow", _GONE: "yellow", "no answer": "red"}
 _PATIENCE = 2.0
 """Seconds to wait for the answers of workers."""
 
@@ -37,26 +39,45 @@ def agents() -> None:
     """Show agent types and the workers that host them."""
 
 
+agents.add_command(where)
+agents.add_command(rebalance)
+
 # -- ls ----------------------------------------------------------------------------------------------------------
 
 
 @agents.command()
+@click.argument("agent_type", metavar="[TYPE]", required=False)
+@click.option("--instances", is_flag=True, help="List live instances and their workers, instead of types.")
 @json_option
 @connects()
-def ls(connecting: Connecting, as_json: bool) -> None:
-    """List the agent types: those with live workers, and those known from the last day."""
+def ls(connecting: Connecting, agent_type: str | None, instances: bool, as_json: bool) -> None:
+    """List the agent types: those with live workers, and those known from the last day.
+
+    Of keyed types it shows how many agents each worker owns. With --instances, each agent that is kept in one place,
+    keyed or registered as an instance, is a line.
+    """
 
     async def run() -> list[dict[str, Any]]:
         async with connecting.runtime() as runtime:
-            return type_rows(runtime.running.registry.view)
+            view = runtime.running.registry.view
+            if agent_type is not None:
+                refuse_unknown(view, agent_type)
+            if instances:
+                return await _instance_rows(runtime, agent_type)
+            rows = [row for row in type_rows(view) if agent_type in (None, row["type"])]
+            owned = await _owned(runtime, agent_type)
+            return [{**row, "owned": owned.get(row["type"])} for row in rows]
 
     rows = asyncio.run(run())
     if as_json:
         print_json(rows)
-    elif rows:
-        print_types(rows)
+    elif not rows:
+        note("there is no live instance" if instances else "no agent type is registered")
+    elif instances:
+        table(("AGENT", "KIND", "WORKER"), [(f"{r['type']}/{r['key']}", r["kind"], r["worker_id"]) for r in rows])
     else:
-        note("no agent type is registered")
+        print_types(rows)
+        _print_owners(rows)
 
 
 def type_rows(view: View) -> list[dict[str, Any]]:
@@ -101,6 +122,57 @@ def print_types(rows: list[dict[str, Any]]) -> None:
     )
 
 
+async def _owned(runtime: NatsAgentRuntime, agent_type: str | None) -> dict[str, list[dict[str, Any]]]:
+    """How many agents each worker owns, by keyed type; the types are missing where that cannot be seen."""
+    view = runtime.running.registry.view
+    if not view.keyed:
+        return {}
+    try:
+        survey = await Survey.of(runtime.running.records, agent_type)
+    except (PermissionDenied, StateUnavailable) as error:
+        note(f"natsrt: who owns keyed agents cannot be seen: {error}")
+        return {}
+    if survey.damaged:
+        note(f"natsrt: {len(survey.damaged)} records of keyed agents cannot be read: see `natsrt doctor`")
+    owned: dict[str, list[dict[str, Any]]] = {}
+    for keyed in view.keyed:
+        counts = dict.fromkeys(view.workers_hosting(keyed), 0) | survey.owned.get(keyed, {})
+        owned[keyed] = [
+            {"worker_id": worker_id, "live": worker_id in view.workers, "agents": count}
+            for worker_id, count in sorted(counts.items())
+        ]
+    return owned
+
+
+def _print_owners(rows: list[dict[str, Any]]) -> None:
+    shown = [
+        (row["type"], owner["worker_id"], _LIVE if owner["live"] else _GONE, owner["agents"])
+        for row in rows
+        for owner in row["owned"] or ()
+    ]
+    if shown:
+        line()
+        table(("KEYED TYPE", "OWNER", "STATE", "AGENTS"), shown, _STYLES)
+
+
+async def _instance_rows(runtime: NatsAgentRuntime, agent_type: str | None) -> list[dict[str, Any]]:
+    """The agents that live workers own, and the registered instances."""
+    view = runtime.running.registry.view
+    found = [
+        {"type": hosted, "key": key, "kind": "instance", "worker_id": holder}
+        for hosted, keys in view.instances.items()
+        for key in keys
+        for holder in view.instance_holders(hosted, key)
+        if agent_type in (None, hosted)
+    ]
+    if view.keyed:
+        async for record in runtime.running.records.records(agent_type):
+            if record.owner is not None and record.owner in view.workers:
+                agent = record.agent
+                found.append({"type": agent.type, "key": agent.key, "kind": "keyed", "worker_id": record.owner})
+    return sorted(found, key=lambda row: (row["type"], row["key"], row["worker_id"]))
+
+
 # -- info --------------------------------------------------------------------------------------------------------
 
 
@@ -113,26 +185,26 @@ def info(connecting: Connecting, agent: str, as_json: bool) -> None:
 
     Asking for one agent makes it, if it is not there yet.
     """
-    agent_type, slash, key = agent.partition("/")
+    one = agent_id(agent) if "/" in agent else None
 
     async def run() -> dict[str, Any]:
         async with connecting.runtime() as runtime:
-            if slash:
-                return dict(await runtime.agent_metadata(AgentId(agent_type, key)))
-            return await _type_info(runtime, agent_type)
+            if one is not None:
+                return dict(await runtime.agent_metadata(one))
+            return _type_info(runtime, agent)
 
     shown = asyncio.run(run())
     if as_json:
         print_json(shown)
-    elif slash:
+    elif one is not None:
         table(("FIELD", "VALUE"), list(shown.items()))
     else:
         _print_info(shown)
 
 
-async def _type_info(runtime: NatsAgentRuntime, agent_type: str) -> dict[str, Any]:
+def _type_info(runtime: NatsAgentRuntime, agent_type: str) -> dict[str, Any]:
     view = runtime.running.registry.view
-    await _refuse_unknown(runtime, agent_type)
+    refuse_unknown(view, agent_type)
     row = next(row for row in type_rows(view) if row["type"] == agent_type)
     workers = [view.workers[worker_id] for worker_id in row["workers"]]
     row["workers"] = [
@@ -180,12 +252,6 @@ def _print_info(shown: Mapping[str, Any]) -> None:
         )
 
 
-async def _refuse_unknown(runtime: NatsAgentRuntime, agent_type: str) -> None:
-    view = runtime.running.registry.view
-    if not view.is_known(agent_type):
-        raise UnknownAgentType(agent_type, agent_type, sorted({*view.hosts, *view.known}))
-
-
 # -- ping --------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +267,7 @@ def ping(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
 
     async def run() -> list[dict[str, Any]]:
         async with connecting.runtime() as runtime:
-            expected = await _expected(runtime, agent_type)
+            expected = _expected(runtime, agent_type)
             answers = await gather_answers(runtime.running.connection, runtime.options, "PING", expected)
             workers = runtime.running.registry.view.workers
             return [
@@ -226,12 +292,12 @@ def ping(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
     return Exit.OK if all(row["answered"] for row in rows) else Exit.TIMEOUT
 
 
-async def _expected(runtime: NatsAgentRuntime, agent_type: str | None) -> set[str]:
+def _expected(runtime: NatsAgentRuntime, agent_type: str | None) -> set[str]:
     """The live workers, or those of one type."""
     view = runtime.running.registry.view
     if agent_type is None:
         return set(view.workers)
-    await _refuse_unknown(runtime, agent_type)
+    refuse_unknown(view, agent_type)
     workers = view.workers_hosting(agent_type)
     if not workers:
         raise NoLiveWorker(agent_type, agent_type)
@@ -292,7 +358,7 @@ def stats(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
 
     async def run() -> tuple[list[dict[str, Any]], set[str]]:
         async with connecting.runtime() as runtime:
-            expected = await _expected(runtime, agent_type)
+            expected = _expected(runtime, agent_type)
             answers = await gather_answers(runtime.running.connection, runtime.options, "STATS", expected)
             names = _types_by_subject(runtime)
             rows = [

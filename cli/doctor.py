@@ -25,7 +25,9 @@ from nats.js import api
 from nats.nuid import NUID
 
 from natsrt.errors import NatsrtError, PermissionDenied
-from natsrt.jetstream.entries import HEARTBEAT, WorkerEntry
+from natsrt.jetstream.agents import AgentRecords
+from natsrt.jetstream.entries import HEARTBEAT, View, WorkerEntry
+from natsrt.jetstream.parts import BUCKET as AGENTS
 from natsrt.jetstream.registry import BUCKET, Registry
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
@@ -39,6 +41,7 @@ from .exits import Exit
 from .health import judge, read_json
 from .output import as_json as print_json
 from .output import json_option, line, table
+from .owners import Survey
 
 Level = Literal["ok", "warning", "problem", "skipped"]
 
@@ -50,6 +53,7 @@ _SLOW_ROUND_TRIP_MS = 100.0
 _CLOCK_TOLERANCE = 2.0
 _LONGEST_EVICTION = 10.0
 _REQUEST_SECONDS = 2.0
+_LIST_AT_MOST = 5
 _NEVER_STORED = {"Nats-Expected-Last-Sequence": str(2**63)}
 """Headers with which a stream refuses a message."""
 
@@ -105,8 +109,8 @@ class _Patient:
 def doctor(connecting: Connecting, monitor_url: str | None, health_urls: tuple[str, ...], as_json: bool) -> int:
     """Find out what is wrong, and what to do.
 
-    Checks connection, versions, JetStream, permissions, clock, registry, server settings, and what workers say of their
-    health.
+    Checks connection, versions, JetStream, permissions, clock, registry, keyed agents, server settings, and what
+    workers say of their health.
 
     Exits with 7 if there is a problem; warnings alone are 0.
     """
@@ -329,6 +333,7 @@ async def _check_registry(patient: _Patient) -> None:
                 f"{len({*registry.view.known} - {*registry.view.hosts})} known without a worker",
             )
             await _check_workers(patient, registry)
+            await _check_keyed_agents(patient, registry.view)
     except NatsrtError as error:
         _found_registry_problem(patient, str(error))
 
@@ -414,6 +419,41 @@ def _diagnosis(worker: WorkerEntry, beats: bool, answered: bool) -> tuple[Level,
         advice = "it stopped, froze or was killed a moment ago, or may not subscribe to $SRV.PING; look again in 10 s"
         return "warning", f"{who} has a heartbeat, but does not answer", advice
     return "warning", f"{who} is stale: no heartbeat and no answer", "any natsrt program removes its entries"
+
+
+# -- keyed agents ------------------------------------------------------------------------------------------------
+
+
+async def _check_keyed_agents(patient: _Patient, view: View) -> None:
+    """Who owns them, and whether their records can be read. States are not read: there may be gigabytes."""
+    bucket = patient.subjects.bucket(AGENTS)
+    patient.denied.clear()
+    try:
+        await patient.connection.jetstream.stream_info(f"KV_{bucket}")
+        survey = await Survey.of(AgentRecords(patient.connection, patient.subjects, patient.options))
+    except nats.js.errors.NotFoundError:
+        if view.keyed:
+            text = f"the bucket {bucket} is gone, with what was stored: {', '.join(sorted(view.keyed))} start anew"
+            patient.found("keyed agents", "problem", text, "restore it: `natsrt state import` stores an export again")
+        return
+    except (NatsrtError, nats.errors.Error, TimeoutError) as error:
+        refused = ", ".join(sorted(subject for _, subject in patient.denied))
+        advice = f"to see them, this user must be allowed to publish to {refused}" if refused else ""
+        patient.found("keyed agents", "warning", f"{bucket} cannot be read: {error}", advice)
+        return
+    text = f"records: {survey.agents:,}; states: {survey.with_state:,} of {survey.state_bytes:,} bytes in all"
+    patient.found("keyed agents", "ok", text)
+    if gone := survey.owned_by_others_than(view.workers):
+        owners = ", ".join(f"{worker_id} ({count:,})" for worker_id, count in gone.most_common(_LIST_AT_MOST))
+        advice = "the next message for each moves it to a live worker; what its owner had not stored is lost"
+        patient.found("keyed agents", "warning", f"owned by workers that are gone: {owners}", advice)
+    if survey.damaged:
+        text = "; ".join(str(error) for error in survey.damaged[:_LIST_AT_MOST])
+        advice = (
+            "calls to these agents fail: store a state anew with `natsrt state set --force`, or delete them with "
+            f"`natsrt state rm --force`, or by their keys with `nats kv del {bucket}`"
+        )
+        patient.found("keyed agents", "problem", f"damaged: {len(survey.damaged):,}: {text}", advice)
 
 
 # -- server settings ---------------------------------------------------------------------------------------------

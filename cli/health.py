@@ -248,6 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _LOSSES = {
     "dropped_events": "dropped events",
+    "undelivered_events": "events that found no owner",
     "undecodable": "messages that could not be read",
     "unknown_payloads": "messages of unknown types",
 }

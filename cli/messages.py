@@ -23,6 +23,7 @@ from natsrt.wire.subjects import Subjects, plain_prefix
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit
+from .naming import agent_id
 from .output import line, note, printable
 
 _DEFAULT = "default"
@@ -58,15 +59,7 @@ def send(connecting: Connecting, agent: str, body: str | None, type_name: str | 
     \b
     natsrt send upper/demo '{"text": "hi"}'
     """
-    asyncio.run(_send(connecting, _agent_id(agent), _body(body), type_name))
-
-
-def _agent_id(text: str) -> AgentId:
-    agent_type, slash, key = text.partition("/")
-    try:
-        return AgentId(agent_type, key if slash else _DEFAULT)
-    except ValueError as error:
-        raise CommandFailed(f"{text!r} is no agent: {error}", Exit.USAGE) from None
+    asyncio.run(_send(connecting, agent_id(agent, default_key=_DEFAULT), _body(body), type_name))
 
 
 async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: str | None) -> None:

@@ -355,7 +355,8 @@ class NatsAgentRuntime(AgentRuntime):
     async def unregister(self, type: str | AgentType, *, keep_subscriptions: bool = False) -> None:
         """Stop hosting an agent type here, and end the subscriptions that were added here for it.
 
-        Its live agents are forgotten, not closed. An unknown type changes nothing. With ``keep_subscriptions`` they
+        Its live agents are forgotten, not closed; keyed ones are left to other workers, stored and closed, when their
+        handlers have ended. An unknown type changes nothing. With ``keep_subscriptions`` they
         stay, as those of a runtime that does not host the type.
         """
         agent_type = type if isinstance(type, str) else type.type
@@ -459,6 +460,7 @@ class NatsAgentRuntime(AgentRuntime):
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self._stop(self._worker))
         self._worker.dispatch.excuse(asyncio.current_task())
+        self._worker.owning.excuse(chain.get())
         await asyncio.shield(self._stopping)
 
     async def _stop(self, worker: Worker) -> None:

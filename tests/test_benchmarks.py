@@ -251,7 +251,7 @@ def test_a_short_run_measures_every_row_of_every_scenario(tmp_path: Path) -> Non
     rows = [row for scenario in results["scenarios"] for row in scenario["rows"] if "absent" not in row]
     assert all(row["samples"] for row in rows)
     assert {"bare", "natsrt", "in-process"} <= {row["peer"] for row in rows}
-    assert {row["peer"] for row in rows} <= {*(peer.name for peer in PEERS), "python"}
+    assert {row["peer"] for row in rows} <= {*(peer.name for peer in PEERS), "python", "nats-py kv"}
 
 
 @pytest.mark.slow

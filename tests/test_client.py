@@ -195,6 +195,87 @@ async def test_one_posted_message_is_sent_without_anything_else(connection: Conn
             await asyncio.sleep(0)
 
 
+async def test_a_posted_message_has_the_headers_that_a_published_one_has(
+    connection: Connection, namespace: str
+) -> None:
+    heard: list[tuple[str, bytes, dict[str, str] | None]] = []
+    await connection.subscribe(namespace, lambda message: heard.append((message.reply, message.data, message.headers)))
+    headers = {"Natsrt-Record": '{"key":"k"}', "Nats-Expected-Last-Subject-Sequence": "7", "Other": "grüß: dich"}
+    assert connection.client.post(namespace, b"payload\r\n", "answer", headers)
+    await connection.client.publish(namespace, b"payload\r\n", "answer", headers)
+    await connection.barrier()
+    assert heard == [("answer", b"payload\r\n", headers)] * 2
+
+
+async def test_headers_count_for_what_is_too_large_to_be_posted(connection: Connection, namespace: str) -> None:
+    payload = bytes(connection.client.max_payload - 100)
+    assert connection.client.post(namespace, payload, "", {"A": "a"})
+    assert not connection.client.post(namespace, payload, "", {"A": "a" * 100})
+    await connection.barrier()
+
+
+async def test_a_sink_hears_without_a_queue_of_its_own_until_it_is_drained(
+    connection: Connection, namespace: str
+) -> None:
+    heard: list[bytes] = []
+    one = await connection.subscribe(namespace, lambda message: heard.append(message.data))
+    other = await connection.subscribe(f"{namespace}.other", lambda message: heard.append(message.data))
+    assert one.current is not None and other.current is not None
+    assert one.current._pending_queue is other.current._pending_queue
+    for number in range(100):
+        await connection.publish(namespace, b"%d" % number)
+    await connection.unsubscribe(one)
+    assert heard == [b"%d" % number for number in range(100)]
+    assert one.current is None
+    await connection.publish(namespace, b"late")
+    await connection.publish(f"{namespace}.other", b"other")
+    await connection.barrier()
+    assert heard[100:] == [b"other"]
+
+
+async def test_many_flushes_at_once_are_few_round_trips_and_each_covers_what_was_sent_before_it(
+    connection: Connection, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, heard, pings = connection.client, set[bytes](), list[asyncio.Task[float]]()
+    real = client.ping
+
+    def counted() -> asyncio.Task[float]:
+        pings.append(real())
+        return pings[-1]
+
+    monkeypatch.setattr(client, "ping", counted)
+    await connection.subscribe(namespace, lambda message: heard.add(message.data))
+
+    async def publish_and_flush(number: int) -> None:
+        for _ in range(number % 7):
+            await asyncio.sleep(0)
+        await connection.publish(namespace, b"%d" % number)
+        await client.flush()
+        assert b"%d" % number in heard
+
+    await asyncio.gather(*(publish_and_flush(number) for number in range(100)))
+    assert len(pings) < 20
+
+
+async def test_a_flush_that_is_given_up_ends_no_other_flush(connection: Connection) -> None:
+    flushes = [asyncio.create_task(connection.client.flush()) for _ in range(3)]
+    await asyncio.sleep(0)
+    flushes[0].cancel()
+    outcomes = await asyncio.gather(*flushes, return_exceptions=True)
+    assert isinstance(outcomes[0], asyncio.CancelledError)
+    assert outcomes[1:] == [None, None]
+
+
+async def test_flushes_end_when_the_client_is_closed(connection: Connection) -> None:
+    client = connection.client
+    flushes = [asyncio.create_task(client.flush()) for _ in range(2)]
+    await asyncio.sleep(0)
+    await connection.close()
+    async with asyncio.timeout(5):
+        outcomes = await asyncio.gather(*flushes, return_exceptions=True)
+    assert all(outcome is None or isinstance(outcome, nats.errors.Error) for outcome in outcomes)
+
+
 async def test_a_message_that_would_have_to_wait_or_be_refused_is_not_posted(
     connection: Connection, namespace: str
 ) -> None:

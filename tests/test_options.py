@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from natsrt.contexts import known_contexts
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import ConfigurationError
+from natsrt.keyed_types import KeyedOptions
 from natsrt.options import NATS_ENVIRONMENT, Options, describe_options
 
 SECRET = "hunter2-Pa55"
@@ -159,6 +160,40 @@ def test_sizes_that_are_no_positive_whole_number_are_refused(value: object) -> N
 )
 def test_a_wrong_value_is_refused_with_what_would_be_right(settings: dict[str, Any], text: str) -> None:
     assert str(refused(**settings)).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("counter, chat", {"counter": True, "chat": True}),
+        (["counter"], {"counter": True}),
+        ({"counter": True, "chat": False}, {"counter": True, "chat": False}),
+        ({"counter": KeyedOptions(rebalance=True)}, {"counter": KeyedOptions(rebalance=True)}),
+        (
+            {"counter": {"save": "interval", "save_interval": "1m30s", "idle_timeout": "none"}},
+            {"counter": KeyedOptions(save="interval", save_interval=90.0, idle_timeout=None)},
+        ),
+    ],
+)
+def test_keyed_types_are_names_or_a_table(given: object, said: dict[str, object]) -> None:
+    assert dict(Options(keyed=given).keyed) == said
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (7, "table of agent types"),
+        ({"counter": 7}, "counter: must be true, false, or a table of options"),
+        ({"counter": {"saves": "message"}}, "counter: there is no option 'saves'; there are concurrency"),
+        ({"counter": {"save": "never"}}, "counter: save: must be one of message, interval, manual"),
+        ({"counter": {"save_interval": "none"}}, "counter: save_interval: must be a number of seconds"),
+        ({"counter": {"idle_timeout": "soon"}}, "counter: idle_timeout: must be a number of seconds"),
+    ],
+)
+def test_keyed_types_that_cannot_be_used_are_refused(given: object, text: str) -> None:
+    error = refused(keyed=given)
+    assert error.setting == "keyed"
+    assert text in error.problem
 
 
 def test_an_unknown_setting_names_the_nearest_known_one() -> None:

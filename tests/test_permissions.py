@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from natsrt.embedded import EmbeddedServer
 from tests.support.processes import REPOSITORY, eventually
 
 PASSWORDS = {"WORKER_PASSWORD": "for-workers", "CALLER_PASSWORD": "for-callers", "CLIENT_PASSWORD": "for-clients"}
+Builder = Callable[..., AbstractAsyncContextManager["House"]]
 CONFIG = """
 server_name: "permissions-{name}"
 listen: 127.0.0.1:-1
@@ -97,7 +98,7 @@ def documented(path: Path, namespace: str = "") -> str:
         block = "\n".join(lines[start : lines.index("}", start) + 1])
     if namespace:
         block = re.sub(r'"(agent|topic|natsrt)\.', rf'"{namespace}.\1.', block)
-        block = block.replace("natsrt_registry", f"{namespace}_natsrt_registry")
+        block = re.sub("(natsrt_registry|natsrt_agents)", rf"{namespace}_\1", block)
     return block
 
 
@@ -130,9 +131,9 @@ class House:
         )
         return await self._stack.enter_async_context(runtime) if start else runtime
 
-    async def worker(self) -> NatsAgentRuntime:
-        """The worker with the agents ``public`` and ``admin``, and ``listener`` of the topic ``inside``."""
-        worker = await self.runtime("worker", start=False)
+    async def worker(self, **settings: Any) -> NatsAgentRuntime:
+        """A worker with the agents ``public`` and ``admin``, and ``listener`` of the topic ``inside``."""
+        worker = await self.runtime("worker", start=False, **settings)
         await register(worker, Echo, "public", lambda: Echo(self.public))
         await register(worker, Echo, "admin", lambda: Echo(self.admin))
         await register(worker, Listener, "listener", lambda: Listener(self.events))
@@ -156,14 +157,26 @@ class House:
 
 
 @pytest.fixture
-async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: str) -> AsyncIterator[House]:
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
+    """Opens a house of a namespace; ``change`` makes other permissions of the documented ones."""
     for name, value in PASSWORDS.items():
         monkeypatch.setenv(name, value)
-    config = tmp_path / "server.conf"
-    head = CONFIG.format(name=tmp_path.name, data=tmp_path / "data")
-    config.write_text(head + documented(REPOSITORY / "docs" / "permissions.md", space))
-    async with EmbeddedServer(config=config) as server, AsyncExitStack() as stack:
-        yield House(server.url, space, stack)
+
+    @asynccontextmanager
+    async def open_house(space: str, change: Callable[[str], str] = str) -> AsyncIterator[House]:
+        config = tmp_path / "server.conf"
+        head = CONFIG.format(name=tmp_path.name, data=tmp_path / "data")
+        config.write_text(head + change(documented(REPOSITORY / "docs" / "permissions.md", space)))
+        async with EmbeddedServer(config=config) as server, AsyncExitStack() as stack:
+            yield House(server.url, space, stack)
+
+    return open_house
+
+
+@pytest.fixture
+async def house(build: Builder, space: str) -> AsyncIterator[House]:
+    async with build(space) as house:
+        yield house
 
 
 def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -194,6 +207,56 @@ async def test_the_documented_permissions_are_all_that_workers_and_callers_need(
     with pytest.raises(Exception, match="no worker that hosts it is alive"):
         await caller.send_message(Text("hi"), AgentId("more", "k"))
     assert refused(caplog) == []
+
+
+KEYED: dict[str, Any] = {"public": {"concurrency": "concurrent"}, "admin": True, "listener": True}
+
+
+async def test_the_documented_permissions_are_all_that_keyed_agents_need(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, caller = await house.worker(keyed=KEYED), await house.runtime("caller")
+    admins = [AgentId("admin", f"k{number}") for number in range(8)]
+    for admin in admins:
+        assert await caller.send_message(Text("hi"), admin) == Text("hi")
+    await caller.publish_message(Text("news"), TopicId("inside", "s"))
+    await eventually(lambda: house.events == [Text("news")])
+    large = {"secret": "x" * 200_000}
+    for state in (large, large, {"secret": "small"}):
+        await worker.agent_load_state(admins[0], state)
+        assert await worker.agent_save_state(admins[0]) == state
+
+    other = await house.worker(keyed=KEYED)
+    assert {record.agent async for record in other.running.records.records("admin")} == set(admins)
+    await worker.stop()
+    for admin in admins:
+        assert await caller.send_message(Text("hi"), admin) == Text("hi")
+    assert await other.agent_save_state(admins[0]) == {"secret": "small"}
+    await caller.publish_message(Text("more"), TopicId("inside", "s"))
+    await eventually(lambda: house.events == [Text("news"), Text("more")])
+    assert refused(caplog) == []
+
+
+async def test_a_publisher_that_may_not_call_keyed_agents_loses_their_events_and_its_log_says_so(
+    build: Builder, space: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = f'"{space}.agent.>", ' if space else '"agent.>", '
+
+    def without_calls(block: str) -> str:
+        workers, callers = block.split("caller: {")
+        return f"{workers}caller: {{{callers.replace(calls, '')}"
+
+    async with build(space, without_calls) as house:
+        await house.worker(keyed=KEYED)
+        caller = await house.runtime("caller")
+        with pytest.raises(PermissionDenied, match=r"agent\.admin"):
+            await caller.send_message(Text("hi"), AgentId("admin", "k"))
+        await caller.publish_message(Text("news"), TopicId("inside", "s"))
+        await eventually(lambda: "listener/s found nobody" in caplog.text)
+        assert caller.running.sending.passing.undelivered == 1
+        client = await house.client("caller")
+        await client.publish(house.subject("topic.inside.s"), b'{"text":"plain"}')  # its worker passes it on
+        await eventually(lambda: house.events == [Text("plain")])
 
 
 async def test_a_caller_may_neither_read_nor_write_state_and_is_told_so(house: House) -> None:
@@ -252,7 +315,9 @@ def attacks(house: House, worker_id: str) -> list[tuple[str, bytes, dict[str, st
     bucket = f"{house.space}_natsrt_registry" if house.space else "natsrt_registry"
     targets = [
         *map(house.subject, [*FORBIDDEN, f"natsrt.worker.{worker_id}"]),
+        house.subject(f"natsrt.control.admin.at.{worker_id}"),
         f"$KV.{bucket}.r.type.admin.w",
+        f"$KV.{bucket.replace('registry', 'agents')}.a.admin.x",
         f"$JS.API.STREAM.PURGE.KV_{bucket}",
         f"$JS.API.STREAM.DELETE.KV_{bucket}",
         f"$SRV.PING.worker.{worker_id}",
@@ -282,20 +347,28 @@ def attacks(house: House, worker_id: str) -> list[tuple[str, bytes, dict[str, st
             made.append((inbox, b'{"text":"header"}', {header: value}))
     for body in wanted:
         made.append((inbox, json.dumps(body).encode(), None))
-        for name in ("subject", "source", "agenttype", "agent_type", "recipient", "keyed", "operation", "topictype"):
+        for name in (
+            *("subject", "source", "agenttype", "agent_type", "recipient", "keyed", "operation", "topictype"),
+            *("topicsource", "chain"),
+        ):
             for value in ("admin", "admin/x", "admin.x", "x", house.subject("agent.admin")):
                 made.append((inbox, json.dumps({**body, name: value}).encode(), None))
     return made
 
 
-async def test_a_client_of_one_agent_reaches_no_other_by_anything_it_sends(house: House) -> None:
-    worker = await house.worker()
+@pytest.mark.parametrize("keyed", [{}, KEYED], ids=["not keyed", "keyed"])
+async def test_a_client_of_one_agent_reaches_no_other_by_anything_it_sends(house: House, keyed: dict[str, Any]) -> None:
+    worker = await house.worker(keyed=keyed)
+    if keyed:  # two of them pass on to one another what comes to the wrong one
+        worker, passing = await house.worker(keyed=keyed), worker
     client = await house.client("client")
     for reply, body, headers in attacks(house, str(worker.worker_id)):
         await client.publish(house.subject("agent.public"), body, reply=reply, headers=headers)
     answer = await client.request(house.subject("agent.public"), b'{"text":"last"}', timeout=20)
     assert answer.data == b'{"text":"last"}'
     await worker.running.wait_idle()
+    if keyed:
+        await passing.running.wait_idle()
 
     assert house.public  # some were calls that it may make
     assert house.admin == []

@@ -150,6 +150,11 @@ def test_control_subjects_are_those_of_the_vectors(case: dict[str, Any]) -> None
     assert subjects_of(case).control(case["type"], case["key"]) == case["subject"]
 
 
+@cases("control_at")
+def test_control_subjects_of_one_worker_are_those_of_the_vectors(case: dict[str, Any]) -> None:
+    assert subjects_of(case).control_at(case["type"], case["worker_id"]) == case["subject"]
+
+
 @cases("worker")
 def test_worker_subjects_are_those_of_the_vectors(case: dict[str, Any]) -> None:
     assert subjects_of(case).worker(case["worker_id"]) == case["subject"]

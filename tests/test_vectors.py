@@ -1,21 +1,39 @@
-"""Bodies, as tests/vectors/envelopes.json has them. (Subjects and messages have vectors and tests of their own.)"""
+"""Bodies and keyed agents, as tests/vectors/{envelopes,keyed}.json have them. (Others have tests of their own.)"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nats
 import pytest
+from autogen_core import AgentId, MessageContext, RoutedAgent, TypeSubscription, message_handler
+from nats.aio.msg import Msg
 
+import natsrt
+from natsrt import NatsAgentRuntime
+from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotDecode
+from natsrt.jetstream.entries import TypeEntry, WorkerEntry, decode_entry, encode_entry
+from natsrt.jetstream.state import RECORD, Stored, checked, decode_record, encode_head, parts_key, record_key
 from natsrt.wire import envelope
+from tests.support.processes import eventually
 
-VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "envelopes.json").read_text("utf-8"))
+
+def vectors(name: str) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text("utf-8"))
+    return read
 
 
-def cases(kind: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", VECTORS[kind], ids=lambda case: case["name"])
+VECTORS = vectors("envelopes")
+KEYED = vectors("keyed")
+
+
+def cases(kind: str, of: dict[str, Any] = VECTORS) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", of[kind], ids=lambda case: case.get("name", case.get("bucket_key")))
 
 
 def bytes_of(case: dict[str, Any], name: str) -> bytes:
@@ -62,7 +80,126 @@ def test_broken_bodies_of_ours_are_refused_and_never_plain(case: dict[str, Any])
     assert raised.value.payload == bytes_of(case, "body")
 
 
-@pytest.mark.parametrize("name", ["subjects", "messages", "envelopes"])
+@pytest.mark.parametrize("name", ["subjects", "messages", "envelopes", "keyed"])
 def test_every_file_of_vectors_says_what_it_is_about(name: str) -> None:
-    vectors = json.loads((Path(__file__).parent / "vectors" / f"{name}.json").read_text("utf-8"))
-    assert vectors["about"]
+    assert vectors(name)["about"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keyed agents
+
+
+def stored_of(case: dict[str, Any]) -> Stored | None:
+    return None if case["state"] is None else Stored(**case["state"])
+
+
+@cases("records", KEYED)
+def test_records_of_keyed_agents_are_written_and_read_as_the_vectors_say(case: dict[str, Any]) -> None:
+    agent, stored = AgentId(case["type"], case["key"]), stored_of(case)
+    assert record_key(agent) == case["bucket_key"]
+    assert encode_head(agent, case["owner"], case["write"], stored) == case["record"]
+    read = decode_record(case["bucket_key"], {RECORD: case["record"]}, case["body"].encode(), 7)
+    assert (read.agent, read.owner, read.write, read.stored, read.revision) == (
+        agent,
+        case["owner"],
+        case["write"],
+        stored,
+        7,
+    )
+    if stored is not None and not stored.parts:
+        assert checked(agent, stored, read.body or b"") == case["body"].encode()
+
+
+@cases("refused", KEYED)
+def test_what_is_no_record_is_refused(case: dict[str, Any]) -> None:
+    headers = None if case["record"] is None else {RECORD: case["record"]}
+    with pytest.raises(CannotDecode):
+        decode_record(case["bucket_key"], headers, b"", 1)
+
+
+@cases("parts", KEYED)
+def test_parts_of_states_are_where_the_vectors_say(case: dict[str, Any]) -> None:
+    key = parts_key(AgentId(case["type"], case["key"]), case["write"])
+    assert f"{key}.{case['number']}" == case["bucket_key"]
+
+
+@cases("registry", KEYED)
+def test_entries_of_the_registry_are_those_of_the_vectors(case: dict[str, Any]) -> None:
+    entry = decode_entry(case["bucket_key"], case["value"].encode())
+    assert entry.key == case["bucket_key"]
+    assert json.loads(encode_entry(entry)) == json.loads(case["value"])
+    older = {name: value for name, value in json.loads(case["value"]).items() if name not in ("draining", "keyed")}
+    read = decode_entry(case["bucket_key"], json.dumps(older).encode())
+    assert (read.draining if isinstance(read, WorkerEntry) else isinstance(read, TypeEntry) and read.keyed) is False
+
+
+@dataclass
+class Add:
+    amount: int
+
+
+@dataclass
+class Total:
+    value: int
+
+
+@natsrt.keyed
+class Counter(RoutedAgent):
+    def __init__(self) -> None:
+        super().__init__("counts")
+        self.value = 0
+
+    @message_handler
+    async def add(self, message: Add, ctx: MessageContext) -> Total:
+        self.value += message.amount
+        return Total(self.value)
+
+    async def save_state(self) -> Mapping[str, Any]:
+        return {"value": self.value}
+
+    async def load_state(self, state: Mapping[str, Any]) -> None:
+        self.value = state["value"]
+
+
+async def test_a_worker_answers_what_the_vectors_tell_it_and_leaves_as_the_protocol_says(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    runtime = NatsAgentRuntime(server.url, namespace=namespace)
+    await natsrt.register(runtime, Counter, "counter", Counter)
+    await runtime.add_subscription(TypeSubscription("numbers", "counter"))
+    client = await nats.connect(server.url)
+    changes: list[Msg] = []
+
+    async def on_change(message: Msg) -> None:
+        changes.append(message)
+
+    try:
+        async with runtime:
+            worker_id = str(runtime.worker_id)
+
+            def filled(text: str) -> str:
+                return text.replace("<worker>", worker_id)
+
+            await client.subscribe(f"{namespace}.natsrt.registry.worker.{worker_id}", cb=on_change)
+            for case in KEYED["conversation"]:
+                subject = f"{namespace}.{filled(case['subject'])}"
+                if "answer" not in case:
+                    await client.publish(subject, case["body"].encode())
+                    continue
+                answer = envelope.decode((await client.request(subject, case["body"].encode(), timeout=5)).data)
+                assert answer is not None and answer.type == envelope.REPLY, case["name"]
+                assert answer.json() == json.loads(filled(json.dumps(case["answer"]))), case["name"]
+            jetstream = client.jetstream()
+            bucket = f"{namespace}_natsrt_agents"
+            stored = await jetstream.get_last_msg(f"KV_{bucket}", f"$KV.{bucket}.a.counter.one")
+            record = decode_record("a.counter.one", stored.headers, stored.data, stored.seq or 0)
+            assert (record.owner, record.body) == (worker_id, b'{"value":1111}')
+        await eventually(lambda: len(changes) == 2)
+        draining, left = changes
+        assert json.loads(draining.data)["draining"] is True
+        assert left.headers is not None
+        assert (left.headers["KV-Operation"], left.headers["Natsrt-Left"]) == ("DEL", "in-order")
+        stored = await jetstream.get_last_msg(f"KV_{bucket}", f"$KV.{bucket}.a.counter.one")
+        assert decode_record("a.counter.one", stored.headers, stored.data, stored.seq or 0).owner is None
+    finally:
+        await client.close()

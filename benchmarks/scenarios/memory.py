@@ -23,14 +23,16 @@ def scenarios(short: bool) -> Iterator[Scenario]:
         fresh=True,
         rounds=3,
         variants=[
-            Variant(name=peer.name, peer=peer, measure=_beyond_itself(agents), setup=Setup(trace_memory=True))
+            Variant(name=peer.name, peer=peer, measure=beyond_itself(agents), setup=Setup(trace_memory=True))
             for peer in (NATSRT, IN_PROCESS)
         ],
         goals=[Goal(text="memory per live agent beyond the agent's own, bytes", of="natsrt", at_most=1_000)],
     )
 
 
-def _beyond_itself(agents: int) -> Measure:
+def beyond_itself(agents: int) -> Measure:
+    """Bytes for a live agent beyond its own, the mean of ``agents``. Needs ``Setup.trace_memory``."""
+
     async def measure(team: Team, count: int) -> Sample:
         host = team.workers[0] if team.workers else team.caller
         await team.caller.ask("make_live", count=WARM_UP)

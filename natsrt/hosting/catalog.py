@@ -67,6 +67,8 @@ class HostedType:
     factory: Factory | None
     expected_class: type[Agent] | None
     keyed: KeyedOptions | None = None
+    takes_arguments: bool = False
+    """Whether the factory wants the runtime and the agent's id."""
     instance_class: type[Agent] | None = None
     live: dict[str, Agent] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
@@ -165,7 +167,7 @@ class Catalog:
         count = len(inspect.signature(factory).parameters)
         if count not in (0, 2):
             raise ValueError(f"Agent factory must take 0 or 2 arguments, not {count}.")
-        hosted = HostedType(agent_type, factory, expected_class, keyed)
+        hosted = HostedType(agent_type, factory, expected_class, keyed, takes_arguments=count == 2)
         if expected_class is not None:
             self._learn(hosted, expected_class)
         self._types[agent_type] = hosted
@@ -270,7 +272,7 @@ class Catalog:
     async def _make(self, hosted: HostedType, factory: Factory, agent_id: AgentId) -> Agent:
         with AgentInstantiationContext.populate_context((self._runtime, agent_id)):
             try:
-                if len(inspect.signature(factory).parameters) == 2:
+                if hosted.takes_arguments:
                     warnings.warn(
                         "Agent factories that take two arguments are deprecated: use AgentInstantiationContext.",
                         DeprecationWarning,

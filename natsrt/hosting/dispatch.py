@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import Any
 
 from autogen_core import (
@@ -40,16 +41,17 @@ from natsrt.errors import (
     RemoteAgentError,
     UnhandledMessage,
     WorkerBusy,
+    WorkerLost,
     WorkerStopped,
 )
 from natsrt.hosting.answers import Answer, Answers, id_of
 from natsrt.hosting.catalog import Catalog, Gate, HostedType
 from natsrt.hosting.control import carry_out_message
 from natsrt.hosting.fates import Fates
-from natsrt.hosting.intake import CONTROL, EVENT, Entry, Intake
+from natsrt.hosting.intake import CALL, CONTROL, EVENT, Entry, Intake
 from natsrt.hosting.keyed import Keyed, chain_of
 from natsrt.hosting.mailbox import chain
-from natsrt.hosting.owning import OwnedElsewhere
+from natsrt.hosting.owning import NotOwned, OwnedElsewhere
 from natsrt.hosting.reading import Delivery, Reading
 from natsrt.hosting.sending import Sending
 from natsrt.observe import events
@@ -191,9 +193,9 @@ class Dispatch:
             if entry.kind is CONTROL:
                 answer = await self._controlled(hosted, key, entry, body)
             elif key is not None:
+                if body is not None and "chain" in body.attributes:
+                    chain.set(chain_of(body))
                 if hosted.keyed is None:
-                    if body is not None and "chain" in body.attributes:
-                        chain.set(chain_of(body))
                     answer = await self._handle(hosted, key, entry, body, topic)
                 else:
                     answer = await self._handle_keyed(hosted, key, entry, body, topic)
@@ -263,12 +265,18 @@ class Dispatch:
         self._run(entry, self._answer_refused(entry, error))
 
     async def _answer_refused(self, entry: Entry, error: WorkerBusy) -> None:
+        plain, is_for_here = False, True
         try:
-            plain = envelope.decode(entry.message.data) is None
+            body = envelope.decode(entry.message.data)
+            plain = body is None
+            is_for_here = self._reading.recipient(entry, body)[0] is not None
         except CannotDecode:
-            plain = False
+            pass
         try:
-            if entry.message.reply:
+            if entry.kind is EVENT:
+                if is_for_here:
+                    self.intake.drop(entry)
+            elif entry.message.reply:
                 answer = self._answers.failure(error, plain, entry.route.name, "busy", refused=True)
                 await self._answer(entry, answer)
         finally:
@@ -334,12 +342,26 @@ class Dispatch:
         if body is not None and body.type == envelope.LOCATE:
             location = await self._keyed.owning.locate(hosted, key, along)
             return self._answers.control_reply(location._asdict(), body, hosted.agent_type, key)
+        sent_to_owner = entry.kind is CALL and entry.route.key is not None and body is not None
         try:
-            return await self._keyed.owning.visit(
-                hosted, key, along, lambda: self._handle(hosted, key, entry, body, topic)
-            )
+            handle = partial(self._handle, hosted, key, entry, body, topic)
+            return await self._keyed.owning.visit(hosted, key, along, handle, claim=not sent_to_owner)
+        except NotOwned:
+            return self._send_back(AgentId(hosted.agent_type, key), entry, body)
         except OwnedElsewhere:
             return await self._pass_on(AgentId(hosted.agent_type, key), hosted, entry, body, topic)
+
+    def _send_back(self, agent: AgentId, entry: Entry, body: Envelope | None) -> Answer:
+        """Refuse a call that was sent to this worker as the owner of its agent, which it is not any more.
+
+        Its caller sends it again. Passed on, it could be handled twice: it may have waited here for so long, while this
+        worker stood still, that its caller has sent it again already.
+        """
+        if entry.pending is not None:
+            self._fates.forget(entry.pending)
+            entry.pending = None
+        error = WorkerLost(str(agent), self._worker_id, "the agent left it")
+        return self._answers.failure(error, False, entry.route.name, id_of(body), refused=True)
 
     async def _pass_on(
         self, agent: AgentId, hosted: HostedType, entry: Entry, body: Envelope | None, topic: TopicId | None

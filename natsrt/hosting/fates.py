@@ -24,6 +24,9 @@ logger = logging.getLogger("natsrt.hosting")
 _SWEEP = 0.05
 _OTHERS_AT_MOST = 2048
 _OTHERS_BYTES = 8 * 1024 * 1024
+_ALWAYS = 1e9
+"""Seconds for which a worker remembers that has forgotten nothing: it never received what it does not know, and what
+came before its start no less."""
 
 Publish = Callable[..., Awaitable[None]]
 
@@ -109,7 +112,6 @@ class Fates:
         self._aging: deque[Pending] = deque()
         self._kept = _Kept(options.keep_replies_bytes, options.keep_replies)
         self._others = _Last(_OTHERS_AT_MOST, _OTHERS_BYTES)
-        self._began = asyncio.get_running_loop().time()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -185,14 +187,14 @@ class Fates:
                 self._spawn(self._publish(call_id, reply.body, headers=reply.headers))
             else:
                 unknown.append(call_id)
-        forgot = max(self._began, self._others.forgot, self._kept.forgot)
+        forgot = max(self._others.forgot, self._kept.forgot)
         data = orjson.dumps(
             {
                 "worker": self._worker_id,
                 "running": running,
                 "finished": finished,
                 "unknown": unknown,
-                "remembers": asyncio.get_running_loop().time() - forgot,
+                "remembers": min(asyncio.get_running_loop().time() - forgot, _ALWAYS),
             }
         )
         self._spawn(self._publish(reply_to, envelope.encode(envelope.REPLY, '"id":"fate-r","source":"/"', data)))

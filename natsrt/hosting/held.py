@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+from collections.abc import Collection
 
 from autogen_core import Agent, AgentId, BaseAgent
 
@@ -23,24 +23,31 @@ class Held:
         "_moving",
         "_saving",
         "agent_id",
+        "chains",
         "changed",
-        "digest",
         "emptied",
         "guests",
         "hosted",
         "interest",
+        "key",
         "loaded",
         "mailbox",
+        "options",
+        "parting",
         "record",
         "releasing",
         "saved_at",
+        "stores",
         "sure",
         "used_at",
         "users",
     )
 
     def __init__(self, hosted: HostedType, key: str, now: float) -> None:
+        assert hosted.keyed is not None
         self.hosted = hosted
+        self.options = hosted.keyed
+        self.key = key
         self.agent_id = AgentId(hosted.agent_type, key)
         self.mailbox = Mailbox()
         self._moving: asyncio.Lock | None = None
@@ -52,8 +59,8 @@ class Held:
         """How many reasons to doubt there had been when the record was last known to be as this worker wrote it."""
         self.loaded = False
         """Whether the instance is there, with its state."""
-        self.digest = b""
-        """Of the state as it is stored; empty for none."""
+        self.stores = False
+        """Whether its state is stored before every reply."""
         self.changed = False
         """Whether messages were handled since the last save."""
         self.saved_at = now
@@ -62,19 +69,13 @@ class Held:
         """Messages that wait or are handled."""
         self.guests = 0
         """Questions for its place that are being answered."""
+        self.chains: list[Collection[str]] | None = None
+        """The chains of the messages and questions that are here, as far as they have one."""
         self.releasing = False
+        self.parting = False
+        """Whether the release has come so far that it handles nothing more: what comes waits for its end."""
         self.emptied: asyncio.Future[None] | None = None
-        """Done when `users` comes to 0, for who releases."""
-
-    @property
-    def key(self) -> str:
-        return self.agent_id.key
-
-    @property
-    def options(self) -> KeyedOptions:
-        options = self.hosted.keyed
-        assert options is not None
-        return options
+        """Done when `users` changes, for who releases."""
 
     @property
     def moving(self) -> asyncio.Lock:
@@ -95,8 +96,29 @@ class Held:
             self._saving = asyncio.Lock()
         return self._saving
 
+    @property
+    def is_saving(self) -> bool:
+        return self._saving is not None and self._saving.locked()
+
+    def come(self, along: Collection[str]) -> None:
+        """A message or a question of the chain ``along`` is here."""
+        if along:
+            if self.chains is None:
+                self.chains = []
+            self.chains.append(along)
+
+    def go(self, along: Collection[str]) -> None:
+        """It is not here any more."""
+        if along and self.chains is not None:
+            self.chains.remove(along)
+
+    @property
+    def waited_for_by(self) -> set[str]:
+        """The visits, of any agent, that wait for what is here."""
+        return set().union(*self.chains) if self.chains else set()
+
     def empty(self) -> None:
-        """Nobody uses it any more, or nothing is left to wait for."""
+        """Let who releases it look again whether anybody uses it."""
         if self.emptied is not None and not self.emptied.done():
             self.emptied.set_result(None)
 
@@ -120,7 +142,3 @@ def housekeeping_interval(options: KeyedOptions) -> float:
 def keeps_state(agent: Agent) -> bool:
     """Whether the agent's class implements ``save_state``: AutoGen's base class only warns that it does not."""
     return getattr(type(agent), "save_state", None) is not BaseAgent.save_state
-
-
-def digest_of(state: bytes) -> bytes:
-    return hashlib.blake2b(state, digest_size=16).digest()

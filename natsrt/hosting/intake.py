@@ -149,12 +149,16 @@ class Intake:
         if queue:
             self._loop.call_soon(self._drain)
 
+    def drop(self, entry: Entry) -> None:
+        """Count an event that is not handled because the intake is full."""
+        self.dropped_events += 1
+        entry.route.hosted.statistics.errors += 1
+        entry.route.hosted.statistics.last_error = "dropped: the intake is full"
+
     def _overflow(self, entry: Entry, now: float) -> None:
-        if entry.route.kind is EVENT:
-            self.dropped_events += 1
-            entry.route.hosted.statistics.errors += 1
-            entry.route.hosted.statistics.last_error = "dropped: the intake is full"
-        else:
+        if entry.route.kind is EVENT and entry.route.hosted.keyed is None:
+            self.drop(entry)
+        else:  # what it is, and whether it is for an agent here, its body says
             self._refuse(entry)
         if now - self._warned_at > _WARN_EVERY:
             self._warned_at = now

@@ -4,8 +4,9 @@ Rules:
 
 1. Before the first message to an agent leaves, a worker of its type says who owns it; one that nobody owns is claimed
    by the worker that is asked. Meanwhile later messages for that agent wait, in order; messages for others do not.
+   The question names all visits that wait for a message in the line: the owner may be waiting for one of them.
 2. The knowledge ends some seconds after the last message, as the owner said, when the owner stops or vanishes from the
-   registry, and when the server says that nobody listens there.
+   registry, when the server says that nobody listens there, and when a call to any agent of the owner found it lost.
 3. Messages go to the agent's own subject, ``agent.<type>.<key>``, on which its owner listens: the knowledge is only
    that there is one.
 """
@@ -13,34 +14,59 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection
 
 from autogen_core import AgentId
 
+from natsrt.hosting.mailbox import chain
 from natsrt.hosting.owning import Location
 from natsrt.wire.subjects import Subjects
 
 _MANY = 10_000
 """Places, above which those are forgotten that are not in use."""
 
-Ask = Callable[[AgentId], Awaitable[Location]]
+_LONG = 0.25
+"""Seconds without an answer after which a question is asked anew, if more visits wait for the line by then."""
+
+Ask = Callable[[AgentId, Collection[str]], Awaitable[Location]]
+
+
+class Owners:
+    """The workers that agents live on. ``stays(worker_id)`` is the registry's: whether a worker is there to stay."""
+
+    def __init__(self, stays: Callable[[str], bool]) -> None:
+        self._stays = stays
+        self._lost: set[str] = set()
+
+    def stays(self, worker_id: str) -> bool:
+        """Whether a worker can be expected to be there."""
+        return self._stays(worker_id) and worker_id not in self._lost
+
+    def lose(self, worker_id: str) -> None:
+        """A call found it lost, which the registry may learn some seconds later."""
+        self._lost = {lost for lost in self._lost if self._stays(lost)} | {worker_id}
+
+    def found(self, worker_id: str) -> None:
+        """A worker says that an agent lives there."""
+        self._lost.discard(worker_id)
 
 
 class Place:
     """One agent's place, and the messages that wait until it is known."""
 
-    __slots__ = ("_ask", "_asking", "_called", "_lease", "_line", "_owner", "_stays", "_until", "recipient", "subject")
+    __slots__ = ("_ask", "_asking", "_called", "_lease", "_line", "_owner", "_owners", "_until", "recipient", "subject")
 
-    def __init__(self, recipient: AgentId, subject: str, ask: Ask, stays: Callable[[str], bool]) -> None:
+    def __init__(self, recipient: AgentId, subject: str, ask: Ask, owners: Owners) -> None:
         self.recipient = recipient
         self.subject = subject
         self._ask = ask
-        self._stays = stays
+        self._owners = owners
         self._owner = ""
         self._lease = 0.0
         self._until = float("-inf")
-        self._line: deque[asyncio.Future[None]] = deque()
+        self._line: OrderedDict[asyncio.Future[None], tuple[str, ...]] = OrderedDict()
+        """The turns of those who wait, each with the chain of its message."""
         self._called = False
         """Whether a message may go, and has not gone on yet: they go one after the other."""
         self._asking: asyncio.Task[None] | None = None
@@ -51,12 +77,12 @@ class Place:
         return not self._line and not self._called and not self._is_known()
 
     def _is_known(self) -> bool:
-        return asyncio.get_running_loop().time() < self._until and self._stays(self._owner)
+        return asyncio.get_running_loop().time() < self._until and self._owners.stays(self._owner)
 
     def is_open(self) -> bool:
         """Whether a message may go at once. Saying so counts as one."""
         now = asyncio.get_running_loop().time()
-        if now >= self._until or self._called or self._line or not self._stays(self._owner):
+        if now >= self._until or self._called or self._line or not self._owners.stays(self._owner):
             return False
         self._until = now + self._lease
         return True
@@ -64,7 +90,7 @@ class Place:
     def join(self) -> asyncio.Future[None]:
         """Stand in the line, from this moment on. Then `wait` for the turn."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line.append(turn)
+        self._line[turn] = chain.get()
         if not self._called:
             self._go_on()
         return turn
@@ -75,7 +101,7 @@ class Place:
             await turn
         finally:
             if turn in self._line:  # it gave up
-                self._line.remove(turn)
+                del self._line[turn]
             elif turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._called = False
                 if self._line:
@@ -85,6 +111,11 @@ class Place:
         """Nobody listens there any more."""
         self._until = float("-inf")
 
+    def owner_lost(self) -> None:
+        """The worker that the agent lives on was lost, and all that lives there with it."""
+        self.lost()
+        self._owners.lose(self._owner)
+
     def _go_on(self) -> None:
         if self._is_known():
             self._call_next()
@@ -93,10 +124,11 @@ class Place:
 
     async def _find(self) -> None:
         try:
-            self._owner, self._lease = await self._ask(self.recipient)
+            self._owner, self._lease = await self._locate()
+            self._owners.found(self._owner)
             self._until = asyncio.get_running_loop().time() + self._lease
         except BaseException as error:
-            line, self._line = self._line, deque()
+            line, self._line = self._line, OrderedDict()
             for turn in line:
                 if not turn.done():
                     turn.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
@@ -107,9 +139,25 @@ class Place:
             self._asking = None
         self._call_next()
 
+    async def _locate(self) -> Location:
+        """Ask, and anew where a message has come to the line meanwhile that the owner may be waiting for."""
+        while True:
+            visits = self._visits()
+            asking = asyncio.ensure_future(self._ask(self.recipient, visits))
+            try:
+                while not asking.done() and self._visits() <= visits:
+                    await asyncio.wait({asking}, timeout=_LONG)
+                if asking.done():
+                    return asking.result()
+            finally:
+                asking.cancel()
+
+    def _visits(self) -> set[str]:
+        return set().union(*self._line.values())
+
     def _call_next(self) -> None:
         while self._line:
-            turn = self._line.popleft()
+            turn, _ = self._line.popitem(last=False)
             if not turn.done():
                 self._called = True
                 turn.set_result(None)
@@ -120,7 +168,7 @@ class Locating:
     """The places that one runtime knows.
 
     ``is_keyed(agent_type)`` and ``stays(worker_id)``, whether a worker is there to stay, are the registry's;
-    ``ask(agent)`` asks a worker of the agent's type.
+    ``ask(agent, along)`` asks a worker of the agent's type, for messages of the chains ``along``.
     """
 
     def __init__(
@@ -128,7 +176,7 @@ class Locating:
     ) -> None:
         self._subjects = subjects
         self._is_keyed = is_keyed
-        self._stays = stays
+        self._owners = Owners(stays)
         self._ask = ask
         self._places: dict[str, dict[str, Place]] = {}
         self._count = 0
@@ -145,7 +193,7 @@ class Locating:
         if place is None:
             self._forget_unused()
             subject = self._subjects.instance(recipient.type, recipient.key)
-            place = of_type[recipient.key] = Place(recipient, subject, self._ask, self._stays)
+            place = of_type[recipient.key] = Place(recipient, subject, self._ask, self._owners)
             self._count += 1
         return place
 

@@ -19,10 +19,12 @@ chain: ContextVar[tuple[str, ...]] = ContextVar("natsrt_chain", default=())
 class Mailbox:
     """The messages of one agent, from their arrival to the end of their handlers."""
 
-    __slots__ = ("_inside", "_waiting")
+    __slots__ = ("_beside", "_inside", "_waiting")
 
     def __init__(self) -> None:
-        self._inside: set[str] = set()
+        self._inside: list[str] = []
+        self._beside: set[str] | None = None
+        """Visits that go on, but do not keep others out."""
         self._waiting: deque[asyncio.Future[None]] | None = None
 
     @property
@@ -31,17 +33,20 @@ class Mailbox:
         return bool(self._inside or self._waiting)
 
     def holds(self, along: Collection[str]) -> bool:
-        """Whether a visit of the chain ``along`` is inside, so that a message of that chain is part of it."""
-        return bool(self._inside) and not self._inside.isdisjoint(along)
+        """Whether a visit of the chain ``along`` goes on here, so that a message of that chain is part of it."""
+        if any(visit in along for visit in self._inside):
+            return True
+        return self._beside is not None and not self._beside.isdisjoint(along)
 
-    async def enter(self, visit: str, along: Collection[str] = ()) -> None:
-        """Wait until ``visit`` may enter; ``along`` is the chain of its message. `leave` must follow."""
-        if self.holds(along):
-            self._inside.add(visit)
-            return
-        if not self._inside and not self._waiting:
-            self._inside.add(visit)
-            return
+    def enters(self, visit: str, along: Collection[str] = ()) -> bool:
+        """Let ``visit`` in where it need not `wait`; ``along`` is the chain of its message. `leave` must follow."""
+        if (self._inside or self._waiting) and not self.holds(along):
+            return False
+        self._inside.append(visit)
+        return True
+
+    async def wait(self, visit: str) -> None:
+        """Wait until ``visit`` may enter. `leave` must follow."""
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._waiting is None:
             self._waiting = deque()
@@ -50,17 +55,35 @@ class Mailbox:
             await place
         except BaseException:
             if place.done() and not place.cancelled():  # let in at the moment it gave up
-                self._inside.discard("")
+                self._inside.remove("")
                 self._let_in()
             elif place in self._waiting:
                 self._waiting.remove(place)
             raise
-        self._inside.discard("")
-        self._inside.add(visit)
+        self._inside[self._inside.index("")] = visit
+
+    def count(self, visits: Collection[str]) -> int:
+        """How many of ``visits`` go on here."""
+        if not visits:
+            return 0
+        return sum(visit in self._inside or (self._beside is not None and visit in self._beside) for visit in visits)
+
+    def step_aside(self, visit: str) -> None:
+        """``visit`` goes on, and others may enter meanwhile."""
+        if self._beside is None:
+            self._beside = set()
+        self._beside.add(visit)
+        self._remove(visit)
 
     def leave(self, visit: str) -> None:
         """``visit`` has ended."""
-        self._inside.discard(visit)
+        if self._beside and visit in self._beside:
+            self._beside.remove(visit)
+        else:
+            self._remove(visit)
+
+    def _remove(self, visit: str) -> None:
+        self._inside.remove(visit)
         if not self._inside:
             self._let_in()
 
@@ -68,6 +91,6 @@ class Mailbox:
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
-                self._inside.add("")  # its place, until it wakes up
+                self._inside.append("")  # its place, until it wakes up
                 place.set_result(None)
                 return

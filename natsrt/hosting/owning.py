@@ -28,7 +28,7 @@ from nats.nuid import NUID
 
 from natsrt.errors import NatsrtError, StateConflict, StateNotSaved, WorkerLost
 from natsrt.hosting.catalog import Catalog, HostedType
-from natsrt.hosting.held import Held, digest_of, housekeeping_interval, keeps_state, lease
+from natsrt.hosting.held import Held, housekeeping_interval, keeps_state, lease
 from natsrt.hosting.mailbox import chain
 from natsrt.jetstream.agents import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.registry import Registry
@@ -42,10 +42,12 @@ logger = logging.getLogger("natsrt.hosting")
 _PULSE = 0.25
 _STALL = 2.0
 """Seconds for which the event loop stood still, after which others may have taken this worker for dead."""
-_SETTLED = 4.0
-"""Seconds after a reconnect of one's own during which an owner may still be reconnecting."""
+_MOVES_WITHIN = 4.0
+"""Seconds by which an owner may take longer over a claim or a release than `Options.lost_after`."""
 _ASK = 0.5
 _PAUSE = 0.02
+_CLOSE_WITHIN = 1.0
+"""Seconds for which a stop waits for agents that could not be released to close."""
 _AT_ONCE = 64
 """Agents that are looked up or released at the same time."""
 
@@ -58,6 +60,10 @@ class OwnedElsewhere(Exception):
     def __init__(self, worker_id: str) -> None:
         self.worker_id = worker_id
         super().__init__(worker_id)
+
+
+class NotOwned(Exception):
+    """The agent does not live here, and was not to be claimed."""
 
 
 class Grip(Enum):
@@ -110,17 +116,20 @@ class Owning:
         self._listen = listen
         self._ask = ask
         self._locate = locate
+        self._loop = asyncio.get_running_loop()
         self._held: dict[str, dict[str, Held]] = {}
         self._hosting: dict[str, int] = {}
         self._visit_prefix = NUID().next().decode()[-8:]
         self._visits = 0
         self._doubts = 0
-        self._up_since = -math.inf
         self._pulse_at = math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._started = False
+        self._excused: Collection[str] = ()
+        """Visits that wait for the end of this worker themselves."""
         self.draining = False
+        """Whether this worker claims nothing more, and is about to give up what it owns."""
         self.conflicts = 0
         """Instances dropped because their records were changed elsewhere."""
         connection.add_listener(self)
@@ -130,9 +139,13 @@ class Owning:
     async def start(self) -> None:
         """Needed once this worker hosts a keyed type. Harmless when started."""
         if not self._started:
-            await self._records.open()
             self._started = True
-            self._pulse_at = asyncio.get_running_loop().time()
+            try:
+                await self._records.open()
+            except BaseException:
+                self._started = False
+                raise
+            self._pulse_at = self._loop.time()
             self._run(self._pulse())
             self._run(self._keep_house())
 
@@ -141,22 +154,38 @@ class Owning:
         self.draining = True
         await asyncio.gather(*(self.release(held) for held in self._all()))
 
+    def excuse(self, visits: Collection[str]) -> None:
+        """These visits wait for the end of this worker themselves, so that it does not wait for them."""
+        self._excused = (*self._excused, *visits)
+        for held in self._all():
+            held.empty()
+
+    def leave(self, agent_type: str) -> None:
+        """Begin to release all agents of a type, which this worker does not host any more."""
+        for held in list(self._held.get(agent_type, {}).values()):
+            self._run(self.release(held))
+
     async def stop(self) -> None:
-        """End, and forget what was not released."""
+        """End: close and forget what was not released."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        left = []
         for held in self._all():
             held.record = None
-            if held.hosted.keyed is not None:
-                held.hosted.live.pop(held.key, None)
+            agent = held.hosted.live.pop(held.key, None)
+            if agent is not None:
+                left.append(asyncio.ensure_future(_close(agent)))
         self._held.clear()
+        if left:
+            await asyncio.wait(left, timeout=_CLOSE_WITHIN)
+        for closing in left:
+            closing.cancel()
 
     def connection_lost(self) -> None:
         self._doubts += 1
 
     def connection_made(self) -> None:
-        self._up_since = asyncio.get_running_loop().time()
         self.doubt()
 
     def doubt(self) -> None:
@@ -170,50 +199,68 @@ class Owning:
 
     # -- messages ------------------------------------------------------------------------------------------------
 
-    async def visit(self, hosted: HostedType, key: str, along: Collection[str], serve: Callable[[], Awaitable[T]]) -> T:
+    async def visit(
+        self,
+        hosted: HostedType,
+        key: str,
+        along: Collection[str],
+        serve: Callable[[], Awaitable[T]],
+        *,
+        claim: bool = True,
+    ) -> T:
         """Run ``serve`` when its turn comes, with the agent live and owned here, and store the state after it.
 
-        ``along`` is the chain of the message. Raises `OwnedElsewhere`, `StateConflict`, `StateNotSaved`, and what
+        ``along`` is the chain of the message. Without ``claim`` an agent that is not owned here is
+        not claimed: `NotOwned`. Raises `OwnedElsewhere`, `StateConflict`, `StateNotSaved`, and what
         ``serve`` and the agent's own methods raise.
         """
         held = self._hold(hosted, key)
         held.users += 1
+        held.come(along)
         self._visits += 1
         visit = f"{self._visit_prefix}{self._visits:x}"
         try:
-            await held.mailbox.enter(visit, along)
+            if not held.mailbox.enters(visit, along):
+                await held.mailbox.wait(visit)
             try:
-                if (owner := await self._own(held, along)) is not None:
-                    raise OwnedElsewhere(owner)
-                if not held.loaded:
-                    await self._load(held)
+                if not (held.loaded and self._is_sure(held)) or held.parting:
+                    await self._activate(held, along, claim)
+                agent = held.hosted.live[held.key]
                 if held.options.concurrency == "concurrent":
-                    held.mailbox.leave(visit)
+                    held.mailbox.step_aside(visit)
                 mark = chain.set((*along, visit))
                 try:
                     return await serve()
                 finally:
                     chain.reset(mark)
-                    await self._settle(held)
+                    held.changed = True
+                    if not self._is_sure(held):
+                        await self._make_sure(held)
+                    self._check_live(held, agent)
+                    if held.stores:
+                        await self._store(held)
             finally:
                 held.mailbox.leave(visit)
         finally:
-            held.used_at = asyncio.get_running_loop().time()
+            held.used_at = self._loop.time()
             held.users -= 1
+            held.go(along)
+            held.empty()
             if not held.users:
-                held.empty()
                 self._tidy(held)
 
     async def locate(self, hosted: HostedType, key: str, along: Collection[str]) -> Location:
         """Who owns the agent, for a message of the chain ``along``. This worker claims it where nobody does."""
         held = self._hold(hosted, key)
         held.guests += 1
+        held.come(along)
         try:
             owner = await self._own(held, along, to_stay=True)
-            held.used_at = asyncio.get_running_loop().time()
+            held.used_at = self._loop.time()
             return Location(owner or self._worker_id, lease(held.options))
         finally:
             held.guests -= 1
+            held.go(along)
             self._tidy(held)
 
     def grip(self, agent_type: str, key: str, along: Collection[str]) -> Grip:
@@ -227,8 +274,7 @@ class Owning:
             return Grip.MOVING
         if held.record is None:
             return Grip.FREE
-        if self.draining:
-            self._run(self.release(held))
+        if self._leaves(held):
             return Grip.MOVING
         return Grip.HOLDS
 
@@ -238,6 +284,11 @@ class Owning:
         if held is None or held.record is None or not held.loaded:
             raise LookupError(f"Agent {agent_id} is not live in this runtime.")
         await self._store(held)
+
+    @property
+    def owns_some(self) -> bool:
+        """Whether this worker owns any agent."""
+        return any(held.record is not None for held in self._all())
 
     def owned(self, agent_type: str) -> int:
         """How many agents of the type this worker owns."""
@@ -249,7 +300,7 @@ class Owning:
             of_type = self._held[hosted.agent_type] = {}
         held = of_type.get(key)
         if held is None:
-            held = of_type[key] = Held(hosted, key, asyncio.get_running_loop().time())
+            held = of_type[key] = Held(hosted, key, self._loop.time())
         return held
 
     def _tidy(self, held: Held) -> None:
@@ -267,19 +318,25 @@ class Owning:
     async def _own(self, held: Held, along: Collection[str], *, to_stay: bool = False) -> str | None:
         """Own the agent, and return None; or return the id of the worker that does.
 
-        One that is being released is still owned; with ``to_stay`` its release is waited for instead.
+        One that is being released is still owned until it is `Held.parting`; with ``to_stay`` its release is waited
+        for instead.
         """
         if held.record is not None:
             await self._make_sure(held)
-            if held.record is not None and not (to_stay and held.releasing and not held.mailbox.holds(along)):
+            goes = held.parting or (to_stay and held.releasing and not held.mailbox.holds(along))
+            if held.record is not None and not goes:
                 return None
         async with held.moving:
-            return None if held.record is not None else await self._claim(held, along)
+            return None if held.record is not None else await self._claim(held)
 
-    async def _claim(self, held: Held, along: Collection[str]) -> str | None:
-        if self.draining:
-            return (await self._locate(held.agent_id, along)).worker_id
-        until = asyncio.get_running_loop().time() + self._options.lost_after + _SETTLED
+    def _leaves(self, held: Held) -> bool:
+        """Whether the agent cannot stay on this worker: it ends, or does not host the type any more."""
+        return self.draining or self._catalog.find(held.hosted.agent_type) is not held.hosted
+
+    async def _claim(self, held: Held) -> str | None:
+        if self._leaves(held):
+            return (await self._locate(held.agent_id, held.waited_for_by)).worker_id
+        until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN
         doubts, pause = self._doubts, _PAUSE
         present: Record | None = None
         while True:
@@ -288,11 +345,11 @@ class Owning:
                     held.record = await self._records.claim(held.agent_id, self._worker_id)
                     break
                 if present.owner is not None and present.owner != self._worker_id:
-                    grip = await self._grip_of(present.owner, held.agent_id, along)
+                    grip = await self._grip_of(present.owner, held.agent_id, held.waited_for_by)
                     if grip is Grip.HOLDS:
                         return present.owner
                     if grip is Grip.MOVING:
-                        if asyncio.get_running_loop().time() > until:
+                        if self._loop.time() > until:
                             raise WorkerLost(str(held.agent_id), present.owner, "it owns the agent, but is silent")
                         await asyncio.sleep(pause)
                         pause = min(pause * 2, _PULSE)
@@ -311,6 +368,8 @@ class Owning:
         except BaseException:
             await self._drop(held)
             raise
+        if self._leaves(held):  # since it began
+            self._run(self.release(held))
         return None
 
     async def _grip_of(self, owner: str, agent_id: AgentId, along: Collection[str]) -> Grip:
@@ -325,12 +384,15 @@ class Owning:
         if await self._calls.listens(self._registry.worker_subject(owner)):
             return Grip.MOVING
         self._registry.suspect(owner)
-        settled = asyncio.get_running_loop().time() - self._up_since > _SETTLED
-        return Grip.FREE if settled else Grip.MOVING
+        return Grip.FREE if self._connection.settled else Grip.MOVING
+
+    def _is_sure(self, held: Held) -> bool:
+        """Whether this worker owns the agent, and nothing speaks against that."""
+        return held.record is not None and held.sure == self._doubts and not self._stood_still()
 
     async def _make_sure(self, held: Held) -> None:
         """Know that the record is still as this worker wrote it, or drop the instance."""
-        if held.record is not None and (held.sure != self._doubts or self._stood_still()):
+        if held.record is not None and not self._is_sure(held):
             async with held.saving:
                 if held.record is not None and held.sure != self._doubts:
                     await self._look_up(held, held.record)
@@ -358,7 +420,7 @@ class Owning:
 
     async def _drop(self, held: Held) -> None:
         """This worker does not own the agent any more: its instance must not be met again."""
-        held.record, held.loaded, held.changed, held.digest = None, False, False, b""
+        held.record, held.loaded, held.changed = None, False, False
         held.empty()
         agent = held.hosted.live.pop(held.key, None)
         interest, held.interest = held.interest, None
@@ -368,7 +430,7 @@ class Owning:
             await _close(agent)
 
     def _stood_still(self) -> bool:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         if now - self._pulse_at <= _STALL:
             return False
         self._pulse_at = now
@@ -379,12 +441,26 @@ class Owning:
         while True:
             await asyncio.sleep(_PULSE)
             self._stood_still()
-            self._pulse_at = asyncio.get_running_loop().time()
+            self._pulse_at = self._loop.time()
 
     # -- instances and their state -------------------------------------------------------------------------------
 
+    async def _activate(self, held: Held, along: Collection[str], claim: bool) -> None:
+        """Own the agent, and have its instance live. Raises `OwnedElsewhere`, or without ``claim`` `NotOwned`."""
+        while True:
+            if not claim:
+                await self._make_sure(held)
+                if held.record is None or held.parting:
+                    raise NotOwned
+            if (owner := await self._own(held, along)) is not None:
+                raise OwnedElsewhere(owner)
+            if not held.loaded:
+                await self._load(held)
+            if held.loaded:  # else it was lost meanwhile
+                return
+
     async def _load(self, held: Held) -> None:
-        """Make the instance, with the state that is stored."""
+        """Make the instance, with the state that is stored; nothing where the agent is not owned any more."""
         async with held.saving:
             record = held.record
             if held.loaded or record is None:
@@ -394,73 +470,90 @@ class Owning:
                 state = await self._records.state(record) if record.has_state and keeps_state(agent) else None
                 if state is not None:
                     await agent.load_state(orjson.loads(state))
-                    held.digest = digest_of(state)
+            except RecordChanged:
+                await self._lose(held)
+                raise StateConflict(str(held.agent_id), self._worker_id) from None
             except BaseException:
-                held.hosted.live.pop(held.key, None)
+                unfit = held.hosted.live.pop(held.key, None)
+                if unfit is not None:
+                    await _close(unfit)
                 raise
             held.loaded = True
-            held.saved_at = asyncio.get_running_loop().time()
+            held.stores = held.options.save == "message" and keeps_state(agent)
+            held.saved_at = self._loop.time()
 
-    async def _settle(self, held: Held) -> None:
-        """After a handler: still the owner? And store what it changed, where that comes before the reply."""
-        held.changed = True
-        await self._make_sure(held)
-        if held.record is None:
+    def _check_live(self, held: Held, agent: Agent) -> None:
+        """Raises `StateConflict` where ``agent`` was dropped, also if its id has another instance here by now."""
+        if held.record is None or held.hosted.live.get(held.key) is not agent:
             raise StateConflict(str(held.agent_id), self._worker_id)
-        if held.options.save == "message":
-            await self._store(held)
 
     async def _store(self, held: Held) -> None:
-        """Store the state if it changed. Raises `StateConflict` or `StateNotSaved`."""
+        """Store the state if it changed. Raises `StateConflict`, `StateNotSaved`, and what the agent raises."""
         agent = held.hosted.live.get(held.key)
         if agent is None or not held.loaded or not keeps_state(agent):
             return
         async with held.saving:
-            if held.record is None:
-                raise StateConflict(str(held.agent_id), self._worker_id)
+            self._check_live(held, agent)
             held.changed = False
-            state = self._serialization.encode(dict(await agent.save_state())).payload
-            digest = digest_of(state)
-            if digest == held.digest or (state == b"{}" and not held.record.has_state):
-                return
             try:
-                held.record = await self._records.save(held.record, state)
-            except RecordChanged:
-                self.conflicts += 1
-                logger.warning("the stored state of %s was changed elsewhere: its instance is dropped", held.agent_id)
-                await self._drop(held)
-                raise StateConflict(str(held.agent_id), self._worker_id) from None
-            except NatsrtError as error:
-                held.changed = True
-                raise StateNotSaved(str(held.agent_id), self._worker_id, str(error)) from error
-            held.digest = digest
-            held.saved_at = asyncio.get_running_loop().time()
+                await self._store_state_of(held, agent)
+            except BaseException:
+                held.changed = held.loaded
+                raise
+            held.saved_at = self._loop.time()
+
+    async def _store_state_of(self, held: Held, agent: Agent) -> None:
+        state = self._serialization.encode(dict(await agent.save_state())).payload
+        record = held.record
+        if record is None or record.holds(state) or (state == b"{}" and not record.has_state):
+            return
+        try:
+            held.record = await self._records.save(record, state)
+        except RecordChanged:
+            await self._lose(held)
+            raise StateConflict(str(held.agent_id), self._worker_id) from None
+        except NatsrtError as error:
+            raise StateNotSaved(str(held.agent_id), self._worker_id, str(error)) from error
+
+    async def _lose(self, held: Held) -> None:
+        """The record is not as this worker wrote it."""
+        self.conflicts += 1
+        logger.warning("the stored state of %s was changed elsewhere: its instance is dropped", held.agent_id)
+        await self._drop(held)
 
     # -- releasing -----------------------------------------------------------------------------------------------
 
     async def release(self, held: Held) -> None:
-        """Handle what was received for the agent, store its state, close it, and leave it to nobody."""
-        if held.releasing:
-            return
-        held.releasing = True
+        """Handle what was received for the agent, store its state, close it, and leave it to nobody.
+
+        One that is under way is waited for.
+        """
         try:
             async with held.moving:
                 if held.record is not None:
-                    await self._release(held)
+                    held.releasing = True
+                    try:
+                        await self._release(held)
+                    finally:
+                        held.releasing = held.parting = False
         except Exception as error:
             known = isinstance(error, NatsrtError)
             logger.warning("%s cannot be released: %s", held.agent_id, error, exc_info=None if known else error)
         finally:
-            held.releasing = False
             self._tidy(held)
 
     async def _release(self, held: Held) -> None:
-        await self._emptied(held)  # listening: what comes along a chain of what runs must come in
-        interest, held.interest = held.interest, None
-        if interest is not None:
-            async with self._turns:
-                await self._connection.unsubscribe(interest)
-        await self._emptied(held)
+        while True:
+            await self._emptied(held)
+            interest, held.interest = held.interest, None
+            if interest is not None:
+                async with self._turns:
+                    await self._connection.unsubscribe(interest)
+            if not self._in_use(held):
+                break
+            # What came in last runs now, and what comes along its chain must come in.
+            held.interest = await self._listen(held.hosted, held.key)
+        held.parting = True
         async with self._turns:
             try:
                 if held.options.save != "manual":
@@ -469,24 +562,26 @@ class Owning:
                     await self._records.release(held.record)
             except RecordChanged:
                 self.conflicts += 1
-            except NatsrtError:
-                if held.record is not None and not self.draining:  # it can be stored later, as long as it lives
+            except Exception:
+                if held.record is not None and not self._leaves(held):  # it can be stored later, as long as it lives
                     held.interest = await self._listen(held.hosted, held.key)
-                    raise
-                await self._drop(held)
+                else:
+                    await self._drop(held)
                 raise
             await self._drop(held)
 
-    @staticmethod
-    async def _emptied(held: Held) -> None:
-        while held.users and held.record is not None:
+    def _in_use(self, held: Held) -> bool:
+        return held.record is not None and held.users > held.mailbox.count(self._excused)
+
+    async def _emptied(self, held: Held) -> None:
+        while self._in_use(held):
             held.emptied = asyncio.get_running_loop().create_future()
             await held.emptied
         held.emptied = None
 
     async def give_away(self, agent_type: str, count: int) -> int:
         """Release up to ``count`` idle agents of a type, so that other workers get them. Returns how many it were."""
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         idle = [
             held
             for held in self._held.get(agent_type, {}).values()
@@ -498,12 +593,14 @@ class Owning:
         return len(chosen)
 
     async def _keep_house(self) -> None:
-        """Release what is idle, store what is due, and share with workers that joined."""
+        """Release what is idle, store what is due, and share with workers that joined. Nobody waits for a slow one."""
         while True:
             keyed = [hosted.keyed for hosted in self._catalog if hosted.keyed is not None]
             await asyncio.sleep(min(map(housekeeping_interval, keyed), default=5.0))
-            now = asyncio.get_running_loop().time()
-            await asyncio.gather(*(work for hosted in self._catalog for work in self._due(hosted, now)))
+            now = self._loop.time()
+            for hosted in self._catalog:
+                for work in self._due(hosted, now):
+                    self._run(work)
 
     def _due(self, hosted: HostedType, now: float) -> Iterator[Awaitable[Any]]:
         options = hosted.keyed
@@ -511,7 +608,7 @@ class Owning:
             return
         mine = list(self._held.get(hosted.agent_type, {}).values())
         for held in mine:
-            if held.record is None:
+            if held.record is None or held.is_moving or held.is_saving:
                 continue
             if options.idle_timeout is not None and not held.users and now - held.used_at > options.idle_timeout:
                 yield self.release(held)
@@ -528,9 +625,11 @@ class Owning:
             await self._store(held)
         except Exception as error:
             logger.warning("the state of %s could not be stored: %s", held.agent_id, error)
+        finally:
+            self._tidy(held)
 
     def _run(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        task: asyncio.Task[None] = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -25,6 +25,8 @@ from natsrt.wire.subjects import Subjects, encode_text
 logger = logging.getLogger("natsrt.hosting")
 
 _PLAIN_HEADERS = (KEY_HEADER, TYPE_HEADER)
+_PATIENCE = (0.5, 1.0, 2.0)
+"""Seconds for which a worker may say nothing, before another one is asked. The last one may take longer."""
 _DELIVERIES = 5
 """How often an event is sent to a keyed agent whose owner turns out not to listen."""
 
@@ -72,12 +74,26 @@ class Passing:
         visits = chain.get() if along is None else along
         attributes = self._question(agent) + (f',"chain":"{" ".join(visits)}"' if visits else "")
         body = envelope.encode(envelope.LOCATE, attributes, b"null")
-        reply = await self._calls.call(agent, body, subject=self._subjects.agent(agent.type))
+        reply = await self._ask(agent, body)
         data = self._replies.answered(reply, agent).json()
         try:
             return Location(str(data["worker_id"]), float(data["lease"]))
         except (TypeError, KeyError, ValueError):
             raise CannotDecode(f"where {agent} lives", "the answer does not say it", reply.data) from None
+
+    async def _ask(self, agent: AgentId, question: bytes) -> Msg:
+        """Ask a worker of the agent's type, and anew where no answer comes: a question can be asked again."""
+        subject = self._subjects.agent(agent.type)
+        for patience in _PATIENCE:
+            try:
+                async with asyncio.timeout(patience) as deadline:
+                    return await self._calls.call(agent, question, subject=subject)
+            except WorkerLost:
+                continue
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+        return await self._calls.call(agent, question, subject=subject)
 
     async def call_on(self, agent: AgentId, message: Msg, body: envelope.Envelope | None) -> Msg:
         """Call an agent's owner for a caller that did not know him. ``body`` is None for a plain call."""
@@ -139,9 +155,20 @@ class Passing:
             if not tries:
                 raise WorkerLost(str(place.recipient), None, "its owner does not listen, again and again")
             await self._post(place, body, tries)
-        except NatsrtError as error:
-            self.undelivered += 1
-            logger.warning("an event for %s found nobody: %s", place.recipient, error)
+        except asyncio.CancelledError:
+            self._count_undelivered(place, "this runtime was stopped")
+            raise
+        except Exception as error:
+            self._count_undelivered(place, str(error) if isinstance(error, NatsrtError) else type(error).__qualname__)
+
+    def _count_undelivered(self, place: Place, reason: str) -> None:
+        self.undelivered += 1
+        logger.warning("an event for %s found nobody: %s", place.recipient, reason)
+
+    async def finish(self, within: float) -> None:
+        """Wait until the events that stand in line now have gone, ``within`` seconds at most."""
+        if self._deliveries:
+            await asyncio.wait(set(self._deliveries), timeout=within)
 
     async def stop(self) -> None:
         """Give up the events that still wait."""

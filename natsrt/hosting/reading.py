@@ -78,8 +78,9 @@ class Reading:
         route = entry.route
         if body is not None and (kind := body.attributes["type"]) != route.expects:
             if kind == envelope.EVENT and route.hosted.keyed is not None and route.key is not None:
+                topic = self._claimed_topic(body)
                 entry.kind = EVENT
-                return route.key, self._claimed_topic(body)
+                return route.key, topic
             if kind != envelope.LOCATE or route.hosted.keyed is None:
                 raise CannotDecode("an envelope", f"expected {route.expects}, not {kind!r}")
         if route.kind is not EVENT:

@@ -50,6 +50,11 @@ logger = logging.getLogger("natsrt.hosting")
 
 _HAND_OVER_WITHIN = 10.0
 """Seconds that agents may take to be stored and released after their handlers have ended."""
+_HEARD_WITHIN = 0.2
+"""Seconds until other runtimes have heard that a worker stops: so long it listens for the agents that it owns, because
+a tap hides from senders that nobody listens any more."""
+_SENT_WITHIN = 1.0
+"""Seconds for which events may wait until the owners of their agents are known, while this worker stops."""
 
 
 class Worker:
@@ -214,6 +219,7 @@ class Worker:
             pending_bytes=intake.pending_bytes,
             max_pending_bytes=self._options.max_pending_bytes,
             dropped_events=intake.dropped_events,
+            undelivered_events=self.sending.passing.undelivered,
             undecodable=self.undecodable,
             unknown_payloads=self.dispatch.unknown_payloads,
             calls_pending=self.calls.pending,
@@ -256,6 +262,7 @@ class Worker:
         """Stop taking messages, finish what was taken, leave the registry, close. Bounded by ``drain_timeout``."""
         self._stopping = True
         try:
+            await self.sending.passing.finish(_SENT_WITHIN)  # while this worker can still take what is for itself
             logger.info("%s: stops taking messages", self.worker_id)
             if self._joined and self.connection.connected:
                 try:
@@ -265,9 +272,13 @@ class Worker:
             await self._serving.stop()
             self._fates.accept_all()
             logger.info("%s: finishes %d handlers", self.worker_id, self.dispatch.running)
+            self.owning.draining = True
+            if self.owning.owns_some and self.connection.connected:
+                await asyncio.sleep(_HEARD_WITHIN)
             handing_over = asyncio.ensure_future(self.owning.drain())
             await self.dispatch.finish(drain_timeout, abort)
             await self._hand_over(handing_over)
+            await self.sending.passing.finish(_SENT_WITHIN)
             if self._joined and self.connection.connected:
                 try:
                     await self.registry.leave()
@@ -391,6 +402,7 @@ class Worker:
             entries = [e for e in entries if isinstance(e, InstanceEntry) and e.agent_key == key]
         else:
             await self._serving.end(hosted.agent_type)
+            self.owning.leave(hosted.agent_type)
             left = self._declarations.of(hosted.agent_type)
             entries += [self._entry(subscription, self.worker_id) for subscription in (*ended, *left)]
         try:

@@ -1,1 +1,1 @@
-"""What is stored in JetStream: the registry."""
+"""What is stored in JetStream: the registry, and keyed agents with their state."""

@@ -12,6 +12,12 @@ from nats.nuid import NUID
 from natsrt.errors import CannotDecode
 from natsrt.transport.connection import Connection, Interest
 
+_WRONG_REVISION = (10071, 10164)
+
+
+class WrongRevision(Exception):
+    """The server refused a message: its subject is not at the revision that it was to follow."""
+
 
 class Acks:
     """Messages to streams, and their acknowledgements on an inbox of its own below ``inbox_prefix``."""
@@ -39,14 +45,17 @@ class Acks:
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> int:
         """Send, wait for the acknowledgement however long it takes, and give the message's sequence.
 
-        The caller bounds the time, and has checked the size. Raises what nats-py raises.
+        The caller bounds the time, has checked the size, and vouches for the headers: there is no line end in them.
+        Raises `WrongRevision`, and what nats-py raises.
         """
         self._number += 1
         token = f"{self._number:x}"
         waiter: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
         self._waiting[token] = waiter
         try:
-            await self._connection.client.publish(subject, payload, self._inbox + token, headers)
+            client, reply = self._connection.client, self._inbox + token
+            if not client.post(subject, payload, reply, headers):
+                await client.publish(subject, payload, reply, headers)
             message = await waiter
         finally:
             del self._waiting[token]
@@ -59,4 +68,6 @@ class Acks:
             error = answer["error"]
         except (orjson.JSONDecodeError, TypeError, KeyError) as unreadable:
             raise CannotDecode("an acknowledgement", str(unreadable), message.data) from None
+        if error.get("err_code") in _WRONG_REVISION:
+            raise WrongRevision
         raise nats.js.errors.APIError.from_error(error)

@@ -22,17 +22,16 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple
 
-import nats.errors
-import nats.js.errors
 from autogen_core import AgentId
 from nats.aio.msg import Msg
 from nats.js import api
 
 from natsrt.errors import CannotDecode, MessageTooLarge, StateUnavailable
+from natsrt.jetstream.acks import WrongRevision
 from natsrt.jetstream.buckets import OPERATION, TTL, is_gone
 from natsrt.jetstream.guard import READ, WRITE
 from natsrt.jetstream.parts import ANSWER_WITHIN, HEADERS_AT_MOST, RETRY_FOR, AgentBucket, Parts
@@ -61,7 +60,6 @@ _TOMBSTONE_TTL = "120"
 _PAUSE = 0.05
 
 _EXPECTED = api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value
-_WRONG_REVISION = (10071, 10164)
 
 
 class RecordTaken(Exception):
@@ -78,10 +76,6 @@ class RecordChanged(Exception):
     def __init__(self, present: Record | None) -> None:
         self.present = present
         super().__init__("it is gone" if present is None else f"it is at revision {present.revision}")
-
-
-class _WrongRevision(Exception):
-    """The server refused a write: the record is not at the revision that it was to follow."""
 
 
 class _Found(NamedTuple):
@@ -153,11 +147,22 @@ class AgentRecords:
         else:
             await self._delete(record)
 
-    async def read(self, agent: AgentId) -> Record | None:
-        """The record as the stream's leader has it; None where there is none. Raises `CannotDecode`."""
+    async def read(self, agent: AgentId, *, damaged: bool = False) -> Record | None:
+        """The record as the stream's leader has it; None where there is none.
+
+        Raises `CannotDecode` where it cannot be read; with ``damaged`` it is then one of nobody and without a state,
+        good for being replaced or removed.
+        """
         await self.open()
         found = await self._find(record_key(agent))
-        return None if found is None or found.gone else found.record
+        if found is None or found.gone:
+            return None
+        try:
+            return found.record
+        except CannotDecode:
+            if not damaged:
+                raise
+            return Record(agent, None, found.revision)
 
     def follows(self, present: Record, own: Record) -> bool:
         """Whether ``present`` is ``own``, or what a write made of it that this worker had given up."""
@@ -166,9 +171,9 @@ class AgentRecords:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    async def save(self, record: Record, state: bytes) -> Record:
+    def save(self, record: Record, state: bytes) -> Awaitable[Record]:
         """Store the agent's state; the owner stays. Raises `RecordChanged`."""
-        return await self._replace(record, record.owner, state)
+        return self._replace(record, record.owner, state)
 
     async def state(self, record: Record) -> bytes | None:
         """The state, None for none.
@@ -203,11 +208,16 @@ class AgentRecords:
         revision = await self._delete(record)
         await self._parts.clean(record.agent, ">", before=revision)
 
-    async def records(self, agent_type: str | None = None) -> AsyncGenerator[Record, None]:
+    async def records(
+        self, agent_type: str | None = None, *, damaged: Callable[[CannotDecode], None] | None = None
+    ) -> AsyncGenerator[Record, None]:
         """All records, of one type or of all, without their states, a page of some hundred in memory at a time.
 
-        What cannot be read is logged and left out. Each agent comes once, however often it changes meanwhile.
+        What cannot be read is left out, and given to ``damaged``; None: logged. Each agent comes once, however often it
+        changes meanwhile.
         """
+        if damaged is None:
+            damaged = partial(logger.warning, "%s")
         await self.open()
         pattern = "a.>" if agent_type is None else f"a.{encode_token(agent_type)}.*"
         seen: set[str] = set()
@@ -233,7 +243,7 @@ class AgentRecords:
                     try:
                         yield decode_record(key, message.headers, None, message.metadata.sequence.stream)
                     except CannotDecode as error:
-                        logger.warning("%s", error)
+                        damaged(error)
         finally:
             if pages is not None:
                 await pages.aclose()
@@ -257,7 +267,8 @@ class AgentRecords:
         self, agent: AgentId, owner: str | None, state: bytes | None, *, base: int, before: Stored | None
     ) -> Record:
         """Store a record with a new state after the revision ``base``, 0 for none; ``before`` is the state there."""
-        await self.open()
+        if not self._bucket.is_open:
+            await self.open()
         key, write = record_key(agent), self._name_write()
         stored, body, oldest = None, b"", None
         if state is not None:
@@ -279,7 +290,8 @@ class AgentRecords:
             raise
         if leaves_parts:
             self._later(self._parts.clean(agent, ">", before=oldest or revision))
-        kept = state if oldest is None and len(body) <= _KEPT_BYTES else None
+        # A copy, because what orjson wrote takes up its whole buffer.
+        kept = bytes(memoryview(body)) if stored and not stored.parts and len(body) <= _KEPT_BYTES else None
         return Record(agent, owner, revision, stored, write, kept)
 
     async def _hand_over(self, record: Record, owner: str | None) -> Record:
@@ -337,10 +349,10 @@ class AgentRecords:
         expected = base
         while True:
             headers[_EXPECTED] = str(expected)
-            publish = partial(self._publish, subject, body, headers)
+            publish = partial(self._bucket.publish, subject, body, headers)
             try:
                 return await self._bucket.guard.run(WRITE, publish, subject=subject, within=ANSWER_WITHIN)
-            except _WrongRevision:
+            except WrongRevision:
                 found = await self._find(key)
             present = found.revision if found is not None else 0
             name = write_of(found.headers) if found is not None else None
@@ -356,14 +368,6 @@ class AgentRecords:
             expected = present
             if asyncio.get_running_loop().time() > until:
                 raise StateUnavailable(WRITE, "other writes come before it all the time")
-
-    async def _publish(self, subject: str, body: bytes, headers: dict[str, str] | None) -> int:
-        try:
-            return await self._bucket.publish(subject, body, headers)
-        except nats.js.errors.APIError as error:
-            if error.err_code in _WRONG_REVISION:
-                raise _WrongRevision from None
-            raise
 
     def _later(self, cleaning: Coroutine[Any, Any, None]) -> None:
         """Clean up without letting anybody wait, or end it by going away."""

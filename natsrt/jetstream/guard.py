@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
+from types import TracebackType
 from typing import TypeVar
 
 import nats.errors
@@ -25,24 +27,46 @@ _NEEDED = {
 _OF_THE_ACCOUNT = "$js.api.info"
 _NO_JETSTREAM = 10039
 _PAUSE = 0.2
+_LOOK_EVERY = 0.1
+"""Seconds between two looks for requests that are late."""
 
 T = TypeVar("T")
 
 
 class _Attempt:
-    """A request under way. ``subject`` is the one it is limited to, None for all that the operation needs."""
+    """A request under way, in the task that makes it.
 
-    __slots__ = ("denied", "operation", "scope", "subject")
+    ``subject`` is the one it is limited to, None for all that the operation needs; ``until`` the loop's time at which
+    it ends. It does what ``asyncio.timeout`` does, without a timer of its own: these cost more than the request.
+    """
 
-    def __init__(self, operation: str, subject: str | None, within: float | None) -> None:
+    __slots__ = ("_cancelling", "_ended", "_task", "denied", "operation", "subject", "until")
+
+    def __init__(self, operation: str, subject: str | None, until: float) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._ended = False
         self.operation = operation
         self.subject = subject
+        self.until = until
         self.denied: PermissionDenied | None = None
-        self.scope = asyncio.timeout(within)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises TimeoutError where `end` is what cancelled the request."""
+        if self._ended and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
 
     def end(self) -> None:
-        if not self.scope.expired():
-            self.scope.reschedule(asyncio.get_running_loop().time())
+        if not self._ended:
+            self._ended = True
+            self._task.cancel()
 
 
 class Guard:
@@ -70,6 +94,7 @@ class Guard:
         self._retry_for = retry_for
         self._patient = patient
         self._running: dict[_Attempt, None] = {}
+        self._looking: asyncio.TimerHandle | None = None
         connection.on_denied(self._on_denied)
         connection.add_listener(self)
 
@@ -80,6 +105,14 @@ class Guard:
         if self._patient:  # answers to what was asked on the lost connection come no more
             for attempt in self._running:
                 attempt.end()
+
+    def _end_late(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for attempt in self._running:
+            if attempt.until <= now:
+                attempt.end()
+        self._looking = loop.call_later(_LOOK_EVERY, self._end_late) if self._running else None
 
     def _on_denied(self, denied: PermissionDenied) -> None:
         refused = denied.subject.lower()
@@ -116,10 +149,12 @@ class Guard:
         while True:
             if self._patient and not self._connection.connected:
                 await self._connection.wait_connected(max(0.0, until - loop.time()))
-            attempt = _Attempt(operation, subject, within)
+            attempt = _Attempt(operation, subject, math.inf if within is None else loop.time() + within)
             try:
-                async with attempt.scope:
+                with attempt:
                     self._running[attempt] = None
+                    if self._looking is None:
+                        self._looking = loop.call_later(_LOOK_EVERY, self._end_late)
                     try:
                         return await request()
                     finally:

@@ -70,9 +70,14 @@ class AgentBucket:
     def key(self, subject: str) -> str:
         return subject[len(self._prefix) :]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it was seen since the connection was lost last, and acknowledgements arrive."""
+        return self._opened == self._connection.reconnects and self._acks.open
+
     async def open(self) -> None:
         """Make the bucket if it is missing. Costs nothing until the connection was lost again."""
-        if self._opened == self._connection.reconnects and self._acks.open:
+        if self.is_open:
             return
         async with self._opening:
             if not self._acks.open:

@@ -63,6 +63,12 @@ class Record:
     def has_state(self) -> bool:
         return self.stored is not None
 
+    def holds(self, state: bytes) -> bool:
+        """Whether ``state`` is what is stored."""
+        if self.body is not None:
+            return state == self.body
+        return self.stored is not None and self.stored.sha256 == sha256(state)
+
     @property
     def size(self) -> int:
         """Bytes of state, 0 for none."""

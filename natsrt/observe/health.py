@@ -53,6 +53,8 @@ class Health:
     """Bytes from which on calls are answered busy and events are dropped: the setting of this name."""
     dropped_events: int = 0
     """Events that were dropped because `max_pending_bytes` was reached."""
+    undelivered_events: int = 0
+    """Events for keyed agents that this runtime sent and for which no owner could be found."""
     undecodable: int = 0
     """Messages that could not be read."""
     unknown_payloads: int = 0

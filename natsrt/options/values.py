@@ -107,12 +107,14 @@ def _keyed_options(agent_type: str, said: object) -> KeyedOptions | bool:
     if unknown:
         known = ", ".join(field.name for field in fields(KeyedOptions))
         raise ValueError(f"{agent_type}: there is no option {sorted(map(str, unknown))[0]!r}; there are {known}")
+    times = {name: _seconds(_none_word(said[name])) for name in _KEYED_TIMES if isinstance(said.get(name), str)}
     try:
-        return KeyedOptions(**said)
+        return KeyedOptions(**{**said, **times})
     except ConfigurationError as error:
         raise ValueError(f"{agent_type}: {error}") from None
 
 
+_KEYED_TIMES = ("save_interval", "idle_timeout")
 _KEYED = "must be a table of agent types, each true, false or a table of options; or names of agent types with commas"
 
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]

@@ -47,16 +47,18 @@ _FIRST_QUESTION = 0.5
 """Seconds after which an unaccepted call is asked for at every worker that could have it."""
 _GONE_AFTER = 1.5
 """Seconds for which a worker does not listen, after which it is lost, on a settled connection."""
-_SETTLED = 4.0
-"""Seconds after a reconnect during which other runtimes may still be reconnecting."""
 _MAX_QUESTIONS = 500
 _CONVINCED = 2
 """Answers "unknown" of one worker that settle it: the first may have overtaken the call on its way in a cluster."""
 _MARGIN = 1.0
 """Seconds by which a worker's memory must reach back further than the call."""
+_KNOWN_WITHIN = 1.0
+"""Seconds after which the directory lists every worker that could have received a call."""
 _POSTED_FOR = 2.0
 """Seconds for which the server may say that nobody got what was posted."""
 _POSTED_AT_MOST = 10_000
+_TAPPED_AFTER = 0.1
+"""Seconds without an answer to a question, after which a tap may hide that nobody is there."""
 _RESENDS = 3
 """How often a call is sent again that got lost on its way."""
 _BUSY = str(BUSY)
@@ -103,6 +105,9 @@ class Place(Protocol):
     def lost(self) -> None:
         """Nobody listens there any more."""
 
+    def owner_lost(self) -> None:
+        """The worker that the agent lives on was lost, and all that lives there with it."""
+
 
 class _NeverReceived(Exception):
     """The call got lost on its way: it can be sent again."""
@@ -113,6 +118,7 @@ class _Call:
         "accepted_by",
         "checking",
         "future",
+        "holders",
         "never_at",
         "plain_until",
         "recipient",
@@ -133,6 +139,8 @@ class _Call:
         self.watched_from = now
         """The moment from which the waits count: `sent_at`, or earlier after a reconnect, when all is to be asked."""
         self.accepted_by: str | None = None
+        self.holders: frozenset[str] | None = None
+        """The workers that could have it; None as long as some of them may not be known."""
         self.checking = False
         self.plain_until: float | None = None
         self.unknown_to: dict[str, int] = {}
@@ -233,6 +241,7 @@ class Calls:
         for call in self._pending.values():
             self._watched.setdefault(call.reply, call)
             call.watched_from = min(call.watched_from, now - _FIRST_QUESTION)
+            call.holders = None
         self._wake.set()
 
     # -- calling -------------------------------------------------------------------------------------------------
@@ -289,7 +298,7 @@ class Calls:
                 reply = await future
             except WorkerLost:
                 if place is not None:
-                    place.lost()
+                    place.owner_lost()
                 raise
             except _NeverReceived:
                 if place is not None:
@@ -319,6 +328,8 @@ class Calls:
                     raise WorkerLost(str(recipient), workers[0] if workers else None, "it does not listen")
                 longest = 0.25
             elif reply.headers.get(SERVICE_ERROR_CODE) == _BUSY and now - refused_at <= self._options.busy_retry:
+                if place is not None:  # its owner may have refused because it is that no longer
+                    place.lost()
                 longest = _BUSY_PAUSE
             else:
                 return reply
@@ -335,6 +346,9 @@ class Calls:
         try:
             await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}")
             async with asyncio.timeout(timeout):
+                await asyncio.wait({answer}, timeout=_TAPPED_AFTER)
+                if not answer.done() and not await self.listens(subject) and not answer.done():
+                    return None
                 message = await answer
         except TimeoutError:
             return None
@@ -458,7 +472,11 @@ class Calls:
                 ):
                     call.fail(_NeverReceived())
                     continue
-                if all(self._out_of_question(call, worker_id, now) for worker_id in workers):
+                if call.holders is None and now - max(call.sent_at, self._up_since) >= _KNOWN_WITHIN:
+                    call.holders = frozenset(workers)
+                if call.holders is not None and all(
+                    self._out_of_question(call, worker_id, now) for worker_id in workers if worker_id in call.holders
+                ):
                     call.fail(WorkerLost(str(call.recipient), None, "no worker of its type knows the call"))
                     continue
                 for worker_id in workers:
@@ -484,8 +502,7 @@ class Calls:
     def _is_lost(self, asked: _Asked, now: float) -> bool:
         if asked.silent_since is not None and now - asked.silent_since > self._options.lost_after:
             return True
-        settled = now - self._up_since > _SETTLED
-        return settled and asked.gone_since is not None and now - asked.gone_since > _GONE_AFTER
+        return self._connection.settled and asked.gone_since is not None and now - asked.gone_since > _GONE_AFTER
 
     async def _ask(self, worker_id: str, asked: _Asked, calls: Sequence[_Call], now: float) -> None:
         asked.asked_at = now

@@ -5,6 +5,7 @@ What is overridden here nats-py keeps to itself, because there is no public way.
 - `_Parser` cuts what the server sends into whole frames and hands a message without headers straight to its sink:
   1.2 µs instead of 2.1. Every other frame goes to nats-py's own parser.
 - `NatsClient.post` queues a message where nothing makes it wait: 0.6 µs instead of 1.2.
+- `NatsClient.listen` spares a subscription the queue that a sink never uses: 3 kB for each keyed agent.
 - ``_build_message`` and ``_process_headers``: the server passes on subjects that are not UTF-8 and headers that nobody
   can read, and either ends nats-py's read loop without a word.
 """
@@ -14,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.protocol.parser import Parser
 
 from natsrt.errors import CannotDecode
@@ -121,10 +123,33 @@ class NatsClient(Client):
         self._ps = _Parser(self)
         self._unreadable = unreadable
         self._pings: set[asyncio.Task[float]] = set()
+        self._flushing: asyncio.Task[None] | None = None
+        self._next_flush: asyncio.Task[None] | None = None
+        self._nothing_waits: asyncio.Queue[Msg] = asyncio.Queue()
 
-    def post(self, subject: str, payload: bytes, reply: str) -> bool:
-        """Queue a message. False where that is left to `publish`, which may have to wait, or to refuse."""
-        size, flushes = len(payload), self._flush_queue
+    async def listen(self, subject: str, queue: str, sink: Ordered) -> Subscription:
+        """Hand every message on ``subject`` to ``sink``.
+
+        The subscription has no queue of its own for messages that wait, which would take 3 kB.
+        """
+        subscription = await self.subscribe(subject, queue=queue, future=cast(Any, sink))
+        subscription._pending_queue = self._nothing_waits
+        return subscription
+
+    def post(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None = None) -> bool:
+        """Queue a message. False where that is left to `publish`, which may have to wait, or to refuse.
+
+        ``headers`` must be sound: `publish` looks for line ends in them.
+        """
+        flushes = self._flush_queue
+        if headers:
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            head = f"NATS/1.0\r\n{lines}\r\n".encode()
+            size = len(head) + len(payload)
+            start = b"HPUB %b %b %d %d\r\n%b" % (subject.encode(), reply.encode(), len(head), size, head)
+        else:
+            size = len(payload)
+            start = f"PUB {subject} {reply} {size}\r\n".encode()
         if (
             self._status != Client.CONNECTED
             or size > self._max_payload
@@ -136,11 +161,11 @@ class NatsClient(Client):
             if self._flusher_task is None or self._flusher_task.done():
                 return False
             flushes.put_nowait(asyncio.get_running_loop().create_future())
-        command = b"".join((f"PUB {subject} {reply} {size}\r\n".encode(), payload, b"\r\n"))
+        command = b"".join((start, payload, b"\r\n"))
         self._pending.append(command)
         self._pending_data_size += len(command)
         self.stats["out_msgs"] += 1
-        self.stats["out_bytes"] += size
+        self.stats["out_bytes"] += len(payload)
         return True
 
     def _build_message(
@@ -165,12 +190,29 @@ class NatsClient(Client):
             return None
 
     async def flush(self, timeout: float = 10) -> None:
+        """Return when the server has processed all that was sent before. Those who come meanwhile share the next."""
+        flush = self._next_flush
+        if flush is None:
+            flush = self._next_flush = asyncio.create_task(self._flush_after(self._flushing, timeout))
+            flush.add_done_callback(retrieve)
+        await asyncio.wait({flush}, timeout=timeout)
+        if not flush.done():
+            raise nats.errors.FlushTimeoutError
+        flush.result()
+
+    async def _flush_after(self, other: asyncio.Task[None] | None, timeout: float) -> None:
+        """A flush that begins when the ``other`` one has ended. It is the next one until its PING is sent."""
+        if other is not None:
+            await asyncio.wait({other})
         deadline = asyncio.get_running_loop().time() + timeout
-        await asyncio.sleep(0)
-        while self.pending_data_size > 0 and self.is_connected:
-            if asyncio.get_running_loop().time() > deadline:
-                raise nats.errors.FlushTimeoutError
+        try:
             await asyncio.sleep(0)
+            while self.pending_data_size > 0 and self.is_connected:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise nats.errors.FlushTimeoutError
+                await asyncio.sleep(0)
+        finally:
+            self._flushing, self._next_flush = self._next_flush, None
         ping = self.ping()
         await asyncio.wait({ping}, timeout=deadline - asyncio.get_running_loop().time())
         if not ping.done():

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import nats.errors
 from nats.aio.client import Client
@@ -44,6 +45,8 @@ _ONE_REQUEST = 2.0
 """Seconds for one request to JetStream: one that arrives while a cluster elects a leader is never answered."""
 _SLICE = 0.5
 _PATIENCE = 6
+_SETTLED = 4.0
+"""Seconds after a reconnect during which other runtimes may still be reconnecting."""
 
 
 class _Queued:
@@ -96,6 +99,7 @@ class Connection:
         """Further servers of the cluster, that the present ones told of: a new client may have to connect to these."""
         self._refused: asyncio.Future[None] | None = None
         self.reconnects = 0
+        self._reconnected_at = -math.inf
         self.max_payload = 0
         """Bytes that the server takes at most, headers included; its last word while it is away."""
         self.undecodable = 0
@@ -110,7 +114,12 @@ class Connection:
         return client is not None and client.is_connected and self._up.is_set()
 
     @property
-    def client(self) -> Client:
+    def settled(self) -> bool:
+        """Whether whoever does not listen now is gone, and not just reconnecting as this runtime had to."""
+        return asyncio.get_running_loop().time() - self._reconnected_at > _SETTLED
+
+    @property
+    def client(self) -> NatsClient:
         """The present client. Do not keep it: it may be replaced."""
         if self._client is None:
             raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection is not open")
@@ -267,8 +276,7 @@ class Connection:
         self._lost()
 
     def _on_reconnected(self, client: NatsClient) -> None:
-        self.reconnects += 1
-        self._made()
+        self._made_again()
 
     def _on_closed(self, client: NatsClient) -> None:
         self._lost()
@@ -280,6 +288,11 @@ class Connection:
             self._up.clear()
             for listener in self._listeners:
                 listener.connection_lost()
+
+    def _made_again(self) -> None:
+        self.reconnects += 1
+        self._reconnected_at = asyncio.get_running_loop().time()
+        self._made()
 
     def _made(self) -> None:
         self.max_payload = self.client.max_payload
@@ -349,7 +362,7 @@ class Connection:
                 self._client = client
                 for interest in list(self._interests):
                     if interest in self._interests:
-                        interest.current = await _subscribe(client, interest)
+                        interest.current = await client.listen(interest.subject, interest.queue, interest.future)
                 await client.flush()
             except Exception as error:  # whatever it is, the connection comes back for ever
                 self._last_error = str(error) or type(error).__name__
@@ -359,8 +372,7 @@ class Connection:
                 self._client = None
                 await asyncio.sleep(self._options.reconnect_wait)
                 continue
-            self.reconnects += 1
-            self._made()
+            self._made_again()
             return
 
     # -- sending and subscribing ---------------------------------------------------------------------------------
@@ -403,7 +415,7 @@ class Connection:
         interest = Interest(subject, queue, Ordered(sink, self._on_unreadable))
         self._interests[interest] = None
         if self._client is not None and not self._client.is_closed:
-            interest.current = await _subscribe(self._client, interest)
+            interest.current = await self._client.listen(subject, queue, interest.future)
         return interest
 
     async def unsubscribe(self, interest: Interest) -> None:
@@ -442,10 +454,6 @@ class Connection:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             self._replace.set()
             raise ServerUnreachable(self._options.safe_servers, timeout, str(error) or "no answer") from error
-
-
-async def _subscribe(client: Client, interest: Interest) -> NatsSubscription:
-    return await client.subscribe(interest.subject, queue=interest.queue, future=cast(Any, interest.future))
 
 
 async def _close_quietly(client: Client) -> None:

@@ -1,0 +1,110 @@
+"""``python -m benchmarks.chaos``: make trouble, and show what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.chaos.scenario import Figure, Scenario, Value, broken
+from benchmarks.chaos.scenarios import all_scenarios
+from benchmarks.harness import Settings
+
+_WIDTH = 140
+"""Columns of the tables where they do not go to a terminal."""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("scenarios", nargs=-1)
+@click.option("--list", "listing", is_flag=True, help="Only list the scenarios.")
+@click.option("--short", is_flag=True, help="Less load and fewer processes; the same trouble.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file."
+)
+def main(scenarios: tuple[str, ...], listing: bool, short: bool, json_file: Path | None) -> None:
+    """Kill, freeze and restart workers and servers under load, and show what came of it.
+
+    SCENARIOS are names as --list shows them, or patterns such as 'server_*'; without any, all of them.
+
+    Exit code 1 says that a promise was not kept, or that a scenario failed.
+    """
+    chosen = _chosen(scenarios)
+    if listing:
+        for name, scenario in chosen.items():
+            print(f"{name:28}{scenario.title}")
+        return
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile what is not installed: natsrt
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    results, wrong = [], []
+    for name, scenario in chosen.items():
+        report.say(f"{name}: {scenario.title}")
+        try:
+            figures: Sequence[Figure] = asyncio.run(scenario.measure(short))
+        except Exception:
+            traceback.print_exc()
+            wrong.append(f"{name} failed")
+            continue
+        _show(name, scenario, figures, console)
+        wrong += [f"{name}, {text}" for text in broken(figures)]
+        results.append(_plain(name, scenario, figures))
+    if json_file is not None:
+        report.save({"environment": _environment(short), "scenarios": results}, json_file)
+    for text in wrong:
+        report.say(f"NOT KEPT {text}")
+    sys.exit(1 if wrong else 0)
+
+
+def _chosen(patterns: tuple[str, ...]) -> dict[str, Scenario]:
+    everything = all_scenarios()
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in everything):
+            raise click.UsageError(f"no scenario {pattern!r}; there are {', '.join(everything)}")
+    return {
+        name: scenario
+        for name, scenario in everything.items()
+        if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def _environment(short: bool) -> dict[str, Any]:
+    of_benchmarks = report.environment(Settings(short=short))
+    return {name: value for name, value in of_benchmarks.items() if name not in ("rounds", "seconds_per_turn")}
+
+
+def _plain(name: str, scenario: Scenario, figures: Sequence[Figure]) -> dict[str, Any]:
+    return {"name": name, "title": scenario.title, "figures": [figure.to_json() for figure in figures]}
+
+
+def _show(name: str, scenario: Scenario, figures: Sequence[Figure], console: Console) -> None:
+    table = Table()
+    for title in ("", "figure", "unit", "promised", "kept"):
+        table.add_column(title, justify="right" if title in ("figure", "promised") else "left")
+    for figure in figures:
+        kept = ("yes" if figure.kept else "NO") if figure.promised else ""
+        table.add_row(figure.name, _text(figure.value), figure.unit, figure.bound, kept)
+    console.print(f"\n{scenario.title} ({name})", highlight=False)
+    console.print(table)
+
+
+def _text(value: Value) -> str:
+    if value is None:
+        return "never"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{count:,} {what}" for what, count in sorted(value.items())) or "none"
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    main()

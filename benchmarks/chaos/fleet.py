@@ -1,0 +1,124 @@
+"""Worker processes with keyed agents that come and go, and their callers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any
+
+from benchmarks.chaos import counters
+from benchmarks.chaos.crew import Crew, Hand, ask_all, ledgers_of
+from benchmarks.chaos.history import End, History
+from benchmarks.chaos.roles import until
+from benchmarks.chaos.scenario import Figure, under
+from natsrt.embedded import EmbeddedServer
+
+_GIVE_UP = 240.0
+
+
+class Fleet:
+    """A server, ``workers`` worker processes and ``callers`` caller processes, to be used with ``async with``.
+
+    Args:
+        workers: Processes that host the agents.
+        callers: Processes that call them.
+        tap: Whether somebody listens to every subject beside them.
+        settings: Of the workers' runtimes.
+    """
+
+    def __init__(self, *, workers: int = 3, callers: int = 4, tap: bool = False, **settings: Any) -> None:
+        self._counts = (workers, callers)
+        self._tap = tap
+        self._settings = settings
+        self._server = EmbeddedServer()
+        self._crew = Crew(counters.__name__)
+        self.workers: dict[str, Hand] = {}
+        """Those that live, by their worker ids."""
+        self.callers: list[Hand] = []
+        self.ends: list[End] = []
+        """Of the workers that ended, in order."""
+
+    async def __aenter__(self) -> Fleet:
+        await self._server.start()
+        try:
+            workers, callers = self._counts
+            if self._tap:
+                await self._crew.start("tap", self._server.url)
+            self.callers = await self._crew.start_all("caller", [self._server.url] * callers)
+            await asyncio.gather(*(self.start_worker() for _ in range(workers)))
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    async def _end(self) -> None:
+        await self._crew.__aexit__(None, None, None)
+        await self._server.stop()
+
+    async def start_worker(self) -> None:
+        """One more worker; it takes messages when this returns."""
+        hand = await self._crew.start("worker", self._server.url, **self._settings)
+        self.workers[(await hand.ask("health"))["worker_id"]] = hand
+
+    async def kill(self, worker_id: str) -> None:
+        """SIGKILL."""
+        hand = self.workers.pop(worker_id)
+        self.ends.append(End(worker_id, time.monotonic()))
+        await hand.kill()
+
+    async def end_in_order(self, worker_id: str) -> None:
+        """SIGTERM, and wait until it is gone."""
+        hand = self.workers.pop(worker_id)
+        self.ends.append(End(worker_id, time.monotonic()))
+        hand.terminate()
+        await hand.gone()
+
+    @asynccontextmanager
+    async def dying(self, every: float) -> AsyncIterator[None]:
+        """While the block runs, kill a worker at random every so many seconds, and start another one at once.
+
+        The last one that lives is spared: what dies is to be taken over.
+        """
+        starting: set[asyncio.Task[None]] = set()
+
+        async def keep_killing() -> None:
+            while True:
+                await asyncio.sleep(every)
+                if len(self.workers) > 1:
+                    await self.kill(random.choice(list(self.workers)))
+                    starting.add(asyncio.create_task(self.start_worker()))
+
+        killing = asyncio.create_task(keep_killing())
+        try:
+            yield
+        finally:
+            killing.cancel()
+            await asyncio.gather(killing, return_exceptions=True)
+            await asyncio.gather(*starting)
+
+    async def ended(self, count: int) -> None:
+        """Return when the callers have ended ``count`` calls together, each its share, or are not getting that far."""
+        await ask_all(self.callers, "ended", count=-(-count // len(self.callers)), seconds=_GIVE_UP)
+
+    async def deaths(self, count: int) -> None:
+        """Return when so many workers have ended."""
+        await until(lambda: len(self.ends) >= count, _GIVE_UP)
+
+    async def history(self, keys: Sequence[str]) -> History:
+        """End the load of the callers; what became of it, and what is stored of the counters with these keys."""
+        ledgers = await ledgers_of(self.callers)
+        return History(ledgers, await self.callers[0].ask("stored", keys=list(keys)))
+
+
+async def also_beside_a_tap(measure: Callable[[bool], Awaitable[Sequence[Figure]]]) -> list[Figure]:
+    """What ``measure(tap)`` finds without a tap and with one."""
+    return [*await measure(False), *under("beside a tap", await measure(True))]

@@ -1,0 +1,94 @@
+"""What a scenario is, and what it finds out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+Value = float | str | Mapping[str, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure, and what natsrt promises about it.
+
+    Args:
+        name: What it is, unique within the scenario.
+        value: None: it did not happen at all, or not in the time that it was given.
+        unit: Of the value; empty for counts.
+        at_least: A bound that natsrt promises. With both bounds None the figure is shown, and nothing is promised.
+        at_most: The same from above.
+    """
+
+    name: str
+    value: Value
+    unit: str = ""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def promised(self) -> bool:
+        """Whether there is a bound."""
+        return self.at_least is not None or self.at_most is not None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the promise was kept; true where nothing is promised."""
+        if not self.promised:
+            return True
+        return (
+            isinstance(self.value, int | float)
+            and (self.at_least is None or self.value >= self.at_least)
+            and (self.at_most is None or self.value <= self.at_most)
+        )
+
+    @property
+    def bound(self) -> str:
+        """The promise as text; empty where there is none."""
+        if self.at_least is not None and self.at_least == self.at_most:
+            return f"= {self.at_least:g}"
+        lower = "" if self.at_least is None else f"≥ {self.at_least:g}"
+        upper = "" if self.at_most is None else f"≤ {self.at_most:g}"
+        return " ".join(filter(None, (lower, upper)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "name": self.name,
+            "value": dict(self.value) if isinstance(self.value, Mapping) else self.value,
+            "unit": self.unit,
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "kept": self.kept,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One kind of trouble.
+
+    Args:
+        title: For people.
+        measure: Makes the trouble and returns what came of it. Its argument says whether to be short: less load, fewer
+            processes, the same trouble.
+    """
+
+    title: str
+    measure: Callable[[bool], Coroutine[Any, Any, Sequence[Figure]]]
+
+
+def broken(figures: Sequence[Figure]) -> list[str]:
+    """The promises that were not kept, a line each."""
+    return [f"{figure.name}: {figure.value} {figure.unit}, not {figure.bound}" for figure in figures if not figure.kept]
+
+
+def under(heading: str, figures: Sequence[Figure]) -> list[Figure]:
+    """The figures with a heading before their names."""
+    return [replace(figure, name=f"{heading}: {figure.name}") for figure in figures]
+
+
+def slowest(moments: Sequence[float | None], since: float) -> float | None:
+    """Seconds from ``since`` to the last of the moments; None where one of them never came."""
+    came = [moment for moment in moments if moment is not None]
+    return max(came) - since if came and len(came) == len(moments) else None
