@@ -418,7 +418,7 @@ async def test_a_worker_forgets_what_it_only_passed_on(place: Place) -> None:
         await eventually(lambda: len(place.life.handled) == 30)
     finally:
         await client.close()
-    held = [sum(map(len, worker.running.owning._held.values())) for worker in workers]
+    held = [len(list(worker.running.owning._held)) for worker in workers]
     assert sum(held) == len(place.life.made) == 5
     for worker in workers:
         assert not worker.running.dispatch.running
@@ -473,9 +473,13 @@ async def test_a_visitor_behind_another_makes_known_who_waits_for_it(place: Plac
         return None
 
     first = asyncio.ensure_future(second.running.owning.visit(hosted, "k", (), nothing))
-    held = second.running.owning._hold(hosted, "k")
+    await asyncio.sleep(0)
+    held = second.running.owning._held.find("counting", "k")
+    inside = runtime.running.owning._held.find("counting", "k")
+    assert held is not None
+    assert inside is not None
     await eventually(lambda: held.is_moving)
-    [visit] = runtime.running.owning._hold(runtime.running._catalog.find("counting"), "k").mailbox._inside  # type: ignore[arg-type]
+    [visit] = inside.mailbox._inside
     behind = asyncio.ensure_future(second.running.owning.visit(hosted, "k", (visit,), nothing))
     for outcome in await asyncio.wait_for(asyncio.gather(first, behind, return_exceptions=True), 4):
         assert isinstance(outcome, OwnedElsewhere)

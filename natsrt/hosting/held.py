@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 from autogen_core import Agent, AgentId, BaseAgent
 
@@ -121,6 +121,43 @@ class Held:
         """Let who releases it look again whether anybody uses it."""
         if self.emptied is not None and not self.emptied.done():
             self.emptied.set_result(None)
+
+
+class HeldAgents:
+    """All agents that a worker owns or is finding out about, by type and key."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[str, Held]] = {}
+
+    def __iter__(self) -> Iterator[Held]:
+        return iter([held for of_type in self._held.values() for held in of_type.values()])
+
+    def find(self, agent_type: str, key: str) -> Held | None:
+        return self._held.get(agent_type, {}).get(key)
+
+    def of(self, agent_type: str) -> Sequence[Held]:
+        """Those of one type."""
+        return list(self._held.get(agent_type, {}).values())
+
+    def hold(self, hosted: HostedType, key: str, now: float) -> Held:
+        """The one with this id, made where it is not there yet."""
+        of_type = self._held.get(hosted.agent_type)
+        if of_type is None:
+            of_type = self._held[hosted.agent_type] = {}
+        held = of_type.get(key)
+        if held is None:
+            held = of_type[key] = Held(hosted, key, now)
+        return held
+
+    def tidy(self, held: Held) -> None:
+        """Forget what this worker neither owns nor is asked for."""
+        if held.record is None and not (held.users or held.guests or held.releasing or held.is_moving):
+            of_type = self._held.get(held.hosted.agent_type, {})
+            if of_type.get(held.key) is held:
+                del of_type[held.key]
+
+    def clear(self) -> None:
+        self._held.clear()
 
 
 def lease(options: KeyedOptions) -> float:

@@ -1,4 +1,4 @@
-"""The keyed agents that this worker owns: claiming, loading, storing, releasing.
+"""The keyed agents that this worker owns: who owns an agent, and letting its messages in.
 
 Rules:
 
@@ -9,7 +9,8 @@ Rules:
 3. An owner that does not answer is replaced when the registry no longer lists it, or when the server says that it does
    not listen and that cannot be a reconnect that all go through.
 4. State is stored before the reply, as far as the type's options say so.
-5. Whoever releases stops listening, lets what was received be handled, stores, and gives up the record, in this order.
+
+`natsrt.hosting.instances` makes and stores what is owned, `natsrt.hosting.releasing` gives it up.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
-import orjson
-from autogen_core import Agent, AgentId
+from autogen_core import AgentId
 from nats.nuid import NUID
 
-from natsrt.errors import NatsrtError, StateConflict, StateNotSaved, WorkerLost
+from natsrt.errors import WorkerLost
 from natsrt.hosting.catalog import Catalog, HostedType
-from natsrt.hosting.held import Held, housekeeping_interval, keeps_state, lease
+from natsrt.hosting.held import Held, HeldAgents, lease
+from natsrt.hosting.instances import Instances, close
 from natsrt.hosting.mailbox import chain
+from natsrt.hosting.releasing import Releasing
 from natsrt.jetstream.agents import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.registry import Registry
 from natsrt.options import Options
@@ -109,7 +110,6 @@ class Owning:
         self._options = options
         self._worker_id = worker_id
         self._catalog = catalog
-        self._serialization = serialization
         self._registry = registry
         self._calls = calls
         self._records = records
@@ -117,8 +117,14 @@ class Owning:
         self._ask = ask
         self._locate = locate
         self._loop = asyncio.get_running_loop()
-        self._held: dict[str, dict[str, Held]] = {}
-        self._hosting: dict[str, int] = {}
+        self._held = HeldAgents()
+        self._instances = Instances(
+            connection=connection,
+            worker_id=worker_id,
+            catalog=catalog,
+            serialization=serialization,
+            records=records,
+        )
         self._visit_prefix = NUID().next().decode()[-8:]
         self._visits = 0
         self._doubts = 0
@@ -126,12 +132,20 @@ class Owning:
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._started = False
-        self._excused: Collection[str] = ()
-        """Visits that wait for the end of this worker themselves."""
         self.draining = False
         """Whether this worker claims nothing more, and is about to give up what it owns."""
-        self.conflicts = 0
-        """Instances dropped because their records were changed elsewhere."""
+        self._releasing = Releasing(
+            connection=connection,
+            catalog=catalog,
+            registry=registry,
+            records=records,
+            held=self._held,
+            instances=self._instances,
+            turns=self._turns,
+            listen=listen,
+            leaves=self._leaves,
+            run=self._run,
+        )
         connection.add_listener(self)
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
@@ -147,23 +161,21 @@ class Owning:
                 raise
             self._pulse_at = self._loop.time()
             self._run(self._pulse())
-            self._run(self._keep_house())
+            self._run(self._releasing.keep_house())
 
     async def drain(self) -> None:
         """Hand all agents over: what was received for them is handled, their state is stored, nobody owns them."""
         self.draining = True
-        await asyncio.gather(*(self.release(held) for held in self._all()))
+        await self._releasing.release_all()
 
     def excuse(self, visits: Collection[str]) -> None:
         """These visits wait for the end of this worker themselves, so that it does not wait for them."""
-        self._excused = (*self._excused, *visits)
-        for held in self._all():
-            held.empty()
+        self._releasing.excuse(visits)
 
     def leave(self, agent_type: str) -> None:
         """Begin to release all agents of a type, which this worker does not host any more."""
-        for held in list(self._held.get(agent_type, {}).values()):
-            self._run(self.release(held))
+        for held in self._held.of(agent_type):
+            self._run(self._releasing.release(held))
 
     async def stop(self) -> None:
         """End: close and forget what was not released."""
@@ -171,11 +183,11 @@ class Owning:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         left = []
-        for held in self._all():
+        for held in self._held:
             held.record = None
             agent = held.hosted.live.pop(held.key, None)
             if agent is not None:
-                left.append(asyncio.ensure_future(_close(agent)))
+                left.append(asyncio.ensure_future(close(agent)))
         self._held.clear()
         if left:
             await asyncio.wait(left, timeout=_CLOSE_WITHIN)
@@ -214,7 +226,7 @@ class Owning:
         not claimed: `NotOwned`. Raises `OwnedElsewhere`, `StateConflict`, `StateNotSaved`, and what
         ``serve`` and the agent's own methods raise.
         """
-        held = self._hold(hosted, key)
+        held = self._held.hold(hosted, key, self._loop.time())
         held.users += 1
         held.come(along)
         self._visits += 1
@@ -236,9 +248,9 @@ class Owning:
                     held.changed = True
                     if not self._is_sure(held):
                         await self._make_sure(held)
-                    self._check_live(held, agent)
+                    self._instances.check_live(held, agent)
                     if held.stores:
-                        await self._store(held)
+                        await self._instances.store(held)
             finally:
                 held.mailbox.leave(visit)
         finally:
@@ -247,11 +259,11 @@ class Owning:
             held.go(along)
             held.empty()
             if not held.users:
-                self._tidy(held)
+                self._held.tidy(held)
 
     async def locate(self, hosted: HostedType, key: str, along: Collection[str]) -> Location:
         """Who owns the agent, for a message of the chain ``along``. This worker claims it where nobody does."""
-        held = self._hold(hosted, key)
+        held = self._held.hold(hosted, key, self._loop.time())
         held.guests += 1
         held.come(along)
         try:
@@ -261,11 +273,11 @@ class Owning:
         finally:
             held.guests -= 1
             held.go(along)
-            self._tidy(held)
+            self._held.tidy(held)
 
     def grip(self, agent_type: str, key: str, along: Collection[str]) -> Grip:
         """What to tell a worker that found this one in the agent's record, for a message of the chain ``along``."""
-        held = self._held.get(agent_type, {}).get(key)
+        held = self._held.find(agent_type, key)
         if held is None:
             return Grip.FREE
         if held.record is not None and held.mailbox.holds(along):  # it cannot be released before that message came
@@ -280,38 +292,28 @@ class Owning:
 
     async def store(self, agent_id: AgentId) -> None:
         """Store the agent's state now. Raises `LookupError` where it is not live here."""
-        held = self._held.get(agent_id.type, {}).get(agent_id.key)
+        held = self._held.find(agent_id.type, agent_id.key)
         if held is None or held.record is None or not held.loaded:
             raise LookupError(f"Agent {agent_id} is not live in this runtime.")
-        await self._store(held)
+        await self._instances.store(held)
+
+    async def give_away(self, agent_type: str, count: int) -> int:
+        """Release up to ``count`` idle agents of a type, so that other workers get them. Returns how many it were."""
+        return await self._releasing.give_away(agent_type, count)
+
+    @property
+    def conflicts(self) -> int:
+        """Instances dropped because their records were changed elsewhere."""
+        return self._instances.conflicts
 
     @property
     def owns_some(self) -> bool:
         """Whether this worker owns any agent."""
-        return any(held.record is not None for held in self._all())
+        return any(held.record is not None for held in self._held)
 
     def owned(self, agent_type: str) -> int:
         """How many agents of the type this worker owns."""
-        return sum(1 for held in self._held.get(agent_type, {}).values() if held.record is not None)
-
-    def _hold(self, hosted: HostedType, key: str) -> Held:
-        of_type = self._held.get(hosted.agent_type)
-        if of_type is None:
-            of_type = self._held[hosted.agent_type] = {}
-        held = of_type.get(key)
-        if held is None:
-            held = of_type[key] = Held(hosted, key, self._loop.time())
-        return held
-
-    def _tidy(self, held: Held) -> None:
-        """Forget what this worker neither owns nor is asked for."""
-        if held.record is None and not (held.users or held.guests or held.releasing or held.is_moving):
-            of_type = self._held.get(held.hosted.agent_type, {})
-            if of_type.get(held.key) is held:
-                del of_type[held.key]
-
-    def _all(self) -> list[Held]:
-        return [held for of_type in self._held.values() for held in of_type.values()]
+        return sum(1 for held in self._held.of(agent_type) if held.record is not None)
 
     # -- ownership -----------------------------------------------------------------------------------------------
 
@@ -366,10 +368,10 @@ class Owning:
             held.interest = await self._listen(held.hosted, held.key)
             await self._connection.barrier()
         except BaseException:
-            await self._drop(held)
+            await self._instances.drop(held)
             raise
         if self._leaves(held):  # since it began
-            self._run(self.release(held))
+            self._run(self._releasing.release(held))
         return None
 
     async def _grip_of(self, owner: str, agent_id: AgentId, along: Collection[str]) -> Grip:
@@ -401,9 +403,9 @@ class Owning:
         doubts = self._doubts
         record = await self._records.read(held.agent_id)
         if record is None or record.owner != self._worker_id or not self._records.follows(record, own):
-            self.conflicts += 1
+            self._instances.conflicts += 1
             logger.warning("%s was taken over while this worker was away: its instance is dropped", held.agent_id)
-            await self._drop(held)
+            await self._instances.drop(held)
         else:
             held.sure = doubts
 
@@ -412,22 +414,11 @@ class Owning:
             async with self._turns:
                 if doubts == self._doubts:
                     await self._make_sure(held)
-                    self._tidy(held)
+                    self._held.tidy(held)
 
-        for outcome in await asyncio.gather(*(look_up(held) for held in self._all()), return_exceptions=True):
+        for outcome in await asyncio.gather(*(look_up(held) for held in self._held), return_exceptions=True):
             if isinstance(outcome, Exception):
                 logger.info("an owner cannot be looked up yet: %s", outcome)
-
-    async def _drop(self, held: Held) -> None:
-        """This worker does not own the agent any more: its instance must not be met again."""
-        held.record, held.loaded, held.changed = None, False, False
-        held.empty()
-        agent = held.hosted.live.pop(held.key, None)
-        interest, held.interest = held.interest, None
-        if interest is not None:
-            await self._connection.unsubscribe(interest)
-        if agent is not None:
-            await _close(agent)
 
     def _stood_still(self) -> bool:
         now = self._loop.time()
@@ -443,8 +434,6 @@ class Owning:
             self._stood_still()
             self._pulse_at = self._loop.time()
 
-    # -- instances and their state -------------------------------------------------------------------------------
-
     async def _activate(self, held: Held, along: Collection[str], claim: bool) -> None:
         """Own the agent, and have its instance live. Raises `OwnedElsewhere`, or without ``claim`` `NotOwned`."""
         while True:
@@ -455,187 +444,11 @@ class Owning:
             if (owner := await self._own(held, along)) is not None:
                 raise OwnedElsewhere(owner)
             if not held.loaded:
-                await self._load(held)
+                await self._instances.load(held)
             if held.loaded:  # else it was lost meanwhile
                 return
-
-    async def _load(self, held: Held) -> None:
-        """Make the instance, with the state that is stored; nothing where the agent is not owned any more."""
-        async with held.saving:
-            record = held.record
-            if held.loaded or record is None:
-                return
-            try:
-                agent = await self._catalog.agent(held.hosted, held.key)
-                state = await self._records.state(record) if record.has_state and keeps_state(agent) else None
-                if state is not None:
-                    await agent.load_state(orjson.loads(state))
-            except RecordChanged:
-                await self._lose(held)
-                raise StateConflict(str(held.agent_id), self._worker_id) from None
-            except BaseException:
-                unfit = held.hosted.live.pop(held.key, None)
-                if unfit is not None:
-                    await _close(unfit)
-                raise
-            held.loaded = True
-            held.stores = held.options.save == "message" and keeps_state(agent)
-            held.saved_at = self._loop.time()
-
-    def _check_live(self, held: Held, agent: Agent) -> None:
-        """Raises `StateConflict` where ``agent`` was dropped, also if its id has another instance here by now."""
-        if held.record is None or held.hosted.live.get(held.key) is not agent:
-            raise StateConflict(str(held.agent_id), self._worker_id)
-
-    async def _store(self, held: Held) -> None:
-        """Store the state if it changed. Raises `StateConflict`, `StateNotSaved`, and what the agent raises."""
-        agent = held.hosted.live.get(held.key)
-        if agent is None or not held.loaded or not keeps_state(agent):
-            return
-        async with held.saving:
-            self._check_live(held, agent)
-            held.changed = False
-            try:
-                await self._store_state_of(held, agent)
-            except BaseException:
-                held.changed = held.loaded
-                raise
-            held.saved_at = self._loop.time()
-
-    async def _store_state_of(self, held: Held, agent: Agent) -> None:
-        state = self._serialization.encode(dict(await agent.save_state())).payload
-        record = held.record
-        if record is None or record.holds(state) or (state == b"{}" and not record.has_state):
-            return
-        try:
-            held.record = await self._records.save(record, state)
-        except RecordChanged:
-            await self._lose(held)
-            raise StateConflict(str(held.agent_id), self._worker_id) from None
-        except NatsrtError as error:
-            raise StateNotSaved(str(held.agent_id), self._worker_id, str(error)) from error
-
-    async def _lose(self, held: Held) -> None:
-        """The record is not as this worker wrote it."""
-        self.conflicts += 1
-        logger.warning("the stored state of %s was changed elsewhere: its instance is dropped", held.agent_id)
-        await self._drop(held)
-
-    # -- releasing -----------------------------------------------------------------------------------------------
-
-    async def release(self, held: Held) -> None:
-        """Handle what was received for the agent, store its state, close it, and leave it to nobody.
-
-        One that is under way is waited for.
-        """
-        try:
-            async with held.moving:
-                if held.record is not None:
-                    held.releasing = True
-                    try:
-                        await self._release(held)
-                    finally:
-                        held.releasing = held.parting = False
-        except Exception as error:
-            known = isinstance(error, NatsrtError)
-            logger.warning("%s cannot be released: %s", held.agent_id, error, exc_info=None if known else error)
-        finally:
-            self._tidy(held)
-
-    async def _release(self, held: Held) -> None:
-        while True:
-            await self._emptied(held)
-            interest, held.interest = held.interest, None
-            if interest is not None:
-                async with self._turns:
-                    await self._connection.unsubscribe(interest)
-            if not self._in_use(held):
-                break
-            # What came in last runs now, and what comes along its chain must come in.
-            held.interest = await self._listen(held.hosted, held.key)
-        held.parting = True
-        async with self._turns:
-            try:
-                if held.options.save != "manual":
-                    await self._store(held)
-                if held.record is not None:
-                    await self._records.release(held.record)
-            except RecordChanged:
-                self.conflicts += 1
-            except Exception:
-                if held.record is not None and not self._leaves(held):  # it can be stored later, as long as it lives
-                    held.interest = await self._listen(held.hosted, held.key)
-                else:
-                    await self._drop(held)
-                raise
-            await self._drop(held)
-
-    def _in_use(self, held: Held) -> bool:
-        return held.record is not None and held.users > held.mailbox.count(self._excused)
-
-    async def _emptied(self, held: Held) -> None:
-        while self._in_use(held):
-            held.emptied = asyncio.get_running_loop().create_future()
-            await held.emptied
-        held.emptied = None
-
-    async def give_away(self, agent_type: str, count: int) -> int:
-        """Release up to ``count`` idle agents of a type, so that other workers get them. Returns how many it were."""
-        now = self._loop.time()
-        idle = [
-            held
-            for held in self._held.get(agent_type, {}).values()
-            # No sender may take it for granted that it is here.
-            if held.record is not None and not held.users and now - held.used_at > 2 * lease(held.options)
-        ]
-        chosen = random.sample(idle, min(count, len(idle)))
-        await asyncio.gather(*(self.release(held) for held in chosen))
-        return len(chosen)
-
-    async def _keep_house(self) -> None:
-        """Release what is idle, store what is due, and share with workers that joined. Nobody waits for a slow one."""
-        while True:
-            keyed = [hosted.keyed for hosted in self._catalog if hosted.keyed is not None]
-            await asyncio.sleep(min(map(housekeeping_interval, keyed), default=5.0))
-            now = self._loop.time()
-            for hosted in self._catalog:
-                for work in self._due(hosted, now):
-                    self._run(work)
-
-    def _due(self, hosted: HostedType, now: float) -> Iterator[Awaitable[Any]]:
-        options = hosted.keyed
-        if options is None:
-            return
-        mine = list(self._held.get(hosted.agent_type, {}).values())
-        for held in mine:
-            if held.record is None or held.is_moving or held.is_saving:
-                continue
-            if options.idle_timeout is not None and not held.users and now - held.used_at > options.idle_timeout:
-                yield self.release(held)
-            elif options.save == "interval" and held.changed and now - held.saved_at >= options.save_interval:
-                yield self._store_in_background(held)
-        hosting = len(self._registry.view.workers_hosting(hosted.agent_type))
-        before = self._hosting.get(hosted.agent_type, hosting)
-        self._hosting[hosted.agent_type] = hosting
-        if options.rebalance and hosting > before:
-            yield self.give_away(hosted.agent_type, round(len(mine) * (hosting - before) / hosting))
-
-    async def _store_in_background(self, held: Held) -> None:
-        try:
-            await self._store(held)
-        except Exception as error:
-            logger.warning("the state of %s could not be stored: %s", held.agent_id, error)
-        finally:
-            self._tidy(held)
 
     def _run(self, work: Any) -> None:
         task: asyncio.Task[None] = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _close(agent: Agent) -> None:
-    try:
-        await agent.close()
-    except Exception:
-        logger.exception("closing agent %s failed", agent.id)
