@@ -40,8 +40,9 @@ class KeyedOptions:
     """Seconds without a message after which an instance is saved, closed and forgotten. The next message makes it
     again, on any worker. None: never."""
     rebalance: bool = False
-    """Whether workers give idle instances away when another worker of the type joins. Otherwise it gets its share of
-    new keys only, or on request (``natsrt agents rebalance``)."""
+    """Whether workers release the instances that they had when another worker of the type joined, as soon as these are
+    idle; their next messages then spread over all. Otherwise a new worker gets its share of new keys, and more on
+    request (``natsrt agents rebalance``)."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

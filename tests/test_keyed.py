@@ -301,6 +301,22 @@ async def test_an_event_wakes_an_agent_that_was_released(place: Place) -> None:
     assert (await caller.send_message(Add(0), agent("k"))).value == 11
 
 
+async def test_with_rebalance_a_worker_that_joins_gets_its_share_of_idle_agents(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natsrt.hosting.held._LEASE", 0.05)
+    options = KeyedOptions(idle_timeout=2, rebalance=True)
+    await place.worker("w1", options)
+    caller = await place.caller()
+    keys = [agent(f"k{number}") for number in range(40)]
+    await asyncio.gather(*(caller.send_message(Add(), key) for key in keys))
+    await place.worker("w2", options)
+    await eventually(lambda: len(place.life.closed) == 40)
+    totals = await asyncio.gather(*(caller.send_message(Add(), key) for key in keys))
+    assert {total.value for total in totals} == {2}
+    assert min(Counter(total.worker for total in totals).values()) >= 5
+
+
 async def test_what_is_only_stored_on_request_is_stored_on_request(place: Place) -> None:
     first = await place.worker("w1", KeyedOptions(save="manual"))
     caller = await place.caller()

@@ -33,6 +33,7 @@ class Held:
         "loaded",
         "mailbox",
         "options",
+        "owned_since",
         "parting",
         "record",
         "releasing",
@@ -64,6 +65,7 @@ class Held:
         self.changed = False
         """Whether messages were handled since the last save."""
         self.saved_at = now
+        self.owned_since = now
         self.used_at = now
         self.users = 0
         """Messages that wait or are handled."""
@@ -158,6 +160,11 @@ class HeldAgents:
 
     def clear(self) -> None:
         self._held.clear()
+
+
+def is_free(held: Held, now: float) -> bool:
+    """Whether nobody uses the agent, and no sender may take it for granted that it is here."""
+    return held.record is not None and not held.users and now - held.used_at > 2 * lease(held.options)
 
 
 def lease(options: KeyedOptions) -> float:

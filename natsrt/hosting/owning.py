@@ -363,7 +363,7 @@ class Owning:
                 present = taken.record
             except RecordChanged:
                 present = await self._records.read(held.agent_id)
-        held.sure = doubts
+        held.sure, held.owned_since = doubts, self._loop.time()
         try:
             held.interest = await self._listen(held.hosted, held.key)
             await self._connection.barrier()

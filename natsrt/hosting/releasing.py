@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Any
 
 from natsrt.errors import NatsrtError
 from natsrt.hosting.catalog import Catalog, HostedType
-from natsrt.hosting.held import Held, HeldAgents, housekeeping_interval, lease
+from natsrt.hosting.held import Held, HeldAgents, housekeeping_interval, is_free
 from natsrt.hosting.instances import Instances
 from natsrt.jetstream.agents import AgentRecords, RecordChanged
 from natsrt.jetstream.registry import Registry
@@ -54,7 +55,8 @@ class Releasing:
         self._leaves = leaves
         self._run = run
         self._loop = asyncio.get_running_loop()
-        self._hosting: dict[str, int] = {}
+        self._hosting: dict[str, tuple[int, float]] = {}
+        """By type: how many workers host it, and when they last became more."""
         self._excused: Collection[str] = ()
         """Visits that wait for the end of this worker themselves."""
 
@@ -128,12 +130,7 @@ class Releasing:
     async def give_away(self, agent_type: str, count: int) -> int:
         """Release up to ``count`` idle agents of a type, so that other workers get them. Returns how many it were."""
         now = self._loop.time()
-        idle = [
-            held
-            for held in self._held.of(agent_type)
-            # No sender may take it for granted that it is here.
-            if held.record is not None and not held.users and now - held.used_at > 2 * lease(held.options)
-        ]
+        idle = [held for held in self._held.of(agent_type) if is_free(held, now)]
         chosen = random.sample(idle, min(count, len(idle)))
         await asyncio.gather(*(self.release(held) for held in chosen))
         return len(chosen)
@@ -152,19 +149,19 @@ class Releasing:
         options = hosted.keyed
         if options is None:
             return
-        mine = self._held.of(hosted.agent_type)
-        for held in mine:
+        hosting = len(self._registry.view.workers_hosting(hosted.agent_type))
+        before, joined = self._hosting.get(hosted.agent_type, (hosting, -math.inf))
+        joined = now if hosting > before else joined
+        self._hosting[hosted.agent_type] = hosting, joined
+        for held in self._held.of(hosted.agent_type):
             if held.record is None or held.is_moving or held.is_saving:
                 continue
             if options.idle_timeout is not None and not held.users and now - held.used_at > options.idle_timeout:
                 yield self.release(held)
+            elif options.rebalance and held.owned_since < joined and is_free(held, now):
+                yield self.release(held)  # whichever worker gets its next message claims it
             elif options.save == "interval" and held.changed and now - held.saved_at >= options.save_interval:
                 yield self._store_in_background(held)
-        hosting = len(self._registry.view.workers_hosting(hosted.agent_type))
-        before = self._hosting.get(hosted.agent_type, hosting)
-        self._hosting[hosted.agent_type] = hosting
-        if options.rebalance and hosting > before:
-            yield self.give_away(hosted.agent_type, round(len(mine) * (hosting - before) / hosting))
 
     async def _store_in_background(self, held: Held) -> None:
         try:
