@@ -81,10 +81,10 @@ def test_generated_parts_are_up_to_date(name: str) -> None:
 def test_the_first_commands_of_the_readme_are_those_that_ci_runs() -> None:
     demo, tests = [block.text.strip() for block in blocks("sh") if block.path == README]
     assert demo == "python3.11 -m venv .venv && .venv/bin/pip install -q '.[server]' && .venv/bin/natsrt demo"
-    assert tests == "python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest"
+    assert tests == "python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2"
     ci = (REPOSITORY / ".ci" / "run").read_text("utf-8")
     assert "pip install -q '.[server]'" in ci and "/bin/natsrt demo" in ci
-    assert "pip install -q -e '.[dev" in ci and ".venv/bin/pytest" in ci
+    assert "pip install -q -e '.[dev" in ci and ".venv/bin/pytest -n 2" in ci
 
 
 def test_the_license_is_the_standard_text() -> None:
