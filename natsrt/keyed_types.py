@@ -38,7 +38,8 @@ class KeyedOptions:
     """Seconds between two saves with ``save="interval"``."""
     idle_timeout: float | None = 600.0
     """Seconds without a message after which an instance is saved, closed and forgotten. The next message makes it
-    again, on any worker. None: never."""
+    again, on any worker. None: never. Below 1 s a message may be on its way when the agent is released; it is then sent
+    again, but no longer in order, and an event beside a tap (``nats sub '>'``) may be lost."""
     rebalance: bool = False
     """Whether workers release the instances that they had when another worker of the type joined, as soon as these are
     idle; their next messages then spread over all. Otherwise a new worker gets its share of new keys, and more on

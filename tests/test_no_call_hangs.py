@@ -850,3 +850,29 @@ async def test_a_call_that_the_server_forbids_fails_at_once(tmp_path: Path, name
         assert isinstance(error, PermissionError)
         assert error.subject == f"{namespace}.agent.laborer"
         assert (await caller.send_message(Work("echo", "open"), AgentId("open", "k"))).note == "open"
+
+
+@pytest.mark.slow
+async def test_what_waited_at_a_frozen_worker_is_not_handled_twice(
+    tmp_path: Path, namespace: str, processes: Processes
+) -> None:
+    """The registry gives it up while the server still sends it its share: callers send that again, to the others."""
+    config = tmp_path / "patient.conf"
+    config.write_text('ping_interval: "60s"\n')
+    async with (
+        EmbeddedServer(config=config, data_dir=tmp_path / "data", port=-1, extra_args=["-js"]) as patient,
+        running(patient.url, namespace) as caller,
+    ):
+        frozen, frozen_id = await worker_process(processes, patient.url, namespace, "laborer")
+        other, _ = await worker_process(processes, patient.url, namespace, "laborer")
+        frozen.pause()
+        await eventually(lambda: frozen_id not in caller.running.registry.view.workers, timeout=20)
+        notes = [f"note{number:03}" for number in range(40)]
+        calls = [asyncio.ensure_future(caller.send_message(Work("echo", note), LABORER)) for note in notes]
+        await asyncio.wait(calls, timeout=4)
+        frozen.resume()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Done] * len(notes)
+        await eventually(lambda: frozen_id in caller.running.registry.view.workers, timeout=20)
+        begun = [line for worker in (frozen, other) for line in worker.stdout.splitlines() if line.startswith("begins")]
+        assert sorted(begun) == [f"begins {note}." for note in notes]

@@ -195,7 +195,9 @@ class Dispatch:
             elif key is not None:
                 if body is not None and "chain" in body.attributes:
                     chain.set(chain_of(body))
-                if hosted.keyed is None:
+                if entry.late and entry.kind is CALL and body is not None and body.type == envelope.CALL:
+                    answer = self._send_back(AgentId(hosted.agent_type, key), entry, body, "it stood still")
+                elif hosted.keyed is None:
                     answer = await self._handle(hosted, key, entry, body, topic)
                 else:
                     answer = await self._handle_keyed(hosted, key, entry, body, topic)
@@ -347,20 +349,20 @@ class Dispatch:
             handle = partial(self._handle, hosted, key, entry, body, topic)
             return await self._keyed.owning.visit(hosted, key, along, handle, claim=not sent_to_owner)
         except NotOwned:
-            return self._send_back(AgentId(hosted.agent_type, key), entry, body)
+            return self._send_back(AgentId(hosted.agent_type, key), entry, body, "the agent left it")
         except OwnedElsewhere:
             return await self._pass_on(AgentId(hosted.agent_type, key), hosted, entry, body, topic)
 
-    def _send_back(self, agent: AgentId, entry: Entry, body: Envelope | None) -> Answer:
-        """Refuse a call that was sent to this worker as the owner of its agent, which it is not any more.
+    def _send_back(self, agent: AgentId, entry: Entry, body: Envelope | None, reason: str) -> Answer:
+        """Refuse a call that is not for this worker any more; its caller sends it again, if it still waits.
 
-        Its caller sends it again. Passed on, it could be handled twice: it may have waited here for so long, while this
-        worker stood still, that its caller has sent it again already.
+        It may have waited here for so long, while this worker stood still, that its caller knows from all others that
+        nobody received it, and has sent it again already. Handled or passed on, it would count twice.
         """
         if entry.pending is not None:
             self._fates.forget(entry.pending)
             entry.pending = None
-        error = WorkerLost(str(agent), self._worker_id, "the agent left it")
+        error = WorkerLost(str(agent), self._worker_id, reason)
         return self._answers.failure(error, False, entry.route.name, id_of(body), refused=True)
 
     async def _pass_on(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -67,7 +67,7 @@ class Route:
 class Entry:
     """One message on its way to its handlers."""
 
-    __slots__ = ("arrived", "kind", "message", "pending", "route", "size", "task", "token", "waiting")
+    __slots__ = ("arrived", "kind", "late", "message", "pending", "route", "size", "task", "token", "waiting")
 
     def __init__(self, route: Route, message: Msg, size: int, arrived: float, pending: Pending | None) -> None:
         self.route = route
@@ -84,6 +84,8 @@ class Entry:
         """The token of its handler, once that runs."""
         self.waiting = True
         """Whether it still counts towards the bound."""
+        self.late = False
+        """Whether it may have waited at the socket while the process stood still."""
 
 
 class Intake:
@@ -100,6 +102,7 @@ class Intake:
         self._queue: deque[Entry] = deque()
         self._scheduled = False
         self._warned_at = float("-inf")
+        self._late = 0
         self.pending_bytes = 0
         self.taken = 0
         """Messages taken in since the start."""
@@ -121,12 +124,22 @@ class Intake:
         if self.pending_bytes + size > self._max_bytes:
             self._overflow(entry, now)
             return
+        if self._late:
+            entry.late = True
         self.taken += 1
         self.pending_bytes += size
         self._queue.append(entry)
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._drain)
+
+    async def stood_still(self, caught_up: Callable[[], Awaitable[None]]) -> None:
+        """The process stood still. What is taken in until ``caught_up`` has ended is `Entry.late`."""
+        self._late += 1
+        try:
+            await caught_up()
+        finally:
+            self._late -= 1
 
     def started(self, entry: Entry) -> None:
         """The entry's handler starts, or it failed before: it no longer counts."""

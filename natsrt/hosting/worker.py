@@ -27,6 +27,7 @@ from natsrt.hosting.fates import Fates
 from natsrt.hosting.interventions import Interventions
 from natsrt.hosting.keyed import Keyed
 from natsrt.hosting.owning import Owning
+from natsrt.hosting.pulse import Pulse
 from natsrt.hosting.reading import Reading
 from natsrt.hosting.replies import Replies
 from natsrt.hosting.sending import Sending
@@ -170,6 +171,8 @@ class Worker:
         )
         telemetry = telemetry_for(tracer_provider, self.worker_id)
         self.dispatch.telemetry = self.sending.telemetry = telemetry
+        # The registry takes a worker for dead when its heartbeats have ended for so long, and not before.
+        self._pulse = Pulse(options.heartbeat_ttl - options.heartbeat_interval, self._stood_still)
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the start has ended, for those who wait for it: with its failure, if it failed."""
         self._began = time.monotonic()
@@ -298,6 +301,7 @@ class Worker:
 
     async def _tear_down(self) -> None:
         self._started = False
+        self._pulse.stop()
         await self.owning.stop()
         await self.sending.passing.stop()
         await self._services.stop()
@@ -333,6 +337,7 @@ class Worker:
         if self._joined:
             return
         self._joined = True
+        self._pulse.start()
         self._interest = await self.connection.subscribe(
             self._subjects.worker(self.worker_id), self._answering.on_question
         )
@@ -494,6 +499,11 @@ class Worker:
         await asyncio.shield(self._outcome)
         await self.registry.shown(revision)
         await self._serving.serve(agent_type)
+
+    def _stood_still(self) -> None:
+        """Others may have taken this worker for dead: what waits at its socket may have been sent again."""
+        logger.warning("%s: stood still for some seconds; calls that came in meanwhile are sent back", self.worker_id)
+        self._spawn(self.dispatch.intake.stood_still(self.connection.barrier))
 
     def _evicted(self) -> None:
         """Another runtime took this worker for dead."""

@@ -1,0 +1,41 @@
+"""Notices afterwards that the process stood still: stopped by a signal, frozen by its machine, blocked by a handler."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+_BEAT = 0.25
+
+
+class Pulse:
+    """Calls ``stood_still`` when the event loop did not turn for more than ``limit`` seconds.
+
+    That happens before anything is read that came in meanwhile: a timer that is due runs in the first turn, what a
+    socket has is parsed in the second.
+    """
+
+    def __init__(self, limit: float, stood_still: Callable[[], None]) -> None:
+        self._limit = limit
+        self._stood_still = stood_still
+        self._loop = asyncio.get_running_loop()
+        self._at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Harmless when started."""
+        if self._timer is None:
+            self._at = self._loop.time()
+            self._timer = self._loop.call_later(_BEAT, self._beat)
+
+    def stop(self) -> None:
+        """Harmless when stopped."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _beat(self) -> None:
+        before, self._at = self._at, self._loop.time()
+        self._timer = self._loop.call_later(_BEAT, self._beat)
+        if self._at - before > self._limit:
+            self._stood_still()
