@@ -22,6 +22,7 @@ from natsrt.wire.envelope import Envelope
 from natsrt.wire.subjects import Subjects
 
 _ALIVE_WITHIN = 1.0
+_QUESTION = "a question to a worker"
 
 
 class Asking:
@@ -100,14 +101,16 @@ class Answering:
             if not answerable:
                 raise CannotDecode("a message to a worker", "it has no reply subject, or one where no reply may go")
             if body.type == envelope.FATE:
-                self._fates.asked(_texts(data, "calls"), reply)
+                self._fates.asked(envelope.texts(data, "calls", _QUESTION), reply)
             elif body.type == envelope.OWNER:
-                grip = self._owning.grip(_text(data, "agent_type"), _text(data, "key"), _texts(data, "chain"))
+                grip = self._owning.grip(
+                    _text(data, "agent_type"), _text(data, "key"), envelope.texts(data, "chain", _QUESTION)
+                )
                 self._spawn(self._answer(reply, {"grip": grip.value}))
             elif body.type == envelope.SERVE:
                 revision = data.get("revision")
                 if not isinstance(revision, int):
-                    raise CannotDecode("a question to a worker", "revision must be a number")
+                    raise CannotDecode(_QUESTION, "revision must be a number")
                 self._spawn(self._serve_as_asked(_text(data, "agent_type"), revision, reply))
             else:
                 raise CannotDecode("a message to a worker", f"unknown type {body.type!r}")
@@ -132,12 +135,5 @@ class Answering:
 def _text(data: dict[str, Any], name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str):
-        raise CannotDecode("a question to a worker", f"{name} must be text")
-    return value
-
-
-def _texts(data: dict[str, Any], name: str) -> list[str]:
-    value = data.get(name)
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise CannotDecode("a question to a worker", f"{name} must be a list of strings")
+        raise CannotDecode(_QUESTION, f"{name} must be text")
     return value

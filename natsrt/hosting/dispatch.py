@@ -49,8 +49,8 @@ from natsrt.hosting.catalog import Catalog, Gate, HostedType
 from natsrt.hosting.control import carry_out_message
 from natsrt.hosting.fates import Fates
 from natsrt.hosting.intake import CALL, CONTROL, EVENT, Entry, Intake
-from natsrt.hosting.keyed import Keyed, chain_of
-from natsrt.hosting.mailbox import chain
+from natsrt.hosting.keyed import Keyed
+from natsrt.hosting.mailbox import chain, chain_of
 from natsrt.hosting.owning import NotOwned, OwnedElsewhere
 from natsrt.hosting.reading import Delivery, Reading
 from natsrt.hosting.sending import Sending

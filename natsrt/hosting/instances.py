@@ -17,6 +17,8 @@ from natsrt.wire.serialization import Serialization
 
 logger = logging.getLogger("natsrt.hosting")
 
+_CHANGED = "its stored state was changed elsewhere"
+
 
 class Instances:
     """Makes, stores and drops them."""
@@ -51,12 +53,10 @@ class Instances:
                 if state is not None:
                     await agent.load_state(orjson.loads(state))
             except RecordChanged:
-                await self._lose(held)
+                await self.lose(held, _CHANGED)
                 raise StateConflict(str(held.agent_id), self._worker_id) from None
             except BaseException:
-                unfit = held.hosted.live.pop(held.key, None)
-                if unfit is not None:
-                    await close(unfit)
+                await close(take_out(held))
                 raise
             held.loaded = True
             held.stores = held.options.save == "message" and keeps_state(agent)
@@ -90,37 +90,42 @@ class Instances:
         try:
             held.record = await self._records.save(record, state)
         except RecordChanged:
-            await self._lose(held)
+            await self.lose(held, _CHANGED)
             raise StateConflict(str(held.agent_id), self._worker_id) from None
         except NatsrtError as error:
             raise StateNotSaved(str(held.agent_id), self._worker_id, str(error)) from error
 
-    async def _lose(self, held: Held) -> None:
+    async def lose(self, held: Held, reason: str) -> None:
         """The record is not as this worker wrote it."""
         self.conflicts += 1
-        logger.warning("the stored state of %s was changed elsewhere: its instance is dropped", held.agent_id)
+        logger.warning("the instance of %s is dropped: %s", held.agent_id, reason)
         await self.drop(held)
 
     async def drop(self, held: Held) -> None:
         """This worker does not own the agent any more: its instance must not be met again."""
         held.record, held.loaded, held.changed = None, False, False
         held.empty()
-        agent = held.hosted.live.pop(held.key, None)
+        agent = take_out(held)
         interest, held.interest = held.interest, None
         if interest is not None:
             await self._connection.unsubscribe(interest)
-        if agent is not None:
-            await close(agent)
+        await close(agent)
 
     async def end(self, held: Held) -> None:
         """Close the instance, which is made anew if it is needed again."""
         held.loaded = held.changed = False
-        agent = held.hosted.live.pop(held.key, None)
-        if agent is not None:
-            await close(agent)
+        await close(take_out(held))
 
 
-async def close(agent: Agent) -> None:
+def take_out(held: Held) -> Agent | None:
+    """The live instance, which then is not live any more; None where there is none."""
+    return held.hosted.live.pop(held.key, None)
+
+
+async def close(agent: Agent | None) -> None:
+    """Close an agent, if there is one. What it raises is logged."""
+    if agent is None:
+        return
     try:
         await agent.close()
     except Exception:

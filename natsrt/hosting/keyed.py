@@ -1,19 +1,18 @@
-"""What a worker does for keyed agents beside owning them: controlling them, and asking other workers about them."""
+"""What a worker does with the keyed agents that it owns, beside handling their messages."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from autogen_core import Agent, AgentId
 
 from natsrt.errors import CannotDecode
 from natsrt.hosting import control
 from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.mailbox import chain_of
 from natsrt.hosting.owning import Owning
 from natsrt.wire.envelope import Envelope
-
-T = TypeVar("T")
 
 
 class Keyed:
@@ -57,9 +56,3 @@ class Keyed:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise CannotDecode("a control message", "how many agents to give away must be a number of at least 0")
         return await self.owning.give_away(hosted.agent_type, count)
-
-
-def chain_of(body: Envelope | None) -> tuple[str, ...]:
-    """The visits that wait for what a message says."""
-    along = None if body is None else body.text("chain")
-    return () if along is None else tuple(along.split())

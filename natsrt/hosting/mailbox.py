@@ -12,8 +12,21 @@ from collections import deque
 from collections.abc import Collection
 from contextvars import ContextVar
 
+from natsrt.wire.envelope import Envelope
+
 chain: ContextVar[tuple[str, ...]] = ContextVar("natsrt_chain", default=())
 """The visits that wait for what the present code does, the outermost first."""
+
+
+def chain_of(body: Envelope | None) -> tuple[str, ...]:
+    """The visits that wait for what a message says."""
+    along = None if body is None else body.text("chain")
+    return () if along is None else tuple(along.split())
+
+
+def chain_attribute(visits: Collection[str]) -> str:
+    """The attribute that says so, with a leading comma; ``""`` for no visits."""
+    return f',"chain":"{" ".join(visits)}"' if visits else ""
 
 
 class Mailbox:
@@ -26,11 +39,6 @@ class Mailbox:
         self._beside: set[str] | None = None
         """Visits that go on, but do not keep others out."""
         self._waiting: deque[asyncio.Future[None]] | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a message is inside or waits."""
-        return bool(self._inside or self._waiting)
 
     def holds(self, along: Collection[str]) -> bool:
         """Whether a visit of the chain ``along`` goes on here, so that a message of that chain is part of it."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Awaitable, Callable, Collection
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
@@ -28,8 +27,9 @@ from nats.nuid import NUID
 from natsrt.errors import WorkerLost
 from natsrt.hosting.catalog import Catalog, HostedType
 from natsrt.hosting.held import Held, HeldAgents, lease
-from natsrt.hosting.instances import Instances, close
+from natsrt.hosting.instances import Instances, close, take_out
 from natsrt.hosting.mailbox import chain
+from natsrt.hosting.pulse import Pulse
 from natsrt.hosting.releasing import Releasing
 from natsrt.jetstream.agents import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.registry import Registry
@@ -40,13 +40,13 @@ from natsrt.wire.serialization import Serialization
 
 logger = logging.getLogger("natsrt.hosting")
 
-_PULSE = 0.25
 _STALL = 2.0
 """Seconds for which the event loop stood still, after which others may have taken this worker for dead."""
 _MOVES_WITHIN = 4.0
 """Seconds by which an owner may take longer over a claim or a release than `Options.lost_after`."""
 _ASK = 0.5
 _PAUSE = 0.02
+_LONGEST_PAUSE = 0.25
 _CLOSE_WITHIN = 1.0
 """Seconds for which a stop waits for agents that could not be released to close."""
 _AT_ONCE = 64
@@ -128,7 +128,7 @@ class Owning:
         self._visit_prefix = NUID().next().decode()[-8:]
         self._visits = 0
         self._doubts = 0
-        self._pulse_at = math.inf
+        self._pulse = Pulse(_STALL, self._became_unsure)
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._started = False
@@ -159,8 +159,7 @@ class Owning:
             except BaseException:
                 self._started = False
                 raise
-            self._pulse_at = self._loop.time()
-            self._run(self._pulse())
+            self._pulse.start()
             self._run(self._releasing.keep_house())
 
     async def drain(self) -> None:
@@ -179,13 +178,14 @@ class Owning:
 
     async def stop(self) -> None:
         """End: close and forget what was not released."""
+        self._pulse.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         left = []
         for held in self._held:
             held.record = None
-            agent = held.hosted.live.pop(held.key, None)
+            agent = take_out(held)
             if agent is not None:
                 left.append(asyncio.ensure_future(close(agent)))
         self._held.clear()
@@ -354,7 +354,7 @@ class Owning:
                         if self._loop.time() > until:
                             raise WorkerLost(str(held.agent_id), present.owner, "it owns the agent, but is silent")
                         await asyncio.sleep(pause)
-                        pause = min(pause * 2, _PULSE)
+                        pause = min(pause * 2, _LONGEST_PAUSE)
                         present = await self._records.read(held.agent_id)
                         continue
                 held.record = await self._records.take(present, self._worker_id)
@@ -390,7 +390,8 @@ class Owning:
 
     def _is_sure(self, held: Held) -> bool:
         """Whether this worker owns the agent, and nothing speaks against that."""
-        return held.record is not None and held.sure == self._doubts and not self._stood_still()
+        self._pulse.look()
+        return held.record is not None and held.sure == self._doubts
 
     async def _make_sure(self, held: Held) -> None:
         """Know that the record is still as this worker wrote it, or drop the instance."""
@@ -403,9 +404,7 @@ class Owning:
         doubts = self._doubts
         record = await self._records.read(held.agent_id)
         if record is None or record.owner != self._worker_id or not self._records.follows(record, own):
-            self._instances.conflicts += 1
-            logger.warning("%s was taken over while this worker was away: its instance is dropped", held.agent_id)
-            await self._instances.drop(held)
+            await self._instances.lose(held, "it was taken over while this worker was away")
         else:
             held.sure = doubts
 
@@ -420,19 +419,12 @@ class Owning:
             if isinstance(outcome, Exception):
                 logger.info("an owner cannot be looked up yet: %s", outcome)
 
-    def _stood_still(self) -> bool:
-        now = self._loop.time()
-        if now - self._pulse_at <= _STALL:
-            return False
-        self._pulse_at = now
-        self._doubts += 1  # whoever was really taken for dead loses its connection or its registry entry, too: `doubt`
-        return True
+    def _became_unsure(self) -> None:
+        """This worker stood still. If it was really taken for dead, it loses its connection or its registry entry too.
 
-    async def _pulse(self) -> None:
-        while True:
-            await asyncio.sleep(_PULSE)
-            self._stood_still()
-            self._pulse_at = self._loop.time()
+        Those are reasons to look every record up: `doubt`.
+        """
+        self._doubts += 1
 
     async def _activate(self, held: Held, along: Collection[str], claim: bool) -> None:
         """Own the agent, and have its instance live. Raises `OwnedElsewhere`, or without ``claim`` `NotOwned`."""

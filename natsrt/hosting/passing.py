@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 
 from natsrt.errors import CannotDecode, NatsrtError, NoLiveWorker, WorkerLost
 from natsrt.hosting.locating import Locating, Place
-from natsrt.hosting.mailbox import chain
+from natsrt.hosting.mailbox import chain, chain_attribute
 from natsrt.hosting.owning import Location
 from natsrt.hosting.replies import Replies
 from natsrt.jetstream.registry import Registry
@@ -72,7 +72,7 @@ class Passing:
         Raises what a call of the agent would raise.
         """
         visits = chain.get() if along is None else along
-        attributes = self._question(agent) + (f',"chain":"{" ".join(visits)}"' if visits else "")
+        attributes = self._question(agent) + chain_attribute(visits)
         body = envelope.encode(envelope.LOCATE, attributes, b"null")
         reply = await self._ask(agent, body)
         data = self._replies.answered(reply, agent).json()

@@ -26,7 +26,7 @@ from opentelemetry.trace import SpanKind
 from natsrt.errors import CallTimeout, CannotDecode
 from natsrt.hosting.interventions import Interventions
 from natsrt.hosting.line import Line, Turn, intervening
-from natsrt.hosting.mailbox import chain
+from natsrt.hosting.mailbox import chain, chain_attribute
 from natsrt.hosting.passing import Passing
 from natsrt.hosting.replies import Replies
 from natsrt.jetstream.registry import Registry
@@ -131,13 +131,7 @@ class Sending:
         async with self._line.turn(self._link(token)) as turn:
             await self._wait_ready(token, begun)
             if self._interventions:
-                context = MessageContext(
-                    sender=sender,
-                    topic_id=None,
-                    is_rpc=True,
-                    cancellation_token=token or CancellationToken(),
-                    message_id=message_id,
-                )
+                context = _context(sender, None, token, message_id)
                 message = await self._intervene(turn, self._interventions.on_send(message, context, recipient))
             response = await self._call(message, recipient, sender, token, message_id, reply_type, turn.leave)
         if self._interventions:
@@ -160,7 +154,7 @@ class Sending:
             f'"subject":"{encode_text(recipient.key)}","acceptto":"{self._calls.accept_to}"'
         )
         if visits := chain.get():
-            attributes += f',"chain":"{" ".join(visits)}"'
+            attributes += chain_attribute(visits)
         if events.listening():
             events.message(
                 encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
@@ -189,9 +183,7 @@ class Sending:
             raise CannotDecode("a state", f"it must be JSON: {error}") from None
         await self._wait_ready(None, asyncio.get_running_loop().time())
         self.sent += 1
-        attributes = f"{self._question(recipient)},{attribute('operation', operation)}"
-        if visits := chain.get():
-            attributes += f',"chain":"{" ".join(visits)}"'
+        attributes = f"{self._question(recipient)},{attribute('operation', operation)}{chain_attribute(chain.get())}"
         reply = await self._exchange(recipient, envelope.encode(envelope.CONTROL, attributes, payload), subject=subject)
         return self._replies.answered(reply, recipient).json()
 
@@ -260,13 +252,7 @@ class Sending:
             async with self._line.turn(self._link(None)) as turn:
                 await self._wait_ready(None, begun)
                 if self._interventions:
-                    context = MessageContext(
-                        sender=sender,
-                        topic_id=topic,
-                        is_rpc=False,
-                        cancellation_token=token or CancellationToken(),
-                        message_id=message_id,
-                    )
+                    context = _context(sender, topic, token, message_id)
                     try:
                         message = await self._intervene(turn, self._interventions.on_publish(message, context))
                     except MessageDroppedException:
@@ -356,3 +342,16 @@ class Sending:
         finally:
             turn.intervening = False
             intervening.reset(mark)
+
+
+def _context(
+    sender: AgentId | None, topic: TopicId | None, token: CancellationToken | None, message_id: str
+) -> MessageContext:
+    """What interventions are given: of a call, or with a ``topic`` of an event."""
+    return MessageContext(
+        sender=sender,
+        topic_id=topic,
+        is_rpc=topic is None,
+        cancellation_token=token or CancellationToken(),
+        message_id=message_id,
+    )

@@ -35,7 +35,7 @@ from nats.nuid import NUID
 from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, PermissionDenied, ServerUnreachable, WorkerLost
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest
-from natsrt.transport.probe import responder_exists
+from natsrt.transport.probe import is_nobody, responder_exists
 from natsrt.wire import envelope
 from natsrt.wire.failures import BUSY, SERVICE_ERROR_CODE
 
@@ -54,6 +54,7 @@ _MARGIN = 1.0
 """Seconds by which a worker's memory must reach back further than the call."""
 _KNOWN_WITHIN = 1.0
 """Seconds after which the directory lists every worker that could have received a call."""
+_ANSWER = "an answer about calls"
 _POSTED_FOR = 2.0
 """Seconds for which the server may say that nobody got what was posted."""
 _POSTED_AT_MOST = 10_000
@@ -315,7 +316,7 @@ class Calls:
                 return reply
             now = loop.time()
             refused_at = now if refused_at is None else refused_at
-            if _is_nobody(reply):
+            if is_nobody(reply):
                 if place is not None:
                     place.lost()
                 failure = await self._directory.verify(recipient)
@@ -354,7 +355,7 @@ class Calls:
             return None
         finally:
             self._special.pop(token, None)
-        return None if _is_nobody(message) else message
+        return None if is_nobody(message) else message
 
     async def post(self, subject: str, body: bytes, lost: Callable[[], None]) -> None:
         """Send what nobody answers. ``lost`` is called where the server says at once that nobody listens."""
@@ -363,7 +364,7 @@ class Calls:
             self._special.pop(self._posted.popleft()[1], None)
         self._counter += 1
         token = f"p{self._counter:x}"
-        self._special[token] = lambda message: lost() if _is_nobody(message) else None
+        self._special[token] = lambda message: lost() if is_nobody(message) else None
         self._posted.append((now, token))
         await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}")
 
@@ -383,7 +384,7 @@ class Calls:
 
     def _on_accepted(self, message: Msg) -> None:
         data = _data(message, envelope.ACCEPTED)
-        worker_id, calls = data.get("worker"), _texts(data, "calls")
+        worker_id, calls = data.get("worker"), envelope.texts(data, "calls", _ANSWER)
         if not isinstance(worker_id, str):
             raise CannotDecode("an acceptance", "it does not name its worker", message.data)
         for subject in calls:
@@ -395,14 +396,14 @@ class Calls:
 
     def _on_fate(self, worker_id: str, message: Msg) -> None:
         asked = self._asked_of(worker_id)
-        if _is_nobody(message):
+        if is_nobody(message):
             asked.gone(asyncio.get_running_loop().time())
             return
         data = _data(message, envelope.REPLY)
-        running, unknown = _texts(data, "running"), _texts(data, "unknown")
+        running, unknown = envelope.texts(data, "running", _ANSWER), envelope.texts(data, "unknown", _ANSWER)
         remembers = data.get("remembers", 0.0)
         if not isinstance(remembers, int | float):
-            raise CannotDecode("an answer about calls", "remembers must be a number of seconds", message.data)
+            raise CannotDecode(_ANSWER, "remembers must be a number of seconds", message.data)
         now = asyncio.get_running_loop().time()
         asked.heard()
         for subject in running:
@@ -570,21 +571,9 @@ def _stopped(recipient: AgentId, worker_id: str | None = None) -> WorkerLost:
     return WorkerLost(str(recipient), worker_id, "this runtime was stopped")
 
 
-def _is_nobody(message: Msg) -> bool:
-    """Whether the server says that nobody listens."""
-    return message.headers is not None and message.headers.get("Status") == "503" and not message.data
-
-
 def _data(message: Msg, kind: str) -> dict[str, Any]:
     body = envelope.decode(message.data)
     data = body.json() if body is not None and body.type == kind else None
     if not isinstance(data, dict):
-        raise CannotDecode("an answer about calls", f"expected {kind} with an object as data", message.data)
+        raise CannotDecode(_ANSWER, f"expected {kind} with an object as data", message.data)
     return data
-
-
-def _texts(data: dict[str, Any], name: str) -> list[str]:
-    texts = data.get(name)
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise CannotDecode("an answer about calls", f"{name} must be a list of strings")
-    return texts

@@ -26,6 +26,11 @@ _WAIT = 0.15
 _CLIENT = 0
 
 
+def is_nobody(message: Msg) -> bool:
+    """Whether the server says that nobody listens."""
+    return message.headers is not None and message.headers.get("Status") == "503" and not message.data
+
+
 async def responder_exists(
     connection: Connection, subject: str, inbox: str, listeners: dict[str, Callable[[Msg], None]]
 ) -> bool | None:
@@ -38,8 +43,7 @@ async def responder_exists(
     found = asyncio.get_running_loop().create_future()
 
     def report(message: Msg) -> None:
-        no_responders = message.headers is not None and message.headers.get("Status") == "503"
-        verdict = False if no_responders else _verdict(message.data)
+        verdict = False if is_nobody(message) else _verdict(message.data)
         if verdict is not None and not found.done():
             found.set_result(verdict)
 

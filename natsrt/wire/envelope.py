@@ -163,6 +163,14 @@ def rewrite(body: Envelope, **changes: str | None) -> bytes:
     return encode(body.type, orjson.dumps(attributes)[1:-1].decode(), body.payload, body.content_type)
 
 
+def texts(data: dict[str, Any], name: str, what: str) -> list[str]:
+    """The list of strings under ``name`` in the data of ``what``. Raises `CannotDecode` if it is none."""
+    value = data.get(name)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise CannotDecode(what, f"{name} must be a list of strings")
+    return value
+
+
 def is_subject(text: str) -> bool:
     """Whether ``text`` can be published to. A space or CR LF in a subject would speak to the server."""
     return _SUBJECT.fullmatch(text) is not None
