@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from types import MappingProxyType
 from typing import Any
+from uuid import uuid4
 
 import nats
 import pytest
@@ -24,6 +29,7 @@ import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime, keyed
 from natsrt.embedded import EmbeddedServer
 from natsrt.hosting.owning import OwnedElsewhere
+from natsrt.jetstream.state import encode_state
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER
 from tests.support.processes import eventually
@@ -405,6 +411,76 @@ async def test_a_state_that_json_cannot_carry_is_the_callers_error_and_the_agent
     with pytest.raises((natsrt.CannotSerialize, natsrt.StateNotSaved)):
         await caller.send_message(Add(1), agent("k"))
     assert worker.running.owning.owned("counting") == 1
+
+
+@dataclass
+class Point:
+    x: int
+
+
+@pytest.mark.parametrize(
+    "value", [(1, 2), Point(1), datetime(2026, 1, 1), uuid4(), {1: 2}, 2**64, float("inf"), "\ud800"]
+)
+def test_a_state_that_would_be_loaded_as_something_else_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(natsrt.CannotSerialize, match="holds something under 'place' that"):
+        encode_state({"name": "x", "place": [{"deep": value}]})
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"a": [True, 1, 1.5, -0.0, None, 2**63, {"ä": "\U0001f600"}]}, MappingProxyType({"a": 1})]
+)
+def test_a_state_of_json_values_comes_back_as_it_is(state: Mapping[str, Any]) -> None:
+    assert json.loads(encode_state(state)) == state
+
+
+def test_a_state_that_contains_itself_is_refused() -> None:
+    state: dict[str, Any] = {}
+    state["self"] = state
+    with pytest.raises(natsrt.CannotSerialize, match="under 'self'"):
+        encode_state(state)
+
+
+async def test_of_concurrent_handlers_a_late_save_does_not_replace_a_newer_state(place: Place) -> None:
+    class Slow(Counting):
+        async def save_state(self) -> Mapping[str, Any]:
+            state = await super().save_state()
+            if state["value"] == 1:
+                self.life.gate("save began").set()
+                await self.life.gate("save").wait()
+            return state
+
+    runtime = NatsAgentRuntime(place.url, namespace=place.namespace, name="w1")
+    options = KeyedOptions(concurrency="concurrent")
+    await runtime.register_factory("counting", lambda: Slow(place.life, "w1"), expected_class=Slow, keyed=options)
+    await place._stack.enter_async_context(runtime)
+    caller = await place.caller()
+    first = asyncio.ensure_future(caller.send_message(Add(1), agent("k")))
+    await asyncio.wait_for(place.life.gate("save began").wait(), 5)
+    assert (await caller.send_message(Add(1), agent("k"))).value == 2
+    place.life.gate("save").set()
+    assert (await first).value == 1
+    record = await caller.running.records.read(agent("k"))
+    assert record is not None
+    assert record.body == b'{"value":2}'
+
+
+async def test_an_event_counts_once_although_its_topic_is_published_too(place: Place) -> None:
+    worker = await place.worker("w1")
+    caller = await place.caller()
+    client = await nats.connect(place.url)
+    try:
+        copies = await client.subscribe(f"{place.namespace}.topic.numbers.k")
+        await client.flush()
+        for number in range(5):
+            await caller.publish_message(Add(number), TopicId("numbers", "k"))
+        for _ in range(5):
+            copy = await copies.next_msg(timeout=5)
+        await client.publish(copy.subject, b'{"amount": 100}')  # behind the copies, and handled
+        await eventually(lambda: 100 in [message.amount for *_, message in place.life.handled])
+    finally:
+        await client.close()
+    await eventually(lambda: worker.health().messages_handled == 6)
+    assert sorted(message.amount for *_, message in place.life.handled) == [0, 1, 2, 3, 4, 100]
 
 
 async def test_a_worker_forgets_what_it_only_passed_on(place: Place) -> None:

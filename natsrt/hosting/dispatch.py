@@ -48,7 +48,7 @@ from natsrt.hosting.answers import Answer, Answers, id_of
 from natsrt.hosting.catalog import Catalog, Gate, HostedType
 from natsrt.hosting.control import carry_out_message
 from natsrt.hosting.fates import Fates
-from natsrt.hosting.intake import CALL, CONTROL, EVENT, Entry, Intake
+from natsrt.hosting.intake import CALL, CONTROL, EVENT, LOCATE, Entry, Intake
 from natsrt.hosting.keyed import Keyed
 from natsrt.hosting.mailbox import chain, chain_of
 from natsrt.hosting.owning import NotOwned, OwnedElsewhere
@@ -193,21 +193,23 @@ class Dispatch:
             if entry.kind is CONTROL:
                 answer = await self._controlled(hosted, key, entry, body)
             elif key is not None:
+                along: tuple[str, ...] = ()
                 if body is not None and "chain" in body.attributes:
-                    chain.set(chain_of(body))
-                if entry.late and entry.kind is CALL and body is not None and body.type == envelope.CALL:
+                    along = chain_of(body)
+                    chain.set(along)
+                if entry.late and entry.kind is CALL and body is not None:
                     answer = self._send_back(AgentId(hosted.agent_type, key), entry, body, "it stood still")
                 elif hosted.keyed is None:
                     answer = await self._handle(hosted, key, entry, body, topic)
                 else:
-                    answer = await self._handle_keyed(hosted, key, entry, body, topic)
+                    answer = await self._handle_keyed(hosted, key, entry, body, topic, along)
         except BaseException as raised:  # a handler's BaseException is answered too, and must not end the event loop
             error = self._failed(raised, entry, body, key)
             if error is not None and entry.kind is not EVENT and message.reply:
                 answer = self._failure(error, entry, body)
         if entry.waiting:
             self.intake.started(entry)
-        if entry.kind is not CONTROL:
+        if entry.kind is CALL or entry.kind is EVENT:
             hosted.statistics.record(began, error)
         try:
             if answer is not None and message.reply:
@@ -334,14 +336,19 @@ class Dispatch:
     # -- keyed agents --------------------------------------------------------------------------------------------
 
     async def _handle_keyed(
-        self, hosted: HostedType, key: str, entry: Entry, body: Envelope | None, topic: TopicId | None
+        self,
+        hosted: HostedType,
+        key: str,
+        entry: Entry,
+        body: Envelope | None,
+        topic: TopicId | None,
+        along: tuple[str, ...],
     ) -> Answer | None:
-        """The same where the agent lives: here, or on the worker that owns it."""
+        """The same where the agent lives: here, or on the worker that owns it. ``along`` is the message's chain."""
         if entry.kind is EVENT and entry.pending is not None:  # a reply subject tells its publisher that it is lost
             self._fates.forget(entry.pending)
             entry.pending = None
-        along = chain_of(body)
-        if body is not None and body.type == envelope.LOCATE:
+        if entry.kind is LOCATE and body is not None:
             location = await self._keyed.owning.locate(hosted, key, along)
             return self._answers.control_reply(location._asdict(), body, hosted.agent_type, key)
         sent_to_owner = entry.kind is CALL and entry.route.key is not None and body is not None

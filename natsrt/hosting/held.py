@@ -22,6 +22,7 @@ class Held:
     __slots__ = (
         "_moving",
         "_saving",
+        "agent",
         "agent_id",
         "chains",
         "changed",
@@ -29,8 +30,8 @@ class Held:
         "guests",
         "hosted",
         "interest",
+        "keeps_state",
         "key",
-        "loaded",
         "mailbox",
         "options",
         "owned_since",
@@ -38,14 +39,14 @@ class Held:
         "record",
         "releasing",
         "saved_at",
-        "stores",
         "sure",
         "used_at",
         "users",
     )
 
-    def __init__(self, hosted: HostedType, key: str, now: float) -> None:
+    def __init__(self, hosted: HostedType, key: str) -> None:
         assert hosted.keyed is not None
+        now = asyncio.get_running_loop().time()
         self.hosted = hosted
         self.options = hosted.keyed
         self.key = key
@@ -58,10 +59,10 @@ class Held:
         self.interest: Interest | None = None
         self.sure = -1
         """How many reasons to doubt there had been when the record was last known to be as this worker wrote it."""
-        self.loaded = False
-        """Whether the instance is there, with its state."""
-        self.stores = False
-        """Whether its state is stored before every reply."""
+        self.agent: Agent | None = None
+        """The instance, with its state; None while there is none that may get messages."""
+        self.keeps_state = False
+        """Whether the instance has a state to be stored."""
         self.changed = False
         """Whether messages were handled since the last save."""
         self.saved_at = now
@@ -141,14 +142,14 @@ class HeldAgents:
         """Those of one type."""
         return list(self._held.get(agent_type, {}).values())
 
-    def hold(self, hosted: HostedType, key: str, now: float) -> Held:
+    def hold(self, hosted: HostedType, key: str) -> Held:
         """The one with this id, made where it is not there yet."""
         of_type = self._held.get(hosted.agent_type)
         if of_type is None:
             of_type = self._held[hosted.agent_type] = {}
         held = of_type.get(key)
         if held is None:
-            held = of_type[key] = Held(hosted, key, now)
+            held = of_type[key] = Held(hosted, key)
         return held
 
     def tidy(self, held: Held) -> None:

@@ -12,8 +12,8 @@ from natsrt.errors import NatsrtError, StateConflict, StateNotSaved
 from natsrt.hosting.catalog import Catalog
 from natsrt.hosting.held import Held, keeps_state
 from natsrt.jetstream.agents import AgentRecords, RecordChanged
+from natsrt.jetstream.state import encode_state
 from natsrt.transport.connection import Connection
-from natsrt.wire.serialization import Serialization
 
 logger = logging.getLogger("natsrt.hosting")
 
@@ -29,13 +29,11 @@ class Instances:
         connection: Connection,
         worker_id: str,
         catalog: Catalog,
-        serialization: Serialization,
         records: AgentRecords,
     ) -> None:
         self._connection = connection
         self._worker_id = worker_id
         self._catalog = catalog
-        self._serialization = serialization
         self._records = records
         self._loop = asyncio.get_running_loop()
         self.conflicts = 0
@@ -45,7 +43,7 @@ class Instances:
         """Make the instance, with the state that is stored; nothing where the agent is not owned any more."""
         async with held.saving:
             record = held.record
-            if held.loaded or record is None:
+            if held.agent is not None or record is None:
                 return
             try:
                 agent = await self._catalog.agent(held.hosted, held.key)
@@ -54,44 +52,52 @@ class Instances:
                     await agent.load_state(orjson.loads(state))
             except RecordChanged:
                 await self.lose(held, _CHANGED)
-                raise StateConflict(str(held.agent_id), self._worker_id) from None
+                raise self.dropped(held) from None
             except BaseException:
                 await close(take_out(held))
                 raise
-            held.loaded = True
-            held.stores = held.options.save == "message" and keeps_state(agent)
+            if held.record is None:  # this worker was stopped meanwhile
+                await close(take_out(held))
+                return
+            held.agent, held.keeps_state = agent, keeps_state(agent)
             held.saved_at = self._loop.time()
 
-    def check_live(self, held: Held, agent: Agent) -> None:
-        """Raises `StateConflict` where ``agent`` was dropped, also if its id has another instance here by now."""
-        if held.record is None or held.hosted.live.get(held.key) is not agent:
-            raise StateConflict(str(held.agent_id), self._worker_id)
+    def dropped(self, held: Held) -> StateConflict:
+        """What a call is told whose instance was dropped, also if its agent has another one here by now."""
+        return StateConflict(str(held.agent_id), self._worker_id)
 
     async def store(self, held: Held) -> None:
         """Store the state if it changed. Raises `StateConflict`, `StateNotSaved`, and what the agent raises."""
-        agent = held.hosted.live.get(held.key)
-        if agent is None or not held.loaded or not keeps_state(agent):
+        agent = held.agent
+        if agent is None or not held.keeps_state:
             return
-        async with held.saving:
-            self.check_live(held, agent)
-            held.changed = False
-            try:
-                await self._store_state_of(held, agent)
-            except BaseException:
-                held.changed = held.loaded
-                raise
-            held.saved_at = self._loop.time()
+        held.changed = False
+        try:
+            record, state = held.record, encode_state(await agent.save_state())
+            if held.record is not record or held.is_saving:  # another write may come before, of a later state
+                async with held.saving:
+                    if held.agent is not agent:
+                        raise self.dropped(held)
+                    await self._save(held, agent, encode_state(await agent.save_state()))
+            elif record is None or not record.holds(state):
+                async with held.saving:
+                    await self._save(held, agent, state)
+        except BaseException:
+            held.changed = held.agent is not None
+            raise
 
-    async def _store_state_of(self, held: Held, agent: Agent) -> None:
-        state = self._serialization.encode(dict(await agent.save_state())).payload
+    async def _save(self, held: Held, agent: Agent, state: bytes) -> None:
         record = held.record
-        if record is None or record.holds(state) or (state == b"{}" and not record.has_state):
+        if record is None or held.agent is not agent:
+            raise self.dropped(held)
+        if record.holds(state):
             return
         try:
             held.record = await self._records.save(record, state)
+            held.saved_at = self._loop.time()
         except RecordChanged:
             await self.lose(held, _CHANGED)
-            raise StateConflict(str(held.agent_id), self._worker_id) from None
+            raise self.dropped(held) from None
         except NatsrtError as error:
             raise StateNotSaved(str(held.agent_id), self._worker_id, str(error)) from error
 
@@ -103,7 +109,7 @@ class Instances:
 
     async def drop(self, held: Held) -> None:
         """This worker does not own the agent any more: its instance must not be met again."""
-        held.record, held.loaded, held.changed = None, False, False
+        held.record, held.changed = None, False
         held.empty()
         agent = take_out(held)
         interest, held.interest = held.interest, None
@@ -113,12 +119,13 @@ class Instances:
 
     async def end(self, held: Held) -> None:
         """Close the instance, which is made anew if it is needed again."""
-        held.loaded = held.changed = False
+        held.changed = False
         await close(take_out(held))
 
 
 def take_out(held: Held) -> Agent | None:
     """The live instance, which then is not live any more; None where there is none."""
+    held.agent = None
     return held.hosted.live.pop(held.key, None)
 
 

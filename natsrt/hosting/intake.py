@@ -17,6 +17,7 @@ from functools import partial
 from autogen_core import CancellationToken, Subscription
 from nats.aio.msg import Msg
 
+from natsrt.errors import CannotDecode
 from natsrt.hosting.catalog import HostedType
 from natsrt.hosting.fates import Fates, Pending
 from natsrt.transport.client import Sink
@@ -34,9 +35,10 @@ class Kind(Enum):
     CALL = "call"
     EVENT = "event"
     CONTROL = "control"
+    LOCATE = "question where an agent lives"
 
 
-CALL, EVENT, CONTROL = Kind
+CALL, EVENT, CONTROL, LOCATE = Kind
 """Its members by short names: to look one up in the class takes a tenth of a microsecond."""
 _ENVELOPES = {CALL: envelope.CALL, EVENT: envelope.EVENT, CONTROL: envelope.CONTROL}
 
@@ -72,7 +74,7 @@ class Entry:
     def __init__(self, route: Route, message: Msg, size: int, arrived: float, pending: Pending | None) -> None:
         self.route = route
         self.kind = route.kind
-        """What it is. On the subject of one keyed agent calls and events come, and its body tells which."""
+        """What it is. Where calls come, keyed agents are sent events, and their types questions: the body tells."""
         self.message = message
         self.size = size
         self.arrived = arrived
@@ -114,7 +116,13 @@ class Intake:
         return len(self._queue)
 
     def sink(self, route: Route) -> Sink:
-        return partial(self.take, route)
+        is_copy = route.kind is EVENT and route.hosted.keyed is not None and route.custom is None
+        return partial(self._take_copy if is_copy else self.take, route)
+
+    def _take_copy(self, route: Route, message: Msg) -> None:
+        """An event on its topic, for a keyed type: most publishers have sent it to the agent itself, too."""
+        if not _is_delivered(message.data, route.hosted.agent_type):
+            self.take(route, message)
 
     def take(self, route: Route, message: Msg) -> None:
         """Runs in the client's read loop: cheap, never waits."""
@@ -181,3 +189,14 @@ class Intake:
                 self.pending_bytes,
                 self.dropped_events,
             )
+
+
+def _is_delivered(data: bytes, agent_type: str) -> bool:
+    """Whether an event says that its publisher sends it to the keyed agent of this type."""
+    if b'"keyed"' not in data:
+        return False
+    try:
+        body = envelope.decode(data)
+    except CannotDecode:  # whoever reads it next reports that
+        return False
+    return body is not None and agent_type in (body.text("keyed") or "").split()

@@ -92,7 +92,7 @@ class Mailbox:
 
     def _remove(self, visit: str) -> None:
         self._inside.remove(visit)
-        if not self._inside:
+        if self._waiting and not self._inside:
             self._let_in()
 
     def _let_in(self) -> None:

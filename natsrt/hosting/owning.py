@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Collection
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
-from autogen_core import AgentId
+from autogen_core import Agent, AgentId
 from nats.nuid import NUID
 
 from natsrt.errors import WorkerLost
@@ -36,7 +36,6 @@ from natsrt.jetstream.registry import Registry
 from natsrt.options import Options
 from natsrt.transport.calls import Calls
 from natsrt.transport.connection import Connection, Interest
-from natsrt.wire.serialization import Serialization
 
 logger = logging.getLogger("natsrt.hosting")
 
@@ -98,7 +97,6 @@ class Owning:
         options: Options,
         worker_id: str,
         catalog: Catalog,
-        serialization: Serialization,
         registry: Registry,
         calls: Calls,
         records: AgentRecords,
@@ -122,7 +120,6 @@ class Owning:
             connection=connection,
             worker_id=worker_id,
             catalog=catalog,
-            serialization=serialization,
             records=records,
         )
         self._visit_prefix = NUID().next().decode()[-8:]
@@ -226,18 +223,19 @@ class Owning:
         not claimed: `NotOwned`. Raises `OwnedElsewhere`, `StateConflict`, `StateNotSaved`, and what
         ``serve`` and the agent's own methods raise.
         """
-        held = self._held.hold(hosted, key, self._loop.time())
+        held = self._held.hold(hosted, key)
         held.users += 1
-        held.come(along)
+        if along:
+            held.come(along)
         self._visits += 1
         visit = f"{self._visit_prefix}{self._visits:x}"
         try:
             if not held.mailbox.enters(visit, along):
                 await held.mailbox.wait(visit)
             try:
-                if not (held.loaded and self._is_sure(held)) or held.parting:
-                    await self._activate(held, along, claim)
-                agent = held.hosted.live[held.key]
+                agent = held.agent
+                if agent is None or held.parting or not self._is_sure(held):
+                    agent = await self._activate(held, along, claim)
                 if held.options.concurrency == "concurrent":
                     held.mailbox.step_aside(visit)
                 mark = chain.set((*along, visit))
@@ -248,22 +246,25 @@ class Owning:
                     held.changed = True
                     if not self._is_sure(held):
                         await self._make_sure(held)
-                    self._instances.check_live(held, agent)
-                    if held.stores:
+                    if held.agent is not agent:
+                        raise self._instances.dropped(held)
+                    if held.keeps_state and held.options.save == "message":
                         await self._instances.store(held)
             finally:
                 held.mailbox.leave(visit)
         finally:
             held.used_at = self._loop.time()
             held.users -= 1
-            held.go(along)
-            held.empty()
-            if not held.users:
+            if along:
+                held.go(along)
+            if held.emptied is not None:
+                held.empty()
+            if held.record is None:
                 self._held.tidy(held)
 
     async def locate(self, hosted: HostedType, key: str, along: Collection[str]) -> Location:
         """Who owns the agent, for a message of the chain ``along``. This worker claims it where nobody does."""
-        held = self._held.hold(hosted, key, self._loop.time())
+        held = self._held.hold(hosted, key)
         held.guests += 1
         held.come(along)
         try:
@@ -293,7 +294,7 @@ class Owning:
     async def store(self, agent_id: AgentId) -> None:
         """Store the agent's state now. Raises `LookupError` where it is not live here."""
         held = self._held.find(agent_id.type, agent_id.key)
-        if held is None or held.record is None or not held.loaded:
+        if held is None or held.agent is None:
             raise LookupError(f"Agent {agent_id} is not live in this runtime.")
         await self._instances.store(held)
 
@@ -426,8 +427,11 @@ class Owning:
         """
         self._doubts += 1
 
-    async def _activate(self, held: Held, along: Collection[str], claim: bool) -> None:
-        """Own the agent, and have its instance live. Raises `OwnedElsewhere`, or without ``claim`` `NotOwned`."""
+    async def _activate(self, held: Held, along: Collection[str], claim: bool) -> Agent:
+        """Own the agent, and have its instance live, which is returned.
+
+        Raises `OwnedElsewhere`, or without ``claim`` `NotOwned`.
+        """
         while True:
             if not claim:
                 await self._make_sure(held)
@@ -435,10 +439,10 @@ class Owning:
                     raise NotOwned
             if (owner := await self._own(held, along)) is not None:
                 raise OwnedElsewhere(owner)
-            if not held.loaded:
+            if held.agent is None:
                 await self._instances.load(held)
-            if held.loaded:  # else it was lost meanwhile
-                return
+            if held.agent is not None:  # else it was lost meanwhile
+                return held.agent
 
     def _run(self, work: Any) -> None:
         task: asyncio.Task[None] = self._loop.create_task(work)

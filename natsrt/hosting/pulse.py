@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from time import monotonic
 
 _BEAT = 0.25
 
@@ -26,7 +27,7 @@ class Pulse:
     def start(self) -> None:
         """Harmless when started."""
         if self._timer is None:
-            self._at = self._loop.time()
+            self._at = monotonic()
             self._timer = self._loop.call_later(_BEAT, self._beat)
 
     def stop(self) -> None:
@@ -38,12 +39,12 @@ class Pulse:
 
     def look(self) -> None:
         """Do at once what the next beat would do. Cheap, and harmless when stopped."""
-        now = self._loop.time()
+        now = monotonic()  # an event loop's clock may stand still while its callbacks run, as uvloop's does
         if now - self._at > self._limit:
             self._at = now
             self._stood_still()
 
     def _beat(self) -> None:
         self.look()
-        self._at = self._loop.time()
+        self._at = monotonic()
         self._timer = self._loop.call_later(_BEAT, self._beat)

@@ -15,7 +15,7 @@ from nats.nuid import NUID
 
 from natsrt.errors import CannotDecode
 from natsrt.hosting.catalog import Catalog, HostedType
-from natsrt.hosting.intake import EVENT, Entry
+from natsrt.hosting.intake import EVENT, LOCATE, Entry
 from natsrt.hosting.interventions import Interventions
 from natsrt.transport.cancellation import Cancellations
 from natsrt.wire import envelope
@@ -72,8 +72,8 @@ class Reading:
     def recipient(self, entry: Entry, body: Envelope | None) -> tuple[str | None, TopicId | None]:
         """The key of the agent that the message is for, and the topic of an event, None for a call.
 
-        The key is None for an event that no agent here gets: its publisher does not get it back, and a keyed agent does
-        not get from here what the publisher has sent to it.
+        The key is None for an event that no agent here gets: its publisher does not get it back. What the message is
+        may turn out to be something else than its subject says: `Entry.kind`.
         """
         route = entry.route
         if body is not None and (kind := body.attributes["type"]) != route.expects:
@@ -83,6 +83,7 @@ class Reading:
                 return route.key, topic
             if kind != envelope.LOCATE or route.hosted.keyed is None:
                 raise CannotDecode("an envelope", f"expected {route.expects}, not {kind!r}")
+            entry.kind = LOCATE
         if route.kind is not EVENT:
             if body is not None:
                 self._accept_at(entry, body)
@@ -90,10 +91,8 @@ class Reading:
         topic = self.topic(entry, body)
         key = self.match(entry, topic)
         if key is not None and body is not None:
-            agent_type, sender = route.hosted.agent_type, self.sender(body)
-            if sender is not None and sender.key == key and sender.type == agent_type:
-                return None, topic
-            if route.custom is None and (served := body.text("keyed")) and agent_type in served.split():
+            sender = self.sender(body)
+            if sender is not None and sender.key == key and sender.type == route.hosted.agent_type:
                 return None, topic
         return key, topic
 

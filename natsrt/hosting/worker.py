@@ -111,7 +111,6 @@ class Worker:
             options=options,
             worker_id=self.worker_id,
             catalog=catalog,
-            serialization=serialization,
             registry=self.registry,
             calls=self.calls,
             records=self.records,

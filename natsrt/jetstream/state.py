@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import orjson
 from autogen_core import AgentId
@@ -27,6 +27,7 @@ from natsrt.errors import CannotDecode, CannotSerialize
 from natsrt.wire.subjects import encode_token
 
 RECORD: Final = "Natsrt-Record"
+_EXACT: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 MAX_HEAD_BYTES: Final = 32 * 1024
 """The longest head; JetStream stores headers of 64 KB in all."""
 
@@ -64,10 +65,12 @@ class Record:
         return self.stored is not None
 
     def holds(self, state: bytes) -> bool:
-        """Whether ``state`` is what is stored."""
+        """Whether ``state`` is what is stored. An empty one need not be."""
         if self.body is not None:
             return state == self.body
-        return self.stored is not None and self.stored.sha256 == sha256(state)
+        if self.stored is None:
+            return state == b"{}"
+        return self.stored.sha256 == sha256(state)
 
     @property
     def size(self) -> int:
@@ -138,6 +141,33 @@ def write_of(headers: Mapping[str, str] | None) -> str | None:
     try:
         return _HEAD.validate_json((headers or {})[RECORD]).write
     except (KeyError, ValidationError):
+        return None
+
+
+def encode_state(state: Mapping[str, Any]) -> bytes:
+    """What an agent's ``save_state`` returned, as JSON.
+
+    Raises `CannotSerialize` where ``load_state`` would get something that is not equal to it.
+    """
+    tree = state if type(state) is dict else dict(state)
+    if (text := _exact_json(tree)) is None:
+        name = next((name for name, value in tree.items() if _exact_json({name: value}) is None), None)
+        where = f" under {name!r}" if isinstance(name, str) else ""
+        raise CannotSerialize(
+            "dict",
+            f"the agent's state holds something{where} that is no JSON, or would be another value when it is loaded: a "
+            "state may hold text, finite numbers, integers of 64 bits, True, False, None, lists, and dictionaries with "
+            "text as keys",
+        )
+    return text
+
+
+def _exact_json(tree: dict[str, Any]) -> bytes | None:
+    """The JSON of ``tree`` if that reads as an equal one, else None. All of it in compiled code: every reply waits."""
+    try:
+        text = orjson.dumps(tree, option=_EXACT)
+        return text if orjson.loads(text) == tree else None
+    except (TypeError, ValueError, RecursionError):
         return None
 
 
