@@ -20,6 +20,7 @@ standard library promises in its place, so existing ``except`` clauses keep work
     │   ├── WorkerLost                                      the worker vanished; the message may have been handled
     │   ├── WorkerBusy                                      the worker's intake is full
     │   ├── WorkerStopped                                   the worker stopped before the handler finished
+    │   ├── Deadlock                                        keyed agents call one another at the same moment
     │   ├── StateConflict                                   the agent's stored state was changed elsewhere meanwhile
     │   └── StateNotSaved                                   the agent's state could not be stored
     ├── CallTimeout                 TimeoutError            a deadline of the caller passed
@@ -43,6 +44,7 @@ __all__ = [
     "CannotDecode",
     "CannotSerialize",
     "ConfigurationError",
+    "Deadlock",
     "EmbeddedServerError",
     "JetStreamRequired",
     "MessageTooLarge",
@@ -263,6 +265,23 @@ class WorkerStopped(UndeliveredCall):
     def __init__(self, recipient: str, worker_id: str) -> None:
         self.worker_id = worker_id
         super().__init__(recipient, f"worker {worker_id} stopped before its handler for {recipient} finished")
+
+
+class Deadlock(UndeliveredCall):
+    """The call would have waited for ever, for handlers that wait for it. ``agents`` are those where such calls wait.
+
+    Nobody handled it. The others of the circle go on, so that it can be made again later.
+    """
+
+    code = 508
+
+    def __init__(self, recipient: str, agents: Sequence[str]) -> None:
+        self.agents = list(agents)
+        super().__init__(
+            recipient,
+            f"the call to {recipient} would wait for ever, and was not handled: "
+            f"it waits for handlers that wait for it, in calls to {', '.join(self.agents)}",
+        )
 
 
 class StateConflict(UndeliveredCall):

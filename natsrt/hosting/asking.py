@@ -5,14 +5,16 @@ What became of calls is asked by callers, too: see `natsrt.transport.calls`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import orjson
 from autogen_core import AgentId
 from nats.aio.msg import Msg
+from pydantic import TypeAdapter, ValidationError
 
 from natsrt.errors import CannotDecode
+from natsrt.hosting.deadlocks import Deadlocks, Link
 from natsrt.hosting.fates import Fates
 from natsrt.hosting.owning import Grip, Owning
 from natsrt.transport.calls import Calls
@@ -22,6 +24,8 @@ from natsrt.wire.envelope import Envelope
 from natsrt.wire.subjects import Subjects
 
 _ALIVE_WITHIN = 1.0
+_LINKS_WITHIN = 0.5
+_LINKS: TypeAdapter[list[Link]] = TypeAdapter(list[Link])
 _QUESTION = "a question to a worker"
 
 
@@ -56,6 +60,16 @@ class Asking:
         except (TypeError, KeyError, ValueError):
             raise CannotDecode("a worker's answer about an agent", "it has no grip of a known name") from None
 
+    async def links(self, worker_id: str, calls: Sequence[str]) -> list[Link]:
+        """What a worker says that calls wait for; nothing where it does not answer. Raises `CannotDecode`."""
+        answer = await self._ask(worker_id, envelope.WAITS, {"calls": calls}, _LINKS_WITHIN)
+        if answer is None:
+            return []
+        try:
+            return _LINKS.validate_python(answer.json()["waits"])
+        except (TypeError, KeyError, ValidationError):
+            raise CannotDecode("a worker's answer about what calls wait for", "it is no list of these") from None
+
     async def _ask(self, worker_id: str, kind: str, question: dict[str, Any], timeout: float) -> Envelope | None:
         body = envelope.encode(kind, '"id":"question","source":"/"', orjson.dumps(question))
         reply = await self._calls.ask(self._subjects.worker(worker_id), body, timeout)
@@ -77,6 +91,7 @@ class Answering:
         subjects: Subjects,
         fates: Fates,
         owning: Owning,
+        deadlocks: Deadlocks,
         serve: Callable[[str, int], Awaitable[None]],
         refuse: Callable[[str, Exception], Awaitable[None]],
         spawn: Callable[[Awaitable[None]], None],
@@ -85,6 +100,7 @@ class Answering:
         self._subjects = subjects
         self._fates = fates
         self._owning = owning
+        self._deadlocks = deadlocks
         self._serve = serve
         self._refuse = refuse
         self._spawn = spawn
@@ -107,6 +123,9 @@ class Answering:
                     _text(data, "agent_type"), _text(data, "key"), envelope.texts(data, "chain", _QUESTION)
                 )
                 self._spawn(self._answer(reply, {"grip": grip.value}))
+            elif body.type == envelope.WAITS:
+                links = self._deadlocks.links(envelope.texts(data, "calls", _QUESTION))
+                self._spawn(self._answer(reply, {"waits": [link._asdict() for link in links]}))
             elif body.type == envelope.SERVE:
                 revision = data.get("revision")
                 if not isinstance(revision, int):

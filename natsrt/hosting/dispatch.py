@@ -47,6 +47,7 @@ from natsrt.errors import (
 from natsrt.hosting.answers import Answer, Answers, id_of
 from natsrt.hosting.catalog import Catalog, Gate, HostedType
 from natsrt.hosting.control import carry_out_message
+from natsrt.hosting.deadlocks import handling
 from natsrt.hosting.fates import Fates
 from natsrt.hosting.intake import CALL, CONTROL, EVENT, LOCATE, Entry, Intake
 from natsrt.hosting.keyed import Keyed
@@ -197,6 +198,8 @@ class Dispatch:
                 if body is not None and "chain" in body.attributes:
                     along = chain_of(body)
                     chain.set(along)
+                if along or hosted.keyed is not None:
+                    handling.set(entry)
                 if entry.late and entry.kind is CALL and body is not None:
                     answer = self._send_back(AgentId(hosted.agent_type, key), entry, body, "it stood still")
                 elif hosted.keyed is None:
@@ -216,6 +219,7 @@ class Dispatch:
                 await self._answer(entry, answer)
         finally:
             self._active.discard(entry)
+            entry.task = None  # which refers to the entry, as `handling`
 
     def _failed(
         self, error: BaseException, entry: Entry, body: Envelope | None, key: str | None
@@ -326,7 +330,7 @@ class Dispatch:
             result = await carry_out_message(self._catalog, hosted, key, body)
         else:
             try:
-                result = await self._keyed.control(hosted, key, body)
+                result = await self._keyed.control(hosted, key, entry, body)
             except OwnedElsewhere as owner:
                 return _passed_on(
                     await self._passing.control_on(AgentId(hosted.agent_type, key), owner.worker_id, body)
@@ -354,7 +358,7 @@ class Dispatch:
         sent_to_owner = entry.kind is CALL and entry.route.key is not None and body is not None
         try:
             handle = partial(self._handle, hosted, key, entry, body, topic)
-            return await self._keyed.owning.visit(hosted, key, along, handle, claim=not sent_to_owner)
+            return await self._keyed.owning.visit(hosted, key, along, handle, entry=entry, claim=not sent_to_owner)
         except NotOwned:
             return self._send_back(AgentId(hosted.agent_type, key), entry, body, "the agent left it")
         except OwnedElsewhere:

@@ -69,7 +69,7 @@ class Route:
 class Entry:
     """One message on its way to its handlers."""
 
-    __slots__ = ("arrived", "kind", "late", "message", "pending", "route", "size", "task", "token", "waiting")
+    __slots__ = ("arrived", "kind", "late", "message", "pending", "route", "size", "task", "token", "visit", "waiting")
 
     def __init__(self, route: Route, message: Msg, size: int, arrived: float, pending: Pending | None) -> None:
         self.route = route
@@ -81,7 +81,9 @@ class Entry:
         self.pending = pending
         """The call's fate; None for an event, and for a call without a reply subject."""
         self.task: asyncio.Task[None] | None = None
-        """The task that serves it."""
+        """The task that serves it; None before and after that."""
+        self.visit = ""
+        """The visit that it is of its keyed agent. Empty for other agents, and before its turn is asked for."""
         self.token: CancellationToken | None = None
         """The token of its handler, once that runs."""
         self.waiting = True

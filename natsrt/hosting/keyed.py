@@ -10,6 +10,7 @@ from autogen_core import Agent, AgentId
 from natsrt.errors import CannotDecode
 from natsrt.hosting import control
 from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.intake import Entry
 from natsrt.hosting.mailbox import chain_of
 from natsrt.hosting.owning import Owning
 from natsrt.wire.envelope import Envelope
@@ -38,7 +39,7 @@ class Keyed:
 
         return await self.owning.visit(hosted, key, along, save)
 
-    async def control(self, hosted: HostedType, key: str, body: Envelope) -> Any:
+    async def control(self, hosted: HostedType, key: str, entry: Entry, body: Envelope) -> Any:
         """One control message, when its agent's turn comes. Raises `OwnedElsewhere`."""
         operation = body.required("operation")
         if operation == control.GIVE_AWAY:
@@ -47,7 +48,7 @@ class Keyed:
         async def carry_out() -> Any:
             return await control.carry_out_message(self._catalog, hosted, key, body)
 
-        result = await self.owning.visit(hosted, key, chain_of(body), carry_out)
+        result = await self.owning.visit(hosted, key, chain_of(body), carry_out, entry=entry)
         if operation in (control.LOAD_STATE, control.STORE_STATE):
             await self.owning.store(AgentId(hosted.agent_type, key))
         return result

@@ -8,7 +8,6 @@ because the handler inside waits for it.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Collection
 from contextvars import ContextVar
 
@@ -38,7 +37,12 @@ class Mailbox:
         self._inside: list[str] = []
         self._beside: set[str] | None = None
         """Visits that go on, but do not keep others out."""
-        self._waiting: deque[asyncio.Future[None]] | None = None
+        self._waiting: dict[str, asyncio.Future[None]] | None = None
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The visits that keep others out."""
+        return tuple(self._inside)
 
     def holds(self, along: Collection[str]) -> bool:
         """Whether a visit of the chain ``along`` goes on here, so that a message of that chain is part of it."""
@@ -54,21 +58,22 @@ class Mailbox:
         return True
 
     async def wait(self, visit: str) -> None:
-        """Wait until ``visit`` may enter. `leave` must follow."""
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Wait until ``visit`` may enter. `leave` must follow. Raises what `refuse` says."""
         if self._waiting is None:
-            self._waiting = deque()
-        self._waiting.append(place)
+            self._waiting = {}
+        place = self._waiting[visit] = asyncio.get_running_loop().create_future()
         try:
             await place
         except BaseException:
-            if place.done() and not place.cancelled():  # let in at the moment it gave up
-                self._inside.remove("")
-                self._let_in()
-            elif place in self._waiting:
-                self._waiting.remove(place)
+            if self._waiting.pop(visit, None) is None and visit in self._inside:  # let in at the moment it gave up
+                self._remove(visit)
             raise
-        self._inside[self._inside.index("")] = visit
+
+    def refuse(self, visit: str, error: Exception) -> None:
+        """``visit`` waits no longer, but fails. Nothing happens where it does not wait."""
+        place = None if self._waiting is None else self._waiting.pop(visit, None)
+        if place is not None and not place.done():
+            place.set_exception(error)
 
     def count(self, visits: Collection[str]) -> int:
         """How many of ``visits`` go on here."""
@@ -97,8 +102,9 @@ class Mailbox:
 
     def _let_in(self) -> None:
         while self._waiting:
-            place = self._waiting.popleft()
+            visit = next(iter(self._waiting))
+            place = self._waiting.pop(visit)
             if not place.done():
-                self._inside.append("")  # its place, until it wakes up
+                self._inside.append(visit)
                 place.set_result(None)
                 return

@@ -26,8 +26,10 @@ from nats.nuid import NUID
 
 from natsrt.errors import WorkerLost
 from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.deadlocks import Deadlocks
 from natsrt.hosting.held import Held, HeldAgents, lease
 from natsrt.hosting.instances import Instances, close, take_out
+from natsrt.hosting.intake import Entry
 from natsrt.hosting.mailbox import chain
 from natsrt.hosting.pulse import Pulse
 from natsrt.hosting.releasing import Releasing
@@ -103,6 +105,7 @@ class Owning:
         listen: Callable[[HostedType, str], Awaitable[Interest]],
         ask: Callable[[str, AgentId, Collection[str], float], Awaitable[Grip | None]],
         locate: Callable[[AgentId, Collection[str]], Awaitable[Location]],
+        deadlocks: Deadlocks,
     ) -> None:
         self._connection = connection
         self._options = options
@@ -114,6 +117,7 @@ class Owning:
         self._listen = listen
         self._ask = ask
         self._locate = locate
+        self._deadlocks = deadlocks
         self._loop = asyncio.get_running_loop()
         self._held = HeldAgents()
         self._instances = Instances(
@@ -215,13 +219,14 @@ class Owning:
         along: Collection[str],
         serve: Callable[[], Awaitable[T]],
         *,
+        entry: Entry | None = None,
         claim: bool = True,
     ) -> T:
         """Run ``serve`` when its turn comes, with the agent live and owned here, and store the state after it.
 
-        ``along`` is the chain of the message. Without ``claim`` an agent that is not owned here is
-        not claimed: `NotOwned`. Raises `OwnedElsewhere`, `StateConflict`, `StateNotSaved`, and what
-        ``serve`` and the agent's own methods raise.
+        ``along`` is the chain of the message, and ``entry`` the message, if there is one. Without ``claim`` an agent
+        that is not owned here is not claimed: `NotOwned`. Raises `OwnedElsewhere`, `Deadlock`, `StateConflict`,
+        `StateNotSaved`, and what ``serve`` and the agent's own methods raise.
         """
         held = self._held.hold(hosted, key)
         held.users += 1
@@ -229,9 +234,11 @@ class Owning:
             held.come(along)
         self._visits += 1
         visit = f"{self._visit_prefix}{self._visits:x}"
+        if entry is not None:
+            entry.visit = visit
         try:
             if not held.mailbox.enters(visit, along):
-                await held.mailbox.wait(visit)
+                await self._deadlocks.wait(held.mailbox, held.agent_id, visit, entry)
             try:
                 agent = held.agent
                 if agent is None or held.parting or not self._is_sure(held):

@@ -10,6 +10,7 @@ from autogen_core import AgentId, TopicId
 from nats.aio.msg import Msg
 
 from natsrt.errors import CannotDecode, NatsrtError, NoLiveWorker, WorkerLost
+from natsrt.hosting.deadlocks import handler
 from natsrt.hosting.locating import Locating, Place
 from natsrt.hosting.mailbox import chain, chain_attribute
 from natsrt.hosting.owning import Location
@@ -99,14 +100,17 @@ class Passing:
         """Call an agent's owner for a caller that did not know him. ``body`` is None for a plain call."""
         place = self.place_of(agent)
         if body is not None:
-            return await self._calls.call(agent, envelope.rewrite(body, acceptto=self._calls.accept_to), place=place)
+            return await self._calls.call(
+                agent, envelope.rewrite(body, acceptto=self._calls.accept_to), place=place, awaited_by=handler()
+            )
         headers = {name: value for name, value in (message.headers or {}).items() if name in _PLAIN_HEADERS}
-        return await self._calls.call(agent, message.data, place=place, headers=headers or None)
+        return await self._calls.call(agent, message.data, place=place, headers=headers or None, awaited_by=handler())
 
     async def control_on(self, agent: AgentId, owner: str, body: envelope.Envelope) -> Msg:
         """The same with a control message for a worker that owns the agent."""
         subject = self._subjects.control_at(agent.type, owner)
-        return await self._calls.call(agent, envelope.rewrite(body, acceptto=self._calls.accept_to), subject=subject)
+        body_on = envelope.rewrite(body, acceptto=self._calls.accept_to)
+        return await self._calls.call(agent, body_on, subject=subject, awaited_by=handler())
 
     async def event_on(self, agent: AgentId, topic: TopicId, body: envelope.Envelope) -> None:
         """Send an event of another publisher to the agent's owner."""

@@ -24,6 +24,7 @@ from nats.nuid import NUID
 from opentelemetry.trace import SpanKind
 
 from natsrt.errors import CallTimeout, CannotDecode
+from natsrt.hosting.deadlocks import handler
 from natsrt.hosting.interventions import Interventions
 from natsrt.hosting.line import Line, Turn, intervening
 from natsrt.hosting.mailbox import chain, chain_attribute
@@ -198,7 +199,9 @@ class Sending:
     ) -> Awaitable[Msg]:
         link = None if token is None else self._link(token)
         place = None if subject is not None else self.passing.place_of(recipient)
-        call = self._calls.call(recipient, body, subject=subject, place=place, sent=leave, link=link)
+        call = self._calls.call(
+            recipient, body, subject=subject, place=place, sent=leave, link=link, awaited_by=handler()
+        )
         timeout = self._options.call_timeout
         return call if timeout is None else self._within(timeout, call, recipient)
 

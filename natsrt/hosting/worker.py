@@ -21,6 +21,7 @@ from opentelemetry.trace import TracerProvider
 from natsrt.errors import NatsrtError, SubscriptionNotServed
 from natsrt.hosting.asking import Answering, Asking
 from natsrt.hosting.catalog import Catalog, HostedType
+from natsrt.hosting.deadlocks import Deadlocks
 from natsrt.hosting.declarations import Declarations
 from natsrt.hosting.dispatch import Dispatch
 from natsrt.hosting.fates import Fates
@@ -106,6 +107,12 @@ class Worker:
             ready=self._wait_ready,
             is_ready=lambda: self._started and self.connection.connected,
         )
+        self._deadlocks = Deadlocks(
+            active=lambda: self.dispatch.active,
+            awaited=self.calls.awaited,
+            others=lambda: self.registry.view.workers.keys() - {self.worker_id},
+            ask=self._asking.links,
+        )
         self.owning = Owning(
             connection=self.connection,
             options=options,
@@ -117,6 +124,7 @@ class Worker:
             listen=lambda hosted, key: self._serving.listen(hosted, key),
             ask=self._asking.grip,
             locate=self.sending.passing.locate,
+            deadlocks=self._deadlocks,
         )
         self.keyed = Keyed(self.owning, catalog)
         self._fates = Fates(options, self.worker_id, self.connection.publish)
@@ -154,6 +162,7 @@ class Worker:
             subjects=self._subjects,
             fates=self._fates,
             owning=self.owning,
+            deadlocks=self._deadlocks,
             serve=self._serve,
             refuse=self.dispatch.answer_error,
             spawn=self._spawn,
@@ -301,6 +310,7 @@ class Worker:
     async def _tear_down(self) -> None:
         self._started = False
         self._pulse.stop()
+        await self._deadlocks.stop()
         await self.owning.stop()
         await self.sending.passing.stop()
         await self._services.stop()

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -117,6 +117,7 @@ class _NeverReceived(Exception):
 class _Call:
     __slots__ = (
         "accepted_by",
+        "awaited_by",
         "checking",
         "future",
         "holders",
@@ -130,12 +131,21 @@ class _Call:
         "watched_from",
     )
 
-    def __init__(self, reply: str, subject: str, recipient: AgentId, future: asyncio.Future[Msg], now: float) -> None:
+    def __init__(
+        self,
+        reply: str,
+        subject: str,
+        recipient: AgentId,
+        future: asyncio.Future[Msg],
+        now: float,
+        awaited_by: object | None,
+    ) -> None:
         self.reply = reply
         """The subject of its reply, which is its id, too."""
         self.subject = subject
         self.recipient = recipient
         self.future = future
+        self.awaited_by = awaited_by
         self.sent_at = now
         self.watched_from = now
         """The moment from which the waits count: `sent_at`, or earlier after a reconnect, when all is to be asked."""
@@ -204,6 +214,12 @@ class Calls:
         """How many calls wait for their end."""
         return len(self._pending)
 
+    def awaited(self) -> Iterator[tuple[str, object]]:
+        """The calls that wait for their replies on behalf of somebody, each by its reply subject, and who that is."""
+        for reply, call in self._pending.items():
+            if call.awaited_by is not None:
+                yield reply, call.awaited_by
+
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -257,13 +273,14 @@ class Calls:
         sent: Callable[[], None] | None = None,
         link: Callable[[asyncio.Future[Any]], None] | None = None,
         headers: dict[str, str] | None = None,
+        awaited_by: object | None = None,
     ) -> Msg:
         """Send ``body`` to ``subject`` (None: where the directory says), and return the reply, whatever it is.
 
-        ``place`` is that of a keyed agent, and names the subject. ``headers`` are those of a plain call. ``sent`` is
-        called once the message is in the client's buffer, or stands in line at its place; ``link`` with every future
-        that is waited for. Raises the failures of the rules above. Cancelling this coroutine forgets the call; it does
-        not cancel the handler (that is what cancellation tokens do).
+        ``place`` is that of a keyed agent, and names the subject. ``headers`` are those of a plain call. ``awaited_by``
+        is shown by `awaited`. ``sent`` is called once the message is in the client's buffer, or stands in line at its
+        place; ``link`` with every future that is waited for. Raises the failures of the rules above. Cancelling this
+        coroutine forgets the call; it does not cancel the handler (that is what cancellation tokens do).
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -289,7 +306,7 @@ class Calls:
                 route = place.subject
             else:
                 route = self._directory.subject_of(recipient) if subject is None else subject
-            self._pending[reply_to] = _Call(reply_to, route, recipient, future, now)
+            self._pending[reply_to] = _Call(reply_to, route, recipient, future, now, awaited_by)
             try:
                 if not future.done():  # else its token is cancelled already
                     await self._connection.publish(route, body, reply=reply_to, headers=headers)

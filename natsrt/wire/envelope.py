@@ -34,6 +34,7 @@ SERVE: Final = "natsrt.serve"
 CANCEL: Final = "natsrt.cancel"
 LOCATE: Final = "natsrt.locate"
 OWNER: Final = "natsrt.owner"
+WAITS: Final = "natsrt.waits"
 
 KEY_HEADER: Final = "Natsrt-Key"
 """Header that names the agent key of a plain body; ``default`` without it."""
