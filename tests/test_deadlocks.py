@@ -33,7 +33,7 @@ class Call:
     given_up: str = ""
     """How the first handler gives its call up, before it works on until a gate of this name opens."""
     apart: bool = False
-    """Whether it calls in a task that it does not wait for, and ends."""
+    """Whether it calls in a task that it does not wait for, before it works on until a gate of this name opens."""
 
 
 class Meeting:
@@ -62,11 +62,13 @@ class Member(RoutedAgent):
     @message_handler
     async def on_call(self, message: Call, ctx: MessageContext) -> str:
         meeting, name = self.meeting, str(self.id)
-        if message.apart:
-            meeting.apart.append(asyncio.create_task(self._call_on(message)))
         if message.held_at:
             await meeting.wait_at(message.held_at, self.id)
-        if message.apart or not message.path:
+        if message.apart:
+            meeting.apart.append(asyncio.create_task(self._call_on(message)))
+            await meeting.wait_at("apart", self.id)
+            return name
+        if not message.path:
             return name
         if message.given_up:
             await self._give_up(message)
@@ -253,9 +255,11 @@ async def test_a_handler_that_does_not_wait_for_its_call_is_in_no_circle(town: T
         for one, other in (("a/1", "b/1"), ("b/1", "a/1"))
     ]
     await town.inside("all", 2)
+    town.meeting.gate("all").set()
+    await town.inside("apart", 2)
     await town.looked(caller, "a", "b")
     assert not any(call.done() for call in [*calls, *town.meeting.apart])
-    town.meeting.gate("all").set()
+    town.meeting.gate("apart").set()
     assert await asyncio.gather(*calls) == ["a/1", "b/1"]
     assert sorted(await asyncio.gather(*town.meeting.apart)) == ["a/1", "b/1"]
 
