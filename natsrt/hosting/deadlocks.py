@@ -112,7 +112,7 @@ class Deadlocks:
         try:
             await mailbox.wait(visit)
         finally:
-            self._lines.pop(call, None)
+            self._lines.pop(call, None)  # a plain caller may have used its reply subject twice
 
     def links(self, calls: Collection[str]) -> list[Link]:
         """What these calls wait for, as far as this worker knows."""

@@ -65,8 +65,10 @@ class Mailbox:
         try:
             await place
         except BaseException:
-            if self._waiting.pop(visit, None) is None and visit in self._inside:  # let in at the moment it gave up
+            if visit in self._inside:  # let in at the moment it gave up
                 self._remove(visit)
+            else:
+                self._waiting.pop(visit, None)
             raise
 
     def refuse(self, visit: str, error: Exception) -> None:
