@@ -13,15 +13,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     ("cli",),
-    ("__init__", "__main__"),
-    ("registration",),
+    ("__init__", "__main__", "registration"),
     ("runtime",),
+    ("session",),
+    ("membership",),
+    ("assembly",),
     ("hosting",),
+    ("keyed",),
+    ("sending",),
+    ("agents",),
     ("jetstream", "observe"),
     ("transport",),
-    ("wire",),
     ("embedded", "options"),
     ("contexts", "keyed_types"),
+    ("wire",),
+    ("background",),
     ("errors", "version"),
 )
 """Top to bottom. A module may import its own layer and those below it."""

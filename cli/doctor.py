@@ -25,10 +25,10 @@ from nats.js import api
 from nats.nuid import NUID
 
 from natsrt.errors import NatsrtError, PermissionDenied
-from natsrt.jetstream.agents import AgentRecords
-from natsrt.jetstream.entries import HEARTBEAT, View, WorkerEntry
-from natsrt.jetstream.parts import BUCKET as AGENTS
-from natsrt.jetstream.registry import BUCKET, Registry
+from natsrt.jetstream.agent_records import AgentRecords
+from natsrt.jetstream.registry.entries import HEARTBEAT, View, WorkerEntry
+from natsrt.jetstream.registry.registry import BUCKET, Registry
+from natsrt.jetstream.state_parts import BUCKET as AGENTS
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.transport.probe import TRACE_DEST, TRACE_ONLY
@@ -376,18 +376,7 @@ def _check_bucket(patient: _Patient, bucket: str, info: api.StreamInfo) -> None:
 async def _open_registry(patient: _Patient) -> AsyncIterator[Registry]:
     """The registry as a runtime sees it, without that it removes what is stale."""
 
-    async def spared(worker_id: str) -> bool:
-        return True
-
-    registry = Registry(
-        patient.connection,
-        patient.subjects,
-        patient.options,
-        on_rules_changed=lambda _: None,
-        on_removed=lambda _: None,
-        on_evicted=lambda: None,
-        ask_worker=spared,
-    )
+    registry = Registry(patient.connection, patient.subjects, patient.options, peers=None)
     await registry.open()
     try:
         yield registry

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from autogen_core import AgentId
 
 from natsrt.errors import CannotDecode
-from natsrt.hosting.asking import Asking
-from natsrt.hosting.owning import Grip
-from natsrt.jetstream.agents import AgentRecords, Record
+from natsrt.jetstream.agent_records import AgentRecords, Record
 from natsrt.runtime import NatsAgentRuntime
+from natsrt.wire.peer_messages import Claim
 from natsrt.wire.subjects import Subjects
 
 _ANSWER_WITHIN = 2.0
@@ -55,7 +54,7 @@ class Owners:
     def __init__(self, runtime: NatsAgentRuntime) -> None:
         self._running = runtime.running
         self._subjects = Subjects(runtime.options.namespace)
-        self._asking = Asking(self._running.calls, self._subjects)
+        self._peers = self._running.network.peers
         self._silent: set[str] = set()
 
     async def find(self, agent: AgentId, *, damaged: bool = False) -> Found:
@@ -68,29 +67,29 @@ class Owners:
             record = await self._running.records.read(agent, damaged=damaged)
             if record is None or record.owner is None:
                 return Found(record, Standing.NOBODY)
-            grip = await self._grip(record.owner, agent)
-            if isinstance(grip, Standing):
-                return Found(record, grip)
-            if grip is not Grip.MOVING:
-                return Found(record, Standing.HOLDS if grip is Grip.HOLDS else Standing.GONE)
+            claim = await self._claim(record.owner, agent)
+            if isinstance(claim, Standing):
+                return Found(record, claim)
+            if claim is not Claim.MOVING:
+                return Found(record, Standing.HOLDS if claim is Claim.HOLDS else Standing.GONE)
             if asyncio.get_running_loop().time() > until:
                 return Found(record, Standing.SILENT)
             await asyncio.sleep(_PAUSE)
 
-    async def _grip(self, owner: str, agent: AgentId) -> Grip | Standing:
+    async def _claim(self, owner: str, agent: AgentId) -> Claim | Standing:
         """What the owner says of the agent, or what its silence means."""
         registry = self._running.registry
         if owner not in self._silent and registry.lists(owner):
-            grip = await self._asking.grip(owner, agent, (), _ANSWER_WITHIN)
-            if grip is not None:
-                return grip
+            claim = await self._peers.claim(owner, agent, (), _ANSWER_WITHIN)
+            if claim is not None:
+                return claim
             self._silent.add(owner)
         await registry.catch_up()
         return Standing.SILENT if registry.lists(owner) else Standing.GONE
 
     async def ask(self, agent: AgentId, owner: str, operation: str, data: Any = None) -> Any:
         """A control operation on an agent, at its owner. Raises what calls and the agent raise."""
-        return await self._running.sending.control(agent, self._subjects.control_at(agent.type, owner), operation, data)
+        return await self._running.sender.control(agent, self._subjects.control_at(agent.type, owner), operation, data)
 
 
 @dataclass(slots=True)

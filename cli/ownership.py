@@ -9,9 +9,9 @@ from typing import Any
 import click
 from autogen_core import AgentId
 
+from natsrt.agents.control import GIVE_AWAY
 from natsrt.errors import NatsrtError, NoLiveWorker
-from natsrt.hosting.control import GIVE_AWAY
-from natsrt.jetstream.entries import View
+from natsrt.jetstream.registry.entries import View
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit, is_remote

@@ -9,9 +9,9 @@ import click
 import orjson
 from autogen_core import AgentId
 
+from natsrt.agents.control import SAVE_STATE
 from natsrt.errors import CannotDecode
-from natsrt.hosting.control import SAVE_STATE
-from natsrt.jetstream.agents import Record, RecordChanged
+from natsrt.jetstream.agent_records import Record, RecordChanged
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit

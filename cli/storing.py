@@ -10,9 +10,9 @@ import click
 import orjson
 from autogen_core import AgentId
 
+from natsrt.agents.control import LOAD_STATE
 from natsrt.errors import CannotDecode, NatsrtError
-from natsrt.hosting.control import LOAD_STATE
-from natsrt.jetstream.agents import AgentRecords, Record, RecordChanged, RecordTaken
+from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
 
 from .exits import CommandFailed, Exit, is_remote
 from .output import note

@@ -17,8 +17,8 @@ import orjson
 from autogen_core import AgentId
 
 from natsrt.errors import CannotDecode
-from natsrt.jetstream.agents import AgentRecords, Record, RecordChanged, RecordTaken
-from natsrt.jetstream.state import encode_head
+from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
+from natsrt.jetstream.record import encode_head
 from natsrt.runtime import NatsAgentRuntime
 
 from .connecting import Connecting, connects

@@ -14,8 +14,8 @@ from autogen_core import (
     TypePrefixSubscription,
 )
 
-from natsrt.hosting.catalog import message_types
-from natsrt.jetstream.entries import Rule
+from natsrt.agents.catalog import message_types
+from natsrt.jetstream.registry.entries import Rule
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.wire.serialization import serializer_for
 

@@ -1,6 +1,6 @@
 """`NatsAgentRuntime`: AutoGen's `AgentRuntime` over NATS.
 
-How a call goes: ``send_message`` → `natsrt.hosting.sending` → `natsrt.transport.calls` → NATS → `natsrt.hosting.intake`
+How a call goes: ``send_message`` → `natsrt.sending.sender` → `natsrt.transport.calls` → NATS → `natsrt.hosting.intake`
 → `natsrt.hosting.dispatch` → agent → reply.
 """
 
@@ -28,17 +28,18 @@ from autogen_core import (
 from autogen_core.exceptions import NotAccessibleError
 from opentelemetry.trace import TracerProvider
 
+from natsrt.agents import control
+from natsrt.agents.catalog import Catalog
+from natsrt.agents.chain import chain
+from natsrt.agents.declarations import Declarations
+from natsrt.agents.interventions import Interventions
+from natsrt.assembly import Program
 from natsrt.errors import AmbiguousAgent, NatsrtError, SubscriptionNotServed, UnknownSubscription
-from natsrt.hosting import control
-from natsrt.hosting.catalog import Catalog
-from natsrt.hosting.declarations import Declarations
-from natsrt.hosting.interventions import Interventions
-from natsrt.hosting.mailbox import chain
-from natsrt.hosting.owning import OwnedElsewhere
-from natsrt.hosting.worker import Worker
+from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.observe.health import Health
 from natsrt.options import Options
+from natsrt.session import Session
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
@@ -84,15 +85,23 @@ class NatsAgentRuntime(AgentRuntime):
         self._tracer_provider = tracer_provider
         self._serialization = Serialization()
         self._error_types = ErrorTypes()
-        self._interventions = Interventions(intervention_handlers)
         self._catalog = Catalog(self, self._serialization)
         self._subscriptions = Declarations(Subjects(self._options.namespace))
-        self._worker: Worker | None = None
+        self._program = Program(
+            options=self._options,
+            catalog=self._catalog,
+            serialization=self._serialization,
+            interventions=Interventions(intervention_handlers),
+            error_types=self._error_types,
+            declarations=self._subscriptions,
+        )
+        self._session: Session | None = None
         self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._abort = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._closed_agents: set[int] = set()
+        self._closed: dict[int, Agent] = {}
+        """The live agents that `close` has closed, by identity: an agent need not be hashable."""
 
     # -- AgentRuntime, in the protocol's order -------------------------------------------------------------------
 
@@ -123,7 +132,7 @@ class NatsAgentRuntime(AgentRuntime):
             ServerUnreachable: No server for ``offline_timeout`` seconds.
             Exception: What the handler raised, as its own class where that is known here, else `RemoteAgentError`.
         """
-        return await self._running().sending.send(
+        return await self._running().sender.send(
             message,
             recipient,
             sender=sender,
@@ -150,7 +159,7 @@ class NatsAgentRuntime(AgentRuntime):
                 subject would be too long.
             ServerUnreachable: No server for ``offline_timeout`` seconds.
         """
-        await self._running().sending.publish(
+        await self._running().sender.publish(
             message, topic_id, sender=sender, token=cancellation_token, message_id=message_id
         )
 
@@ -176,15 +185,15 @@ class NatsAgentRuntime(AgentRuntime):
             RegistryUnavailable: The registry could not be written; nothing is left behind.
         """
         agent_type = type if isinstance(type, AgentType) else AgentType(type)
-        worker = await self._settled()
+        session = await self._settled()
         options = self._keyed_options(agent_type.type, expected_class, keyed)
-        await self._refuse_mixture(worker, agent_type.type, instances=False)
-        if worker is not None:
-            worker.refuse_mixture(agent_type.type, options is not None)
+        await self._refuse_mixture(session, agent_type.type, instances=False)
+        if session is not None:
+            session.membership.refuse_mixture(agent_type.type, options is not None)
         hosted = self._catalog.add_factory(agent_type.type, agent_factory, expected_class, options)
-        if worker is not None:
+        if session is not None:
             try:
-                await worker.host(hosted)
+                await session.membership.host(hosted)
             except BaseException:
                 await self.unregister(agent_type, keep_subscriptions=True)
                 raise
@@ -196,18 +205,18 @@ class NatsAgentRuntime(AgentRuntime):
         Raises:
             ValueError: The id is taken, here or elsewhere, or its type has a factory, or another class.
         """
-        worker = await self._settled()
-        await self._refuse_mixture(worker, agent_id.type, instances=True)
-        if worker is not None and (holders := worker.registry.view.instance_holders(agent_id.type, agent_id.key)):
+        session = await self._settled()
+        await self._refuse_mixture(session, agent_id.type, instances=True)
+        if session is not None and (holders := session.registry.view.instance_holders(agent_id.type, agent_id.key)):
             raise ValueError(f"Agent with id {agent_id} already exists on worker {holders[0]}.")
         hosted = self._catalog.add_instance(agent_instance, agent_id)
         try:
             await agent_instance.bind_id_and_runtime(id=agent_id, runtime=self)
-            if worker is not None:
-                await worker.host(hosted)
+            if session is not None:
+                await session.membership.host(hosted)
         except BaseException:
-            if worker is not None:
-                await worker.abandon(hosted, agent_id.key)
+            if session is not None:
+                await session.membership.abandon(hosted, agent_id.key)
             self._catalog.remove_instance(agent_id)
             raise
         return agent_id
@@ -221,17 +230,17 @@ class NatsAgentRuntime(AgentRuntime):
             NotAccessibleError: The agent lives in another process.
             TypeError: The agent is not a ``type``.
         """
-        worker = await self._settled()
+        session = await self._settled()
         hosted = self._catalog.find(id.type)
         if hosted is None:
-            if worker is not None and await worker.registry.verify(id) is None:
+            if session is not None and await session.registry.verify(id) is None:
                 raise NotAccessibleError(f"Agent {id} lives in another process.")
             raise LookupError(f"Agent with name {id.type} not found.")
-        if hosted.keyed is None or worker is None:
+        if hosted.keyed is None or session is None:
             agent = await self._catalog.agent(hosted, id.key)
         else:
             try:
-                agent = await worker.keyed.instance(hosted, id.key, chain.get())
+                agent = await session.operations.instance(hosted, id.key, chain.get())
             except OwnedElsewhere as owner:
                 raise NotAccessibleError(f"Agent {id} lives on worker {owner.worker_id}.") from None
         if not isinstance(agent, type):
@@ -254,14 +263,14 @@ class NatsAgentRuntime(AgentRuntime):
 
     async def save_state(self) -> Mapping[str, Any]:
         """The states of all live agents of this runtime, by agent id as text."""
-        worker, states = await self._settled(), {}
+        session, states = await self._settled(), {}
         for agent_id, agent in self._catalog.live_agents():
             hosted = self._catalog.find(agent_id.type)
-            if hosted is None or hosted.keyed is None or worker is None:
+            if hosted is None or hosted.keyed is None or session is None:
                 states[str(agent_id)] = dict(await agent.save_state())
             else:
                 try:
-                    states[str(agent_id)] = dict(await worker.keyed.state(hosted, agent_id.key, chain.get()))
+                    states[str(agent_id)] = dict(await session.operations.state(hosted, agent_id.key, chain.get()))
                 except OwnedElsewhere:  # it moved away meanwhile
                     continue
         return states
@@ -303,7 +312,7 @@ class NatsAgentRuntime(AgentRuntime):
             LookupError: It does not live here.
             StateConflict, StateNotSaved: It could not be stored.
         """
-        await self._running().owning.store(agent)
+        await self._running().ownership.store(agent)
 
     async def add_subscription(self, subscription: Subscription) -> None:
         """Give topics to an agent type, whoever hosts it. Returns once every live worker of the type serves it.
@@ -312,16 +321,16 @@ class NatsAgentRuntime(AgentRuntime):
             ValueError: An equal subscription was added here already, or the prefix is one that no topic can have.
             SubscriptionNotServed: A worker did not confirm within ``subscription_timeout`` seconds.
         """
-        worker = await self._settled()
+        session = await self._settled()
         self._subscriptions.add(subscription)
-        if worker is not None:
+        if session is not None:
             try:
-                await worker.subscribe(subscription)
+                await session.membership.subscribe(subscription)
             except SubscriptionNotServed:  # it is stored all the same
                 raise
             except BaseException:
                 self._subscriptions.remove(subscription)
-                await worker.forget(subscription)
+                await session.membership.forget(subscription)
                 raise
 
     async def remove_subscription(self, id: str) -> None:
@@ -330,14 +339,14 @@ class NatsAgentRuntime(AgentRuntime):
         Raises:
             UnknownSubscription: A `LookupError` and `ValueError`: there is none with this id.
         """
-        worker = await self._settled()
+        session = await self._settled()
         subscription = self._subscriptions.find(id)
         if subscription is not None:
-            if worker is None:
+            if session is None:
                 self._subscriptions.remove(subscription)
             else:
-                await worker.unsubscribe(subscription, stored=self._subscriptions.remove)
-        elif worker is None or not await worker.unsubscribe_foreign(id):
+                await session.membership.unsubscribe(subscription, stored=self._subscriptions.remove)
+        elif session is None or not await session.membership.unsubscribe_foreign(id):
             raise UnknownSubscription(id)
 
     def add_message_serializer(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
@@ -367,8 +376,8 @@ class NatsAgentRuntime(AgentRuntime):
         for subscription in ended:
             self._subscriptions.remove(subscription)
         self._catalog.remove(agent_type)
-        if self._worker is not None:
-            await self._worker.abandon(hosted, ended=ended)
+        if self._session is not None:
+            await self._session.membership.abandon(hosted, ended=ended)
 
     def add_error_type(self, cls: type[BaseException]) -> None:
         """Let a remote handler's exceptions of ``cls`` arrive as themselves instead of as `RemoteAgentError`.
@@ -385,27 +394,27 @@ class NatsAgentRuntime(AgentRuntime):
     @property
     def worker_id(self) -> str | None:
         """This start's worker id; None while stopped."""
-        return None if self._worker is None else self._worker.worker_id
+        return None if self._session is None else self._session.worker_id
 
     @property
     def ready(self) -> bool:
         """Whether the runtime is started, connected, and in step with the registry."""
-        return self._worker is not None and self._worker.ready
+        return self._session is not None and self._session.ready
 
     def health(self) -> Health:
         """How this runtime is at this moment, for probes and for people. Never raises, and works while stopped too.
 
         To be called in the runtime's event loop.
         """
-        if self._worker is not None:
-            return self._worker.health()
+        if self._session is not None:
+            return self._session.health()
         if (failure := self._start_failure()) is not None:
             told = str(failure) if isinstance(failure, NatsrtError) else type(failure).__qualname__
             return Health.stopped(f"Its start failed: {told}")
         return Health.stopped("It was stopped." if self._stopped.is_set() else "It was not started.")
 
     @property
-    def running(self) -> Worker:
+    def running(self) -> Session:
         """The parts of a started runtime, for tools. Raises RuntimeError while stopped."""
         return self._running()
 
@@ -419,30 +428,21 @@ class NatsAgentRuntime(AgentRuntime):
             ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable: From the awaited result, or
                 from the first send.
         """
-        if self._worker is not None:
+        if self._session is not None:
             raise RuntimeError("Runtime is already started")
         self._abort.clear()
         self._stopped.clear()
         self._stopping = None
-        self._worker = Worker(
-            self,
-            self._options,
-            catalog=self._catalog,
-            serialization=self._serialization,
-            interventions=self._interventions,
-            error_types=self._error_types,
-            subscriptions=self._subscriptions,
-            tracer_provider=self._tracer_provider,
-        )
-        self._starting = asyncio.ensure_future(self._start(self._worker))
+        self._session = Session(self._program, self._tracer_provider)
+        self._starting = asyncio.ensure_future(self._start(self._session))
         self._starting.add_done_callback(_log_failure)
         return self._starting
 
-    async def _start(self, worker: Worker) -> None:
+    async def _start(self, session: Session) -> None:
         try:
-            await worker.start(self._abort)
+            await session.start(self._abort)
         except BaseException:
-            self._worker = None
+            self._session = None
             self._stopped.set()
             raise
 
@@ -455,35 +455,34 @@ class NatsAgentRuntime(AgentRuntime):
             RuntimeError: Not started.
             BaseException: The first exception of an event's handler, where ``ignore_unhandled_exceptions`` is off.
         """
-        if self._worker is None:
+        if self._session is None:
             raise RuntimeError("Runtime is not started")
         if self._stopping is None:
-            self._stopping = asyncio.ensure_future(self._stop(self._worker))
-        self._worker.dispatch.excuse(asyncio.current_task())
-        self._worker.owning.excuse(chain.get())
+            self._stopping = asyncio.ensure_future(self._stop(self._session))
+        self._session.exempt(asyncio.current_task(), chain.get())
         await asyncio.shield(self._stopping)
 
-    async def _stop(self, worker: Worker) -> None:
+    async def _stop(self, session: Session) -> None:
         try:
             if self._starting is not None:
                 await asyncio.gather(self._starting, return_exceptions=True)
-            if self._worker is worker:
-                await worker.stop(self._options.drain_timeout, self._abort)
+            if self._session is session:
+                await session.stop(self._options.drain_timeout)
         finally:
-            self._worker = None
+            self._session = None
             self._starting = None
             self._stopped.set()
-        if worker.dispatch.background_error is not None:
-            raise worker.dispatch.background_error
+        if session.event_error is not None:
+            raise session.event_error
 
     async def stop_when_idle(self) -> None:
         """Stop once nothing is queued, running or awaited here, proved by a round trip through the server.
 
         Called right after a publish, it waits for that event and for all that it causes in this runtime.
         """
-        worker = self._running()
+        session = self._running()
         await self._await_start()
-        await worker.wait_idle()
+        await session.wait_idle()
         await self.stop()
 
     async def stop_when_signal(self, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
@@ -503,7 +502,7 @@ class NatsAgentRuntime(AgentRuntime):
         waits = [asyncio.ensure_future(received.wait()), asyncio.ensure_future(self._stopped.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if self._worker is not None:
+            if self._session is not None:
                 await self.stop()
         finally:
             for wait in waits:
@@ -513,7 +512,7 @@ class NatsAgentRuntime(AgentRuntime):
 
     async def wait_until_stopped(self) -> None:
         """Return when the runtime is stopped, by whomever; at once if it was never started."""
-        if self._worker is not None:
+        if self._session is not None:
             await self._stopped.wait()
 
     async def close(self) -> None:
@@ -523,14 +522,14 @@ class NatsAgentRuntime(AgentRuntime):
             BaseException: The first of what stopping and the agents raised, after all of them were closed.
         """
         raised: list[BaseException] = []
-        if self._worker is not None:
+        if self._session is not None:
             try:
                 await self.stop()
             except Exception as error:
                 raised.append(error)
-        for _, agent in self._catalog.live_agents():
-            if id(agent) not in self._closed_agents:
-                self._closed_agents.add(id(agent))
+        closed, self._closed = self._closed, {id(agent): agent for _, agent in self._catalog.live_agents()}
+        for key, agent in self._closed.items():
+            if key not in closed:
                 try:
                     await agent.close()
                 except Exception as error:
@@ -549,12 +548,12 @@ class NatsAgentRuntime(AgentRuntime):
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _running(self) -> Worker:
-        if self._worker is None:
+    def _running(self) -> Session:
+        if self._session is None:
             if (failure := self._start_failure()) is not None:
                 raise failure
             raise RuntimeError("Runtime is not started: call start() first")
-        return self._worker
+        return self._session
 
     def _start_failure(self) -> BaseException | None:
         """Why the last start failed; None if it did not."""
@@ -566,27 +565,27 @@ class NatsAgentRuntime(AgentRuntime):
         if self._starting is not None:
             await asyncio.shield(self._starting)
 
-    async def _settled(self) -> Worker | None:
+    async def _settled(self) -> Session | None:
         """The running worker, after a start that is under way; None while stopped."""
-        if self._worker is not None:
+        if self._session is not None:
             await self._await_start()
-        return self._worker
+        return self._session
 
     async def _control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
         """Do it here where the agent lives here, else where it lives."""
-        worker = await self._settled()
+        session = await self._settled()
         hosted = self._catalog.find(agent.type)
-        if worker is not None:
-            if worker.connection.connected:
-                await worker.registry.catch_up()
-            workers, keyed = worker.registry.view.takers_of(agent), worker.registry.is_keyed(agent.type)
+        if session is not None:
+            if session.connection.connected:
+                await session.registry.catch_up()
+            workers, keyed = session.registry.view.takers_of(agent), session.registry.is_keyed(agent.type)
             if len(workers) > 1 and not keyed:
                 raise AmbiguousAgent(str(agent), workers)
-            if keyed or hosted is None or worker.worker_id not in workers:
-                failure = await worker.registry.verify(agent)
+            if keyed or hosted is None or session.worker_id not in workers:
+                failure = await session.registry.verify(agent)
                 if failure is not None:
                     raise failure
-                return await worker.control(agent, operation, data)
+                return await session.control(agent, operation, data)
         if hosted is None:
             raise LookupError(f"Agent with name {agent.type} not found.")
         return await control.carry_out(await self._catalog.agent(hosted, agent.key), operation, data)
@@ -601,12 +600,12 @@ class NatsAgentRuntime(AgentRuntime):
             return said_of_class or (KeyedOptions() if said else None)
         return said or None
 
-    async def _refuse_mixture(self, worker: Worker | None, agent_type: str, *, instances: bool) -> None:
+    async def _refuse_mixture(self, session: Session | None, agent_type: str, *, instances: bool) -> None:
         """AutoGen's rule, over all workers as they are now: a type has a factory or instances, not both."""
-        if worker is None:
+        if session is None:
             return
-        await worker.registry.catch_up()
-        view = worker.registry.view
+        await session.registry.catch_up()
+        view = session.registry.view
         for worker_id in view.workers_hosting(agent_type):
             if view.hosts[agent_type][worker_id].instances != instances:
                 raise ValueError("Agent factories and agent instances cannot be registered to the same type.")

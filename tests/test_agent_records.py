@@ -15,9 +15,9 @@ from nats.js.errors import NotFoundError
 
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotDecode, CannotSerialize, NatsrtError, PermissionDenied, StateUnavailable
-from natsrt.jetstream.agents import AgentRecords, Record, RecordChanged, RecordTaken
-from natsrt.jetstream.parts import MAX_BODY_BYTES
-from natsrt.jetstream.state import parts_key, record_key
+from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
+from natsrt.jetstream.record import parts_key, record_key
+from natsrt.jetstream.state_parts import MAX_BODY_BYTES
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects

@@ -16,8 +16,8 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
 
 from natsrt import KeyedOptions, NatsAgentRuntime, Options, StateConflict, keyed
 from natsrt.embedded import EmbeddedServer
-from natsrt.jetstream.agents import AgentRecords
-from natsrt.jetstream.state import RECORD
+from natsrt.jetstream.agent_records import AgentRecords
+from natsrt.jetstream.record import RECORD
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
 from tests.support.cli import NATSRT, Ended, natsrt

@@ -16,7 +16,8 @@ from autogen_core import AgentId, CancellationToken, MessageContext, RoutedAgent
 import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
-from natsrt.hosting.deadlocks import Link, find_circles
+from natsrt.keyed.deadlocks import find_circles
+from natsrt.wire.peer_messages import WaitLink
 from tests.support.processes import eventually
 
 ENDS_WITHIN = 20
@@ -222,7 +223,7 @@ async def test_a_circle_is_found_over_a_worker_that_gave_its_type_up(town: Town)
     await town.inside("a", 4)
     await town.inside("b", 4)
     town.meeting.gate("a").set()
-    await eventually(lambda: len(leaving.running._deadlocks._lines) == 4)
+    await eventually(lambda: len(leaving.running.incoming.deadlocks._lines) == 4)
     await leaving.unregister("b")
     town.meeting.gate("b").set()
     async with asyncio.timeout(ENDS_WITHIN):
@@ -301,13 +302,13 @@ async def test_a_long_queue_is_no_circle(town: Town) -> None:
 # -- the graph ---------------------------------------------------------------------------------------------------------
 
 
-def links(*pairs: str) -> list[Link]:
+def links(*pairs: str) -> list[WaitLink]:
     """Of ``"a>b"``, ``a`` waits at an agent for ``b``; of ``"a=b"``, its handler awaits it."""
     made = []
     for pair in pairs:
         waits = ">" in pair
         call, awaited = pair.split(">" if waits else "=")
-        made.append(Link(call, awaited, f"visit of {call}", f"agent of {call}" if waits else ""))
+        made.append(WaitLink(call, awaited, f"visit of {call}", f"agent of {call}" if waits else ""))
     return made
 
 

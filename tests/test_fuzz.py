@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from natsrt import MessageTooLarge, NatsAgentRuntime, NatsrtError, RemoteAgentError
 from natsrt.embedded import EmbeddedServer
-from natsrt.jetstream.entries import KnownEntry, encode_entry
+from natsrt.jetstream.registry.entries import KnownEntry, encode_entry
 from tests.support.processes import eventually
 
 SERVICE_ERROR = "Nats-Service-Error"
@@ -265,7 +265,7 @@ async def test_every_broken_call_is_answered_with_an_error_and_counted(target: T
     before = await target.errors()
     await is_refused(target, subject, BROKEN_CALLS)
     assert await target.errors() - before == len(BROKEN_CALLS)
-    unknown = target.runtime.running.dispatch.unknown_payloads  # readable, but of a type that nobody here knows
+    unknown = target.runtime.running.counters.unknown_payloads  # readable, but of a type that nobody here knows
     assert target.runtime.running.undecodable + unknown == len(BROKEN_CALLS)
     await target.lives()
 

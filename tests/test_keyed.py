@@ -304,7 +304,7 @@ async def test_an_event_wakes_an_agent_that_was_released(place: Place) -> None:
 async def test_with_rebalance_a_worker_that_joins_gets_its_share_of_idle_agents(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("natsrt.hosting.held._LEASE", 0.05)
+    monkeypatch.setattr(slots, "_LEASE", 0.05)
     options = KeyedOptions(idle_timeout=2, rebalance=True)
     await place.worker("w1", options)
     caller = await place.caller()

@@ -28,8 +28,8 @@ from autogen_core import (
 import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime, keyed
 from natsrt.embedded import EmbeddedServer
-from natsrt.hosting.owning import OwnedElsewhere
-from natsrt.jetstream.state import encode_state
+from natsrt.jetstream.record import encode_state
+from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER
 from tests.support.processes import eventually
@@ -141,9 +141,11 @@ async def test_a_handler_whose_instance_was_dropped_meanwhile_does_not_report_su
     present = await caller.running.records.read(agent("k"))
     assert present is not None
     await caller.running.records.write_state(agent("k"), b'{"value": 7}', expected=present)
-    runtime.running.owning.doubt()
+    runtime.running.ownership.doubt()
     await eventually(lambda: place.life.closed == [("counting/k", "w1")])
-    assert (await caller.running.sending.passing.locate(agent("k"))).worker_id == runtime.worker_id  # it owns it again
+    assert (
+        await caller.running.outgoing.delivery.locate(agent("k"))
+    ).worker_id == runtime.worker_id  # it owns it again
     place.life.gate("gate").set()
     with pytest.raises(natsrt.StateConflict):
         await held_up
@@ -234,7 +236,7 @@ async def test_a_message_that_comes_while_its_agent_is_given_up_wakes_it_again(p
         request = asyncio.ensure_future(
             client.request(f"{place.namespace}.agent.counting", b'{"name": "gate"}', 5, headers={KEY_HEADER: "k"})
         )
-        located = asyncio.ensure_future(caller.running.sending.passing.locate(agent("k")))
+        located = asyncio.ensure_future(caller.running.outgoing.delivery.locate(agent("k")))
         await caller.send_message(Add(1), agent("other"))
         await client.flush()
         await caller.send_message(Add(1), agent("other"))
@@ -254,7 +256,7 @@ async def test_a_large_state_that_was_changed_before_it_was_loaded_is_loaded_as_
     large = b'{"value": 1, "text": "' + b"x" * 1_500_000 + b'"}'
     await records.write_state(agent("k"), large, expected=None)
     caller = await place.caller()
-    await caller.running.sending.passing.locate(agent("k"))
+    await caller.running.outgoing.delivery.locate(agent("k"))
     present = await records.read(agent("k"))
     await records.write_state(agent("k"), large.replace(b"1,", b"2,"), expected=present)
     with pytest.raises(natsrt.StateConflict):
@@ -410,7 +412,7 @@ async def test_a_state_that_json_cannot_carry_is_the_callers_error_and_the_agent
     (await worker.try_get_underlying_agent_instance(agent("k"), Counting)).value = float("nan")  # type: ignore[assignment]
     with pytest.raises((natsrt.CannotSerialize, natsrt.StateNotSaved)):
         await caller.send_message(Add(1), agent("k"))
-    assert worker.running.owning.owned("counting") == 1
+    assert worker.running.ownership.owned("counting") == 1
 
 
 @dataclass
@@ -494,11 +496,11 @@ async def test_a_worker_forgets_what_it_only_passed_on(place: Place) -> None:
         await eventually(lambda: len(place.life.handled) == 30)
     finally:
         await client.close()
-    held = [len(list(worker.running.owning._held)) for worker in workers]
+    held = [len(list(worker.running.ownership._slots)) for worker in workers]
     assert sum(held) == len(place.life.made) == 5
     for worker in workers:
         assert not worker.running.dispatch.running
-        assert not worker.running._fates._running
+        assert not worker.running.incoming.call_log._running
 
 
 async def test_an_event_that_finds_the_intake_full_is_counted(place: Place) -> None:
@@ -523,7 +525,7 @@ async def test_a_worker_that_forgot_nothing_never_received_what_it_does_not_know
     caller = await place.caller()
     question = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', b'{"calls":["_INBOX.sent.before.it.began"]}')
     subject = caller.running.registry.worker_subject(worker.running.worker_id)
-    answer = await caller.running.calls.ask(subject, question, 5)
+    answer = await caller.running.network.peers.ask(subject, question, 5)
     assert answer is not None
     body = envelope.decode(answer.data)
     assert body is not None
@@ -542,21 +544,21 @@ async def test_a_visitor_behind_another_makes_known_who_waits_for_it(place: Plac
     second = await place.worker("w2")
     stopping = asyncio.ensure_future(runtime.stop())
     await eventually(lambda: len(relay.running.registry.view.takers_of(agent("k"))) == 1)
-    hosted = second.running._catalog.find("counting")
+    hosted = second.running.incoming.subscriptions._catalog.find("counting")
     assert hosted is not None
 
     async def nothing() -> None:
         return None
 
-    first = asyncio.ensure_future(second.running.owning.visit(hosted, "k", (), nothing))
+    first = asyncio.ensure_future(second.running.ownership.visit(hosted, "k", (), nothing))
     await asyncio.sleep(0)
-    held = second.running.owning._held.find("counting", "k")
-    inside = runtime.running.owning._held.find("counting", "k")
+    held = second.running.ownership._slots.find("counting", "k")
+    inside = runtime.running.ownership._slots.find("counting", "k")
     assert held is not None
     assert inside is not None
     await eventually(lambda: held.is_moving)
     [visit] = inside.mailbox._inside
-    behind = asyncio.ensure_future(second.running.owning.visit(hosted, "k", (visit,), nothing))
+    behind = asyncio.ensure_future(second.running.ownership.visit(hosted, "k", (visit,), nothing))
     for outcome in await asyncio.wait_for(asyncio.gather(first, behind, return_exceptions=True), 4):
         assert isinstance(outcome, OwnedElsewhere)
     place.life.gate("relay").set()

@@ -181,7 +181,7 @@ async def test_an_undecodable_message_is_answered_and_counted(
         await client.close()
     assert reply.headers is not None
     assert reply.headers["Nats-Service-Error-Code"] in ("400", "422")
-    assert runtime.running.dispatch.undecodable == 1
+    assert runtime.running.counters.undecodable == 1
     assert (await runtime.send_message(Work("echo", "alive"), LABORER)).note == "alive"
 
 
@@ -786,11 +786,11 @@ async def test_a_worker_that_is_full_answers_busy_and_counts_the_events_it_drops
         assert (error.worker_id, error.pending_bytes > 18_000) == (full.worker_id, True)
         for _ in range(3):
             await caller.publish_message(Work("echo", "n" * 5_000), TOPIC)
-        await eventually(lambda: full.running.dispatch.intake.dropped_events == 3)
+        await eventually(lambda: full.running.counters.dropped_events == 3)
         gate.open()
         assert len((await ended(waiting)).result().note) == 18_000
         assert (await ended(caller.send_message(Work("echo", "room"), LABORER))).result().note == "room"
-        assert full.running.dispatch.intake.pending_bytes == 0
+        assert full.running.intake.pending_bytes == 0
 
 
 async def test_a_plain_call_to_a_full_worker_gets_a_plain_error(
@@ -826,10 +826,10 @@ async def test_a_call_to_a_full_worker_is_taken_by_another_that_has_room(
 
 
 async def test_a_handler_whose_own_call_met_a_busy_worker_is_not_called_again(runtime: NatsAgentRuntime) -> None:
-    calls = runtime.running.dispatch.intake.taken
+    calls = runtime.running.counters.taken_in
     error = await failure(runtime.send_message(Work("busy"), LABORER))
     assert isinstance(error, natsrt.WorkerBusy)
-    assert runtime.running.dispatch.intake.taken == calls + 1
+    assert runtime.running.counters.taken_in == calls + 1
 
 
 async def test_a_call_that_the_server_forbids_fails_at_once(tmp_path: Path, namespace: str) -> None:

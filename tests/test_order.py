@@ -173,7 +173,7 @@ async def test_order_holds_while_a_slow_factory_makes_the_agent(
     sender = NatsAgentRuntime(server.url, namespace=namespace, intervention_handlers=[Sleepy()] * interventions)
     async with worker, sender:
         sending = asyncio.create_task(send_all(sender, count=2_000))
-        await eventually(lambda: worker.running.dispatch.intake.taken >= 1_000)
+        await eventually(lambda: worker.running.counters.taken_in >= 1_000)
         let_go.set()
         await sending
         await all_started(book, count=2_000)
@@ -219,6 +219,6 @@ async def test_order_holds_for_messages_that_wait_for_their_serializer(server: E
         await runtime.register_factory("clerk", lambda: Clerk(book))
         await runtime.add_subscription(TypeSubscription("orders", "clerk"))
         sending = [asyncio.create_task(sender.send_message(Other(number), AGENT)) for number in range(200)]
-        await eventually(lambda: runtime.running.dispatch.intake.taken >= 200)
+        await eventually(lambda: runtime.running.counters.taken_in >= 200)
         await asyncio.gather(*sending)
         await all_started(book, count=200)

@@ -253,7 +253,7 @@ async def test_a_publisher_that_may_not_call_keyed_agents_loses_their_events_and
             await caller.send_message(Text("hi"), AgentId("admin", "k"))
         await caller.publish_message(Text("news"), TopicId("inside", "s"))
         await eventually(lambda: "listener/s found nobody" in caplog.text)
-        assert caller.running.sending.passing.undelivered == 1
+        assert caller.running.counters.undelivered_events == 1
         client = await house.client("caller")
         await client.publish(house.subject("topic.inside.s"), b'{"text":"plain"}')  # its worker passes it on
         await eventually(lambda: house.events == [Text("plain")])
@@ -376,7 +376,7 @@ async def test_a_client_of_one_agent_reaches_no_other_by_anything_it_sends(house
     assert await worker.agent_save_state(AgentId("admin", "x")) == {"secret": "of the agent"}
     assert await worker.agent_save_state(AgentId("public", "x")) == {"secret": "of the agent"}
     assert worker.ready and worker.running.connection.reconnects == 0
-    assert worker.running.dispatch.refused_replies > 0
+    assert worker.running.counters.refused_replies > 0
     caller = await house.runtime("caller")
     assert await caller.send_message(Text("hi"), AgentId("admin", "k")) == Text("hi")
 

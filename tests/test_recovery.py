@@ -250,7 +250,7 @@ async def test_a_call_that_got_lost_on_its_way_is_sent_again(
 async def _remembers(caller: NatsAgentRuntime, worker_id: str, seconds: float) -> bool:
     """Whether the worker's memory of calls reaches back so far."""
     question = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', b'{"calls":[]}')
-    answer = await caller.running.calls.ask(Subjects(caller.options.namespace).worker(worker_id), question, 1.0)
+    answer = await caller.running.network.peers.ask(Subjects(caller.options.namespace).worker(worker_id), question, 1.0)
     body = None if answer is None else envelope.decode(answer.data)
     return body is not None and body.json()["remembers"] > seconds
 
@@ -412,7 +412,7 @@ async def test_a_cancellation_during_a_blink_of_the_workers_connection_arrives(
         call = asyncio.ensure_future(
             caller.send_message(Work("until_cancelled", "blink"), LABORER, cancellation_token=token)
         )
-        await eventually(lambda: any(entry.token for entry in hosting.running.dispatch.active))
+        await eventually(lambda: any(entry.token for entry in hosting.running.incoming.active))
         proxy.cut()
         await eventually(lambda: not hosting.running.connection.connected)
         token.cancel()

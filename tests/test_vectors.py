@@ -17,8 +17,8 @@ import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotDecode
-from natsrt.jetstream.entries import TypeEntry, WorkerEntry, decode_entry, encode_entry
-from natsrt.jetstream.state import RECORD, Stored, checked, decode_record, encode_head, parts_key, record_key
+from natsrt.jetstream.record import RECORD, Stored, checked, decode_record, encode_head, parts_key, record_key
+from natsrt.jetstream.registry.entries import TypeEntry, WorkerEntry, decode_entry, encode_entry
 from natsrt.wire import envelope
 from tests.support.processes import eventually
 

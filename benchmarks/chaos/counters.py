@@ -141,9 +141,9 @@ class Worker(roles.Worker):
 
     async def instances(self) -> dict[str, Any]:
         """The counters that were made and closed here, those that are live now, and how often one lost its record."""
-        owning = self.runtime.running.owning
+        conflicts = self.runtime.health().state_conflicts
         live = self.runtime.health().agents[COUNTER]
-        return {"made": Counter.made, "closed": Counter.closed, "live": live, "conflicts": owning.conflicts}
+        return {"made": Counter.made, "closed": Counter.closed, "live": live, "conflicts": conflicts}
 
     async def written(self) -> dict[str, list[int]]:
         """What each scribe here wrote down."""

@@ -1,1 +1,1 @@
-"""What a worker does: factories and live agents, intake, dispatch, interventions."""
+"""The way in: from a NATS message to a handler, and back to the caller."""

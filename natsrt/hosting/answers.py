@@ -1,89 +1,101 @@
-"""What a worker answers: replies and failures as bodies, ready to be sent."""
+"""What a worker answers: replies and failures as bodies that are ready to be sent."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import orjson
+from autogen_core import AgentId
+from autogen_core.logging import DeliveryStage, MessageKind
 
+from natsrt.agents.inbound import Answer
 from natsrt.errors import CannotDecode, MessageTooLarge
+from natsrt.observe import events
 from natsrt.options import Options
-from natsrt.transport.connection import Connection
+from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
 from natsrt.wire.failures import describe
-from natsrt.wire.serialization import Encoded
+from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import encode_text
 
 WORKER_EXTENSION = "workerid"
-"""Extension of a reply that names the worker which answered."""
+"""Envelope extension of a reply that names the worker which answered."""
 
 _REMEMBERED = 4096
-"""Agents and message types whose attributes are not written again."""
+"""Pairs of an agent and a message type whose attributes are kept as text; a few hundred kilobytes."""
 _LONGEST = 1024
-"""Characters of what is remembered, so that this stays small."""
-
-
-@dataclass(slots=True)
-class Answer:
-    body: bytes
-    headers: dict[str, str] | None = None
+"""Characters of one such text at most, so that all of them stay small."""
 
 
 class Answers:
     """Writes the answers of one worker."""
 
-    def __init__(self, connection: Connection, options: Options, worker_id: str) -> None:
-        self._connection = connection
+    def __init__(self, bodies: Bodies, serialization: Serialization, options: Options, worker_id: str) -> None:
+        self._bodies = bodies
+        self._serialization = serialization
         self._with_tracebacks = options.send_tracebacks
         self._worker_attribute = envelope.attribute(WORKER_EXTENSION, worker_id)
         self._constant: dict[tuple[str, str, str], str] = {}
-        """The attributes of replies that are the same for all of an agent's replies of one type."""
+        """The attributes that all replies of one type from one agent have."""
 
-    def reply(self, encoded: Encoded, body: Envelope | None, agent_type: str, key: str) -> Answer:
-        """The reply to ``body`` (None: to a plain call). Raises `MessageTooLarge`."""
+    def reply(
+        self, response: object, body: Envelope | None, agent_type: str, key: str, caller: AgentId | None
+    ) -> Answer:
+        """The reply of the agent ``agent_type/key`` to a call with the envelope ``body``; None: to a plain call.
+
+        ``caller`` is the agent that called, None if none did. Raises `CannotSerialize` and `MessageTooLarge`.
+        """
+        encoded = self._serialization.encode(response)
+        if events.listening():
+            events.message(
+                encoded.payload,
+                sender=AgentId(agent_type, key),
+                receiver=caller,
+                kind=MessageKind.RESPOND,
+                stage=DeliveryStage.SEND,
+            )
         if body is None:
-            answer = Answer(encoded.payload)
-        else:
-            constant = self._constant.get((agent_type, key, encoded.type_name))
-            if constant is None:
-                constant = self._remember(agent_type, key, encoded.type_name)
-            attributes = f'"id":{quote(id_of(body) + "-r")},{constant}'
-            answer = Answer(envelope.encode(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
-        self._connection.check_size(answer.body)
-        return answer
+            return Answer(self._bodies.pack_plain(encoded.payload))
+        constant = self._constant.get((agent_type, key, encoded.type_name))
+        if constant is None:
+            constant = self._remember(agent_type, key, encoded.type_name)
+        attributes = f'"id":{quote(_id_of(body) + "-r")},{constant}'
+        return Answer(self._bodies.pack_message(envelope.REPLY, attributes, encoded))
 
     def control_reply(self, result: object, body: Envelope, agent_type: str, key: str) -> Answer:
-        """The reply to a control message. Raises `CannotDecode` for what is no JSON, and `MessageTooLarge`."""
+        """The reply to a control message or a question. Raises `CannotDecode` for a result that is not JSON, and
+        `MessageTooLarge`."""
         try:
             payload = orjson.dumps(result)
         except TypeError as error:
             raise CannotDecode("a control result", f"an agent's state must be JSON: {error}") from None
-        attributes = self._attributes(id_of(body), f"{agent_type}/{encode_text(key)}")
-        answer = Answer(envelope.encode(envelope.REPLY, attributes, payload))
-        self._connection.check_size(answer.body)
-        return answer
+        attributes = self._attributes(_id_of(body), f"{agent_type}/{encode_text(key)}")
+        return Answer(self._bodies.pack(envelope.REPLY, attributes, payload))
 
-    def failure(
-        self, error: BaseException, plain: bool, recipient: str, call_id: str, *, refused: bool = False
-    ) -> Answer:
-        """What tells the caller of ``error``, without its traceback where it would be too large."""
-        with_traceback = self._with_tracebacks
-        answer = self._failure(error, plain, recipient, call_id, with_traceback=with_traceback, refused=refused)
+    def failure(self, error: BaseException, body: Envelope | None, source: str, *, refused: bool = False) -> Answer:
+        """The answer that reports ``error`` to the caller, without its traceback if that would be too large.
+
+        ``body`` is the envelope of the call, None for a plain call; ``source`` names the agent as in an envelope's
+        ``source``; ``refused`` says that the call was not handled and can be sent again.
+        """
+        plain, call_id = body is None, _id_of(body)
         try:
-            self._connection.check_size(answer.body, answer.headers)
-        except MessageTooLarge as too_large:  # said without what may be long: traceback, and names from the message
-            return self._failure(too_large, plain, envelope.NO_AGENT, "-", with_traceback=False, refused=False)
-        return answer
+            return self._failure(error, plain, source, call_id, self._with_tracebacks, refused)
+        except MessageTooLarge as too_large:  # reported without what may be long: traceback, and names from the message
+            return self._failure(too_large, plain, envelope.NO_AGENT, "-", False, False)
+
+    def not_for_an_agent(self, error: BaseException) -> Answer:
+        """The answer that reports ``error`` to the sender of a message that is not for an agent."""
+        return self._failure(error, False, envelope.NO_AGENT, "-", self._with_tracebacks, False)
 
     def _failure(
-        self, error: BaseException, plain: bool, recipient: str, call_id: str, *, with_traceback: bool, refused: bool
+        self, error: BaseException, plain: bool, source: str, call_id: str, with_traceback: bool, refused: bool
     ) -> Answer:
         failure = describe(error, with_traceback=with_traceback, refused=refused)
         if plain:
-            return Answer(failure.payload, failure.headers)
-        attributes = self._attributes(call_id, recipient)
-        return Answer(envelope.encode(envelope.ERROR, attributes, failure.payload), failure.headers)
+            return Answer(self._bodies.pack_plain(failure.payload, failure.headers), failure.headers)
+        attributes = self._attributes(call_id, source)
+        body = self._bodies.pack(envelope.ERROR, attributes, failure.payload, headers=failure.headers)
+        return Answer(body, failure.headers)
 
     def _remember(self, agent_type: str, key: str, type_name: str) -> str:
         source = f"{agent_type}/{encode_text(key)}"
@@ -101,6 +113,5 @@ class Answers:
         return f'"source":{quote(source)},{self._worker_attribute}'
 
 
-def id_of(body: Envelope | None) -> str:
-    """The call's id for its reply."""
+def _id_of(body: Envelope | None) -> str:
     return "-" if body is None else body.attributes.get("id", "-")

@@ -60,6 +60,11 @@ class Health:
     unknown_payloads: int = 0
     """Messages of a type that this process does not know."""
 
+    refused_replies: int = 0
+    """Calls whose reply subject lies where no reply may be sent: `docs/permissions.md`."""
+    state_conflicts: int = 0
+    """Instances of keyed agents that were dropped because their stored records were changed elsewhere."""
+
     calls_pending: int = 0
     """Calls that were sent from here and wait for their end."""
     sends_under_way: int = 0

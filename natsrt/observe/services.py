@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 from nats.aio.msg import Msg
 
+from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError
+from natsrt.observe.metrics import TypeCounters
 from natsrt.transport.connection import Connection, Interest
+from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt.services")
 
@@ -28,17 +31,21 @@ _MAX_ERROR = 120
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """One agent type as a service endpoint. Times in nanoseconds."""
+class ServiceEndpoint:
+    """One agent type as an endpoint of a NATS service."""
 
     name: str
     subject: str
     queue_group: str
     metadata: dict[str, str]
-    requests: int
-    errors: int
-    busy_ns: int
-    last_error: str
+    counters: TypeCounters
+
+
+class Endpoints(Protocol):
+    """What knows the endpoints of a worker."""
+
+    def endpoints(self) -> Iterable[ServiceEndpoint]:
+        """The endpoints as they are now."""
 
 
 def service_name(name: str) -> str:
@@ -53,23 +60,21 @@ class Services:
         self,
         connection: Connection,
         *,
+        subjects: Subjects,
         name: str,
         worker_id: str,
         version: str,
         metadata: dict[str, str],
-        endpoints: Callable[[], Iterable[Endpoint]],
-        spawn: Callable[[Awaitable[None]], None],
-        is_reserved: Callable[[str], bool],
+        endpoints: Endpoints,
     ) -> None:
-        """``is_reserved`` tells the subjects where no reply may go: callers choose it, but this worker publishes."""
         self._connection = connection
         self._name = service_name(name)
         self._worker_id = worker_id
         self._version = version
         self._metadata = metadata
         self._endpoints = endpoints
-        self._spawn = spawn
-        self._is_reserved = is_reserved
+        self._subjects = subjects
+        self._tasks = BackgroundTasks(logger, "a service request could not be answered")
         self._started = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         self._interests: list[Interest] = []
 
@@ -84,12 +89,13 @@ class Services:
         for interest in self._interests:
             await self._connection.unsubscribe(interest)
         self._interests.clear()
+        await self._tasks.cancel()
 
     def _sink(self, verb: str) -> Callable[[Msg], None]:
         def take(message: Msg) -> None:
-            if not message.reply or self._is_reserved(message.reply):
+            if not message.reply or self._subjects.is_reserved(message.reply):
                 raise CannotDecode(f"a {verb} request", "it has no reply subject, or one where no reply may go")
-            self._spawn(self._answer(verb, message.reply))
+            self._tasks.spawn(self._answer(verb, message.reply))
 
         return take
 
@@ -112,7 +118,7 @@ class Services:
             answer["description"] = "AutoGen agents on natsrt"
             answer["endpoints"] = [
                 {"name": e.name, "subject": e.subject, "queue_group": e.queue_group, "metadata": e.metadata}
-                for e in self._endpoints()
+                for e in self._endpoints.endpoints()
             ]
         elif verb == "STATS":
             answer["started"] = self._started
@@ -121,12 +127,12 @@ class Services:
                     "name": e.name,
                     "subject": e.subject,
                     "queue_group": e.queue_group,
-                    "num_requests": e.requests,
-                    "num_errors": e.errors,
-                    "last_error": e.last_error[:_MAX_ERROR],
-                    "processing_time": e.busy_ns,
-                    "average_processing_time": e.busy_ns // e.requests if e.requests else 0,
+                    "num_requests": e.counters.messages,
+                    "num_errors": e.counters.errors,
+                    "last_error": e.counters.last_error[:_MAX_ERROR],
+                    "processing_time": e.counters.busy_ns,
+                    "average_processing_time": e.counters.busy_ns // e.counters.messages if e.counters.messages else 0,
                 }
-                for e in self._endpoints()
+                for e in self._endpoints.endpoints()
             ]
         return answer

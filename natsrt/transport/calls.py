@@ -23,19 +23,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import orjson
 from autogen_core import AgentId
 from nats.aio.msg import Msg
-from nats.nuid import NUID
 
+from natsrt.background import BackgroundTasks
 from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, PermissionDenied, ServerUnreachable, WorkerLost
 from natsrt.options import Options
-from natsrt.transport.connection import Connection, Interest
-from natsrt.transport.probe import is_nobody, responder_exists
+from natsrt.transport.connection import Connection
+from natsrt.transport.inbox import Inbox, is_nobody
+from natsrt.transport.probe import Probe
 from natsrt.wire import envelope
 from natsrt.wire.failures import BUSY, SERVICE_ERROR_CODE
 
@@ -55,11 +55,6 @@ _MARGIN = 1.0
 _KNOWN_WITHIN = 1.0
 """Seconds after which the directory lists every worker that could have received a call."""
 _ANSWER = "an answer about calls"
-_POSTED_FOR = 2.0
-"""Seconds for which the server may say that nobody got what was posted."""
-_POSTED_AT_MOST = 10_000
-_TAPPED_AFTER = 0.1
-"""Seconds without an answer to a question, after which a tap may hide that nobody is there."""
 _RESENDS = 3
 """How often a call is sent again that got lost on its way."""
 _BUSY = str(BUSY)
@@ -159,6 +154,11 @@ class _Call:
         self.never_at: dict[str, int] = {}
         """How often each worker said that it never received it."""
 
+    def receive(self, message: Msg) -> None:
+        """The reply has arrived."""
+        if not self.future.done():
+            self.future.set_result(message)
+
     def fail(self, error: BaseException) -> None:
         if not self.future.done():
             self.future.set_exception(error)
@@ -186,22 +186,21 @@ class _Asked:
 class Calls:
     """The calling side of one runtime. A `Listener` of its connection."""
 
-    def __init__(self, connection: Connection, options: Options, directory: Directory) -> None:
+    def __init__(
+        self, connection: Connection, inbox: Inbox, probe: Probe, options: Options, directory: Directory
+    ) -> None:
         self._connection = connection
+        self._inbox = inbox
+        self._probe_server = probe
         self._options = options
         self._directory = directory
         self._pending: dict[str, _Call] = {}
         self._watched: dict[str, _Call] = {}
         self._asked: dict[str, _Asked] = {}
-        self._special: dict[str, Callable[[Msg], None]] = {}
-        self._posted: deque[tuple[float, str]] = deque()
-        self._counter = 0
-        self._inbox = ""
-        self._prefix_length = 0
-        self._interest: Interest | None = None
+        self._open = False
         self._watcher: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._checks: set[asyncio.Task[None]] = set()
+        self._checks = BackgroundTasks(logger, "checking a call failed")
         self._down_since: float | None = None
         self._up_since = 0.0
         self.accept_to = ""
@@ -223,26 +222,23 @@ class Calls:
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        self._inbox = f"{self._options.inbox_prefix}.{NUID().next().decode()}"
-        self._prefix_length = len(self._inbox) + 1
-        self.accept_to = f"{self._inbox}.accept"
-        self._special = {"accept": self._on_accepted}
-        self._interest = await self._connection.subscribe(f"{self._inbox}.*", self._on_message)
+        self.accept_to = self._inbox.subject("accept")
+        self._inbox.receive(self.accept_to, self._on_accepted)
+        self._open = True
         self._watcher = asyncio.create_task(self._watch(), name="natsrt call watcher")
 
     async def stop(self) -> None:
         """End the watch; calls that are still pending fail, and so do those that are sent from now on."""
-        interest, self._interest = self._interest, None
+        self._open = False
         if self._watcher is not None:
             self._watcher.cancel()
-            await asyncio.gather(self._watcher, *self._checks, return_exceptions=True)
+            await asyncio.gather(self._watcher, return_exceptions=True)
             self._watcher = None
+        await self._checks.wait()
         for call in list(self._pending.values()):
             call.fail(_stopped(call.recipient, call.accepted_by))
         self._watched.clear()
         self._asked.clear()
-        if interest is not None:
-            await self._connection.unsubscribe(interest)
 
     def connection_lost(self) -> None:
         self._down_since = asyncio.get_running_loop().time()
@@ -287,7 +283,7 @@ class Calls:
         refused_at: float | None = None
         times_lost, pause = 0, 0.02
         while True:
-            if self._interest is None:  # nobody would hear the reply
+            if not self._open:  # nobody would hear the reply
                 raise _stopped(recipient)
             if place is not None and not place.is_open():
                 turn = place.join()
@@ -297,8 +293,7 @@ class Calls:
                     sent()
                 await place.wait(turn)
                 now = loop.time()
-            self._counter += 1
-            reply_to = f"{self._inbox}.{self._counter:x}"
+            reply_to = self._inbox.new_subject()
             future: asyncio.Future[Msg] = loop.create_future()
             if link is not None:
                 link(future)
@@ -306,7 +301,8 @@ class Calls:
                 route = place.subject
             else:
                 route = self._directory.subject_of(recipient) if subject is None else subject
-            self._pending[reply_to] = _Call(reply_to, route, recipient, future, now, awaited_by)
+            call = self._pending[reply_to] = _Call(reply_to, route, recipient, future, now, awaited_by)
+            self._inbox.receive(reply_to, call.receive)
             try:
                 if not future.done():  # else its token is cancelled already
                     await self._connection.publish(route, body, reply=reply_to, headers=headers)
@@ -328,6 +324,7 @@ class Calls:
                 continue
             finally:
                 del self._pending[reply_to]
+                self._inbox.drop(reply_to)
                 self._watched.pop(reply_to, None)
             if reply.headers is None:
                 return reply
@@ -355,49 +352,7 @@ class Calls:
             pause = min(pause * 2, longest)
             now = loop.time()
 
-    async def ask(self, subject: str, body: bytes, timeout: float) -> Msg | None:
-        """A question to a natsrt process: the first answer; None when nobody is there, or after ``timeout`` seconds."""
-        self._counter += 1
-        token = f"q{self._counter:x}"
-        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        self._special[token] = lambda message: None if answer.done() else answer.set_result(message)
-        try:
-            await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}")
-            async with asyncio.timeout(timeout):
-                await asyncio.wait({answer}, timeout=_TAPPED_AFTER)
-                if not answer.done() and not await self.listens(subject) and not answer.done():
-                    return None
-                message = await answer
-        except TimeoutError:
-            return None
-        finally:
-            self._special.pop(token, None)
-        return None if is_nobody(message) else message
-
-    async def post(self, subject: str, body: bytes, lost: Callable[[], None]) -> None:
-        """Send what nobody answers. ``lost`` is called where the server says at once that nobody listens."""
-        now = asyncio.get_running_loop().time()
-        while self._posted and (self._posted[0][0] < now - _POSTED_FOR or len(self._posted) >= _POSTED_AT_MOST):
-            self._special.pop(self._posted.popleft()[1], None)
-        self._counter += 1
-        token = f"p{self._counter:x}"
-        self._special[token] = lambda message: lost() if is_nobody(message) else None
-        self._posted.append((now, token))
-        await self._connection.publish(subject, body, reply=f"{self._inbox}.{token}")
-
-    async def listens(self, subject: str) -> bool:
-        """Whether somebody who may answer listens on ``subject``, as far as the server tells."""
-        return await responder_exists(self._connection, subject, self._inbox, self._special) is not False
-
     # -- receiving -----------------------------------------------------------------------------------------------
-
-    def _on_message(self, message: Msg) -> None:
-        call = self._pending.get(message.subject)
-        if call is not None:
-            if not call.future.done():
-                call.future.set_result(message)
-        elif (special := self._special.get(message.subject[self._prefix_length :])) is not None:
-            special(message)
 
     def _on_accepted(self, message: Msg) -> None:
         data = _data(message, envelope.ACCEPTED)
@@ -508,11 +463,11 @@ class Calls:
                         call.fail(WorkerLost(str(call.recipient), worker_id, "it does not answer any more"))
             if now - asked.asked_at >= _ASK_EVERY:
                 if asked.silent_since is not None and now - asked.silent_since >= _ASK_EVERY:
-                    self._spawn(self._probe(worker_id, asked))
+                    self._checks.spawn(self._probe(worker_id, asked))
                 await self._ask(worker_id, asked, calls, now)
         for worker_id in [w for w in self._asked if w not in questions]:
             del self._asked[worker_id]
-            self._special.pop(f"w-{worker_id}", None)
+            self._inbox.drop(self._inbox.subject(f"w-{worker_id}"))
 
     def _out_of_question(self, call: _Call, worker_id: str, now: float) -> bool:
         return call.unknown_to.get(worker_id, 0) >= _CONVINCED or self._is_lost(self._asked_of(worker_id), now)
@@ -526,7 +481,7 @@ class Calls:
         asked.asked_at = now
         if asked.silent_since is None:
             asked.silent_since = now
-        reply = f"{self._inbox}.w-{worker_id}"
+        reply = self._inbox.subject(f"w-{worker_id}")
         for start in range(0, len(calls), _MAX_QUESTIONS):
             ids = [call.reply for call in calls[start : start + _MAX_QUESTIONS]]
             body = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', orjson.dumps({"calls": ids}))
@@ -539,18 +494,13 @@ class Calls:
                 call.fail(CallTimeout(str(call.recipient), self._options.plain_timeout, "plain_timeout"))
         elif not call.checking:
             call.checking = True
-            self._spawn(self._verify(call))
-
-    def _spawn(self, check: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(check)
-        self._checks.add(task)
-        task.add_done_callback(self._checks.discard)
+            self._checks.spawn(self._verify(call))
 
     async def _probe(self, worker_id: str, asked: _Asked) -> None:
         """Ask the server whether a silent worker still listens: a tap hides its "no responders"."""
         subject = self._directory.worker_subject(worker_id)
         try:
-            listens = await responder_exists(self._connection, subject, self._inbox, self._special)
+            listens = await self._probe_server.responder_exists(subject)
         except NatsrtError as error:  # the connection went down in between
             logger.debug("looking for worker %s: %s", worker_id, error)
             return
@@ -565,7 +515,7 @@ class Calls:
             failure = await self._directory.verify(call.recipient)
             if failure is None or call.future.done():
                 return
-            if await responder_exists(self._connection, call.subject, self._inbox, self._special):
+            if await self._probe_server.responder_exists(call.subject):
                 call.plain_until = call.sent_at + self._options.plain_timeout
                 return
             call.fail(failure)
@@ -580,7 +530,9 @@ class Calls:
         asked = self._asked.get(worker_id)
         if asked is None:
             asked = self._asked[worker_id] = _Asked()
-            self._special[f"w-{worker_id}"] = lambda message: self._on_fate(worker_id, message)
+            self._inbox.receive(
+                self._inbox.subject(f"w-{worker_id}"), lambda message: self._on_fate(worker_id, message)
+            )
         return asked
 
 

@@ -1,15 +1,14 @@
-"""Is anybody there who answers on a subject?
+"""Asks the server whether anybody who may answer listens on a subject.
 
-"No responders" cannot tell: a tap (``nats sub '>'``) is interest too. The server itself can: a message with the header
-``Nats-Trace-Only`` is delivered to nobody, and the server reports every subscription it would have gone to (message
-tracing, nats-server 2.11, ADR-41). A subscription with a queue group, or one without wildcards, is a responder; a
-wildcard without a queue group is a tap.
+"No responders" cannot tell: a tap (``nats sub '>'``) counts as a listener too. The server itself can: it delivers a
+message with the header ``Nats-Trace-Only`` to nobody, and reports every subscription to which the message would have
+gone (message tracing, nats-server 2.11, ADR-41). A subscription with a queue group, or one without wildcards, is taken
+for a responder; a wildcard subscription without a queue group is taken for a tap.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Final
 
 import orjson
@@ -17,50 +16,52 @@ from nats.aio.msg import Msg
 from nats.nuid import NUID
 
 from natsrt.transport.connection import Connection
+from natsrt.transport.inbox import Inbox, is_nobody
 
 TRACE_DEST: Final = "Nats-Trace-Dest"
 TRACE_ONLY: Final = "Nats-Trace-Only"
 
 _WAIT = 0.15
-"""Seconds for the reports of all servers of a cluster to come in; a single server reports within a millisecond."""
+"""Seconds to wait for the reports of all servers of a cluster; a single server reports within a millisecond."""
 _CLIENT = 0
+"""The kind of connection, in a report, that is a client's and not another server's."""
 
 
-def is_nobody(message: Msg) -> bool:
-    """Whether the server says that nobody listens."""
-    return message.headers is not None and message.headers.get("Status") == "503" and not message.data
+class Probe:
+    """Asks the server about listeners."""
 
+    def __init__(self, connection: Connection, inbox: Inbox) -> None:
+        self._connection = connection
+        self._inbox = inbox
 
-async def responder_exists(
-    connection: Connection, subject: str, inbox: str, listeners: dict[str, Callable[[Msg], None]]
-) -> bool | None:
-    """Whether a subscriber on ``subject`` looks like one that replies; None if no server told.
+    async def responder_exists(self, subject: str) -> bool | None:
+        """Whether a subscriber on ``subject`` looks like one that replies; None if no server reported in time.
 
-    ``listeners`` maps tokens under ``inbox`` to callbacks. A server too old to trace reports nothing: its plain
-    responders must answer within ``check_after``.
-    """
-    token = f"t-{NUID().next().decode()}"
-    found = asyncio.get_running_loop().create_future()
+        A server that is too old to trace reports nothing: calls to its plain responders must be answered within
+        ``check_after``. Raises `ServerUnreachable`.
+        """
+        found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
-    def report(message: Msg) -> None:
-        verdict = False if is_nobody(message) else _verdict(message.data)
-        if verdict is not None and not found.done():
-            found.set_result(verdict)
+        def report(message: Msg) -> None:
+            verdict = False if is_nobody(message) else _verdict(message.data)
+            if verdict is not None and not found.done():
+                found.set_result(verdict)
 
-    listeners[token] = report
-    try:
-        await connection.publish(
-            subject,
-            b"",
-            reply=f"{inbox}.{token}",
-            headers={TRACE_DEST: f"{inbox}.{token}", TRACE_ONLY: "true"},
-        )
-        async with asyncio.timeout(_WAIT):
-            return bool(await found)
-    except TimeoutError:
-        return None
-    finally:
-        listeners.pop(token, None)
+        reply = self._inbox.subject(f"t-{NUID().next().decode()}")
+        self._inbox.receive(reply, report)
+        try:
+            headers = {TRACE_DEST: reply, TRACE_ONLY: "true"}
+            await self._connection.publish(subject, b"", reply=reply, headers=headers)
+            async with asyncio.timeout(_WAIT):
+                return await found
+        except TimeoutError:
+            return None
+        finally:
+            self._inbox.drop(reply)
+
+    async def listens(self, subject: str) -> bool:
+        """Whether somebody who may answer listens on ``subject``; True also if no server reported in time."""
+        return await self.responder_exists(subject) is not False
 
 
 def _verdict(report: bytes) -> bool | None:

@@ -219,7 +219,7 @@ async def test_messages_that_arrive_while_a_closure_is_being_registered_are_not_
             await asyncio.sleep(0)
 
     async def call() -> None:
-        while not world.host.running.dispatch.intake.taken:  # the worker listens from then on
+        while not world.host.running.counters.taken_in:  # the worker listens from then on
             await asyncio.sleep(0)
         while not registered.is_set():
             assert await world.caller.send_message(OnlyHere(-3), AgentId("output", "k")) == Text("taken")
@@ -236,9 +236,9 @@ async def test_messages_that_arrive_while_a_closure_is_being_registered_are_not_
     await world.idle()
     assert {OnlyHere(-3), OnlyHere(-2)} <= set(got)
     assert [message.n for message in got if message.n >= 0].count(sent[-1]) == 2
-    hosted = world.host.running.dispatch
-    assert hosted.unknown_payloads == 0
-    assert hosted.undecodable == 0
+    counters = world.host.running.counters
+    assert counters.unknown_payloads == 0
+    assert counters.undecodable == 0
     assert {type(message) for message in got} == {OnlyHere}
 
 

@@ -147,7 +147,7 @@ async def test_a_type_that_the_receiver_does_not_know_is_a_typed_error_to_the_ca
         await world.caller.send_message(Number(1), AgentId("recorder", "k"))
     assert raised.value.type_name == "Number"
     assert raised.value.handled == ["Text"]
-    assert world.host.running.dispatch.unknown_payloads == 1
+    assert world.host.running.counters.unknown_payloads == 1
 
 
 @natsrt_only

@@ -366,7 +366,7 @@ async def test_a_plain_call_that_a_handler_drops_is_answered_with_an_error(
         await client.flush()
         await runtime.running.wait_idle()
     assert seen == []
-    assert next(iter(runtime.running._endpoints())).errors == 1
+    assert next(iter(runtime.running.incoming.subscriptions.endpoints())).counters.errors == 1
 
 
 @natsrt_only

@@ -117,7 +117,7 @@ async def test_a_serializer_that_cannot_read_is_a_typed_error_at_the_caller(worl
     await world.host.register_factory("keeper", lambda: Keeper([]))
     with pytest.raises(CannotDecode, match="RuntimeError"):
         await world.caller.send_message(Secret(b"1"), AgentId("keeper", "k"))
-    assert world.host.running.dispatch.undecodable == 1
+    assert world.host.running.counters.undecodable == 1
 
 
 @natsrt_only

@@ -10,7 +10,7 @@ from benchmarks.chaos.cluster import Cluster
 from benchmarks.chaos.crew import Crew, Hand, ask_all, ledgers_of
 from benchmarks.chaos.ledger import Ledger
 from benchmarks.chaos.scenario import Figure, Scenario, slowest, under
-from natsrt.jetstream.registry import BUCKET
+from natsrt.jetstream.registry.registry import BUCKET
 
 MOVED_WITHIN = 10.0
 """Seconds after the server stood still in which its runtimes work over another one."""

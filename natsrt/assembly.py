@@ -1,0 +1,233 @@
+"""How the parts of one started runtime are put together, room by room, from the bottom to the top.
+
+Nothing here starts anything, and no part is given something later that it needs: each constructor gets finished parts.
+`natsrt.session` starts and stops them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from natsrt.agents.catalog import Catalog
+from natsrt.agents.declarations import Declarations
+from natsrt.agents.inbound import Inbound
+from natsrt.agents.interventions import Interventions
+from natsrt.hosting.answers import Answers
+from natsrt.hosting.call_log import CallLog
+from natsrt.hosting.controls import Controls
+from natsrt.hosting.dispatch import Dispatch
+from natsrt.hosting.intake import Intake
+from natsrt.hosting.invocation import Invoker
+from natsrt.hosting.keyed_messages import KeyedMessages
+from natsrt.hosting.peer_answers import PeerAnswers
+from natsrt.hosting.reader import Reader
+from natsrt.hosting.settlements import EventSettlement, ReplySettlement
+from natsrt.hosting.subscriptions import Subscriptions
+from natsrt.jetstream.agent_records import AgentRecords
+from natsrt.jetstream.registry.registry import Registry
+from natsrt.keyed.deadlocks import Deadlocks
+from natsrt.keyed.operations import KeyedOperations
+from natsrt.keyed.ownership import Ownership
+from natsrt.observe.metrics import Counters
+from natsrt.observe.telemetry import Telemetry
+from natsrt.options import Options
+from natsrt.sending.attributes import MessageAttributes
+from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.replies import Replies
+from natsrt.sending.sender import Sender
+from natsrt.transport.bodies import Bodies
+from natsrt.transport.calls import Calls
+from natsrt.transport.cancellation import Cancellations
+from natsrt.transport.connection import Connection
+from natsrt.transport.inbox import Inbox
+from natsrt.transport.peers import Peers
+from natsrt.transport.probe import Probe
+from natsrt.transport.readiness import Readiness
+from natsrt.wire.failures import ErrorTypes
+from natsrt.wire.serialization import Serialization
+from natsrt.wire.subjects import Subjects
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What belongs to the runtime object, and outlives its starts and stops."""
+
+    options: Options
+    catalog: Catalog
+    serialization: Serialization
+    interventions: Interventions
+    error_types: ErrorTypes
+    declarations: Declarations
+
+
+class Network:
+    """The connection, and what stands on it: replies, calls, the registry, the records of keyed agents."""
+
+    def __init__(self, options: Options, worker_id: str) -> None:
+        self.subjects = Subjects(options.namespace)
+        self.connection = Connection(options, client_name=f"natsrt {worker_id}")
+        self.readiness = Readiness(self.connection, options)
+        self.bodies = Bodies(self.connection)
+        self.inbox = Inbox(self.connection, options)
+        self.probe = Probe(self.connection, self.inbox)
+        self.peers = Peers(self.connection, self.inbox, self.probe, self.subjects)
+        self.cancellations = Cancellations(self.connection, self.subjects.cancel)
+        self.registry = Registry(self.connection, self.subjects, options, self.peers)
+        self.calls = Calls(self.connection, self.inbox, self.probe, options, self.registry)
+        self.records = AgentRecords(self.connection, self.subjects, options)
+
+
+class Outgoing:
+    """The way out: calls, events, and where keyed agents live."""
+
+    def __init__(self, program: Program, network: Network, *, counters: Counters, telemetry: Telemetry | None) -> None:
+        attributes = MessageAttributes(network.calls, network.cancellations, counters)
+        replies = Replies(program.serialization, program.error_types, program.catalog)
+        self.delivery = KeyedDelivery(
+            bodies=network.bodies,
+            subjects=network.subjects,
+            calls=network.calls,
+            inbox=network.inbox,
+            registry=network.registry,
+            replies=replies,
+            attributes=attributes,
+            counters=counters,
+        )
+        self.sender = Sender(
+            connection=network.connection,
+            bodies=network.bodies,
+            subjects=network.subjects,
+            options=program.options,
+            calls=network.calls,
+            registry=network.registry,
+            readiness=network.readiness,
+            serialization=program.serialization,
+            cancellations=network.cancellations,
+            interventions=program.interventions,
+            replies=replies,
+            attributes=attributes,
+            delivery=self.delivery,
+            counters=counters,
+            telemetry=telemetry,
+        )
+
+
+class Incoming:
+    """The way in: from the subscriptions to the handlers, and the keyed agents that this worker owns."""
+
+    def __init__(
+        self,
+        program: Program,
+        network: Network,
+        outgoing: Outgoing,
+        *,
+        worker_id: str,
+        counters: Counters,
+        telemetry: Telemetry | None,
+    ) -> None:
+        options, catalog = program.options, program.catalog
+        connection, subjects, registry = network.connection, network.subjects, network.registry
+        self.active: set[Inbound] = set()
+        """The messages that are being handled."""
+        self.call_log = CallLog(connection, options, worker_id)
+        answers = Answers(network.bodies, program.serialization, options, worker_id)
+        self.events = EventSettlement(options, counters)
+        self.intake = Intake(connection, options, counters)
+        self.subscriptions = Subscriptions(
+            connection=connection,
+            subjects=subjects,
+            catalog=catalog,
+            declarations=program.declarations,
+            registry=registry,
+            readiness=network.readiness,
+            intake=self.intake,
+            replies=ReplySettlement(
+                connection=connection,
+                subjects=subjects,
+                call_log=self.call_log,
+                answers=answers,
+                events=self.events,
+                counters=counters,
+            ),
+            events=self.events,
+            worker_id=worker_id,
+        )
+        self.deadlocks = Deadlocks(
+            active=self.active, calls=network.calls, registry=registry, peers=network.peers, worker_id=worker_id
+        )
+        self.ownership = Ownership(
+            connection=connection,
+            options=options,
+            worker_id=worker_id,
+            catalog=catalog,
+            registry=registry,
+            peers=network.peers,
+            records=network.records,
+            subjects=self.subscriptions,
+            delivery=outgoing.delivery,
+            deadlocks=self.deadlocks,
+            counters=counters,
+        )
+        self.operations = KeyedOperations(self.ownership, catalog)
+        self.peer_answers = PeerAnswers(
+            connection=connection,
+            subjects=subjects,
+            worker_id=worker_id,
+            call_log=self.call_log,
+            ownership=self.ownership,
+            deadlocks=self.deadlocks,
+            subscriptions=self.subscriptions,
+            answers=answers,
+        )
+        self.dispatch = self._dispatch(program, network, outgoing, answers, worker_id, counters, telemetry)
+
+    def _dispatch(
+        self,
+        program: Program,
+        network: Network,
+        outgoing: Outgoing,
+        answers: Answers,
+        worker_id: str,
+        counters: Counters,
+        telemetry: Telemetry | None,
+    ) -> Dispatch:
+        reader = Reader(
+            subjects=network.subjects,
+            catalog=program.catalog,
+            serialization=program.serialization,
+            cancellations=network.cancellations,
+            interventions=program.interventions,
+            declarations=program.declarations,
+            options=program.options,
+        )
+        invoker = Invoker(
+            subjects=network.subjects,
+            catalog=program.catalog,
+            reader=reader,
+            intake=self.intake,
+            answers=answers,
+            counters=counters,
+            telemetry=telemetry,
+        )
+        keyed = KeyedMessages(
+            worker_id=worker_id,
+            ownership=self.ownership,
+            operations=self.operations,
+            invoker=invoker,
+            reader=reader,
+            answers=answers,
+            intake=self.intake,
+            sender=outgoing.sender,
+            delivery=outgoing.delivery,
+        )
+        return Dispatch(
+            worker_id=worker_id,
+            intake=self.intake,
+            bodies=network.bodies,
+            reader=reader,
+            invoker=invoker,
+            keyed=keyed,
+            controls=Controls(program.catalog, keyed, answers),
+            active=self.active,
+            counters=counters,
+        )

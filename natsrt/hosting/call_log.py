@@ -1,0 +1,194 @@
+"""The calls that this worker received, and their replies: the worker's half of `natsrt.transport.calls`.
+
+A call that is not answered ``accept_after`` seconds after it arrived, running or queued, is accepted: its caller learns
+which worker has it. Replies are kept for a while, because a reply can be lost between two reconnects: those of accepted
+calls for ``keep_replies`` seconds, the last few of the others for as long as there is room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+
+import orjson
+
+from natsrt.agents.inbound import Answer, LoggedCall
+from natsrt.background import BackgroundTasks
+from natsrt.options import Options
+from natsrt.transport.connection import Connection
+from natsrt.wire import envelope
+
+logger = logging.getLogger("natsrt.hosting")
+
+_SWEEP = 0.05
+"""Seconds between two looks for calls to accept: short against ``accept_after``, and one timer for all calls."""
+_LAST_AT_MOST = 2048
+"""Replies of calls that were not accepted: about 0.1 s of full load, in which their callers get them or ask."""
+_LAST_BYTES = 8 * 1024 * 1024
+_ALWAYS = 1e9
+"""Reported as ``remembers`` (seconds) while no reply has been evicted: a call that is not in the log then was never
+received, not even before the start."""
+
+
+class _LastReplies:
+    """The last few replies, in the order in which they were given. Cheap to add to; rarely searched."""
+
+    def __init__(self, max_count: int, max_bytes: int) -> None:
+        self._max_count, self._max_bytes = max_count, max_bytes
+        self._bytes = 0
+        self._replies: deque[tuple[str, bytes, dict[str, str] | None, float]] = deque()
+        self.forgot = float("-inf")
+        """The event loop's time at which the latest call arrived whose reply was evicted."""
+
+    def add(self, call_id: str, body: bytes, headers: dict[str, str] | None, arrived: float) -> None:
+        self._replies.append((call_id, body, headers, arrived))
+        self._bytes += len(body)
+        while self._bytes > self._max_bytes or len(self._replies) > self._max_count:
+            _, forgotten, _, arrived = self._replies.popleft()
+            self._bytes -= len(forgotten)
+            self.forgot = max(self.forgot, arrived)
+
+    def get(self, call_id: str) -> Answer | None:
+        for known, body, headers, _ in reversed(self._replies):
+            if known == call_id:
+                return Answer(body, headers)
+        return None
+
+
+class _KeptReplies:
+    """Replies by call id, kept for a time; the oldest are evicted first."""
+
+    def __init__(self, max_bytes: int, max_age: float) -> None:
+        self._max_bytes, self._max_age = max_bytes, max_age
+        self._bytes = 0
+        self._replies: OrderedDict[str, tuple[float, Answer]] = OrderedDict()
+        self.forgot = float("-inf")
+        """The event loop's time at which the latest call ended whose reply was evicted."""
+
+    def add(self, call_id: str, reply: Answer, now: float) -> None:
+        if call_id in self._replies:
+            self._bytes -= len(self._replies.pop(call_id)[1].body)
+        self._replies[call_id] = (now, reply)
+        self._bytes += len(reply.body)
+        while self._replies and (
+            self._bytes > self._max_bytes or now - next(iter(self._replies.values()))[0] > self._max_age
+        ):
+            ended, forgotten = self._replies.popitem(last=False)[1]
+            self._bytes -= len(forgotten.body)
+            self.forgot = max(self.forgot, ended)
+
+    def get(self, call_id: str) -> Answer | None:
+        kept = self._replies.get(call_id)
+        return None if kept is None else kept[1]
+
+
+class CallLog:
+    """The calls of one worker: those that are not answered yet, and those that were answered lately."""
+
+    def __init__(self, connection: Connection, options: Options, worker_id: str) -> None:
+        self._connection = connection
+        self._accept_after = options.accept_after
+        self._worker_id = worker_id
+        self._running: dict[str, LoggedCall] = {}
+        self._aging: deque[LoggedCall] = deque()
+        """The calls that may have to be accepted, the oldest first."""
+        self._kept = _KeptReplies(options.keep_replies_bytes, options.keep_replies)
+        self._last = _LastReplies(_LAST_AT_MOST, _LAST_BYTES)
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks = BackgroundTasks(logger, "an answer about calls could not be sent")
+
+    def begin(self, call_id: str, now: float) -> LoggedCall:
+        """A call arrived. Runs in the read loop: cheap, never waits."""
+        call = LoggedCall(call_id, now)
+        self._running[call_id] = call
+        self._aging.append(call)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_SWEEP, self._sweep)
+        return call
+
+    def end(self, call: LoggedCall, answer: Answer) -> None:
+        """The call was answered; its caller may still ask for the reply."""
+        self._running.pop(call.call_id, None)
+        if call.accepted:
+            self._kept.add(call.call_id, answer, asyncio.get_running_loop().time())
+        else:
+            self._last.add(call.call_id, answer.body, answer.headers, call.arrived)
+
+    def forget(self, call: LoggedCall) -> None:
+        """The call was refused before anything was done for it: treat it as never received."""
+        self._running.pop(call.call_id, None)
+
+    def accept_all(self) -> None:
+        """Accept every call that is not answered yet: the worker is about to leave the registry."""
+        self._accept_older_than(float("inf"))
+
+    def _sweep(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        self._accept_older_than(loop.time() - self._accept_after)
+        if self._aging:
+            self._timer = loop.call_later(_SWEEP, self._sweep)
+
+    def _accept_older_than(self, moment: float) -> None:
+        accepted: dict[str, list[str]] = {}
+        unread: list[LoggedCall] = []
+        while self._aging and self._aging[0].arrived <= moment:
+            call = self._aging.popleft()
+            if call.call_id not in self._running:
+                continue
+            if call.accept_to is None:
+                unread.append(call)  # its envelope is not read yet, or it has none
+            else:
+                call.accepted = True
+                accepted.setdefault(call.accept_to, []).append(call.call_id)
+        self._aging.extendleft(reversed(unread))
+        for accept_to, calls in accepted.items():
+            self._tasks.spawn(self._accept(accept_to, calls))
+
+    async def _accept(self, accept_to: str, calls: list[str]) -> None:
+        data = orjson.dumps({"worker": self._worker_id, "calls": calls})
+        await self._connection.publish(
+            accept_to, envelope.encode(envelope.ACCEPTED, '"id":"accepted","source":"/"', data)
+        )
+
+    def asked(self, calls: list[str], reply_to: str) -> None:
+        """Answer the question on ``reply_to`` what became of ``calls``. Finished calls are answered again first.
+
+        The answer says for how many seconds back the log is complete (``remembers``): a younger call that is not in it
+        was never received.
+        """
+        running, unknown, finished = [], [], []
+        for call_id in calls:
+            if call_id in self._running:
+                self._running[call_id].accepted = True  # its caller now knows whom to ask
+                running.append(call_id)
+            elif (reply := self._kept.get(call_id) or self._last.get(call_id)) is not None:
+                finished.append(call_id)
+                self._tasks.spawn(self._send(call_id, reply))
+            else:
+                unknown.append(call_id)
+        forgot = max(self._last.forgot, self._kept.forgot)
+        data = orjson.dumps(
+            {
+                "worker": self._worker_id,
+                "running": running,
+                "finished": finished,
+                "unknown": unknown,
+                "remembers": min(asyncio.get_running_loop().time() - forgot, _ALWAYS),
+            }
+        )
+        answer = Answer(envelope.encode(envelope.REPLY, '"id":"fate-r","source":"/"', data))
+        self._tasks.spawn(self._send(reply_to, answer))
+
+    async def _send(self, subject: str, answer: Answer) -> None:
+        await self._connection.publish(subject, answer.body, headers=answer.headers)
+
+    async def stop(self) -> None:
+        """Stop accepting; what is being sent is sent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._aging.clear()
+        self._running.clear()
+        await self._tasks.wait()

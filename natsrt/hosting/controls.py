@@ -1,0 +1,35 @@
+"""Control messages: metadata, state and activation of an agent of this worker, for another runtime."""
+
+from __future__ import annotations
+
+from natsrt.agents.catalog import Catalog
+from natsrt.agents.control import carry_out_message
+from natsrt.agents.inbound import Answer, Inbound
+from natsrt.errors import CannotDecode
+from natsrt.hosting.answers import Answers
+from natsrt.hosting.keyed_messages import KeyedMessages
+from natsrt.wire import envelope
+
+
+class Controls:
+    """Carries out the control messages of one worker."""
+
+    def __init__(self, catalog: Catalog, keyed: KeyedMessages, answers: Answers) -> None:
+        self._catalog = catalog
+        self._keyed = keyed
+        self._answers = answers
+
+    async def handle(self, inbound: Inbound) -> Answer | None:
+        """Carry out one message. Returns the answer; None where nobody wants one.
+
+        Raises `CannotDecode`, and what the agent raises.
+        """
+        hosted, key, body = inbound.route.hosted, inbound.key, inbound.body
+        if body is None or key is None:
+            raise CannotDecode("a control message", f"expected {envelope.CONTROL}")
+        if hosted.keyed is not None:
+            return await self._keyed.control(inbound, body, key)
+        result = await carry_out_message(self._catalog, hosted, key, body)
+        if not inbound.settlement.wants_answer:
+            return None
+        return self._answers.control_reply(result, body, hosted.agent_type, key)

@@ -1,0 +1,173 @@
+"""From a message that was read to its agent's handler.
+
+Rules:
+
+1. The agent is found, or made by its factory, before the message is decoded: what the agent's class handles is known
+   only then.
+2. A message whose agent has to be made first, or whose serializer is still missing, holds up the later ones for that
+   agent: they queue at the agent's gate, and start in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from contextvars import ContextVar, copy_context
+from typing import Any
+
+from autogen_core import Agent, AgentId, MessageHandlerContext, RoutedAgent, UnknownPayload
+from autogen_core.logging import DeliveryStage, MessageKind
+from opentelemetry.context import Context
+
+from natsrt.agents.catalog import Catalog, Gate
+from natsrt.agents.inbound import Answer, Inbound
+from natsrt.errors import UnhandledMessage
+from natsrt.hosting.answers import Answers
+from natsrt.hosting.intake import Intake
+from natsrt.hosting.reader import Delivery, Reader
+from natsrt.hosting.settlements import clip
+from natsrt.observe import events
+from natsrt.observe.metrics import Counters
+from natsrt.observe.telemetry import Telemetry
+from natsrt.wire.subjects import Subjects
+
+logger = logging.getLogger("natsrt.hosting")
+
+
+def _agent_variable() -> ContextVar[AgentId]:
+    """The context variable behind `MessageHandlerContext`, to which AutoGen gives no public name.
+
+    ``populate_context`` takes a microsecond, most of it to put back the old value. A handler's task ends instead.
+    """
+    mark = AgentId("mark", "mark")
+    with MessageHandlerContext.populate_context(mark):
+        return next(variable for variable, value in copy_context().items() if value is mark)
+
+
+_handling_agent = _agent_variable()
+
+
+class Invoker:
+    """Runs the handlers of one worker's agents."""
+
+    def __init__(
+        self,
+        *,
+        subjects: Subjects,
+        catalog: Catalog,
+        reader: Reader,
+        intake: Intake,
+        answers: Answers,
+        counters: Counters,
+        telemetry: Telemetry | None,
+    ) -> None:
+        self._subjects = subjects
+        self._catalog = catalog
+        self._reader = reader
+        self._intake = intake
+        self._answers = answers
+        self._counters = counters
+        self._telemetry = telemetry
+
+    async def handle(self, inbound: Inbound) -> Answer | None:
+        """Let the agent of this process handle a call or an event. Returns the answer; None where nobody wants one.
+
+        Raises what the handler raises, and what keeps the message from it or the answer from being written.
+        """
+        agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
+        response = await self._invoke(agent, delivery, inbound)
+        if not inbound.settlement.wants_answer:
+            return None
+        assert inbound.key is not None
+        return self._answers.reply(response, inbound.body, inbound.agent_type, inbound.key, delivery.context.sender)
+
+    # -- agent and message ---------------------------------------------------------------------------------------
+
+    def _admit_at_once(self, inbound: Inbound) -> tuple[Agent, Delivery] | None:
+        """The agent and what it is to be given, if nothing has to be waited for and nobody waits at its gate."""
+        hosted, key, body = inbound.route.hosted, inbound.key, inbound.body
+        assert key is not None
+        agent = hosted.live.get(key)
+        if agent is None or body is None or key in hosted.gates:
+            return None
+        delivery = self._reader.delivery(body, inbound.topic)
+        if isinstance(delivery.message, UnknownPayload) and hosted.settling:
+            return None
+        self._intake.started(inbound)
+        return agent, delivery
+
+    async def _admit_in_turn(self, inbound: Inbound) -> tuple[Agent, Delivery]:
+        """The same, after waiting for the agent and the serializer, in the order of arrival."""
+        hosted, key, body = inbound.route.hosted, inbound.key, inbound.body
+        assert key is not None
+        gate = hosted.gates.get(key)
+        if gate is None:
+            gate = hosted.gates[key] = Gate()
+        gate.users += 1
+        try:
+            async with gate.lock:
+                agent = await self._catalog.agent(hosted, key)
+                if body is None:
+                    delivery = await self._reader.plain_delivery(inbound, AgentId(hosted.agent_type, key))
+                else:
+                    await self._catalog.wait_for_serializer(hosted, body.required("messagetype"))
+                    delivery = self._reader.delivery(body, inbound.topic)
+                self._intake.started(inbound)
+                return agent, delivery
+        finally:
+            gate.users -= 1
+            if not gate.users:
+                hosted.gates.pop(key, None)
+
+    # -- the handler ---------------------------------------------------------------------------------------------
+
+    async def _invoke(self, agent: Agent, delivery: Delivery, inbound: Inbound) -> Any:
+        message, context = delivery.message, delivery.context
+        if type(message) is UnknownPayload:
+            self._counters.unknown_payloads += 1
+            if _has_default_unhandled(agent):
+                logger.warning("%s does not know messages of type %s", agent.id, clip(delivery.type_name))
+                if context.is_rpc:
+                    handles = sorted(inbound.route.hosted.handles)
+                    raise UnhandledMessage(str(agent.id), delivery.type_name, handles)
+                return None
+        if events.listening():
+            events.message(
+                delivery.payload,
+                sender=context.sender,
+                receiver=agent.id if context.is_rpc else None,
+                kind=MessageKind.DIRECT if context.is_rpc else MessageKind.PUBLISH,
+                stage=DeliveryStage.DELIVER,
+            )
+        inbound.token = context.cancellation_token
+        _handling_agent.set(agent.id)
+        try:
+            if self._telemetry is None or (trace := self._telemetry.continued(delivery.attributes)) is None:
+                return await agent.on_message(message, context)
+            with self._process_span(self._telemetry, trace, agent.id, delivery, inbound):
+                return await agent.on_message(message, context)
+        except BaseException as error:
+            events.handler_failed(delivery.payload, agent=agent.id, error=error)
+            raise
+
+    def _process_span(
+        self, telemetry: Telemetry, trace: Context, agent_id: AgentId, delivery: Delivery, inbound: Inbound
+    ) -> AbstractContextManager[Any]:
+        return telemetry.processing(
+            trace,
+            delivery.attributes,
+            subject=clip(inbound.message.subject),
+            destination=self._subjects.agent(agent_id.type),
+            agent=agent_id,
+            message_type=delivery.type_name,
+            size=inbound.size,
+            arrived=inbound.arrived,
+        )
+
+
+def _has_default_unhandled(agent: Agent) -> bool:
+    """Whether the agent has AutoGen's own ``on_unhandled_message``, which only logs."""
+    return isinstance(agent, RoutedAgent) and (
+        type(agent).on_unhandled_message is RoutedAgent.on_unhandled_message
+        and type(agent).on_message_impl is RoutedAgent.on_message_impl
+    )

@@ -1,0 +1,112 @@
+"""Messages for keyed agents, as they come in: handled by the owner, forwarded to it, or sent back.
+
+A message is handled here if this worker owns its agent, or nobody does and this worker claims it. A message from a
+sender that does not know the owner is forwarded to it. A call that was sent to this worker as the owner is sent back if
+it no longer is the owner: its caller asks for the owner again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from autogen_core import AgentId
+from nats.aio.msg import Msg
+
+from natsrt.agents.inbound import LOCATE, Answer, Inbound, SentBack
+from natsrt.errors import WorkerLost
+from natsrt.hosting.answers import Answers
+from natsrt.hosting.intake import Intake
+from natsrt.hosting.invocation import Invoker
+from natsrt.hosting.reader import Reader
+from natsrt.keyed.operations import KeyedOperations
+from natsrt.keyed.ownership import NotOwned, OwnedElsewhere, Ownership
+from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.sender import Sender
+from natsrt.wire.envelope import Envelope
+
+
+class KeyedMessages:
+    """What one worker does with messages for keyed agents."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        ownership: Ownership,
+        operations: KeyedOperations,
+        invoker: Invoker,
+        reader: Reader,
+        answers: Answers,
+        intake: Intake,
+        sender: Sender,
+        delivery: KeyedDelivery,
+    ) -> None:
+        self._worker_id = worker_id
+        self._ownership = ownership
+        self._operations = operations
+        self._invoker = invoker
+        self._reader = reader
+        self._answers = answers
+        self._intake = intake
+        self._sender = sender
+        self._delivery = delivery
+
+    async def handle(self, inbound: Inbound) -> Answer | None:
+        """Handle a call, an event or a question where an agent lives. Returns the answer; None where nobody wants one.
+
+        Raises `SentBack`, and what handling or forwarding the message raises.
+        """
+        hosted, key = inbound.route.hosted, inbound.key
+        assert key is not None
+        if inbound.kind is LOCATE:
+            return await self._locate(inbound, key)
+        sent_to_owner = inbound.can_be_sent_back and inbound.route.key is not None
+        handle = partial(self._invoker.handle, inbound)
+        try:
+            return await self._ownership.visit(
+                hosted, key, inbound.chain, handle, inbound=inbound, claim=not sent_to_owner
+            )
+        except NotOwned:
+            agent = AgentId(hosted.agent_type, key)
+            raise SentBack(WorkerLost(str(agent), self._worker_id, "the agent left it")) from None
+        except OwnedElsewhere:
+            return await self._forward(inbound, AgentId(hosted.agent_type, key))
+
+    async def control(self, inbound: Inbound, body: Envelope, key: str) -> Answer | None:
+        """Carry out a control message. Returns the answer; None where nobody wants one.
+
+        Raises what the agent raises.
+        """
+        hosted = inbound.route.hosted
+        try:
+            result = await self._operations.control(hosted, key, inbound, body)
+        except OwnedElsewhere as owner:
+            agent = AgentId(hosted.agent_type, key)
+            return _as_answer(await self._delivery.forward_control(agent, owner.worker_id, body))
+        if not inbound.settlement.wants_answer:
+            return None
+        return self._answers.control_reply(result, body, hosted.agent_type, key)
+
+    async def _locate(self, inbound: Inbound, key: str) -> Answer | None:
+        location = await self._ownership.locate(inbound.route.hosted, key, inbound.chain)
+        if inbound.body is None or not inbound.settlement.wants_answer:
+            return None
+        return self._answers.control_reply(location._asdict(), inbound.body, inbound.agent_type, key)
+
+    async def _forward(self, inbound: Inbound, agent: AgentId) -> Answer | None:
+        """Send a message to the owner of its agent, for a sender that did not know it."""
+        self._intake.started(inbound)
+        topic, body = inbound.topic, inbound.body
+        if topic is None:
+            return _as_answer(await self._delivery.forward_call(agent, inbound.message, body))
+        if body is None:  # a plain event gets an envelope on the way
+            delivery = await self._reader.plain_delivery(inbound, agent)
+            await self._sender.publish_to(agent, delivery.message, topic, delivery.context.message_id)
+        else:
+            await self._delivery.forward_event(agent, topic, body)
+        return None
+
+
+def _as_answer(reply: Msg) -> Answer:
+    """The owner's reply as the answer to the message that was forwarded to it."""
+    return Answer(reply.data, reply.headers)

@@ -1,0 +1,270 @@
+"""Reads inbound messages: for which agent a message is, on which topic, from whom, and what its handler is given.
+
+The NATS subject decides the agent type, the topic and, on the subject of one agent, the key. A body only adds what the
+subject does not show, and must agree with it. Nothing here changes a message. Everything raises `CannotDecode` for what
+cannot be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from autogen_core import AgentId, CancellationToken, MessageContext, Subscription, TopicId
+from autogen_core.exceptions import MessageDroppedException
+from nats.aio.msg import Msg
+from nats.nuid import NUID
+
+from natsrt.agents.catalog import Catalog
+from natsrt.agents.declarations import Declarations
+from natsrt.agents.inbound import CALL, EVENT, LOCATE, Address, EventDropped, Inbound, InboundKind, Route
+from natsrt.agents.interventions import Interventions
+from natsrt.errors import CannotDecode
+from natsrt.options import Options
+from natsrt.transport.cancellation import Cancellations
+from natsrt.wire import envelope
+from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, Envelope
+from natsrt.wire.serialization import Serialization
+from natsrt.wire.subjects import Subjects, decode_token, encode_text
+
+_REMEMBERED = 4096
+"""Topics and senders that are kept parsed; a few hundred kilobytes each."""
+_LONGEST = 1024
+"""Characters of a subject or a ``source`` that is kept at most, so that all of them stay small."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Delivery:
+    """What a handler is called with."""
+
+    message: Any
+    context: MessageContext
+    payload: bytes
+    type_name: str
+    attributes: dict[str, Any]
+
+
+class Reader:
+    """Reads the messages of one worker."""
+
+    def __init__(
+        self,
+        *,
+        subjects: Subjects,
+        catalog: Catalog,
+        serialization: Serialization,
+        cancellations: Cancellations,
+        interventions: Interventions,
+        declarations: Declarations,
+        options: Options,
+    ) -> None:
+        self._subjects = subjects
+        self._catalog = catalog
+        self._serialization = serialization
+        self._cancellations = cancellations
+        self._interventions = interventions
+        self._declarations = declarations
+        self._infer_types = options.infer_types
+        self._topics: dict[str, TopicId] = {}
+        self._senders: dict[str, AgentId] = {}
+
+    # -- whom it is for ------------------------------------------------------------------------------------------
+
+    def address(self, inbound: Inbound) -> Address:
+        """What a message is whose body was unpacked, and for which agent."""
+        route, message, body = inbound.route, inbound.message, inbound.body
+        kind = route.kind if body is None or body.attributes["type"] == route.expects else self._other_kind(route, body)
+        if kind is not EVENT:
+            return Address(kind, self._key(route, message, body), None)
+        if route.kind is not EVENT and body is not None:
+            return Address(kind, route.key, self._claimed_topic(body))
+        topic = self._topic(message, body)
+        key = self._match(route, topic)
+        if key is not None and body is not None:
+            sender = self._sender(body)
+            if sender is not None and sender.key == key and sender.type == route.hosted.agent_type:
+                key = None  # a publisher does not get its own event back
+        return Address(kind, key, topic)
+
+    def source(self, inbound: Inbound) -> tuple[str, str]:
+        """The agent of a message that failed, as text and as an envelope's ``source``.
+
+        That is the name of the route where the message names no agent, or its key cannot be read.
+        """
+        name = inbound.route.name
+        if inbound.kind is EVENT:
+            return name, name
+        try:
+            key = self._key(inbound.route, inbound.message, inbound.body)
+            return f"{inbound.agent_type}/{key}", f"{inbound.agent_type}/{encode_text(key)}"
+        except ValueError:  # its key cannot be read, which may be what failed
+            return name, name
+
+    def _other_kind(self, route: Route, body: Envelope) -> InboundKind:
+        """What a message is whose envelope is not of the type that its subject expects."""
+        found = body.attributes["type"]
+        if route.kind is CALL and route.hosted.keyed is not None:
+            if found == envelope.EVENT and route.key is not None:
+                return EVENT
+            if found == envelope.LOCATE:
+                return LOCATE
+        raise CannotDecode("an envelope", f"expected {route.expects}, not {found!r}")
+
+    def _claimed_topic(self, body: Envelope) -> TopicId:
+        """The topic of an event that its publisher sent to a keyed agent itself."""
+        try:
+            return TopicId(body.required("topictype"), body.required("topicsource"))
+        except ValueError as error:
+            raise CannotDecode("a topic", str(error)) from None
+
+    def _key(self, route: Route, message: Msg, body: Envelope | None) -> str:
+        """The key of the agent that a call is for. The subject decides; the body adds the key, or agrees with it."""
+        if body is None:
+            key = (message.headers or {}).get(KEY_HEADER)
+        else:
+            subject = body.attributes.get("subject")
+            try:
+                key = None if subject is None else decode_token(subject)
+            except ValueError as error:
+                raise CannotDecode("an envelope", f"its subject is not an encoded key: {error}") from None
+        if route.key is None:
+            return "default" if key is None else key
+        if key is not None and key != route.key:
+            raise CannotDecode("an envelope", "its subject names another agent than the NATS subject does")
+        return route.key
+
+    def _topic(self, message: Msg, body: Envelope | None) -> TopicId:
+        subject = message.subject
+        if body is not None and ("topictype" in body.attributes or "topicsource" in body.attributes):
+            return self._read_topic(subject, body.attributes.get("topictype"), body.attributes.get("topicsource"))
+        topic = self._topics.get(subject)
+        if topic is None:
+            topic = self._read_topic(subject, None, None)
+            _remember(self._topics, subject, topic)
+        return topic
+
+    def _read_topic(self, subject: str, topic_type: str | None, source: str | None) -> TopicId:
+        """``topic_type`` and ``source`` are the body's claims, None where it has none."""
+        try:
+            return TopicId(*self._subjects.parse_topic(subject, topic_type=topic_type, source=source))
+        except ValueError as error:
+            raise CannotDecode("a topic", str(error)) from None
+
+    def _match(self, route: Route, topic: TopicId) -> str | None:
+        """The key of the agent to which the union of the type's subscriptions gives the event; None if none is here."""
+        hosted = route.hosted
+        ordinary = hosted.takes(topic.type)
+        if route.custom is not None:
+            agent_id = _mapped(route.custom, topic)
+            if agent_id is None or agent_id.type != hosted.agent_type:
+                return None
+            if ordinary and agent_id.key == topic.source:
+                return None  # the ordinary subscriptions deliver it already
+            for other in self._declarations.custom(hosted.agent_type):
+                if other is route.custom:
+                    break
+                if _mapped(other, topic) == agent_id:
+                    return None  # of several custom ones the first delivers it
+            key = agent_id.key
+        elif ordinary:
+            key = topic.source
+        else:
+            return None
+        if hosted.factory is None and key not in (hosted.live if route.key is None else (route.key,)):
+            return None
+        return key
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    def _sender(self, body: Envelope | None) -> AgentId | None:
+        """The sender named in the body (not authenticated); None if no agent sent it."""
+        source = envelope.NO_AGENT if body is None else body.attributes.get("source") or body.required("source")
+        if source == envelope.NO_AGENT:
+            return None
+        sender = self._senders.get(source)
+        if sender is None:
+            agent_type, slash, key = source.partition("/")
+            try:
+                if not slash:
+                    raise ValueError("it has no key")
+                sender = AgentId(agent_type, decode_token(key))
+            except ValueError as error:
+                raise CannotDecode("an envelope", f"its source is not type/key: {error}") from None
+            _remember(self._senders, source, sender)
+        return sender
+
+    def delivery(self, body: Envelope, topic: TopicId | None) -> Delivery:
+        """What the handler is given for a message in an envelope; ``topic`` is None for a call.
+
+        A message of a type that is unknown here becomes an ``UnknownPayload``.
+        """
+        attributes = body.attributes
+        try:
+            type_name, message_id = attributes["messagetype"], attributes["id"]
+        except KeyError as missing:
+            raise CannotDecode("an envelope", f"the attribute {missing} is missing") from None
+        try:
+            message = self._serialization.decode(
+                type_name, attributes.get("datacontenttype", envelope.JSON_CONTENT), body.payload
+            )
+        except CannotDecode:
+            general = body.general()
+            if general is None:
+                raise
+            return self.delivery(general, topic)
+        cancel_id = attributes.get("cancelid")
+        token = CancellationToken() if cancel_id is None else self._cancellations.token_of(cancel_id)
+        context = MessageContext(self._sender(body), topic, topic is None, token, message_id)
+        return Delivery(message, context, body.payload, type_name, attributes)
+
+    async def plain_delivery(self, inbound: Inbound, agent_id: AgentId) -> Delivery:
+        """What the handler is given for a plain body, which is the payload itself.
+
+        Raises also what an intervention handler raises: where one drops the message, ``MessageDroppedException`` for a
+        call and `EventDropped` for an event.
+        """
+        hosted, topic = inbound.route.hosted, inbound.topic
+        headers, payload = inbound.message.headers or {}, inbound.message.data
+        type_name = headers.get(TYPE_HEADER)
+        if type_name is not None:
+            await self._catalog.wait_for_serializer(hosted, type_name)
+            content_type = self._serialization.content_type_of(type_name)
+            message = self._serialization.decode(type_name, content_type, payload)
+        elif self._infer_types:
+            message = self._serialization.infer(payload, list(hosted.handles.values()))
+        else:
+            raise CannotDecode(
+                "a plain body",
+                f"type inference is off: name the message type in the header {TYPE_HEADER}, "
+                f"one of {', '.join(sorted(hosted.handles)) or 'none'}",
+                payload,
+            )
+        context = MessageContext(
+            sender=None,
+            topic_id=topic,
+            is_rpc=topic is None,
+            cancellation_token=CancellationToken(),
+            message_id=NUID().next().decode(),
+        )
+        if self._interventions:
+            if topic is None:
+                message = await self._interventions.on_send(message, context, agent_id)
+            else:
+                try:
+                    message = await self._interventions.on_publish(message, context)
+                except MessageDroppedException:
+                    raise EventDropped from None
+        return Delivery(message, context, payload, type_name or type(message).__name__, {"id": context.message_id})
+
+
+def _remember(known: dict[str, _T], text: str, value: _T) -> None:
+    if len(text) <= _LONGEST:
+        if len(known) >= _REMEMBERED:
+            known.clear()
+        known[text] = value
+
+
+def _mapped(subscription: Subscription, topic: TopicId) -> AgentId | None:
+    return subscription.map_to_agent(topic) if subscription.is_match(topic) else None

@@ -1,0 +1,243 @@
+"""The NATS subscriptions of a worker: for each hosted type its calls, its control subject and its events.
+
+Subscriptions belong to the agent type: every worker that hosts it serves the union of all of them, because the members
+of a queue group must hold the same filters. A type's NATS subscriptions follow the registry's view.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from autogen_core import Subscription
+
+from natsrt.agents.catalog import Catalog, HostedType
+from natsrt.agents.declarations import Declarations
+from natsrt.agents.inbound import CALL, CONTROL, EVENT, Route
+from natsrt.background import BackgroundTasks
+from natsrt.errors import NatsrtError
+from natsrt.hosting.intake import Intake
+from natsrt.hosting.settlements import EventSettlement, ReplySettlement
+from natsrt.jetstream.registry.entries import Rule
+from natsrt.jetstream.registry.registry import Registry, RegistryListener
+from natsrt.observe.services import ServiceEndpoint, service_name
+from natsrt.transport.connection import Connection, Interest
+from natsrt.transport.readiness import Readiness
+from natsrt.wire.subjects import Subjects
+
+logger = logging.getLogger("natsrt.hosting")
+
+SubjectAndGroup = tuple[str, str]
+"""A subject and a queue group: what a NATS subscription stands on."""
+
+
+@dataclass(slots=True)
+class _Served:
+    """What is subscribed for one agent type."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    interests: dict[SubjectAndGroup, Interest] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    """Those that `interests` express."""
+    beside: _Beside | None = None
+    """What else they express; None before the first time."""
+    changes: int = 0
+    """How often `interests` changed."""
+    told: tuple[int, int] | None = None
+    """``changes``, and the connection's reconnects, at the last time that the server was known to know all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What a type's NATS subscriptions depend on beside its rules.
+
+    ``keys`` are those of its registered instances, or one None for the whole type; ``custom`` the ids of the
+    subscriptions that only this process can ask.
+    """
+
+    keys: tuple[str | None, ...]
+    custom: tuple[str, ...]
+
+
+class Subscriptions(RegistryListener):
+    """What this worker listens to."""
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        subjects: Subjects,
+        catalog: Catalog,
+        declarations: Declarations,
+        registry: Registry,
+        readiness: Readiness,
+        intake: Intake,
+        replies: ReplySettlement,
+        events: EventSettlement,
+        worker_id: str,
+    ) -> None:
+        self._connection = connection
+        self._subjects = subjects
+        self._catalog = catalog
+        self._intake = intake
+        self._worker_id = worker_id
+        self._declarations = declarations
+        self._registry = registry
+        self._readiness = readiness
+        self._replies = replies
+        self._events = events
+        self._served: dict[str, _Served] = {}
+        self._tasks = BackgroundTasks(logger, "following the registry's subscriptions failed")
+        self._active = False
+        registry.add_listener(self)
+
+    async def start(self) -> None:
+        """Serve every hosted type."""
+        self._active = True
+        for hosted in self._catalog:
+            await self._apply(hosted)
+        await self._tell(list(self._served.values()))
+
+    async def stop(self) -> None:
+        """End all subscriptions; everything the server sent for them has been taken in when this returns."""
+        self._active = False
+        await self._tasks.cancel()
+        interests = [i for served in self._served.values() for i in served.interests.values()]
+        self._served.clear()
+        await asyncio.gather(*(self._connection.unsubscribe(interest) for interest in interests))
+
+    async def serve(self, agent_type: str) -> None:
+        """Serve the type as the view now says, and return when the server knows."""
+        hosted = self._catalog.find(agent_type)
+        if hosted is not None and self._active:
+            await self._tell([await self._apply(hosted)])
+
+    async def serve_at(self, agent_type: str, revision: int) -> None:
+        """The same as the registry has it at ``revision``, once this runtime has started: another worker asks for it.
+
+        Raises what the start failed with, and `RegistryUnavailable` where the view does not get that far.
+        """
+        await self._readiness.wait_started()
+        await self._registry.shown(revision)
+        await self.serve(agent_type)
+
+    async def end(self, agent_type: str) -> None:
+        """Stop serving a type that is no longer hosted."""
+        served = self._served.pop(agent_type, None)
+        if served is not None:
+            async with served.lock:
+                for interest in served.interests.values():
+                    await self._connection.unsubscribe(interest)
+                served.interests.clear()
+
+    async def listen(self, hosted: HostedType, key: str) -> Interest:
+        """Listen on the subject of one keyed agent, which this worker owns."""
+        subjects, agent_type = self._subjects, hosted.agent_type
+        return await self._connection.subscribe(
+            subjects.instance(agent_type, key),
+            self._intake.sink(Route(CALL, hosted, self._replies, key)),
+            queue=subjects.queue(agent_type, key),
+        )
+
+    def rules_changed(self, agent_type: str) -> None:
+        """The registry's view of the type's subscriptions changed."""
+        hosted = self._catalog.find(agent_type)
+        if hosted is None:
+            return
+        hosted.set_rules(self._registry.view.rules(agent_type))
+        if self._active:
+            self._tasks.spawn(self._follow(agent_type))
+
+    async def _follow(self, agent_type: str) -> None:
+        hosted = self._catalog.find(agent_type)
+        try:
+            if hosted is not None and self._active:
+                await self._apply(hosted)
+        except NatsrtError as error:  # reconnecting: the new view that is read then brings it up again
+            logger.debug("serving %s: %s", agent_type, error)
+        except Exception:
+            logger.exception("serving agent type %s failed", agent_type)
+
+    async def _tell(self, served: Collection[_Served]) -> None:
+        """Return when the server knows their subscriptions: after a round trip, or at once where nothing is new."""
+        states = [(one, (one.changes, self._connection.reconnects)) for one in served]
+        if any(one.told != state for one, state in states):
+            await self._connection.barrier()
+            for one, state in states:
+                one.told = state
+
+    async def _apply(self, hosted: HostedType) -> _Served:
+        """Bring the NATS subscriptions of a type in step with the view."""
+        served = self._served.setdefault(hosted.agent_type, _Served())
+        async with served.lock:
+            hosted.set_rules(self._registry.view.rules(hosted.agent_type))
+            rules = hosted.rules
+            custom = self._declarations.custom(hosted.agent_type)
+            keys = tuple(hosted.live) if hosted.has_instances_only else (None,)
+            beside = _Beside(keys, tuple(subscription.id for subscription in custom))
+            # A view lists new rules last. Looking at those alone keeps the cost of one from growing with their number.
+            old = len(served.rules)
+            only_more = served.beside == beside and rules[:old] == served.rules
+            wanted = dict(self._wanted(hosted, keys, rules[old:] if only_more else rules, custom))
+            for place, route in wanted.items():
+                if place not in served.interests:
+                    served.changes += 1
+                    served.interests[place] = await self._connection.subscribe(
+                        place[0], self._intake.sink(route), queue=place[1]
+                    )
+            for place in () if only_more else [p for p in served.interests if p not in wanted]:
+                served.changes += 1
+                await self._connection.unsubscribe(served.interests.pop(place))
+            served.rules, served.beside = rules, beside
+        return served
+
+    def _wanted(
+        self,
+        hosted: HostedType,
+        keys: Sequence[str | None],
+        rules: Sequence[Rule],
+        custom: Sequence[Subscription],
+    ) -> Iterator[tuple[SubjectAndGroup, Route]]:
+        subjects, agent_type = self._subjects, hosted.agent_type
+        for key in keys:
+            queue = subjects.queue(agent_type, key)
+            calls = subjects.agent(agent_type) if key is None else subjects.instance(agent_type, key)
+            yield (calls, queue), Route(CALL, hosted, self._replies, key)
+            yield (subjects.control(agent_type, key), queue), Route(CONTROL, hosted, self._replies, key)
+            if hosted.keyed is not None:
+                yield (subjects.control_at(agent_type, self._worker_id), ""), Route(CONTROL, hosted, self._replies)
+            event = Route(EVENT, hosted, self._events, key)
+            for rule in rules:
+                if rule.kind != "custom":
+                    try:
+                        place = (rule.subject(subjects, key), queue)
+                    except ValueError as error:  # somebody else's: it must not cost the type its other subscriptions
+                        logger.error("a subscription of agent type %s cannot be served: %s", agent_type, error)
+                    else:
+                        yield place, event
+        for subscription in custom:
+            # A group of its own: workers without an equal object cannot decide for it.
+            for key in keys:
+                queue = f"{subjects.queue(agent_type, key)}.custom.{Rule.of(subscription).digest}"
+                yield (subjects.everything, queue), Route(EVENT, hosted, self._events, key, custom=subscription)
+
+    # -- as a NATS service ---------------------------------------------------------------------------------------
+
+    def endpoints(self) -> list[ServiceEndpoint]:
+        """Each hosted type as an endpoint of this worker's service."""
+        return [
+            ServiceEndpoint(
+                name=service_name(hosted.agent_type),
+                subject=self._subjects.agent(hosted.agent_type),
+                queue_group=self._subjects.queue(hosted.agent_type),
+                metadata={
+                    "agent_type": hosted.agent_type,
+                    "handles": ", ".join(sorted(hosted.handles)),
+                    "live_agents": str(len(hosted.live)),
+                },
+                counters=hosted.counters,
+            )
+            for hosted in self._catalog
+        ]

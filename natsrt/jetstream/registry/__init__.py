@@ -1,0 +1,1 @@
+"""The registry: which workers host which agent types, in one JetStream KV bucket."""

@@ -1,0 +1,182 @@
+"""Requests to a JetStream bucket: tried again where that helps, and their failures in natsrt's own words."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import TypeVar
+
+import nats.errors
+import nats.js.errors
+
+from natsrt.errors import JetStreamRequired, NatsrtError, PermissionDenied
+from natsrt.transport.connection import Connection
+
+OPEN = "open"
+READ = "read"
+WRITE = "write to"
+
+_NEEDED = {
+    OPEN: ("$js.api.info", "$js.api.stream.info.", "$js.api.stream.create."),
+    READ: ("$js.api.consumer.", "$js.api.direct.", "$js.api.stream.msg.get."),
+    WRITE: ("$kv.", "$js.api.stream.purge."),
+}
+"""The subjects that an operation publishes to. A refusal shows only in the client's log: this tells whose it is."""
+_OF_THE_ACCOUNT = "$js.api.info"
+_NO_JETSTREAM = 10039
+_PAUSE = 0.2
+_LOOK_EVERY = 0.1
+"""Seconds between two looks for requests that are late."""
+
+T = TypeVar("T")
+
+
+class _Attempt:
+    """A request under way, in the task that makes it.
+
+    ``subject`` is the one it is limited to, None for all that the operation needs; ``until`` the loop's time at which
+    it ends. It does what ``asyncio.timeout`` does, without a timer of its own: these cost more than the request.
+    """
+
+    __slots__ = ("_cancelling", "_ended", "_task", "denied", "operation", "subject", "until")
+
+    def __init__(self, operation: str, subject: str | None, until: float) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._ended = False
+        self.operation = operation
+        self.subject = subject
+        self.until = until
+        self.denied: PermissionDenied | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises TimeoutError where `end` is what cancelled the request."""
+        if self._ended and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+    def end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._task.cancel()
+
+
+class BucketRequests:
+    """Runs the requests that concern one bucket. A connection `Listener`.
+
+    Where the bucket cannot be reached for ``retry_for`` seconds, ``unavailable(operation, reason)`` makes the error.
+    ``subscribed`` are the starts of the subjects whose refusal spoils every request: inboxes, a feed.
+    ``patient``: it waits for a lost connection that long too, and what was under way is sent again once it is back.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        bucket: str,
+        unavailable: Callable[[str, str], NatsrtError],
+        *,
+        subscribed: tuple[str, ...],
+        retry_for: float,
+        patient: bool = False,
+    ) -> None:
+        self._connection = connection
+        self._bucket = bucket.lower()
+        self._unavailable = unavailable
+        self._subscribed = tuple(subject.lower() for subject in subscribed)
+        self._retry_for = retry_for
+        self._patient = patient
+        self._running: dict[_Attempt, None] = {}
+        self._looking: asyncio.TimerHandle | None = None
+        connection.on_denied(self._on_denied)
+        connection.add_listener(self)
+
+    def connection_lost(self) -> None:
+        pass
+
+    def connection_made(self) -> None:
+        if self._patient:  # answers to what was asked on the lost connection come no more
+            for attempt in self._running:
+                attempt.end()
+
+    def _end_late(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for attempt in self._running:
+            if attempt.until <= now:
+                attempt.end()
+        self._looking = loop.call_later(_LOOK_EVERY, self._end_late) if self._running else None
+
+    def _on_denied(self, denied: PermissionDenied) -> None:
+        refused = denied.subject.lower()
+        for attempt in self._running:
+            if attempt.denied is None and (refused.startswith(self._subscribed) or self._needs(attempt, refused)):
+                attempt.denied = denied
+                attempt.end()
+
+    def _needs(self, attempt: _Attempt, refused: str) -> bool:
+        if attempt.subject is not None:
+            return refused == attempt.subject.lower() or refused.startswith(f"{attempt.subject.lower()}.")
+        ours = refused == _OF_THE_ACCOUNT or self._bucket in refused
+        return ours and refused.startswith(_NEEDED[attempt.operation])
+
+    async def run(
+        self,
+        operation: str,
+        request: Callable[[], Awaitable[T]],
+        *,
+        subject: str | None = None,
+        within: float | None = None,
+    ) -> T:
+        """Run ``request``, again for some seconds where a leader change explains its failure.
+
+        It may be repeated after it was carried out, when the answer was lost. ``subject``: the only one, with those
+        below it, that it publishes to; None for any that the operation needs. ``within``: seconds for one attempt;
+        None where ``request`` looks after that itself.
+
+        Raises `PermissionDenied`, `JetStreamRequired`, `ServerUnreachable` or what ``unavailable`` makes; what
+        ``request`` raises otherwise passes.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._retry_for
+        while True:
+            if self._patient and not self._connection.connected:
+                await self._connection.wait_connected(max(0.0, until - loop.time()))
+            attempt = _Attempt(operation, subject, math.inf if within is None else loop.time() + within)
+            try:
+                with attempt:
+                    self._running[attempt] = None
+                    if self._looking is None:
+                        self._looking = loop.call_later(_LOOK_EVERY, self._end_late)
+                    try:
+                        return await request()
+                    finally:
+                        del self._running[attempt]
+            except NatsrtError:
+                raise
+            except nats.js.errors.ServiceUnavailableError as error:
+                if operation == OPEN:
+                    raise JetStreamRequired(self._connection.server) from None
+                problem = error.description or "JetStream does not answer"
+            except (nats.js.errors.NoStreamResponseError, TimeoutError):
+                if attempt.denied is not None:
+                    raise attempt.denied from None
+                problem = "JetStream does not answer"
+            except nats.js.errors.APIError as error:
+                if error.err_code == _NO_JETSTREAM:
+                    raise JetStreamRequired(self._connection.server) from None
+                if error.code is not None and error.code < 500:
+                    raise self._unavailable(operation, error.description or str(error)) from error
+                problem = error.description or str(error)
+            except (nats.errors.Error, OSError) as error:
+                problem = str(error) or type(error).__name__
+            if loop.time() > until or not (self._patient or self._connection.connected):
+                raise self._unavailable(operation, problem)
+            await asyncio.sleep(_PAUSE)

@@ -1,0 +1,59 @@
+"""What a worker does with the keyed agents that it owns, beside handling their messages."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from autogen_core import Agent, AgentId
+
+from natsrt.agents import control
+from natsrt.agents.catalog import Catalog, HostedType
+from natsrt.agents.chain import chain_of
+from natsrt.agents.inbound import Inbound
+from natsrt.errors import CannotDecode
+from natsrt.keyed.ownership import Ownership
+from natsrt.wire.envelope import Envelope
+
+
+class KeyedOperations:
+    """The keyed side of one worker."""
+
+    def __init__(self, owning: Ownership, catalog: Catalog) -> None:
+        self.owning = owning
+        self._catalog = catalog
+
+    async def instance(self, hosted: HostedType, key: str, along: Collection[str]) -> Agent:
+        """The live instance. Raises `OwnedElsewhere`."""
+
+        async def live() -> Agent:
+            return hosted.live[key]
+
+        return await self.owning.visit(hosted, key, along, live)
+
+    async def state(self, hosted: HostedType, key: str, along: Collection[str]) -> Mapping[str, Any]:
+        """What ``save_state`` returns when its turn comes. Raises `OwnedElsewhere`."""
+
+        async def save() -> Mapping[str, Any]:
+            return await hosted.live[key].save_state()
+
+        return await self.owning.visit(hosted, key, along, save)
+
+    async def control(self, hosted: HostedType, key: str, inbound: Inbound, body: Envelope) -> Any:
+        """One control message, when its agent's turn comes. Raises `OwnedElsewhere`."""
+        operation = body.required("operation")
+        if operation == control.GIVE_AWAY:
+            return await self._give_away(hosted, body.json())
+
+        async def carry_out() -> Any:
+            return await control.carry_out_message(self._catalog, hosted, key, body)
+
+        result = await self.owning.visit(hosted, key, chain_of(body), carry_out, inbound=inbound)
+        if operation in (control.LOAD_STATE, control.STORE_STATE):
+            await self.owning.store(AgentId(hosted.agent_type, key))
+        return result
+
+    async def _give_away(self, hosted: HostedType, count: Any) -> int:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise CannotDecode("a control message", "how many agents to give away must be a number of at least 0")
+        return await self.owning.give_away(hosted.agent_type, count)

@@ -1,0 +1,1 @@
+"""The way out: what ``send_message`` and ``publish_message`` do."""

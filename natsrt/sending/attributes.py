@@ -1,0 +1,48 @@
+"""The envelope attributes of what one runtime sends."""
+
+from __future__ import annotations
+
+from autogen_core import AgentId, CancellationToken
+from nats.nuid import NUID
+
+from natsrt.observe.metrics import Counters
+from natsrt.transport.calls import Calls
+from natsrt.transport.cancellation import Cancellations
+from natsrt.wire import envelope
+from natsrt.wire.envelope import attribute, quote
+from natsrt.wire.serialization import Encoded
+from natsrt.wire.subjects import encode_text
+
+
+class MessageAttributes:
+    """Writes envelope attributes as JSON text, as `natsrt.wire.envelope.encode` takes them."""
+
+    def __init__(self, calls: Calls, cancellations: Cancellations, counters: Counters) -> None:
+        self._calls = calls
+        self._cancellations = cancellations
+        self._counters = counters
+        self._id_prefix = NUID().next().decode()
+        self._of_types: dict[str, str] = {}
+
+    def next_id(self) -> str:
+        """A new message id. The message must have been counted in `Counters.sent` before."""
+        return f"{self._id_prefix}-{self._counters.sent:x}"
+
+    def message(
+        self, message_id: str, sender: AgentId | None, encoded: Encoded, token: CancellationToken | None
+    ) -> str:
+        """The attributes of calls and events alike: id, source, message type, and the token's id if there is one."""
+        source = '"/"' if sender is None else quote(f"{sender.type}/{encode_text(sender.key)}")
+        of_type = self._of_types.get(encoded.type_name)
+        if of_type is None:
+            of_type = self._of_types[encoded.type_name] = attribute("messagetype", encoded.type_name)
+        attributes = f'"id":{quote(message_id)},"source":{source},{of_type}'
+        return attributes if token is None else f'{attributes},"cancelid":"{self._cancellations.id_of(token)}"'
+
+    def call(self, agent: AgentId) -> str:
+        """The attributes that a call has beside those of its `message`, with a leading comma."""
+        return f',"subject":"{encode_text(agent.key)}","acceptto":"{self._calls.accept_to}"'
+
+    def question(self, agent: AgentId) -> str:
+        """The attributes of a question or control message about an agent."""
+        return f"{attribute('id', self.next_id())},{attribute('source', envelope.NO_AGENT)}{self.call(agent)}"

@@ -1,0 +1,99 @@
+"""Reader replies: what a call returns, and what it raises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from autogen_core import AgentId, UnknownPayload
+from autogen_core.logging import DeliveryStage, MessageKind
+from nats.aio.msg import Msg
+
+from natsrt.agents.catalog import Catalog
+from natsrt.errors import CannotDecode
+from natsrt.observe import events
+from natsrt.wire import envelope
+from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes
+from natsrt.wire.serialization import Serialization
+
+
+class Replies:
+    """Reads the replies of one runtime. Raises what a reply says that is an error, and `CannotDecode`."""
+
+    def __init__(
+        self,
+        serialization: Serialization,
+        error_types: ErrorTypes,
+        catalog: Catalog,
+    ) -> None:
+        self._serialization = serialization
+        self._error_types = error_types
+        self._catalog = catalog
+
+    def result(self, reply: Msg, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId) -> Any:
+        """What ``send_message`` returns. ``sent`` is the class of the message that was sent."""
+        body = envelope.decode(reply.data)
+        if body is None:
+            return self._plain_result(reply, reply_type, recipient)
+        self._check(body, reply, recipient)
+        type_name = body.required("messagetype")
+        try:
+            result = self._serialization.reply(
+                type_name, body.content_type, body.payload, self._catalog.produced_here, sent, reply_type
+            )
+        except CannotDecode:
+            general = body.general()
+            if general is None:
+                raise
+            result = self._serialization.reply(
+                type_name, general.content_type, general.payload, self._catalog.produced_here, sent, reply_type
+            )
+        if isinstance(result, UnknownPayload):
+            raise CannotDecode(
+                f"the reply of {recipient}",
+                f"its type {type_name!r} is unknown here; add its serializer with runtime.add_message_serializer",
+                body.payload,
+            )
+        if events.listening():
+            events.message(
+                body.payload, sender=recipient, receiver=None, kind=MessageKind.RESPOND, stage=DeliveryStage.DELIVER
+            )
+        return result
+
+    def answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:
+        """The envelope of a reply that another runtime made."""
+        body = envelope.decode(reply.data)
+        if body is None:
+            self._raise_service_error(reply, recipient)
+            raise CannotDecode(f"the reply of {recipient}", "it is not a natsrt reply", reply.data)
+        self._check(body, reply, recipient)
+        return body
+
+    def _check(self, body: envelope.Envelope, reply: Msg, recipient: AgentId) -> None:
+        """Raise what a reply says that is an error."""
+        if body.type == envelope.ERROR:
+            raise self._error_types.rebuild(body.payload, agent=str(recipient), worker_id=body.text("workerid"))
+        if body.type != envelope.REPLY:
+            raise CannotDecode(f"the reply of {recipient}", f"its type is {body.type!r}", reply.data)
+
+    def _raise_service_error(self, reply: Msg, recipient: AgentId) -> None:
+        """Raise what a plain reply reports as a NATS service does (ADR-32); one that is none changes nothing."""
+        headers = reply.headers or {}
+        text = headers.get(SERVICE_ERROR)
+        if text is not None:
+            text = f"{text} ({headers[SERVICE_ERROR_CODE]})" if SERVICE_ERROR_CODE in headers else text
+            raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None, text=text)
+
+    def _plain_result(self, reply: Msg, reply_type: type[Any] | None, recipient: AgentId) -> Any:
+        """A NATS responder in any language answered: JSON values, or ``reply_type``; else text, else bytes."""
+        self._raise_service_error(reply, recipient)
+        if reply_type is not None:
+            return self._serialization.infer(reply.data, [reply_type])
+        try:
+            return orjson.loads(reply.data)
+        except orjson.JSONDecodeError:
+            pass
+        try:
+            return reply.data.decode()
+        except UnicodeDecodeError:
+            return reply.data

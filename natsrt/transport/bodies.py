@@ -1,0 +1,60 @@
+"""Bodies on their way out and in: the one place that knows how a payload becomes the data of a NATS message.
+
+A body that goes out is put into its envelope, if it has one, and its size is checked: the server closes a connection
+that sends too much. A payload that is too large for one message would be sent by reference here, and fetched here.
+"""
+
+from __future__ import annotations
+
+from natsrt.transport.connection import Connection
+from natsrt.wire import envelope
+from natsrt.wire.envelope import Envelope
+from natsrt.wire.serialization import Encoded
+
+
+class Bodies:
+    """Packs and unpacks the bodies of one runtime."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def pack(
+        self,
+        kind: str,
+        attributes: str,
+        payload: bytes,
+        content_type: str = envelope.JSON_CONTENT,
+        *,
+        headers: dict[str, str] | None = None,
+    ) -> bytes:
+        """A body of ``kind`` with ``attributes`` (JSON text, see `natsrt.wire.envelope.encode`).
+
+        ``headers`` are those that the message will have. Raises `MessageTooLarge`.
+        """
+        body = envelope.encode(kind, attributes, payload, content_type)
+        self._connection.check_size(body, headers)
+        return body
+
+    def pack_message(self, kind: str, attributes: str, encoded: Encoded) -> bytes:
+        """The same for a message of the user's."""
+        body = envelope.encode(kind, attributes, encoded.payload, encoded.content_type)
+        self._connection.check_size(body)
+        return body
+
+    def pack_plain(self, payload: bytes, headers: dict[str, str] | None = None) -> bytes:
+        """A payload without an envelope, for a plain NATS client. Raises `MessageTooLarge`."""
+        self._connection.check_size(payload, headers)
+        return payload
+
+    def repack(self, body: Envelope, **changes: str | None) -> bytes:
+        """The body of a message that is forwarded, with other attributes; None takes one away.
+
+        Raises `MessageTooLarge`.
+        """
+        changed = envelope.rewrite(body, **changes)
+        self._connection.check_size(changed)
+        return changed
+
+    def unpack(self, data: bytes) -> Envelope | None:
+        """The envelope in the data of a message; None for a plain body. Raises `CannotDecode` for a broken envelope."""
+        return envelope.decode(data)

@@ -1,0 +1,93 @@
+"""The inbox of one runtime: every reply to it comes in below one subject.
+
+Each request gets a reply subject of its own, ``<inbox_prefix>.<nonce>.<token>``, so a message that arrives there is for
+that request and for nothing else. One subscription serves all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from nats.aio.msg import Msg
+from nats.nuid import NUID
+
+from natsrt.options import Options
+from natsrt.transport.connection import Connection, Interest
+
+Receiver = Callable[[Msg], None]
+"""Called in the read loop for each message on one reply subject. Must not block; may raise `CannotDecode` only."""
+
+_POSTED_FOR = 2.0
+"""Seconds for which the server's "no responders" to a posted message is waited for. It normally takes 0.4 ms."""
+_POSTED_AT_MOST = 10_000
+"""Posted messages that are watched at a time; a few megabytes."""
+
+
+class Inbox:
+    """Reply subjects, and what receives the messages on them."""
+
+    def __init__(self, connection: Connection, options: Options) -> None:
+        self._connection = connection
+        self._prefix = options.inbox_prefix
+        self._root = ""
+        self._counter = 0
+        self._receivers: dict[str, Receiver] = {}
+        self._posted: deque[tuple[float, str]] = deque()
+        self._interest: Interest | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether replies arrive."""
+        return self._interest is not None
+
+    async def start(self) -> None:
+        self._root = f"{self._prefix}.{NUID().next().decode()}"
+        self._interest = await self._connection.subscribe(f"{self._root}.*", self._on_message)
+
+    async def stop(self) -> None:
+        """Take no more replies. Harmless when stopped."""
+        interest, self._interest = self._interest, None
+        if interest is not None:
+            await self._connection.unsubscribe(interest)
+
+    def subject(self, token: str) -> str:
+        """The reply subject of a token, which must be a valid token of a subject."""
+        return f"{self._root}.{token}"
+
+    def new_subject(self, kind: str = "") -> str:
+        """A reply subject that was not used before. ``kind``: letters that its token starts with."""
+        self._counter += 1
+        return f"{self._root}.{kind}{self._counter:x}"
+
+    def receive(self, subject: str, receiver: Receiver) -> None:
+        """Give the messages on a reply subject to ``receiver``, until `drop`."""
+        self._receivers[subject] = receiver
+
+    def drop(self, subject: str) -> None:
+        """Ignore what still arrives on a reply subject. Harmless when dropped."""
+        self._receivers.pop(subject, None)
+
+    async def post(self, subject: str, body: bytes, lost: Callable[[], None]) -> None:
+        """Send a message that nobody answers. ``lost`` is called if the server reports at once that nobody listens.
+
+        Raises as `Connection.publish` does.
+        """
+        now = asyncio.get_running_loop().time()
+        while self._posted and (self._posted[0][0] < now - _POSTED_FOR or len(self._posted) >= _POSTED_AT_MOST):
+            self.drop(self._posted.popleft()[1])
+        reply = self.new_subject("p")
+        self._receivers[reply] = lambda message: lost() if is_nobody(message) else None
+        self._posted.append((now, reply))
+        await self._connection.publish(subject, body, reply=reply)
+
+    def _on_message(self, message: Msg) -> None:
+        receiver = self._receivers.get(message.subject)
+        if receiver is not None:
+            receiver(message)
+
+
+def is_nobody(message: Msg) -> bool:
+    """Whether a message is the server's report that nobody listens ("no responders")."""
+    return message.headers is not None and message.headers.get("Status") == "503" and not message.data

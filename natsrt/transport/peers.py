@@ -1,0 +1,94 @@
+"""Questions to other workers, each on the worker's own subject ``natsrt.worker.<worker_id>``.
+
+`natsrt.hosting.peer_answers` answers them. The questions about calls are asked by `natsrt.transport.call_watch`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import orjson
+from autogen_core import AgentId
+from nats.aio.msg import Msg
+
+from natsrt.transport.connection import Connection
+from natsrt.transport.inbox import Inbox, is_nobody
+from natsrt.transport.probe import Probe
+from natsrt.wire import envelope
+from natsrt.wire.envelope import Envelope
+from natsrt.wire.peer_messages import Claim, WaitLink, read_claim, read_links
+from natsrt.wire.subjects import Subjects
+
+_ALIVE_WITHIN = 1.0
+"""Seconds within which a living worker says that it lives."""
+_LINKS_WITHIN = 0.5
+"""Seconds within which a worker says what calls wait for. Who misses it is asked again in the next round."""
+_TAPPED_AFTER = 0.1
+"""Seconds without an answer after which the server is asked who listens: a tap hides its "no responders"."""
+
+
+class Peers:
+    """The other workers, as far as they answer questions."""
+
+    def __init__(self, connection: Connection, inbox: Inbox, probe: Probe, subjects: Subjects) -> None:
+        self._connection = connection
+        self._inbox = inbox
+        self._probe = probe
+        self._subjects = subjects
+
+    async def alive(self, worker_id: str) -> bool:
+        """Whether a worker answers."""
+        return await self._ask_worker(worker_id, envelope.FATE, {"calls": []}, _ALIVE_WITHIN) is not None
+
+    async def listens(self, worker_id: str) -> bool:
+        """Whether the server still has a worker's subscription to its own subject; True if no server reported."""
+        return await self._probe.listens(self._subjects.worker(worker_id))
+
+    async def serves(self, worker_id: str, agent_type: str, revision: int, timeout: float) -> bool:
+        """Whether a worker confirms within ``timeout`` seconds that it serves the subscriptions of an agent type as
+        the registry has them at ``revision``."""
+        question = {"agent_type": agent_type, "revision": revision}
+        return await self._ask_worker(worker_id, envelope.SERVE, question, timeout) is not None
+
+    async def claim(self, worker_id: str, agent: AgentId, chain: Collection[str], timeout: float) -> Claim | None:
+        """A worker's claim on a keyed agent; None if it does not answer within ``timeout`` seconds.
+
+        ``chain`` is the chain of the message for which this is asked. Raises `CannotDecode`.
+        """
+        question = {"agent_type": agent.type, "key": agent.key, "chain": list(chain)}
+        answer = await self._ask_worker(worker_id, envelope.OWNER, question, timeout)
+        return None if answer is None else read_claim(answer)
+
+    async def links(self, worker_id: str, calls: Sequence[str]) -> list[WaitLink]:
+        """What the given calls wait for on a worker; empty if it does not answer. Raises `CannotDecode`."""
+        answer = await self._ask_worker(worker_id, envelope.WAITS, {"calls": calls}, _LINKS_WITHIN)
+        return [] if answer is None else read_links(answer)
+
+    async def _ask_worker(self, worker_id: str, kind: str, question: dict[str, Any], timeout: float) -> Envelope | None:
+        body = envelope.encode(kind, '"id":"question","source":"/"', orjson.dumps(question))
+        reply = await self.ask(self._subjects.worker(worker_id), body, timeout)
+        answer = None if reply is None else envelope.decode(reply.data)
+        return answer if answer is not None and answer.type == envelope.REPLY else None
+
+    async def ask(self, subject: str, body: bytes, timeout: float) -> Msg | None:
+        """Send a question. Returns the first answer; None if nobody listens, or after ``timeout`` seconds.
+
+        Raises as `Connection.publish` does.
+        """
+        reply = self._inbox.new_subject("q")
+        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        self._inbox.receive(reply, lambda message: None if answer.done() else answer.set_result(message))
+        try:
+            await self._connection.publish(subject, body, reply=reply)
+            async with asyncio.timeout(timeout):
+                await asyncio.wait({answer}, timeout=_TAPPED_AFTER)
+                if not answer.done() and not await self._probe.listens(subject) and not answer.done():
+                    return None
+                message = await answer
+        except TimeoutError:
+            return None
+        finally:
+            self._inbox.drop(reply)
+        return None if is_nobody(message) else message

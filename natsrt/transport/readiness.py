@@ -1,0 +1,48 @@
+"""Whether messages may be sent: the runtime's start has ended, and it is connected."""
+
+from __future__ import annotations
+
+import asyncio
+
+from natsrt.options import Options
+from natsrt.transport.connection import Connection
+
+
+class Readiness:
+    """The outcome of one start of a runtime, for those who wait for it."""
+
+    def __init__(self, connection: Connection, options: Options) -> None:
+        self._connection = connection
+        self._offline_timeout = options.offline_timeout
+        self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.started = False
+        """Whether the start has succeeded, and no stop has torn the parts down since."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a message can be sent without waiting."""
+        return self.started and self._connection.connected
+
+    def succeed(self) -> None:
+        """The start has succeeded."""
+        self.started = True
+        self._outcome.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """The start has failed: everybody who waits gets ``error``."""
+        self._outcome.set_exception(error)
+        self._outcome.exception()  # nobody has to wait for it
+
+    async def wait_started(self) -> None:
+        """Return when the start has succeeded. Raises what it failed with."""
+        if not self.started:
+            await asyncio.shield(self._outcome)
+
+    async def wait(self, begun: float) -> None:
+        """Wait for the start and for the connection, for a send that began at the event loop's time ``begun``.
+
+        Raises what the start failed with, and `ServerUnreachable` ``offline_timeout`` seconds after ``begun``: the time
+        that the message spent in a queue counts too.
+        """
+        await asyncio.shield(self._outcome)
+        await self._connection.wait_connected(self._offline_timeout, begun)
