@@ -25,6 +25,7 @@ from autogen_core.exceptions import NotAccessibleError
 import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime, keyed
 from natsrt.embedded import EmbeddedServer
+from natsrt.keyed import slots
 from natsrt.wire.envelope import KEY_HEADER
 from tests.support.processes import eventually
 
