@@ -1,0 +1,93 @@
+"""What an owner does at the edges of owning: an answer after the ownership was lost, a release of an agent in use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import nats
+import orjson
+import pytest
+
+import natsrt
+from natsrt import KeyedOptions
+from natsrt.embedded import EmbeddedServer
+from natsrt.transport.connection import Interest
+from tests.support.processes import eventually
+from tests.test_keyed import Add, Ask, Hold, Place, Relay, agent
+
+
+@pytest.fixture
+async def place(server: EmbeddedServer, namespace: str) -> AsyncIterator[Place]:
+    async with AsyncExitStack() as stack:
+        yield Place(server.url, namespace, stack)
+
+
+@pytest.mark.parametrize("save", ["manual", "interval"])
+async def test_a_call_whose_agent_was_taken_over_is_not_answered_as_if_nothing_had_happened(
+    place: Place, save: Any
+) -> None:
+    """With these options nothing is stored at the end of a handler, so only a look at the record can tell."""
+    owner = await place.worker("w1", KeyedOptions(save=save, save_interval=100))
+    caller = await place.caller()
+    call = asyncio.ensure_future(caller.send_message(Hold("gate"), agent("k")))
+    await asyncio.wait_for(place.life.gate("gate began").wait(), 5)
+    present = await caller.running.records.read(agent("k"))
+    assert present is not None and present.owner == owner.worker_id
+    await caller.running.records.take(present, "another-worker")
+    owner.running.ownership.connection_lost()  # a reason to doubt, before anything was looked up again
+    place.life.gate("gate").set()
+    with pytest.raises(natsrt.StateConflict):
+        await call
+    assert place.life.closed == [("counting/k", "w1")]
+
+
+async def test_a_call_whose_agent_was_not_taken_over_is_answered_after_a_doubt(place: Place) -> None:
+    owner = await place.worker("w1", KeyedOptions(save="manual"))
+    caller = await place.caller()
+    call = asyncio.ensure_future(caller.send_message(Hold("gate"), agent("k")))
+    await asyncio.wait_for(place.life.gate("gate began").wait(), 5)
+    owner.running.ownership.connection_lost()
+    place.life.gate("gate").set()
+    assert (await call).worker == "w1"
+    assert place.life.closed == []
+
+
+@pytest.mark.parametrize("release", ["unregister", "stop", "idle"])
+async def test_an_agent_that_is_used_again_while_it_is_released_is_reached_along_its_own_chain(
+    place: Place, release: str
+) -> None:
+    """A message comes in after the last look and before the end of the subscription. Its handler calls an agent that
+    calls back: that call must come in too."""
+    options = KeyedOptions(idle_timeout=0.3 if release == "idle" else None)
+    owner = await place.worker("w1", options)
+    caller = await place.caller()
+    relays = await place.caller()
+    await relays.register_factory("relay", Relay)
+    await caller.send_message(Add(1), agent("k"))
+    await place.worker("w2", options)
+    client = await nats.connect(place.url)
+    connection = owner.running.connection
+    unsubscribe, calls = connection.unsubscribe, list[asyncio.Future[Any]]()
+
+    async def unsubscribe_late(interest: Interest) -> None:
+        if interest.subject == f"{place.namespace}.agent.counting.k" and not calls:
+            calls.append(asyncio.ensure_future(client.request(interest.subject, b'{"via": "relay/k"}', 8)))
+            await eventually(lambda: ("counting/k", "w1", Ask("relay/k")) in place.life.handled)
+        await unsubscribe(interest)
+
+    connection.unsubscribe = unsubscribe_late  # type: ignore[method-assign]
+    try:
+        if release == "unregister":
+            await owner.unregister("counting")
+        elif release == "stop":
+            await owner.stop()
+        await eventually(lambda: calls, timeout=10)
+        reply = await calls[0]
+        assert (reply.headers, orjson.loads(reply.data)) == (None, {"value": 11, "worker": "w1"})
+        await eventually(lambda: ("counting/k", "w1") in place.life.closed)
+        assert (await caller.send_message(Add(1), agent("k"))).value == 12
+    finally:
+        await client.close()
