@@ -249,9 +249,14 @@ async def test_a_subscription_without_an_agent_type_is_refused(world: World) -> 
         await world.host.add_subscription(Nameless())
 
 
-async def test_an_event_without_subscribers_goes_nowhere(world: World) -> None:
+async def test_an_event_without_subscribers_reaches_nobody_and_fails_nowhere(world: World) -> None:
+    seen: list[Seen] = []
+    await Recorder.register(world.host, "recorder", lambda: Recorder(seen))
+    await world.host.add_subscription(TypeSubscription("somebody", "recorder"))
     await world.caller.publish_message(Text("a"), TopicId("nobody", "listens"))
+    await world.caller.publish_message(Text("b"), TopicId("somebody", "listens"))
     await world.idle()
+    assert contents(seen) == ["b"]
 
 
 @pytest.mark.parametrize(
