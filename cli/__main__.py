@@ -1,4 +1,4 @@
-"""``python -m natsrt.cli``: the command ``natsrt``."""
+"""``python -m natsrt_cli``: the command ``natsrt``."""
 
 from . import main
 

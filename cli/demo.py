@@ -23,7 +23,7 @@ from .exits import CommandFailed
 from .output import line
 from .supervisor import COMMAND
 
-_AGENTS = {"reverse": "natsrt.cli.demo_agents:Reverse", "upper": "natsrt.cli.demo_agents:Upper"}
+_AGENTS = {"reverse": "natsrt_cli.demo_agents:Reverse", "upper": "natsrt_cli.demo_agents:Upper"}
 _TEXT = "agents over NATS"
 _PATIENCE = 30.0
 """Seconds for anything here that normally takes a moment."""

@@ -32,7 +32,7 @@ from .output import note
 
 logger = logging.getLogger("natsrt.supervisor")
 
-COMMAND = (sys.executable, "-P", "-m", "natsrt.cli")
+COMMAND = (sys.executable, "-P", "-m", "natsrt_cli")
 """The command line in a process of its own. -P: what is importable is decided by ``--app-dir``."""
 
 _FIRST_PAUSE = 0.2

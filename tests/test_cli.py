@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, event, rpc, type_subscription
+from natsrt_cli.demo_agents import Headline, Upper
 
 from natsrt import NatsAgentRuntime, register
-from natsrt.cli.demo_agents import Headline, Upper
 from natsrt.embedded import EmbeddedServer
 from tests.support.cli import NATSRT, Ended, natsrt
 from tests.support.processes import Processes, eventually
@@ -201,7 +201,7 @@ async def test_ping_without_any_worker_is_exit_code_4(run: Run) -> None:
 async def test_ping_names_a_frozen_worker(
     run: Run, server: EmbeddedServer, namespace: str, processes: Processes
 ) -> None:
-    target = ("natsrt.cli.demo_agents:Upper", "--type", "upper")
+    target = ("natsrt_cli.demo_agents:Upper", "--type", "upper")
     worker = processes.natsrt("worker", *target, "--server", server.url, "--namespace", namespace)
     await worker.wait_for_line("ready")
     worker.pause()
@@ -510,7 +510,7 @@ async def test_doctor_without_a_server_names_the_problem() -> None:
 async def test_doctor_names_a_worker_that_does_not_answer(
     run: Run, server: EmbeddedServer, namespace: str, processes: Processes
 ) -> None:
-    target = ("natsrt.cli.demo_agents:Upper", "--type", "upper", "--name", "frozen")
+    target = ("natsrt_cli.demo_agents:Upper", "--type", "upper", "--name", "frozen")
     worker = processes.natsrt("worker", *target, "--server", server.url, "--namespace", namespace)
     await worker.wait_for_line("ready")
     worker.pause()
@@ -575,7 +575,7 @@ async def test_the_demo_runs_from_start_to_end_and_leaves_nothing(tmp_path: Path
     ended = await natsrt("demo", env={"NATS_URL": "nats://127.0.0.1:1", "TMPDIR": str(tmp_path)}, cwd=tmp_path)
     assert ended.code == 0, ended.stderr
     for expected in (
-        "$ natsrt worker natsrt.cli.demo_agents:Reverse --type reverse",
+        "$ natsrt worker natsrt_cli.demo_agents:Reverse --type reverse",
         "$ natsrt send upper/demo",
         '{"text": "AGENTS OVER NATS"}',
         '{"text": "STAN revo stnega"}',

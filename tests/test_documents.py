@@ -15,10 +15,10 @@ import click
 import orjson
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
+from natsrt_cli import natsrt as command_line
 
 import natsrt
 from natsrt import NatsAgentRuntime, Options, errors
-from natsrt.cli import natsrt as command_line
 from natsrt.embedded import EmbeddedServer
 from natsrt.wire import envelope
 from tests.support.documents import GENERATED, Block, blocks, documents, with_generated_part

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
+from natsrt_cli.health import PATIENCE
 
 import natsrt
 from natsrt import Health, NatsAgentRuntime
-from natsrt.cli.health import PATIENCE
 from natsrt.embedded import EmbeddedServer
 from tests.support.calls import known, running
 from tests.support.cli import natsrt as command

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from natsrt.cli.exits import MEANINGS
+from natsrt_cli.exits import MEANINGS
+
 from natsrt.options import describe_options
 from tests.support.processes import REPOSITORY
 
