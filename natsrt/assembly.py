@@ -36,6 +36,7 @@ from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.replies import Replies
 from natsrt.sending.sender import Sender
 from natsrt.transport.bodies import Bodies
+from natsrt.transport.call_watch import CallWatch
 from natsrt.transport.calls import Calls
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
@@ -73,7 +74,8 @@ class Network:
         self.peers = Peers(self.connection, self.inbox, self.probe, self.subjects)
         self.cancellations = Cancellations(self.connection, self.subjects.cancel)
         self.registry = Registry(self.connection, self.subjects, options, self.peers)
-        self.calls = Calls(self.connection, self.inbox, self.probe, options, self.registry)
+        watch = CallWatch(self.connection, self.inbox, self.probe, options, self.registry)
+        self.calls = Calls(self.connection, self.inbox, watch, options, self.registry)
         self.records = AgentRecords(self.connection, self.subjects, options)
 
 

@@ -1,0 +1,328 @@
+"""Watches the calls that take long: asks the workers about them, and ends those that nobody will answer.
+
+`natsrt.transport.call_judgement` decides; here the decisions are carried out. `natsrt.hosting.call_log` and
+`natsrt.hosting.peer_answers` are the workers' side.
+
+A worker accepts a call that takes longer than its ``accept_after``; from then on it is asked about the call. A call that
+is neither answered nor accepted after ``check_after`` seconds is checked against the directory. While the connection is
+down only ``offline_timeout`` counts; after it is back every pending call is asked for, because its reply may have been
+lost between two reconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import orjson
+from autogen_core import AgentId
+from nats.aio.msg import Msg
+
+from natsrt.background import BackgroundTasks
+from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, PermissionDenied, ServerUnreachable, WorkerLost
+from natsrt.options import Options
+from natsrt.transport.call_judgement import AskedWorker, Judge, PendingCall, Verdict
+from natsrt.transport.connection import Connection
+from natsrt.transport.inbox import Inbox, is_nobody
+from natsrt.transport.probe import Probe
+from natsrt.wire import envelope
+
+logger = logging.getLogger("natsrt.calls")
+
+_TICK = 0.05
+"""Seconds between two rounds while calls are pending: how late a verdict may come."""
+_ASK_EVERY = 0.5
+"""Seconds between two questions to one worker."""
+_MAX_QUESTIONS = 500
+"""Calls in one question: about 25 kB, far below every server's ``max_payload``."""
+_ANSWER = "an answer about calls"
+
+
+class Directory(Protocol):
+    """Who hosts what, as far as a caller needs to know."""
+
+    def subject_of(self, recipient: AgentId) -> str:
+        """The subject on which ``recipient`` is to be called."""
+
+    def worker_subject(self, worker_id: str) -> str:
+        """The subject on which ``worker_id`` is asked about calls."""
+
+    def workers_of(self, recipient: AgentId) -> Sequence[str]:
+        """The live workers that may host ``recipient``, from the present view."""
+
+    async def verify(self, recipient: AgentId) -> NatsrtError | None:
+        """Read afresh: None if a live worker may host ``recipient``, else the failure that says why not."""
+
+    def suspect(self, worker_id: str) -> None:
+        """``worker_id`` did not answer: check whether it is still there."""
+
+    def all_stayed(self, since: float) -> bool:
+        """Whether no worker has left since the time ``since`` of the event loop's clock."""
+
+
+class NeverReceived(Exception):
+    """The call was lost on its way: it can be sent again."""
+
+
+class CallWatch:
+    """The pending calls of one runtime, and what becomes of them. A `Listener` of its connection."""
+
+    def __init__(
+        self, connection: Connection, inbox: Inbox, probe: Probe, options: Options, directory: Directory
+    ) -> None:
+        self._connection = connection
+        self._inbox = inbox
+        self._probe = probe
+        self._options = options
+        self._directory = directory
+        self._judge = Judge(options.lost_after)
+        self.pending: dict[str, PendingCall] = {}
+        """The calls that have not ended, by their reply subjects, the oldest first."""
+        self._watched: dict[str, PendingCall] = {}
+        """Those of them that take long, or were accepted."""
+        self._watcher: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._checks = BackgroundTasks(logger, "checking a call failed")
+        self._down_since: float | None = None
+        self._up_since = 0.0
+        self.accept_to = ""
+        """The subject on which workers accept this runtime's calls."""
+        connection.add_listener(self)
+        connection.on_denied(self._denied)
+
+    # -- lifecycle -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self.accept_to = self._inbox.subject("accept")
+        self._inbox.receive(self.accept_to, self._on_accepted)
+        self._watcher = asyncio.create_task(self._watch(), name="natsrt call watcher")
+
+    async def stop(self) -> None:
+        """End the watch. Calls that are still pending fail with `WorkerLost`. Harmless when stopped."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+            self._watcher = None
+        await self._checks.wait()
+        for call in list(self.pending.values()):
+            call.fail(stopped(call.recipient, call.accepted_by))
+        self._watched.clear()
+        self._judge.asked.clear()
+
+    def connection_lost(self) -> None:
+        self._down_since = asyncio.get_running_loop().time()
+
+    def connection_made(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._down_since, self._up_since = None, now
+        for asked in self._judge.asked.values():
+            asked.reconnected(now)
+        for call in self.pending.values():
+            self._watched.setdefault(call.reply, call)
+            call.reconnected(now)
+        self._wake.set()
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def add(self, call: PendingCall) -> None:
+        """A call is about to be sent. `remove` must follow."""
+        self.pending[call.reply] = call
+        self._inbox.receive(call.reply, call.receive)
+
+    def sent(self) -> None:
+        """A call was sent."""
+        self._wake.set()
+
+    def remove(self, call: PendingCall) -> None:
+        """A call has ended, or nobody waits for it any more."""
+        del self.pending[call.reply]
+        self._inbox.drop(call.reply)
+        self._watched.pop(call.reply, None)
+
+    def _denied(self, denied: PermissionDenied) -> None:
+        for call in list(self.pending.values()):
+            if call.subject.lower() == denied.subject.lower():
+                call.fail(PermissionDenied(denied.operation, call.subject))
+
+    # -- what workers say ----------------------------------------------------------------------------------------
+
+    def _on_accepted(self, message: Msg) -> None:
+        data = _data(message, envelope.ACCEPTED)
+        worker_id, calls = data.get("worker"), envelope.texts(data, "calls", _ANSWER)
+        if not isinstance(worker_id, str):
+            raise CannotDecode("an acceptance", "it does not name its worker", message.data)
+        for reply in calls:
+            call = self.pending.get(reply)
+            if call is not None:
+                call.accepted_by = worker_id
+                self._watched.setdefault(call.reply, call)
+        self._asked(worker_id).heard()
+
+    def _on_answer(self, worker_id: str, message: Msg) -> None:
+        """A worker says what became of the calls that it was asked about."""
+        asked, now = self._asked(worker_id), asyncio.get_running_loop().time()
+        if is_nobody(message):
+            asked.gone(now)
+            return
+        data = _data(message, envelope.REPLY)
+        running, unknown = envelope.texts(data, "running", _ANSWER), envelope.texts(data, "unknown", _ANSWER)
+        remembers = data.get("remembers", 0.0)
+        if not isinstance(remembers, int | float):
+            raise CannotDecode(_ANSWER, "remembers must be a number of seconds", message.data)
+        asked.heard()
+        for reply in running:
+            call = self.pending.get(reply)
+            if call is not None:
+                call.accepted_by = worker_id
+        for reply in unknown:
+            call = self.pending.get(reply)
+            if call is not None:
+                call.unknown(worker_id, remembers, now)
+                if call.accepted_by == worker_id:
+                    call.fail(WorkerLost(str(call.recipient), worker_id, "it no longer knows the call"))
+
+    def _asked(self, worker_id: str) -> AskedWorker:
+        if worker_id not in self._judge.asked:
+            self._inbox.receive(
+                self._answer_subject(worker_id), lambda message: self._on_answer(worker_id, message)
+            )
+        return self._judge.worker(worker_id)
+
+    def _answer_subject(self, worker_id: str) -> str:
+        return self._inbox.subject(f"w-{worker_id}")
+
+    # -- rounds --------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self.pending:
+                self._wake.clear()
+                await self._wake.wait()
+            await asyncio.sleep(_TICK)
+            now = loop.time()
+            for call in self.pending.values():  # the oldest first
+                if now - call.watched_from < self._options.check_after:
+                    break
+                self._watched[call.reply] = call
+            try:
+                if self._down_since is not None:
+                    self._fail_offline(now, self._down_since)
+                elif self._watched:
+                    await self._ask_about(self._judge_all(now), now)
+            except NatsrtError as error:  # the connection went down in between: the next round sees it
+                logger.debug("asking about calls: %s", error)
+            except Exception:  # without the watch every later call could hang
+                logger.exception("looking after the calls failed")
+
+    def _fail_offline(self, now: float, down_since: float) -> None:
+        limit = self._options.offline_timeout
+        if limit is not None and now - down_since > limit:
+            for call in list(self.pending.values()):
+                call.fail(ServerUnreachable(self._options.safe_servers, limit, "the connection was lost during a call"))
+
+    def _judge_all(self, now: float) -> dict[str, list[PendingCall]]:
+        """Carry out the verdicts about the calls that take long. Returns the calls to ask each worker about."""
+        questions: dict[str, list[PendingCall]] = {}
+        for call in list(self._watched.values()):
+            if call.future.done():
+                continue
+            workers = self._directory.workers_of(call.recipient)
+            match self._judge.verdict(
+                call,
+                workers,
+                now,
+                all_stayed=self._directory.all_stayed(call.sent_at),
+                up_since=self._up_since,
+                settled=self._connection.settled,
+            ):
+                case Verdict.ASK:
+                    for worker_id in workers if call.accepted_by is None else (call.accepted_by,):
+                        questions.setdefault(worker_id, []).append(call)
+                case Verdict.CHECK:
+                    self._check(call, now)
+                case Verdict.NEVER_RECEIVED:
+                    call.fail(NeverReceived())
+                case Verdict.LOST:
+                    call.fail(WorkerLost(str(call.recipient), None, "no worker of its type knows the call"))
+        return questions
+
+    async def _ask_about(self, questions: dict[str, list[PendingCall]], now: float) -> None:
+        """Ask each worker about its calls where a question is due, and end the accepted calls of lost workers."""
+        for worker_id, calls in questions.items():
+            asked = self._asked(worker_id)
+            if self._judge.is_lost(worker_id, now, self._connection.settled):
+                self._directory.suspect(worker_id)
+                for call in calls:
+                    if call.accepted_by == worker_id:
+                        call.fail(WorkerLost(str(call.recipient), worker_id, "it does not answer any more"))
+            if now - asked.asked_at >= _ASK_EVERY:
+                if asked.silent_since is not None and now - asked.silent_since >= _ASK_EVERY:
+                    self._checks.spawn(self._look_for(worker_id, asked))
+                await self._ask(worker_id, asked, calls, now)
+        for worker_id in [known for known in self._judge.asked if known not in questions]:
+            del self._judge.asked[worker_id]
+            self._inbox.drop(self._answer_subject(worker_id))
+
+    async def _ask(self, worker_id: str, asked: AskedWorker, calls: Sequence[PendingCall], now: float) -> None:
+        asked.asked(now)
+        subject, reply = self._directory.worker_subject(worker_id), self._answer_subject(worker_id)
+        for start in range(0, len(calls), _MAX_QUESTIONS):
+            ids = [call.reply for call in calls[start : start + _MAX_QUESTIONS]]
+            body = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', orjson.dumps({"calls": ids}))
+            await self._connection.publish(subject, body, reply=reply)
+
+    async def _look_for(self, worker_id: str, asked: AskedWorker) -> None:
+        """Ask the server whether a silent worker still listens: a tap hides its "no responders"."""
+        try:
+            listens = await self._probe.responder_exists(self._directory.worker_subject(worker_id))
+        except NatsrtError as error:  # the connection went down in between
+            logger.debug("looking for worker %s: %s", worker_id, error)
+            return
+        if listens:
+            asked.listens()
+        elif listens is not None:
+            asked.gone(asyncio.get_running_loop().time())
+
+    # -- calls without a worker ----------------------------------------------------------------------------------
+
+    def _check(self, call: PendingCall, now: float) -> None:
+        """No live natsrt worker is known that could answer: find out what that means."""
+        if call.plain_until is not None:
+            if now > call.plain_until:
+                call.fail(CallTimeout(str(call.recipient), self._options.plain_timeout, "plain_timeout"))
+        elif not call.checking:
+            call.checking = True
+            self._checks.spawn(self._verify(call))
+
+    async def _verify(self, call: PendingCall) -> None:
+        began = asyncio.get_running_loop().time()
+        try:
+            failure = await self._directory.verify(call.recipient)
+            if failure is None or call.future.done():
+                return
+            if await self._probe.responder_exists(call.subject):
+                call.plain_until = call.sent_at + self._options.plain_timeout
+                return
+            call.fail(failure)
+        except NatsrtError as error:  # the registry is out of reach
+            logger.debug("checking a call to %s: %s", call.recipient, error)
+            if self._down_since is None and self._up_since < began:
+                call.fail(error)  # tried for seconds over a connection that held; else the next round tries again
+        finally:
+            call.checking = False
+
+
+def stopped(recipient: AgentId, worker_id: str | None = None) -> WorkerLost:
+    """What a call is told whose own runtime was stopped."""
+    return WorkerLost(str(recipient), worker_id, "this runtime was stopped")
+
+
+def _data(message: Msg, kind: str) -> dict[str, Any]:
+    body = envelope.decode(message.data)
+    data = body.json() if body is not None and body.type == kind else None
+    if not isinstance(data, dict):
+        raise CannotDecode(_ANSWER, f"expected {kind} with an object as data", message.data)
+    return data
