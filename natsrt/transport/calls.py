@@ -89,8 +89,8 @@ class Place(Protocol):
 
     subject: str
 
-    def is_open(self) -> bool:
-        """Whether a message may go at once. Saying so counts as one."""
+    def may_send(self) -> bool:
+        """True if a message may be sent now. Also extends the lease, as if one had been sent."""
 
     def join(self) -> asyncio.Future[None]:
         """Stand in the line, from this moment on."""
@@ -285,7 +285,7 @@ class Calls:
         while True:
             if not self._open:  # nobody would hear the reply
                 raise _stopped(recipient)
-            if place is not None and not place.is_open():
+            if place is not None and not place.may_send():
                 turn = place.join()
                 if link is not None:
                     link(turn)
