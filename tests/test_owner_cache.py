@@ -25,10 +25,10 @@ class Clock:
     """The running event loop's clock, which a test can put forward."""
 
     def __init__(self) -> None:
-        self._loop: Any = asyncio.get_running_loop()
-        self._time = self._loop.time
+        loop: Any = asyncio.get_running_loop()
+        time = loop.time
         self._ahead = 0.0
-        self._loop.time = lambda: self._time() + self._ahead
+        loop.time = lambda: time() + self._ahead
 
     def advance(self, seconds: float) -> None:
         self._ahead += seconds
@@ -266,12 +266,34 @@ async def test_the_question_is_asked_again_with_the_handlers_that_joined_meanwhi
         await settle()
     assert [ids for _, ids in workers.questions] == [{"h1"}]
     clock.advance(1.0)
-    while len(workers.questions) < 2:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        while len(workers.questions) < 2:
+            await asyncio.sleep(0)
     assert workers.questions[1][1] == {"h1", "h2"}
     workers.open.set()
     await asyncio.gather(*tasks)
     assert sends.sent == marks
+
+
+async def test_the_next_question_does_not_name_the_handlers_of_a_cancelled_message(
+    sends: Sends, workers: Workers, clock: Clock
+) -> None:
+    workers.open.clear()
+    mark = chain.set(("h1",))
+    cancelled = sends.start("cancelled")
+    chain.reset(mark)
+    await settle()
+    cancelled.cancel()
+    mark = chain.set(("h2",))
+    other = sends.start("other")
+    chain.reset(mark)
+    clock.advance(1.0)
+    async with asyncio.timeout(5):
+        while len(workers.questions) < 2:
+            await asyncio.sleep(0)
+    assert [ids for _, ids in workers.questions] == [{"h1"}, {"h2"}]
+    workers.open.set()
+    await other
 
 
 async def test_owners_that_are_not_in_use_are_removed_when_there_are_many(
@@ -281,9 +303,15 @@ async def test_owners_that_are_not_in_use_are_removed_when_there_are_many(
     sends = Sends(cache_of(workers))
     kept = sends.owner()
     await sends.start("kept")
-    unused = [sends.owner(AgentId("counter", str(number))) for number in range(3)]
+    workers.open.clear()
+    waited_for = AgentId("counter", "waited for")
+    waiting, awaited = sends.start("waiting", waited_for), sends.owner(waited_for)
+    await settle()
+    unused = [sends.owner(AgentId("counter", str(number))) for number in range(2)]
     sends.owner(AgentId("counter", "one more"))
-    assert sends.owner() is kept
+    workers.open.set()
+    await waiting
+    assert sends.owner() is kept and sends.owner(waited_for) is awaited
     assert all(sends.owner(owner.recipient) is not owner for owner in unused)
 
 
