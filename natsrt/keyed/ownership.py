@@ -23,8 +23,9 @@ from typing import TypeVar
 from autogen_core import Agent, AgentId
 from nats.nuid import NUID
 
-from natsrt.agents.catalog import Catalog, HostedType
+from natsrt.agents.catalog import Catalog
 from natsrt.agents.chain import chain
+from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.background import BackgroundTasks
 from natsrt.errors import WorkerLost
