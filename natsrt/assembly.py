@@ -33,6 +33,8 @@ from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
 from natsrt.sending.attributes import MessageAttributes
 from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.owner_cache import OwnerCache
+from natsrt.sending.owner_locator import OwnerLocator
 from natsrt.sending.replies import Replies
 from natsrt.sending.sender import Sender
 from natsrt.transport.bodies import Bodies
@@ -84,15 +86,21 @@ class Outgoing:
 
     def __init__(self, program: Program, network: Network, *, counters: Counters, telemetry: Telemetry | None) -> None:
         attributes = MessageAttributes(network.calls, network.cancellations, counters)
-        replies = Replies(program.serialization, program.error_types, program.catalog)
+        replies = Replies(network.bodies, program.serialization, program.error_types, program.catalog)
+        self.locator = OwnerLocator(
+            bodies=network.bodies,
+            subjects=network.subjects,
+            calls=network.calls,
+            replies=replies,
+            attributes=attributes,
+        )
+        owners = OwnerCache(network.subjects, network.registry, self.locator)
         self.delivery = KeyedDelivery(
+            owners=owners,
             bodies=network.bodies,
             subjects=network.subjects,
             calls=network.calls,
             inbox=network.inbox,
-            registry=network.registry,
-            replies=replies,
-            attributes=attributes,
             counters=counters,
         )
         self.sender = Sender(
@@ -108,6 +116,7 @@ class Outgoing:
             interventions=program.interventions,
             replies=replies,
             attributes=attributes,
+            owners=owners,
             delivery=self.delivery,
             counters=counters,
             telemetry=telemetry,
@@ -166,7 +175,7 @@ class Incoming:
             peers=network.peers,
             records=network.records,
             subjects=self.subscriptions,
-            delivery=outgoing.delivery,
+            locator=outgoing.locator,
             deadlocks=self.deadlocks,
             counters=counters,
         )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from autogen_core import Subscription
 
-from natsrt.agents.catalog import HostedType
+from natsrt.agents.hosted_type import HostedType
 from natsrt.assembly import Incoming, Network, Program
 from natsrt.errors import NatsrtError, SubscriptionNotServed
 from natsrt.jetstream.registry.entries import (

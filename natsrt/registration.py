@@ -14,7 +14,7 @@ from autogen_core import (
     TypePrefixSubscription,
 )
 
-from natsrt.agents.catalog import message_types
+from natsrt.agents.message_types import message_types_of
 from natsrt.jetstream.registry.entries import Rule
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.wire.serialization import serializer_for
@@ -31,25 +31,37 @@ async def register(
     skip_class_subscriptions: bool = False,
     skip_direct_message_subscription: bool = False,
 ) -> AgentType:
-    """Do all that ``cls.register`` does, for handlers of any message type.
+    """Register an agent class: its factory, its subscriptions, and one for direct messages, as ``cls.register`` does.
 
     AutoGen's own ``register`` refuses handlers for ``str`` and other plain values, and for dataclasses with nested
-    dataclasses or unions. This one leaves nothing behind when it fails.
+    dataclasses or unions. This function accepts them. If it fails, it removes what it has registered.
+
+    Args:
+        runtime: The runtime that is to host the type.
+        cls: The class of the agents that ``factory`` makes.
+        type: The name of the agent type.
+        factory: Makes one agent. Called without arguments; may be asynchronous.
+        skip_class_subscriptions: Do not add the subscriptions that are declared by decorators of the class.
+        skip_direct_message_subscription: Do not add the subscription to topics whose type begins with the type's name
+            and a colon, which AutoGen uses for direct messages.
+
+    Returns:
+        The agent type.
 
     Raises:
-        CannotSerialize: A handler's message type cannot travel at all.
+        CannotSerialize: natsrt cannot serialize a handler's message type.
         ValueError: The type exists in this runtime already, or a subscription has a prefix that no topic can have.
     """
-    for message_type in message_types(cls)[0]:
+    for message_type in message_types_of(cls).handled:
         if message_type is not object:
             serializer_for(message_type)
     agent_type = type if isinstance(type, AgentType) else AgentType(type)
     subscriptions = await _subscriptions(cls, agent_type, skip_class_subscriptions)
     if not skip_direct_message_subscription:
-        # The prefix ends in ":" so that it meets no other agent's, as AutoGen's own does.
+        # The prefix ends in ":", as AutoGen's does: so it does not match topics of a type with a longer name.
         subscriptions.append(TypePrefixSubscription(f"{agent_type.type}:", agent_type.type))
     for subscription in subscriptions:
-        Rule.of(subscription)  # raises, before anything is known to others
+        Rule.of(subscription)  # raises before anything is registered
     await runtime.register_factory(agent_type, factory, expected_class=cls)
     added: list[Subscription] = []
     try:

@@ -258,7 +258,7 @@ class Session:
         """A control operation on an agent of another worker, or, if it is keyed, wherever it lives."""
         subjects = self.network.subjects
         if self.registry.is_keyed(agent.type):
-            owner = (await self.outgoing.delivery.locate(agent)).worker_id
+            owner = (await self.outgoing.locator.locate(agent)).worker_id
             return await self.sender.control(agent, subjects.control_at(agent.type, owner), operation, data)
         holders = self.registry.view.instance_holders(agent.type, agent.key)
         subject = subjects.control(agent.type, agent.key if holders else None)

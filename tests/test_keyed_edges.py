@@ -143,9 +143,7 @@ async def test_a_handler_whose_instance_was_dropped_meanwhile_does_not_report_su
     await caller.running.records.write_state(agent("k"), b'{"value": 7}', expected=present)
     runtime.running.ownership.doubt()
     await eventually(lambda: place.life.closed == [("counting/k", "w1")])
-    assert (
-        await caller.running.outgoing.delivery.locate(agent("k"))
-    ).worker_id == runtime.worker_id  # it owns it again
+    assert (await caller.running.outgoing.locator.locate(agent("k"))).worker_id == runtime.worker_id  # it owns it again
     place.life.gate("gate").set()
     with pytest.raises(natsrt.StateConflict):
         await held_up
@@ -236,7 +234,7 @@ async def test_a_message_that_comes_while_its_agent_is_given_up_wakes_it_again(p
         request = asyncio.ensure_future(
             client.request(f"{place.namespace}.agent.counting", b'{"name": "gate"}', 5, headers={KEY_HEADER: "k"})
         )
-        located = asyncio.ensure_future(caller.running.outgoing.delivery.locate(agent("k")))
+        located = asyncio.ensure_future(caller.running.outgoing.locator.locate(agent("k")))
         await caller.send_message(Add(1), agent("other"))
         await client.flush()
         await caller.send_message(Add(1), agent("other"))
@@ -256,7 +254,7 @@ async def test_a_large_state_that_was_changed_before_it_was_loaded_is_loaded_as_
     large = b'{"value": 1, "text": "' + b"x" * 1_500_000 + b'"}'
     await records.write_state(agent("k"), large, expected=None)
     caller = await place.caller()
-    await caller.running.outgoing.delivery.locate(agent("k"))
+    await caller.running.outgoing.locator.locate(agent("k"))
     present = await records.read(agent("k"))
     await records.write_state(agent("k"), large.replace(b"1,", b"2,"), expected=present)
     with pytest.raises(natsrt.StateConflict):

@@ -101,7 +101,7 @@ async def test_a_killed_foreign_worker_is_lost_within_five_seconds(
     runtime: NatsAgentRuntime, foreign_worker: Process
 ) -> None:
     call = asyncio.ensure_future(runtime.send_message(Text("a", pause=60), COUNTER))
-    await eventually(lambda: any(c.accepted_by for c in runtime.running.calls._pending.values()))
+    await eventually(lambda: any(c.accepted_by for c in runtime.running.network.calls._watch.pending.values()))
     foreign_worker.kill()
     async with asyncio.timeout(5):
         with pytest.raises(UndeliveredCall):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from autogen_core import (
@@ -18,11 +16,11 @@ from autogen_core import (
     AgentRuntime,
     ClosureAgent,
     MessageSerializer,
-    RoutedAgent,
 )
 
+from natsrt.agents.hosted_type import Factory, HostedType
+from natsrt.agents.message_types import message_types_of, shown_name
 from natsrt.errors import CannotSerialize, UnknownAgent
-from natsrt.jetstream.registry.entries import InstanceEntry, KnownEntry, Rule, TypeEntry
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.observe import events
 from natsrt.observe.metrics import TypeCounters
@@ -31,96 +29,9 @@ from natsrt.wire.subjects import encode_token
 
 logger = logging.getLogger("natsrt.hosting")
 
-Factory = Callable[[], Any]
-
-_REMEMBERED = 4096
-"""Topic types whose match is remembered per agent type."""
-SETTLING = 1.0
-"""Seconds after a registration during which a message of an unknown type waits for its serializer.
-
-AutoGen's ``Agent.register`` and ``ClosureAgent.register_closure`` add serializers only after the factory and the
-subscriptions.
-"""
-
-
-@dataclass(slots=True, eq=False)
-class HostedType:
-    """One agent type. ``factory`` is None where it exists as registered instances only, ``keyed`` where it is not."""
-
-    agent_type: str
-    factory: Factory | None
-    expected_class: type[Agent] | None
-    keyed: KeyedOptions | None = None
-    takes_arguments: bool = False
-    """Whether the factory wants the runtime and the agent's id."""
-    instance_class: type[Agent] | None = None
-    live: dict[str, Agent] = field(default_factory=dict)
-    gates: dict[str, Gate] = field(default_factory=dict)
-    handles: dict[str, type[Any]] = field(default_factory=dict)
-    produces: dict[str, type[Any]] = field(default_factory=dict)
-    learned: set[type[Any]] = field(default_factory=set)
-    rules: tuple[Rule, ...] = ()
-    taken: dict[str, bool] = field(default_factory=dict)
-    """Which topic types `rules` take, as far as they were asked for."""
-    counters: TypeCounters = field(default_factory=TypeCounters)
-    registered_at: float = field(default_factory=time.monotonic)
-
-    def set_rules(self, rules: Sequence[Rule]) -> None:
-        """The subscriptions in force for the type."""
-        self.rules = tuple(rules)
-        self.taken.clear()
-
-    def takes(self, topic_type: str) -> bool:
-        """Whether an ordinary subscription takes topics of this type."""
-        taken = self.taken.get(topic_type)
-        if taken is None:
-            if len(self.taken) >= _REMEMBERED:
-                self.taken.clear()
-            taken = self.taken[topic_type] = any(rule.matches(topic_type) for rule in self.rules)
-        return taken
-
-    @property
-    def has_instances_only(self) -> bool:
-        return self.factory is None
-
-    @property
-    def settling(self) -> bool:
-        return time.monotonic() - self.registered_at < SETTLING
-
-    def entries(self, worker_id: str) -> list[TypeEntry | KnownEntry | InstanceEntry]:
-        """What the registry is told of this type."""
-        handles, produces = tuple(sorted(self.handles)), tuple(sorted(self.produces))
-        entries: list[TypeEntry | KnownEntry | InstanceEntry] = [
-            TypeEntry(
-                self.agent_type,
-                worker_id,
-                handles,
-                produces,
-                keyed=self.keyed is not None,
-                instances=self.has_instances_only,
-            ),
-            KnownEntry(self.agent_type, handles, produces),
-        ]
-        if self.has_instances_only:
-            entries += [InstanceEntry(self.agent_type, key, worker_id) for key in self.live]
-        return entries
-
-
-class Gate:
-    """Lets those pass one after the other who came while an agent was not ready, in the order they came.
-
-    It exists only while somebody waits: `HostedType.gates`.
-    """
-
-    __slots__ = ("lock", "users")
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
-
 
 class Catalog:
-    """Factories, instances and live agents of one runtime."""
+    """The agent types that one runtime hosts, with their factories and agents."""
 
     def __init__(self, runtime: AgentRuntime, serialization: Serialization) -> None:
         self._runtime = runtime
@@ -129,8 +40,10 @@ class Catalog:
         self.counters: dict[str, TypeCounters] = {}
         """The counters of each hosted type."""
         self._closures: list[HostedType] = []
-        """Types of AutoGen's ClosureAgent that may be settling: what they handle shows in their serializers alone."""
+        """Types of AutoGen's ClosureAgent that may still be settling. Only the serializers that are added for them show
+        what they handle."""
         self._serializers_changed = asyncio.Event()
+        """Set once when serializers are added, then replaced by a new event."""
 
     def __iter__(self) -> Iterator[HostedType]:
         return iter(list(self._types.values()))
@@ -139,6 +52,7 @@ class Catalog:
         return agent_type in self._types
 
     def find(self, agent_type: str) -> HostedType | None:
+        """The hosted type of this name; None if this runtime does not host it."""
         return self._types.get(agent_type)
 
     # -- registering ---------------------------------------------------------------------------------------------
@@ -146,7 +60,11 @@ class Catalog:
     def add_factory(
         self, agent_type: str, factory: Factory, expected_class: type[Agent] | None, keyed: KeyedOptions | None = None
     ) -> HostedType:
-        """Raises ValueError where the type exists already (as AutoGen does), or the factory takes arguments."""
+        """Host a type whose agents ``factory`` makes. ``keyed`` None: the type is not keyed.
+
+        Raises ValueError, as AutoGen does, if the type is hosted already, or if the factory takes a number of arguments
+        other than 0 or 2.
+        """
         if agent_type in self._types:
             raise ValueError(f"Agent with type {agent_type} already exists.")
         AgentId(agent_type, "default")  # AutoGen's own check of the name
@@ -155,16 +73,17 @@ class Catalog:
             raise ValueError(f"Agent factory must take 0 or 2 arguments, not {count}.")
         hosted = HostedType(agent_type, factory, expected_class, keyed, takes_arguments=count == 2)
         if expected_class is not None:
-            self._learn(hosted, expected_class)
+            self._register_message_types(hosted, expected_class)
         self._add(hosted)
         if expected_class is not None and issubclass(expected_class, ClosureAgent):
             self._closures.append(hosted)
         return hosted
 
     def add_instance(self, agent: Agent, agent_id: AgentId) -> HostedType:
-        """Raises ValueError for a taken id, a type with a factory, or another class of instance (AutoGen's rules).
+        """Host an agent that exists already.
 
-        Also for a key that no subject can carry.
+        Raises ValueError for a key that cannot be part of a subject, and, as AutoGen does, if the id is taken, the type
+        has a factory, or its other instances have another class.
         """
         encode_token(agent_id.key)
         hosted = self._types.get(agent_id.type)
@@ -177,7 +96,7 @@ class Catalog:
                 raise ValueError("Agent instances must be the same object type.")
         else:
             hosted = HostedType(agent_id.type, None, None, instance_class=type(agent))
-        self._learn(hosted, type(agent))
+        self._register_message_types(hosted, type(agent))
         hosted.live[agent_id.key] = agent
         self._add(hosted)
         return hosted
@@ -187,22 +106,27 @@ class Catalog:
         self.counters[hosted.agent_type] = hosted.counters
 
     def remove_instance(self, agent_id: AgentId) -> None:
+        """Remove a registered instance, and its type with the last one."""
         hosted = self._types[agent_id.type]
         hosted.live.pop(agent_id.key, None)
         if not hosted.live:
             self.remove(agent_id.type)
 
     def remove(self, agent_type: str) -> None:
+        """No longer host the type. Harmless if it is not hosted."""
         self._types.pop(agent_type, None)
         self.counters.pop(agent_type, None)
 
     # -- message types -------------------------------------------------------------------------------------------
 
-    def _learn(self, hosted: HostedType, cls: type[Any]) -> None:
-        """Register the serializers of what ``cls`` handles and produces, or, where two classes clash, none of them."""
-        if cls in hosted.learned:
+    def _register_message_types(self, hosted: HostedType, cls: type[Any]) -> None:
+        """Add the message types of an agent class to ``hosted``, and register their serializers.
+
+        Registers none of them if two classes claim the same name.
+        """
+        if cls in hosted.registered_classes:
             return
-        handled, produced = message_types(cls)
+        handled, produced = message_types_of(cls)
         self._serialization.refuse_clashes(message_type for message_type in handled if message_type is not object)
         for message_type, serializers in getattr(cls, "internal_extra_handles_types", ()):
             self._serialization.add(serializers)
@@ -211,15 +135,15 @@ class Catalog:
             if message_type is not object:
                 try:
                     self._serialization.add_class(message_type)
-                except CannotSerialize as error:  # a serializer of the user's own may follow
+                except CannotSerialize as error:  # the user may still add a serializer for it
                     logger.debug("%s handles %s: %s", cls.__qualname__, message_type, error)
-            hosted.handles[_shown_name(message_type)] = message_type
+            hosted.handles[shown_name(message_type)] = message_type
         for message_type in produced:
-            hosted.produces[_shown_name(message_type)] = message_type
-        hosted.learned.add(cls)
+            hosted.produces[shown_name(message_type)] = message_type
+        hosted.registered_classes.add(cls)
 
     def serializers_added(self, serializers: Sequence[MessageSerializer[Any]]) -> None:
-        """Wake the messages that wait for them."""
+        """Let messages that wait for these serializers go on. Call it after they were added."""
         self._closures = [hosted for hosted in self._closures if hosted.settling]
         for hosted in self._closures:
             for serializer in serializers:
@@ -230,25 +154,26 @@ class Catalog:
         self._serializers_changed = asyncio.Event()
 
     async def wait_for_serializer(self, hosted: HostedType, type_name: str) -> None:
-        """Return when ``type_name`` is known, or the registration of ``hosted`` has settled."""
+        """Wait until ``type_name`` is known, or the registration of ``hosted`` has settled."""
         while not self._serialization.is_known(type_name) and hosted.settling:
             try:
-                async with asyncio.timeout(max(0.0, hosted.registered_at + SETTLING - time.monotonic())):
+                async with asyncio.timeout(hosted.settles_in):
                     await self._serializers_changed.wait()
             except TimeoutError:
                 return
 
     def produced_here(self) -> Iterable[type[Any]]:
-        """What the handlers of all hosted types produce."""
+        """The message types that the handlers of all hosted types return."""
         for hosted in self._types.values():
             yield from hosted.produces.values()
 
     # -- agents --------------------------------------------------------------------------------------------------
 
     async def agent(self, hosted: HostedType, key: str) -> Agent:
-        """The live agent, made by the factory if it is not there yet. Concurrent callers get the same one.
+        """The agent with this key. The factory makes it if it does not exist. Concurrent callers get the same agent.
 
-        Raises `UnknownAgent` for an unregistered id of a type with instances only, and whatever the factory raises.
+        Raises `UnknownAgent` for an unregistered id of a type with instances only, ValueError if the factory made an
+        agent of the wrong class, and whatever the factory raises.
         """
         agent = hosted.live.get(key)
         if agent is not None:
@@ -257,7 +182,8 @@ class Catalog:
         if hosted.factory is None:
             raise UnknownAgent(str(agent_id), [f"{hosted.agent_type}/{other}" for other in sorted(hosted.live)[:20]])
         agent = await self._make(hosted, hosted.factory, agent_id)
-        # A factory that waits lets others in: the gate keeps messages apart, but get(lazy=False) has none.
+        # While the factory was awaited, another caller may have made the agent: messages wait at the gate, but
+        # get(lazy=False) does not.
         return hosted.live.setdefault(key, agent)
 
     async def _make(self, hosted: HostedType, factory: Factory, agent_id: AgentId) -> Agent:
@@ -273,48 +199,30 @@ class Catalog:
                 else:
                     made = factory()
                 agent = cast(Agent, await made if inspect.isawaitable(made) else made)
-                expected = hosted.expected_class
-                if expected is not None and not isinstance(agent, expected):
-                    raise ValueError(
-                        "Factory registered using the wrong type: "
-                        f"expected {expected.__name__}, got {type(agent).__name__}"
-                    )
-                if expected is None and hosted.keyed is None and keyed_options_of(type(agent)) is not None:
-                    raise ValueError(
-                        f"{type(agent).__name__} is a keyed class, but the type {hosted.agent_type!r} was registered "
-                        "without saying so: give expected_class or keyed to register_factory"
-                    )
+                _check_class(hosted, agent)
             except BaseException as error:
                 events.construction_failed(agent=agent_id, error=error)
                 logger.error("constructing agent %s failed: %s", agent_id, type(error).__name__)
                 raise
-        self._learn(hosted, type(agent))
+        self._register_message_types(hosted, type(agent))
         return agent
 
     def live_agents(self) -> Iterator[tuple[AgentId, Agent]]:
+        """All agents that exist, with their ids."""
         for hosted in list(self._types.values()):
             for key, agent in list(hosted.live.items()):
                 yield AgentId(hosted.agent_type, key), agent
 
 
-def message_types(cls: type[Any]) -> tuple[list[type[Any]], list[type[Any]]]:
-    """What the handlers of a `RoutedAgent` class take and return. ``object`` stands for Any."""
-    handled: list[type[Any]] = []
-    produced: list[type[Any]] = []
-    if issubclass(cls, RoutedAgent):
-        for name in dir(cls):
-            handler = getattr(cls, name, None)
-            if getattr(handler, "is_message_handler", False):
-                handled += [_plain(t) for t in handler.target_types]  # type: ignore[union-attr]
-                produced += [_plain(t) for t in handler.produces_types]  # type: ignore[union-attr]
-    return list(dict.fromkeys(handled)), list(dict.fromkeys(produced))
-
-
-def _plain(message_type: Any) -> type[Any]:
-    """AutoGen marks Any by a class of its own, which is not public."""
-    is_any = getattr(message_type, "__name__", "") == "AnyType" and message_type.__module__.startswith("autogen_core.")
-    return object if is_any else message_type
-
-
-def _shown_name(message_type: type[Any]) -> str:
-    return "Any" if message_type is object else type_name_of(message_type)
+def _check_class(hosted: HostedType, agent: Agent) -> None:
+    """Raise ValueError if a factory made an agent of a class that does not fit its registration."""
+    expected = hosted.expected_class
+    if expected is not None and not isinstance(agent, expected):
+        raise ValueError(
+            f"Factory registered using the wrong type: expected {expected.__name__}, got {type(agent).__name__}"
+        )
+    if expected is None and hosted.keyed is None and keyed_options_of(type(agent)) is not None:
+        raise ValueError(
+            f"{type(agent).__name__} is a keyed class, but the type {hosted.agent_type!r} was registered "
+            "without saying so: give expected_class or keyed to register_factory"
+        )

@@ -1,6 +1,7 @@
-"""Control of agents from afar: metadata, state and activation, over subjects of their own.
+"""Control operations: reading an agent's metadata, its state, and activating it, from another process.
 
-A permission to call ``agent.<type>`` is none to read or write an agent's state: that is ``natsrt.control.<type>``.
+They have subjects of their own, ``natsrt.control.<type>``. So a permission to call ``agent.<type>`` does not include
+reading or writing an agent's state.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from typing import Any, Final
 
 from autogen_core import Agent
 
-from natsrt.agents.catalog import Catalog, HostedType
+from natsrt.agents.catalog import Catalog
+from natsrt.agents.hosted_type import HostedType
 from natsrt.errors import CannotDecode
 from natsrt.wire.envelope import Envelope
 
@@ -18,15 +20,19 @@ SAVE_STATE: Final = "save_state"
 LOAD_STATE: Final = "load_state"
 ACTIVATE: Final = "activate"
 STORE_STATE: Final = "store_state"
-"""Store the state of a keyed agent now."""
+"""Store the state of a keyed agent now, without waiting for its next save."""
 GIVE_AWAY: Final = "give_away"
-"""Of a worker, not of an agent: release so many idle agents of the type, so that others get them."""
+"""Release a number of idle agents of the type, so that other workers can claim them. For a worker, not for an agent."""
 
 _OPERATIONS: Final = (METADATA, SAVE_STATE, LOAD_STATE, ACTIVATE, STORE_STATE)
+"""The operations on one agent."""
 
 
 async def carry_out(agent: Agent, operation: str, data: Any) -> Any:
-    """One operation on a live agent. Returns what it gives; raises what the agent raises."""
+    """Carry out an operation on an agent. Returns its result, None if it has none. Raises what the agent raises.
+
+    Does nothing for `ACTIVATE`, which needs only an agent that exists, and for `STORE_STATE` (keyed agents only).
+    """
     if operation == METADATA:
         return agent.metadata
     if operation == SAVE_STATE:
@@ -37,7 +43,11 @@ async def carry_out(agent: Agent, operation: str, data: Any) -> Any:
 
 
 async def carry_out_message(catalog: Catalog, hosted: HostedType, key: str, body: Envelope) -> Any:
-    """One control message. Returns its JSON result."""
+    """Carry out a control message for an agent, which is made if it does not exist. Returns the JSON result.
+
+    Raises `CannotDecode` for an unknown operation or a state that is not a JSON object, and what `Catalog.agent` and
+    the agent raise.
+    """
     operation, data = body.required("operation"), body.json()
     if operation not in _OPERATIONS:
         raise CannotDecode("a control message", f"its operation must be one of {', '.join(_OPERATIONS)}")

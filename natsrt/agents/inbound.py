@@ -21,8 +21,8 @@ from typing import NamedTuple
 from autogen_core import CancellationToken, Subscription, TopicId
 from nats.aio.msg import Msg
 
-from natsrt.agents.catalog import HostedType
 from natsrt.agents.chain import chain_of
+from natsrt.agents.hosted_type import HostedType
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
 

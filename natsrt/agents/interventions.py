@@ -1,8 +1,8 @@
 """AutoGen's intervention handlers, as `SingleThreadedAgentRuntime` applies them.
 
-They run once, in the sending runtime, in send order, and what they raise reaches the caller unchanged. Plain messages
-from the wire have no sending runtime: they pass the handlers of the worker that receives them. Several handlers form a
-chain: each sees what the one before returned. Returning None means "no change", and warns.
+They run once for each message, in the runtime that sends it, in send order. The caller gets what they raise, unchanged.
+A message of a plain NATS client has no sending runtime, so the handlers of the worker that receives it run. Each
+handler gets what the previous one returned. A handler that returns None changes nothing, and causes a warning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from natsrt.observe import events
 
 
 class Interventions:
-    """The chain of one runtime. ``bool()`` tells whether there is any handler."""
+    """The intervention handlers of one runtime, in their order. False if there is none."""
 
     def __init__(self, handlers: Sequence[InterventionHandler] | None) -> None:
         self._handlers = tuple(handlers or ())
@@ -28,7 +28,7 @@ class Interventions:
         return bool(self._handlers)
 
     async def on_send(self, message: Any, context: MessageContext, recipient: AgentId) -> Any:
-        """The message to send. Raises `MessageDroppedException` for a dropped one."""
+        """Returns the message to send. Raises `MessageDroppedException` if a handler dropped it."""
         for handler in self._handlers:
             result = await handler.on_send(message, message_context=context, recipient=recipient)
             if _is_drop(result):
@@ -38,7 +38,10 @@ class Interventions:
         return message
 
     async def on_publish(self, message: Any, context: MessageContext) -> Any:
-        """The message to publish. Raises `MessageDroppedException` for a dropped one; a publisher ignores it."""
+        """Returns the message to publish. Raises `MessageDroppedException` if a handler dropped it.
+
+        A publisher ignores that exception.
+        """
         for handler in self._handlers:
             result = await handler.on_publish(message, message_context=context)
             if _is_drop(result):
@@ -48,7 +51,7 @@ class Interventions:
         return message
 
     async def on_response(self, message: Any, sender: AgentId, recipient: AgentId | None) -> Any:
-        """The response to return. Raises `MessageDroppedException` for a dropped one."""
+        """Returns the response for the caller. Raises `MessageDroppedException` if a handler dropped it."""
         for handler in self._handlers:
             result = await handler.on_response(message, sender=sender, recipient=recipient)
             if _is_drop(result):

@@ -19,7 +19,8 @@ from autogen_core import Agent, AgentId, MessageHandlerContext, RoutedAgent, Unk
 from autogen_core.logging import DeliveryStage, MessageKind
 from opentelemetry.context import Context
 
-from natsrt.agents.catalog import Catalog, Gate
+from natsrt.agents.catalog import Catalog
+from natsrt.agents.hosted_type import Gate
 from natsrt.agents.inbound import Answer, Inbound
 from natsrt.errors import UnhandledMessage
 from natsrt.hosting.answers import Answers

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from autogen_core import Subscription
 
-from natsrt.agents.catalog import Catalog, HostedType
+from natsrt.agents.catalog import Catalog
 from natsrt.agents.declarations import Declarations
+from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import CALL, CONTROL, EVENT, Route
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError

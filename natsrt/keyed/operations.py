@@ -8,8 +8,9 @@ from typing import Any
 from autogen_core import Agent, AgentId
 
 from natsrt.agents import control
-from natsrt.agents.catalog import Catalog, HostedType
+from natsrt.agents.catalog import Catalog
 from natsrt.agents.chain import chain_of
+from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.errors import CannotDecode
 from natsrt.keyed.ownership import Ownership

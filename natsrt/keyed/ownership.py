@@ -23,8 +23,9 @@ from typing import TypeVar
 from autogen_core import Agent, AgentId
 from nats.nuid import NUID
 
-from natsrt.agents.catalog import Catalog, HostedType
+from natsrt.agents.catalog import Catalog
 from natsrt.agents.chain import chain
+from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.background import BackgroundTasks
 from natsrt.errors import WorkerLost
@@ -36,7 +37,7 @@ from natsrt.keyed.releasing import Releasing
 from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, lease
 from natsrt.observe.metrics import Counters
 from natsrt.options import Options
-from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.owner_locator import OwnerLocator
 from natsrt.transport.connection import Connection
 from natsrt.transport.peers import Peers
 from natsrt.transport.stall_watch import StallWatch
@@ -85,7 +86,7 @@ class Ownership(RegistryListener):
         peers: Peers,
         records: AgentRecords,
         subjects: AgentSubjects,
-        delivery: KeyedDelivery,
+        locator: OwnerLocator,
         deadlocks: Deadlocks,
         counters: Counters,
     ) -> None:
@@ -97,7 +98,7 @@ class Ownership(RegistryListener):
         self._peers = peers
         self._records = records
         self._subjects = subjects
-        self._delivery = delivery
+        self._locator = locator
         self._deadlocks = deadlocks
         self._loop = asyncio.get_running_loop()
         self._slots = AgentSlots()
@@ -324,7 +325,7 @@ class Ownership(RegistryListener):
 
     async def _claim(self, held: AgentSlot) -> str | None:
         if self._leaves(held):
-            return (await self._delivery.locate(held.agent_id, held.waited_for_by)).worker_id
+            return (await self._locator.locate(held.agent_id, held.waited_for_by)).worker_id
         until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN
         doubts, pause = self._doubts, _PAUSE
         present: Record | None = None

@@ -13,7 +13,8 @@ import random
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from typing import Any
 
-from natsrt.agents.catalog import Catalog, HostedType
+from natsrt.agents.catalog import Catalog
+from natsrt.agents.hosted_type import HostedType
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError
 from natsrt.jetstream.agent_records import AgentRecords, RecordChanged

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from autogen_core import Agent, AgentId, BaseAgent
 
-from natsrt.agents.catalog import HostedType
+from natsrt.agents.hosted_type import HostedType
 from natsrt.jetstream.agent_records import Record
 from natsrt.keyed.mailbox import Mailbox
 from natsrt.keyed_types import KeyedOptions

@@ -1,188 +1,161 @@
-"""Messages for keyed agents, on their way to the worker that owns them."""
+"""Events for keyed agents, and messages that are forwarded to the worker that owns their agent.
+
+An event for a keyed agent is sent once more, to the agent's own subject, because the topic's subject reaches any worker
+of the type. It has no reply, so it counts as delivered unless the server reports that nobody listens there; then it is
+sent again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from autogen_core import AgentId, TopicId
 from nats.aio.msg import Msg
 
-from natsrt.agents.chain import chain, chain_attribute
 from natsrt.agents.inbound import waiting_handler
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, NoLiveWorker, WorkerLost
-from natsrt.jetstream.registry.registry import Registry
 from natsrt.observe.metrics import Counters
-from natsrt.sending.attributes import MessageAttributes
-from natsrt.sending.owner_cache import OwnerCache, Place
-from natsrt.sending.replies import Replies
+from natsrt.sending.owner_cache import CachedOwner, OwnerCache
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
 from natsrt.transport.inbox import Inbox
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, attribute
-from natsrt.wire.peer_messages import Location, read_location
 from natsrt.wire.serialization import Encoded
 from natsrt.wire.subjects import Subjects, encode_text
 
 logger = logging.getLogger("natsrt.hosting")
 
 _PLAIN_HEADERS = (KEY_HEADER, TYPE_HEADER)
-_PATIENCE = (0.5, 1.0, 2.0)
-"""Seconds for which a worker may say nothing, before another one is asked. The last one may take longer."""
+"""The headers of a plain call that are forwarded with it."""
 _DELIVERIES = 5
-"""How often an event is sent to a keyed agent whose owner turns out not to listen."""
+"""How many times an event is sent to a keyed agent before it is given up, if nobody listens on the agent's subject."""
 
 
 class KeyedDelivery:
-    """Finds owners, sends events to them, and forwards what came to the wrong worker."""
+    """Sends the events of one runtime to keyed agents, and forwards what reached a worker that is not the owner."""
 
     def __init__(
         self,
         *,
+        owners: OwnerCache,
         bodies: Bodies,
         subjects: Subjects,
         calls: Calls,
         inbox: Inbox,
-        registry: Registry,
-        replies: Replies,
-        attributes: MessageAttributes,
         counters: Counters,
     ) -> None:
+        self._owners = owners
         self._bodies = bodies
         self._subjects = subjects
         self._calls = calls
-        self._replies = replies
         self._inbox = inbox
-        self._attributes = attributes
         self._counters = counters
-        self._owners = OwnerCache(subjects, registry, self)
-        self._deliveries = BackgroundTasks(logger, "delivering an event failed")
+        self._waiting = BackgroundTasks(logger, "delivering an event failed")
+        """One task for each event that waits for its turn."""
 
     @property
     def under_way(self) -> int:
-        """Events that wait until their agent's owner is known."""
-        return len(self._deliveries)
+        """Number of events that wait until their agent's owner is known."""
+        return len(self._waiting)
 
-    def place_of(self, agent: AgentId) -> Place | None:
-        """Where an agent lives; None where its type is not keyed."""
-        return self._owners.place_of(agent)
-
-    async def locate(self, agent: AgentId, along: Collection[str] | None = None) -> Location:
-        """Ask a worker of the agent's type who owns the agent. ``along`` is the chain that asks; None: the present one.
-
-        Raises what a call of the agent would raise.
-        """
-        visits = chain.get() if along is None else along
-        attributes = self._attributes.question(agent) + chain_attribute(visits)
-        body = self._bodies.pack(envelope.LOCATE, attributes, b"null")
-        reply = await self._ask(agent, body)
-        return read_location(self._replies.answered(reply, agent), agent)
-
-    async def _ask(self, agent: AgentId, question: bytes) -> Msg:
-        """Ask a worker of the agent's type, and anew where no answer comes: a question can be asked again."""
-        subject = self._subjects.agent(agent.type)
-        for patience in _PATIENCE:
-            try:
-                async with asyncio.timeout(patience) as deadline:
-                    return await self._calls.call(agent, question, subject=subject)
-            except WorkerLost:
-                continue
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
-        return await self._calls.call(agent, question, subject=subject)
+    # -- forwarding ----------------------------------------------------------------------------------------------
 
     async def forward_call(self, agent: AgentId, message: Msg, body: envelope.Envelope | None) -> Msg:
-        """Call an agent's owner for a caller that did not know him. ``body`` is None for a plain call."""
-        place = self.place_of(agent)
+        """Send a call to the agent's owner, and return the reply. ``body`` is None for a plain call."""
+        owner = self._owners.owner_of(agent)
         if body is not None:
-            return await self._calls.call(
-                agent,
-                self._bodies.repack(body, acceptto=self._calls.accept_to),
-                place=place,
-                awaited_by=waiting_handler(),
-            )
-        headers = {name: value for name, value in (message.headers or {}).items() if name in _PLAIN_HEADERS}
+            data, headers = self._bodies.repack(body, acceptto=self._calls.accept_to), None
+        else:
+            data = message.data
+            headers = {name: value for name, value in (message.headers or {}).items() if name in _PLAIN_HEADERS}
         return await self._calls.call(
-            agent, message.data, place=place, headers=headers or None, awaited_by=waiting_handler()
+            agent, data, destination=owner, headers=headers or None, awaited_by=waiting_handler()
         )
 
-    async def forward_control(self, agent: AgentId, owner: str, body: envelope.Envelope) -> Msg:
-        """The same with a control message for a worker that owns the agent."""
-        subject = self._subjects.control_at(agent.type, owner)
-        body_on = self._bodies.repack(body, acceptto=self._calls.accept_to)
-        return await self._calls.call(agent, body_on, subject=subject, awaited_by=waiting_handler())
+    async def forward_control(self, agent: AgentId, worker_id: str, body: envelope.Envelope) -> Msg:
+        """Send a control message to ``worker_id``, the agent's owner, and return the reply."""
+        subject = self._subjects.control_at(agent.type, worker_id)
+        data = self._bodies.repack(body, acceptto=self._calls.accept_to)
+        return await self._calls.call(agent, data, subject=subject, awaited_by=waiting_handler())
 
     async def forward_event(self, agent: AgentId, topic: TopicId, body: envelope.Envelope) -> None:
         """Send an event of another publisher to the agent's owner."""
-        await self._deliver(agent, self._bodies.repack(body, keyed=None, **_delivered(agent, topic)))
+        await self._deliver(agent, self._bodies.repack(body, keyed=None, **_addressed(agent, topic)))
 
-    async def deliver(self, agent: AgentId, topic: TopicId, attributes: str, encoded: Encoded) -> None:
-        """Send an event with these attributes to the agent's owner."""
-        await self._deliver(agent, self._pack_event(agent, topic, attributes, encoded))
+    # -- events --------------------------------------------------------------------------------------------------
 
     async def deliver_all(
-        self, takers: Sequence[str], topic: TopicId, sender: AgentId | None, attributes: str, encoded: Encoded
+        self, agent_types: Sequence[str], topic: TopicId, sender: AgentId | None, attributes: str, encoded: Encoded
     ) -> str:
-        """Send an event to the keyed agents that it is for. Returns the attribute that says which types have it."""
-        agents = [AgentId(agent_type, topic.source) for agent_type in takers]
+        """Send an event to its agent of each of these keyed types, except to ``sender``.
+
+        Returns the envelope attribute that lists the types, with a leading comma. The event on the topic's subject
+        carries it, so that workers do not deliver the event to these types again.
+        """
+        agents = [AgentId(agent_type, topic.source) for agent_type in agent_types]
         for agent in agents:
             if agent != sender:
-                await self._deliver(agent, self._pack_event(agent, topic, attributes, encoded))
-        return f",{attribute('keyed', ' '.join(takers))}"
+                await self.deliver(agent, topic, attributes, encoded)
+        return f",{attribute('keyed', ' '.join(agent_types))}"
 
-    def _pack_event(self, agent: AgentId, topic: TopicId, attributes: str, encoded: Encoded) -> bytes:
-        named = "".join(f",{attribute(name, value)}" for name, value in _delivered(agent, topic).items())
-        return self._bodies.pack_message(envelope.EVENT, attributes + named, encoded)
+    async def deliver(self, agent: AgentId, topic: TopicId, attributes: str, encoded: Encoded) -> None:
+        """Send an event with these envelope attributes to the agent's owner."""
+        addressed = "".join(f",{attribute(name, value)}" for name, value in _addressed(agent, topic).items())
+        await self._deliver(agent, self._bodies.pack_message(envelope.EVENT, attributes + addressed, encoded))
 
     async def _deliver(self, agent: AgentId, body: bytes) -> None:
-        """Send an event where ``agent`` lives, or, until that is known, let it stand in line for it."""
-        place = self.place_of(agent)
-        if place is None:
+        """Send an event to the agent's owner, or take a turn for it until the owner is known."""
+        owner = self._owners.owner_of(agent)
+        if owner is None:
             raise NoLiveWorker(str(agent), agent.type)
-        if place.is_open():
-            await self._post(place, body, _DELIVERIES)
+        if owner.may_send():
+            await self._post(owner, body, _DELIVERIES)
         else:
-            self._deliver_later(place, body, _DELIVERIES)
+            self._deliver_later(owner, body, _DELIVERIES)
 
-    async def _post(self, place: Place, body: bytes, tries: int) -> None:
+    async def _post(self, owner: CachedOwner, body: bytes, tries: int) -> None:
+        """Send an event now. If nobody listens, try again, ``tries`` times in all."""
+
         def lost() -> None:
-            place.lost()
-            self._deliver_later(place, body, tries - 1)
+            owner.lost()
+            self._deliver_later(owner, body, tries - 1)
 
-        await self._inbox.post(place.subject, body, lost)
+        await self._inbox.post(owner.subject, body, lost)
 
-    def _deliver_later(self, place: Place, body: bytes, tries: int) -> None:
-        self._deliveries.spawn(self._deliver_in_turn(place, place.join(), body, tries))
+    def _deliver_later(self, owner: CachedOwner, body: bytes, tries: int) -> None:
+        """Take a turn now, and send the event from a task of its own when the turn comes."""
+        self._waiting.spawn(self._deliver_in_turn(owner, owner.join(), body, tries))
 
-    async def _deliver_in_turn(self, place: Place, turn: asyncio.Future[None], body: bytes, tries: int) -> None:
+    async def _deliver_in_turn(self, owner: CachedOwner, turn: asyncio.Future[None], body: bytes, tries: int) -> None:
+        """Wait for the turn, then send the event. Counts and logs the event if that fails."""
         try:
-            await place.wait(turn)
+            await owner.wait(turn)
             if not tries:
-                raise WorkerLost(str(place.recipient), None, "its owner does not listen, again and again")
-            await self._post(place, body, tries)
+                raise WorkerLost(str(owner.recipient), None, "its owner does not listen, again and again")
+            await self._post(owner, body, tries)
         except asyncio.CancelledError:
-            self._count_undelivered(place, "this runtime was stopped")
+            self._count_undelivered(owner, "this runtime was stopped")
             raise
         except Exception as error:
-            self._count_undelivered(place, str(error) if isinstance(error, NatsrtError) else type(error).__qualname__)
+            self._count_undelivered(owner, str(error) if isinstance(error, NatsrtError) else type(error).__qualname__)
 
-    def _count_undelivered(self, place: Place, reason: str) -> None:
+    def _count_undelivered(self, owner: CachedOwner, reason: str) -> None:
         self._counters.undelivered_events += 1
-        logger.warning("an event for %s found nobody: %s", place.recipient, reason)
+        logger.warning("an event for %s could not be delivered: %s", owner.recipient, reason)
 
     async def finish(self, within: float) -> None:
-        """Wait until the events that stand in line now have gone, ``within`` seconds at most."""
-        await self._deliveries.wait(within)
+        """Wait until the events that wait for their turn now were sent, at most ``within`` seconds."""
+        await self._waiting.wait(within)
 
     async def stop(self) -> None:
-        """Give up the events that still wait."""
-        await self._deliveries.cancel()
+        """Give up the events that still wait. Each is counted and logged as undelivered."""
+        await self._waiting.cancel()
 
 
-def _delivered(agent: AgentId, topic: TopicId) -> dict[str, str]:
-    """What an event that is sent to one keyed agent says beside what it said: the subject no longer names the topic."""
+def _addressed(agent: AgentId, topic: TopicId) -> dict[str, str]:
+    """The attributes that an event for one keyed agent needs in addition: its subject does not contain the topic."""
     return {"subject": encode_text(agent.key), "topictype": topic.type, "topicsource": topic.source}

@@ -1,222 +1,241 @@
-"""Where keyed agents live, as a sender knows it.
+"""The owners of keyed agents, as far as this runtime knows them.
 
 Rules:
 
-1. Before the first message to an agent leaves, a worker of its type says who owns it; one that nobody owns is claimed
-   by the worker that is asked. Meanwhile later messages for that agent wait, in order; messages for others do not.
-   The question names all visits that wait for a message in the line: the owner may be waiting for one of them.
-2. The knowledge ends some seconds after the last message, as the owner said, when the owner stops or vanishes from the
-   registry, when the server says that nobody listens there, and when a call to any agent of the owner found it lost.
-3. Messages go to the agent's own subject, ``agent.<type>.<key>``, on which its owner listens: the knowledge is only
-   that there is one.
+1. Before the first message to an agent is sent, a worker of the agent's type is asked who owns the agent. That worker
+   claims an agent that has no owner. Until the answer arrives, messages for this agent wait in order; messages for
+   other agents do not. The question names all handlers that wait for one of these messages: the present owner may be
+   waiting for one of them.
+2. An answer is valid for a *lease*: a number of seconds after the last message, set by the owner. It becomes invalid
+   earlier when the registry lists the owner no longer or as draining, when the server reports that nobody listens on
+   the agent's subject, and when a call to any agent of the same owner found that worker lost.
+3. Messages go to the agent's own subject, ``agent.<type>.<key>``, on which its owner listens. Only the existence of an
+   owner is cached; its subject never changes.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection
-from typing import Protocol
 
 from autogen_core import AgentId
 
 from natsrt.agents.chain import chain
 from natsrt.jetstream.registry.registry import Registry
+from natsrt.sending.owner_locator import OwnerLocator
 from natsrt.wire.peer_messages import Location
 from natsrt.wire.subjects import Subjects
 
-_MANY = 10_000
-"""Places, above which those are forgotten that are not in use."""
+_MANY_OWNERS = 10_000
+"""Number of cached owners above which those that are not in use are removed."""
 
-_LONG = 0.25
-"""Seconds without an answer after which a question is asked anew, if more visits wait for the line by then."""
-
-
-class Locator(Protocol):
-    """Asks workers where agents live."""
-
-    async def locate(self, agent: AgentId, along: Collection[str] | None = None) -> Location:
-        """Ask a worker of the agent's type who owns it, for messages of the chains ``along``."""
+_ASK_AGAIN_AFTER = 0.25
+"""Seconds without an answer after which the question is asked again, if more handlers wait for the messages by then."""
 
 
 class LostOwners:
-    """The workers that agents live on."""
+    """The workers that calls found lost, until the registry has learned it too."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._lost: set[str] = set()
 
-    def stays(self, worker_id: str) -> bool:
-        """Whether a worker can be expected to be there."""
+    def is_there(self, worker_id: str) -> bool:
+        """True if the worker is listed, is not draining, and no call found it lost."""
         return self._registry.stays(worker_id) and worker_id not in self._lost
 
-    def lose(self, worker_id: str) -> None:
-        """A call found it lost, which the registry may learn some seconds later."""
+    def add(self, worker_id: str) -> None:
+        """A call found this worker lost. The registry may learn it some seconds later."""
         self._lost = {lost for lost in self._lost if self._registry.stays(lost)} | {worker_id}
 
-    def found(self, worker_id: str) -> None:
-        """A worker says that an agent lives there."""
+    def discard(self, worker_id: str) -> None:
+        """An answer named this worker as an owner, so it is not lost."""
         self._lost.discard(worker_id)
 
 
-class Place:
-    """One agent's place, and the messages that wait until it is known."""
+class CachedOwner:
+    """One keyed agent's owner as this runtime knows it, and the messages that wait until it is known.
+
+    A message that may not be sent now takes a turn with `join` and awaits it with `wait`. Turns come one at a time, in
+    the order of `join`: the next one comes only after `wait` returned for the one before, and that message was sent.
+    So every turn must be awaited with `wait`; to cancel that is the way to give up.
+    """
 
     __slots__ = (
-        "_asking",
-        "_called",
+        "_known_until",
         "_lease",
-        "_line",
+        "_locating",
         "_locator",
-        "_owner",
-        "_owners",
-        "_until",
+        "_lost_owners",
+        "_turn_given",
+        "_waiting",
+        "_worker_id",
         "recipient",
         "subject",
     )
 
-    def __init__(self, recipient: AgentId, subject: str, locator: Locator, owners: LostOwners) -> None:
+    def __init__(self, recipient: AgentId, subject: str, locator: OwnerLocator, lost_owners: LostOwners) -> None:
         self.recipient = recipient
+        """The agent."""
         self.subject = subject
+        """The agent's own subject, on which its owner listens."""
         self._locator = locator
-        self._owners = owners
-        self._owner = ""
+        self._lost_owners = lost_owners
+        self._worker_id = ""
+        """The owner that the last answer named; empty before the first one."""
         self._lease = 0.0
-        self._until = float("-inf")
-        self._line: OrderedDict[asyncio.Future[None], tuple[str, ...]] = OrderedDict()
-        """The turns of those who wait, each with the chain of its message."""
-        self._called = False
-        """Whether a message may go, and has not gone on yet: they go one after the other."""
-        self._asking: asyncio.Task[None] | None = None
+        """Seconds after each message for which that answer is valid."""
+        self._known_until = float("-inf")
+        """When the lease ends, by the event loop's clock."""
+        self._waiting: OrderedDict[asyncio.Future[None], tuple[str, ...]] = OrderedDict()
+        """The turns that have not come, each with the chain of its message."""
+        self._turn_given = False
+        """True from the moment a turn came until `wait` returned for it."""
+        self._locating: asyncio.Task[None] | None = None
+        """The task that finds out who the owner is; None if none runs."""
 
     @property
     def unused(self) -> bool:
-        """Whether nothing is known, and nobody waits."""
-        return not self._line and not self._called and not self._is_known()
+        """True if no owner is known, and no message waits."""
+        return not self._waiting and not self._turn_given and not self._is_known()
 
     def _is_known(self) -> bool:
-        return asyncio.get_running_loop().time() < self._until and self._owners.stays(self._owner)
+        return asyncio.get_running_loop().time() < self._known_until and self._lost_owners.is_there(self._worker_id)
 
-    def is_open(self) -> bool:
-        """Whether a message may go at once. Saying so counts as one."""
+    def may_send(self) -> bool:
+        """True if a message may be sent now. Also extends the lease, as if one had been sent."""
         now = asyncio.get_running_loop().time()
-        if now >= self._until or self._called or self._line or not self._owners.stays(self._owner):
+        if (
+            now >= self._known_until
+            or self._turn_given
+            or self._waiting
+            or not self._lost_owners.is_there(self._worker_id)
+        ):
             return False
-        self._until = now + self._lease
+        self._known_until = now + self._lease
         return True
 
     def join(self) -> asyncio.Future[None]:
-        """Stand in the line, from this moment on. Then `wait` for the turn."""
+        """Take a turn, behind all earlier ones. Await it with `wait`."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line[turn] = chain.get()
-        if not self._called:
-            self._go_on()
+        self._waiting[turn] = chain.get()
+        if not self._turn_given:
+            self._advance()
         return turn
 
     async def wait(self, turn: asyncio.Future[None]) -> None:
-        """Return when the message of ``turn`` may go. Raises what finding out about the agent raised."""
+        """Return when the turn has come. The message must then be sent without another wait.
+
+        Raises what finding out the owner raised.
+        """
         try:
             await turn
         finally:
-            if turn in self._line:  # it gave up
-                del self._line[turn]
+            if turn in self._waiting:  # it was cancelled before its turn came
+                del self._waiting[turn]
             elif turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._called = False
-                if self._line:
-                    self._go_on()
+                self._turn_given = False
+                if self._waiting:
+                    self._advance()
 
     def lost(self) -> None:
-        """Nobody listens there any more."""
-        self._until = float("-inf")
+        """Forget the owner: it no longer listens on the agent's subject."""
+        self._known_until = float("-inf")
 
     def owner_lost(self) -> None:
-        """The worker that the agent lives on was lost, and all that lives there with it."""
+        """Forget the owner, for all agents that it owns: that worker was lost."""
         self.lost()
-        self._owners.lose(self._owner)
+        self._lost_owners.add(self._worker_id)
 
-    def _go_on(self) -> None:
+    def _advance(self) -> None:
+        """Give the next turn now if the owner is known; otherwise find out who it is first."""
         if self._is_known():
-            self._call_next()
-        elif self._asking is None:
-            self._asking = asyncio.get_running_loop().create_task(self._find())
+            self._give_turn()
+        elif self._locating is None:
+            self._locating = asyncio.get_running_loop().create_task(self._locate_owner())
 
-    async def _find(self) -> None:
+    def _give_turn(self) -> None:
+        """Give the first turn that was not cancelled."""
+        while self._waiting:
+            turn, _ = self._waiting.popitem(last=False)
+            if not turn.done():
+                self._turn_given = True
+                turn.set_result(None)
+                return
+
+    async def _locate_owner(self) -> None:
+        """Find out who the owner is, then give the next turn. If that fails, all turns fail with the same error."""
         try:
-            self._owner, self._lease = await self._locate()
-            self._owners.found(self._owner)
-            self._until = asyncio.get_running_loop().time() + self._lease
+            self._worker_id, self._lease = await self._ask()
+            self._lost_owners.discard(self._worker_id)
+            self._known_until = asyncio.get_running_loop().time() + self._lease
         except BaseException as error:
-            line, self._line = self._line, OrderedDict()
-            for turn in line:
-                if not turn.done():
-                    turn.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
-                    turn.exception()  # whoever waits gets it; nobody has to
+            self._fail_turns(error if isinstance(error, Exception) else asyncio.CancelledError())
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._asking = None
-        self._call_next()
+            self._locating = None
+        self._give_turn()
 
-    async def _locate(self) -> Location:
-        """Ask, and anew where a message has come to the line meanwhile that the owner may be waiting for."""
+    def _fail_turns(self, error: BaseException) -> None:
+        waiting, self._waiting = self._waiting, OrderedDict()
+        for turn in waiting:
+            if not turn.done():
+                turn.set_exception(error)
+                turn.exception()  # marks it as retrieved: asyncio logs nothing if this turn is not awaited
+
+    async def _ask(self) -> Location:
+        """Ask who the owner is. Ask again when a handler that the owner may be waiting for has joined meanwhile."""
         while True:
-            visits = self._visits()
-            asking = asyncio.ensure_future(self._locator.locate(self.recipient, visits))
+            handlers = self._waiting_handlers()
+            asking = asyncio.ensure_future(self._locator.locate(self.recipient, handlers))
             try:
-                while not asking.done() and self._visits() <= visits:
-                    await asyncio.wait({asking}, timeout=_LONG)
+                while not asking.done() and self._waiting_handlers() <= handlers:
+                    await asyncio.wait({asking}, timeout=_ASK_AGAIN_AFTER)
                 if asking.done():
                     return asking.result()
             finally:
                 asking.cancel()
 
-    def _visits(self) -> set[str]:
-        return set().union(*self._line.values())
-
-    def _call_next(self) -> None:
-        while self._line:
-            turn, _ = self._line.popitem(last=False)
-            if not turn.done():
-                self._called = True
-                turn.set_result(None)
-                return
+    def _waiting_handlers(self) -> set[str]:
+        """The ids of all handlers that wait for a message that waits here."""
+        return set().union(*self._waiting.values())
 
 
 class OwnerCache:
-    """The places that one runtime knows.
+    """The cached owners of one runtime."""
 
-    ``locator`` asks workers where agents live.
-    """
-
-    def __init__(self, subjects: Subjects, registry: Registry, locator: Locator) -> None:
+    def __init__(self, subjects: Subjects, registry: Registry, locator: OwnerLocator) -> None:
         self._subjects = subjects
         self._registry = registry
-        self._owners = LostOwners(registry)
         self._locator = locator
-        self._places: dict[str, dict[str, Place]] = {}
+        self._lost_owners = LostOwners(registry)
+        self._owners: dict[str, dict[str, CachedOwner]] = {}
+        """By agent type and key."""
         self._count = 0
-        self._many = _MANY
+        self._clean_up_at = _MANY_OWNERS
+        """The number of cached owners at which those that are not in use are removed."""
 
-    def place_of(self, recipient: AgentId) -> Place | None:
-        """The place of an agent; None where its type is not keyed."""
+    def owner_of(self, recipient: AgentId) -> CachedOwner | None:
+        """The cached owner of an agent; None if its type is not keyed."""
         if not self._registry.is_keyed(recipient.type):
             return None
-        of_type = self._places.get(recipient.type)
+        of_type = self._owners.get(recipient.type)
         if of_type is None:
-            of_type = self._places[recipient.type] = {}
-        place = of_type.get(recipient.key)
-        if place is None:
-            self._forget_unused()
+            of_type = self._owners[recipient.type] = {}
+        owner = of_type.get(recipient.key)
+        if owner is None:
+            self._remove_unused()
             subject = self._subjects.instance(recipient.type, recipient.key)
-            place = of_type[recipient.key] = Place(recipient, subject, self._locator, self._owners)
+            owner = of_type[recipient.key] = CachedOwner(recipient, subject, self._locator, self._lost_owners)
             self._count += 1
-        return place
+        return owner
 
-    def _forget_unused(self) -> None:
-        if self._count < self._many:
+    def _remove_unused(self) -> None:
+        if self._count < self._clean_up_at:
             return
-        for of_type in self._places.values():
-            for key in [key for key, place in of_type.items() if place.unused]:
+        for of_type in self._owners.values():
+            for key in [key for key, owner in of_type.items() if owner.unused]:
                 del of_type[key]
-        self._count = sum(map(len, self._places.values()))
-        self._many = max(_MANY, 2 * self._count)
+        self._count = sum(map(len, self._owners.values()))
+        self._clean_up_at = max(_MANY_OWNERS, 2 * self._count)

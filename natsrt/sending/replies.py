@@ -1,4 +1,4 @@
-"""Reader replies: what a call returns, and what it raises."""
+"""Reading replies: what a call returns, and what it raises."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from nats.aio.msg import Msg
 from natsrt.agents.catalog import Catalog
 from natsrt.errors import CannotDecode
 from natsrt.observe import events
+from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes
 from natsrt.wire.serialization import Serialization
 
 
 class Replies:
-    """Reads the replies of one runtime. Raises what a reply says that is an error, and `CannotDecode`."""
+    """Reads the replies of one runtime. Raises the error that a reply reports, and `CannotDecode`."""
 
-    def __init__(
-        self,
-        serialization: Serialization,
-        error_types: ErrorTypes,
-        catalog: Catalog,
-    ) -> None:
+    def __init__(self, bodies: Bodies, serialization: Serialization, error_types: ErrorTypes, catalog: Catalog) -> None:
+        self._bodies = bodies
         self._serialization = serialization
         self._error_types = error_types
         self._catalog = catalog
 
     def result(self, reply: Msg, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId) -> Any:
-        """What ``send_message`` returns. ``sent`` is the class of the message that was sent."""
-        body = envelope.decode(reply.data)
+        """What ``send_message`` returns.
+
+        ``sent`` is the class of the message that was sent. ``reply_type`` is the class of the reply; None: the reply
+        names its class. If the payload cannot be decoded, the general form in the envelope is decoded, if there is one.
+        """
+        body = self._bodies.unpack(reply.data)
         if body is None:
             return self._plain_result(reply, reply_type, recipient)
         self._check(body, reply, recipient)
@@ -61,8 +62,8 @@ class Replies:
         return result
 
     def answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:
-        """The envelope of a reply that another runtime made."""
-        body = envelope.decode(reply.data)
+        """The envelope of a reply. Raises `CannotDecode` for a plain one."""
+        body = self._bodies.unpack(reply.data)
         if body is None:
             self._raise_service_error(reply, recipient)
             raise CannotDecode(f"the reply of {recipient}", "it is not a natsrt reply", reply.data)
@@ -70,14 +71,14 @@ class Replies:
         return body
 
     def _check(self, body: envelope.Envelope, reply: Msg, recipient: AgentId) -> None:
-        """Raise what a reply says that is an error."""
+        """Raise the error that a reply reports."""
         if body.type == envelope.ERROR:
             raise self._error_types.rebuild(body.payload, agent=str(recipient), worker_id=body.text("workerid"))
         if body.type != envelope.REPLY:
             raise CannotDecode(f"the reply of {recipient}", f"its type is {body.type!r}", reply.data)
 
     def _raise_service_error(self, reply: Msg, recipient: AgentId) -> None:
-        """Raise what a plain reply reports as a NATS service does (ADR-32); one that is none changes nothing."""
+        """Raise the error that a plain reply reports in the headers of NATS services (ADR-32), if it does."""
         headers = reply.headers or {}
         text = headers.get(SERVICE_ERROR)
         if text is not None:
@@ -85,7 +86,7 @@ class Replies:
             raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None, text=text)
 
     def _plain_result(self, reply: Msg, reply_type: type[Any] | None, recipient: AgentId) -> Any:
-        """A NATS responder in any language answered: JSON values, or ``reply_type``; else text, else bytes."""
+        """What a plain NATS client replied: as ``reply_type`` if that is given; else JSON values, text or bytes."""
         self._raise_service_error(reply, recipient)
         if reply_type is not None:
             return self._serialization.infer(reply.data, [reply_type])

@@ -1,74 +1,93 @@
-"""The one line in which senders stand where something comes between a send and the client's buffer."""
+"""The queue in which sends wait for their turn, where an intervention or a missing connection delays them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from typing import Any
 
 
 class Turn:
-    """A sender's turn in the line. ``intervening`` while an intervention runs in it."""
+    """The turn of one send: until it ends, no later send of the queue goes on."""
 
-    __slots__ = ("_leave", "intervening")
+    __slots__ = ("_future", "_intervening", "_queue")
 
-    def __init__(self, leave: Callable[[], None]) -> None:
-        self._leave = leave
-        self.intervening = False
+    def __init__(self, queue: SendQueue, future: asyncio.Future[None]) -> None:
+        self._queue = queue
+        self._future = future
+        self._intervening = False
 
-    def leave(self) -> None:
-        """End the turn early. Doing so twice is harmless."""
-        self._leave()
+    @property
+    def intervening(self) -> bool:
+        """True while an intervention runs in this turn."""
+        return self._intervening
+
+    def end(self) -> None:
+        """End the turn before its block ends. Ending it twice does no harm."""
+        self._queue.leave(self._future)
+
+    async def intervene(self, intervention: Awaitable[Any]) -> Any:
+        """Run an intervention in this turn, and return what it returns."""
+        self._intervening = True
+        previous = _intervening_turn.set(self)
+        try:
+            return await intervention
+        finally:
+            self._intervening = False
+            _intervening_turn.reset(previous)
 
 
-intervening: ContextVar[Turn | None] = ContextVar("natsrtintervening", default=None)
-"""The turn whose intervention the present code runs in."""
+_intervening_turn: ContextVar[Turn | None] = ContextVar("natsrt_intervening_turn", default=None)
+"""The turn whose intervention runs the present code, or started the present task; None outside interventions."""
 
 
 class SendQueue:
-    """The one line of senders: first come, first served. Whoever gives up leaves it at once."""
+    """First come, first served. A send that is cancelled leaves the queue at once."""
 
     def __init__(self) -> None:
-        self._places: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # the first one has the turn
+        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        """A future for each send, done when its turn comes. The first one has the turn."""
 
     @property
     def length(self) -> int:
-        return len(self._places)
+        """The number of sends in the queue, with the one that has the turn."""
+        return len(self._waiting)
 
     @asynccontextmanager
-    async def turn(self, link: Callable[[asyncio.Future[None]], None]) -> AsyncIterator[Turn]:
-        """Wait for the turn; it ends at the latest with the block.
+    async def turn(self, link: Callable[[asyncio.Future[None]], None] | None) -> AsyncIterator[Turn]:
+        """Wait for a turn. It ends with the block, or earlier by `Turn.end`.
 
-        ``link`` is given the future that is waited for, to cancel it. What an intervention sends itself does not stand
-        in the line, and ends the turn that it runs in: whoever has to answer it may have to send, too.
+        ``link`` is called with the future that is waited for, so that a cancellation token can cancel it; None: nothing
+        can. A send from inside an intervention does not wait: it would wait for the turn in which it runs. Instead it
+        ends that turn, because a handler that has to answer it may have to send, too.
         """
-        outer = intervening.get()
+        outer = _intervening_turn.get()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = Turn(self, future)
         if outer is not None and outer.intervening:
-            outer.leave()
-            yield Turn(_nothing)
+            outer.end()
+            yield turn
             return
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._places[place] = None
-        self._call_next()
-        link(place)
+        self._waiting[future] = None
+        self._give_turn()
+        if link is not None:
+            link(future)
         try:
-            await place
-            yield Turn(lambda: self._leave(place))
+            await future
+            yield turn
         finally:
-            self._leave(place)
+            turn.end()
 
-    def _leave(self, place: asyncio.Future[None]) -> None:
-        if place in self._places:
-            del self._places[place]
-            self._call_next()
+    def leave(self, future: asyncio.Future[None]) -> None:
+        """Take a send out of the queue, and give the next one its turn. Harmless if it is not in the queue."""
+        if future in self._waiting:
+            del self._waiting[future]
+            self._give_turn()
 
-    def _call_next(self) -> None:
-        first = next(iter(self._places), None)
+    def _give_turn(self) -> None:
+        first = next(iter(self._waiting), None)
         if first is not None and not first.done():
             first.set_result(None)
-
-
-def _nothing() -> None:
-    """Ends no turn."""

@@ -2,17 +2,23 @@
 
 Rules:
 
-1. What one runtime sends leaves in the order in which it was sent, over calls and events. Without interventions and
-   while connected nothing waits between ``send_message`` and the client's buffer. Otherwise senders stand in one line,
-   and nobody overtakes it.
-2. Interventions run in that line. What a handler of theirs sends itself bypasses it, or it would wait for itself; and
-   from then on the message that it intervenes in no longer keeps its place.
+1. Messages of one runtime leave in the order in which they were sent, calls and events alike. Without interventions,
+   and while the runtime is ready, nothing waits between ``send_message`` and the client's buffer. Otherwise sends wait
+   in a `SendQueue`, and every later send waits behind them.
+2. Interventions run in the turn of their message. A message that an intervention handler sends itself bypasses the
+   queue, because it would wait for its own turn; from then on the order of the message that is intervened in is no
+   longer kept.
+
+Each message takes the same steps: the turn and the interventions if needed (`send`, `publish`), encoding (`_call`,
+`_event`), and sending (`_send_call`, `_send_event`), inside a span if traces are on.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import orjson
@@ -33,8 +39,9 @@ from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
 from natsrt.sending.attributes import MessageAttributes
 from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.replies import Replies
-from natsrt.sending.send_queue import SendQueue, Turn, intervening
+from natsrt.sending.send_queue import SendQueue
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
 from natsrt.transport.cancellation import Cancellations
@@ -42,7 +49,7 @@ from natsrt.transport.connection import Connection
 from natsrt.transport.readiness import Readiness
 from natsrt.wire import envelope
 from natsrt.wire.envelope import attribute
-from natsrt.wire.serialization import Serialization
+from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import Subjects, is_hashed
 
 
@@ -64,6 +71,7 @@ class Sender:
         registry: Registry,
         readiness: Readiness,
         attributes: MessageAttributes,
+        owners: OwnerCache,
         delivery: KeyedDelivery,
         counters: Counters,
         telemetry: Telemetry | None,
@@ -80,15 +88,17 @@ class Sender:
         self._registry = registry
         self._readiness = readiness
         self._attributes = attributes
+        self._owners = owners
         self._delivery = delivery
         self._counters = counters
         self._telemetry = telemetry
         self._queue = SendQueue()
         self._under_way = 0
+        """Number of `send` and `publish` that have not returned."""
 
     @property
     def under_way(self) -> int:
-        """Sends that have not come to their end: calls not answered, events not published or not delivered."""
+        """Number of sends that have not ended: calls without a reply, events that were not published or delivered."""
         return self._under_way + self._delivery.under_way
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -103,7 +113,10 @@ class Sender:
         message_id: str | None,
         reply_type: type[Any] | None = None,
     ) -> Any:
-        """A call, from the message to the handler's answer."""
+        """Call an agent, and return what its handler returned.
+
+        ``message_id`` None: a new id. ``reply_type`` is the class of the reply; None: the reply names its class.
+        """
         self._under_way += 1
         try:
             self._counters.sent += 1
@@ -112,12 +125,12 @@ class Sender:
             if token is not None and token.is_cancelled():
                 raise asyncio.CancelledError("the cancellation token was cancelled before the send")
             if self._interventions or self._queue.length or not self._readiness.is_ready:
-                return await self._send_in_line(message, recipient, sender, token, message_id, reply_type)
+                return await self._send_in_turn(message, recipient, sender, token, message_id, reply_type)
             return await self._call(message, recipient, sender, token, message_id, reply_type)
         finally:
             self._under_way -= 1
 
-    async def _send_in_line(
+    async def _send_in_turn(
         self,
         message: Any,
         recipient: AgentId,
@@ -131,13 +144,13 @@ class Sender:
             await self._wait_ready(token, begun)
             if self._interventions:
                 context = _context(sender, None, token, message_id)
-                message = await self._intervene(turn, self._interventions.on_send(message, context, recipient))
-            response = await self._call(message, recipient, sender, token, message_id, reply_type, turn.leave)
+                message = await turn.intervene(self._interventions.on_send(message, context, recipient))
+            response = await self._call(message, recipient, sender, token, message_id, reply_type, turn.end)
         if self._interventions:
             response = await self._interventions.on_response(response, recipient, sender)
         return response
 
-    async def _call(
+    def _call(
         self,
         message: Any,
         recipient: AgentId,
@@ -145,34 +158,67 @@ class Sender:
         token: CancellationToken | None,
         message_id: str,
         reply_type: type[Any] | None,
-        leave: Callable[[], None] | None = None,
-    ) -> Any:
+        sent: Callable[[], None] | None = None,
+    ) -> Awaitable[Any]:
+        """Encode a call now. Await what this returns to send it, and to get the handler's result.
+
+        ``sent`` is called when the call is in the client's buffer, or waits for its agent's owner.
+        """
         encoded = self._serialization.encode(message)
         attributes = self._attributes.message(message_id, sender, encoded, token) + self._attributes.call(recipient)
-        if visits := chain.get():
-            attributes += chain_attribute(visits)
+        if handlers := chain.get():
+            attributes += chain_attribute(handlers)
         if events.listening():
             events.message(
                 encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
             )
         if self._telemetry is None:
-            body = self._bodies.pack_message(envelope.CALL, attributes, encoded)
-            reply = await self._exchange(recipient, body, token=token, leave=leave)
-            return self._replies.result(reply, type(message), reply_type, recipient)
-        with self._telemetry.sending(
+            return self._send_call(recipient, attributes, encoded, token, sent, type(message), reply_type)
+        span = self._telemetry.sending(
             "send",
             self._subjects.agent(recipient.type),
             kind=SpanKind.CLIENT,
             message_type=encoded.type_name,
             message_id=message_id,
             size=len(encoded.payload),
-        ) as carrier:
-            body = self._bodies.pack_message(envelope.CALL, attributes + carrier, encoded)
-            reply = await self._exchange(recipient, body, token=token, leave=leave)
-            return self._replies.result(reply, type(message), reply_type, recipient)
+        )
+        return self._send_traced_call(span, recipient, attributes, encoded, token, sent, type(message), reply_type)
+
+    async def _send_call(
+        self,
+        recipient: AgentId,
+        attributes: str,
+        encoded: Encoded,
+        token: CancellationToken | None,
+        sent: Callable[[], None] | None,
+        message_class: type[Any],
+        reply_type: type[Any] | None,
+    ) -> Any:
+        body = self._bodies.pack_message(envelope.CALL, attributes, encoded)
+        reply = await self._exchange(recipient, body, token=token, sent=sent)
+        return self._replies.result(reply, message_class, reply_type, recipient)
+
+    async def _send_traced_call(
+        self,
+        span: AbstractContextManager[str],
+        recipient: AgentId,
+        attributes: str,
+        encoded: Encoded,
+        token: CancellationToken | None,
+        sent: Callable[[], None] | None,
+        message_class: type[Any],
+        reply_type: type[Any] | None,
+    ) -> Any:
+        """The same inside ``span``, whose trace context becomes part of the attributes."""
+        with span as trace_context:
+            attributes += trace_context
+            return await self._send_call(recipient, attributes, encoded, token, sent, message_class, reply_type)
 
     async def control(self, recipient: AgentId, subject: str, operation: str, data: Any = None) -> Any:
-        """Ask the one worker behind a control subject. Returns plain JSON values."""
+        """Send a control operation on an agent to ``subject``. Returns its result as plain JSON values.
+
+        Raises `CannotDecode` if ``data`` is not JSON.
+        """
         try:
             payload = orjson.dumps(data)
         except TypeError as error:
@@ -182,9 +228,8 @@ class Sender:
         attributes = (
             f"{self._attributes.question(recipient)},{attribute('operation', operation)}{chain_attribute(chain.get())}"
         )
-        reply = await self._exchange(
-            recipient, self._bodies.pack(envelope.CONTROL, attributes, payload), subject=subject
-        )
+        body = self._bodies.pack(envelope.CONTROL, attributes, payload)
+        reply = await self._exchange(recipient, body, subject=subject)
         return self._replies.answered(reply, recipient).json()
 
     def _exchange(
@@ -194,12 +239,17 @@ class Sender:
         *,
         subject: str | None = None,
         token: CancellationToken | None = None,
-        leave: Callable[[], None] | None = None,
+        sent: Callable[[], None] | None = None,
     ) -> Awaitable[Msg]:
-        link = None if token is None else self._link(token)
-        place = None if subject is not None else self._delivery.place_of(recipient)
+        """Send ``body`` to ``subject`` (None: to the recipient), and get the reply within ``call_timeout``."""
         call = self._calls.call(
-            recipient, body, subject=subject, place=place, sent=leave, link=link, awaited_by=waiting_handler()
+            recipient,
+            body,
+            subject=subject,
+            destination=self._owners.owner_of(recipient) if subject is None else None,
+            sent=sent,
+            link=self._link(token),
+            awaited_by=waiting_handler(),
         )
         timeout = self._options.call_timeout
         return call if timeout is None else self._within(timeout, call, recipient)
@@ -213,18 +263,17 @@ class Sender:
                 raise
             raise CallTimeout(str(recipient), timeout, "call_timeout") from None
 
-    def _link(self, token: CancellationToken | None) -> Callable[[asyncio.Future[Any]], None]:
-        """What makes ``token`` cancel a future."""
-        if token is None:
-            return lambda future: None
-        return lambda future: self._cancellations.link(token, future)
+    def _link(self, token: CancellationToken | None) -> Callable[[asyncio.Future[Any]], None] | None:
+        """A function that makes ``token`` cancel a future; None if there is no token."""
+        return None if token is None else partial(self._cancellations.link, token)
 
     async def _wait_ready(self, token: CancellationToken | None, begun: float) -> None:
         """Wait for the start and the connection, or until ``token`` is cancelled. The send began at ``begun``."""
         if self._readiness.is_ready:
             return
         waiting = asyncio.ensure_future(self._readiness.wait(begun))
-        self._link(token)(waiting)
+        if token is not None:
+            self._cancellations.link(token, waiting)
         try:
             await waiting
         finally:
@@ -241,29 +290,20 @@ class Sender:
         token: CancellationToken | None,
         message_id: str | None,
     ) -> None:
-        """Publish an event."""
+        """Publish an event. ``message_id`` None: a new id."""
         self._under_way += 1
         try:
             self._counters.sent += 1
             if message_id is None:
                 message_id = self._attributes.next_id()
-            if not self._interventions and not self._queue.length and self._readiness.is_ready:
-                await self._publish(message, topic, sender, token, message_id)
-                return
-            begun = asyncio.get_running_loop().time()
-            async with self._queue.turn(self._link(None)) as turn:
-                await self._wait_ready(None, begun)
-                if self._interventions:
-                    context = _context(sender, topic, token, message_id)
-                    try:
-                        message = await self._intervene(turn, self._interventions.on_publish(message, context))
-                    except MessageDroppedException:
-                        return
-                await self._publish(message, topic, sender, token, message_id)
+            if self._interventions or self._queue.length or not self._readiness.is_ready:
+                await self._publish_in_turn(message, topic, sender, token, message_id)
+            else:
+                await self._event(message, topic, sender, token, message_id)
         finally:
             self._under_way -= 1
 
-    async def _publish(
+    async def _publish_in_turn(
         self,
         message: Any,
         topic: TopicId,
@@ -271,63 +311,87 @@ class Sender:
         token: CancellationToken | None,
         message_id: str,
     ) -> None:
+        begun = asyncio.get_running_loop().time()
+        async with self._queue.turn(None) as turn:
+            await self._wait_ready(None, begun)
+            if self._interventions:
+                context = _context(sender, topic, token, message_id)
+                try:
+                    message = await turn.intervene(self._interventions.on_publish(message, context))
+                except MessageDroppedException:
+                    return
+            await self._event(message, topic, sender, token, message_id)
+
+    def _event(
+        self,
+        message: Any,
+        topic: TopicId,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str,
+    ) -> Awaitable[None]:
+        """Encode an event now. Await what this returns to send it."""
         subject = self._subjects.topic(topic.type, topic.source)
         encoded = self._serialization.encode(message)
         attributes = self._attributes.message(message_id, sender, encoded, token)
-        hidden = self._hidden(subject, topic) if "=H" in subject else ""
         if events.listening():
             events.message(
                 encoded.payload, sender=sender, receiver=topic, kind=MessageKind.PUBLISH, stage=DeliveryStage.SEND
             )
-        takers = self._registry.keyed_takers(topic.type)
         if self._telemetry is None:
-            if takers:
-                hidden += await self._delivery.deliver_all(takers, topic, sender, attributes, encoded)
-            body = self._bodies.pack_message(envelope.EVENT, attributes + hidden, encoded)
-            await self._connection.publish(subject, body)
-            return
-        with self._telemetry.sending(
+            return self._send_event(subject, topic, sender, attributes, encoded)
+        span = self._telemetry.sending(
             "publish",
             subject,
             kind=SpanKind.PRODUCER,
             message_type=encoded.type_name,
             message_id=message_id,
             size=len(encoded.payload),
-        ) as carrier:
-            attributes += carrier
-            if takers:
-                hidden += await self._delivery.deliver_all(takers, topic, sender, attributes, encoded)
-            body = self._bodies.pack_message(envelope.EVENT, attributes + hidden, encoded)
-            await self._connection.publish(subject, body)
+        )
+        return self._send_traced_event(span, subject, topic, sender, attributes, encoded)
 
-    @staticmethod
-    def _hidden(subject: str, topic: TopicId) -> str:
-        """The real values of hashed tokens."""
-        tokens = subject.split(".")
-        hidden = f",{attribute('topicsource', topic.source)}" if is_hashed(tokens[-1]) else ""
-        if any(is_hashed(token) for token in tokens[:-1]):
-            hidden += f",{attribute('topictype', topic.type)}"
-        return hidden
+    async def _send_event(
+        self, subject: str, topic: TopicId, sender: AgentId | None, attributes: str, encoded: Encoded
+    ) -> None:
+        """Send an event to the keyed agents that subscribed, then on its topic's subject."""
+        more = _unhashed(subject, topic) if "=H" in subject else ""
+        if keyed_types := self._registry.keyed_takers(topic.type):
+            more += await self._delivery.deliver_all(keyed_types, topic, sender, attributes, encoded)
+        body = self._bodies.pack_message(envelope.EVENT, attributes + more, encoded)
+        await self._connection.publish(subject, body)
+
+    async def _send_traced_event(
+        self,
+        span: AbstractContextManager[str],
+        subject: str,
+        topic: TopicId,
+        sender: AgentId | None,
+        attributes: str,
+        encoded: Encoded,
+    ) -> None:
+        """The same inside ``span``, whose trace context becomes part of the attributes."""
+        with span as trace_context:
+            await self._send_event(subject, topic, sender, attributes + trace_context, encoded)
 
     async def publish_to(self, agent: AgentId, message: Any, topic: TopicId, message_id: str) -> None:
-        """Send the event of a plain publisher to one keyed agent."""
+        """Send an event to one keyed agent, for a publisher that is a plain NATS client."""
         encoded = self._serialization.encode(message)
         await self._delivery.deliver(agent, topic, self._attributes.message(message_id, None, encoded, None), encoded)
 
-    async def _intervene(self, turn: Turn, work: Awaitable[Any]) -> Any:
-        turn.intervening = True
-        mark = intervening.set(turn)
-        try:
-            return await work
-        finally:
-            turn.intervening = False
-            intervening.reset(mark)
+
+def _unhashed(subject: str, topic: TopicId) -> str:
+    """The attributes that carry the topic's type and source where the subject contains only their hashes."""
+    tokens = subject.split(".")
+    attributes = f",{attribute('topicsource', topic.source)}" if is_hashed(tokens[-1]) else ""
+    if any(is_hashed(token) for token in tokens[:-1]):
+        attributes += f",{attribute('topictype', topic.type)}"
+    return attributes
 
 
 def _context(
     sender: AgentId | None, topic: TopicId | None, token: CancellationToken | None, message_id: str
 ) -> MessageContext:
-    """What interventions are given: of a call, or with a ``topic`` of an event."""
+    """The context that intervention handlers get, for a call (``topic`` None) or an event."""
     return MessageContext(
         sender=sender,
         topic_id=topic,

@@ -10,10 +10,10 @@ Rules (times in seconds; `natsrt.transport.call_watch` does what the verdicts sa
 4. A call that every worker either does not know, or cannot answer for because it is lost itself, is lost: it may have
    been handled.
 5. A worker is lost after ``lost_after`` seconds of silence, or when the server says for `GONE_AFTER` that it does not
-   listen. The server is believed sooner because a living worker may be slow: a handler that holds its event loop for 2 s
-   at a time delays every step of an answer.
-6. Nothing counts while the connection is down, and the server's word counts only once the connection has settled: others
-   may still be reconnecting.
+   listen. The server is believed sooner because a living worker may be slow: a handler that holds its event loop for
+   2 s at a time delays every step of an answer.
+6. Nothing counts while the connection is down, and the server's word counts only once the connection has settled:
+   others may still be reconnecting.
 """
 
 from __future__ import annotations

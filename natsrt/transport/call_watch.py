@@ -3,10 +3,10 @@
 `natsrt.transport.call_judgement` decides; here the decisions are carried out. `natsrt.hosting.call_log` and
 `natsrt.hosting.peer_answers` are the workers' side.
 
-A worker accepts a call that takes longer than its ``accept_after``; from then on it is asked about the call. A call that
-is neither answered nor accepted after ``check_after`` seconds is checked against the directory. While the connection is
-down only ``offline_timeout`` counts; after it is back every pending call is asked for, because its reply may have been
-lost between two reconnects.
+A worker accepts a call that takes longer than its ``accept_after``; from then on it is asked about the call. A call
+that is neither answered nor accepted after ``check_after`` seconds is checked against the directory. While the
+connection is down only ``offline_timeout`` counts; after it is back every pending call is asked for, because its reply
+may have been lost between two reconnects.
 """
 
 from __future__ import annotations
@@ -185,9 +185,7 @@ class CallWatch:
 
     def _asked(self, worker_id: str) -> AskedWorker:
         if worker_id not in self._judge.asked:
-            self._inbox.receive(
-                self._answer_subject(worker_id), lambda message: self._on_answer(worker_id, message)
-            )
+            self._inbox.receive(self._answer_subject(worker_id), lambda message: self._on_answer(worker_id, message))
         return self._judge.worker(worker_id)
 
     def _answer_subject(self, worker_id: str) -> str:

@@ -156,7 +156,7 @@ class Calls:
     ) -> Msg:
         """Send ``body``, and return the reply, whatever it is.
 
-        Cancelling this coroutine forgets the call; it does not cancel the handler (that is what cancellation tokens do).
+        Cancelling this coroutine forgets the call; it does not cancel the handler: tokens do that.
 
         Args:
             recipient: The agent that is called.

@@ -1,0 +1,121 @@
+"""One agent type that a runtime hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autogen_core import Agent
+
+from natsrt.jetstream.registry.entries import InstanceEntry, KnownEntry, Rule, TypeEntry
+from natsrt.keyed_types import KeyedOptions
+from natsrt.observe.metrics import TypeCounters
+
+Factory = Callable[[], Any]
+
+_MATCHES_CACHED = 4096
+"""Number of topic types per agent type for which `HostedType.takes` caches its result."""
+_SETTLES_WITHIN = 1.0
+"""Seconds after a registration during which a message of an unknown type waits for its serializer.
+
+AutoGen's ``Agent.register`` and ``ClosureAgent.register_closure`` add serializers only after the factory and the
+subscriptions.
+"""
+
+
+@dataclass(slots=True, eq=False)
+class HostedType:
+    """One agent type that this runtime hosts."""
+
+    agent_type: str
+    factory: Factory | None
+    """Makes an agent of the type; None if the type has registered instances only."""
+    expected_class: type[Agent] | None
+    """The class that the factory's agents must have; None: any class."""
+    keyed: KeyedOptions | None = None
+    """The options of a keyed type; None for other types."""
+    takes_arguments: bool = False
+    """True if the factory takes the runtime and the agent's id as arguments."""
+    instance_class: type[Agent] | None = None
+    """The class of the registered instances; None for a type with a factory."""
+    live: dict[str, Agent] = field(default_factory=dict)
+    """The agents that exist, by key."""
+    gates: dict[str, Gate] = field(default_factory=dict)
+    """The gates at which messages wait, by the key of their agent."""
+    handles: dict[str, type[Any]] = field(default_factory=dict)
+    """The message types that its handlers take, by name."""
+    produces: dict[str, type[Any]] = field(default_factory=dict)
+    """The message types that its handlers return, by name."""
+    registered_classes: set[type[Any]] = field(default_factory=set)
+    """The agent classes whose message types are in `handles` and `produces`."""
+    rules: tuple[Rule, ...] = ()
+    """The subscriptions that the registry lists for the type."""
+    matches: dict[str, bool] = field(default_factory=dict)
+    """Results of `takes` for the present `rules`, by topic type."""
+    counters: TypeCounters = field(default_factory=TypeCounters)
+    registered_at: float = field(default_factory=time.monotonic)
+    """When the type was registered, by `time.monotonic`."""
+
+    def set_rules(self, rules: Sequence[Rule]) -> None:
+        """Replace `rules`."""
+        self.rules = tuple(rules)
+        self.matches.clear()
+
+    def takes(self, topic_type: str) -> bool:
+        """True if a subscription by topic type or prefix matches topics of this type."""
+        matches = self.matches.get(topic_type)
+        if matches is None:
+            if len(self.matches) >= _MATCHES_CACHED:
+                self.matches.clear()
+            matches = self.matches[topic_type] = any(rule.matches(topic_type) for rule in self.rules)
+        return matches
+
+    @property
+    def has_instances_only(self) -> bool:
+        """True if the type has no factory: only its registered instances exist."""
+        return self.factory is None
+
+    @property
+    def settling(self) -> bool:
+        """True as long as serializers that belong to the registration may still be added."""
+        return time.monotonic() - self.registered_at < _SETTLES_WITHIN
+
+    @property
+    def settles_in(self) -> float:
+        """Seconds until `settling` ends; 0.0 if it has ended."""
+        return max(0.0, self.registered_at + _SETTLES_WITHIN - time.monotonic())
+
+    def entries(self, worker_id: str) -> list[TypeEntry | KnownEntry | InstanceEntry]:
+        """The entries of this type in the registry, as hosted by ``worker_id``."""
+        handles, produces = tuple(sorted(self.handles)), tuple(sorted(self.produces))
+        entries: list[TypeEntry | KnownEntry | InstanceEntry] = [
+            TypeEntry(
+                self.agent_type,
+                worker_id,
+                handles,
+                produces,
+                keyed=self.keyed is not None,
+                instances=self.has_instances_only,
+            ),
+            KnownEntry(self.agent_type, handles, produces),
+        ]
+        if self.has_instances_only:
+            entries += [InstanceEntry(self.agent_type, key, worker_id) for key in self.live]
+        return entries
+
+
+class Gate:
+    """Messages that arrived before their agent was ready wait here, and go on one by one in the order of arrival.
+
+    It is in `HostedType.gates` only while a message waits.
+    """
+
+    __slots__ = ("lock", "users")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+        """The number of messages that wait for the lock or have it."""

@@ -1,0 +1,42 @@
+"""The message types of an agent class, as AutoGen's decorators declare them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from autogen_core import RoutedAgent
+
+from natsrt.wire.serialization import type_name_of
+
+
+class MessageTypes(NamedTuple):
+    """The message types of an agent class, each once. ``object`` stands for Any."""
+
+    handled: list[type[Any]]
+    """What its handlers take."""
+    produced: list[type[Any]]
+    """What its handlers return."""
+
+
+def message_types_of(cls: type[Any]) -> MessageTypes:
+    """The message types of the handlers of a `RoutedAgent` class. Both lists are empty for any other class."""
+    handled: list[type[Any]] = []
+    produced: list[type[Any]] = []
+    if issubclass(cls, RoutedAgent):
+        for name in dir(cls):
+            handler: Any = getattr(cls, name, None)
+            if getattr(handler, "is_message_handler", False):
+                handled += map(_without_any_type, handler.target_types)
+                produced += map(_without_any_type, handler.produces_types)
+    return MessageTypes(list(dict.fromkeys(handled)), list(dict.fromkeys(produced)))
+
+
+def _without_any_type(message_type: Any) -> type[Any]:
+    """AutoGen stands for Any with a class of its own, which is not public. Returns ``object`` for that class."""
+    is_any = getattr(message_type, "__name__", "") == "AnyType" and message_type.__module__.startswith("autogen_core.")
+    return object if is_any else message_type
+
+
+def shown_name(message_type: type[Any]) -> str:
+    """The name of a message type in the registry and in errors."""
+    return "Any" if message_type is object else type_name_of(message_type)
