@@ -10,12 +10,13 @@ with a ``field_serializer``, is Pydantic's own affair, whatever its type.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from autogen_core import Image
 from pydantic import (
@@ -36,15 +37,23 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnno
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
-from natsrt.wire.codecs import ALL_KINDS, TYPE_KEY, VALUE_KEY, Codec, ExactCodec, Refused, Unreadable, misfit
-
-if TYPE_CHECKING:
-    from natsrt.wire.compiler import Codecs
+from natsrt.wire.codecs import (
+    ALL_KINDS,
+    TYPE_KEY,
+    VALUE_KEY,
+    Codec,
+    CodecCompiler,
+    ExactCodec,
+    PlainCheck,
+    Refused,
+    Unreadable,
+    misfit,
+)
 
 __all__ = ["ClassCodec", "class_codec", "pydantic_refusal"]
 
 
-def class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: Codecs) -> Codec | None:
+def class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: CodecCompiler) -> Codec | None:
     """The codec of ``hint``, which is ``cls`` or ``cls[args]``; None if ``cls`` is no class with fields.
 
     It is entered into ``codecs`` before its fields are compiled, since they may lead back to it. Raises ``Refused``.
@@ -77,7 +86,7 @@ class ClassCodec(Codec):
     cls: type
     base: type
 
-    def __init__(self, cls: type, codecs: Codecs) -> None:
+    def __init__(self, cls: type, codecs: CodecCompiler) -> None:
         self.cls = cls
         self.base = cls
         self.name = cls.__name__
@@ -279,6 +288,7 @@ def _fill_in(hint: Any, arguments: dict[Any, Any]) -> Any:
     return hint[tuple(arguments.get(parameter, parameter) for parameter in parameters)]
 
 
+_TYPE_KEY_BYTES = TYPE_KEY.encode()
 _FUNCTIONAL = (AfterValidator, BeforeValidator, PlainValidator, WrapValidator, PlainSerializer, WrapSerializer)
 
 
@@ -288,27 +298,41 @@ class ModelCodec(ClassCodec):
     cls: type[BaseModel]
 
     def compile(self, args: tuple[Any, ...]) -> None:
-        cls = self.cls
-        try:
-            if not cls.__pydantic_complete__:
-                cls.model_rebuild()
-        except PydanticUndefinedAnnotation as error:
-            raise Refused(f"the annotations of {self.name} cannot be resolved ({error.name})") from None
+        cls, config = self.cls, self.cls.model_config
+        self._complete()
         self._serializer = cls.__pydantic_serializer__
         self._validator = cls.__pydantic_validator__
         self._root = issubclass(cls, RootModel)
         self.kinds = ALL_KINDS if self._root else frozenset({dict})
-        config = cls.model_config
+        self._extra = config.get("extra") == "allow"
+        self._carries_nan = config.get("ser_json_inf_nan") in ("constants", "strings")
+        self._compile_keys()
+        self._compile_fields()
+        self._adapters: dict[str, TypeAdapter[Any] | None] = {}
+        self._written_by_alias = all(
+            (field.serialization_alias or name) == self._keys.get(name) or field.exclude
+            for name, field in cls.model_fields.items()
+        )
+        self._direct = (
+            not self._root and not self._special and not self._extra and (self._written_by_alias or not self._renamed)
+        )
+
+    def _complete(self) -> None:
+        """Let Pydantic resolve the annotations that it could not resolve when the class was defined."""
+        try:
+            if not self.cls.__pydantic_complete__:
+                self.cls.model_rebuild()
+        except PydanticUndefinedAnnotation as error:
+            raise Refused(f"the annotations of {self.name} cannot be resolved ({error.name})") from None
+
+    def _compile_keys(self) -> None:
+        """Under which keys Pydantic looks for each field, and under which one it is written."""
+        config = self.cls.model_config
         by_name = bool(config.get("populate_by_name") or config.get("validate_by_name"))
         by_alias = config.get("validate_by_alias", True)
-        self._extra = config.get("extra") == "allow"
         self._keys: dict[str, str] = {}
         self._read_from: dict[str, tuple[str, ...]] = {}
-        self._special: dict[str, Codec] = {}
-        self._carries_nan = config.get("ser_json_inf_nan") in ("constants", "strings")
-        scalars: list[tuple[str, tuple[type, ...]]] = []
-        own = _fields_with_serializers(cls)
-        for name, field in cls.model_fields.items():
+        for name, field in self.cls.model_fields.items():
             aliases = _aliases(field) if by_alias else []
             self._read_from[name] = (*aliases, name) if by_name or not aliases else tuple(aliases)
             if field.exclude:
@@ -318,23 +342,72 @@ class ModelCodec(ClassCodec):
             self._keys[name] = self._read_from[name][0]
             if self._keys[name] == TYPE_KEY:
                 raise Refused(f'the field name "{TYPE_KEY}" is reserved', name)
-            if name not in own and not _is_functional(field.annotation, field.metadata):
-                codec = self._codec_or_none(field)
-                if codec is not None and codec.polymorphic:
-                    self._special[name] = codec
-                if codec is not None and codec.scalars:
-                    scalars.append((name, codec.scalars))
-        self._adapters: dict[str, TypeAdapter[Any] | None] = {}
         self._readable = frozenset(key for keys in self._read_from.values() for key in keys)
         self._renamed = {name: key for name, key in self._keys.items() if name != key}
-        self._written_by_alias = all(
-            (field.serialization_alias or name) == self._keys.get(name) or field.exclude
-            for name, field in cls.model_fields.items()
+
+    def _compile_fields(self) -> None:
+        """Which fields are written and read here, and which ones hold plain scalars."""
+        self._special: dict[str, Codec] = {}
+        self._known: dict[str, Codec] = {}
+        """The codecs of the fields that have one, and no serializer or validator functions of their own."""
+        scalars: list[tuple[str, tuple[type, ...]]] = []
+        own = _fields_with_serializers(self.cls)
+        for name, field in self.cls.model_fields.items():
+            if field.exclude or name in own or _is_functional(field.annotation, field.metadata):
+                continue
+            codec = self._codec_or_none(field)
+            if codec is not None:
+                self._known[name] = codec
+                if codec.polymorphic:
+                    self._special[name] = codec
+                if codec.scalars:
+                    scalars.append((name, codec.scalars))
+        self._scalars = scalars if len(scalars) + len(self._special) == len(self.cls.model_fields) else None
+
+    # Plain values: those that Pydantic's own compiled serializer and validator carry exactly as they are.
+
+    @functools.cached_property
+    def _plain_fields(self) -> tuple[list[tuple[str, tuple[type, ...]]], list[tuple[str, PlainCheck]]] | None:
+        """The fields whose classes tell that they are plain, and those that have a check; None: no value is plain.
+
+        Asked for when the first value is written or read: then all classes that this one leads to can be compiled.
+        """
+        if not self._can_be_plain((self,)):
+            return None
+        types = [(name, found) for name, codec in self._known.items() if (found := codec.plain_types())]
+        names = {name for name, _ in types}
+        checks = [(name, codec.plain_check((self,))) for name, codec in self._known.items() if name not in names]
+        return types, [(name, check) for name, check in checks if check is not None]
+
+    def _can_be_plain(self, inside: tuple[Codec, ...]) -> bool:
+        return (
+            not self._root
+            and not self._extra
+            and self._written_by_alias
+            and len(self._known) == len(self.cls.model_fields)
+            and not any(setting.startswith("ser_json_") for setting in self.cls.model_config)
+            and all(codec.plain_check(inside) is not None for codec in self._known.values())
         )
-        self._scalars = scalars if len(scalars) + len(self._special) == len(cls.model_fields) else None
-        self._direct = (
-            not self._root and not self._special and not self._extra and (self._written_by_alias or not self._renamed)
-        )
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        return self._is_plain if self in inside or self._can_be_plain((*inside, self)) else None
+
+    def _is_plain(self, value: Any) -> bool:
+        """Whether ``value`` is of exactly this class and holds what its fields declare, at every depth."""
+        if type(value) is not self.cls or self._plain_fields is None:
+            return False
+        fields = value.__dict__
+        types, checks = self._plain_fields
+        try:
+            for name, kinds in types:
+                if type(fields[name]) not in kinds:
+                    return False
+            for name, check in checks:
+                if not check(fields[name]):
+                    return False
+        except KeyError:
+            return False
+        return True
 
     def _codec_or_none(self, field: FieldInfo) -> Codec | None:
         try:
@@ -346,6 +419,8 @@ class ModelCodec(ClassCodec):
     # Whole payloads: Pydantic's own writer and reader, which carry integers of any size.
 
     def dumps(self, value: Any) -> bytes:
+        if self._is_plain(value):
+            return self._serializer.to_json(value, by_alias=True, round_trip=True, warnings=False)
         if not self._direct or type(value) is not self.cls:
             return to_json(self.encode(value), inf_nan_mode="constants")
         # Pydantic is five times slower when it shall refuse what is not as declared.
@@ -371,7 +446,8 @@ class ModelCodec(ClassCodec):
         return True
 
     def loads(self, payload: bytes) -> Any:
-        if not self._direct or self._codecs.strict or TYPE_KEY.encode() in payload:
+        may_be_direct = self._direct or self._plain_fields is not None
+        if not may_be_direct or self._codecs.strict or _TYPE_KEY_BYTES in payload:
             return self.decode(from_json(payload))
         return self._validated(self._validator.validate_json, payload)
 
@@ -387,6 +463,8 @@ class ModelCodec(ClassCodec):
         return self.decode_fields(self.unwrap(tree)) if self._root else super().decode_marked(tree)
 
     def encode_fields(self, value: Any) -> Any:
+        if self._is_plain(value):
+            return self._serializer.to_python(value, mode="json", by_alias=True, round_trip=True, warnings=False)
         if self._root:
             return self._encode_root(value)
         tree = self._encode_plain_fields(value)
@@ -469,7 +547,7 @@ class ModelCodec(ClassCodec):
             try:
                 return special.decode(tree)
             except Unreadable as fault:
-                if self._codecs.strict or TYPE_KEY.encode() in to_json(tree):
+                if self._codecs.strict or _TYPE_KEY_BYTES in to_json(tree):
                     raise fault.under(name) from fault.__cause__
                 return tree
         adapter = self._adapter(name)

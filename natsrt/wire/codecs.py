@@ -14,6 +14,7 @@ import enum
 import math
 import typing
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -82,6 +83,9 @@ _JSON_NAMES = {
 }
 
 
+PlainCheck = Callable[[Any], bool]
+
+
 class Codec:
     """How the values of one declared type are written.
 
@@ -103,6 +107,22 @@ class Codec:
     def encode(self, value: Any) -> Any:
         """The tree of ``value``; raises ``Refused``."""
         raise NotImplementedError
+
+    def plain_types(self) -> tuple[type, ...]:
+        """The exact classes of the values that Pydantic, where this type is declared, writes and reads as they are.
+
+        Empty if the class alone does not tell that.
+        """
+        return ()
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        """Tells whether Pydantic, where this type is declared, writes and reads a value exactly as it is.
+
+        None if no cheap check tells that: the type is polymorphic, or a union, or Pydantic changes its values.
+        ``inside`` are the codecs of the models that contain this type: one that leads back to itself is among them.
+        """
+        types = self.plain_types()
+        return (lambda value: type(value) in types) if types else None
 
     def decode(self, tree: Any) -> Any:
         """The value of ``tree``; raises ``Unreadable``."""
@@ -131,6 +151,35 @@ class Codec:
         return tree[VALUE_KEY]
 
 
+class CodecCompiler(ABC):
+    """What the codecs of classes need of the compiler that makes them: see `natsrt.wire.compiler.Codecs`."""
+
+    strict: bool
+    """Whether unknown fields make a tree unreadable."""
+    any: Codec
+    """The codec of ``Any``."""
+
+    @abstractmethod
+    def of(self, hint: Any) -> Codec:
+        """The codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
+
+    @abstractmethod
+    def keep(self, hint: Any, codec: Codec) -> int:
+        """Enter ``codec`` before it is complete, so that a recursive type finds it; gives the number known before."""
+
+    @abstractmethod
+    def forget_since(self, known: int) -> None:
+        """Drop all but the first ``known`` codecs: a class could not be compiled, and later ones may lead to it."""
+
+    @abstractmethod
+    def encode_marked(self, value: Any, base: type | None) -> dict[str, Any]:
+        """The tree of a dataclass, model or image with its class's name, where ``base`` is declared (None: Any)."""
+
+    @abstractmethod
+    def decode_marked(self, tree: dict[str, Any], base: type) -> Any:
+        """The value of a tree that names its class, where ``base`` is declared."""
+
+
 class ExactCodec(Codec):
     """str, int, bool and None: JSON's own types. Subclasses of them are refused, and so is a bool for an int."""
 
@@ -141,6 +190,9 @@ class ExactCodec(Codec):
         self.name = "None" if cls is NULL else cls.__name__
         self.kinds = frozenset({cls})
         self.scalars = (cls,)
+
+    def plain_types(self) -> tuple[type, ...]:
+        return self.scalars
 
     def encode(self, value: Any) -> Any:
         if type(value) is not self.cls:
@@ -161,6 +213,9 @@ class FloatCodec(Codec):
     cls = float
     scalars = (float,)
     natural = True
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck:
+        return lambda value: type(value) is float and math.isfinite(value)
 
     def encode(self, value: Any) -> float:
         if type(value) is float:
@@ -198,6 +253,9 @@ class TextCodec(Codec):
         self._write = write
         self._read = read
         self._numbers = (int, float) if numbers else ()
+
+    def plain_types(self) -> tuple[type, ...]:
+        return () if self.cls is bytes or self.cls is None else (self.cls,)
 
     def encode(self, value: Any) -> str:
         if type(value) is not self.cls:
@@ -267,6 +325,10 @@ class LiteralCodec(Codec):
         if len(self._members) != len(self._trees):
             raise Refused("two members of a Literal have the same JSON")
 
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        members = frozenset(member for _, member in self._trees)
+        return (lambda value: type(value) is str and value in members) if self.kinds == {str} else None
+
     def encode(self, value: Any) -> Any:
         try:
             return self._trees[type(value), value]
@@ -291,6 +353,12 @@ class ArrayCodec(Codec):
         self.natural = cls is list
         self.polymorphic = item.polymorphic
         self._item = item
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        check = self._item.plain_check(inside)
+        if self.cls is not list or check is None:
+            return None
+        return lambda value: type(value) is list and all(map(check, value))
 
     def encode(self, value: Any) -> list[Any]:
         if type(value) is not self.cls:
@@ -365,6 +433,15 @@ class DictCodec(Codec):
         self._textual = textual
         self._value = value
 
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        check = self._value.plain_check(inside)
+        if self._key is not None or check is None:
+            return None
+        texts = {str}
+        return lambda value: (
+            type(value) is dict and texts.issuperset(map(type, value)) and all(map(check, value.values()))
+        )
+
     def encode(self, value: Any) -> dict[str, Any]:
         if type(value) is not dict:
             raise wrong_type(self.name, value)
@@ -416,6 +493,14 @@ class OptionalCodec(Codec):
         self.scalars = (*inner.scalars, NULL) if inner.scalars else ()
         self.polymorphic = inner.polymorphic
         self._inner = inner
+
+    def plain_types(self) -> tuple[type, ...]:
+        types = self._inner.plain_types()
+        return (*types, NULL) if types else ()
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        check = self._inner.plain_check(inside)
+        return None if check is None else lambda value: value is None or check(value)
 
     def encode(self, value: Any) -> Any:
         return None if value is None else self._inner.encode(value)

@@ -51,6 +51,7 @@ from natsrt.wire.codecs import (
     VALUE_KEY,
     ArrayCodec,
     Codec,
+    CodecCompiler,
     DictCodec,
     EnumCodec,
     ExactCodec,
@@ -231,7 +232,7 @@ _ABSTRACT: dict[Any, tuple[type, ...]] = {
 """What a value declared with an abstract collection may be."""
 
 
-class Codecs:
+class Codecs(CodecCompiler):
     """The codecs of one registry of classes, compiled when first asked for.
 
     ``lookup`` gives the registered class of a type name, None if there is none. ``strict`` codecs find an unknown
