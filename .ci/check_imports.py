@@ -1,19 +1,20 @@
-"""Check the direction of imports inside natsrt: arrows point down only (see docs/architecture.md).
+"""Check the directions of imports inside natsrt: arrows point down only, and no modules import one another in a circle.
 
-Usage: python .ci/check_imports.py. Prints each arrow that points up, and exits with 1 if there is one.
+Usage: python .ci/check_imports.py [ROOT]. Prints each arrow that points up and each circle; exits with 1 if there is one.
+Imports inside functions and under TYPE_CHECKING count too. docs/architecture.md says what each layer is for.
 """
 
 from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
 LAYERS = (
-    ("cli",),
-    ("__init__", "__main__", "registration"),
+    ("cli", "contrib"),
+    ("__init__", "registration"),
     ("runtime",),
     ("session",),
     ("membership",),
@@ -30,46 +31,73 @@ LAYERS = (
     ("background",),
     ("errors", "version"),
 )
-"""Top to bottom. A module may import its own layer and those below it."""
+"""Folders and modules, from the top to the bottom. One may import those of its own layer and of the layers below it."""
 
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+PACKAGES = {"natsrt": "natsrt", "cli": "natsrt_cli"}
+"""Each package's folder, and the name under which it is installed."""
 
 
-def modules() -> dict[str, Path]:
+def modules(root: Path) -> dict[str, Path]:
+    """Every module below ``root`` by its full name; a package by the name of its folder."""
     found = {}
-    for path in sorted((ROOT / "natsrt").rglob("*.py")):
-        found[".".join(path.relative_to(ROOT / "natsrt").with_suffix("").parts)] = path
-    for path in sorted((ROOT / "cli").rglob("*.py")):
-        found[".".join(("cli", *path.relative_to(ROOT / "cli").with_suffix("").parts))] = path
+    for folder, package in PACKAGES.items():
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = path.relative_to(root / folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
     return found
 
 
-def imported(path: Path) -> set[str]:
-    """The parts of natsrt that a module imports, as names below ``natsrt``."""
-    names = set()
+def imported(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """The modules among ``known`` that a module imports."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names |= (
-                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "natsrt" else {node.module}
-            )
-    return {name.removeprefix("natsrt.") for name in names if name.startswith("natsrt.")}
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(filter(None, (*package.split(".")[: len(package.split(".")) - node.level + 1], base)))
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                if name in known or base in known:
+                    yield name if name in known else base
+
+
+def layer_of(module: str) -> str:
+    """The folder or module of `LAYERS` to which a module belongs."""
+    package, _, rest = module.partition(".")
+    if package != "natsrt":
+        return "cli"
+    return rest.partition(".")[0] or "__init__"
+
+
+def problems(root: Path) -> list[str]:
+    """What is wrong below ``root``, a sentence each."""
+    rank = {name: number for number, names in enumerate(LAYERS) for name in names}
+    known = modules(root)
+    arrows = {module: set(imported(module, path, known)) - {module} for module, path in known.items()}
+    found = []
+    for module, targets in sorted(arrows.items()):
+        layer = layer_of(module)
+        if layer not in rank:
+            found.append(f"{module} is in no layer: add {layer} to .ci/check_imports.py")
+            continue
+        for target in sorted(targets):
+            above = layer_of(target)
+            if above in rank and rank[above] < rank[layer]:
+                found.append(f"{module} imports {target}: {above} is above {layer}")
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        found.append(f"these modules import one another in a circle: {' <- '.join(error.args[1])}")
+    return found
 
 
 def main() -> int:
-    wrong = []
-    for module, path in modules().items():
-        layer = module.split(".")[0]
-        for name in imported(path):
-            target = name.split(".")[0]
-            target = target if target in RANK else "__init__"
-            if layer not in RANK:
-                wrong.append(f"{path.relative_to(ROOT)} is in no layer: add it to .ci/check_imports.py")
-            elif RANK[target] < RANK[layer]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}: {target} is above {layer}")
-    print("\n".join(sorted(set(wrong))) or f"import directions: {len(modules())} modules, all arrows point down")
-    return 1 if wrong else 0
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
+    found = problems(root)
+    print("\n".join(found) or f"import directions: {len(modules(root))} modules, all arrows point down, no circle")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -26,8 +26,12 @@ from natsrt.hosting.subscriptions import Subscriptions
 from natsrt.jetstream.agent_records import AgentRecords
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.keyed.deadlocks import Deadlocks
+from natsrt.keyed.instances import Instances
 from natsrt.keyed.operations import KeyedOperations
 from natsrt.keyed.ownership import Ownership
+from natsrt.keyed.releasing import Releasing
+from natsrt.keyed.slots import AgentSlots
+from natsrt.keyed.turns import Turns
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
@@ -166,20 +170,33 @@ class Incoming:
         self.deadlocks = Deadlocks(
             active=self.active, calls=network.calls, registry=registry, peers=network.peers, worker_id=worker_id
         )
+        slots = AgentSlots(catalog)
+        instances = Instances(
+            connection=connection, worker_id=worker_id, catalog=catalog, records=network.records, counters=counters
+        )
         self.ownership = Ownership(
             connection=connection,
             options=options,
             worker_id=worker_id,
-            catalog=catalog,
             registry=registry,
             peers=network.peers,
             records=network.records,
             subjects=self.subscriptions,
             locator=outgoing.locator,
-            deadlocks=self.deadlocks,
-            counters=counters,
+            slots=slots,
+            instances=instances,
+            releasing=Releasing(
+                connection=connection,
+                catalog=catalog,
+                registry=registry,
+                records=network.records,
+                slots=slots,
+                instances=instances,
+                subjects=self.subscriptions,
+            ),
         )
-        self.operations = KeyedOperations(self.ownership, catalog)
+        self.turns = Turns(slots, self.ownership, instances, self.deadlocks)
+        self.operations = KeyedOperations(self.turns, self.ownership, catalog)
         self.peer_answers = PeerAnswers(
             connection=connection,
             subjects=subjects,
@@ -222,6 +239,7 @@ class Incoming:
         )
         keyed = KeyedMessages(
             worker_id=worker_id,
+            turns=self.turns,
             ownership=self.ownership,
             operations=self.operations,
             invoker=invoker,

@@ -158,7 +158,7 @@ class Session:
         incoming = self.incoming
         incoming.call_log.accept_all()
         logger.info("%s: finishes %d handlers", self.worker_id, incoming.dispatch.running)
-        incoming.ownership.draining = True
+        incoming.ownership.begin_drain()
         if incoming.ownership.owns_some and self.network.connection.connected:
             await asyncio.sleep(_HEARD_WITHIN)
         handing_over = asyncio.ensure_future(incoming.ownership.drain())

@@ -16,7 +16,7 @@ from autogen_core import AgentId, CancellationToken, MessageContext, RoutedAgent
 import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
-from natsrt.keyed.deadlocks import find_circles
+from natsrt.keyed.deadlocks import find_cycles
 from natsrt.wire.peer_messages import WaitLink
 from tests.support.processes import eventually
 
@@ -223,7 +223,7 @@ async def test_a_circle_is_found_over_a_worker_that_gave_its_type_up(town: Town)
     await town.inside("a", 4)
     await town.inside("b", 4)
     town.meeting.gate("a").set()
-    await eventually(lambda: len(leaving.running.incoming.deadlocks._lines) == 4)
+    await eventually(lambda: len(leaving.running.incoming.deadlocks._waiting) == 4)
     await leaving.unregister("b")
     town.meeting.gate("b").set()
     async with asyncio.timeout(ENDS_WITHIN):
@@ -314,20 +314,20 @@ def links(*pairs: str) -> list[WaitLink]:
 
 def test_a_circle_is_found_among_what_waits_otherwise_whatever_the_order() -> None:
     waits = links("w1=w2", "w2>w3", "w3=w1", "w0>w1", "w9>w2", *(f"x{number}>x{number + 1}" for number in range(50)))
-    [found] = find_circles(waits)
+    [found] = find_cycles(waits)
     assert {link.call for link in found} == {"w1", "w2", "w3"}
     assert all(one.awaited == other.call for one, other in itertools.pairwise([*found, found[0]]))
     for _ in range(20):
         random.shuffle(waits)
-        assert find_circles(waits) == [found]
+        assert find_cycles(waits) == [found]
 
 
 def test_circles_that_share_no_call_are_all_found() -> None:
     waits = links(*(f"{pair}{one}>{pair}{other}" for pair in range(10) for one, other in ("ab", "bc", "ca")))
-    assert {link.call for circle in find_circles(waits) for link in circle} == {link.call for link in waits}
-    assert len(find_circles(waits)) == 10
+    assert {link.call for circle in find_cycles(waits) for link in circle} == {link.call for link in waits}
+    assert len(find_cycles(waits)) == 10
 
 
 def test_without_a_circle_none_is_found() -> None:
-    assert find_circles([]) == []
-    assert find_circles(links(*(f"w{n:03}>w{n + step:03}" for n in range(500) for step in (1, 2)))) == []
+    assert find_cycles([]) == []
+    assert find_cycles(links(*(f"w{n:03}>w{n + step:03}" for n in range(500) for step in (1, 2)))) == []

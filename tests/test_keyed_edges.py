@@ -548,7 +548,7 @@ async def test_a_visitor_behind_another_makes_known_who_waits_for_it(place: Plac
     async def nothing() -> None:
         return None
 
-    first = asyncio.ensure_future(second.running.ownership.visit(hosted, "k", (), nothing))
+    first = asyncio.ensure_future(second.running.incoming.turns.run(hosted, "k", (), nothing))
     await asyncio.sleep(0)
     held = second.running.ownership._slots.find("counting", "k")
     inside = runtime.running.ownership._slots.find("counting", "k")
@@ -556,7 +556,7 @@ async def test_a_visitor_behind_another_makes_known_who_waits_for_it(place: Plac
     assert inside is not None
     await eventually(lambda: held.is_moving)
     [visit] = inside.mailbox._inside
-    behind = asyncio.ensure_future(second.running.ownership.visit(hosted, "k", (visit,), nothing))
+    behind = asyncio.ensure_future(second.running.incoming.turns.run(hosted, "k", (visit,), nothing))
     for outcome in await asyncio.wait_for(asyncio.gather(first, behind, return_exceptions=True), 4):
         assert isinstance(outcome, OwnedElsewhere)
     place.life.gate("relay").set()

@@ -20,6 +20,7 @@ from natsrt.hosting.invocation import Invoker
 from natsrt.hosting.reader import Reader
 from natsrt.keyed.operations import KeyedOperations
 from natsrt.keyed.ownership import NotOwned, OwnedElsewhere, Ownership
+from natsrt.keyed.turns import Turns
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.sender import Sender
 from natsrt.wire.envelope import Envelope
@@ -32,6 +33,7 @@ class KeyedMessages:
         self,
         *,
         worker_id: str,
+        turns: Turns,
         ownership: Ownership,
         operations: KeyedOperations,
         invoker: Invoker,
@@ -42,6 +44,7 @@ class KeyedMessages:
         delivery: KeyedDelivery,
     ) -> None:
         self._worker_id = worker_id
+        self._turns = turns
         self._ownership = ownership
         self._operations = operations
         self._invoker = invoker
@@ -63,9 +66,7 @@ class KeyedMessages:
         sent_to_owner = inbound.can_be_sent_back and inbound.route.key is not None
         handle = partial(self._invoker.handle, inbound)
         try:
-            return await self._ownership.visit(
-                hosted, key, inbound.chain, handle, inbound=inbound, claim=not sent_to_owner
-            )
+            return await self._turns.run(hosted, key, inbound.chain, handle, inbound=inbound, claim=not sent_to_owner)
         except NotOwned:
             agent = AgentId(hosted.agent_type, key)
             raise SentBack(WorkerLost(str(agent), self._worker_id, "the agent left it")) from None

@@ -5,12 +5,12 @@ while ``b`` calls ``a``, each in a chain of its own, both calls wait behind hand
 workers and over however many agents. Promise: no call hangs. Rules:
 
 1. A call waits for another one where a handler awaits that one in its own task, and either handles the first, or is
-   inside the keyed agent that the first is for. A circle of these is a deadlock. Each worker knows what its own
-   handlers await now, so a call that was given up is in no circle, wherever its message still waits.
+   inside the keyed agent that the first is for. A cycle of these is a deadlock. Each worker knows what its own
+   handlers await now, so a call that was given up is in no cycle, wherever its message still waits.
 2. While calls wait at their agents for over a second, their worker follows what they wait for, asking all workers one
    step after the other. Each such link begins once and ends once: two rounds one after the other that show the same
-   circle prove that it existed as a whole between them.
-3. Of the calls of a circle that wait at agents the one with the greatest reply subject is refused, by the worker where
+   cycle prove that it existed as a whole between them.
+3. Of the calls of a cycle that wait at agents the one with the greatest reply subject is refused, by the worker where
    it waits: all workers that look choose the same one. Nobody handled it.
 """
 
@@ -35,23 +35,23 @@ from natsrt.wire.peer_messages import WaitLink
 logger = logging.getLogger("natsrt.hosting")
 
 _SOON = 1.0
-"""Seconds after which a call that waits is worth a look, and between two looks at what may be a circle."""
+"""Seconds after which a call that waits is worth a look, and between two looks at what may be a cycle."""
 _SELDOM = 3.0
 """Seconds between two looks at most."""
 _AT_ONCE = 500
 """Calls that a worker is asked about in one message."""
-_CIRCLES = 20
-"""Circles that one look finds at most; the next one finds more."""
+_CYCLES = 20
+"""Cycles that one look finds at most; the next one finds more."""
 _LONGEST = 200
 """Characters of an agent's name that travel."""
 
-Circle = tuple[WaitLink, ...]
+Cycle = tuple[WaitLink, ...]
 
 
-class _Line(NamedTuple):
+class _WaitingCall(NamedTuple):
     mailbox: Mailbox
     agent: AgentId
-    visit: str
+    handler_id: str
     since: float
 
 
@@ -66,27 +66,27 @@ class Deadlocks:
         self._registry = registry
         self._peers = peers
         self._worker_id = worker_id
-        self._lines: dict[str, _Line] = {}
+        self._waiting: dict[str, _WaitingCall] = {}
         """The calls that wait at agents here, the oldest first."""
         self._looking: asyncio.Task[None] | None = None
 
-    async def wait(self, mailbox: Mailbox, agent: AgentId, visit: str, inbound: Inbound | None) -> None:
-        """Wait until ``visit`` may enter. `Mailbox.leave` must follow. ``inbound`` is its message, if it has one.
+    async def wait(self, mailbox: Mailbox, agent: AgentId, handler_id: str, inbound: Inbound | None) -> None:
+        """Wait until ``handler_id`` may enter. `Mailbox.exit` must follow. ``inbound`` is its message, if it has one.
 
         Raises `Deadlock`.
         """
         if inbound is None or inbound.call is None:
-            await mailbox.wait(visit)
+            await mailbox.wait(handler_id)
             return
         call = inbound.call.call_id
         loop = asyncio.get_running_loop()
-        self._lines[call] = _Line(mailbox, agent, visit, loop.time())
+        self._waiting[call] = _WaitingCall(mailbox, agent, handler_id, loop.time())
         if self._looking is None:
             self._looking = loop.create_task(self._look(), name="natsrt deadlocks")
         try:
-            await mailbox.wait(visit)
+            await mailbox.wait(handler_id)
         finally:
-            self._lines.pop(call, None)  # a plain caller may have used its reply subject twice
+            self._waiting.pop(call, None)  # a plain caller may have used its reply subject twice
 
     def links(self, calls: Collection[str]) -> list[WaitLink]:
         """What these calls wait for, as far as this worker knows."""
@@ -99,28 +99,28 @@ class Deadlocks:
                 inside[entry.handler_id] = entry
         links: list[WaitLink] = []
         for call in calls:
-            if (line := self._lines.get(call)) is not None:
-                agent = str(line.agent)[:_LONGEST]
-                entries = [inside[visit] for visit in line.mailbox.inside if visit in inside]
+            if (waiting := self._waiting.get(call)) is not None:
+                agent = str(waiting.agent)[:_LONGEST]
+                entries = [inside[handler_id] for handler_id in waiting.mailbox.inside if handler_id in inside]
             else:
                 agent, entries = "", [handled[call]] if call in handled else []
             links += [WaitLink(call, awaited[entry], entry.handler_id, agent) for entry in entries]
         return links
 
     async def _look(self) -> None:
-        suspected: list[Circle] = []
+        suspected: list[Cycle] = []
         pause = _SOON
         try:
-            while self._lines:
+            while self._waiting:
                 await asyncio.sleep(pause)
                 try:
-                    found = find_circles(await self._follow())
+                    found = find_cycles(await self._follow())
                 except Exception:
-                    logger.exception("looking for circles of calls failed")
+                    logger.exception("looking for cycles of calls failed")
                     found = []
-                for circle in found:
-                    if circle in suspected:
-                        self._refuse(circle)
+                for cycle in found:
+                    if cycle in suspected:
+                        self._refuse(cycle)
                 pause = _SOON if found else min(2 * pause, _SELDOM)
                 suspected = found
         finally:
@@ -129,7 +129,7 @@ class Deadlocks:
     async def _follow(self) -> list[WaitLink]:
         """The links that can be reached from the calls that have waited here for some time."""
         since = asyncio.get_running_loop().time() - _SOON
-        asked = {call for call, line in self._lines.items() if line.since <= since}
+        asked = {call for call, waiting in self._waiting.items() if waiting.since <= since}
         links = self.links(asked)
         new = links
         while ahead := sorted({link.awaited for link in new} - asked):
@@ -141,7 +141,7 @@ class Deadlocks:
         return links
 
     async def _ask_others(self, calls: Sequence[str]) -> list[WaitLink]:
-        """Who does not answer knows nothing: if that is wrong, the circle is found later."""
+        """Who does not answer knows nothing: if that is wrong, the cycle is found later."""
         asking = (
             self._peers.links(worker_id, calls)
             for worker_id in self._registry.view.workers
@@ -155,12 +155,12 @@ class Deadlocks:
                 links += answer
         return links
 
-    def _refuse(self, circle: Circle) -> None:
-        call = _chosen(circle)
-        if (line := self._lines.get(call)) is not None:
-            error = Deadlock(str(line.agent), [link.agent for link in circle if link.agent])
+    def _refuse(self, cycle: Cycle) -> None:
+        call = _chosen(cycle)
+        if (waiting := self._waiting.get(call)) is not None:
+            error = Deadlock(str(waiting.agent), [link.agent for link in cycle if link.agent])
             logger.warning("%s", error)
-            line.mailbox.refuse(line.visit, error)
+            waiting.mailbox.refuse(waiting.handler_id, error)
 
     async def stop(self) -> None:
         """Look no more."""
@@ -169,18 +169,18 @@ class Deadlocks:
             await asyncio.gather(self._looking, return_exceptions=True)
 
 
-def find_circles(links: Iterable[WaitLink]) -> list[Circle]:
-    """The same for the same ``links`` in any order. Of circles that share a call one may hide the others."""
-    circles: list[Circle] = []
+def find_cycles(links: Iterable[WaitLink]) -> list[Cycle]:
+    """The same for the same ``links`` in any order. Of cycles that share a call one may hide the others."""
+    cycles: list[Cycle] = []
     left = sorted(set(links))
-    while len(circles) < _CIRCLES and (circle := _find_circle(left)):
-        circles.append(circle)
-        chosen = _chosen(circle)
+    while len(cycles) < _CYCLES and (cycle := _find_cycle(left)):
+        cycles.append(cycle)
+        chosen = _chosen(cycle)
         left = [link for link in left if link.call != chosen]
-    return circles
+    return cycles
 
 
-def _find_circle(links: Iterable[WaitLink]) -> Circle:
+def _find_cycle(links: Iterable[WaitLink]) -> Cycle:
     graph: dict[str, list[str]] = {}
     by_ends: dict[tuple[str, str], WaitLink] = {}
     for link in links:
@@ -195,6 +195,6 @@ def _find_circle(links: Iterable[WaitLink]) -> Circle:
     return ()
 
 
-def _chosen(circle: Circle) -> str:
-    """The call that is refused: one that waits at an agent, as at least one of each circle does."""
-    return max((link.call for link in circle if link.agent), default=circle[0].call)
+def _chosen(cycle: Cycle) -> str:
+    """The call that is refused: one that waits at an agent, as at least one of each cycle does."""
+    return max((link.call for link in cycle if link.agent), default=cycle[0].call)

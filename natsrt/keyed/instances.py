@@ -22,7 +22,7 @@ _CHANGED = "its stored state was changed elsewhere"
 
 
 class Instances:
-    """Makes, stores and drops them."""
+    """Makes, loads, stores and drops the instances of one worker."""
 
     def __init__(
         self,
@@ -44,94 +44,87 @@ class Instances:
         """An instance was dropped because its record was changed elsewhere."""
         self._counters.state_conflicts += 1
 
-    async def load(self, held: AgentSlot) -> None:
-        """Make the instance, with the state that is stored; nothing where the agent is not owned any more."""
-        async with held.saving:
-            record = held.record
-            if held.agent is not None or record is None:
+    async def load(self, slot: AgentSlot) -> None:
+        """Make the instance, with the state that is stored. Does nothing if the agent is not owned any more."""
+        async with slot.saving:
+            record = slot.record
+            if slot.agent is not None or record is None:
                 return
             try:
-                agent = await self._catalog.agent(held.hosted, held.key)
+                agent = await self._catalog.agent(slot.hosted, slot.key)
                 state = await self._records.state(record) if record.has_state and keeps_state(agent) else None
                 if state is not None:
                     await agent.load_state(orjson.loads(state))
             except RecordChanged:
-                await self.lose(held, _CHANGED)
-                raise self.dropped(held) from None
+                await self.lose(slot, _CHANGED)
+                raise self.dropped(slot) from None
             except BaseException:
-                await close(take_out(held))
+                await close(slot.remove_instance())
                 raise
-            if held.record is None:  # this worker was stopped meanwhile
-                await close(take_out(held))
+            if slot.record is None:  # this worker was stopped meanwhile
+                await close(slot.remove_instance())
                 return
-            held.agent, held.keeps_state = agent, keeps_state(agent)
-            held.saved_at = self._loop.time()
+            slot.activate(agent, self._loop.time())
 
-    def dropped(self, held: AgentSlot) -> StateConflict:
-        """What a call is told whose instance was dropped, also if its agent has another one here by now."""
-        return StateConflict(str(held.agent_id), self._worker_id)
+    def dropped(self, slot: AgentSlot) -> StateConflict:
+        """The error of a call whose instance was dropped, even if its agent has another one here by now."""
+        return StateConflict(str(slot.agent_id), self._worker_id)
 
-    async def store(self, held: AgentSlot) -> None:
-        """Store the state if it changed. Raises `StateConflict`, `StateNotSaved`, and what the agent raises."""
-        agent = held.agent
-        if agent is None or not held.keeps_state:
+    async def store(self, slot: AgentSlot) -> None:
+        """Store the state if it changed.
+
+        Raises `StateConflict`, `StateNotSaved`, `CannotSerialize`, and what the agent raises.
+        """
+        agent = slot.agent
+        if agent is None or not slot.keeps_state:
             return
-        held.changed = False
+        slot.changed = False
         try:
-            record, state = held.record, encode_state(await agent.save_state())
-            if held.record is not record or held.is_saving:  # another write may come before, of a later state
-                async with held.saving:
-                    if held.agent is not agent:
-                        raise self.dropped(held)
-                    await self._save(held, agent, encode_state(await agent.save_state()))
+            record, state = slot.record, encode_state(await agent.save_state())
+            if slot.record is not record or slot.is_saving:  # another write may come before, of a later state
+                async with slot.saving:
+                    if slot.agent is not agent:
+                        raise self.dropped(slot)
+                    await self._save(slot, agent, encode_state(await agent.save_state()))
             elif record is None or not record.holds(state):
-                async with held.saving:
-                    await self._save(held, agent, state)
+                async with slot.saving:
+                    await self._save(slot, agent, state)
         except BaseException:
-            held.changed = held.agent is not None
+            slot.changed = slot.agent is not None
             raise
 
-    async def _save(self, held: AgentSlot, agent: Agent, state: bytes) -> None:
-        record = held.record
-        if record is None or held.agent is not agent:
-            raise self.dropped(held)
+    async def _save(self, slot: AgentSlot, agent: Agent, state: bytes) -> None:
+        record = slot.record
+        if record is None or slot.agent is not agent:
+            raise self.dropped(slot)
         if record.holds(state):
             return
         try:
-            held.record = await self._records.save(record, state)
-            held.saved_at = self._loop.time()
+            slot.saved(await self._records.save(record, state), self._loop.time())
         except RecordChanged:
-            await self.lose(held, _CHANGED)
-            raise self.dropped(held) from None
+            await self.lose(slot, _CHANGED)
+            raise self.dropped(slot) from None
         except NatsrtError as error:
-            raise StateNotSaved(str(held.agent_id), self._worker_id, str(error)) from error
+            raise StateNotSaved(str(slot.agent_id), self._worker_id, str(error)) from error
 
-    async def lose(self, held: AgentSlot, reason: str) -> None:
+    async def lose(self, slot: AgentSlot, reason: str) -> None:
         """The record is not as this worker wrote it."""
         self.count_conflict()
-        logger.warning("the instance of %s is dropped: %s", held.agent_id, reason)
-        await self.drop(held)
+        logger.warning("the instance of %s is dropped: %s", slot.agent_id, reason)
+        await self.drop(slot)
 
-    async def drop(self, held: AgentSlot) -> None:
-        """This worker does not own the agent any more: its instance must not be met again."""
-        held.record, held.changed = None, False
-        held.empty()
-        agent = take_out(held)
-        interest, held.interest = held.interest, None
+    async def drop(self, slot: AgentSlot) -> None:
+        """This worker does not own the agent any more: its instance must not get another message."""
+        interest = slot.disown()
+        agent = slot.remove_instance()
         if interest is not None:
             await self._connection.unsubscribe(interest)
         await close(agent)
 
-    async def end(self, held: AgentSlot) -> None:
+    async def end(self, slot: AgentSlot) -> None:
         """Close the instance, which is made anew if it is needed again."""
-        held.changed = False
-        await close(take_out(held))
-
-
-def take_out(held: AgentSlot) -> Agent | None:
-    """The live instance, which then is not live any more; None where there is none."""
-    held.agent = None
-    return held.hosted.live.pop(held.key, None)
+        slot.changed = False
+        await close(slot.remove_instance())
 
 
 async def close(agent: Agent | None) -> None:

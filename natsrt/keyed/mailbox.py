@@ -1,8 +1,8 @@
 """One message at a time for one agent, in order, without deadlock along a call chain.
 
-A handler's *visit* of an agent has an id. What the handler calls carries the ids of all visits that wait for that call,
-its *chain*. A message whose chain contains a visit that is inside the mailbox now is part of that visit: it may enter,
-because the handler inside waits for it.
+Each handler of a keyed agent has an id. What the handler calls carries the ids of all handlers that wait for that call,
+its chain: see `natsrt.agents.chain`. A message whose chain names a handler that is inside the mailbox now may enter at
+once, because the handler inside waits for it.
 """
 
 from __future__ import annotations
@@ -19,77 +19,78 @@ class Mailbox:
     def __init__(self) -> None:
         self._inside: list[str] = []
         self._beside: set[str] | None = None
-        """Visits that go on, but do not keep others out."""
+        """Handlers that run, but do not keep others out."""
         self._waiting: dict[str, asyncio.Future[None]] | None = None
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """The visits that keep others out."""
+        """The handlers that keep others out."""
         return tuple(self._inside)
 
-    def holds(self, along: Collection[str]) -> bool:
-        """Whether a visit of the chain ``along`` goes on here, so that a message of that chain is part of it."""
-        if any(visit in along for visit in self._inside):
+    def holds(self, chain: Collection[str]) -> bool:
+        """Whether a handler of this chain is here, so that a message of the chain may enter."""
+        if any(handler_id in chain for handler_id in self._inside):
             return True
-        return self._beside is not None and not self._beside.isdisjoint(along)
+        return self._beside is not None and not self._beside.isdisjoint(chain)
 
-    def enters(self, visit: str, along: Collection[str] = ()) -> bool:
-        """Let ``visit`` in where it need not `wait`; ``along`` is the chain of its message. `leave` must follow."""
-        if (self._inside or self._waiting) and not self.holds(along):
+    def enter(self, handler_id: str, chain: Collection[str] = ()) -> bool:
+        """Let ``handler_id`` in where it need not `wait`; ``chain`` is the chain of its message. `exit` must follow."""
+        if (self._inside or self._waiting) and not self.holds(chain):
             return False
-        self._inside.append(visit)
+        self._inside.append(handler_id)
         return True
 
-    async def wait(self, visit: str) -> None:
-        """Wait until ``visit`` may enter. `leave` must follow. Raises what `refuse` says."""
+    async def wait(self, handler_id: str) -> None:
+        """Wait until ``handler_id`` may enter. `exit` must follow. Raises what `refuse` says."""
         if self._waiting is None:
             self._waiting = {}
-        place = self._waiting[visit] = asyncio.get_running_loop().create_future()
+        turn = self._waiting[handler_id] = asyncio.get_running_loop().create_future()
         try:
-            await place
+            await turn
         except BaseException:
-            if visit in self._inside:  # let in at the moment it gave up
-                self._remove(visit)
+            if handler_id in self._inside:  # let in at the moment it gave up
+                self._remove(handler_id)
             else:
-                self._waiting.pop(visit, None)
+                self._waiting.pop(handler_id, None)
             raise
 
-    def refuse(self, visit: str, error: Exception) -> None:
-        """``visit`` waits no longer, but fails. Nothing happens where it does not wait."""
-        place = None if self._waiting is None else self._waiting.pop(visit, None)
-        if place is not None and not place.done():
-            place.set_exception(error)
+    def refuse(self, handler_id: str, error: Exception) -> None:
+        """``handler_id`` waits no longer, but fails. Nothing happens where it does not wait."""
+        turn = None if self._waiting is None else self._waiting.pop(handler_id, None)
+        if turn is not None and not turn.done():
+            turn.set_exception(error)
 
-    def count(self, visits: Collection[str]) -> int:
-        """How many of ``visits`` go on here."""
-        if not visits:
+    def count(self, handlers: Collection[str]) -> int:
+        """How many of ``handlers`` go on here."""
+        if not handlers:
             return 0
-        return sum(visit in self._inside or (self._beside is not None and visit in self._beside) for visit in visits)
+        beside = self._beside or ()
+        return sum(handler_id in self._inside or handler_id in beside for handler_id in handlers)
 
-    def step_aside(self, visit: str) -> None:
-        """``visit`` goes on, and others may enter meanwhile."""
+    def step_aside(self, handler_id: str) -> None:
+        """``handler_id`` goes on, and others may enter meanwhile."""
         if self._beside is None:
             self._beside = set()
-        self._beside.add(visit)
-        self._remove(visit)
+        self._beside.add(handler_id)
+        self._remove(handler_id)
 
-    def leave(self, visit: str) -> None:
-        """``visit`` has ended."""
-        if self._beside and visit in self._beside:
-            self._beside.remove(visit)
+    def exit(self, handler_id: str) -> None:
+        """``handler_id`` has ended."""
+        if self._beside and handler_id in self._beside:
+            self._beside.remove(handler_id)
         else:
-            self._remove(visit)
+            self._remove(handler_id)
 
-    def _remove(self, visit: str) -> None:
-        self._inside.remove(visit)
+    def _remove(self, handler_id: str) -> None:
+        self._inside.remove(handler_id)
         if self._waiting and not self._inside:
             self._let_in()
 
     def _let_in(self) -> None:
         while self._waiting:
-            visit = next(iter(self._waiting))
-            place = self._waiting.pop(visit)
-            if not place.done():
-                self._inside.append(visit)
-                place.set_result(None)
+            handler_id = next(iter(self._waiting))
+            turn = self._waiting.pop(handler_id)
+            if not turn.done():
+                self._inside.append(handler_id)
+                turn.set_result(None)
                 return

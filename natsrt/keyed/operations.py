@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from autogen_core import Agent, AgentId
@@ -14,31 +14,33 @@ from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.errors import CannotDecode
 from natsrt.keyed.ownership import Ownership
+from natsrt.keyed.turns import Turns
 from natsrt.wire.envelope import Envelope
 
 
 class KeyedOperations:
-    """The keyed side of one worker."""
+    """Operations on the keyed agents of one worker."""
 
-    def __init__(self, owning: Ownership, catalog: Catalog) -> None:
-        self.owning = owning
+    def __init__(self, turns: Turns, ownership: Ownership, catalog: Catalog) -> None:
+        self._turns = turns
+        self._ownership = ownership
         self._catalog = catalog
 
-    async def instance(self, hosted: HostedType, key: str, along: Collection[str]) -> Agent:
+    async def instance(self, hosted: HostedType, key: str, chain: tuple[str, ...]) -> Agent:
         """The live instance. Raises `OwnedElsewhere`."""
 
         async def live() -> Agent:
             return hosted.live[key]
 
-        return await self.owning.visit(hosted, key, along, live)
+        return await self._turns.run(hosted, key, chain, live)
 
-    async def state(self, hosted: HostedType, key: str, along: Collection[str]) -> Mapping[str, Any]:
+    async def state(self, hosted: HostedType, key: str, chain: tuple[str, ...]) -> Mapping[str, Any]:
         """What ``save_state`` returns when its turn comes. Raises `OwnedElsewhere`."""
 
         async def save() -> Mapping[str, Any]:
             return await hosted.live[key].save_state()
 
-        return await self.owning.visit(hosted, key, along, save)
+        return await self._turns.run(hosted, key, chain, save)
 
     async def control(self, hosted: HostedType, key: str, inbound: Inbound, body: Envelope) -> Any:
         """One control message, when its agent's turn comes. Raises `OwnedElsewhere`."""
@@ -49,12 +51,12 @@ class KeyedOperations:
         async def carry_out() -> Any:
             return await control.carry_out_message(self._catalog, hosted, key, body)
 
-        result = await self.owning.visit(hosted, key, chain_of(body), carry_out, inbound=inbound)
+        result = await self._turns.run(hosted, key, chain_of(body), carry_out, inbound=inbound)
         if operation in (control.LOAD_STATE, control.STORE_STATE):
-            await self.owning.store(AgentId(hosted.agent_type, key))
+            await self._ownership.store(AgentId(hosted.agent_type, key))
         return result
 
     async def _give_away(self, hosted: HostedType, count: Any) -> int:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise CannotDecode("a control message", "how many agents to give away must be a number of at least 0")
-        return await self.owning.give_away(hosted.agent_type, count)
+        return await self._ownership.give_away(hosted.agent_type, count)

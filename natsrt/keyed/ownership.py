@@ -1,41 +1,35 @@
-"""The keyed agents that this worker owns: who owns an agent, and letting its messages in.
+"""Who owns keyed agents: claiming them, verifying that they are still owned here, and telling others.
 
 Rules:
 
-1. The stored record decides who owns an agent. Every write to it names the revision that it follows, so whoever lost
-   the ownership, frozen or cut off, cannot store anything any more: it drops its instance.
-2. A worker that stood still, was disconnected or was taken for dead looks its records up again before it handles a
+1. The stored record decides who owns an agent. Every write to it names the revision that it follows, so a worker that
+   lost the ownership, frozen or cut off, cannot store anything any more: it drops its instance.
+2. A worker that stood still, was disconnected or was taken for dead verifies its records again before it handles a
    message or answers one.
 3. An owner that does not answer is replaced when the registry no longer lists it, or when the server says that it does
-   not listen and that cannot be a reconnect that all go through.
-4. State is stored before the reply, as far as the type's options say so.
+   not listen and that this cannot be a reconnect that all workers go through.
 
-`natsrt.keyed.instances` makes and stores what is owned, `natsrt.keyed.releasing` gives it up.
+`natsrt.keyed.turns` handles the messages of what is owned, `natsrt.keyed.instances` makes and stores it,
+`natsrt.keyed.releasing` gives it up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from typing import TypeVar
 
 from autogen_core import Agent, AgentId
-from nats.nuid import NUID
 
-from natsrt.agents.catalog import Catalog
-from natsrt.agents.chain import chain
 from natsrt.agents.hosted_type import HostedType
-from natsrt.agents.inbound import Inbound
 from natsrt.background import BackgroundTasks
 from natsrt.errors import WorkerLost
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
-from natsrt.keyed.deadlocks import Deadlocks
-from natsrt.keyed.instances import Instances, close, take_out
+from natsrt.keyed.instances import Instances, close
 from natsrt.keyed.releasing import Releasing
 from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, lease
-from natsrt.observe.metrics import Counters
 from natsrt.options import Options
 from natsrt.sending.owner_locator import OwnerLocator
 from natsrt.transport.connection import Connection
@@ -50,18 +44,21 @@ _STALL = 2.0
 _MOVES_WITHIN = 4.0
 """Seconds by which an owner may take longer over a claim or a release than `Options.lost_after`."""
 _ASK = 0.5
+"""Seconds for which an owner is waited for that is asked about its claim."""
 _PAUSE = 0.02
+"""Seconds before the record of an agent that is being moved is read again; doubled each time."""
 _LONGEST_PAUSE = 0.25
+"""The longest such pause in seconds."""
 _CLOSE_WITHIN = 1.0
-"""Seconds for which a stop waits for agents that could not be released to close."""
+"""Seconds that agents which could not be released have to close at a stop."""
 _AT_ONCE = 64
-"""Agents that are looked up or released at the same time."""
+"""Agents that are verified at the same time, so that a worker with many does not flood JetStream."""
 
 T = TypeVar("T")
 
 
 class OwnedElsewhere(Exception):
-    """The agent lives on ``worker_id``."""
+    """The worker ``worker_id`` owns the agent."""
 
     def __init__(self, worker_id: str) -> None:
         self.worker_id = worker_id
@@ -69,7 +66,7 @@ class OwnedElsewhere(Exception):
 
 
 class NotOwned(Exception):
-    """The agent does not live here, and was not to be claimed."""
+    """This worker does not own the agent, and was not to claim it."""
 
 
 class Ownership(RegistryListener):
@@ -81,55 +78,33 @@ class Ownership(RegistryListener):
         connection: Connection,
         options: Options,
         worker_id: str,
-        catalog: Catalog,
         registry: Registry,
         peers: Peers,
         records: AgentRecords,
         subjects: AgentSubjects,
         locator: OwnerLocator,
-        deadlocks: Deadlocks,
-        counters: Counters,
+        slots: AgentSlots,
+        instances: Instances,
+        releasing: Releasing,
     ) -> None:
         self._connection = connection
         self._options = options
         self._worker_id = worker_id
-        self._catalog = catalog
         self._registry = registry
         self._peers = peers
         self._records = records
         self._subjects = subjects
         self._locator = locator
-        self._deadlocks = deadlocks
         self._loop = asyncio.get_running_loop()
-        self._slots = AgentSlots()
-        self._instances = Instances(
-            connection=connection,
-            worker_id=worker_id,
-            catalog=catalog,
-            records=records,
-            counters=counters,
-        )
-        self._visit_prefix = NUID().next().decode()[-8:]
-        self._visits = 0
-        self._doubts = 0
-        self._pulse = StallWatch(_STALL, self._became_unsure)
-        self._tasks = BackgroundTasks(logger, "looking after keyed agents failed")
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._slots = slots
+        self._instances = instances
+        self._releasing = releasing
+        self.doubt_epoch = 0
+        """How many reasons there have been to doubt what is owned here."""
+        self._stall_watch = StallWatch(_STALL, self._stalled)
+        self._tasks = BackgroundTasks(logger, "verifying keyed agents failed")
+        self._verifying = asyncio.Semaphore(_AT_ONCE)
         self._started = False
-        self.draining = False
-        """Whether this worker claims nothing more, and is about to give up what it owns."""
-        self._releasing = Releasing(
-            connection=connection,
-            catalog=catalog,
-            registry=registry,
-            records=records,
-            held=self._slots,
-            instances=self._instances,
-            turns=self._turns,
-            subjects=subjects,
-            leaves=self._leaves,
-            tasks=self._tasks,
-        )
         connection.add_listener(self)
         registry.add_listener(self)
 
@@ -144,31 +119,36 @@ class Ownership(RegistryListener):
             except BaseException:
                 self._started = False
                 raise
-            self._pulse.start()
-            self._tasks.spawn(self._releasing.keep_house())
+            self._stall_watch.start()
+            self._releasing.start()
+
+    def begin_drain(self) -> None:
+        """Claim nothing more."""
+        self._slots.draining = True
 
     async def drain(self) -> None:
         """Hand all agents over: what was received for them is handled, their state is stored, nobody owns them."""
-        self.draining = True
+        self._slots.draining = True
         await self._releasing.release_all()
 
-    def exempt(self, visits: Collection[str]) -> None:
-        """These visits wait for the end of this worker themselves, so that it does not wait for them."""
-        self._releasing.exempt(visits)
+    def exempt(self, handlers: Collection[str]) -> None:
+        """Do not wait for these handlers in `drain`, by their ids: they wait for the stop of this worker themselves."""
+        self._releasing.exempt(handlers)
 
     def leave(self, agent_type: str) -> None:
         """Begin to release all agents of a type, which this worker does not host any more."""
-        for held in self._slots.of(agent_type):
-            self._tasks.spawn(self._releasing.release(held))
+        for slot in self._slots.of(agent_type):
+            self._releasing.release_soon(slot)
 
     async def stop(self) -> None:
         """End: close and forget what was not released."""
-        self._pulse.stop()
+        self._stall_watch.stop()
+        await self._releasing.stop()
         await self._tasks.cancel()
         left = []
-        for held in self._slots:
-            held.record = None
-            agent = take_out(held)
+        for slot in self._slots:
+            slot.disown()
+            agent = slot.remove_instance()
             if agent is not None:
                 left.append(asyncio.ensure_future(close(agent)))
         self._slots.clear()
@@ -178,7 +158,7 @@ class Ownership(RegistryListener):
             closing.cancel()
 
     def connection_lost(self) -> None:
-        self._doubts += 1
+        self.doubt_epoch += 1
 
     def connection_made(self) -> None:
         self.doubt()
@@ -187,186 +167,121 @@ class Ownership(RegistryListener):
         self.doubt()
 
     def doubt(self) -> None:
-        """Others may have taken this worker for dead: look every record up again, and soon.
+        """Others may have taken this worker for dead: verify every record again, and soon.
 
         Until then this worker would take messages that are for others.
         """
-        self._doubts += 1
+        self.doubt_epoch += 1
         if self._started:
-            self._tasks.spawn(self._look_up_all(self._doubts))
+            self._tasks.spawn(self._verify_all(self.doubt_epoch))
 
-    # -- messages ------------------------------------------------------------------------------------------------
+    # -- questions -----------------------------------------------------------------------------------------------
 
-    async def visit(
-        self,
-        hosted: HostedType,
-        key: str,
-        along: Collection[str],
-        serve: Callable[[], Awaitable[T]],
-        *,
-        inbound: Inbound | None = None,
-        claim: bool = True,
-    ) -> T:
-        """Run ``serve`` when its turn comes, with the agent live and owned here, and store the state after it.
-
-        ``along`` is the chain of the message, and ``inbound`` the message, if there is one. Without ``claim`` an agent
-        that is not owned here is not claimed: `NotOwned`. Raises `OwnedElsewhere`, `Deadlock`, `StateConflict`,
-        `StateNotSaved`, and what ``serve`` and the agent's own methods raise.
-        """
-        held = self._slots.hold(hosted, key)
-        held.users += 1
-        if along:
-            held.come(along)
-        self._visits += 1
-        visit = f"{self._visit_prefix}{self._visits:x}"
-        if inbound is not None:
-            inbound.handler_id = visit
+    async def locate(self, hosted: HostedType, key: str, chain: Collection[str]) -> Location:
+        """Where the agent lives, for a message of this chain. This worker claims it if nobody owns it."""
+        slot = self._slots.get(hosted, key)
+        slot.ask(chain)
         try:
-            if not held.mailbox.enters(visit, along):
-                await self._deadlocks.wait(held.mailbox, held.agent_id, visit, inbound)
-            try:
-                agent = held.agent
-                if agent is None or held.parting or not self._is_sure(held):
-                    agent = await self._activate(held, along, claim)
-                if held.options.concurrency == "concurrent":
-                    held.mailbox.step_aside(visit)
-                mark = chain.set((*along, visit))
-                try:
-                    return await serve()
-                finally:
-                    chain.reset(mark)
-                    held.changed = True
-                    if not self._is_sure(held):
-                        await self._make_sure(held)
-                    if held.agent is not agent:
-                        raise self._instances.dropped(held)
-                    if held.keeps_state and held.options.save == "message":
-                        await self._instances.store(held)
-            finally:
-                held.mailbox.leave(visit)
+            owner = await self._own(slot, chain, to_stay=True)
+            slot.used_at = self._loop.time()
+            return Location(owner or self._worker_id, lease(slot.options))
         finally:
-            held.used_at = self._loop.time()
-            held.users -= 1
-            if along:
-                held.go(along)
-            if held.emptied is not None:
-                held.empty()
-            if held.record is None:
-                self._slots.tidy(held)
+            slot.answered(chain)
+            self._slots.forget_unused(slot)
 
-    async def locate(self, hosted: HostedType, key: str, along: Collection[str]) -> Location:
-        """Who owns the agent, for a message of the chain ``along``. This worker claims it where nobody does."""
-        held = self._slots.hold(hosted, key)
-        held.guests += 1
-        held.come(along)
-        try:
-            owner = await self._own(held, along, to_stay=True)
-            held.used_at = self._loop.time()
-            return Location(owner or self._worker_id, lease(held.options))
-        finally:
-            held.guests -= 1
-            held.go(along)
-            self._slots.tidy(held)
-
-    def claim_of(self, agent_type: str, key: str, along: Collection[str]) -> Claim:
-        """What to tell a worker that found this one in the agent's record, for a message of the chain ``along``."""
-        held = self._slots.find(agent_type, key)
-        if held is None:
+    def claim_of(self, agent_type: str, key: str, chain: Collection[str]) -> Claim:
+        """This worker's claim on an agent whose record names it, for a message of this chain."""
+        slot = self._slots.find(agent_type, key)
+        if slot is None:
             return Claim.FREE
-        if held.record is not None and held.mailbox.holds(along):  # it cannot be released before that message came
+        if slot.record is not None and slot.mailbox.holds(chain):  # not released before that message has come
             return Claim.HOLDS
-        if held.is_moving or held.releasing:
+        if slot.is_moving or slot.releasing:
             return Claim.MOVING
-        if held.record is None:
+        if slot.record is None:
             return Claim.FREE
-        if self._leaves(held):
-            return Claim.MOVING
-        return Claim.HOLDS
+        return Claim.MOVING if self._slots.must_leave(slot) else Claim.HOLDS
 
     async def store(self, agent_id: AgentId) -> None:
         """Store the agent's state now. Raises `LookupError` where it is not live here."""
-        held = self._slots.find(agent_id.type, agent_id.key)
-        if held is None or held.agent is None:
+        slot = self._slots.find(agent_id.type, agent_id.key)
+        if slot is None or slot.agent is None:
             raise LookupError(f"Agent {agent_id} is not live in this runtime.")
-        await self._instances.store(held)
+        await self._instances.store(slot)
 
     async def give_away(self, agent_type: str, count: int) -> int:
-        """Release up to ``count`` idle agents of a type, so that other workers get them. Returns how many it were."""
+        """Release up to ``count`` idle agents of a type, for other workers. Returns the number released."""
         return await self._releasing.give_away(agent_type, count)
 
     @property
     def owns_some(self) -> bool:
         """Whether this worker owns any agent."""
-        return any(held.record is not None for held in self._slots)
+        return any(slot.record is not None for slot in self._slots)
 
     def owned(self, agent_type: str) -> int:
         """How many agents of the type this worker owns."""
-        return sum(1 for held in self._slots.of(agent_type) if held.record is not None)
+        return sum(1 for slot in self._slots.of(agent_type) if slot.record is not None)
 
     # -- ownership -----------------------------------------------------------------------------------------------
 
-    async def _own(self, held: AgentSlot, along: Collection[str], *, to_stay: bool = False) -> str | None:
+    async def _own(self, slot: AgentSlot, chain: Collection[str], *, to_stay: bool = False) -> str | None:
         """Own the agent, and return None; or return the id of the worker that does.
 
         One that is being released is still owned until it is `AgentSlot.parting`; with ``to_stay`` this waits for the
         end of its release instead.
         """
-        if held.record is not None:
-            await self._make_sure(held)
-            goes = held.parting or (to_stay and held.releasing and not held.mailbox.holds(along))
-            if held.record is not None and not goes:
+        if slot.record is not None:
+            await self.verify(slot)
+            goes = slot.parting or (to_stay and slot.releasing and not slot.mailbox.holds(chain))
+            if slot.record is not None and not goes:
                 return None
-        async with held.moving:
-            return None if held.record is not None else await self._claim(held)
+        async with slot.moving:
+            return None if slot.record is not None else await self._claim(slot)
 
-    def _leaves(self, held: AgentSlot) -> bool:
-        """Whether the agent cannot stay on this worker: it ends, or does not host the type any more."""
-        return self.draining or self._catalog.find(held.hosted.agent_type) is not held.hosted
-
-    async def _claim(self, held: AgentSlot) -> str | None:
-        if self._leaves(held):
-            return (await self._locator.locate(held.agent_id, held.waited_for_by)).worker_id
+    async def _claim(self, slot: AgentSlot) -> str | None:
+        if self._slots.must_leave(slot):
+            return (await self._locator.locate(slot.agent_id, slot.blocked_handlers)).worker_id
         until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN
-        doubts, pause = self._doubts, _PAUSE
+        epoch, pause = self.doubt_epoch, _PAUSE
         present: Record | None = None
         while True:
             try:
                 if present is None:
-                    held.record = await self._records.claim(held.agent_id, self._worker_id)
+                    record = await self._records.claim(slot.agent_id, self._worker_id)
                     break
                 if present.owner is not None and present.owner != self._worker_id:
-                    grip = await self._grip_of(present.owner, held.agent_id, held.waited_for_by)
-                    if grip is Claim.HOLDS:
+                    claim = await self._ask_owner(present.owner, slot.agent_id, slot.blocked_handlers)
+                    if claim is Claim.HOLDS:
                         return present.owner
-                    if grip is Claim.MOVING:
+                    if claim is Claim.MOVING:
                         if self._loop.time() > until:
-                            raise WorkerLost(str(held.agent_id), present.owner, "it owns the agent, but is silent")
+                            raise WorkerLost(str(slot.agent_id), present.owner, "it owns the agent, but is silent")
                         await asyncio.sleep(pause)
                         pause = min(pause * 2, _LONGEST_PAUSE)
-                        present = await self._records.read(held.agent_id)
+                        present = await self._records.read(slot.agent_id)
                         continue
-                held.record = await self._records.take(present, self._worker_id)
+                record = await self._records.take(present, self._worker_id)
                 break
             except RecordTaken as taken:
                 present = taken.record
             except RecordChanged:
-                present = await self._records.read(held.agent_id)
-        held.sure, held.owned_since = doubts, self._loop.time()
+                present = await self._records.read(slot.agent_id)
+        slot.own(record, epoch, self._loop.time())
         try:
-            held.interest = await self._subjects.listen(held.hosted, held.key)
+            slot.interest = await self._subjects.listen(slot.hosted, slot.key)
             await self._connection.barrier()
         except BaseException:
-            await self._instances.drop(held)
+            await self._instances.drop(slot)
             raise
-        if self._leaves(held):  # since it began
-            self._tasks.spawn(self._releasing.release(held))
+        if self._slots.must_leave(slot):  # since it began
+            self._releasing.release_soon(slot)
         return None
 
-    async def _grip_of(self, owner: str, agent_id: AgentId, along: Collection[str]) -> Claim:
-        """The owner's grip on the agent; ``FREE`` if the owner is gone, ``MOVING`` while that is not certain."""
-        grip = await self._peers.claim(owner, agent_id, along, _ASK)
-        if grip is not None:
-            return grip
+    async def _ask_owner(self, owner: str, agent_id: AgentId, chain: Collection[str]) -> Claim:
+        """The owner's claim on the agent: ``FREE`` if the owner is gone, ``MOVING`` while that is not certain."""
+        claim = await self._peers.claim(owner, agent_id, chain, _ASK)
+        if claim is not None:
+            return claim
         if not self._registry.lists(owner):
             await self._registry.catch_up()
             if not self._registry.lists(owner):
@@ -376,57 +291,59 @@ class Ownership(RegistryListener):
         self._registry.suspect(owner)
         return Claim.FREE if self._connection.settled else Claim.MOVING
 
-    def _is_sure(self, held: AgentSlot) -> bool:
-        """Whether this worker owns the agent, and nothing speaks against that."""
-        self._pulse.look()
-        return held.record is not None and held.sure == self._doubts
+    # -- verifying -----------------------------------------------------------------------------------------------
 
-    async def _make_sure(self, held: AgentSlot) -> None:
+    def is_verified(self, slot: AgentSlot) -> bool:
+        """Whether this worker owns the agent, and there was no reason to doubt it since that was verified."""
+        self._stall_watch.look()
+        return slot.record is not None and slot.verified_epoch == self.doubt_epoch
+
+    async def verify(self, slot: AgentSlot) -> None:
         """Know that the record is still as this worker wrote it, or drop the instance."""
-        if held.record is not None and not self._is_sure(held):
-            async with held.saving:
-                if held.record is not None and held.sure != self._doubts:
-                    await self._look_up(held, held.record)
+        if slot.record is not None and not self.is_verified(slot):
+            async with slot.saving:
+                if slot.record is not None and slot.verified_epoch != self.doubt_epoch:
+                    await self._look_up(slot, slot.record)
 
-    async def _look_up(self, held: AgentSlot, own: Record) -> None:
-        doubts = self._doubts
-        record = await self._records.read(held.agent_id)
+    async def _look_up(self, slot: AgentSlot, own: Record) -> None:
+        epoch = self.doubt_epoch
+        record = await self._records.read(slot.agent_id)
         if record is None or record.owner != self._worker_id or not self._records.follows(record, own):
-            await self._instances.lose(held, "it was taken over while this worker was away")
+            await self._instances.lose(slot, "it was taken over while this worker was away")
         else:
-            held.sure = doubts
+            slot.verified_epoch = epoch
 
-    async def _look_up_all(self, doubts: int) -> None:
-        async def look_up(held: AgentSlot) -> None:
-            async with self._turns:
-                if doubts == self._doubts:
-                    await self._make_sure(held)
-                    self._slots.tidy(held)
+    async def _verify_all(self, epoch: int) -> None:
+        async def verify(slot: AgentSlot) -> None:
+            async with self._verifying:
+                if epoch == self.doubt_epoch:
+                    await self.verify(slot)
+                    self._slots.forget_unused(slot)
 
-        for outcome in await asyncio.gather(*(look_up(held) for held in self._slots), return_exceptions=True):
+        for outcome in await asyncio.gather(*(verify(slot) for slot in self._slots), return_exceptions=True):
             if isinstance(outcome, Exception):
-                logger.info("an owner cannot be looked up yet: %s", outcome)
+                logger.info("an owner cannot be verified yet: %s", outcome)
 
-    def _became_unsure(self) -> None:
+    def _stalled(self) -> None:
         """This worker stood still. If it was really taken for dead, it loses its connection or its registry entry too.
 
-        Those are reasons to look every record up: `doubt`.
+        Those are reasons to verify every record: `doubt`.
         """
-        self._doubts += 1
+        self.doubt_epoch += 1
 
-    async def _activate(self, held: AgentSlot, along: Collection[str], claim: bool) -> Agent:
-        """Own the agent, and have its instance live, which is returned.
+    async def activate(self, slot: AgentSlot, chain: Collection[str], claim: bool) -> Agent:
+        """Own the agent, and have its instance live, which is returned. ``chain`` is that of the message for it.
 
         Raises `OwnedElsewhere`, or without ``claim`` `NotOwned`.
         """
         while True:
             if not claim:
-                await self._make_sure(held)
-                if held.record is None or held.parting:
+                await self.verify(slot)
+                if slot.record is None or slot.parting:
                     raise NotOwned
-            if (owner := await self._own(held, along)) is not None:
+            if (owner := await self._own(slot, chain)) is not None:
                 raise OwnedElsewhere(owner)
-            if held.agent is None:
-                await self._instances.load(held)
-            if held.agent is not None:  # else it was lost meanwhile
-                return held.agent
+            if slot.agent is None:
+                await self._instances.load(slot)
+            if slot.agent is not None:  # else it was lost meanwhile
+                return slot.agent

@@ -1,7 +1,7 @@
 """Giving up keyed agents: because the worker stops, because they are idle, or so that other workers get them.
 
-Whoever releases stops listening, lets what was received be handled, stores, closes, and gives up the record, in this
-order.
+A release ends the subscription, lets what was received be handled, stores the state, closes the instance and gives up
+the record, in this order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Callable, Collection, Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from typing import Any
 
 from natsrt.agents.catalog import Catalog
@@ -25,12 +25,12 @@ from natsrt.transport.connection import Connection
 
 logger = logging.getLogger("natsrt.hosting")
 
+_AT_ONCE = 64
+"""Agents that are released at the same time, so that a worker with many does not flood JetStream."""
+
 
 class Releasing:
-    """Releases the agents of one worker, and looks after those that are idle or due to be stored.
-
-    ``leaves(held)`` tells whether an agent cannot stay here.
-    """
+    """Releases the agents of one worker, and looks after those that are idle or due to be stored."""
 
     def __init__(
         self,
@@ -39,106 +39,109 @@ class Releasing:
         catalog: Catalog,
         registry: Registry,
         records: AgentRecords,
-        held: AgentSlots,
+        slots: AgentSlots,
         instances: Instances,
-        turns: asyncio.Semaphore,
         subjects: AgentSubjects,
-        leaves: Callable[[AgentSlot], bool],
-        tasks: BackgroundTasks,
     ) -> None:
         self._connection = connection
         self._catalog = catalog
         self._registry = registry
         self._records = records
-        self._held = held
+        self._slots = slots
         self._instances = instances
-        self._turns = turns
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
         self._subjects = subjects
-        self._leaves = leaves
-        self._tasks = tasks
+        self._tasks = BackgroundTasks(logger, "looking after keyed agents failed")
         self._loop = asyncio.get_running_loop()
         self._hosting: dict[str, tuple[int, float]] = {}
         """By type: how many workers host it, and when they last became more."""
         self._exempt: Collection[str] = ()
-        """Visits that wait for the end of this worker themselves."""
+        """Handlers that wait for the stop of this worker themselves."""
+
+    def start(self) -> None:
+        """Begin to look after agents that are idle, or due to be stored."""
+        self._tasks.spawn(self._keep_looking())
+
+    async def stop(self) -> None:
+        """Release nothing more."""
+        await self._tasks.cancel()
 
     async def release_all(self) -> None:
         """Hand all agents over: what was received for them is handled, their state is stored, nobody owns them."""
-        await asyncio.gather(*(self.release(held) for held in self._held))
+        await asyncio.gather(*(self.release(slot) for slot in self._slots))
 
-    def exempt(self, visits: Collection[str]) -> None:
-        """These visits wait for the end of this worker themselves, so that it does not wait for them."""
-        self._exempt = (*self._exempt, *visits)
-        for held in self._held:
-            held.empty()
+    def exempt(self, handlers: Collection[str]) -> None:
+        """Do not wait for these handlers, by their ids: they wait for the stop of this worker themselves."""
+        self._exempt = (*self._exempt, *handlers)
+        for slot in self._slots:
+            slot.wake_release()
 
-    async def release(self, held: AgentSlot) -> None:
+    def release_soon(self, slot: AgentSlot) -> None:
+        """Begin to release an agent."""
+        self._tasks.spawn(self.release(slot))
+
+    async def release(self, slot: AgentSlot) -> None:
         """Handle what was received for the agent, store its state, close it, and leave it to nobody.
 
         One that is under way is waited for.
         """
         try:
-            async with held.moving:
-                if held.record is not None:
-                    held.releasing = True
+            async with slot.moving:
+                if slot.record is not None:
+                    slot.releasing = True
                     try:
-                        await self._release(held)
+                        await self._release(slot)
                     finally:
-                        held.releasing = held.parting = False
+                        slot.releasing = slot.parting = False
         except Exception as error:
             known = isinstance(error, NatsrtError)
-            logger.warning("%s cannot be released: %s", held.agent_id, error, exc_info=None if known else error)
+            logger.warning("%s cannot be released: %s", slot.agent_id, error, exc_info=None if known else error)
         finally:
-            self._held.tidy(held)
+            self._slots.forget_unused(slot)
 
-    async def _release(self, held: AgentSlot) -> None:
+    async def _release(self, slot: AgentSlot) -> None:
         while True:
-            await self._emptied(held)
-            interest, held.interest = held.interest, None
+            await self._wait_unused(slot)
+            interest, slot.interest = slot.interest, None
             if interest is not None:
-                async with self._turns:
+                async with self._at_once:
                     await self._connection.unsubscribe(interest)
-            if not self._in_use(held):
+            if not slot.is_used(self._exempt):
                 break
-            # What came in last runs now, and what comes along its chain must come in.
-            held.interest = await self._subjects.listen(held.hosted, held.key)
-        held.parting = True
-        async with self._turns:
+            # A message came in before the subscription ended: calls along the chain of its handler must come in.
+            slot.interest = await self._subjects.listen(slot.hosted, slot.key)
+        slot.parting = True
+        async with self._at_once:
             try:
-                if held.options.save != "manual":
-                    await self._instances.store(held)
-                if held.record is not None:
-                    await self._instances.end(held)
-                    await self._records.release(held.record)
+                if slot.options.save != "manual":
+                    await self._instances.store(slot)
+                if slot.record is not None:
+                    await self._instances.end(slot)
+                    await self._records.release(slot.record)
             except RecordChanged:
                 self._instances.count_conflict()
             except Exception:
-                if held.record is not None and not self._leaves(held):  # it can be stored later, as long as it lives
-                    held.interest = await self._subjects.listen(held.hosted, held.key)
+                if slot.record is not None and not self._slots.must_leave(slot):  # it lives on, to be stored later
+                    slot.interest = await self._subjects.listen(slot.hosted, slot.key)
                 else:
-                    await self._instances.drop(held)
+                    await self._instances.drop(slot)
                 raise
-            await self._instances.drop(held)
+            await self._instances.drop(slot)
 
-    def _in_use(self, held: AgentSlot) -> bool:
-        return held.record is not None and held.users > held.mailbox.count(self._exempt)
-
-    async def _emptied(self, held: AgentSlot) -> None:
-        while self._in_use(held):
-            held.emptied = self._loop.create_future()
-            await held.emptied
-        held.emptied = None
+    async def _wait_unused(self, slot: AgentSlot) -> None:
+        while slot.is_used(self._exempt):
+            await slot.wait_for_change()
 
     async def give_away(self, agent_type: str, count: int) -> int:
-        """Release up to ``count`` idle agents of a type, so that other workers get them. Returns how many it were."""
+        """Release up to ``count`` idle agents of a type, for other workers. Returns the number released."""
         now = self._loop.time()
-        idle = [held for held in self._held.of(agent_type) if is_free(held, now)]
+        idle = [slot for slot in self._slots.of(agent_type) if is_free(slot, now)]
         chosen = random.sample(idle, min(count, len(idle)))
-        await asyncio.gather(*(self.release(held) for held in chosen))
+        await asyncio.gather(*(self.release(slot) for slot in chosen))
         return len(chosen)
 
-    async def keep_house(self) -> None:
-        """Release what is idle, store what is due, and share with workers that joined. Nobody waits for a slow one."""
+    async def _keep_looking(self) -> None:
+        """Release what is idle, store what is due, and share with workers that joined. A slow agent delays no other."""
         while True:
             keyed = [hosted.keyed for hosted in self._catalog if hosted.keyed is not None]
             await asyncio.sleep(min(map(housekeeping_interval, keyed), default=5.0))
@@ -155,20 +158,20 @@ class Releasing:
         before, joined = self._hosting.get(hosted.agent_type, (hosting, -math.inf))
         joined = now if hosting > before else joined
         self._hosting[hosted.agent_type] = hosting, joined
-        for held in self._held.of(hosted.agent_type):
-            if held.record is None or held.is_moving or held.is_saving:
+        for slot in self._slots.of(hosted.agent_type):
+            if slot.record is None or slot.is_moving or slot.is_saving:
                 continue
-            if options.idle_timeout is not None and not held.users and now - held.used_at > options.idle_timeout:
-                yield self.release(held)
-            elif options.rebalance and held.owned_since < joined and is_free(held, now):
-                yield self.release(held)  # whichever worker gets its next message claims it
-            elif options.save == "interval" and held.changed and now - held.saved_at >= options.save_interval:
-                yield self._store_in_background(held)
+            if options.idle_timeout is not None and not slot.users and now - slot.used_at > options.idle_timeout:
+                yield self.release(slot)
+            elif options.rebalance and slot.owned_since < joined and is_free(slot, now):
+                yield self.release(slot)  # whichever worker gets its next message claims it
+            elif options.save == "interval" and slot.changed and now - slot.saved_at >= options.save_interval:
+                yield self._store_in_background(slot)
 
-    async def _store_in_background(self, held: AgentSlot) -> None:
+    async def _store_in_background(self, slot: AgentSlot) -> None:
         try:
-            await self._instances.store(held)
+            await self._instances.store(slot)
         except Exception as error:
-            logger.warning("the state of %s could not be stored: %s", held.agent_id, error)
+            logger.warning("the state of %s could not be stored: %s", slot.agent_id, error)
         finally:
-            self._held.tidy(held)
+            self._slots.forget_unused(slot)

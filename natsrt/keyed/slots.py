@@ -1,4 +1,9 @@
-"""One keyed agent on a worker, and what follows from the options of its type."""
+"""What an owner keeps for each keyed agent, and what follows from the options of its type.
+
+Each part of a slot has one place where it changes: messages and questions come and go by the methods under "use"; who
+owns the agent changes by those under "ownership", its instance by those under "instance", its release by those under
+"release".
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from typing import Protocol
 
 from autogen_core import Agent, AgentId, BaseAgent
 
+from natsrt.agents.catalog import Catalog
 from natsrt.agents.hosted_type import HostedType
 from natsrt.jetstream.agent_records import Record
 from natsrt.keyed.mailbox import Mailbox
@@ -15,6 +21,12 @@ from natsrt.keyed_types import KeyedOptions
 from natsrt.transport.connection import Interest
 
 _LEASE = 10.0
+"""Seconds after a message for which its sender may assume that the owner is still the same, if the type's
+``idle_timeout`` allows it. A conversation that pauses longer asks once more."""
+_HOUSEKEEPING = 5.0
+"""Seconds between two looks at the agents of a type at most."""
+_HOUSEKEEPING_AT_LEAST = 0.05
+"""Seconds between two looks at the agents of a type at least, however short its timeouts are."""
 
 
 class AgentSubjects(Protocol):
@@ -25,7 +37,7 @@ class AgentSubjects(Protocol):
 
 
 class AgentSlot:
-    """A keyed agent that this worker owns, or is finding out about."""
+    """What this worker keeps for one keyed agent that it owns, or is finding out about."""
 
     __slots__ = (
         "_moving",
@@ -34,22 +46,22 @@ class AgentSlot:
         "agent_id",
         "chains",
         "changed",
-        "emptied",
-        "guests",
         "hosted",
         "interest",
         "keeps_state",
         "key",
         "mailbox",
+        "open_questions",
         "options",
         "owned_since",
         "parting",
         "record",
         "releasing",
         "saved_at",
-        "sure",
+        "use_changed",
         "used_at",
         "users",
+        "verified_epoch",
     )
 
     def __init__(self, hosted: HostedType, key: str) -> None:
@@ -62,36 +74,133 @@ class AgentSlot:
         self.mailbox = Mailbox()
         self._moving: asyncio.Lock | None = None
         self._saving: asyncio.Lock | None = None
+        # use
+        self.users = 0
+        """Messages that wait or are handled."""
+        self.open_questions = 0
+        """Questions where the agent lives that are being answered."""
+        self.chains: list[Collection[str]] | None = None
+        """The chains of these messages and questions, as far as they have one."""
+        self.used_at = now
+        """The event loop's time of the last message or question."""
+        # ownership
         self.record: Record | None = None
         """The record as this worker wrote it last; None while it does not own the agent."""
         self.interest: Interest | None = None
-        self.sure = -1
-        """How many reasons to doubt there had been when the record was last known to be as this worker wrote it."""
+        """The subscription to the agent's subject; None while there is none."""
+        self.verified_epoch = -1
+        """Value of `Ownership.doubt_epoch` when the record was last verified; a different value means: verify again."""
+        self.owned_since = now
+        # instance
         self.agent: Agent | None = None
-        """The instance, with its state; None while there is none that may get messages."""
+        """The instance, with its state loaded; None while there is none that may get messages."""
         self.keeps_state = False
         """Whether the instance has a state to be stored."""
         self.changed = False
         """Whether messages were handled since the last save."""
         self.saved_at = now
-        self.owned_since = now
-        self.used_at = now
-        self.users = 0
-        """Messages that wait or are handled."""
-        self.guests = 0
-        """Questions for its place that are being answered."""
-        self.chains: list[Collection[str]] | None = None
-        """The chains of the messages and questions that are here, as far as they have one."""
+        # release
         self.releasing = False
+        """Whether the agent is being released."""
         self.parting = False
-        """Whether the release has come so far that it handles nothing more: what comes waits for its end."""
-        self.emptied: asyncio.Future[None] | None = None
-        """Done when `users` changes, for who releases."""
+        """Whether the release has come so far that nothing more is handled: what comes waits for its end."""
+        self.use_changed: asyncio.Future[None] | None = None
+        """Done when `users` changes, for a release that waits; None while none does."""
+
+    # -- use -----------------------------------------------------------------------------------------------------
+
+    def enter(self, chain: Collection[str]) -> None:
+        """A message of this chain is here."""
+        self.users += 1
+        if chain:
+            self._add_chain(chain)
+
+    def exit(self, chain: Collection[str], now: float) -> None:
+        """It has been handled, or given up."""
+        self.used_at = now
+        self.users -= 1
+        if chain:
+            self._remove_chain(chain)
+        if self.use_changed is not None:
+            self.wake_release()
+
+    def ask(self, chain: Collection[str]) -> None:
+        """A question where the agent lives, for a message of this chain, is here."""
+        self.open_questions += 1
+        self._add_chain(chain)
+
+    def answered(self, chain: Collection[str]) -> None:
+        """It has been answered, or given up."""
+        self.open_questions -= 1
+        self._remove_chain(chain)
+
+    def _add_chain(self, chain: Collection[str]) -> None:
+        if chain:
+            if self.chains is None:
+                self.chains = []
+            self.chains.append(chain)
+
+    def _remove_chain(self, chain: Collection[str]) -> None:
+        if chain and self.chains is not None:
+            self.chains.remove(chain)
+
+    @property
+    def blocked_handlers(self) -> set[str]:
+        """Ids of all handlers blocked on messages in this slot."""
+        return set().union(*self.chains) if self.chains else set()
+
+    def is_used(self, exempt: Collection[str] = ()) -> bool:
+        """Whether messages are here, beside those that the handlers in ``exempt`` handle."""
+        return self.record is not None and self.users > self.mailbox.count(exempt)
+
+    # -- ownership -----------------------------------------------------------------------------------------------
+
+    def own(self, record: Record, epoch: int, now: float) -> None:
+        """This worker owns the agent, by a record that it wrote at this doubt epoch."""
+        self.record, self.verified_epoch, self.owned_since = record, epoch, now
+
+    def disown(self) -> Interest | None:
+        """This worker does not own the agent any more. Returns the subscription that is left to be ended."""
+        self.record, self.changed = None, False
+        self.wake_release()
+        interest, self.interest = self.interest, None
+        return interest
+
+    # -- instance ------------------------------------------------------------------------------------------------
+
+    def activate(self, agent: Agent, now: float) -> None:
+        """The instance is live, with the state that is stored."""
+        self.agent, self.keeps_state, self.saved_at = agent, keeps_state(agent), now
+
+    def saved(self, record: Record, now: float) -> None:
+        """The state was stored, in this record."""
+        self.record, self.saved_at = record, now
+
+    def remove_instance(self) -> Agent | None:
+        """The live instance, which is not live any more; None if there is none."""
+        self.agent = None
+        return self.hosted.live.pop(self.key, None)
+
+    # -- release -------------------------------------------------------------------------------------------------
+
+    async def wait_for_change(self) -> None:
+        """Return when `users` changes, or `wake_release` is called."""
+        self.use_changed = asyncio.get_running_loop().create_future()
+        try:
+            await self.use_changed
+        finally:
+            self.use_changed = None
+
+    def wake_release(self) -> None:
+        """Let a release that waits look again whether the agent is used."""
+        if self.use_changed is not None and not self.use_changed.done():
+            self.use_changed.set_result(None)
+
+    # -- locks: made when they are first used, because of 100,000 agents few ever need one ------------------------
 
     @property
     def moving(self) -> asyncio.Lock:
-        """Held from the beginning to the end of a claim or a release. Locks are made when they are first used: of
-        100,000 agents few ever need one."""
+        """Locked from the beginning to the end of a claim or a release."""
         if self._moving is None:
             self._moving = asyncio.Lock()
         return self._moving
@@ -102,7 +211,7 @@ class AgentSlot:
 
     @property
     def saving(self) -> asyncio.Lock:
-        """Held while the record or the instance changes under an owner: loading, storing, looking up."""
+        """Locked while the record or the instance changes under an owner: loading, storing, verifying."""
         if self._saving is None:
             self._saving = asyncio.Lock()
         return self._saving
@@ -111,85 +220,70 @@ class AgentSlot:
     def is_saving(self) -> bool:
         return self._saving is not None and self._saving.locked()
 
-    def come(self, along: Collection[str]) -> None:
-        """A message or a question of the chain ``along`` is here."""
-        if along:
-            if self.chains is None:
-                self.chains = []
-            self.chains.append(along)
-
-    def go(self, along: Collection[str]) -> None:
-        """It is not here any more."""
-        if along and self.chains is not None:
-            self.chains.remove(along)
-
-    @property
-    def waited_for_by(self) -> set[str]:
-        """The visits, of any agent, that wait for what is here."""
-        return set().union(*self.chains) if self.chains else set()
-
-    def empty(self) -> None:
-        """Let who releases it look again whether anybody uses it."""
-        if self.emptied is not None and not self.emptied.done():
-            self.emptied.set_result(None)
-
 
 class AgentSlots:
-    """All agents that a worker owns or is finding out about, by type and key."""
+    """The slots of one worker, by type and key."""
 
-    def __init__(self) -> None:
-        self._held: dict[str, dict[str, AgentSlot]] = {}
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._slots: dict[str, dict[str, AgentSlot]] = {}
+        self.draining = False
+        """Whether this worker claims nothing more, and is about to give up what it owns."""
 
     def __iter__(self) -> Iterator[AgentSlot]:
-        return iter([held for of_type in self._held.values() for held in of_type.values()])
+        return iter([slot for of_type in self._slots.values() for slot in of_type.values()])
 
     def find(self, agent_type: str, key: str) -> AgentSlot | None:
-        return self._held.get(agent_type, {}).get(key)
+        return self._slots.get(agent_type, {}).get(key)
 
     def of(self, agent_type: str) -> Sequence[AgentSlot]:
         """Those of one type."""
-        return list(self._held.get(agent_type, {}).values())
+        return list(self._slots.get(agent_type, {}).values())
 
-    def hold(self, hosted: HostedType, key: str) -> AgentSlot:
-        """The one with this id, made where it is not there yet."""
-        of_type = self._held.get(hosted.agent_type)
+    def get(self, hosted: HostedType, key: str) -> AgentSlot:
+        """The slot of an agent, made if there is none. `forget_unused` must follow."""
+        of_type = self._slots.get(hosted.agent_type)
         if of_type is None:
-            of_type = self._held[hosted.agent_type] = {}
-        held = of_type.get(key)
-        if held is None:
-            held = of_type[key] = AgentSlot(hosted, key)
-        return held
+            of_type = self._slots[hosted.agent_type] = {}
+        slot = of_type.get(key)
+        if slot is None:
+            slot = of_type[key] = AgentSlot(hosted, key)
+        return slot
 
-    def tidy(self, held: AgentSlot) -> None:
-        """Forget what this worker neither owns nor is asked for."""
-        if held.record is None and not (held.users or held.guests or held.releasing or held.is_moving):
-            of_type = self._held.get(held.hosted.agent_type, {})
-            if of_type.get(held.key) is held:
-                del of_type[held.key]
+    def forget_unused(self, slot: AgentSlot) -> None:
+        """Drop a slot whose agent this worker neither owns nor is asked for."""
+        if slot.record is None and not (slot.users or slot.open_questions or slot.releasing or slot.is_moving):
+            of_type = self._slots.get(slot.hosted.agent_type, {})
+            if of_type.get(slot.key) is slot:
+                del of_type[slot.key]
+
+    def must_leave(self, slot: AgentSlot) -> bool:
+        """Whether an agent cannot stay on this worker: it stops, or does not host the type any more."""
+        return self.draining or self._catalog.find(slot.hosted.agent_type) is not slot.hosted
 
     def clear(self) -> None:
-        self._held.clear()
+        self._slots.clear()
 
 
-def is_free(held: AgentSlot, now: float) -> bool:
-    """Whether nobody uses the agent, and no sender may take it for granted that it is here."""
-    return held.record is not None and not held.users and now - held.used_at > 2 * lease(held.options)
+def is_free(slot: AgentSlot, now: float) -> bool:
+    """Whether nobody uses the agent, and no sender may assume any more that it is here."""
+    return slot.record is not None and not slot.users and now - slot.used_at > 2 * lease(slot.options)
 
 
 def lease(options: KeyedOptions) -> float:
-    """Seconds after a message for which its sender may rely on where it went.
+    """Seconds after a message for which its sender may assume that the owner is still the same.
 
-    An agent that is released for being idle was so for longer than that.
+    An agent that is released for being idle was idle for longer than that.
     """
     return _LEASE if options.idle_timeout is None else min(_LEASE, options.idle_timeout / 2)
 
 
 def housekeeping_interval(options: KeyedOptions) -> float:
-    """Seconds between two looks at the agents of a type."""
+    """Seconds between two looks at the agents of a type: a quarter of its shortest timeout, within bounds."""
     due = [options.idle_timeout or _LEASE * 2]
     if options.save == "interval":
         due.append(options.save_interval)
-    return min(5.0, max(0.05, min(due) / 4))
+    return min(_HOUSEKEEPING, max(_HOUSEKEEPING_AT_LEAST, min(due) / 4))
 
 
 def keeps_state(agent: Agent) -> bool:
