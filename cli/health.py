@@ -251,6 +251,7 @@ _LOSSES = {
     "undelivered_events": "events that found no owner",
     "undecodable": "messages that could not be read",
     "unknown_payloads": "messages of unknown types",
+    "refused_replies": "calls whose replies may not be sent where they asked",
 }
 """Counts of `Health` that should be 0."""
 

@@ -115,7 +115,7 @@ class SubscriptionEntry:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a subscription says, whoever declared it: which topics go to the agent type."""
+    """What a subscription says, without who declared it: which topics go to the agent type."""
 
     agent_type: str
     kind: RuleKind
