@@ -19,7 +19,7 @@ from natsrt.observe import events
 
 
 class Interventions:
-    """The intervention handlers of one runtime, in their order. False if there is none."""
+    """The intervention handlers of one runtime, in their order."""
 
     def __init__(self, handlers: Sequence[InterventionHandler] | None) -> None:
         self.handlers = tuple(handlers or ())
