@@ -39,7 +39,6 @@ ENVIRONMENT_PREFIX = "NATSRT_"
 CONFIG_VARIABLE = "NATSRT_CONFIG"
 RESERVED_PREFIXES = ("NATSRT_TEST_", "NATSRT_HEALTH_")
 """Variables that are no settings of a runtime: of the tests, and of the endpoint of ``natsrt worker``."""
-"""Variables of the test-suite; they are no settings."""
 
 
 def variable_of(field: str) -> str:

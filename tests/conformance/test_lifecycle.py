@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import time
@@ -552,6 +553,23 @@ async def test_close_closes_every_agent_once(make_runtime: MakeRuntime) -> None:
     assert runtime.worker_id is None
     await runtime.close()
     assert [agent.closed for agent in (*made, instance)] == [1, 1, 1, 1]
+
+
+async def test_close_closes_an_agent_whose_address_a_closed_one_had_before(make_runtime: MakeRuntime) -> None:
+    closed: list[int] = []
+
+    class Short(Counter):
+        async def close(self) -> None:
+            closed.append(id(self))
+
+    runtime = make_runtime()
+    for _ in range(40):
+        await runtime.register_agent_instance(Short(), AgentId("instance", "k"))
+        await runtime.close()
+        await runtime.unregister("instance")
+        gc.collect()
+    assert len(closed) == 40
+    assert len(set(closed)) < 40  # so addresses were used again
 
 
 async def test_close_of_a_runtime_that_was_never_started_closes_its_agents(make_runtime: MakeRuntime) -> None:
