@@ -1,10 +1,10 @@
-"""A distributed group chat, after AutoGen's design pattern: writer, editor and manager, each in a runtime of its own.
+"""A distributed group chat, after AutoGen's design pattern: writer, editor and manager, each in its own runtime.
 
-All participants hear every message of the chat, since all subscribe to its topic. The manager decides who speaks next
-and asks that one on a topic of its own. Recorded answers (``ReplayChatCompletionClient``) stand in for the models, so
-the example needs no key; with a client of a real model nothing else changes.
+All participants subscribe to the topic of the chat, so each of them gets every message. The manager decides who speaks
+next, and asks that participant on the participant's own topic. Recorded answers (``ReplayChatCompletionClient``)
+replace the models, so the example needs no API key. To use a real model, replace only the client.
 
-The session's name is the source of all topics, and so the key of all agents: many chats go on side by side.
+The session's name is the source of all topics, and so the key of all agents: many chats can run at the same time.
 
 Run it: python examples/group_chat.py (needs autogen-ext: pip install 'natsrt[examples]')
 """
@@ -34,7 +34,7 @@ OVER = "chat_over"
 
 
 class Said(BaseModel):
-    """Somebody spoke in the chat."""
+    """A participant or the user said something in the chat."""
 
     body: UserMessage
 
@@ -50,7 +50,7 @@ class Over(BaseModel):
 
 
 class Participant(RoutedAgent):
-    """Listens to the chat, and speaks when it is asked to."""
+    """Records the chat, and speaks when the manager asks it to."""
 
     def __init__(self, description: str, model: ChatCompletionClient) -> None:
         super().__init__(description)
@@ -72,7 +72,7 @@ class Participant(RoutedAgent):
 
 
 class Manager(RoutedAgent):
-    """Lets its model choose the next speaker, until the editor approves."""
+    """Has its model choose the next speaker, until the editor approves."""
 
     def __init__(self, participants: list[str], model: ChatCompletionClient) -> None:
         super().__init__("chooses who speaks next")

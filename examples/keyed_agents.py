@@ -1,4 +1,4 @@
-"""Keyed agents: every account lives on one of three worker processes, with saved state; one process is killed.
+"""Keyed agents: each account lives on one of three worker processes, with stored state. One process is killed.
 
 Run it: python examples/keyed_agents.py
 """
@@ -35,7 +35,7 @@ class Balance:
 
 @keyed
 class Account(RoutedAgent):
-    """One instance per customer over all workers. What it saves is stored before each reply."""
+    """One instance per customer over all workers. Its state is stored before each reply."""
 
     def __init__(self) -> None:
         super().__init__("keeps money")
@@ -54,7 +54,7 @@ class Account(RoutedAgent):
 
 
 async def work(url: str) -> None:
-    """A worker process: it serves until it is told to stop."""
+    """A worker process. It runs until it gets a signal to stop."""
     async with NatsAgentRuntime(url) as runtime:
         await Account.register(runtime, "account", Account)
         print("ready", flush=True)
@@ -68,7 +68,7 @@ async def start_worker(url: str) -> Process:
 
 
 async def deposit(runtime: NatsAgentRuntime, customer: str, amount: int) -> Balance | None:
-    """The new balance; None where the deposit was made once or not at all, and nobody can say which."""
+    """Returns the new balance; None if the call failed: the deposit was then made once or not at all."""
     try:
         balance: Balance = await runtime.send_message(Deposit(amount), AgentId("account", customer))
     except UndeliveredCall:
@@ -94,10 +94,10 @@ async def main() -> None:
             acknowledged = Counter([one for one, attempt in more if await attempt is not None])
             final = {one: await deposit(caller, one, 0) for one in ACCOUNTS}
             assert {balance.pid for balance in final.values() if balance} == {worker.pid for worker in workers[1:]}
-            print("one process was killed meanwhile: its accounts live in the 2 others")
+            print("one process was killed meanwhile: its accounts now live in the 2 others")
             print(f"of 300 more deposits {acknowledged.total()} were acknowledged")
             assert all(balance and 5 + acknowledged[one] <= balance.amount <= 10 for one, balance in final.items())
-            print("each of these is in the balance, and none is in it twice")
+            print("each acknowledged deposit is in the balance, and no deposit is in it twice")
         finally:
             for worker in workers:
                 if worker.returncode is None:

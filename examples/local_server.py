@@ -1,4 +1,4 @@
-"""The NATS server of an example: the one that NATS_URL names, else one that lives as long as the example."""
+"""The NATS server for an example: the one in NATS_URL, or else one that runs as long as the example."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from natsrt.embedded import EmbeddedServer
 
 @asynccontextmanager
 async def local_server() -> AsyncIterator[str]:
-    """Yields the URL."""
+    """Yields the URL of the server."""
     if url := os.environ.get("NATS_URL"):
         yield url
         return

@@ -1,4 +1,4 @@
-"""One call: a runtime asks an agent that another runtime hosts, and gets its answer or its exception.
+"""One call: a runtime calls an agent that another runtime hosts, and gets its reply or its exception.
 
 Run it: python examples/one_call.py
 """
@@ -32,7 +32,7 @@ class Calculator(RoutedAgent):
 
 
 async def main() -> None:
-    # The two runtimes stand for two processes: all that passes between them passes through the server.
+    # The two runtimes represent two processes: they exchange messages only through the server.
     async with local_server() as url, NatsAgentRuntime(url) as worker, NatsAgentRuntime(url) as caller:
         await Calculator.register(worker, "calculator", lambda: Calculator("divides"))
         calculator = AgentId("calculator", "default")

@@ -1,4 +1,4 @@
-"""Publish and subscribe: an event reaches each agent whose type subscribed to its topic, in whatever process it lives.
+"""Publish and subscribe: an event reaches each agent whose type is subscribed to its topic, in any process.
 
 Run it: python examples/publish_subscribe.py
 """
@@ -20,7 +20,7 @@ class Headline:
 
 
 class Reader(RoutedAgent):
-    """Notes what it reads. Its id's key is the source of the topic: every source has a reader of its own."""
+    """Notes what it reads. The key of its id is the source of the topic, so every source has its own reader."""
 
     def __init__(self, notes: asyncio.Queue[str]) -> None:
         super().__init__("reads headlines")
@@ -47,7 +47,7 @@ async def main() -> None:
         await publisher.publish_message(Headline("NATS speaks AutoGen"), TopicId("news.tech", "berlin"))
         await publisher.publish_message(Headline("Home team wins"), TopicId("news.sports", "berlin"))
 
-        # The archivist takes both topics, the engineer one of them.
+        # The archivist is subscribed to both topics, the engineer to one of them.
         read = sorted([await notes.get() for _ in range(3)])
         print("\n".join(read))
         assert read == [

@@ -1,4 +1,4 @@
-"""Several workers: three processes host one agent type and share its calls; one is killed, and the work goes on.
+"""Several workers: three processes host one agent type and share its calls. One is killed; the others continue.
 
 Run it: python examples/several_workers.py
 """
@@ -36,7 +36,7 @@ class Squarer(RoutedAgent):
 
 
 async def work(url: str) -> None:
-    """A worker process: it serves until it is told to stop."""
+    """A worker process. It runs until it gets a signal to stop."""
     async with NatsAgentRuntime(url) as runtime:
         await Squarer.register(runtime, "squarer", lambda: Squarer("squares numbers"))
         print("ready", flush=True)
@@ -50,7 +50,7 @@ async def start_worker(url: str) -> Process:
 
 
 async def ask(runtime: NatsAgentRuntime, number: int) -> Answer | None:
-    """The answer; None where the worker was lost before it gave one."""
+    """Returns the answer; None if the worker was lost before it replied."""
     try:
         answer: Answer = await runtime.send_message(Question(number), AgentId("squarer", str(number)))
     except UndeliveredCall as error:
@@ -74,7 +74,7 @@ async def main() -> None:
             answers = await asyncio.gather(*(ask(caller, number) for number in range(300)))
             shares = Counter(answer.pid for answer in answers if answer is not None)
             assert shares.keys() <= {worker.pid for worker in workers[1:]}
-            print(f"one was killed: {shares.total()} answers from {len(shares)} processes")
+            print(f"one process was killed: {shares.total()} answers from {len(shares)} processes")
         finally:
             for worker in workers:
                 if worker.returncode is None:

@@ -1,6 +1,6 @@
 """Tracing: one OpenTelemetry trace over two runtimes, from a call in one to the event that it causes in the other.
 
-The spans are kept in memory and printed as a tree; an application gives its provider an exporter of its own.
+The spans are kept in memory and printed as a tree. An application would use an exporter of its tracing system instead.
 
 Run it: python examples/tracing.py
 """

@@ -1,7 +1,8 @@
 """Embedding: an asyncio web service whose request handlers call agents.
 
-The service starts the runtime when it starts and closes it when it ends, in the event loop that it has anyway. The
-HTTP here is just enough for the example; with a web framework, put the same two lines where it starts and stops.
+The service starts the runtime at its own start and closes it at its own end, in the same event loop. The HTTP code here
+is only as complete as the example needs. With a web framework, start and stop the runtime in the framework's hooks for
+starting and stopping.
 
 Run it: python examples/web_service.py
 """
@@ -30,7 +31,7 @@ class Shouter(RoutedAgent):
 
 
 class Service:
-    """``GET /<agent type>/<text>`` answers with what the agent makes of the text."""
+    """``GET /<agent type>/<text>`` sends the text to the agent and answers with its reply."""
 
     def __init__(self, runtime: NatsAgentRuntime) -> None:
         self._runtime = runtime
@@ -51,7 +52,7 @@ class Service:
 
 
 async def get(port: int, path: str) -> tuple[str, str]:
-    """A browser: the status line and the body."""
+    """Sends a request, as a browser does. Returns the status line and the body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
@@ -64,7 +65,7 @@ async def main() -> None:
     async with local_server() as url, NatsAgentRuntime(url) as worker:
         await Shouter.register(worker, "shouter", lambda: Shouter("shouts"))
 
-        async with NatsAgentRuntime(url) as runtime:  # when the service starts, and when it ends
+        async with NatsAgentRuntime(url) as runtime:  # starts with the service and ends with it
             service = await asyncio.start_server(Service(runtime).answer, "127.0.0.1", 0)
             async with service:
                 port = service.sockets[0].getsockname()[1]

@@ -1,8 +1,8 @@
-"""A worker and a caller that speak natsrt's protocol without natsrt: a NATS client and JSON are enough.
+"""A worker and a caller that use natsrt's protocol without natsrt: a NATS client and JSON are enough.
 
-What is done here can be done in any language with a NATS client. docs/PROTOCOL.md explains each step.
+The same can be done in any language with a NATS client. docs/PROTOCOL.md explains each step.
 
-Run it: python examples/without_natsrt.py, which lets the two talk to each other on a server of their own.
+Run it: python examples/without_natsrt.py, which starts a server, the worker and the caller
     or: python examples/without_natsrt.py work URL, and call the agents of type `counter` from natsrt
     or: python examples/without_natsrt.py call URL TYPE KEY MESSAGE_TYPE JSON
 """
@@ -38,7 +38,7 @@ def body_of(kind: str, data: Any, **attributes: str) -> bytes:
 
 
 async def open_registry(client: Client) -> None:
-    """Create the registry's bucket where no runtime has done so yet."""
+    """Create the registry's bucket if it does not exist yet."""
     try:
         await client.jetstream().stream_info(STREAM)
     except nats.js.errors.NotFoundError:
@@ -60,7 +60,7 @@ class CounterWorker:
         self._client = client
         self._id = f"python-{os.getpid()}"
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._finished: dict[str, bytes] = {}  # a real worker forgets them after 30 s
+        self._finished: dict[str, bytes] = {}  # a complete worker would delete them after 30 s
         self._cancelled: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -70,7 +70,7 @@ class CounterWorker:
         await self._client.subscribe("natsrt.cancel", cb=self._cancel)
         await self._client.subscribe("agent.counter", queue="counter", cb=self._call)
         await self._client.subscribe("topic.text.*", queue="counter", cb=self._event)
-        await asyncio.sleep(0)  # nats-py would write the flush's PING ahead of the subscriptions
+        await asyncio.sleep(0)  # otherwise nats-py would write the PING of the flush before the subscriptions
         await self._client.flush()
         await self._beat()
         worker = {
@@ -82,7 +82,7 @@ class CounterWorker:
             "version": "example",
         }
         handles = {"handles": ["Text"], "produces": ["Count"]}
-        # The subscription's key has the first 24 hex digits of SHA-256 of "type\0text": its kind and its pattern.
+        # In the subscription's key: the first 24 hex digits of the SHA-256 of "type\0text", its kind and pattern.
         digest = "ae52efdb4337e2a76dfab56e"
         await self._declare(f"worker.{self._id}", worker)
         await self._declare(f"type.counter.{self._id}", {"agent_type": "counter", "worker_id": self._id, **handles})
@@ -100,7 +100,7 @@ class CounterWorker:
         self._spawn(self._keep_beating())
 
     async def stop(self) -> None:
-        """Leave the registry. (Who vanishes without it is removed by others when the heartbeat has expired.)"""
+        """Leave the registry. (If a worker stops without this, others remove it when its heartbeat has expired.)"""
         for task in list(self._tasks):
             task.cancel()
         await self._client.jetstream().publish(f"{KV}.r.worker.{self._id}", b"", headers={"KV-Operation": "DEL"})
@@ -165,7 +165,7 @@ class CounterWorker:
         self._cancelled.setdefault(json.loads(message.data)["data"]["cancelid"], asyncio.Event()).set()
 
     async def _asked(self, message: Msg) -> None:
-        """What became of these calls? Or: do you serve all subscriptions up to this revision?"""
+        """Answer a question: the state of these calls, or whether all subscriptions up to a revision are served."""
         body = json.loads(message.data)
         data: dict[str, Any] = {"serves": True}
         if body["type"] == "natsrt.fate":
@@ -186,11 +186,14 @@ class CounterWorker:
 
 
 class Lost(Exception):
-    """No worker will answer."""
+    """No worker will answer the call."""
 
 
 async def call(client: Client, agent_type: str, key: str, message_type: str, data: Any) -> dict[str, Any]:
-    """Call an agent; the body of the reply, which may be an error. Names of letters and digits need no encoding."""
+    """Call an agent. Returns the body of the reply, which may be an error.
+
+    Names are used as they are: names of letters and digits need no encoding.
+    """
     inbox = client.new_inbox()
     received: asyncio.Queue[Msg] = asyncio.Queue()
     subscription = await client.subscribe(f"{inbox}.*", cb=received.put)
@@ -216,7 +219,7 @@ async def call(client: Client, agent_type: str, key: str, message_type: str, dat
                     await client.publish(f"natsrt.worker.{worker}", question, reply=f"{inbox}.fate")
                 continue
             if message.headers and message.headers.get("Status") == "503":
-                continue  # nobody listens: not the last word, the next check is
+                continue  # no responders: not conclusive, the next check of the registry decides
             answer: dict[str, Any] = json.loads(message.data)
             if message.subject == reply_to:
                 return answer
@@ -231,7 +234,7 @@ async def call(client: Client, agent_type: str, key: str, message_type: str, dat
 
 
 async def hosts(client: Client, agent_type: str) -> list[str]:
-    """The live workers of an agent type."""
+    """Returns the ids of the live workers of an agent type."""
     js = client.jetstream()
     subjects = (await js.stream_info(STREAM, subjects_filter=f"{KV}.r.type.{agent_type}.*")).state.subjects or {}
     workers = []

@@ -18,11 +18,11 @@ OUTPUT: dict[str, list[str]] = {
         "archivist for berlin read: NATS speaks AutoGen",
         "engineer for berlin read: NATS speaks AutoGen",
     ],
-    "several_workers.py": ["300 answers from 3 processes", "one was killed: 300 answers from 2 processes"],
+    "several_workers.py": ["300 answers from 3 processes", "one process was killed: 300 answers from 2 processes"],
     "keyed_agents.py": [
         "300 deposits: 60 accounts, each in one of 3 processes",
-        "one process was killed meanwhile: its accounts live in the 2 others",
-        "each of these is in the balance, and none is in it twice",
+        "one process was killed meanwhile: its accounts now live in the 2 others",
+        "each acknowledged deposit is in the balance, and no deposit is in it twice",
     ],
     "web_service.py": [
         'GET /shouter/hello: HTTP/1.1 200 OK: {"text": "HELLO"}',
