@@ -294,6 +294,66 @@ def test_a_frozen_worker_is_lost_after_lost_after() -> None:
     in_world(test, lost_after=LOST_AFTER)
 
 
+def test_a_call_that_a_frozen_worker_never_took_is_lost_when_all_others_are_ruled_out() -> None:
+    async def test(world: World) -> None:
+        worker, other = world.workers.start(), world.workers.start()
+        worker.freeze()
+        other.listens = False
+        call = world.call()
+        await asyncio.sleep(0.1)
+        other.listens = True
+        await asyncio.sleep(0.7)  # the other one says once that it does not know the call
+        other.freeze()
+        assert LOST_AFTER <= await took(call) < LOST_AFTER + 1.0
+        with pytest.raises(WorkerLost, match="no worker of its type knows the call"):
+            await call
+        assert world.workers.suspected[worker.worker_id] > 0  # it was lost half a second before the other
+
+    in_world(test, lost_after=LOST_AFTER)
+
+
+def test_a_worker_that_subscribes_again_in_time_has_lost_after() -> None:
+    async def test(world: World) -> None:
+        worker = world.workers.start(lambda: 60.0)
+        call = world.call()
+        await asyncio.sleep(1.0)
+        worker.freeze()
+        worker.listens = False
+        await asyncio.sleep(1.2)
+        worker.listens = True
+        await asyncio.sleep(8.0)
+        worker.thaw()
+        assert (await call).data == b"1"
+
+    in_world(test, lost_after=LOST_AFTER)
+
+
+def test_an_accepted_call_is_watched_however_long_check_after_is() -> None:
+    async def test(world: World) -> None:
+        worker = world.workers.start(lambda: 60.0)
+        call = world.call()
+        await asyncio.sleep(1.0)
+        worker.kill()
+        worker.listens = False
+        assert await took(call) < 5.0
+
+    in_world(test, check_after=3600.0)
+
+
+def test_nothing_is_kept_of_calls_that_ended_and_workers_that_left() -> None:
+    async def test(world: World) -> None:
+        for _ in range(3):
+            worker = world.workers.start(lambda: 2.0)
+            await world.call()
+            assert world.watch._watched == {} and world.watch.pending == {}
+            assert set(world.inbox._receivers) == {world.calls.accept_to, world.inbox.subject(f"w-{worker.worker_id}")}
+            worker.kill()
+            worker.listens = False
+            world.workers.leave(worker)
+
+    in_world(test)
+
+
 def test_a_call_that_its_worker_forgot_is_lost() -> None:
     async def test(world: World) -> None:
         worker = world.workers.start(lambda: 60.0)
@@ -331,7 +391,7 @@ def test_a_call_that_is_lost_again_and_again_ends() -> None:
             if subject != CALLS:
                 take(subject, *arguments)
 
-        worker.post = post  # type: ignore[method-assign]
+        worker.post = post  # type: ignore[method-assign, assignment]
         call = world.call()
         assert await took(call) < 6.0
         with pytest.raises(WorkerLost, match="on its way"):
@@ -379,6 +439,7 @@ def test_silence_while_the_connection_is_down_does_not_count() -> None:
         world.network.lose()
         await asyncio.sleep(10.0)
         world.network.come_back()
+        await asyncio.sleep(2.0)
         worker.thaw()
         await took(call)
         assert call.result().data == b"1"
@@ -442,13 +503,14 @@ def test_a_check_that_cannot_read_the_directory_ends_the_call_unless_the_connect
         call = world.call()
         assert await took(call) < 0.5
         assert call.exception() is world.workers.unreachable
+        world.workers.read_takes = 1.0
         retried = world.call()
-        await asyncio.sleep(0.21)  # the next round begins a check
+        await asyncio.sleep(0.5)  # a check has begun
         world.network.lose()
-        await asyncio.sleep(1.0)
+        world.network.come_back()
+        await asyncio.sleep(0.8)  # it has failed
         assert not retried.done()
         world.workers.unreachable = None
-        world.network.come_back()
         await took(retried)
         assert isinstance(retried.exception(), NoLiveWorker)
 

@@ -252,7 +252,8 @@ class Workers:
         self.suspected: Counter[str] = Counter()
         self.unreachable: NatsrtError | None = None
         """What reading the directory raises; None: it can be read."""
-        self.reads = 0
+        self.read_takes = 0.01
+        """Seconds that reading the directory takes."""
         self._network = network
         self._left_at = float("-inf")
         network.workers = self
@@ -294,8 +295,7 @@ class Workers:
         return tuple(self.listed)
 
     async def verify(self, recipient: AgentId) -> NatsrtError | None:
-        self.reads += 1
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(self.read_takes)
         if self.unreachable is not None:
             raise self.unreachable
         self._update()
