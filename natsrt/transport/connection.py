@@ -24,13 +24,13 @@ from collections.abc import Awaitable, Callable, Generator
 from typing import Protocol, cast
 
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js import JetStreamContext
 
 from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
+from natsrt.transport.connector import Connector, abandon, close_quietly
 
 logger = logging.getLogger("natsrt.connection")
 
@@ -39,8 +39,6 @@ HEADER_OVERHEAD = 12
 
 _VIOLATION = re.compile(r"permissions violation for (publish|subscription)\w* to \"?([^\"\s]+)", re.IGNORECASE)
 _WATCH_INTERVAL = 1.0
-_ONE_ATTEMPT = 2.0
-"""Seconds for one server to accept a connection."""
 _ONE_REQUEST = 2.0
 """Seconds for one request to JetStream: one that arrives while a cluster elects a leader is never answered."""
 _SLICE = 0.5
@@ -84,7 +82,7 @@ class Connection:
 
     def __init__(self, options: Options, *, client_name: str) -> None:
         self._options = options
-        self._name = client_name
+        self._connector = Connector(options, client_name)
         self._client: NatsClient | None = None
         self._interests: dict[Interest, None] = {}
         self._listeners: list[Listener] = []
@@ -94,10 +92,6 @@ class Connection:
         self._closing = True
         self._supervisor: asyncio.Task[None] | None = None
         self._replace = asyncio.Event()
-        self._last_error: str | None = None
-        self._discovered: dict[str, None] = {}
-        """Further servers of the cluster, that the present ones told of: a new client may have to connect to these."""
-        self._refused: asyncio.Future[None] | None = None
         self.reconnects = 0
         self._reconnected_at = -math.inf
         self.max_payload = 0
@@ -148,10 +142,9 @@ class Connection:
     async def open(self) -> None:
         """Connect. Raises `ServerUnreachable` after ``connect_timeout`` seconds, `PermissionDenied` when refused."""
         self._closing = False
-        self._last_error = None
-        self._discovered.clear()
+        self._connector.reset()
         try:
-            self._client = await self._connect(self._options.connect_timeout)
+            self._client = await self._connector.connect(self, self._options.connect_timeout)
         except BaseException:
             self._closing = True
             raise
@@ -171,7 +164,7 @@ class Connection:
             self._supervisor = None
         if self._client is not None:
             client, self._client = self._client, None
-            await _close_quietly(client)
+            await close_quietly(client)
         self._interests.clear()
 
     async def wait_connected(self, timeout: float | None, begun: float | None = None) -> None:
@@ -192,69 +185,19 @@ class Connection:
             async with asyncio.timeout_at(None if timeout is None else begun + timeout):
                 await waiter
         except TimeoutError:
-            raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._last_error) from None
+            raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._connector.last_error) from None
         finally:
             self._waiting.discard(waiter)
 
     def _closed_error(self) -> ServerUnreachable:
         return ServerUnreachable(self._options.safe_servers, 0.0, "the connection is closed")
 
-    async def _connect(self, timeout: float) -> NatsClient:
-        client = NatsClient(self._on_unreadable)
-        settings = self._options.connect_kwargs()
-        settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
-        settings["servers"] += self._discovered
-        self._refused = asyncio.get_running_loop().create_future()
-        connecting = asyncio.ensure_future(
-            client.connect(
-                **settings,
-                allow_reconnect=True,
-                max_reconnect_attempts=-1,
-                error_cb=self._on_error,
-                disconnected_cb=self._bound(client, self._on_disconnected),
-                reconnected_cb=self._bound(client, self._on_reconnected),
-                closed_cb=self._bound(client, self._on_closed),
-                skip_subject_validation=True,  # ours are encoded names, checked where they are made
-            )
-        )
-        try:
-            await asyncio.wait({connecting, self._refused}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if self._refused.done():
-                self._refused.result()
-            if not connecting.done():
-                raise ServerUnreachable(self._options.safe_servers, timeout, self._last_error)
-            try:
-                connecting.result()
-            except (nats.errors.Error, OSError) as error:
-                raise ServerUnreachable(self._options.safe_servers, timeout, str(error)) from error
-            return client
-        except BaseException:
-            connecting.cancel()
-            await asyncio.gather(connecting, return_exceptions=True)
-            await _close_quietly(client)
-            raise
-        finally:
-            refused, self._refused = self._refused, None
-            refused.cancel()
+    # -- what the client reports ---------------------------------------------------------------------------------
 
-    def _bound(self, client: NatsClient, callback: Callable[[NatsClient], None]) -> Callable[[], Awaitable[None]]:
-        """A callback that a replaced client can no longer reach us through."""
-
-        async def call() -> None:
-            if self._client is client and not self._closing:
-                callback(client)
-
-        return call
-
-    # -- what the client tells -----------------------------------------------------------------------------------
-
-    async def _on_error(self, error: Exception) -> None:
-        text = str(error) or type(error).__name__
-        self._last_error = text
-        lowered = text.lower()
-        if "authorization violation" in lowered or isinstance(error, nats.errors.AuthorizationError):
-            if self._refused is not None and not self._refused.done():
-                self._refused.set_exception(PermissionDenied("connect", "with these credentials"))
+    async def client_error(self, error: Exception) -> None:
+        """Log an error of a client, and report what the server refused. Part of `ClientOwner`."""
+        text = self._connector.note_error(error)
+        if text is None:
             return
         if match := _VIOLATION.search(text):
             operation = "publish to" if match.group(1).lower() == "publish" else "subscribe to"
@@ -262,25 +205,35 @@ class Connection:
             logger.warning("%s", denied)
             for callback in self._denied:
                 callback(denied)
-            return
-        if self._up.is_set():
+        elif self._up.is_set():
             logger.warning("connection to %s: %s", self.server, text)
         else:
             logger.debug("connecting to %s: %s", ", ".join(self._options.safe_servers), text)
 
-    def _on_unreadable(self, error: CannotDecode) -> None:
+    def unreadable(self, error: CannotDecode) -> None:
+        """Count and log a message that could not be read. Part of `ClientOwner`."""
         self.undecodable += 1
         logger.warning("%s", error)
 
-    def _on_disconnected(self, client: NatsClient) -> None:
-        self._lost()
+    def client_disconnected(self, client: NatsClient) -> None:
+        """Part of `ClientOwner`."""
+        if self._is_present(client):
+            self._lost()
 
-    def _on_reconnected(self, client: NatsClient) -> None:
-        self._made_again()
+    def client_reconnected(self, client: NatsClient) -> None:
+        """Part of `ClientOwner`."""
+        if self._is_present(client):
+            self._made_again()
 
-    def _on_closed(self, client: NatsClient) -> None:
-        self._lost()
-        self._replace.set()
+    def client_closed(self, client: NatsClient) -> None:
+        """Have a client replaced that closed for good. Part of `ClientOwner`."""
+        if self._is_present(client):
+            self._lost()
+            self._replace.set()
+
+    def _is_present(self, client: NatsClient) -> bool:
+        """False for a client that was replaced: what it reports no longer counts."""
+        return self._client is client and not self._closing
 
     def _lost(self) -> None:
         if self._up.is_set():
@@ -353,22 +306,21 @@ class Connection:
         """Build new clients until one connects, and repeat every subscription on it."""
         old, self._client = self._client, None
         if old is not None:
-            if not any(url.startswith("ws") for url in self._options.servers):  # nats-py takes them for TCP's there
-                self._discovered |= dict.fromkeys(url.geturl() for url in old.discovered_servers)
-            _abandon(old)
+            self._connector.discover(old)
+            abandon(old)
         while True:
             try:
-                client = await self._connect(self._options.connect_timeout)
+                client = await self._connector.connect(self, self._options.connect_timeout)
                 self._client = client
                 for interest in list(self._interests):
                     if interest in self._interests:
                         interest.current = await client.listen(interest.subject, interest.queue, interest.future)
                 await client.flush()
             except Exception as error:  # whatever it is, the connection comes back for ever
-                self._last_error = str(error) or type(error).__name__
-                logger.debug("a new client could not connect: %s", self._last_error)
+                self._connector.last_error = str(error) or type(error).__name__
+                logger.debug("a new client could not connect: %s", self._connector.last_error)
                 if self._client is not None:
-                    _abandon(self._client)
+                    abandon(self._client)
                 self._client = None
                 await asyncio.sleep(self._options.reconnect_wait)
                 continue
@@ -412,7 +364,7 @@ class Connection:
 
     async def subscribe(self, subject: str, sink: Sink, *, queue: str = "") -> Interest:
         """Hand every message on ``subject`` to ``sink``, also over reconnects. The server knows after a `barrier`."""
-        interest = Interest(subject, queue, Ordered(sink, self._on_unreadable))
+        interest = Interest(subject, queue, Ordered(sink, self.unreadable))
         self._interests[interest] = None
         if self._client is not None and not self._client.is_closed:
             interest.current = await self._client.listen(subject, queue, interest.future)
@@ -454,21 +406,3 @@ class Connection:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             self._replace.set()
             raise ServerUnreachable(self._options.safe_servers, timeout, str(error) or "no answer") from error
-
-
-async def _close_quietly(client: Client) -> None:
-    try:
-        async with asyncio.timeout(2):
-            await client.close()
-    except (nats.errors.Error, OSError, TimeoutError, asyncio.InvalidStateError) as error:
-        logger.debug("closing a client: %s", error)
-
-
-def _abandon(client: Client) -> None:
-    """Close a client that may hang, without waiting for it."""
-    task = asyncio.create_task(_close_quietly(client))
-    _abandoned.add(task)
-    task.add_done_callback(_abandoned.discard)
-
-
-_abandoned: set[asyncio.Task[None]] = set()
