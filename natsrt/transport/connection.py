@@ -2,16 +2,18 @@
 
 Rules:
 
-1. Everything that arrives on any subscription is handed to its sink synchronously and in wire order. nats-py calls
-   ``set_result`` of the object passed as ``future`` from its read loop; order holds over subscriptions only this way,
-   because its callbacks run in a task per subscription. A sink never waits, and raises nothing but `CannotDecode` for
-   what it cannot read, which is logged and counted here: any other exception there makes the connection deaf.
-2. The connection comes back for ever. nats-py reconnects by itself, except where the server answered ``-ERR`` (it
-   closes for good), where its read loop died (it stays "connected" and hears nothing), and where a hung server with
-   unsent data blocks its reconnecting. In those cases the supervisor builds a new client and subscribes everything
-   again.
-3. `barrier` proves that the server has processed all that was sent before: nats-py's own ``flush`` may write its PING
-   ahead of commands that are still queued.
+1. Every message is handed to the sink of its subscription synchronously and in wire order. For this, a sink is passed
+   to nats-py as a ``future``, whose ``set_result`` nats-py calls in its read loop. Callbacks would lose the order over
+   several subscriptions, because nats-py runs them in one task per subscription. A sink must not wait, and must raise
+   only `CannotDecode`, for a message that it cannot read; such messages are logged and counted here. Any other
+   exception would end nats-py's read loop, so `Ordered` catches and logs it.
+2. The connection never gives up. nats-py reconnects by itself, with three exceptions: after ``-ERR`` it closes for
+   good; if its read loop dies, it stays "connected" and receives nothing; a hung server with unsent data keeps it from
+   reconnecting. In these cases the supervisor connects a new client and repeats every subscription on it.
+3. `barrier` returns only after the server has processed everything that was sent before. nats-py's own ``flush`` does
+   not ensure that: it may write its PING ahead of commands that are still queued.
+
+`natsrt.transport.connector` connects and closes clients.
 """
 
 from __future__ import annotations
@@ -35,20 +37,24 @@ from natsrt.transport.connector import Connector, abandon, close_quietly
 logger = logging.getLogger("natsrt.connection")
 
 HEADER_OVERHEAD = 12
-"""Bytes of ``NATS/1.0`` and the line ends around a header block; the server counts them towards max_payload."""
+"""Bytes of ``NATS/1.0`` and the line ends around a header block, which the server counts towards ``max_payload``."""
 
 _VIOLATION = re.compile(r"permissions violation for (publish|subscription)\w* to \"?([^\"\s]+)", re.IGNORECASE)
 _WATCH_INTERVAL = 1.0
+"""Seconds between two checks whether the client still answers."""
 _ONE_REQUEST = 2.0
 """Seconds for one request to JetStream: one that arrives while a cluster elects a leader is never answered."""
 _SLICE = 0.5
+"""Seconds of one slice of a wait for the server. A wait is cut into slices, so that a time in which the event loop was
+blocked counts as one slice only."""
 _PATIENCE = 6
+"""Slices without a sign of life (3 s) after which a client is replaced."""
 _SETTLED = 4.0
 """Seconds after a reconnect during which other runtimes may still be reconnecting."""
 
 
 class _Queued:
-    """What is awaited for a message that is queued already."""
+    """The awaitable for a message that is queued already: awaiting it does not suspend."""
 
     def __await__(self) -> Generator[None, None, None]:
         return _NO_WAIT
@@ -59,7 +65,7 @@ _QUEUED = _Queued()
 
 
 class Interest:
-    """A subscription that outlives the client: `Connection` repeats it on every new one."""
+    """A subscription that outlives its client: `Connection` repeats it on every new client."""
 
     __slots__ = ("current", "future", "queue", "subject")
 
@@ -71,7 +77,7 @@ class Interest:
 
 
 class Listener(Protocol):
-    """What wants to know of the connection's ups and downs. Neither method may raise or block."""
+    """Gets notice when the connection is lost and made. Neither method may raise or block."""
 
     def connection_lost(self) -> None: ...
     def connection_made(self) -> None: ...
@@ -95,38 +101,41 @@ class Connection:
         self.reconnects = 0
         self._reconnected_at = -math.inf
         self.max_payload = 0
-        """Bytes that the server takes at most, headers included; its last word while it is away."""
+        """Largest message in bytes, headers included: that of the present or last server; 0 before the first."""
         self.undecodable = 0
-        """Messages that no handler was meant for, or could be found for, and that could not be read."""
+        """Messages that could not be read, and were meant for no handler, or for none that could be found."""
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property
     def connected(self) -> bool:
-        """Whether the client believes itself connected. Only a round trip proves it: see `barrier`."""
+        """Whether the client's state is "connected". Only a round trip proves that it is: see `barrier`."""
         client = self._client
         return client is not None and client.is_connected and self._up.is_set()
 
     @property
     def settled(self) -> bool:
-        """Whether whoever does not listen now is gone, and not just reconnecting as this runtime had to."""
+        """Whether the last reconnect is long enough ago for all others to have reconnected too.
+
+        A worker that does not listen is then gone, and not just reconnecting.
+        """
         return asyncio.get_running_loop().time() - self._reconnected_at > _SETTLED
 
     @property
     def client(self) -> NatsClient:
-        """The present client. Do not keep it: it may be replaced."""
+        """The present client. Do not keep it, because it may be replaced. Raises `ServerUnreachable` when not open."""
         if self._client is None:
             raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection is not open")
         return self._client
 
     @property
     def jetstream(self) -> JetStreamContext:
-        """For requests that are repeated where no answer comes."""
+        """A JetStream context with a short timeout, for requests that are repeated if no answer comes."""
         return self.client.jetstream(timeout=min(_ONE_REQUEST, self._options.connect_timeout))
 
     @property
     def server(self) -> str:
-        """The connected server without user information, for messages."""
+        """The connected server as host and port, for messages; while disconnected, the configured servers."""
         url = self._client.connected_url if self._client is not None else None
         return f"{url.hostname}:{url.port}" if url is not None else ", ".join(self._options.safe_servers)
 
@@ -134,7 +143,10 @@ class Connection:
         self._listeners.append(listener)
 
     def on_denied(self, callback: Callable[[PermissionDenied], None]) -> None:
-        """``callback`` hears of every publish or subscribe that the server refused (NATS itself stays silent)."""
+        """Call ``callback`` for every publish or subscribe that the server refuses.
+
+        Neither raises an error, because the server's refusal arrives later and names only the subject.
+        """
         self._denied.append(callback)
 
     # -- opening and closing -------------------------------------------------------------------------------------
@@ -273,7 +285,7 @@ class Connection:
             await self._renew()
 
     async def _answers(self) -> bool:
-        """Whether the client answers, or is at least busy reconnecting to a server."""
+        """Whether the server answers the client, or the client is reconnecting."""
         client = self._client
         if client is None or client.is_closed:
             return False
@@ -281,21 +293,20 @@ class Connection:
         if not client.is_connected:
             return await self._begins_to_reconnect(client)
         ping = client.ping()
-        # In slices, so that an event loop that was blocked meanwhile counts once, and not as the server's silence. What
-        # arrives is a sign of life too: the PONG waits behind it.
+        # Whatever arrives is a sign of life too: the PONG is behind it.
         silent, heard = 0, client.stats["in_msgs"]
         while silent < _PATIENCE:
             await asyncio.wait({ping}, timeout=_SLICE)
             if ping.done():
                 return ping.cancelled() or ping.exception() is None or not client.is_connected
             if reconnects != self.reconnects:
-                return True  # the ping went to a connection that is gone; the next one will tell
+                return True  # the ping went to a connection that is gone; the next check decides
             silent = silent + 1 if client.stats["in_msgs"] == heard else 0
             heard = client.stats["in_msgs"]
         return False
 
     async def _begins_to_reconnect(self, client: NatsClient) -> bool:
-        """A hung server with unsent data never lets nats-py begin to reconnect, so it never tells of the loss."""
+        """Whether a disconnected client reports that in time. With data unsent to a hung server, nats-py never does."""
         for _ in range(_PATIENCE):
             if not self._up.is_set() or client.is_connected:
                 return True
@@ -303,7 +314,7 @@ class Connection:
         return False
 
     async def _renew(self) -> None:
-        """Build new clients until one connects, and repeat every subscription on it."""
+        """Connect new clients until one succeeds, and repeat every subscription on it."""
         old, self._client = self._client, None
         if old is not None:
             self._connector.discover(old)
@@ -316,7 +327,7 @@ class Connection:
                     if interest in self._interests:
                         interest.current = await client.listen(interest.subject, interest.queue, interest.future)
                 await client.flush()
-            except Exception as error:  # whatever it is, the connection comes back for ever
+            except Exception as error:  # whatever it is, the connection must come back
                 self._connector.last_error = str(error) or type(error).__name__
                 logger.debug("a new client could not connect: %s", self._connector.last_error)
                 if self._client is not None:
@@ -330,7 +341,7 @@ class Connection:
     # -- sending and subscribing ---------------------------------------------------------------------------------
 
     def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> None:
-        """Raise `MessageTooLarge` for what would close the connection: the server counts the headers too."""
+        """Raise `MessageTooLarge` for a message for which the server would close the connection. Headers count too."""
         size = len(payload)
         if headers:
             size += HEADER_OVERHEAD + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
@@ -340,10 +351,11 @@ class Connection:
     def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> Awaitable[None]:
-        """Queue a message for the server; the result is to be awaited at once, for it may have to wait for room.
+        """Queue a message for the server. Await the result at once: there may be no room in the client's buffer.
 
-        ``subject`` and ``reply`` must be valid: they are encoded names, or came from the server.
-        Raises `MessageTooLarge`, and `ServerUnreachable` when the client's buffer is full while it reconnects.
+        ``subject`` and ``reply`` must be valid subjects; they are not checked, because they are encoded names or came
+        from the server. Raises `MessageTooLarge`, and `ServerUnreachable` when the client's buffer is full while it
+        reconnects.
         """
         client = self._client
         if client is not None and headers is None and client.post(subject, payload, reply):
@@ -363,7 +375,7 @@ class Connection:
             raise ServerUnreachable(self._options.safe_servers, 0.0, str(error)) from error
 
     async def subscribe(self, subject: str, sink: Sink, *, queue: str = "") -> Interest:
-        """Hand every message on ``subject`` to ``sink``, also over reconnects. The server knows after a `barrier`."""
+        """Hand every message on ``subject`` to ``sink``, also after reconnects. In effect after a `barrier`."""
         interest = Interest(subject, queue, Ordered(sink, self.unreadable))
         self._interests[interest] = None
         if self._client is not None and not self._client.is_closed:
@@ -371,7 +383,7 @@ class Connection:
         return interest
 
     async def unsubscribe(self, interest: Interest) -> None:
-        """End ``interest`` after everything the server sent for it was handed over. Harmless when it has ended."""
+        """End ``interest``, once everything that the server sent for it was handed over. Harmless when it has ended."""
         if self._interests.pop(interest, self) is self:
             return
         current, interest.current = interest.current, None
@@ -386,7 +398,7 @@ class Connection:
             logger.debug("unsubscribing %s: %s", interest.subject, error)
 
     def holds(self, interest: Interest) -> bool:
-        """Whether ``interest`` goes on: `unsubscribe` ends it, and `close` ends all."""
+        """Whether ``interest`` has not been ended by `unsubscribe` or `close`."""
         return interest in self._interests
 
     async def barrier(self, timeout: float = 10.0) -> None:
