@@ -1,1 +1,1 @@
-"""What is shown: telemetry, service endpoints."""
+"""What a runtime shows of itself: counters, health, NATS services, spans and AutoGen's events."""

@@ -1,7 +1,7 @@
 """AutoGen's structured events on the logger ``autogen_core.events``.
 
-They are built only when somebody listens at INFO, and carry the payload only when that logger is at DEBUG: payloads
-stay out of logs otherwise (the field then holds ``"(payload at DEBUG only)"``).
+They are built only if that logger is enabled for INFO. They carry the payload only if it is enabled for DEBUG;
+otherwise the field holds ``"(payload at DEBUG only)"``, so that payloads stay out of logs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HIDDEN: Final = "(payload at DEBUG only)"
 
 
 def listening() -> bool:
-    """Whether anybody would see an event."""
+    """Whether events are logged."""
     return _logger.isEnabledFor(logging.INFO)
 
 

@@ -1,4 +1,4 @@
-"""The health of a runtime: what probes decide by, and what an operator looks at first."""
+"""The health of a runtime, for probes and operators."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """A runtime at one moment: the answer of `NatsAgentRuntime.health`.
+    """The health of a runtime at one moment: the result of `NatsAgentRuntime.health`.
 
-    Counts are since the start of the runtime, where nothing else is said.
+    Counts are since the start of the runtime, unless noted.
     """
 
     live: bool
@@ -18,20 +18,20 @@ class Health:
     ready: bool
     """Whether it is started, connected and in step with the registry, and not draining."""
     reasons: tuple[str, ...] = ()
-    """Why it is not live, or not ready: a sentence each. Empty for a ready runtime."""
+    """Why it is not live or not ready, one sentence per reason. Empty for a ready runtime."""
     worker_id: str | None = None
     """The id of this start; None while stopped."""
     uptime_seconds: float = 0.0
     """Seconds since it was started."""
     draining: bool = False
-    """Whether it is stopping: it takes no new messages, and finishes those that it took."""
+    """Whether it is stopping: it takes no new messages, and finishes those that it has taken."""
 
     server: str | None = None
-    """The connected server as host and port; None without one."""
+    """The connected server as host and port; None if there is none."""
     connected: bool = False
-    """Whether there is a connection. A server that hangs is found out within some seconds."""
+    """Whether it is connected. A server that hangs is noticed within some seconds."""
     reconnects: int = 0
-    """How often the connection was lost and came back. If it grows, the network is bad or the program too slow."""
+    """How often the connection was lost and came back. A growing count means a bad network or too slow a program."""
     in_step: bool = False
     """Whether the view of the registry is complete and everything that this runtime hosts is stored there."""
     workers: int = 0
@@ -40,9 +40,9 @@ class Health:
     agents: Mapping[str, int] = field(default_factory=dict)
     """The agent types that it hosts, and how many live agents each has here."""
     messages_handled: int = 0
-    """Calls and events that were handled here, including those that failed, since their types were registered."""
+    """Calls and events handled here since their types were registered, including those that failed."""
     messages_failed: int = 0
-    """How many of these ended in an error. Which types: ``natsrt agents stats``."""
+    """How many of these ended in an error. ``natsrt agents stats`` shows them by type."""
     handlers_running: int = 0
     """Handlers that run, or wait for their agent to be made."""
     messages_queued: int = 0
@@ -50,25 +50,25 @@ class Health:
     pending_bytes: int = 0
     """Bytes of the messages whose handlers have not started; they are queued, or wait for their agent."""
     max_pending_bytes: int = 0
-    """Bytes from which on calls are answered busy and events are dropped: the setting of this name."""
+    """The setting ``max_pending_bytes``: from this many bytes on, calls are answered busy and events dropped."""
     dropped_events: int = 0
     """Events that were dropped because `max_pending_bytes` was reached."""
     undelivered_events: int = 0
-    """Events for keyed agents that this runtime sent and for which no owner could be found."""
+    """Events for keyed agents that were sent from here and for which no owner could be found."""
     undecodable: int = 0
     """Messages that could not be read."""
     unknown_payloads: int = 0
     """Messages of a type that this process does not know."""
 
     refused_replies: int = 0
-    """Calls whose reply subject lies where no reply may be sent: `docs/permissions.md`."""
+    """Calls with a reply subject to which no reply may be sent: see ``docs/permissions.md``."""
     state_conflicts: int = 0
     """Instances of keyed agents that were dropped because their stored records were changed elsewhere."""
 
     calls_pending: int = 0
-    """Calls that were sent from here and wait for their end."""
+    """Calls that were sent from here and have not ended."""
     sends_under_way: int = 0
-    """Calls and events from here that have not come to their end, those that wait for the connection included."""
+    """Calls and events from here that have not ended, including those that wait for the connection."""
 
     @classmethod
     def stopped(cls, reason: str) -> Health:

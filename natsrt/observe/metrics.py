@@ -1,4 +1,4 @@
-"""Everything that a runtime counts, in one object that health, services and metrics read."""
+"""Everything that a runtime counts, in one object. Health, services and metrics read it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TypeCounters:
 
 @dataclass(slots=True)
 class Counters:
-    """What one start of a runtime counts. ``types``: the counters of each hosted agent type, which outlive a start."""
+    """The counts of one start of a runtime. ``types``: the counters of each hosted agent type, kept between starts."""
 
     types: Mapping[str, TypeCounters]
     sent: int = 0
@@ -52,7 +52,7 @@ class Counters:
     unknown_payloads: int = 0
     """Messages of a type that is unknown in this process."""
     refused_replies: int = 0
-    """Calls whose reply subject lies where no reply may be sent."""
+    """Calls with a reply subject to which no reply may be sent."""
     state_conflicts: int = 0
     """Instances of keyed agents that were dropped because their records were changed elsewhere."""
 

@@ -28,6 +28,7 @@ _VERBS: Final = ("PING", "INFO", "STATS")
 _TYPE: Final = "io.nats.micro.v1.{}_response"
 _NAME = re.compile(r"[^A-Za-z0-9_-]")
 _MAX_ERROR = 120
+"""Characters of an endpoint's last error that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,14 @@ class ServiceEndpoint:
 
 
 class Endpoints(Protocol):
-    """What knows the endpoints of a worker."""
+    """The endpoints of a worker."""
 
     def endpoints(self) -> Iterable[ServiceEndpoint]:
-        """The endpoints as they are now."""
+        """All present endpoints."""
 
 
 def service_name(name: str) -> str:
-    """``name`` with what ADR-32 does not allow in a service name replaced by ``_``."""
+    """``name`` as a service name: each character that ADR-32 does not allow is replaced by ``_``."""
     return _NAME.sub("_", name) or "natsrt"
 
 

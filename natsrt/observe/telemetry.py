@@ -16,9 +16,9 @@ and add ``natsrt.agent.type``, ``natsrt.agent.key``, ``natsrt.message.type`` and
 The trace context travels in the CloudEvents extensions ``traceparent`` and ``tracestate`` (CloudEvents distributed
 tracing extension, W3C Trace Context). Without a provider none of this code runs.
 
-Below a context that is not sampled no spans are opened, and the context is passed on as it came, if the provider's
-sampler says of itself that it leaves such spans out: OpenTelemetry's default one does. Any other sampler is asked for
-every span.
+Below a context that is not sampled, no spans are opened and the context is passed on unchanged, if the description of
+the provider's sampler shows that it would drop such spans. That is so for OpenTelemetry's default sampler. Any other
+sampler is asked for every span.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from natsrt.wire.envelope import attribute
 _DISABLE = "AUTOGEN_DISABLE_RUNTIME_TRACING"
 _propagator = TraceContextTextMapPropagator()
 _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
-"""The form that version 00 of Trace Context writes. Reading it here takes a third of the propagator's time."""
+"""A ``traceparent`` of version 00 of Trace Context. Reading it here takes a third of the propagator's time."""
 
 
 class _Covering:
-    """Ends its span with the block, and marks it where that failed. Gives the block what shall travel."""
+    """A context manager that ends a span with its block, and marks it if the block raised. Gives the trace context."""
 
     __slots__ = ("_carrier", "_span")
 
@@ -86,9 +86,9 @@ class Telemetry:
         return _Covering(trace.INVALID_SPAN, _carrier(span.get_span_context()))
 
     def continued(self, envelope: Mapping[str, Any]) -> Context | None:
-        """The context of a message's sender, for `processing`. None where no span shall be opened below it.
+        """The context of a message's sender, for `processing`. None if no span is to be opened below it.
 
-        Called in the handler's own task, where that context then is the current one.
+        Call it in the handler's own task: if it returns None, the sender's context is the current one from then on.
         """
         remote = _remote(envelope)
         if remote is None:
@@ -113,7 +113,7 @@ class Telemetry:
     ) -> _Covering:
         """A receive span that ends now, and a process span around the handler, current until the end of its task.
 
-        ``arrived`` by the clock of the event loop.
+        ``arrived``: when the message arrived, by the clock of the event loop in seconds.
         """
         message_id = str(envelope.get("id", ""))
         now, waited = time.time_ns(), asyncio.get_running_loop().time() - arrived
@@ -153,7 +153,7 @@ class Telemetry:
 
 
 def _follows_parents(provider: TracerProvider) -> bool:
-    """Whether the provider's sampler says in its description that it leaves out what is below an unsampled span."""
+    """Whether the description of the provider's sampler shows that it drops what is below an unsampled span."""
     describe = getattr(getattr(provider, "sampler", None), "get_description", str)
     description = str(describe())
     return (
@@ -172,7 +172,7 @@ def _carrier(context: SpanContext) -> str:
 
 
 def _remote(envelope: Mapping[str, Any]) -> SpanContext | None:
-    """The sender's span, as a message tells it; None where it tells none that can be read."""
+    """The sender's span as given in a message; None if there is none, or if it cannot be read."""
     parent = envelope.get("traceparent")
     if not isinstance(parent, str):
         return None
@@ -191,7 +191,7 @@ def _fail(span: Span, error: BaseException) -> None:
 
 
 def telemetry_for(provider: TracerProvider | None, worker_id: str) -> Telemetry | None:
-    """A Telemetry, or None where nobody records.
+    """A Telemetry; None if no spans are recorded.
 
     ``provider`` None means OpenTelemetry's global provider, if one is set. AutoGen's environment variable
     ``AUTOGEN_DISABLE_RUNTIME_TRACING=true`` turns spans off.

@@ -1,1 +1,1 @@
-"""What touches the connection: connecting and supervising, calls and their replies."""
+"""The connection to NATS and what uses it directly: calls, replies, questions to other workers, cancellation."""

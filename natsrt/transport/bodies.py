@@ -1,7 +1,7 @@
-"""Bodies on their way out and in: the one place that knows how a payload becomes the data of a NATS message.
+"""Converts payloads to the data of NATS messages, and back. This is the only place that does so.
 
-A body that goes out is put into its envelope, if it has one, and its size is checked: the server closes a connection
-that sends too much. A payload that is too large for one message would be sent by reference here, and fetched here.
+An outgoing body is put into its envelope, if it has one, and its size is checked, because the server closes a
+connection that sends too large a message. Payloads by reference, for those too large for one message, belong here too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Bodies:
         return body
 
     def pack_message(self, kind: str, attributes: str, encoded: Encoded) -> bytes:
-        """The same for a message of the user's."""
+        """A body of ``kind`` with a user's message. Raises `MessageTooLarge`."""
         body = envelope.encode(kind, attributes, encoded.payload, encoded.content_type)
         self._connection.check_size(body)
         return body
@@ -47,7 +47,7 @@ class Bodies:
         return payload
 
     def repack(self, body: Envelope, **changes: str | None) -> bytes:
-        """The body of a message that is forwarded, with other attributes; None takes one away.
+        """The body of a message that is forwarded, with changed attributes; None removes one.
 
         Raises `MessageTooLarge`.
         """

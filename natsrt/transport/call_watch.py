@@ -1,12 +1,14 @@
 """Watches the calls that take long: asks the workers about them, and ends those that nobody will answer.
 
-`natsrt.transport.call_judgement` decides; here the decisions are carried out. `natsrt.hosting.call_log` and
-`natsrt.hosting.peer_answers` are the workers' side.
+`natsrt.transport.call_judgement` decides, this module acts. The workers' side is in `natsrt.hosting.call_log` and
+`natsrt.hosting.peer_answers`.
 
-A worker accepts a call that takes longer than its ``accept_after``; from then on it is asked about the call. A call
-that is neither answered nor accepted after ``check_after`` seconds is checked against the directory. While the
-connection is down only ``offline_timeout`` counts; after it is back every pending call is asked for, because its reply
-may have been lost between two reconnects.
+- A worker accepts a call that takes longer than its ``accept_after``. From then on it is asked about the call.
+- A call that is neither answered nor accepted after ``check_after`` seconds is watched: its workers are asked. If the
+  directory lists none, it is read afresh.
+- While the connection is down, calls only fail by ``offline_timeout``.
+- After a reconnect every pending call is asked for, because its reply may have been lost while either side was
+  disconnected.
 """
 
 from __future__ import annotations
@@ -32,19 +34,20 @@ from natsrt.wire import envelope
 logger = logging.getLogger("natsrt.calls")
 
 _TICK = 0.05
-"""Seconds between two rounds while calls are pending: how late a verdict may come."""
+"""Seconds between two rounds while calls are pending: a verdict is at most that late. Short against ``check_after``."""
 _ASK_EVERY = 0.5
 """Seconds between two questions to one worker."""
 _MAX_QUESTIONS = 500
-"""Calls in one question: about 25 kB, far below every server's ``max_payload``."""
+"""Calls in one question: about 25 kB, far below the ``max_payload`` of any server."""
 _ANSWER = "an answer about calls"
+"""What such a message is called in errors."""
 
 
 class Directory(Protocol):
-    """Who hosts what, as far as a caller needs to know."""
+    """Which workers host which agents, as far as callers need it."""
 
     def subject_of(self, recipient: AgentId) -> str:
-        """The subject on which ``recipient`` is to be called."""
+        """The subject on which ``recipient`` is called."""
 
     def worker_subject(self, worker_id: str) -> str:
         """The subject on which ``worker_id`` is asked about calls."""
@@ -53,21 +56,21 @@ class Directory(Protocol):
         """The live workers that may host ``recipient``, from the present view."""
 
     async def verify(self, recipient: AgentId) -> NatsrtError | None:
-        """Read afresh: None if a live worker may host ``recipient``, else the failure that says why not."""
+        """Read the directory afresh. None if a live worker may host ``recipient``; else an error that says why not."""
 
     def suspect(self, worker_id: str) -> None:
-        """``worker_id`` did not answer: check whether it is still there."""
+        """Check whether ``worker_id`` is still alive, because it did not answer."""
 
     def all_stayed(self, since: float) -> bool:
         """Whether no worker has left since the time ``since`` of the event loop's clock."""
 
 
 class NeverReceived(Exception):
-    """The call was lost on its way: it can be sent again."""
+    """The call was lost on its way, and can be sent again."""
 
 
 class CallWatch:
-    """The pending calls of one runtime, and what becomes of them. A `Listener` of its connection."""
+    """The pending calls of one runtime, each watched until it ends. A `Listener` of its connection."""
 
     def __init__(
         self, connection: Connection, inbox: Inbox, probe: Probe, options: Options, directory: Directory
@@ -81,10 +84,10 @@ class CallWatch:
         self.pending: dict[str, PendingCall] = {}
         """The calls that have not ended, by their reply subjects, the oldest first."""
         self._watched: dict[str, PendingCall] = {}
-        """Those of them that take long, or were accepted."""
+        """The pending calls that take long, or were accepted, by their reply subjects."""
         self._watcher: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._checks = BackgroundTasks(logger, "checking a call failed")
+        self._checks = BackgroundTasks(logger, "a check of a call failed")
         self._down_since: float | None = None
         self._up_since = 0.0
         self.accept_to = ""
@@ -146,7 +149,7 @@ class CallWatch:
             if call.subject.lower() == denied.subject.lower():
                 call.fail(PermissionDenied(denied.operation, call.subject))
 
-    # -- what workers say ----------------------------------------------------------------------------------------
+    # -- what workers answer -------------------------------------------------------------------------------------
 
     def _on_accepted(self, message: Msg) -> None:
         data = _data(message, envelope.ACCEPTED)
@@ -161,7 +164,7 @@ class CallWatch:
         self._asked(worker_id).heard()
 
     def _on_answer(self, worker_id: str, message: Msg) -> None:
-        """A worker says what became of the calls that it was asked about."""
+        """Take in a worker's answer to a question about calls, or the server's report that it does not listen."""
         asked, now = self._asked(worker_id), asyncio.get_running_loop().time()
         if is_nobody(message):
             asked.gone(now)
@@ -178,10 +181,8 @@ class CallWatch:
                 call.accepted_by = worker_id
         for reply in unknown:
             call = self.pending.get(reply)
-            if call is not None:
-                call.unknown(worker_id, remembers, now)
-                if call.accepted_by == worker_id:
-                    call.fail(WorkerLost(str(call.recipient), worker_id, "it no longer knows the call"))
+            if call is not None and call.unknown(worker_id, remembers, now):
+                call.fail(WorkerLost(str(call.recipient), worker_id, "it no longer knows the call"))
 
     def _asked(self, worker_id: str) -> AskedWorker:
         if worker_id not in self._judge.asked:
@@ -211,9 +212,9 @@ class CallWatch:
                 elif self._watched:
                     await self._ask_about(self._judge_all(now), now)
             except NatsrtError as error:  # the connection went down in between: the next round sees it
-                logger.debug("asking about calls: %s", error)
-            except Exception:  # without the watch every later call could hang
-                logger.exception("looking after the calls failed")
+                logger.debug("could not ask about calls: %s", error)
+            except Exception:  # the watch must go on: without it every later call could hang
+                logger.exception("a round of the watch over calls failed")
 
     def _fail_offline(self, now: float, down_since: float) -> None:
         limit = self._options.offline_timeout
@@ -244,18 +245,23 @@ class CallWatch:
                 case Verdict.NEVER_RECEIVED:
                     call.fail(NeverReceived())
                 case Verdict.LOST:
-                    call.fail(WorkerLost(str(call.recipient), None, "no worker of its type knows the call"))
+                    self._lost(call)
         return questions
 
+    def _lost(self, call: PendingCall) -> None:
+        worker_id = call.accepted_by
+        if worker_id is None:
+            call.fail(WorkerLost(str(call.recipient), None, "no worker of its type knows the call"))
+        else:
+            self._directory.suspect(worker_id)
+            call.fail(WorkerLost(str(call.recipient), worker_id, "it does not answer any more"))
+
     async def _ask_about(self, questions: dict[str, list[PendingCall]], now: float) -> None:
-        """Ask each worker about its calls where a question is due, and end the accepted calls of lost workers."""
+        """Ask each worker about its calls if a question is due, and forget the workers about which nothing is asked."""
         for worker_id, calls in questions.items():
             asked = self._asked(worker_id)
             if self._judge.is_lost(worker_id, now, self._connection.settled):
                 self._directory.suspect(worker_id)
-                for call in calls:
-                    if call.accepted_by == worker_id:
-                        call.fail(WorkerLost(str(call.recipient), worker_id, "it does not answer any more"))
             if now - asked.asked_at >= _ASK_EVERY:
                 if asked.silent_since is not None and now - asked.silent_since >= _ASK_EVERY:
                     self._checks.spawn(self._look_for(worker_id, asked))
@@ -273,11 +279,11 @@ class CallWatch:
             await self._connection.publish(subject, body, reply=reply)
 
     async def _look_for(self, worker_id: str, asked: AskedWorker) -> None:
-        """Ask the server whether a silent worker still listens: a tap hides its "no responders"."""
+        """Ask the server whether a silent worker still listens. A tap would hide its "no responders"."""
         try:
             listens = await self._probe.responder_exists(self._directory.worker_subject(worker_id))
         except NatsrtError as error:  # the connection went down in between
-            logger.debug("looking for worker %s: %s", worker_id, error)
+            logger.debug("could not look for worker %s: %s", worker_id, error)
             return
         if listens:
             asked.listens()
@@ -287,7 +293,7 @@ class CallWatch:
     # -- calls without a worker ----------------------------------------------------------------------------------
 
     def _check(self, call: PendingCall, now: float) -> None:
-        """No live natsrt worker is known that could answer: find out what that means."""
+        """Look after a call for which the directory lists no worker: start a check, or apply ``plain_timeout``."""
         if call.plain_until is not None:
             if now > call.plain_until:
                 call.fail(CallTimeout(str(call.recipient), self._options.plain_timeout, "plain_timeout"))
@@ -296,6 +302,7 @@ class CallWatch:
             self._checks.spawn(self._verify(call))
 
     async def _verify(self, call: PendingCall) -> None:
+        """Fail the call if no worker may host its recipient and no plain responder listens on its subject."""
         began = asyncio.get_running_loop().time()
         try:
             failure = await self._directory.verify(call.recipient)
@@ -305,16 +312,16 @@ class CallWatch:
                 call.plain_until = call.sent_at + self._options.plain_timeout
                 return
             call.fail(failure)
-        except NatsrtError as error:  # the registry is out of reach
-            logger.debug("checking a call to %s: %s", call.recipient, error)
+        except NatsrtError as error:  # the directory could not be read
+            logger.debug("could not check a call to %s: %s", call.recipient, error)
             if self._down_since is None and self._up_since < began:
-                call.fail(error)  # tried for seconds over a connection that held; else the next round tries again
+                call.fail(error)  # the connection held all the time; if it did not, the next round tries again
         finally:
             call.checking = False
 
 
 def stopped(recipient: AgentId, worker_id: str | None = None) -> WorkerLost:
-    """What a call is told whose own runtime was stopped."""
+    """The error of a call whose own runtime was stopped."""
     return WorkerLost(str(recipient), worker_id, "this runtime was stopped")
 
 

@@ -2,13 +2,13 @@
 
 Rules:
 
-1. Every call has a reply subject of its own; what arrives there belongs to that call and to nothing else.
-2. "No responders" is a short cut, never the only signal: any tap (``nats sub '>'``) hides it.
-3. A call is sent again where nobody has handled it: nobody listened, every worker was busy, it was lost on its way.
-   `Attempts` says how often and for how long.
-4. What takes longer is watched: see `natsrt.transport.call_watch`.
+1. Every call has a reply subject of its own. A message on that subject belongs to that call only.
+2. "No responders" only speeds things up. No decision depends on it alone, because any tap (``nats sub '>'``) hides it.
+3. A call is sent again only if it was not handled: nobody listened, every worker was busy, or it was lost on its way.
+   `Attempts` decides how often and for how long.
+4. A call that takes longer is watched: see `natsrt.transport.call_watch`.
 
-Every wait has an end: a reply, a failure, ``offline_timeout``, ``plain_timeout`` or the caller's own.
+Every wait ends: with a reply or a failure, by ``offline_timeout`` or ``plain_timeout``, or by the caller's own limit.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from natsrt.transport.inbox import Inbox, is_nobody
 from natsrt.wire.failures import BUSY, SERVICE_ERROR_CODE
 
 _RESENDS = 3
-"""How often a call is sent again that was lost on its way. Each time takes about a second, so this ends within five."""
+"""How often a call that was lost on its way is sent again. Each time takes about a second, so all take below 5 s."""
 _FIRST_PAUSE = 0.02
-"""Seconds before the first new attempt: in a cluster, a subscription is known everywhere within milliseconds."""
+"""Seconds before a call is first sent again. In a cluster, all servers have a new subscription within milliseconds."""
 _NOBODY_PAUSE = 0.25
-"""Seconds between two attempts at most, where nobody listens."""
+"""The longest pause in seconds between two attempts if nobody listens."""
 _BUSY_PAUSE = 0.05
-"""Seconds between two attempts at most, where workers are busy: a queue group chooses by chance, so it takes some
-attempts to find one that has room."""
+"""The longest pause in seconds between two attempts if a worker is busy. It is short because a queue group chooses a
+worker at random: it may take several attempts to reach one that has room."""
 _BUSY = str(BUSY)
 
 Link = Callable[[asyncio.Future[Any]], None]
@@ -44,7 +44,7 @@ Link = Callable[[asyncio.Future[Any]], None]
 
 
 class Destination(Protocol):
-    """Where a keyed agent lives. Until that is known, messages for it wait, in order."""
+    """Where a keyed agent lives. Until its owner is known, messages for it wait, in order."""
 
     subject: str
 
@@ -52,20 +52,20 @@ class Destination(Protocol):
         """True if a message may be sent now. Also extends the lease, as if one had been sent."""
 
     def join(self) -> asyncio.Future[None]:
-        """Enter the queue, from this moment on."""
+        """Take the next place in the queue of messages, now. Returns the turn for `wait`."""
 
     async def wait(self, turn: asyncio.Future[None]) -> None:
-        """Return when the message of ``turn`` may be sent; it must be sent at once."""
+        """Return when the message of ``turn`` may be sent. It must be sent at once."""
 
     def lost(self) -> None:
-        """Nobody listens there any more."""
+        """Note that the owner must be looked up again: a message did not reach it, or it was refused."""
 
     def owner_lost(self) -> None:
-        """The worker that owns the agent was lost, and with it all agents that it owned."""
+        """Note that the worker that owns the agent was lost, and with it all agents that it owned."""
 
 
 class Attempts:
-    """The attempts of one call, and whether another one may follow. Pure: times are given to it."""
+    """Counts the attempts of one call, and decides whether another one follows. No I/O: times are passed in."""
 
     __slots__ = ("_options", "_pause", "_refused_at", "_times_lost")
 
@@ -77,19 +77,19 @@ class Attempts:
         self._pause = _FIRST_PAUSE
 
     def lost(self) -> bool:
-        """The call was lost on its way. Returns whether to send it again."""
+        """Note that the call was lost on its way. Returns whether to send it again."""
         self._times_lost += 1
         self._refused_at = None
         return self._times_lost <= _RESENDS
 
     def nobody(self, now: float) -> float | None:
-        """Nobody listened. Returns the seconds to wait before sending again; None: give up."""
+        """Note that nobody listened. Returns the seconds to wait before the call is sent again; None: give up."""
         if now - self._since(now) + self._pause > self._options.no_responders_retry:
             return None
         return self._next_pause(_NOBODY_PAUSE)
 
     def busy(self, now: float) -> float | None:
-        """A worker was busy. Returns the seconds to wait before sending again; None: give up."""
+        """Note that a worker was busy. Returns the seconds to wait before the call is sent again; None: give up."""
         if now - self._since(now) > self._options.busy_retry:
             return None
         return self._next_pause(_BUSY_PAUSE)
@@ -105,7 +105,7 @@ class Attempts:
 
 
 class Calls:
-    """The calling side of one runtime."""
+    """Sends the calls of one runtime, and returns their replies."""
 
     def __init__(
         self, connection: Connection, inbox: Inbox, watch: CallWatch, options: Options, directory: Directory
@@ -128,7 +128,7 @@ class Calls:
         return self._watch.accept_to
 
     def awaited(self) -> Iterator[tuple[str, object]]:
-        """The calls that wait for their replies on behalf of somebody, each by its reply subject, and who that is."""
+        """The reply subject and ``awaited_by`` of each pending call that was sent with one."""
         for reply, call in self._watch.pending.items():
             if call.awaited_by is not None:
                 yield reply, call.awaited_by
@@ -138,7 +138,7 @@ class Calls:
         self._open = True
 
     async def stop(self) -> None:
-        """End the watch. Calls that are still pending fail, and so do those that are sent from now on."""
+        """End the watch. Pending calls fail with `WorkerLost`, and so do calls that are made from now on."""
         self._open = False
         await self._watch.stop()
 
@@ -154,19 +154,20 @@ class Calls:
         headers: dict[str, str] | None = None,
         awaited_by: object | None = None,
     ) -> Msg:
-        """Send ``body``, and return the reply, whatever it is.
+        """Send ``body``, and return the reply, which may also be an error or a refusal.
 
-        Cancelling this coroutine forgets the call; it does not cancel the handler: tokens do that.
+        Cancelling this coroutine only forgets the call. To cancel the handler, use a cancellation token.
 
         Args:
             recipient: The agent that is called.
             body: The message, ready to be sent.
             subject: The subject to send to; None: where the directory says.
             destination: That of a keyed agent, which names the subject; None for all others.
-            sent: Called once the message is in the client's buffer, or stands in the queue of its destination.
-            link: Given every future that is waited for.
-            headers: Those of a plain call; None for none.
-            awaited_by: Shown by `awaited`; None: not shown.
+            sent: Called when the message is in the client's buffer, or in the queue of its destination. May be called
+                more than once. None: nothing is called.
+            link: Called with every future that is waited for; None: nothing is called.
+            headers: The headers of a plain call; None for none.
+            awaited_by: What waits for the reply, shown by `awaited`; None: not shown.
 
         Raises:
             UndeliveredCall: One of its subclasses says why there is no reply.
@@ -229,9 +230,9 @@ class Calls:
     async def _pause(
         self, reply: Msg, recipient: AgentId, destination: Destination | None, attempts: Attempts
     ) -> float | None:
-        """Seconds after which to send again; None: ``reply`` is what the caller gets.
+        """Seconds after which to send the call again; None: the caller gets ``reply``.
 
-        Raises what it means that nobody listens.
+        Raises an error if nobody listens and the call cannot be sent again.
         """
         now = asyncio.get_running_loop().time()
         if is_nobody(reply):

@@ -1,11 +1,11 @@
-"""Cancellation tokens that reach over processes.
+"""Cancellation tokens that work across processes.
 
-A token gets an id when it is first sent; the id travels as ``cancelid`` with every message that carries the token.
-``cancel()`` on any copy, in any process, is one message on the cancel subject, and sets every copy. AutoGen's meaning
-is kept: a token tells a handler, it does not end its task.
+A token gets an id when it is first sent. The id travels as ``cancelid`` with every message that carries the token.
+``cancel()`` on any copy, in any process, is announced on the cancel subject and cancels every copy. As in AutoGen, a
+cancelled token only informs the handler; it does not end the handler's task.
 
-An id that is cancelled before its message arrives is remembered for some seconds, because calls and the cancel subject
-may take different ways through a cluster.
+A cancellation may arrive before the message with its token, because the two may take different ways through a cluster.
+So the ids of cancellations are kept for `_REMEMBER` seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from autogen_core import CancellationToken
 from nats.aio.msg import Msg
 from nats.nuid import NUID
 
+from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError
 from natsrt.transport.connection import Connection, Interest
 from natsrt.wire import envelope
@@ -28,13 +29,15 @@ from natsrt.wire import envelope
 logger = logging.getLogger("natsrt.cancellation")
 
 _REMEMBER = 30.0
+"""Seconds for which the id of an announced cancellation is kept for messages that arrive later."""
 _REPEATS = (1.0, 3.0, 6.0)
 """Seconds between the announcements of one cancellation."""
 _REMEMBER_AT_MOST = 10_000
+"""Ids of announced cancellations that are kept at a time; the oldest are dropped first."""
 
 
 class _Shared:
-    """What this runtime knows of one token. The token's callback keeps it alive, and it dies with the token."""
+    """The id of one token, and the futures that it cancels. Kept by the token's callback, so it lives as the token."""
 
     __slots__ = ("__weakref__", "cancel_id", "futures")
 
@@ -44,7 +47,7 @@ class _Shared:
 
 
 class Cancellations:
-    """The tokens of one runtime that travel, or arrived."""
+    """The tokens that one runtime sent or received."""
 
     def __init__(self, connection: Connection, subject: str) -> None:
         self._connection = connection
@@ -59,7 +62,7 @@ class Cancellations:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._unsent: set[str] = set()
         self._announced: set[str] = set()
-        self._sending: set[asyncio.Task[None]] = set()
+        self._announcing = BackgroundTasks(logger, "a cancellation could not be announced")
         connection.add_listener(self)
 
     async def start(self) -> None:
@@ -68,23 +71,21 @@ class Cancellations:
         self.connection_made()
 
     async def stop(self) -> None:
-        await asyncio.sleep(0)  # what was cancelled just now is said at least once
-        for announcing in list(self._sending):
-            announcing.cancel()
-        await asyncio.gather(*self._sending, return_exceptions=True)
+        await asyncio.sleep(0)  # what was cancelled just now is announced at least once
+        await self._announcing.cancel()
         if self._interest is not None:
             await self._connection.unsubscribe(self._interest)
             self._interest = None
 
     def connection_lost(self) -> None:
-        """Nothing to do: what is cancelled meanwhile is said when the connection is back."""
+        """Does nothing: what is cancelled meanwhile is announced when the connection is back."""
 
     def connection_made(self) -> None:
-        """Say again what was cancelled of late: it may have been lost with the connection."""
+        """Announce again what was cancelled lately: it may have been lost with the connection."""
         if self._interest is None:
             return
         for cancel_id in {*self._unsent, *self._announced}:
-            self._announce(cancel_id)
+            self._announcing.spawn(self._announce(cancel_id))
 
     # -- sending -------------------------------------------------------------------------------------------------
 
@@ -129,15 +130,10 @@ class Cancellations:
             self._from_wire.discard(shared.cancel_id)
             return
         self._announced.add(shared.cancel_id)
-        self._announce(shared.cancel_id)
+        self._announcing.spawn(self._announce(shared.cancel_id))
 
-    def _announce(self, cancel_id: str) -> None:
-        task = asyncio.create_task(self._repeat(cancel_id))
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
-
-    async def _repeat(self, cancel_id: str) -> None:
-        """Say it several times: whoever was reconnecting would not hear it else. Hearing it twice changes nothing."""
+    async def _announce(self, cancel_id: str) -> None:
+        """Publish a cancellation several times, for runtimes that are reconnecting. A repetition changes nothing."""
         for pause in _REPEATS:
             await self._broadcast(cancel_id)
             await asyncio.sleep(pause)
@@ -151,12 +147,16 @@ class Cancellations:
             self._unsent.discard(cancel_id)
         except NatsrtError as error:
             self._unsent.add(cancel_id)
-            logger.info("a cancellation could not be sent yet: %s", error)
+            logger.info("a cancellation could not be announced yet: %s", error)
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def token_of(self, cancel_id: str | None) -> CancellationToken:
-        """The token of an arriving message: the same object for all messages of one id, while somebody holds it."""
+        """The token of a message that arrived.
+
+        All messages of one id get the same object, as long as anything refers to it. None: a new token that no other
+        process can cancel.
+        """
         if cancel_id is None:
             return CancellationToken()
         token = self._tokens.get(cancel_id)
@@ -187,5 +187,5 @@ class Cancellations:
         self._from_wire.add(cancel_id)
         try:
             token.cancel()
-        except Exception:  # callbacks that users attached run here
+        except Exception:  # from a callback that a user attached
             logger.exception("a callback of a cancellation token failed")

@@ -1,13 +1,13 @@
-"""nats-py's client, where natsrt needs it different.
+"""nats-py's client, with changes that natsrt needs.
 
-What is overridden here nats-py keeps to itself, because there is no public way. ``tests/test_client.py`` pins each:
+The overridden methods are private to nats-py, because it has no public way. ``tests/test_client.py`` tests each:
 
-- `_Parser` cuts what the server sends into whole frames and hands a message without headers straight to its sink:
+- `_Parser` cuts what the server sends into whole frames, and hands a message without headers straight to its sink:
   1.2 µs instead of 2.1. Every other frame goes to nats-py's own parser.
-- `NatsClient.post` queues a message where nothing makes it wait: 0.6 µs instead of 1.2.
-- `NatsClient.listen` spares a subscription the queue that a sink never uses: 3 kB for each keyed agent.
-- ``_build_message`` and ``_process_headers``: the server passes on subjects that are not UTF-8 and headers that nobody
-  can read, and either ends nats-py's read loop without a word.
+- `NatsClient.post` queues a message if it need not wait: 0.6 µs instead of 1.2.
+- `NatsClient.listen` makes a subscription without the queue that a sink never uses: 3 kB less for each keyed agent.
+- ``_build_message`` and ``_process_headers`` tolerate subjects that are not UTF-8 and unreadable headers. The server
+  delivers both, and in nats-py either ends the read loop without an error.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from natsrt.errors import CannotDecode
 logger = logging.getLogger("natsrt.connection")
 
 _PONG_AT_LAST = 60
-"""Seconds after which the server's answer to a ping comes no more: the client has long been replaced."""
+"""Seconds after which an answer to a ping is no longer waited for. The client has long been replaced by then."""
 
 Sink = Callable[[Msg], None]
 Unreadable = Callable[[CannotDecode], None]
-"""Told of what arrived and cannot be read."""
+"""Called with an error for each message that cannot be read."""
 
 
 class Ordered:
-    """What nats-py takes for a future: it calls `set_result` for every message, in wire order."""
+    """Passed to nats-py as a future, so that it calls `set_result` for every message, in wire order."""
 
     __slots__ = ("_sink", "_unreadable")
 
@@ -64,11 +64,11 @@ class _Parser(Parser):
     def reset(self) -> None:
         super().reset()
         self._begun = bytearray()
-        """The frame that has not arrived as a whole."""
+        """The frame that has not arrived completely."""
         self._missing = 0
-        """Bytes that it has at least when it is whole."""
+        """The least number of bytes that it has when complete; 0 if that is not known."""
         self._life = object()
-        """Another one after every reset: a frame that is handled may turn out to be the connection's last."""
+        """A new object after every reset, because handling a frame may end the connection and reset the parser."""
 
     async def parse(self, data: bytes = b"") -> None:
         if self._begun:
@@ -113,9 +113,9 @@ class _Parser(Parser):
 
 
 class NatsClient(Client):
-    """nats-py's client, with a flush that is the last thing on the wire when it is sent, and a read loop that lives.
+    """nats-py's client, with a flush whose PING comes after everything queued before, and a read loop that goes on.
 
-    ``unreadable`` is told of every message that nats-py cannot read.
+    ``unreadable`` is called for every message that nats-py cannot read; in nats-py, such a message ends the read loop.
     """
 
     def __init__(self, unreadable: Unreadable) -> None:
@@ -128,18 +128,18 @@ class NatsClient(Client):
         self._nothing_waits: asyncio.Queue[Msg] = asyncio.Queue()
 
     async def listen(self, subject: str, queue: str, sink: Ordered) -> Subscription:
-        """Hand every message on ``subject`` to ``sink``.
+        """Hand every message on ``subject`` to ``sink``. ``queue``: the queue group; empty for none.
 
-        The subscription has no queue of its own for messages that wait, which would take 3 kB.
+        The subscription has no queue of its own for waiting messages, which would take 3 kB.
         """
         subscription = await self.subscribe(subject, queue=queue, future=cast(Any, sink))
         subscription._pending_queue = self._nothing_waits
         return subscription
 
     def post(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None = None) -> bool:
-        """Queue a message. False where that is left to `publish`, which may have to wait, or to refuse.
+        """Queue a message if that needs no waiting. Returns False if it was not queued: use `publish`, which may wait.
 
-        ``headers`` must be sound: `publish` looks for line ends in them.
+        ``headers`` must not contain line ends: this is not checked here, as `publish` does.
         """
         flushes = self._flush_queue
         if headers:
@@ -171,7 +171,7 @@ class NatsClient(Client):
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
     ) -> Msg | None:
-        """The message, or None for one that is left out."""
+        """The message; None for one that cannot be read."""
         try:
             # By position: a dataclass with nine fields takes four times as long by name.
             return Msg(self, subject.decode(), reply.decode(), data, headers, None, False, sid)
@@ -180,7 +180,7 @@ class NatsClient(Client):
             return None
 
     async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        """The headers; a block that cannot be read counts as none."""
+        """The headers; None if there are none, or if they cannot be read."""
         if not headers:
             return None
         try:
@@ -190,7 +190,10 @@ class NatsClient(Client):
             return None
 
     async def flush(self, timeout: float = 10) -> None:
-        """Return when the server has processed all that was sent before. Those who come meanwhile share the next."""
+        """Return when the server has processed all that was sent before. Calls during a flush share the next one.
+
+        Raises nats-py's ``FlushTimeoutError`` after ``timeout`` seconds, and ``ConnectionClosedError`` when closed.
+        """
         flush = self._next_flush
         if flush is None:
             flush = self._next_flush = asyncio.create_task(self._flush_after(self._flushing, timeout))
@@ -201,7 +204,7 @@ class NatsClient(Client):
         flush.result()
 
     async def _flush_after(self, other: asyncio.Task[None] | None, timeout: float) -> None:
-        """A flush that begins when the ``other`` one has ended. It is the next one until its PING is sent."""
+        """Flush after the ``other`` flush has ended (None: at once). Until its PING is sent, further calls share it."""
         if other is not None:
             await asyncio.wait({other})
         deadline = asyncio.get_running_loop().time() + timeout
@@ -222,9 +225,9 @@ class NatsClient(Client):
         ping.result()
 
     def ping(self) -> asyncio.Task[float]:
-        """A round trip to the server, to be waited for with ``asyncio.wait`` and never to be cancelled.
+        """Start a round trip to the server. Wait for it with ``asyncio.wait``, and never cancel it.
 
-        A PONG for a ping whose future was cancelled, which nats-py also does when its time is up, ends the read loop.
+        The PONG for a cancelled ping ends nats-py's read loop. nats-py itself cancels a ping when its time is up.
         """
         ping = asyncio.create_task(self.rtt(_PONG_AT_LAST))
         self._pings.add(ping)
@@ -233,7 +236,7 @@ class NatsClient(Client):
         return ping
 
     async def close(self) -> None:
-        """Close, and let go of everybody who waits for this client, also where nats-py forgets them."""
+        """Close, and end every wait for this client, including those that nats-py leaves waiting."""
         try:
             await super().close()
         finally:
@@ -244,12 +247,12 @@ class NatsClient(Client):
                 flushed = queue.get_nowait()
                 if not flushed.done():
                     flushed.set_result(None)
-                await asyncio.sleep(0)  # whoever waited for room in the queue comes next
+                await asyncio.sleep(0)  # a publisher that waited for room in the queue now enters it
             if self._transport is not None:  # still open where nats-py gave up sending what a hung server did not take
                 self._transport.close()  # type: ignore[no-untyped-call]
 
 
 def retrieve(task: asyncio.Future[Any]) -> None:
-    """Look at the outcome of a task that perhaps nobody waits for any more."""
+    """Retrieve a task's exception, so that asyncio does not report it when nothing awaits the task any more."""
     if not task.cancelled():
         task.exception()

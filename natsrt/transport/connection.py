@@ -2,16 +2,18 @@
 
 Rules:
 
-1. Everything that arrives on any subscription is handed to its sink synchronously and in wire order. nats-py calls
-   ``set_result`` of the object passed as ``future`` from its read loop; order holds over subscriptions only this way,
-   because its callbacks run in a task per subscription. A sink never waits, and raises nothing but `CannotDecode` for
-   what it cannot read, which is logged and counted here: any other exception there makes the connection deaf.
-2. The connection comes back for ever. nats-py reconnects by itself, except where the server answered ``-ERR`` (it
-   closes for good), where its read loop died (it stays "connected" and hears nothing), and where a hung server with
-   unsent data blocks its reconnecting. In those cases the supervisor builds a new client and subscribes everything
-   again.
-3. `barrier` proves that the server has processed all that was sent before: nats-py's own ``flush`` may write its PING
-   ahead of commands that are still queued.
+1. Every message is handed to the sink of its subscription synchronously and in wire order. For this, a sink is passed
+   to nats-py as a ``future``, whose ``set_result`` nats-py calls in its read loop. Callbacks would lose the order over
+   several subscriptions, because nats-py runs them in one task per subscription. A sink must not wait, and must raise
+   only `CannotDecode`, for a message that it cannot read; such messages are logged and counted here. Any other
+   exception would end nats-py's read loop, so `Ordered` catches and logs it.
+2. The connection never gives up. nats-py reconnects by itself, with three exceptions: after ``-ERR`` it closes for
+   good; if its read loop dies, it stays "connected" and receives nothing; a hung server with unsent data keeps it from
+   reconnecting. In these cases the supervisor connects a new client and repeats every subscription on it.
+3. `barrier` returns only after the server has processed everything that was sent before. nats-py's own ``flush`` does
+   not ensure that: it may write its PING ahead of commands that are still queued.
+
+`natsrt.transport.connector` connects and closes clients.
 """
 
 from __future__ import annotations
@@ -24,33 +26,35 @@ from collections.abc import Awaitable, Callable, Generator
 from typing import Protocol, cast
 
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js import JetStreamContext
 
 from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
+from natsrt.transport.connector import Connector, abandon, close_quietly
 
 logger = logging.getLogger("natsrt.connection")
 
 HEADER_OVERHEAD = 12
-"""Bytes of ``NATS/1.0`` and the line ends around a header block; the server counts them towards max_payload."""
+"""Bytes of ``NATS/1.0`` and the line ends around a header block, which the server counts towards ``max_payload``."""
 
 _VIOLATION = re.compile(r"permissions violation for (publish|subscription)\w* to \"?([^\"\s]+)", re.IGNORECASE)
 _WATCH_INTERVAL = 1.0
-_ONE_ATTEMPT = 2.0
-"""Seconds for one server to accept a connection."""
+"""Seconds between two checks whether the client still answers."""
 _ONE_REQUEST = 2.0
 """Seconds for one request to JetStream: one that arrives while a cluster elects a leader is never answered."""
 _SLICE = 0.5
+"""Seconds of one slice of a wait for the server. A wait is cut into slices, so that a time in which the event loop was
+blocked counts as one slice only."""
 _PATIENCE = 6
+"""Slices without a sign of life (3 s) after which a client is replaced."""
 _SETTLED = 4.0
 """Seconds after a reconnect during which other runtimes may still be reconnecting."""
 
 
 class _Queued:
-    """What is awaited for a message that is queued already."""
+    """The awaitable for a message that is queued already: awaiting it does not suspend."""
 
     def __await__(self) -> Generator[None, None, None]:
         return _NO_WAIT
@@ -61,7 +65,7 @@ _QUEUED = _Queued()
 
 
 class Interest:
-    """A subscription that outlives the client: `Connection` repeats it on every new one."""
+    """A subscription that outlives its client: `Connection` repeats it on every new client."""
 
     __slots__ = ("current", "future", "queue", "subject")
 
@@ -73,7 +77,7 @@ class Interest:
 
 
 class Listener(Protocol):
-    """What wants to know of the connection's ups and downs. Neither method may raise or block."""
+    """Gets notice when the connection is lost and made. Neither method may raise or block."""
 
     def connection_lost(self) -> None: ...
     def connection_made(self) -> None: ...
@@ -84,7 +88,7 @@ class Connection:
 
     def __init__(self, options: Options, *, client_name: str) -> None:
         self._options = options
-        self._name = client_name
+        self._connector = Connector(options, client_name)
         self._client: NatsClient | None = None
         self._interests: dict[Interest, None] = {}
         self._listeners: list[Listener] = []
@@ -94,45 +98,44 @@ class Connection:
         self._closing = True
         self._supervisor: asyncio.Task[None] | None = None
         self._replace = asyncio.Event()
-        self._last_error: str | None = None
-        self._discovered: dict[str, None] = {}
-        """Further servers of the cluster, that the present ones told of: a new client may have to connect to these."""
-        self._refused: asyncio.Future[None] | None = None
         self.reconnects = 0
         self._reconnected_at = -math.inf
         self.max_payload = 0
-        """Bytes that the server takes at most, headers included; its last word while it is away."""
+        """Largest message in bytes, headers included: that of the present or last server; 0 before the first."""
         self.undecodable = 0
-        """Messages that no handler was meant for, or could be found for, and that could not be read."""
+        """Messages that could not be read, and were meant for no handler, or for none that could be found."""
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property
     def connected(self) -> bool:
-        """Whether the client believes itself connected. Only a round trip proves it: see `barrier`."""
+        """Whether the client's state is "connected". Only a round trip proves that it is: see `barrier`."""
         client = self._client
         return client is not None and client.is_connected and self._up.is_set()
 
     @property
     def settled(self) -> bool:
-        """Whether whoever does not listen now is gone, and not just reconnecting as this runtime had to."""
+        """Whether the last reconnect is long enough ago for all others to have reconnected too.
+
+        A worker that does not listen is then gone, and not just reconnecting.
+        """
         return asyncio.get_running_loop().time() - self._reconnected_at > _SETTLED
 
     @property
     def client(self) -> NatsClient:
-        """The present client. Do not keep it: it may be replaced."""
+        """The present client. Do not keep it, because it may be replaced. Raises `ServerUnreachable` when not open."""
         if self._client is None:
             raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection is not open")
         return self._client
 
     @property
     def jetstream(self) -> JetStreamContext:
-        """For requests that are repeated where no answer comes."""
+        """A JetStream context with a short timeout, for requests that are repeated if no answer comes."""
         return self.client.jetstream(timeout=min(_ONE_REQUEST, self._options.connect_timeout))
 
     @property
     def server(self) -> str:
-        """The connected server without user information, for messages."""
+        """The connected server as host and port, for messages; while disconnected, the configured servers."""
         url = self._client.connected_url if self._client is not None else None
         return f"{url.hostname}:{url.port}" if url is not None else ", ".join(self._options.safe_servers)
 
@@ -140,7 +143,10 @@ class Connection:
         self._listeners.append(listener)
 
     def on_denied(self, callback: Callable[[PermissionDenied], None]) -> None:
-        """``callback`` hears of every publish or subscribe that the server refused (NATS itself stays silent)."""
+        """Call ``callback`` for every publish or subscribe that the server refuses.
+
+        Neither raises an error, because the server's refusal arrives later and names only the subject.
+        """
         self._denied.append(callback)
 
     # -- opening and closing -------------------------------------------------------------------------------------
@@ -148,10 +154,9 @@ class Connection:
     async def open(self) -> None:
         """Connect. Raises `ServerUnreachable` after ``connect_timeout`` seconds, `PermissionDenied` when refused."""
         self._closing = False
-        self._last_error = None
-        self._discovered.clear()
+        self._connector.reset()
         try:
-            self._client = await self._connect(self._options.connect_timeout)
+            self._client = await self._connector.connect(self, self._options.connect_timeout)
         except BaseException:
             self._closing = True
             raise
@@ -171,7 +176,7 @@ class Connection:
             self._supervisor = None
         if self._client is not None:
             client, self._client = self._client, None
-            await _close_quietly(client)
+            await close_quietly(client)
         self._interests.clear()
 
     async def wait_connected(self, timeout: float | None, begun: float | None = None) -> None:
@@ -192,69 +197,19 @@ class Connection:
             async with asyncio.timeout_at(None if timeout is None else begun + timeout):
                 await waiter
         except TimeoutError:
-            raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._last_error) from None
+            raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._connector.last_error) from None
         finally:
             self._waiting.discard(waiter)
 
     def _closed_error(self) -> ServerUnreachable:
         return ServerUnreachable(self._options.safe_servers, 0.0, "the connection is closed")
 
-    async def _connect(self, timeout: float) -> NatsClient:
-        client = NatsClient(self._on_unreadable)
-        settings = self._options.connect_kwargs()
-        settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
-        settings["servers"] += self._discovered
-        self._refused = asyncio.get_running_loop().create_future()
-        connecting = asyncio.ensure_future(
-            client.connect(
-                **settings,
-                allow_reconnect=True,
-                max_reconnect_attempts=-1,
-                error_cb=self._on_error,
-                disconnected_cb=self._bound(client, self._on_disconnected),
-                reconnected_cb=self._bound(client, self._on_reconnected),
-                closed_cb=self._bound(client, self._on_closed),
-                skip_subject_validation=True,  # ours are encoded names, checked where they are made
-            )
-        )
-        try:
-            await asyncio.wait({connecting, self._refused}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if self._refused.done():
-                self._refused.result()
-            if not connecting.done():
-                raise ServerUnreachable(self._options.safe_servers, timeout, self._last_error)
-            try:
-                connecting.result()
-            except (nats.errors.Error, OSError) as error:
-                raise ServerUnreachable(self._options.safe_servers, timeout, str(error)) from error
-            return client
-        except BaseException:
-            connecting.cancel()
-            await asyncio.gather(connecting, return_exceptions=True)
-            await _close_quietly(client)
-            raise
-        finally:
-            refused, self._refused = self._refused, None
-            refused.cancel()
+    # -- what the client reports ---------------------------------------------------------------------------------
 
-    def _bound(self, client: NatsClient, callback: Callable[[NatsClient], None]) -> Callable[[], Awaitable[None]]:
-        """A callback that a replaced client can no longer reach us through."""
-
-        async def call() -> None:
-            if self._client is client and not self._closing:
-                callback(client)
-
-        return call
-
-    # -- what the client tells -----------------------------------------------------------------------------------
-
-    async def _on_error(self, error: Exception) -> None:
-        text = str(error) or type(error).__name__
-        self._last_error = text
-        lowered = text.lower()
-        if "authorization violation" in lowered or isinstance(error, nats.errors.AuthorizationError):
-            if self._refused is not None and not self._refused.done():
-                self._refused.set_exception(PermissionDenied("connect", "with these credentials"))
+    async def client_error(self, error: Exception) -> None:
+        """Log an error of a client, and report what the server refused. Part of `ClientOwner`."""
+        text = self._connector.note_error(error)
+        if text is None:
             return
         if match := _VIOLATION.search(text):
             operation = "publish to" if match.group(1).lower() == "publish" else "subscribe to"
@@ -262,25 +217,35 @@ class Connection:
             logger.warning("%s", denied)
             for callback in self._denied:
                 callback(denied)
-            return
-        if self._up.is_set():
+        elif self._up.is_set():
             logger.warning("connection to %s: %s", self.server, text)
         else:
             logger.debug("connecting to %s: %s", ", ".join(self._options.safe_servers), text)
 
-    def _on_unreadable(self, error: CannotDecode) -> None:
+    def unreadable(self, error: CannotDecode) -> None:
+        """Count and log a message that could not be read. Part of `ClientOwner`."""
         self.undecodable += 1
         logger.warning("%s", error)
 
-    def _on_disconnected(self, client: NatsClient) -> None:
-        self._lost()
+    def client_disconnected(self, client: NatsClient) -> None:
+        """Part of `ClientOwner`."""
+        if self._is_present(client):
+            self._lost()
 
-    def _on_reconnected(self, client: NatsClient) -> None:
-        self._made_again()
+    def client_reconnected(self, client: NatsClient) -> None:
+        """Part of `ClientOwner`."""
+        if self._is_present(client):
+            self._made_again()
 
-    def _on_closed(self, client: NatsClient) -> None:
-        self._lost()
-        self._replace.set()
+    def client_closed(self, client: NatsClient) -> None:
+        """Have a client replaced that closed for good. Part of `ClientOwner`."""
+        if self._is_present(client):
+            self._lost()
+            self._replace.set()
+
+    def _is_present(self, client: NatsClient) -> bool:
+        """False for a client that was replaced: what it reports no longer counts."""
+        return self._client is client and not self._closing
 
     def _lost(self) -> None:
         if self._up.is_set():
@@ -320,7 +285,7 @@ class Connection:
             await self._renew()
 
     async def _answers(self) -> bool:
-        """Whether the client answers, or is at least busy reconnecting to a server."""
+        """Whether the server answers the client, or the client is reconnecting."""
         client = self._client
         if client is None or client.is_closed:
             return False
@@ -328,21 +293,20 @@ class Connection:
         if not client.is_connected:
             return await self._begins_to_reconnect(client)
         ping = client.ping()
-        # In slices, so that an event loop that was blocked meanwhile counts once, and not as the server's silence. What
-        # arrives is a sign of life too: the PONG waits behind it.
+        # Whatever arrives is a sign of life too: the PONG is behind it.
         silent, heard = 0, client.stats["in_msgs"]
         while silent < _PATIENCE:
             await asyncio.wait({ping}, timeout=_SLICE)
             if ping.done():
                 return ping.cancelled() or ping.exception() is None or not client.is_connected
             if reconnects != self.reconnects:
-                return True  # the ping went to a connection that is gone; the next one will tell
+                return True  # the ping went to a connection that is gone; the next check decides
             silent = silent + 1 if client.stats["in_msgs"] == heard else 0
             heard = client.stats["in_msgs"]
         return False
 
     async def _begins_to_reconnect(self, client: NatsClient) -> bool:
-        """A hung server with unsent data never lets nats-py begin to reconnect, so it never tells of the loss."""
+        """Whether a disconnected client reports that in time. With data unsent to a hung server, nats-py never does."""
         for _ in range(_PATIENCE):
             if not self._up.is_set() or client.is_connected:
                 return True
@@ -350,25 +314,24 @@ class Connection:
         return False
 
     async def _renew(self) -> None:
-        """Build new clients until one connects, and repeat every subscription on it."""
+        """Connect new clients until one succeeds, and repeat every subscription on it."""
         old, self._client = self._client, None
         if old is not None:
-            if not any(url.startswith("ws") for url in self._options.servers):  # nats-py takes them for TCP's there
-                self._discovered |= dict.fromkeys(url.geturl() for url in old.discovered_servers)
-            _abandon(old)
+            self._connector.discover(old)
+            abandon(old)
         while True:
             try:
-                client = await self._connect(self._options.connect_timeout)
+                client = await self._connector.connect(self, self._options.connect_timeout)
                 self._client = client
                 for interest in list(self._interests):
                     if interest in self._interests:
                         interest.current = await client.listen(interest.subject, interest.queue, interest.future)
                 await client.flush()
-            except Exception as error:  # whatever it is, the connection comes back for ever
-                self._last_error = str(error) or type(error).__name__
-                logger.debug("a new client could not connect: %s", self._last_error)
+            except Exception as error:  # whatever it is, the connection must come back
+                self._connector.last_error = str(error) or type(error).__name__
+                logger.debug("a new client could not connect: %s", self._connector.last_error)
                 if self._client is not None:
-                    _abandon(self._client)
+                    abandon(self._client)
                 self._client = None
                 await asyncio.sleep(self._options.reconnect_wait)
                 continue
@@ -378,7 +341,7 @@ class Connection:
     # -- sending and subscribing ---------------------------------------------------------------------------------
 
     def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> None:
-        """Raise `MessageTooLarge` for what would close the connection: the server counts the headers too."""
+        """Raise `MessageTooLarge` for a message for which the server would close the connection. Headers count too."""
         size = len(payload)
         if headers:
             size += HEADER_OVERHEAD + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
@@ -388,10 +351,11 @@ class Connection:
     def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> Awaitable[None]:
-        """Queue a message for the server; the result is to be awaited at once, for it may have to wait for room.
+        """Queue a message for the server. Await the result at once: there may be no room in the client's buffer.
 
-        ``subject`` and ``reply`` must be valid: they are encoded names, or came from the server.
-        Raises `MessageTooLarge`, and `ServerUnreachable` when the client's buffer is full while it reconnects.
+        ``subject`` and ``reply`` must be valid subjects; they are not checked, because they are encoded names or came
+        from the server. Raises `MessageTooLarge`, and `ServerUnreachable` when the client's buffer is full while it
+        reconnects.
         """
         client = self._client
         if client is not None and headers is None and client.post(subject, payload, reply):
@@ -411,15 +375,15 @@ class Connection:
             raise ServerUnreachable(self._options.safe_servers, 0.0, str(error)) from error
 
     async def subscribe(self, subject: str, sink: Sink, *, queue: str = "") -> Interest:
-        """Hand every message on ``subject`` to ``sink``, also over reconnects. The server knows after a `barrier`."""
-        interest = Interest(subject, queue, Ordered(sink, self._on_unreadable))
+        """Hand every message on ``subject`` to ``sink``, also after reconnects. In effect after a `barrier`."""
+        interest = Interest(subject, queue, Ordered(sink, self.unreadable))
         self._interests[interest] = None
         if self._client is not None and not self._client.is_closed:
             interest.current = await self._client.listen(subject, queue, interest.future)
         return interest
 
     async def unsubscribe(self, interest: Interest) -> None:
-        """End ``interest`` after everything the server sent for it was handed over. Harmless when it has ended."""
+        """End ``interest``, once everything that the server sent for it was handed over. Harmless when it has ended."""
         if self._interests.pop(interest, self) is self:
             return
         current, interest.current = interest.current, None
@@ -434,7 +398,7 @@ class Connection:
             logger.debug("unsubscribing %s: %s", interest.subject, error)
 
     def holds(self, interest: Interest) -> bool:
-        """Whether ``interest`` goes on: `unsubscribe` ends it, and `close` ends all."""
+        """Whether ``interest`` has not been ended by `unsubscribe` or `close`."""
         return interest in self._interests
 
     async def barrier(self, timeout: float = 10.0) -> None:
@@ -454,21 +418,3 @@ class Connection:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             self._replace.set()
             raise ServerUnreachable(self._options.safe_servers, timeout, str(error) or "no answer") from error
-
-
-async def _close_quietly(client: Client) -> None:
-    try:
-        async with asyncio.timeout(2):
-            await client.close()
-    except (nats.errors.Error, OSError, TimeoutError, asyncio.InvalidStateError) as error:
-        logger.debug("closing a client: %s", error)
-
-
-def _abandon(client: Client) -> None:
-    """Close a client that may hang, without waiting for it."""
-    task = asyncio.create_task(_close_quietly(client))
-    _abandoned.add(task)
-    task.add_done_callback(_abandoned.discard)
-
-
-_abandoned: set[asyncio.Task[None]] = set()

@@ -1,7 +1,7 @@
-"""The inbox of one runtime: every reply to it comes in below one subject.
+"""The inbox of one runtime: one subscription for all replies to it.
 
-Each request gets a reply subject of its own, ``<inbox_prefix>.<nonce>.<token>``, so a message that arrives there is for
-that request and for nothing else. One subscription serves all of them.
+Each request gets a reply subject of its own, ``<inbox_prefix>.<nonce>.<token>``, so a message on that subject belongs
+to that request only.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Receiver = Callable[[Msg], None]
 _POSTED_FOR = 2.0
 """Seconds for which the server's "no responders" to a posted message is waited for. It normally takes 0.4 ms."""
 _POSTED_AT_MOST = 10_000
-"""Posted messages that are watched at a time; a few megabytes."""
+"""Posted messages that are watched at a time; they take a few megabytes."""
 
 
 class Inbox:
-    """Reply subjects, and what receives the messages on them."""
+    """The reply subjects of one runtime, each with the receiver of its messages."""
 
     def __init__(self, connection: Connection, options: Options) -> None:
         self._connection = connection
@@ -70,7 +70,7 @@ class Inbox:
         self._receivers.pop(subject, None)
 
     async def post(self, subject: str, body: bytes, lost: Callable[[], None]) -> None:
-        """Send a message that nobody answers. ``lost`` is called if the server reports at once that nobody listens.
+        """Send a message that gets no answer. Calls ``lost`` if the server reports soon that nobody listens.
 
         Raises as `Connection.publish` does.
         """

@@ -22,15 +22,15 @@ from natsrt.wire.peer_messages import Claim, WaitLink, read_claim, read_links
 from natsrt.wire.subjects import Subjects
 
 _ALIVE_WITHIN = 1.0
-"""Seconds within which a living worker says that it lives."""
+"""Seconds within which a living worker answers."""
 _LINKS_WITHIN = 0.5
-"""Seconds within which a worker says what calls wait for. Who misses it is asked again in the next round."""
+"""Seconds to wait for what a worker's calls wait for. A worker that is late is asked again in the next round."""
 _TAPPED_AFTER = 0.1
 """Seconds without an answer after which the server is asked who listens: a tap hides its "no responders"."""
 
 
 class Peers:
-    """The other workers, as far as they answer questions."""
+    """Asks the other workers."""
 
     def __init__(self, connection: Connection, inbox: Inbox, probe: Probe, subjects: Subjects) -> None:
         self._connection = connection
@@ -55,7 +55,7 @@ class Peers:
     async def claim(self, worker_id: str, agent: AgentId, chain: Collection[str], timeout: float) -> Claim | None:
         """A worker's claim on a keyed agent; None if it does not answer within ``timeout`` seconds.
 
-        ``chain`` is the chain of the message for which this is asked. Raises `CannotDecode`.
+        ``chain`` is the chain of the message that the agent is needed for. Raises `CannotDecode`.
         """
         question = {"agent_type": agent.type, "key": agent.key, "chain": list(chain)}
         answer = await self._ask_worker(worker_id, envelope.OWNER, question, timeout)

@@ -1,9 +1,9 @@
-"""Asks the server whether anybody who may answer listens on a subject.
+"""Asks the server whether a subscriber that may answer listens on a subject.
 
-"No responders" cannot tell: a tap (``nats sub '>'``) counts as a listener too. The server itself can: it delivers a
-message with the header ``Nats-Trace-Only`` to nobody, and reports every subscription to which the message would have
-gone (message tracing, nats-server 2.11, ADR-41). A subscription with a queue group, or one without wildcards, is taken
-for a responder; a wildcard subscription without a queue group is taken for a tap.
+"No responders" does not show that, because a tap (``nats sub '>'``) counts as a listener too. Message tracing does
+(nats-server 2.11, ADR-41): the server delivers a message with the header ``Nats-Trace-Only`` to nobody, and reports
+every subscription that would have received it. A subscription with a queue group, or one without wildcards, counts as a
+responder; a wildcard subscription without a queue group counts as a tap.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRACE_ONLY: Final = "Nats-Trace-Only"
 _WAIT = 0.15
 """Seconds to wait for the reports of all servers of a cluster; a single server reports within a millisecond."""
 _CLIENT = 0
-"""The kind of connection, in a report, that is a client's and not another server's."""
+"""The kind of a connection, in a report, if it is a client's and not another server's."""
 
 
 class Probe:
@@ -37,8 +37,8 @@ class Probe:
     async def responder_exists(self, subject: str) -> bool | None:
         """Whether a subscriber on ``subject`` looks like one that replies; None if no server reported in time.
 
-        A server that is too old to trace reports nothing: calls to its plain responders must be answered within
-        ``check_after``. Raises `ServerUnreachable`.
+        A server without message tracing reports nothing. With such a server, calls to plain responders must be answered
+        within ``check_after``. Raises `ServerUnreachable`.
         """
         found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -60,12 +60,12 @@ class Probe:
             self._inbox.drop(reply)
 
     async def listens(self, subject: str) -> bool:
-        """Whether somebody who may answer listens on ``subject``; True also if no server reported in time."""
+        """Whether a subscriber that may answer listens on ``subject``; True also if no server reported in time."""
         return await self.responder_exists(subject) is not False
 
 
 def _verdict(report: bytes) -> bool | None:
-    """True for a responder, False for none, None where another server of the cluster will tell."""
+    """True for a responder, False for none, None if another server of the cluster will report."""
     try:
         content = orjson.loads(report)
     except orjson.JSONDecodeError:

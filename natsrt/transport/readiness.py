@@ -9,14 +9,14 @@ from natsrt.transport.connection import Connection
 
 
 class Readiness:
-    """The outcome of one start of a runtime, for those who wait for it."""
+    """The outcome of one start of a runtime, which sends wait for."""
 
     def __init__(self, connection: Connection, options: Options) -> None:
         self._connection = connection
         self._offline_timeout = options.offline_timeout
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started = False
-        """Whether the start has succeeded, and no stop has torn the parts down since."""
+        """Whether the start has succeeded, and the parts have not been stopped since."""
 
     @property
     def is_ready(self) -> bool:
@@ -24,25 +24,25 @@ class Readiness:
         return self.started and self._connection.connected
 
     def succeed(self) -> None:
-        """The start has succeeded."""
+        """Note that the start has succeeded, and end every wait for it."""
         self.started = True
         self._outcome.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """The start has failed: everybody who waits gets ``error``."""
+        """Note that the start has failed: every wait for it raises ``error``."""
         self._outcome.set_exception(error)
-        self._outcome.exception()  # nobody has to wait for it
+        self._outcome.exception()  # so that asyncio does not complain if nothing waits for it
 
     async def wait_started(self) -> None:
-        """Return when the start has succeeded. Raises what it failed with."""
+        """Return when the start has succeeded. Raises the error of a failed start."""
         if not self.started:
             await asyncio.shield(self._outcome)
 
     async def wait(self, begun: float) -> None:
         """Wait for the start and for the connection, for a send that began at the event loop's time ``begun``.
 
-        Raises what the start failed with, and `ServerUnreachable` ``offline_timeout`` seconds after ``begun``: the time
-        that the message spent in a queue counts too.
+        Raises the error of a failed start, and `ServerUnreachable` ``offline_timeout`` seconds after ``begun``. So the
+        time that the message spent in a queue counts too.
         """
         await asyncio.shield(self._outcome)
         await self._connection.wait_connected(self._offline_timeout, begun)

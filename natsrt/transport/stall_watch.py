@@ -1,4 +1,4 @@
-"""Notices afterwards that the process stood still: stopped by a signal, frozen by its machine, blocked by a handler."""
+"""Detects afterwards that the process stood still: stopped by a signal, frozen with its machine, held by a handler."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 from time import monotonic
 
 _BEAT = 0.25
-"""Seconds between two looks. A stall is measured to within one of them; the limits are seconds."""
+"""Seconds between two looks. A stall is measured to within this time, which is short against limits of seconds."""
 
 
 class StallWatch:
     """Calls ``stalled`` when the event loop did not run for more than ``limit`` seconds.
 
-    It does so before anything is read that arrived during the stall: a timer that is due runs in the loop's first turn,
-    and what the socket holds is parsed in the second. Callbacks that were ready before the stall run even earlier: they
-    can `look` themselves.
+    That happens before anything is read that arrived during the stall: a timer that is due runs in the first turn of
+    the loop, and the data of the socket is parsed in the second. Callbacks that were ready before the stall run even
+    earlier; they can call `look`.
     """
 
     def __init__(self, limit: float, stalled: Callable[[], None]) -> None:

@@ -1,0 +1,146 @@
+"""Connects new clients to NATS, and closes those that are no longer used.
+
+`natsrt.transport.connection` decides when a new client is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import nats.errors
+from nats.aio.client import Client
+
+from natsrt.background import BackgroundTasks
+from natsrt.errors import CannotDecode, PermissionDenied, ServerUnreachable
+from natsrt.options import Options
+from natsrt.transport.client import NatsClient
+
+logger = logging.getLogger("natsrt.connection")
+
+_ONE_ATTEMPT = 2.0
+"""Seconds for one server to accept a connection."""
+_ONE_CLOSE = 2.0
+"""Seconds for a client to close, after which it is left as it is."""
+
+
+class ClientOwner(Protocol):
+    """Gets the reports of the clients that it has connected, of those that it replaced too."""
+
+    async def client_error(self, error: Exception) -> None:
+        """A client reports an error, perhaps before it is connected."""
+
+    def unreadable(self, error: CannotDecode) -> None:
+        """A client received what it cannot read."""
+
+    def client_disconnected(self, client: NatsClient) -> None:
+        """The client lost its connection; it reconnects by itself."""
+
+    def client_reconnected(self, client: NatsClient) -> None:
+        """The client is connected again."""
+
+    def client_closed(self, client: NatsClient) -> None:
+        """The client closed, and will not reconnect."""
+
+
+class Connector:
+    """Connects the clients of one connection, one after the other."""
+
+    def __init__(self, options: Options, client_name: str) -> None:
+        self._options = options
+        self._name = client_name
+        self.last_error: str | None = None
+        """The text of the last error, for those who wait in vain; None before one."""
+        self._discovered: dict[str, None] = {}
+        """Servers of the cluster that former clients learned of: a new client may have to connect to one of them."""
+        self._refused: asyncio.Future[None] | None = None
+        """Fails when the server refuses the credentials; None while no client is being connected."""
+
+    def reset(self) -> None:
+        """Forget the last error and the discovered servers."""
+        self.last_error = None
+        self._discovered.clear()
+
+    def discover(self, client: NatsClient) -> None:
+        """Keep the servers that ``client`` has learned of for later clients."""
+        if not any(url.startswith("ws") for url in self._options.servers):  # nats-py takes them for TCP's there
+            self._discovered |= dict.fromkeys(url.geturl() for url in client.discovered_servers)
+
+    def note_error(self, error: Exception) -> str | None:
+        """Keep the text of a client's error. Returns it; None if the error says that the credentials were refused."""
+        self.last_error = text = str(error) or type(error).__name__
+        if "authorization violation" in text.lower() or isinstance(error, nats.errors.AuthorizationError):
+            if self._refused is not None and not self._refused.done():
+                self._refused.set_exception(PermissionDenied("connect", "with these credentials"))
+            return None
+        return text
+
+    async def connect(self, owner: ClientOwner, timeout: float) -> NatsClient:
+        """A new client, connected, that reports to ``owner``.
+
+        Raises `ServerUnreachable` after ``timeout`` seconds, `PermissionDenied` when the credentials are refused.
+        """
+        client = NatsClient(owner.unreadable)
+        settings = self._options.connect_kwargs()
+        settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
+        settings["servers"] += self._discovered
+        refused = self._refused = asyncio.get_running_loop().create_future()
+        connecting = asyncio.ensure_future(
+            client.connect(
+                **settings,
+                allow_reconnect=True,
+                max_reconnect_attempts=-1,
+                error_cb=owner.client_error,
+                disconnected_cb=_bound(client, owner.client_disconnected),
+                reconnected_cb=_bound(client, owner.client_reconnected),
+                closed_cb=_bound(client, owner.client_closed),
+                skip_subject_validation=True,  # ours are encoded names, checked where they are made
+            )
+        )
+        try:
+            await asyncio.wait({connecting, refused}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if refused.done():
+                refused.result()
+            if not connecting.done():
+                raise ServerUnreachable(self._options.safe_servers, timeout, self.last_error)
+            try:
+                connecting.result()
+            except (nats.errors.Error, OSError) as error:
+                raise ServerUnreachable(self._options.safe_servers, timeout, str(error)) from error
+            return client
+        except BaseException:
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            await close_quietly(client)
+            raise
+        finally:
+            self._refused = None
+            refused.cancel()
+
+
+def _bound(client: NatsClient, report: Callable[[NatsClient], None]) -> Callable[[], Awaitable[None]]:
+    """A callback for nats-py, which passes no argument."""
+
+    async def call() -> None:
+        report(client)
+
+    return call
+
+
+async def close_quietly(client: Client) -> None:
+    """Close a client. Errors and a client that does not close in time are logged at DEBUG."""
+    try:
+        async with asyncio.timeout(_ONE_CLOSE):
+            await client.close()
+    except (nats.errors.Error, OSError, TimeoutError, asyncio.InvalidStateError) as error:
+        logger.debug("closing a client: %s", error)
+
+
+def abandon(client: Client) -> None:
+    """Close a client that may hang, without waiting for it."""
+    _abandoned.spawn(close_quietly(client))
+
+
+_abandoned = BackgroundTasks(logger, "a client could not be closed")
