@@ -24,7 +24,6 @@ FAST = (
     "test_import_directions.py",
     "test_call_watch.py",
     "test_mailbox.py",
-    "test_names.py",
     "test_options.py",
     "test_owner_cache.py",
     "test_plain_models.py",
