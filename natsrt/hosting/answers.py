@@ -59,7 +59,7 @@ class Answers:
         if constant is None:
             constant = self._remember(agent_type, key, encoded.type_name)
         attributes = f'"id":{quote(_id_of(body) + "-r")},{constant}'
-        return Answer(self._bodies.pack_message(envelope.REPLY, attributes, encoded))
+        return Answer(self._bodies.pack(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
 
     def control_reply(self, result: object, body: Envelope, agent_type: str, key: str) -> Answer:
         """The reply to a control message or a question. Raises `CannotDecode` for a result that is not JSON, and

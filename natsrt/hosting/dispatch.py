@@ -100,8 +100,7 @@ class Dispatch:
         error: BaseException | None = None
         back: SentBack | None = None
         try:
-            inbound.body = self._bodies.unpack(inbound.message.data)
-            inbound.identify(self._reader.address(inbound))
+            self._read(inbound)
             answer = await self._handle(inbound)
         except SentBack as raised:
             back = raised
@@ -122,6 +121,11 @@ class Dispatch:
                 await inbound.settlement.handled(inbound, answer)
         finally:
             self._end(inbound)
+
+    def _read(self, inbound: Inbound) -> None:
+        """Find out what a message is, and for which agent. Raises `CannotDecode`."""
+        inbound.body = self._bodies.unpack(inbound.message.data)
+        inbound.identify(self._reader.address(inbound))
 
     async def _handle(self, inbound: Inbound) -> Answer | None:
         """Let the right part handle a message. Returns the answer; None where nobody wants one."""
@@ -152,8 +156,7 @@ class Dispatch:
     async def _refuse(self, inbound: Inbound) -> None:
         error = WorkerBusy(inbound.agent_type, self._worker_id, self._intake.pending_bytes)
         try:
-            inbound.body = self._bodies.unpack(inbound.message.data)
-            inbound.identify(self._reader.address(inbound))
+            self._read(inbound)
         except CannotDecode:
             self._counters.undecodable += 1
         try:

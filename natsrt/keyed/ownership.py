@@ -128,7 +128,7 @@ class Ownership(RegistryListener):
 
     async def drain(self) -> None:
         """Hand all agents over: what was received for them is handled, their state is stored, nobody owns them."""
-        self._slots.draining = True
+        self.begin_drain()
         await self._releasing.release_all()
 
     def exempt(self, handlers: Collection[str]) -> None:

@@ -105,7 +105,9 @@ class KeyedDelivery:
     async def deliver(self, agent: AgentId, topic: TopicId, attributes: str, encoded: Encoded) -> None:
         """Send an event with these envelope attributes to the agent's owner."""
         addressed = "".join(f",{attribute(name, value)}" for name, value in _addressed(agent, topic).items())
-        await self._deliver(agent, self._bodies.pack_message(envelope.EVENT, attributes + addressed, encoded))
+        await self._deliver(
+            agent, self._bodies.pack(envelope.EVENT, attributes + addressed, encoded.payload, encoded.content_type)
+        )
 
     async def _deliver(self, agent: AgentId, body: bytes) -> None:
         """Send an event to the agent's owner, or take a turn for it until the owner is known."""

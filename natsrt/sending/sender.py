@@ -194,7 +194,7 @@ class Sender:
         message_class: type[Any],
         reply_type: type[Any] | None,
     ) -> Any:
-        body = self._bodies.pack_message(envelope.CALL, attributes, encoded)
+        body = self._bodies.pack(envelope.CALL, attributes, encoded.payload, encoded.content_type)
         reply = await self._exchange(recipient, body, token=token, sent=sent)
         return self._replies.result(reply, message_class, reply_type, recipient)
 
@@ -357,7 +357,7 @@ class Sender:
         more = _unhashed(subject, topic) if "=H" in subject else ""
         if keyed_types := self._registry.keyed_takers(topic.type):
             more += await self._delivery.deliver_all(keyed_types, topic, sender, attributes, encoded)
-        body = self._bodies.pack_message(envelope.EVENT, attributes + more, encoded)
+        body = self._bodies.pack(envelope.EVENT, attributes + more, encoded.payload, encoded.content_type)
         await self._connection.publish(subject, body)
 
     async def _send_traced_event(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
-from natsrt.wire.serialization import Encoded
 
 
 class Bodies:
@@ -27,18 +26,12 @@ class Bodies:
         *,
         headers: dict[str, str] | None = None,
     ) -> bytes:
-        """A body of ``kind`` with ``attributes`` (JSON text, see `natsrt.wire.envelope.encode`).
+        """A body of ``kind`` with ``attributes`` (JSON text, see `natsrt.wire.envelope.encode`) and a payload.
 
         ``headers`` are those that the message will have. Raises `MessageTooLarge`.
         """
         body = envelope.encode(kind, attributes, payload, content_type)
         self._connection.check_size(body, headers)
-        return body
-
-    def pack_message(self, kind: str, attributes: str, encoded: Encoded) -> bytes:
-        """A body of ``kind`` with a user's message. Raises `MessageTooLarge`."""
-        body = envelope.encode(kind, attributes, encoded.payload, encoded.content_type)
-        self._connection.check_size(body)
         return body
 
     def pack_plain(self, payload: bytes, headers: dict[str, str] | None = None) -> bytes:
