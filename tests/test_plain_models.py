@@ -26,8 +26,8 @@ from pydantic import (
 )
 
 from natsrt.errors import CannotDecode, CannotSerialize
-from natsrt.wire.classes import ModelCodec
 from natsrt.wire.compiler import Codecs
+from natsrt.wire.model_codec import ModelCodec
 from natsrt.wire.serialization import Serialization, serializer_for
 
 T = TypeVar("T")

@@ -33,6 +33,7 @@ Texts of errors name fields and types, never values.
 from __future__ import annotations
 
 import collections.abc
+import dataclasses
 import enum
 import math
 import types
@@ -40,10 +41,11 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from autogen_core import Image
 from pydantic import BaseModel
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
-from natsrt.wire.classes import ClassCodec, class_codec
+from natsrt.wire.class_codec import ClassCodec, ImageCodec
 from natsrt.wire.codecs import (
     ALL_KINDS,
     NULL,
@@ -67,6 +69,8 @@ from natsrt.wire.codecs import (
     value_of_type,
     wrong_type,
 )
+from natsrt.wire.dataclass_codec import DataclassCodec
+from natsrt.wire.model_codec import ModelCodec
 
 __all__ = ["AnyCodec", "Codecs"]
 
@@ -299,7 +303,7 @@ class Codecs(CodecCompiler):
             return EnumCodec(cls)
         if cls is BaseModel:
             return AbstractCodec(cls, self)
-        return class_codec(hint, cls, args, self) or self._other(hint)
+        return _class_codec(hint, cls, args, self) or self._other(hint)
 
     def _other(self, hint: Any) -> Codec:
         try:
@@ -348,7 +352,7 @@ class Codecs(CodecCompiler):
 
     def class_codec(self, cls: type) -> ClassCodec | None:
         """The codec of a dataclass, a Pydantic model or ``Image``, None for others; raises ``Refused``."""
-        codec = self._compiled.get(cls) or class_codec(cls, cls, (), self)
+        codec = self._compiled.get(cls) or _class_codec(cls, cls, (), self)
         return codec if isinstance(codec, ClassCodec) else None
 
     def is_structured(self, cls: type) -> bool:
@@ -377,6 +381,31 @@ class Codecs(CodecCompiler):
         if cls is None:
             raise Unreadable(f'"{TYPE_KEY}" names no class that fits {base.__name__}')
         return self.of(cls).decode_marked(tree)
+
+
+def _class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: CodecCompiler) -> Codec | None:
+    """The codec of ``hint``, which is ``cls`` or ``cls[args]``; None if ``cls`` is no class with fields.
+
+    It is entered into ``codecs`` before its fields are compiled, since they may lead back to it. Raises ``Refused``.
+    """
+    codec: ClassCodec
+    if issubclass(cls, BaseModel):
+        if cls is BaseModel:
+            return None
+        codec = ModelCodec(cls, codecs)
+    elif dataclasses.is_dataclass(cls):
+        codec = DataclassCodec(cls, codecs)
+    elif cls is Image:
+        return ImageCodec(cls, codecs)
+    else:
+        return None
+    known = codecs.keep(hint, codec)
+    try:
+        codec.compile(args)
+    except Refused:
+        codecs.forget_since(known)
+        raise
+    return codec
 
 
 def _fits(cls: type, base: type) -> bool:

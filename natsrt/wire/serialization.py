@@ -35,9 +35,9 @@ from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
 from natsrt.errors import CannotDecode, CannotSerialize
-from natsrt.wire.classes import pydantic_refusal
 from natsrt.wire.codecs import Codec, RawBytesCodec, Refused, Unreadable
 from natsrt.wire.compiler import Codecs
+from natsrt.wire.model_codec import pydantic_refusal
 
 __all__ = ["BYTES", "JSON", "PROTOBUF", "Encoded", "Serialization", "serializer_for", "type_name_of"]
 

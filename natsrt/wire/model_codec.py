@@ -1,24 +1,21 @@
-"""Codecs of classes with fields: dataclasses, Pydantic models and AutoGen's ``Image``.
+"""The codec of Pydantic models.
 
-A dataclass is read by calling it with its fields, as AutoGen does, and then setting those that are no arguments. A
-Pydantic model without anything polymorphic inside is written and read by Pydantic alone. In any other model the
-polymorphic fields are written and read here, and Pydantic validates the whole: the model's validators, aliases,
-strictness and serializers apply in both cases. A field with a validator or serializer function in its annotation, or
-with a ``field_serializer``, is Pydantic's own affair, whatever its type.
+A model without anything polymorphic inside is written and read by Pydantic alone; so is a value of a model that holds
+others, where that is exact (docs/decisions/0019-plain-models.md). In any other model the polymorphic fields are written
+and read here, and Pydantic validates the whole: the model's validators, aliases, strictness and serializers apply in
+all cases. A field with a validator or serializer function in its annotation, or with a ``field_serializer``, is left
+to Pydantic, whatever its type.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 import math
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from autogen_core import Image
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -37,256 +34,16 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnno
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
+from natsrt.wire.class_codec import ClassCodec, unknown_fields
 from natsrt.wire.codecs import (
     ALL_KINDS,
     TYPE_KEY,
     VALUE_KEY,
     Codec,
-    CodecCompiler,
-    ExactCodec,
     PlainCheck,
     Refused,
     Unreadable,
-    misfit,
 )
-
-__all__ = ["ClassCodec", "class_codec", "pydantic_refusal"]
-
-
-def class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: CodecCompiler) -> Codec | None:
-    """The codec of ``hint``, which is ``cls`` or ``cls[args]``; None if ``cls`` is no class with fields.
-
-    It is entered into ``codecs`` before its fields are compiled, since they may lead back to it. Raises ``Refused``.
-    """
-    codec: ClassCodec
-    if issubclass(cls, BaseModel):
-        if cls is BaseModel:
-            return None
-        codec = ModelCodec(cls, codecs)
-    elif dataclasses.is_dataclass(cls):
-        codec = DataclassCodec(cls, codecs)
-    elif cls is Image:
-        return ImageCodec(cls, codecs)
-    else:
-        return None
-    known = codecs.keep(hint, codec)
-    try:
-        codec.compile(args)
-    except Refused:
-        codecs.forget_since(known)
-        raise
-    return codec
-
-
-class ClassCodec(Codec):
-    """What the classes with fields share: subclasses of the declared class carry their name."""
-
-    kinds = frozenset({dict})
-    polymorphic = True
-    cls: type
-    base: type
-
-    def __init__(self, cls: type, codecs: CodecCompiler) -> None:
-        self.cls = cls
-        self.base = cls
-        self.name = cls.__name__
-        self._codecs = codecs
-
-    def compile(self, args: tuple[Any, ...]) -> None:
-        """Look at the fields. ``args`` are the type arguments of a generic class."""
-
-    def encode(self, value: Any) -> Any:
-        if type(value) is not self.cls:
-            return self._codecs.encode_marked(value, self.base)
-        return self.encode_fields(value)
-
-    def decode(self, tree: Any) -> Any:
-        if type(tree) is not dict:
-            raise misfit(self.name, tree)
-        if TYPE_KEY in tree:
-            return self._codecs.decode_marked(tree, self.base)
-        return self.decode_fields(tree)
-
-    def mark(self, tree: Any) -> dict[str, Any]:
-        if type(tree) is not dict:
-            raise Refused(f'the serializer of {self.name} makes no JSON object, so it cannot carry "{TYPE_KEY}"')
-        if TYPE_KEY in tree:
-            raise Refused(f'a field of {self.name} has the reserved name "{TYPE_KEY}"')
-        return {TYPE_KEY: self.name, **tree}
-
-    def decode_marked(self, tree: dict[str, Any]) -> Any:
-        return self.decode_fields({key: value for key, value in tree.items() if key != TYPE_KEY})
-
-    def encode_fields(self, value: Any) -> Any:
-        """The tree of a value of exactly this class."""
-        raise NotImplementedError
-
-    def decode_fields(self, tree: Any) -> Any:
-        """The value of a tree without a class name."""
-        raise NotImplementedError
-
-
-class ImageCodec(ClassCodec):
-    """AutoGen's ``Image`` as its own Pydantic schema writes it: the PNG in base64."""
-
-    def encode_fields(self, value: Image) -> dict[str, Any]:
-        return {"data": value.to_base64()}
-
-    def decode_fields(self, tree: Any) -> Image:
-        data = tree.get("data")
-        if type(data) is not str or (self._codecs.strict and len(tree) != 1):
-            raise Unreadable('an Image is an object with the field "data"')
-        try:
-            return Image.from_base64(data)
-        except Exception as error:
-            # Pillow's own exceptions have no common root.
-            raise Unreadable("the data is no image") from error
-
-
-class DataclassCodec(ClassCodec):
-    """A dataclass, each field by the codec of its annotation."""
-
-    def compile(self, args: tuple[Any, ...]) -> None:
-        parameters = _init_parameters(self.cls)
-        hints = _dataclass_hints(self.cls, args)
-        self._late: list[tuple[str, Codec]] = []
-        self._fields: list[tuple[str, type, Codec]] = []
-        required: set[str] = set()
-        for field in dataclasses.fields(self.cls):
-            codec = self._field_codec(field, hints[field.name])
-            if not field.init:
-                self._late.append((field.name, codec))
-                continue
-            if parameters is not None and field.name not in parameters:
-                raise Refused(f"{self.name}.__init__ does not take the field {field.name}")
-            # Values of exactly this class are their own tree, which saves the frequent case a call.
-            self._fields.append((field.name, codec.cls if isinstance(codec, ExactCodec) else _NoInstances, codec))
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                required.add(field.name)
-        self._required = frozenset(required)
-        self._names = frozenset(field.name for field in dataclasses.fields(self.cls))
-        for name, parameter in (parameters or {}).items():
-            if name not in self._names and parameter.default is parameter.empty:
-                raise Refused(f"{self.name}.__init__ needs {name}, which is not a field and so does not travel")
-
-    def _field_codec(self, field: dataclasses.Field[Any], hint: Any) -> Codec:
-        if field.name == TYPE_KEY:
-            raise Refused(f'the field name "{TYPE_KEY}" is reserved')
-        if field.default is None:
-            # `x: str = None` is common, and type checkers used to read it so.
-            hint = typing.Optional[hint]  # noqa: UP045 (a hint may be a string or a TypeVar, which | does not take)
-        try:
-            return self._codecs.of(hint)
-        except Refused as fault:
-            raise fault.under(field.name) from None
-
-    def encode_fields(self, value: Any) -> dict[str, Any]:
-        tree = {}
-        name = ""
-        try:
-            for name, plain, codec in self._fields:
-                item = getattr(value, name)
-                tree[name] = item if type(item) is plain else codec.encode(item)
-            for name, codec in self._late:
-                if hasattr(value, name):
-                    tree[name] = codec.encode(getattr(value, name))
-        except Refused as fault:
-            raise fault.under(name) from None
-        except AttributeError:
-            raise Refused("the field has no value", name) from None
-        return tree
-
-    def decode_fields(self, tree: Any) -> Any:
-        fields = {}
-        late = {}
-        name = ""
-        try:
-            for name, plain, codec in self._fields:
-                if name in tree:
-                    item = tree[name]
-                    fields[name] = item if type(item) is plain else codec.decode(item)
-                elif name in self._required:
-                    raise Unreadable("the field is missing")
-            for name, codec in self._late:
-                if name in tree:
-                    late[name] = codec.decode(tree[name])
-        except Unreadable as fault:
-            raise fault.under(name) from fault.__cause__
-        if self._codecs.strict and len(fields) + len(late) != len(tree):
-            raise _unknown_fields(self.name, tree.keys() - self._names)
-        try:
-            value = self.cls(**fields)
-            for name, item in late.items():
-                object.__setattr__(value, name, item)
-        except Exception as error:
-            raise Unreadable(f"{self.name} does not accept its fields ({type(error).__name__})") from error
-        return value
-
-
-class _NoInstances:
-    """Sentinel: no value is an instance of it, so the fast path never applies."""
-
-
-def _unknown_fields(name: str, fields: set[str]) -> Unreadable:
-    return Unreadable(f"{name} has no field {', '.join(sorted(fields))}")
-
-
-def _init_parameters(cls: type) -> dict[str, inspect.Parameter] | None:
-    """The parameters of the constructor; None if it takes any keyword or cannot say."""
-    try:
-        parameters = dict(inspect.signature(cls).parameters)
-    except (TypeError, ValueError):
-        return None
-    kinds = {parameter.kind for parameter in parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD in kinds:
-        return None
-    return {name: p for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL}
-
-
-def _dataclass_hints(cls: type, args: tuple[Any, ...]) -> dict[str, Any]:
-    """The fields' annotations with names resolved and type arguments filled in."""
-    try:
-        hints = typing.get_type_hints(cls, localns=_enclosing_names(cls), include_extras=True)
-    except Exception as error:
-        missing = error.name if isinstance(error, NameError) else str(error)
-        raise Refused(
-            f"the annotations of {cls.__name__} cannot be resolved ({missing}); define it at the top of a module"
-        ) from None
-    arguments: dict[Any, Any] = {}
-    _collect_arguments(cls, args, arguments)
-    arguments[typing.Self] = cls
-    return {name: _fill_in(hint, arguments) for name, hint in hints.items()}
-
-
-def _enclosing_names(cls: type) -> dict[str, Any]:
-    """What a class defined inside a function can name: that function's variables, while it still runs."""
-    names = {cls.__name__: cls}
-    outer, inside, _ = cls.__qualname__.rpartition(".<locals>.")
-    frame = inspect.currentframe() if inside else None
-    while frame is not None:
-        if frame.f_code.co_qualname == outer and frame.f_globals.get("__name__") == cls.__module__:
-            return {**frame.f_locals, **names}
-        frame = frame.f_back
-    return names
-
-
-def _collect_arguments(cls: type, args: tuple[Any, ...], arguments: dict[Any, Any]) -> None:
-    arguments.update(zip(getattr(cls, "__parameters__", ()), args, strict=False))
-    for base in getattr(cls, "__orig_bases__", ()):
-        origin = typing.get_origin(base)
-        if isinstance(origin, type) and origin is not typing.Generic:
-            given = tuple(_fill_in(arg, arguments) for arg in typing.get_args(base))
-            _collect_arguments(origin, given, arguments)
-
-
-def _fill_in(hint: Any, arguments: dict[Any, Any]) -> Any:
-    if isinstance(hint, typing.TypeVar) or hint is typing.Self:
-        return arguments.get(hint, hint)
-    parameters = getattr(hint, "__parameters__", ())
-    if not parameters or isinstance(hint, type):
-        return hint
-    return hint[tuple(arguments.get(parameter, parameter) for parameter in parameters)]
-
 
 _TYPE_KEY_BYTES = TYPE_KEY.encode()
 _FUNCTIONAL = (AfterValidator, BeforeValidator, PlainValidator, WrapValidator, PlainSerializer, WrapSerializer)
@@ -523,7 +280,7 @@ class ModelCodec(ClassCodec):
         if self._root:
             return self._decode_root(tree)
         if self._codecs.strict and not self._extra and tree.keys() - self._readable:
-            raise _unknown_fields(self.name, tree.keys() - self._readable)
+            raise unknown_fields(self.name, tree.keys() - self._readable)
         if not self._special and not self._extra:
             return self._validated(self._validator.validate_json, to_json(tree))
         values = dict(tree)

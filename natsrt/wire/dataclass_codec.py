@@ -1,0 +1,155 @@
+"""The codec of dataclasses.
+
+A dataclass is read by calling it with its fields, as AutoGen does, and then setting those that are no arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from typing import Any
+
+from natsrt.wire.class_codec import ClassCodec, unknown_fields
+from natsrt.wire.codecs import TYPE_KEY, Codec, ExactCodec, Refused, Unreadable
+
+
+class DataclassCodec(ClassCodec):
+    """A dataclass, each field by the codec of its annotation."""
+
+    def compile(self, args: tuple[Any, ...]) -> None:
+        parameters = _init_parameters(self.cls)
+        hints = _dataclass_hints(self.cls, args)
+        self._late: list[tuple[str, Codec]] = []
+        self._fields: list[tuple[str, type, Codec]] = []
+        required: set[str] = set()
+        for field in dataclasses.fields(self.cls):
+            codec = self._field_codec(field, hints[field.name])
+            if not field.init:
+                self._late.append((field.name, codec))
+                continue
+            if parameters is not None and field.name not in parameters:
+                raise Refused(f"{self.name}.__init__ does not take the field {field.name}")
+            # Values of exactly this class are their own tree, which saves the frequent case a call.
+            self._fields.append((field.name, codec.cls if isinstance(codec, ExactCodec) else _NoInstances, codec))
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                required.add(field.name)
+        self._required = frozenset(required)
+        self._names = frozenset(field.name for field in dataclasses.fields(self.cls))
+        for name, parameter in (parameters or {}).items():
+            if name not in self._names and parameter.default is parameter.empty:
+                raise Refused(f"{self.name}.__init__ needs {name}, which is not a field and so does not travel")
+
+    def _field_codec(self, field: dataclasses.Field[Any], hint: Any) -> Codec:
+        if field.name == TYPE_KEY:
+            raise Refused(f'the field name "{TYPE_KEY}" is reserved')
+        if field.default is None:
+            # `x: str = None` is common, and type checkers used to read it so.
+            hint = typing.Optional[hint]  # noqa: UP045 (a hint may be a string or a TypeVar, which | does not take)
+        try:
+            return self._codecs.of(hint)
+        except Refused as fault:
+            raise fault.under(field.name) from None
+
+    def encode_fields(self, value: Any) -> dict[str, Any]:
+        tree = {}
+        name = ""
+        try:
+            for name, plain, codec in self._fields:
+                item = getattr(value, name)
+                tree[name] = item if type(item) is plain else codec.encode(item)
+            for name, codec in self._late:
+                if hasattr(value, name):
+                    tree[name] = codec.encode(getattr(value, name))
+        except Refused as fault:
+            raise fault.under(name) from None
+        except AttributeError:
+            raise Refused("the field has no value", name) from None
+        return tree
+
+    def decode_fields(self, tree: Any) -> Any:
+        fields = {}
+        late = {}
+        name = ""
+        try:
+            for name, plain, codec in self._fields:
+                if name in tree:
+                    item = tree[name]
+                    fields[name] = item if type(item) is plain else codec.decode(item)
+                elif name in self._required:
+                    raise Unreadable("the field is missing")
+            for name, codec in self._late:
+                if name in tree:
+                    late[name] = codec.decode(tree[name])
+        except Unreadable as fault:
+            raise fault.under(name) from fault.__cause__
+        if self._codecs.strict and len(fields) + len(late) != len(tree):
+            raise unknown_fields(self.name, tree.keys() - self._names)
+        try:
+            value = self.cls(**fields)
+            for name, item in late.items():
+                object.__setattr__(value, name, item)
+        except Exception as error:
+            raise Unreadable(f"{self.name} does not accept its fields ({type(error).__name__})") from error
+        return value
+
+
+class _NoInstances:
+    """Sentinel: no value is an instance of it, so the fast path never applies."""
+
+
+def _init_parameters(cls: type) -> dict[str, inspect.Parameter] | None:
+    """The parameters of the constructor; None if it takes any keyword or cannot say."""
+    try:
+        parameters = dict(inspect.signature(cls).parameters)
+    except (TypeError, ValueError):
+        return None
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return None
+    return {name: p for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL}
+
+
+def _dataclass_hints(cls: type, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The fields' annotations with names resolved and type arguments filled in."""
+    try:
+        hints = typing.get_type_hints(cls, localns=_enclosing_names(cls), include_extras=True)
+    except Exception as error:
+        missing = error.name if isinstance(error, NameError) else str(error)
+        raise Refused(
+            f"the annotations of {cls.__name__} cannot be resolved ({missing}); define it at the top of a module"
+        ) from None
+    arguments: dict[Any, Any] = {}
+    _collect_arguments(cls, args, arguments)
+    arguments[typing.Self] = cls
+    return {name: _fill_in(hint, arguments) for name, hint in hints.items()}
+
+
+def _enclosing_names(cls: type) -> dict[str, Any]:
+    """What a class defined inside a function can name: that function's variables, while it still runs."""
+    names = {cls.__name__: cls}
+    outer, inside, _ = cls.__qualname__.rpartition(".<locals>.")
+    frame = inspect.currentframe() if inside else None
+    while frame is not None:
+        if frame.f_code.co_qualname == outer and frame.f_globals.get("__name__") == cls.__module__:
+            return {**frame.f_locals, **names}
+        frame = frame.f_back
+    return names
+
+
+def _collect_arguments(cls: type, args: tuple[Any, ...], arguments: dict[Any, Any]) -> None:
+    arguments.update(zip(getattr(cls, "__parameters__", ()), args, strict=False))
+    for base in getattr(cls, "__orig_bases__", ()):
+        origin = typing.get_origin(base)
+        if isinstance(origin, type) and origin is not typing.Generic:
+            given = tuple(_fill_in(arg, arguments) for arg in typing.get_args(base))
+            _collect_arguments(origin, given, arguments)
+
+
+def _fill_in(hint: Any, arguments: dict[Any, Any]) -> Any:
+    if isinstance(hint, typing.TypeVar) or hint is typing.Self:
+        return arguments.get(hint, hint)
+    parameters = getattr(hint, "__parameters__", ())
+    if not parameters or isinstance(hint, type):
+        return hint
+    return hint[tuple(arguments.get(parameter, parameter) for parameter in parameters)]
