@@ -346,7 +346,7 @@ def test_nothing_is_kept_of_calls_that_ended_and_workers_that_left() -> None:
             worker = world.workers.start(lambda: 2.0)
             await world.call()
             assert world.watch._watched == {} and world.watch.pending == {}
-            assert set(world.inbox._receivers) == {world.calls.accept_to, world.inbox.subject(f"w-{worker.worker_id}")}
+            assert set(world.inbox.receivers) == {world.calls.accept_to, world.inbox.subject(f"w-{worker.worker_id}")}
             worker.kill()
             worker.listens = False
             world.workers.leave(worker)

@@ -175,11 +175,6 @@ class Inbound:
         self.settlement.identified(self)
 
     @property
-    def is_for_handler(self) -> bool:
-        """Whether it is a message for an agent's handler, and not one for natsrt itself."""
-        return self.kind is CALL or self.kind is EVENT
-
-    @property
     def can_be_sent_back(self) -> bool:
         """Whether its sender sends it again if it is refused: natsrt's callers do, all others do not."""
         return self.kind is CALL and self.body is not None

@@ -20,7 +20,7 @@ from typing import Any
 from autogen_core import AgentId
 
 from natsrt.agents.chain import chain
-from natsrt.agents.inbound import CONTROL, Answer, EventDropped, Inbound, SentBack, handling
+from natsrt.agents.inbound import CALL, CONTROL, EVENT, Answer, EventDropped, Inbound, SentBack, handling
 from natsrt.errors import CannotDecode, WorkerBusy, WorkerLost, WorkerStopped
 from natsrt.hosting.controls import Controls
 from natsrt.hosting.intake import Intake
@@ -101,7 +101,9 @@ class Dispatch:
         back: SentBack | None = None
         try:
             self._read(inbound)
-            answer = await self._handle(inbound)
+            handler = self._handler_of(inbound)
+            if handler is not None:
+                answer = await handler.handle(inbound)
         except SentBack as raised:
             back = raised
         except EventDropped:
@@ -110,7 +112,7 @@ class Dispatch:
             error = raised
         if inbound.waiting:
             self._intake.started(inbound)
-        if inbound.is_for_handler:
+        if inbound.kind is CALL or inbound.kind is EVENT:  # not what is for natsrt itself
             inbound.route.hosted.counters.record(began, error)
         try:
             if error is not None:
@@ -127,11 +129,14 @@ class Dispatch:
         inbound.body = self._bodies.unpack(inbound.message.data)
         inbound.identify(self._reader.address(inbound))
 
-    async def _handle(self, inbound: Inbound) -> Answer | None:
-        """Let the right part handle a message. Returns the answer; None where nobody wants one."""
+    def _handler_of(self, inbound: Inbound) -> Controls | KeyedMessages | Invoker | None:
+        """What handles a message, in whose task this is called; None for an event that no agent here gets.
+
+        Raises `SentBack`.
+        """
         if inbound.kind is CONTROL:
-            return await self._controls.handle(inbound)
-        if inbound.key is None:  # an event that no agent here gets
+            return self._controls
+        if inbound.key is None:
             return None
         is_keyed = inbound.route.hosted.keyed is not None
         if inbound.late and inbound.can_be_sent_back:
@@ -143,7 +148,7 @@ class Dispatch:
             chain.set(inbound.chain)
         if inbound.chain or is_keyed:
             handling.set(inbound)
-        return await (self._keyed if is_keyed else self._invoker).handle(inbound)
+        return self._keyed if is_keyed else self._invoker
 
     async def _fail(self, inbound: Inbound, error: BaseException) -> None:
         agent, source = self._reader.source(inbound)

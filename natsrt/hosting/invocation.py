@@ -80,7 +80,9 @@ class Invoker:
         if not inbound.settlement.wants_answer:
             return None
         assert inbound.key is not None
-        return self._answers.reply(response, inbound.body, inbound.agent_type, inbound.key, delivery.context.sender)
+        return self._answers.reply(
+            response, inbound.body, inbound.route.hosted.agent_type, inbound.key, delivery.context.sender
+        )
 
     # -- agent and message ---------------------------------------------------------------------------------------
 

@@ -248,7 +248,7 @@ class Sender:
             subject=subject,
             destination=self._owners.owner_of(recipient) if subject is None else None,
             sent=sent,
-            link=self._link(token),
+            link=None if token is None else self._link(token),
             awaited_by=waiting_handler(),
         )
         timeout = self._options.call_timeout

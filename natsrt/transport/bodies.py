@@ -31,7 +31,8 @@ class Bodies:
         ``headers`` are those that the message will have. Raises `MessageTooLarge`.
         """
         body = envelope.encode(kind, attributes, payload, content_type)
-        self._connection.check_size(body, headers)
+        if headers is not None or len(body) > self._connection.max_payload:
+            self._connection.check_size(body, headers)
         return body
 
     def pack_plain(self, payload: bytes, headers: dict[str, str] | None = None) -> bytes:
@@ -48,6 +49,5 @@ class Bodies:
         self._connection.check_size(changed)
         return changed
 
-    def unpack(self, data: bytes) -> Envelope | None:
-        """The envelope in the data of a message; None for a plain body. Raises `CannotDecode` for a broken envelope."""
-        return envelope.decode(data)
+    unpack = staticmethod(envelope.decode)
+    """The envelope in the data of a message; None for a plain body. Raises `CannotDecode` for a broken envelope."""

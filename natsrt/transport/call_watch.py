@@ -99,7 +99,7 @@ class CallWatch:
 
     def start(self) -> None:
         self.accept_to = self._inbox.subject("accept")
-        self._inbox.receive(self.accept_to, self._on_accepted)
+        self._inbox.receivers[self.accept_to] = self._on_accepted
         self._watcher = asyncio.create_task(self._watch(), name="natsrt call watcher")
 
     async def stop(self) -> None:
@@ -132,16 +132,13 @@ class CallWatch:
     def add(self, call: PendingCall) -> None:
         """A call is about to be sent. `remove` must follow."""
         self.pending[call.reply] = call
-        self._inbox.receive(call.reply, call.receive)
-
-    def sent(self) -> None:
-        """A call was sent."""
         self._wake.set()
+        self._inbox.receivers[call.reply] = call.receive
 
     def remove(self, call: PendingCall) -> None:
         """A call has ended, or nobody waits for it any more."""
         del self.pending[call.reply]
-        self._inbox.drop(call.reply)
+        self._inbox.receivers.pop(call.reply, None)
         self._watched.pop(call.reply, None)
 
     def _denied(self, denied: PermissionDenied) -> None:
@@ -186,7 +183,7 @@ class CallWatch:
 
     def _asked(self, worker_id: str) -> AskedWorker:
         if worker_id not in self._judge.asked:
-            self._inbox.receive(self._answer_subject(worker_id), lambda message: self._on_answer(worker_id, message))
+            self._inbox.receivers[self._answer_subject(worker_id)] = lambda message: self._on_answer(worker_id, message)
         return self._judge.worker(worker_id)
 
     def _answer_subject(self, worker_id: str) -> str:
@@ -268,7 +265,7 @@ class CallWatch:
                 await self._ask(worker_id, asked, calls, now)
         for worker_id in [known for known in self._judge.asked if known not in questions]:
             del self._judge.asked[worker_id]
-            self._inbox.drop(self._answer_subject(worker_id))
+            self._inbox.receivers.pop(self._answer_subject(worker_id), None)
 
     async def _ask(self, worker_id: str, asked: AskedWorker, calls: Sequence[PendingCall], now: float) -> None:
         asked.asked(now)

@@ -116,16 +116,13 @@ class Calls:
         self._options = options
         self._directory = directory
         self._open = False
+        self.accept_to = ""
+        """The subject on which workers accept this runtime's calls."""
 
     @property
     def pending(self) -> int:
         """How many calls have not ended."""
         return len(self._watch.pending)
-
-    @property
-    def accept_to(self) -> str:
-        """The subject on which workers accept this runtime's calls."""
-        return self._watch.accept_to
 
     def awaited(self) -> Iterator[tuple[str, object]]:
         """The reply subject and ``awaited_by`` of each pending call that was sent with one."""
@@ -135,6 +132,7 @@ class Calls:
 
     async def start(self) -> None:
         self._watch.start()
+        self.accept_to = self._watch.accept_to
         self._open = True
 
     async def stop(self) -> None:
@@ -173,14 +171,19 @@ class Calls:
             UndeliveredCall: One of its subclasses says why there is no reply.
             ServerUnreachable, PermissionDenied, MessageTooLarge: It could not be sent.
         """
-        attempts = Attempts(self._options)
+        attempts: Attempts | None = None
         while True:
             if not self._open:  # no reply would arrive
                 raise stopped(recipient)
             if destination is not None and not destination.may_send():
                 await _wait_for_turn(destination, sent, link)
+            call = self._begin(recipient, subject, destination, link, awaited_by)
             try:
-                reply = await self._send(recipient, body, subject, destination, sent, link, headers, awaited_by)
+                if not call.future.done():  # else its token is cancelled already
+                    await self._connection.publish(call.subject, body, reply=call.reply, headers=headers)
+                if sent is not None:
+                    sent()
+                reply = await call.future
             except WorkerLost:
                 if destination is not None:
                     destination.owner_lost()
@@ -188,25 +191,28 @@ class Calls:
             except NeverReceived:
                 if destination is not None:
                     destination.lost()
+                attempts = attempts or Attempts(self._options)
                 if not attempts.lost():
                     raise WorkerLost(str(recipient), None, "it got lost on its way, again and again") from None
                 continue
-            if reply.headers is None or (pause := await self._pause(reply, recipient, destination, attempts)) is None:
+            finally:
+                self._watch.remove(call)
+            if reply.headers is None:
+                return reply
+            attempts = attempts or Attempts(self._options)
+            if (pause := await self._pause(reply, recipient, destination, attempts)) is None:
                 return reply
             await asyncio.sleep(pause)
 
-    async def _send(
+    def _begin(
         self,
         recipient: AgentId,
-        body: bytes,
         subject: str | None,
         destination: Destination | None,
-        sent: Callable[[], None] | None,
         link: Link | None,
-        headers: dict[str, str] | None,
         awaited_by: object | None,
-    ) -> Msg:
-        """Send the call once. Returns the first message on its reply subject."""
+    ) -> PendingCall:
+        """A call that is about to be sent, under a reply subject of its own. `CallWatch.remove` must follow."""
         loop = asyncio.get_running_loop()
         if destination is not None:
             subject = destination.subject
@@ -217,15 +223,7 @@ class Calls:
             link(future)
         call = PendingCall(self._inbox.new_subject(), subject, recipient, future, loop.time(), awaited_by)
         self._watch.add(call)
-        try:
-            if not future.done():  # else its token is cancelled already
-                await self._connection.publish(subject, body, reply=call.reply, headers=headers)
-            if sent is not None:
-                sent()
-            self._watch.sent()
-            return await future
-        finally:
-            self._watch.remove(call)
+        return call
 
     async def _pause(
         self, reply: Msg, recipient: AgentId, destination: Destination | None, attempts: Attempts

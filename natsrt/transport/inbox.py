@@ -33,7 +33,8 @@ class Inbox:
         self._prefix = options.inbox_prefix
         self._root = ""
         self._counter = 0
-        self._receivers: dict[str, Receiver] = {}
+        self.receivers: dict[str, Receiver] = {}
+        """What receives the messages on each reply subject. Messages on any other one are ignored."""
         self._posted: deque[tuple[float, str]] = deque()
         self._interest: Interest | None = None
 
@@ -61,14 +62,6 @@ class Inbox:
         self._counter += 1
         return f"{self._root}.{kind}{self._counter:x}"
 
-    def receive(self, subject: str, receiver: Receiver) -> None:
-        """Give the messages on a reply subject to ``receiver``, until `drop`."""
-        self._receivers[subject] = receiver
-
-    def drop(self, subject: str) -> None:
-        """Ignore what still arrives on a reply subject. Harmless when dropped."""
-        self._receivers.pop(subject, None)
-
     async def post(self, subject: str, body: bytes, lost: Callable[[], None]) -> None:
         """Send a message that gets no answer. Calls ``lost`` if the server reports soon that nobody listens.
 
@@ -76,14 +69,14 @@ class Inbox:
         """
         now = asyncio.get_running_loop().time()
         while self._posted and (self._posted[0][0] < now - _POSTED_FOR or len(self._posted) >= _POSTED_AT_MOST):
-            self.drop(self._posted.popleft()[1])
+            self.receivers.pop(self._posted.popleft()[1], None)
         reply = self.new_subject("p")
-        self._receivers[reply] = lambda message: lost() if is_nobody(message) else None
+        self.receivers[reply] = lambda message: lost() if is_nobody(message) else None
         self._posted.append((now, reply))
         await self._connection.publish(subject, body, reply=reply)
 
     def _on_message(self, message: Msg) -> None:
-        receiver = self._receivers.get(message.subject)
+        receiver = self.receivers.get(message.subject)
         if receiver is not None:
             receiver(message)
 

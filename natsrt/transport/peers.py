@@ -79,7 +79,7 @@ class Peers:
         """
         reply = self._inbox.new_subject("q")
         answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        self._inbox.receive(reply, lambda message: None if answer.done() else answer.set_result(message))
+        self._inbox.receivers[reply] = lambda message: None if answer.done() else answer.set_result(message)
         try:
             await self._connection.publish(subject, body, reply=reply)
             async with asyncio.timeout(timeout):
@@ -90,5 +90,5 @@ class Peers:
         except TimeoutError:
             return None
         finally:
-            self._inbox.drop(reply)
+            self._inbox.receivers.pop(reply, None)
         return None if is_nobody(message) else message

@@ -48,7 +48,7 @@ class Probe:
                 found.set_result(verdict)
 
         reply = self._inbox.subject(f"t-{NUID().next().decode()}")
-        self._inbox.receive(reply, report)
+        self._inbox.receivers[reply] = report
         try:
             headers = {TRACE_DEST: reply, TRACE_ONLY: "true"}
             await self._connection.publish(subject, b"", reply=reply, headers=headers)
@@ -57,7 +57,7 @@ class Probe:
         except TimeoutError:
             return None
         finally:
-            self._inbox.drop(reply)
+            self._inbox.receivers.pop(reply, None)
 
     async def listens(self, subject: str) -> bool:
         """Whether a subscriber that may answer listens on ``subject``; True also if no server reported in time."""
