@@ -1,7 +1,8 @@
 """Check the directions of imports in natsrt: arrows point down only, and no modules import one another in circles.
 
-Usage: python .ci/check_imports.py [ROOT]. Prints each arrow that points up and each circle, and exits with 1 then.
-Imports inside functions and under TYPE_CHECKING count too. docs/architecture.md says what each layer is for.
+Usage: python .ci/check_imports.py [ROOT]. Prints each arrow in a wrong direction and each circle, and exits with 1 if
+there is one. Of circles that share an arrow only one may be printed. Imports inside functions and under TYPE_CHECKING
+count too. docs/architecture.md says what each layer is for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 
 LAYERS = (
     ("cli", "contrib"),
-    ("__init__", "registration"),
+    ("__init__",),
+    ("registration",),
     ("runtime",),
     ("session",),
     ("membership",),
@@ -31,7 +33,11 @@ LAYERS = (
     ("background",),
     ("errors", "version"),
 )
-"""Folders and modules, from the top to the bottom. One may import those of its own layer and of the layers below it."""
+"""Folders and modules of natsrt, and the command line, from the top to the bottom.
+
+A module may import from its own folder and from lower lines, but not from another folder on the same line. A name
+that does not exist in the tree does no harm.
+"""
 
 PACKAGES = {"natsrt": "natsrt", "cli": "natsrt_cli"}
 """Each package's folder, and the name under which it is installed."""
@@ -72,25 +78,36 @@ def layer_of(module: str) -> str:
 
 
 def problems(root: Path) -> list[str]:
-    """What is wrong below ``root``, a sentence each."""
-    rank = {name: number for number, names in enumerate(LAYERS) for name in names}
+    """One sentence for each wrong arrow, each circle and each module without a layer below ``root``."""
     known = modules(root)
     arrows = {module: set(imported(module, path, known)) - {module} for module, path in known.items()}
-    found = []
+    return [*wrong_arrows(arrows), *circles(arrows)]
+
+
+def wrong_arrows(arrows: dict[str, set[str]]) -> Iterator[str]:
+    rank = {name: number for number, names in enumerate(LAYERS) for name in names}
     for module, targets in sorted(arrows.items()):
         layer = layer_of(module)
         if layer not in rank:
-            found.append(f"{module} is in no layer: add {layer} to .ci/check_imports.py")
+            yield f"{module} is in no layer: add {layer} to .ci/check_imports.py"
             continue
         for target in sorted(targets):
-            above = layer_of(target)
-            if above in rank and rank[above] < rank[layer]:
-                found.append(f"{module} imports {target}: {above} is above {layer}")
-    try:
-        TopologicalSorter(arrows).prepare()
-    except CycleError as error:
-        found.append(f"these modules import one another in a circle: {' <- '.join(error.args[1])}")
-    return found
+            other = layer_of(target)
+            if other != layer and other in rank and rank[other] <= rank[layer]:
+                place = "above" if rank[other] < rank[layer] else "beside"
+                yield f"{module} imports {target}: {other} is {place} {layer}"
+
+
+def circles(arrows: dict[str, set[str]]) -> Iterator[str]:
+    left = {module: set(targets) for module, targets in sorted(arrows.items())}
+    while True:
+        try:
+            TopologicalSorter(left).prepare()
+            return
+        except CycleError as error:
+            circle: list[str] = error.args[1][::-1]  # each one imports the next; the first is also the last
+            yield f"these modules import one another in a circle: {' -> '.join(circle)}"
+            left[circle[0]].remove(circle[1])
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ _MODULES: Mapping[str, str] = {
 
 
 class _Commands(click.Group):
-    """Imports a command's module when the command is used, so that none waits for the others' imports."""
+    """Imports the module of a command only when that command is used, so that each one starts fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_MODULES)
@@ -53,8 +53,8 @@ class _Commands(click.Group):
 def natsrt() -> None:
     """AutoGen agents across processes and machines, with NATS in between.
 
-    Connection options, the NATS_* variables of the nats CLI, NATSRT_<SETTING> for every other setting, and settings
-    files work with every command that connects.
+    Every command that connects takes the connection options, the NATS_* variables of the nats CLI, NATSRT_<SETTING> for
+    every setting, and settings files.
     """
 
 

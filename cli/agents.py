@@ -1,4 +1,4 @@
-"""``natsrt agents``: who hosts what, and how the workers are."""
+"""``natsrt agents``: agent types, the workers that host them, and what these workers report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .ownership import rebalance, where
 _LIVE, _NOT_LIVE, _GONE = "live", "no worker", "gone"
 _STYLES = {_LIVE: "green", _NOT_LIVE: "yellow", _GONE: "yellow", "no answer": "red"}
 _PATIENCE = 2.0
-"""Seconds to wait for the answers of workers."""
+"""Seconds to wait for the answers of workers: far more than a round trip, and still a short wait for a person."""
 
 
 @click.group()
@@ -52,10 +52,10 @@ agents.add_command(rebalance)
 @json_option
 @connects()
 def ls(connecting: Connecting, agent_type: str | None, instances: bool, as_json: bool) -> None:
-    """List the agent types: those with live workers, and those known from the last day.
+    """List the agent types that live workers host, and those that workers hosted within the last day.
 
-    Of keyed types it shows how many agents each worker owns. With --instances, each agent that is kept in one place,
-    keyed or registered as an instance, is a line.
+    For keyed types, also show how many agents each worker owns. With --instances, list the agents that have one worker
+    each, keyed or registered as an instance, one per line.
     """
 
     async def run() -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def ls(connecting: Connecting, agent_type: str | None, instances: bool, as_json:
     if as_json:
         print_json(rows)
     elif not rows:
-        note("there is no live instance" if instances else "no agent type is registered")
+        note("there are no live instances" if instances else "no agent type is registered")
     elif instances:
         table(("AGENT", "KIND", "WORKER"), [(f"{r['type']}/{r['key']}", r["kind"], r["worker_id"]) for r in rows])
     else:
@@ -82,7 +82,7 @@ def ls(connecting: Connecting, agent_type: str | None, instances: bool, as_json:
 
 
 def type_rows(view: View) -> list[dict[str, Any]]:
-    """What ``agents ls`` shows, one row for each agent type."""
+    """The rows of ``agents ls``, one for each agent type."""
     rows = []
     for agent_type in sorted({*view.hosts, *view.known}):
         workers = view.workers_hosting(agent_type)
@@ -106,7 +106,7 @@ def type_rows(view: View) -> list[dict[str, Any]]:
 
 
 def print_types(rows: list[dict[str, Any]]) -> None:
-    """The table of ``agents ls``."""
+    """Print the table of ``agents ls``."""
     table(
         ("TYPE", "WORKERS", "STATE", "HANDLES", "SUBSCRIPTIONS"),
         [
@@ -124,14 +124,14 @@ def print_types(rows: list[dict[str, Any]]) -> None:
 
 
 async def _owned(runtime: NatsAgentRuntime, agent_type: str | None) -> dict[str, list[dict[str, Any]]]:
-    """How many agents each worker owns, by keyed type; the types are missing where that cannot be seen."""
+    """How many agents each worker owns, by keyed type. Empty if the records cannot be read."""
     view = runtime.running.registry.view
     if not view.keyed:
         return {}
     try:
         survey = await Survey.of(runtime.running.records, agent_type)
     except (PermissionDenied, StateUnavailable) as error:
-        note(f"natsrt: who owns keyed agents cannot be seen: {error}")
+        note(f"natsrt: the owners of keyed agents cannot be read: {error}")
         return {}
     if survey.damaged:
         note(f"natsrt: {len(survey.damaged)} records of keyed agents cannot be read: see `natsrt doctor`")
@@ -157,7 +157,7 @@ def _print_owners(rows: list[dict[str, Any]]) -> None:
 
 
 async def _instance_rows(runtime: NatsAgentRuntime, agent_type: str | None) -> list[dict[str, Any]]:
-    """The agents that live workers own, and the registered instances."""
+    """The keyed agents that live workers own, and the registered instances."""
     view = runtime.running.registry.view
     found = [
         {"type": hosted, "key": key, "kind": "instance", "worker_id": holder}
@@ -184,7 +184,7 @@ async def _instance_rows(runtime: NatsAgentRuntime, agent_type: str | None) -> l
 def info(connecting: Connecting, agent: str, as_json: bool) -> None:
     """Show an agent type: workers, messages and subscriptions; with a key, the metadata of that agent.
 
-    Asking for one agent makes it, if it is not there yet.
+    With a key, the agent is created if it does not exist yet.
     """
     one = agent_id(agent) if "/" in agent else None
 
@@ -263,7 +263,7 @@ def _print_info(shown: Mapping[str, Any]) -> None:
 def ping(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
     """Measure the round trip to every worker, or to those of one agent type.
 
-    Exits with 4 if there is none, and with 5 if one of them does not answer.
+    Exits with 4 if there is no live worker, and with 5 if a worker does not answer.
     """
 
     async def run() -> list[dict[str, Any]]:
@@ -294,7 +294,7 @@ def ping(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
 
 
 def _expected(runtime: NatsAgentRuntime, agent_type: str | None) -> set[str]:
-    """The live workers, or those of one type."""
+    """Ids of the live workers, or of those that host one type."""
     view = runtime.running.registry.view
     if agent_type is None:
         return set(view.workers)
@@ -310,7 +310,7 @@ async def gather_answers(
 ) -> dict[str, dict[str, Any]]:
     """The answers of the ``expected`` workers to ``$SRV.<verb>``, by worker id, with ``round_trip_ms`` added.
 
-    Services of others answer there too, and are left out. A worker that is missing did not answer in time.
+    Answers of services other than natsrt workers are ignored. A worker that did not answer in time is missing.
     """
     inbox = f"{options.inbox_prefix}.{NUID().next().decode()}"
     answers: dict[str, dict[str, Any]] = {}
@@ -352,7 +352,7 @@ async def gather_answers(
 @json_option
 @connects()
 def stats(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
-    """Show what workers have done since they started: messages, errors and processing times by agent type.
+    """Show the counts of messages and errors, and processing times, by agent type, since each worker started.
 
     Exits with 5 if a worker does not answer.
     """
@@ -404,6 +404,6 @@ def stats(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
 
 
 def _types_by_subject(runtime: NatsAgentRuntime) -> dict[str, str]:
-    """The agent types by the subject of their calls, which an endpoint's name does not tell exactly."""
+    """Agent types by the subject of their calls. The name of an endpoint may differ from its agent type."""
     subjects = Subjects(runtime.options.namespace)
     return {subjects.agent(agent_type): agent_type for agent_type in runtime.running.registry.view.hosts}

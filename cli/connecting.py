@@ -1,4 +1,4 @@
-"""The options that every command has, and the way from them to a runtime."""
+"""The options that commands share, and the runtime that is made from them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ _FLAGS: Mapping[str, tuple[str, str, str]] = {
     "password": ("--password", "PASSWORD", "Password ($NATS_PASSWORD)."),
     "token": ("--token", "TOKEN", "Token ($NATS_TOKEN)."),
     "nkey_seed_file": ("--nkey", "FILE", "User NKEY seed file ($NATS_NKEY)."),
-    "tls_ca": ("--tlsca", "FILE", "Certificates that the server's is checked with ($NATS_CA)."),
+    "tls_ca": ("--tlsca", "FILE", "CA certificates to check the server's certificate with ($NATS_CA)."),
     "tls_cert": ("--tlscert", "FILE", "Client certificate ($NATS_CERT)."),
-    "tls_key": ("--tlskey", "FILE", "Key of the client certificate ($NATS_KEY)."),
+    "tls_key": ("--tlskey", "FILE", "Private key of the client certificate ($NATS_KEY)."),
     "namespace": ("--namespace", "NAME", "natsrt namespace ($NATSRT_NAMESPACE)."),
     "inbox_prefix": ("--inbox-prefix", "SUBJECT", "Prefix of reply subjects ($NATSRT_INBOX_PREFIX)."),
     "connect_timeout": ("--timeout", "DURATION", "How long to wait for answers: 5, 500ms, 1m30s ($NATS_TIMEOUT)."),
 }
-"""The connection settings with a flag: field of `Options`, flag, what it takes, help."""
+"""The connection settings that have a flag, by field of `Options`: flag, placeholder of its value, help."""
 
 _LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True)
 class Connecting:
-    """The connection options as they were given. ``given`` is by field of `Options`; ``config`` a settings file."""
+    """The connection options of one command line.
+
+    ``given`` has their texts by field of `Options`; ``config`` is the path of a settings file, None for none.
+    """
 
     given: Mapping[str, str]
     config: str | None
@@ -49,14 +52,14 @@ class Connecting:
 
     @property
     def timeout(self) -> str | None:
-        """``--timeout`` as it was given; None if it was not."""
+        """The text of ``--timeout``; None if it was not given."""
         return self.given.get("connect_timeout")
 
     def options(self, **more: Any) -> Options:
         """All settings, from the command line, the environment, a file and a context.
 
         Raises:
-            ConfigurationError: A setting is wrong; one of the command line is called by its flag.
+            ConfigurationError: A setting is wrong. One from the command line is named by its flag.
         """
         try:
             return Options.load(config=self.config, **{**self.given, **more})
@@ -66,7 +69,7 @@ class Connecting:
             raise
 
     def arguments(self) -> list[str]:
-        """The same options for another ``natsrt`` command."""
+        """The same options as arguments for another ``natsrt`` command."""
         arguments = [part for field, value in self.given.items() for part in (_FLAGS[field][0], value)]
         if self.config is not None:
             arguments += ["--config", self.config]
@@ -80,7 +83,7 @@ class Connecting:
 
 
 def basics(log_level: str = "warning") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``--debug`` and ``--log-level``, logging to standard error, and errors as one line each."""
+    """Add ``--debug`` and ``--log-level``, log to standard error, and print an error as one line."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -106,7 +109,7 @@ def basics(log_level: str = "warning") -> Callable[[Callable[..., Any]], Callabl
 
 
 def connects(log_level: str = "warning") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options of a command that connects. It is called with a `Connecting` first."""
+    """Add the options of a command that connects. The command gets a `Connecting` as its first argument."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
@@ -131,6 +134,6 @@ def _log_to_stderr(level: str) -> None:
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # AutoGen logs every message at INFO; who wants that sets the level of its loggers in a module of his own.
+    # AutoGen logs every message at INFO. To see that, set the level of its loggers in your own module.
     for name in ("autogen_core", "watchfiles"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""``natsrt demo``: what natsrt does, in a few seconds."""
+"""``natsrt demo``: shows in a few seconds what natsrt does."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .supervisor import COMMAND
 _AGENTS = {"reverse": "natsrt_cli.demo_agents:Reverse", "upper": "natsrt_cli.demo_agents:Upper"}
 _TEXT = "agents over NATS"
 _PATIENCE = 30.0
-"""Seconds for anything here that normally takes a moment."""
+"""Seconds allowed for each step. A step normally takes well under one; a slow machine must not fail the demo."""
 
 
 @click.command()
 @basics()
 def demo(log_level: str) -> None:
-    """See natsrt work, in a few seconds.
+    """Show what natsrt does, in a few seconds.
 
     Starts a server and two workers, calls both, publishes an event to both, and stops.
 
-    Nothing stays behind: the server listens on a free port of this machine, and its data is temporary.
+    Leaves nothing behind: the server listens on a free port of this machine, and its data is temporary.
     """
     asyncio.run(_demo())
 
@@ -48,7 +48,7 @@ async def _demo() -> None:
         line("   $ natsrt server")
         line(f"   it listens at {server.url}")
 
-        line("\n2. Two workers, each a process of its own with one agent type")
+        line("\n2. Two workers, each in its own process with one agent type")
         workers = {}
         for agent_type, target in _AGENTS.items():
             line(f"   $ natsrt worker {target} --type {agent_type}")
@@ -58,7 +58,7 @@ async def _demo() -> None:
 
         runtime = NatsAgentRuntime(options=Options(servers=server.url, name="demo"))
         await stack.enter_async_context(runtime)
-        line("\n3. A call to each, from a third process: this one")
+        line("\n3. A call to each agent, from this process")
         for agent_type in _AGENTS:
             line(f'   $ natsrt send {agent_type}/demo \'{{"text": "{_TEXT}"}}\'')
             reply = await runtime.send_message(Text(_TEXT), AgentId(agent_type, "demo"))
@@ -66,20 +66,20 @@ async def _demo() -> None:
                 raise CommandFailed(f"{agent_type} answered {type(reply).__name__}, not Text")
             line(f'   {{"text": "{reply.text}"}}')
 
-        line("\n4. One event, which both receive")
+        line("\n4. One event, which both workers receive")
         line(f'   $ natsrt publish {TOPIC}/demo \'{{"headline": "{_TEXT}"}}\'')
         await runtime.publish_message(Headline(_TEXT), TopicId(TOPIC, "demo"))
         for agent_type, worker in workers.items():
             line(f"   worker process {worker.pid}: {await worker.line_with(f'{agent_type} reads: ')}")
 
-        line("\n5. What is there")
+        line("\n5. The agent types")
         line("   $ natsrt agents ls")
         print_types(type_rows(runtime.running.registry.view))
 
-        line("\n6. Stopping: the workers first, in order, then the server")
+        line("\n6. Stopping the workers, then the server")
         for worker in workers.values():
             await worker.stop()
-    line("   done. To do it by hand, run these commands, each worker and the server in a terminal of its own.")
+    line("   done. To try it yourself, run these commands; give the server and each worker its own terminal.")
 
 
 class _DemoWorker:
@@ -93,7 +93,7 @@ class _DemoWorker:
         return self._process.pid
 
     async def line_with(self, text: str) -> str:
-        """Wait for the line of its output that contains ``text``."""
+        """Wait for a line of its output that contains ``text``, and return it."""
         assert self._process.stdout is not None
         try:
             async with asyncio.timeout(_PATIENCE):
@@ -103,10 +103,10 @@ class _DemoWorker:
                         return self._seen[-1]
         except TimeoutError:
             pass
-        raise CommandFailed("\n".join([f"the worker of {self._agent_type} did not say {text!r}:", *self._seen]))
+        raise CommandFailed("\n".join([f"the worker of {self._agent_type} did not print {text!r}:", *self._seen]))
 
     async def stop(self) -> None:
-        """SIGTERM, and wait for its end."""
+        """Send SIGTERM and wait until the worker has ended."""
         self._process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(_PATIENCE):
             code = await self._process.wait()
@@ -137,5 +137,5 @@ async def _worker(agent_type: str, target: str, url: str) -> AsyncIterator[_Demo
 
 
 def _without_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without settings for another server than the demo's."""
+    """The environment without NATS and natsrt settings, which could name another server than the demo's."""
     return {name: value for name, value in environ.items() if not name.startswith(("NATS_", "NATSRT_"))}

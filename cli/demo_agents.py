@@ -12,14 +12,14 @@ TOPIC = "demo.news"
 
 @dataclass
 class Text:
-    """What the agents are called with, and what they answer."""
+    """The message of calls to both agents, and of their replies."""
 
     text: str
 
 
 @dataclass
 class Headline:
-    """An event for both."""
+    """The event that both agents receive."""
 
     headline: str
 

@@ -1,7 +1,7 @@
-"""``natsrt doctor``: what is wrong, and what to do.
+"""``natsrt doctor``: checks an installation and suggests what to do.
 
-Nothing is changed, and nobody is disturbed: what is published to try a permission is delivered to nobody
-(``Nats-Trace-Only``) or refused by the stream (an impossible expected sequence).
+It changes nothing and disturbs no agent. A message that is published to test a permission is not delivered
+(``Nats-Trace-Only``), or the stream refuses it (an impossible expected sequence).
 """
 
 from __future__ import annotations
@@ -48,20 +48,28 @@ Level = Literal["ok", "warning", "problem", "skipped"]
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
 _OLDEST_SERVER = (2, 11)
+"""The first version with a time to live per message and with message tracing."""
 _RECOMMENDED_PAYLOAD = 1024 * 1024
+"""Bytes: nats-server's own default of max_payload."""
 _WARNED_PAYLOAD = 8 * 1024 * 1024
+"""Bytes above which nats-server itself advises against a max_payload."""
 _SLOW_ROUND_TRIP_MS = 100.0
+"""Milliseconds above which the distance to the server is worth a warning."""
 _CLOCK_TOLERANCE = 2.0
+"""Seconds by which the clocks may differ before it is worth a warning."""
 _LONGEST_EVICTION = 10.0
+"""Seconds within which a server should drop a frozen client; with natsrt's nats.conf it takes up to 9."""
 _REQUEST_SECONDS = 2.0
+"""Seconds to wait for the server's answer to a request."""
 _LIST_AT_MOST = 5
+"""Items that a finding lists by name."""
 _NEVER_STORED = {"Nats-Expected-Last-Sequence": str(2**63)}
-"""Headers with which a stream refuses a message."""
+"""Headers of a message that every stream refuses, since no stream has such a sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report. ``advice`` says what to do; empty where there is nothing to do."""
+    """One line of the report. ``advice`` says what to do; empty if nothing needs to be done."""
 
     check: str
     level: Level
@@ -71,7 +79,7 @@ class Finding:
 
 @dataclass(slots=True)
 class _Patient:
-    """What is examined, and what was found."""
+    """The connection that is examined, and the findings so far."""
 
     connection: Connection
     options: Options
@@ -87,7 +95,7 @@ class _Patient:
         return f"KV_{self.subjects.bucket(BUCKET)}"
 
     async def request(self, subject: str) -> dict[str, Any] | None:
-        """The JSON answer to an empty request; None without one."""
+        """The JSON object that answers an empty request; None if there is no such answer."""
         try:
             reply = await self.connection.client.request(subject, b"", timeout=_REQUEST_SECONDS)
             answer = orjson.loads(reply.data)
@@ -97,25 +105,27 @@ class _Patient:
 
 
 @click.command()
-@click.option("--monitor-url", metavar="URL", help="The server's monitoring pages, such as http://127.0.0.1:8222.")
+@click.option(
+    "--monitor-url", metavar="URL", help="URL of the server's monitoring pages, such as http://127.0.0.1:8222."
+)
 @click.option(
     "--health-url",
     "health_urls",
     metavar="URL",
     multiple=True,
-    help="A worker's --health-port, such as http://127.0.0.1:8080; may be given for several.",
+    help="URL of a worker's --health-port, such as http://127.0.0.1:8080. May be given several times.",
 )
 @json_option
 @connects("error")
 def doctor(connecting: Connecting, monitor_url: str | None, health_urls: tuple[str, ...], as_json: bool) -> int:
-    """Find out what is wrong, and what to do.
+    """Check the installation and suggest fixes.
 
-    Checks connection, versions, JetStream, permissions, clock, registry, keyed agents, server settings, and what
-    workers say of their health.
+    Checks the connection, versions, JetStream, permissions, the clock, the registry, keyed agents, server settings, and
+    the health that workers report.
 
-    Exits with 7 if there is a problem; warnings alone are 0.
+    Exits with 7 if there is a problem, and with 0 if there are only warnings.
     """
-    logging.getLogger("natsrt.connection").setLevel(logging.CRITICAL)  # what it warns of is among the findings
+    logging.getLogger("natsrt.connection").setLevel(logging.CRITICAL)  # the findings have its warnings
     findings = asyncio.run(examine(connecting.options(), monitor_url, health_urls))
     if as_json:
         print_json([asdict(finding) for finding in findings])
@@ -128,11 +138,11 @@ def doctor(connecting: Connecting, monitor_url: str | None, health_urls: tuple[s
 
 
 async def examine(options: Options, monitor_url: str | None, health_urls: Sequence[str]) -> list[Finding]:
-    """All checks. Those that need what an earlier one missed are left out."""
+    """Run all checks. After a failed check, those that depend on it are skipped."""
     connection = Connection(options, client_name="natsrt doctor")
     patient = _Patient(connection, options, Subjects(options.namespace))
     connection.on_denied(lambda denied: patient.denied.add((denied.operation, denied.subject.lower())))
-    for url in health_urls:  # whether or not there is a server
+    for url in health_urls:  # they need no server
         for level, text, advice in await asyncio.to_thread(judge, url):
             patient.found("health", level, text, advice)
     try:
@@ -168,7 +178,7 @@ async def _check_connection(patient: _Patient) -> None:
         times.append((time.perf_counter() - begun) * 1000)
     text = f"{patient.connection.server}, round trip {min(times):.1f} ms"
     if min(times) > _SLOW_ROUND_TRIP_MS:
-        patient.found("connection", "warning", text, "the server is far away: each call takes at least twice that")
+        patient.found("connection", "warning", text, "the server is far away: each call takes at least twice that time")
     else:
         patient.found("connection", "ok", text)
 
@@ -180,8 +190,8 @@ def _check_versions(patient: _Patient) -> None:
             "server version",
             "problem",
             f"nats-server {server.major}.{server.minor}.{server.patch}",
-            f"natsrt needs {_OLDEST_SERVER[0]}.{_OLDEST_SERVER[1]} or later, for messages that expire one by one and "
-            "for message tracing: update the server",
+            f"natsrt needs {_OLDEST_SERVER[0]}.{_OLDEST_SERVER[1]} or later, which has message tracing and a "
+            "time to live for each message: update the server",
         )
     else:
         patient.found("server version", "ok", f"nats-server {server.major}.{server.minor}.{server.patch}")
@@ -195,25 +205,25 @@ def _check_payload(patient: _Patient) -> None:
     if size < _RECOMMENDED_PAYLOAD:
         patient.found("max_payload", "warning", text, "set max_payload: 1MB in nats.conf, nats-server's own default")
     elif size > _WARNED_PAYLOAD:
-        advice = "nats-server advises against more than 8MB: one large message holds up all others of a connection"
+        advice = "nats-server advises against more than 8MB: a large message delays all others of its connection"
         patient.found("max_payload", "warning", text, advice)
     else:
         patient.found("max_payload", "ok", text)
 
 
 async def _check_clock(patient: _Patient) -> None:
-    """The server's time is in its answer about the user, which needs no system account."""
+    """Compare the clocks. The server's answer about the user has its time, and needs no system account."""
     before = time.time()
     answer = await patient.request("$SYS.REQ.USER.INFO")
     here = (before + time.time()) / 2
-    told = (answer or {}).get("server") or {}
-    if "time" not in told:
-        patient.found("clock", "skipped", "the server's clock cannot be seen", "allow publishing to $SYS.REQ.USER.INFO")
+    server = (answer or {}).get("server") or {}
+    if "time" not in server:
+        patient.found("clock", "skipped", "the server's clock cannot be read", "allow publishing to $SYS.REQ.USER.INFO")
         return
-    offset = datetime.fromisoformat(told["time"]).timestamp() - here
+    offset = datetime.fromisoformat(server["time"]).timestamp() - here
     text = f"the server's clock is {abs(offset):.3f} s {'ahead of' if offset > 0 else 'behind'} this machine's"
     if abs(offset) > _CLOCK_TOLERANCE:
-        advice = "set both by NTP: natsrt works all the same, but times in traces and tables do not fit together"
+        advice = "set both by NTP: natsrt works, but times in traces and tables do not agree"
         patient.found("clock", "warning", text, advice)
     else:
         patient.found("clock", "ok", text)
@@ -223,11 +233,11 @@ async def _check_clock(patient: _Patient) -> None:
 
 
 async def _check_permissions(patient: _Patient) -> None:
-    """Try what callers and what workers need. The server answers each violation, in order, before a round trip."""
+    """Try the permissions of callers and of workers. The server reports each violation before it answers a ping."""
     subjects, nonce = patient.subjects, f"doctor-{NUID().next().decode()}"
     agent, worker, topic = subjects.agent(nonce), subjects.worker(nonce), subjects.topic(nonce, nonce)
     inbox = f"{patient.options.inbox_prefix}.{nonce}"
-    # Where somebody may listen, only the report of the trace is delivered: to a subject where nobody does.
+    # On subjects that may have subscribers, only the trace report is delivered, to a subject that has none.
     unseen = {TRACE_DEST: agent, TRACE_ONLY: "true"}
     to_call = await _refused(
         patient,
@@ -236,7 +246,7 @@ async def _check_permissions(patient: _Patient) -> None:
     )
     to_call += await _refused(patient, publish={topic: unseen, subjects.cancel: unseen}, subscribe={})
     if to_call:
-        advice = "without these no natsrt program works: see the users in nats.conf"
+        advice = "every natsrt program needs these: see the users in nats.conf"
         patient.found("permission to call", "problem", f"refused: {', '.join(to_call)}", advice)
     else:
         patient.found("permission to call", "ok", "calls, events and the registry's changes")
@@ -254,13 +264,13 @@ async def _check_permissions(patient: _Patient) -> None:
     )
     if to_host:
         text = f"refused: {', '.join(to_host)}"
-        patient.found("permission to host", "warning", text, "a user who hosts agents needs these: see nats.conf")
+        patient.found("permission to host", "warning", text, "a user that hosts agents needs these: see nats.conf")
     else:
         patient.found("permission to host", "ok", "agents, topics, control, heartbeats and monitoring")
 
 
 async def _refused(patient: _Patient, *, publish: dict[str, dict[str, str]], subscribe: dict[str, str]) -> list[str]:
-    """What the server refuses of these: subjects to publish to with headers, and to subscribe to in queue groups."""
+    """The operations that the server refuses; ``publish``: headers by subject, ``subscribe``: queue by subject."""
     patient.denied.clear()
     connection = patient.connection
     interests = [
@@ -281,7 +291,7 @@ async def _refused(patient: _Patient, *, publish: dict[str, dict[str, str]], sub
 
 
 async def _check_jetstream(patient: _Patient) -> bool:
-    """Whether there is JetStream."""
+    """Check JetStream. Returns whether it is available."""
     problem: str
     patient.denied.clear()
     try:
@@ -295,11 +305,16 @@ async def _check_jetstream(patient: _Patient) -> bool:
         _found_storage(patient, account)
         return True
     if any(subject.startswith("$js.") for _, subject in patient.denied):
-        patient.found("JetStream", "problem", "this user may not ask for it", "allow publishing to $JS.API.INFO")
-    else:
-        advice = "start the server with `nats-server -js` or add a `jetstream` block to nats.conf, where natsrt keeps "
         patient.found(
-            "JetStream", "problem", problem, f"{advice}its registry; in an account of its own, enable it there"
+            "JetStream", "problem", "this user may not read its account information", "allow publishing to $JS.API.INFO"
+        )
+    else:
+        advice = "start the server with `nats-server -js` or add a `jetstream` block to nats.conf: natsrt keeps its "
+        patient.found(
+            "JetStream",
+            "problem",
+            problem,
+            f"{advice}registry there; if natsrt has its own account, enable it for that",
         )
     return False
 
@@ -319,7 +334,7 @@ async def _check_registry(patient: _Patient) -> None:
     try:
         info = await patient.connection.jetstream.stream_info(patient.stream)
     except nats.js.errors.NotFoundError:
-        patient.found("registry", "ok", f"the bucket {bucket} is not there yet: the first natsrt program makes it")
+        patient.found("registry", "ok", f"the bucket {bucket} does not exist yet: the first natsrt program creates it")
         return
     except (nats.errors.Error, TimeoutError) as error:
         _found_registry_problem(patient, str(error) or "no answer")
@@ -341,9 +356,7 @@ async def _check_registry(patient: _Patient) -> None:
 
 def _found_registry_problem(patient: _Patient, text: str) -> None:
     refused = ", ".join(sorted(f"{operation} {subject}" for operation, subject in patient.denied))
-    advice = (
-        f"allow this user to {refused}" if refused else "look at `nats stream info` for it, and at the server's log"
-    )
+    advice = f"allow this user to {refused}" if refused else "see `nats stream info` for it, and the server's log"
     patient.found("registry", "problem", f"{patient.stream} cannot be read: {text}", advice)
 
 
@@ -359,14 +372,14 @@ def _check_bucket(patient: _Patient, bucket: str, info: api.StreamInfo) -> None:
         if not there
     ]
     if missing:
-        advice = f"`nats kv del {bucket}` while no worker runs; the next one makes it as it must be"
-        patient.found("registry bucket", "problem", f"{bucket} is without {', '.join(missing)}", advice)
+        advice = f"run `nats kv del {bucket}` while no worker runs; the next worker creates it with the right settings"
+        patient.found("registry bucket", "problem", f"{bucket} lacks {', '.join(missing)}", advice)
         return
     replicas = config.num_replicas or 1
     text = f"{bucket}, {info.state.messages:,} entries, {replicas} replica{'s' if replicas > 1 else ''}"
     if replicas == 1 and len(patient.connection.client.servers) > 1:
         advice = (
-            f"it is lost with its server: `nats stream edit {patient.stream} --replicas 3`, and set registry_replicas"
+            f"it is lost with its server: run `nats stream edit {patient.stream} --replicas 3`, set registry_replicas"
         )
         patient.found("registry bucket", "warning", text, advice)
     else:
@@ -375,7 +388,7 @@ def _check_bucket(patient: _Patient, bucket: str, info: api.StreamInfo) -> None:
 
 @asynccontextmanager
 async def _open_registry(patient: _Patient) -> AsyncIterator[Registry]:
-    """The registry as a runtime sees it, without that it removes what is stale."""
+    """The registry as a runtime reads it. Unlike a runtime, it removes no stale entries."""
 
     registry = Registry(patient.connection, patient.subjects, patient.options, peers=None)
     await registry.open()
@@ -403,10 +416,10 @@ async def _check_workers(patient: _Patient, registry: Registry) -> None:
 def _diagnosis(worker: WorkerEntry, beats: bool, answered: bool) -> tuple[Level, str, str]:
     who = f"{worker.worker_id} (process {worker.pid} on {worker.hostname})"
     if answered:
-        advice = f"its user must be allowed to publish to $KV.….{HEARTBEAT}.>; look at its log"
-        return "problem", f"{who} answers, but has no heartbeat", advice
+        advice = f"allow its user to publish to $KV.….{HEARTBEAT}.>, and see its log"
+        return "problem", f"{who} answers, but sends no heartbeat", advice
     if beats:
-        advice = "it stopped, froze or was killed a moment ago, or may not subscribe to $SRV.PING; look again in 10 s"
+        advice = "it stopped, froze or was killed a moment ago, or may not subscribe to $SRV.PING; try again in 10 s"
         return "warning", f"{who} has a heartbeat, but does not answer", advice
     return "warning", f"{who} is stale: no heartbeat and no answer", "any natsrt program removes its entries"
 
@@ -415,7 +428,7 @@ def _diagnosis(worker: WorkerEntry, beats: bool, answered: bool) -> tuple[Level,
 
 
 async def _check_keyed_agents(patient: _Patient, view: View) -> None:
-    """Who owns them, and whether their records can be read. States are not read: there may be gigabytes."""
+    """Check the owners of keyed agents, and that their records can be read. States, maybe gigabytes, are not read."""
     bucket = patient.subjects.bucket(AGENTS)
     patient.denied.clear()
     try:
@@ -423,25 +436,25 @@ async def _check_keyed_agents(patient: _Patient, view: View) -> None:
         survey = await Survey.of(AgentRecords(patient.connection, patient.subjects, patient.options))
     except nats.js.errors.NotFoundError:
         if view.keyed:
-            text = f"the bucket {bucket} is gone, with what was stored: {', '.join(sorted(view.keyed))} start anew"
-            patient.found("keyed agents", "problem", text, "restore it: `natsrt state import` stores an export again")
+            text = f"the bucket {bucket} and its states are gone: {', '.join(sorted(view.keyed))} start without state"
+            patient.found("keyed agents", "problem", text, "restore them from an export with `natsrt state import`")
         return
     except (NatsrtError, nats.errors.Error, TimeoutError) as error:
         refused = ", ".join(sorted(subject for _, subject in patient.denied))
-        advice = f"to see them, this user must be allowed to publish to {refused}" if refused else ""
+        advice = f"to check them, allow this user to publish to {refused}" if refused else ""
         patient.found("keyed agents", "warning", f"{bucket} cannot be read: {error}", advice)
         return
     text = f"records: {survey.agents:,}; states: {survey.with_state:,} of {survey.state_bytes:,} bytes in all"
     patient.found("keyed agents", "ok", text)
     if gone := survey.owned_by_others_than(view.workers):
         owners = ", ".join(f"{worker_id} ({count:,})" for worker_id, count in gone.most_common(_LIST_AT_MOST))
-        advice = "the next message for each moves it to a live worker; what its owner had not stored is lost"
+        advice = "the next message for such an agent moves it to a live worker; a state that was not stored is lost"
         patient.found("keyed agents", "warning", f"owned by workers that are gone: {owners}", advice)
     if survey.damaged:
         text = "; ".join(str(error) for error in survey.damaged[:_LIST_AT_MOST])
         advice = (
-            "calls to these agents fail: store a state anew with `natsrt state set --force`, or delete them with "
-            f"`natsrt state rm --force`, or by their keys with `nats kv del {bucket}`"
+            "calls to these agents fail: store a new state with `natsrt state set --force`, or delete the record with "
+            f"`natsrt state rm --force`, or by its key with `nats kv del {bucket}`"
         )
         patient.found("keyed agents", "problem", f"damaged: {len(survey.damaged):,}: {text}", advice)
 
@@ -451,8 +464,8 @@ async def _check_keyed_agents(patient: _Patient, view: View) -> None:
 
 async def _check_server_settings(patient: _Patient, monitor_url: str | None) -> None:
     if monitor_url is None:
-        text = "ping_interval and ping_max cannot be seen by a client"
-        patient.found("server settings", "skipped", text, "give --monitor-url, if the server has monitoring pages")
+        text = "a client cannot read ping_interval and ping_max"
+        patient.found("server settings", "skipped", text, "use --monitor-url, if the server has monitoring pages")
         return
     url = f"{monitor_url.rstrip('/')}/varz"
     try:
@@ -462,12 +475,12 @@ async def _check_server_settings(patient: _Patient, monitor_url: str | None) -> 
     except (OSError, ValueError, LookupError, TypeError) as error:
         patient.found("server settings", "warning", f"{url} cannot be read: {error}", "check --monitor-url")
         return
-    text = f"a frozen worker is sent messages for up to {interval * (pings + 1):g} s"
+    text = f"the server sends messages to a frozen worker for up to {interval * (pings + 1):g} s"
     if interval * (pings + 1) > _LONGEST_EVICTION:
         advice = "set ping_interval: 1s and ping_max: 2 in nats.conf: calls to a frozen worker fail for that long"
         patient.found("server settings", "warning", text, advice)
     else:
         patient.found("server settings", "ok", text)
     if store_dir.startswith("/tmp/"):
-        advice = "set jetstream { store_dir } in nats.conf: what is below /tmp is lost at a reboot"
+        advice = "set jetstream { store_dir } in nats.conf: files below /tmp are lost at a reboot"
         patient.found("server settings", "warning", f"JetStream stores in {store_dir}", advice)

@@ -40,12 +40,12 @@ class Exit(IntEnum):
 
 
 MEANINGS = {
-    Exit.OK: "done; also after Ctrl-C or SIGTERM where that is how a command ends",
-    Exit.FAILED: "it failed, for a reason that has no code of its own",
-    Exit.USAGE: "wrong use: an option, a setting, a module or a name",
-    Exit.NOT_CONNECTED: "no server, not let in, or no JetStream and registry there",
-    Exit.UNKNOWN_AGENT: "nobody knows the agent, or no live worker hosts it",
-    Exit.TIMEOUT: "no answer within the time",
+    Exit.OK: "success; also after Ctrl-C or SIGTERM, for commands that run until then",
+    Exit.FAILED: "a failure that has no exit code of its own",
+    Exit.USAGE: "a wrong option, setting, module or name",
+    Exit.NOT_CONNECTED: "no server, access denied, or no JetStream or registry",
+    Exit.UNKNOWN_AGENT: "the agent is unknown, or no live worker hosts it",
+    Exit.TIMEOUT: "no answer in time",
     Exit.REMOTE_ERROR: "the agent answered with an error",
     Exit.PROBLEMS: "problems were found",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
@@ -53,7 +53,7 @@ MEANINGS = {
 
 
 class CommandFailed(Exception):
-    """A failure of a command itself, told in one line or a few."""
+    """A failure of the command itself. Its text is shown to the user: one line, or a few."""
 
     def __init__(self, text: str, code: Exit = Exit.FAILED) -> None:
         self.code = code
@@ -72,7 +72,7 @@ _CODES: tuple[tuple[tuple[type[NatsrtError], ...], Exit], ...] = (
 
 
 def exit_code(error: BaseException) -> Exit:
-    """The exit code of an error; `Exit.REMOTE_ERROR` for what an agent answered, whatever its class."""
+    """The exit code of an error; `Exit.REMOTE_ERROR` for any error that an agent answered with."""
     if isinstance(error, CommandFailed):
         return error.code
     if is_remote(error):
@@ -87,7 +87,7 @@ def is_remote(error: BaseException) -> bool:
 
 @contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """Turn the errors that a user can meet into one line and an exit code; with ``debug`` a traceback comes first."""
+    """Print an expected error as one line, and exit with its code. With ``debug``, print its traceback first."""
     try:
         yield
     except Exception as error:
@@ -103,7 +103,7 @@ def _text(error: Exception) -> str:
     remote = getattr(error, "natsrt_remote", None)
     if remote is None:
         return str(error)
-    # The text of a NatsrtError names what happened; another class's text may be nothing but a value.
+    # The text of a NatsrtError says what happened. The text of another class may be a bare value, as with KeyError.
     text = str(error) if isinstance(error, NatsrtError) else f"{type(error).__name__}: {error}"
     worker = f" on worker {remote.worker_id}" if remote.worker_id else ""
     return f"{text} (answered by {remote.agent}{worker})"

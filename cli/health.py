@@ -2,10 +2,10 @@
 
 Rules:
 
-1. The endpoint has threads of its own and asks the event loop. One that does not answer is what ``/livez`` is for.
-2. A process whose event loop answers is live, whatever its runtime lacks: that comes back by itself, and a restart
-   would mend nothing. So is one that has still to import its module, and one that ends in order.
-3. Handlers may hold the event loop for 2 s at a time. It counts as hung only after `PATIENCE`.
+1. The endpoint runs in its own threads and asks the event loop. ``/livez`` fails if the event loop does not answer.
+2. A process whose event loop answers is live, even if its runtime is not connected: the runtime recovers by itself, and
+   a restart would not help. A process that still imports its module is live, and so is one that is stopping.
+3. Handlers may block the event loop for 2 s at a time. It counts as hung only after `PATIENCE`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from .exits import CommandFailed
 logger = logging.getLogger("natsrt.health")
 
 PATIENCE = 5.0
-"""Seconds for which an event loop may be silent."""
+"""Seconds without an answer after which the event loop counts as hung: more than the 2 s that a handler may block."""
 _REQUEST_SECONDS = 10.0
-"""Seconds that a client has to send its request."""
+"""Seconds that a client has to send its request; ends threads of clients that send nothing."""
 _POLL_SECONDS = 0.1
-"""Seconds that the end of the endpoint takes at most."""
+"""Seconds between two looks whether the endpoint should stop, and so the longest that stopping it takes."""
 _PORT_VARIABLE, _HOST_VARIABLE = "NATSRT_HEALTH_PORT", "NATSRT_HEALTH_HOST"
 
 _PATHS: dict[str, Callable[[Health], bool]] = {
@@ -54,27 +54,27 @@ _PATHS: dict[str, Callable[[Health], bool]] = {
     "/readyz": lambda health: health.live and health.ready,
     "/healthz": lambda health: health.live and health.ready,
 }
-"""What decides between 200 and 503."""
+"""For each path: True answers with status 200, False with 503."""
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
-    """Where an endpoint listens. Port 0 stands for any free one."""
+class ListenAddress:
+    """Where an endpoint listens. Port 0 means any free port."""
 
     host: str
     port: int
 
-    def of_slot(self, slot: int) -> Address:
-        """The address of one of several worker processes: a port of its own, from this one on."""
-        return replace(self, port=self.port + slot) if self.port else self
+    def of_process(self, index: int) -> ListenAddress:
+        """The address of one of several worker processes, counted from 0: each has the next port."""
+        return replace(self, port=self.port + index) if self.port else self
 
     def arguments(self) -> list[str]:
-        """This address for a ``natsrt worker`` of its own."""
+        """This address as arguments for ``natsrt worker``."""
         return ["--health-host", self.host, "--health-port", str(self.port or -1)]
 
 
 def health_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of the endpoint, passed on as ``health``: an `Address`, or None for no endpoint."""
+    """Add the options of the endpoint, passed to the command as ``health``: a `ListenAddress`, None for no endpoint."""
 
     @click.option(
         "--health-port",
@@ -91,21 +91,21 @@ def health_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     @functools.wraps(command)
     def run(health_port: int | None, health_host: str, **parameters: Any) -> Any:
-        health = None if health_port is None else Address(health_host, max(health_port, 0))
+        health = None if health_port is None else ListenAddress(health_host, max(health_port, 0))
         return command(health=health, **parameters)
 
     return run
 
 
 class HealthEndpoint:
-    """Listens from its construction on; the runtime that it speaks for may come later. Use it with ``with``.
+    """Answers health probes. It listens as soon as it is made; the runtime may follow later. A context manager.
 
     Raises:
-        CommandFailed: The address is not free, or not one of this machine.
+        CommandFailed: The address is in use, or does not belong to this machine.
     """
 
-    def __init__(self, address: Address) -> None:
-        self._asking: _Asking | None = None
+    def __init__(self, address: ListenAddress) -> None:
+        self._loop_health: _LoopHealth | None = None
         try:
             self._server = _Server(address, self.health)
         except (OSError, OverflowError) as error:
@@ -128,25 +128,25 @@ class HealthEndpoint:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """Base URL of the endpoint."""
         host, port = self._server.server_address[:2]
         return f"http://[{host!s}]:{port}" if ":" in str(host) else f"http://{host!s}:{port}"
 
-    def speak_for(self, examine: Callable[[], Health]) -> None:
-        """From now on tell what ``examine`` says in the running event loop. To be called in its thread."""
-        self._asking = _Asking(asyncio.get_running_loop(), examine)
+    def report(self, examine: Callable[[], Health]) -> None:
+        """From now on answer with the result of ``examine``, called in the event loop that is running now."""
+        self._loop_health = _LoopHealth(asyncio.get_running_loop(), examine)
 
     def health(self) -> Health:
-        """The health as it is now. May be called in any thread but the event loop's."""
-        if self._asking is None:
+        """The present health. Call it in any thread except that of the event loop."""
+        if self._loop_health is None:
             return Health(live=True, ready=False, reasons=("The worker is about to start.",))
-        return self._asking.health()
+        return self._loop_health.health()
 
 
-class _Asking:
-    """Asks an event loop, from other threads. Made in the thread of that loop.
+class _LoopHealth:
+    """Asks an event loop for the health, from other threads. Made in the thread of that loop.
 
-    All who wait share one question: when that has been open for `PATIENCE` seconds, nobody waits any longer.
+    Concurrent requests share one question. `PATIENCE` seconds after it was asked, all of them stop waiting.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, examine: Callable[[], Health]) -> None:
@@ -176,7 +176,7 @@ class _Asking:
             return self._question, self._asked_at
 
     def _answer(self, question: Future[Health]) -> None:
-        """In the event loop."""
+        """Called in the event loop."""
         try:
             question.set_result(replace(self._examine(), live=True))
         except Exception as error:
@@ -189,8 +189,8 @@ class _Asking:
             first, self._reported = self._reported is not question, question
         if first:
             stack = "".join(traceback.format_stack(frame)).rstrip() if frame is not None else ""
-            logger.warning("%s It is held here:\n%s", reason, stack)
-        # What only the event loop changes stands still with it, so that it can be read from here.
+            logger.warning("%s It is blocked here:\n%s", reason, stack)
+        # Only the event loop changes what `examine` reads, and it is blocked: so it can be called in this thread.
         return replace(self._examine(), live=False, ready=False, reasons=(reason,))
 
 
@@ -208,7 +208,7 @@ class _Server(socketserver.ThreadingTCPServer):
     block_on_close = False
     request_queue_size = 32
 
-    def __init__(self, address: Address, health: Callable[[], Health]) -> None:
+    def __init__(self, address: ListenAddress, health: Callable[[], Health]) -> None:
         self.health = health
         self.address_family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         super().__init__((address.host, address.port), _Handler)
@@ -220,13 +220,13 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = _REQUEST_SECONDS
-    wbufsize = -1  # an answer leaves as a whole
+    wbufsize = -1  # send an answer as a whole
     server_version, sys_version = "natsrt", ""
 
     def do_GET(self) -> None:
         decide = _PATHS.get(self.path.partition("?")[0])
         if decide is None:
-            self._send(HTTPStatus.NOT_FOUND, {"error": f"there are {', '.join(_PATHS)}"})
+            self._send(HTTPStatus.NOT_FOUND, {"error": f"the paths are {', '.join(_PATHS)}"})
         else:
             health = self.server.health()
             self._send(HTTPStatus.OK if decide(health) else HTTPStatus.SERVICE_UNAVAILABLE, health)
@@ -251,22 +251,22 @@ _LOSSES = {
     "undelivered_events": "events that found no owner",
     "undecodable": "messages that could not be read",
     "unknown_payloads": "messages of unknown types",
-    "refused_replies": "calls whose replies may not be sent where they asked",
+    "refused_replies": "calls with a reserved reply subject",
 }
-"""Counts of `Health` that should be 0."""
+"""Counts of `Health` that should be 0, and how they are called in a finding."""
 
 
 def judge(url: str) -> list[tuple[Literal["ok", "warning", "problem"], str, str]]:
-    """What there is to say of a worker whose endpoint is ``url``: level, finding, and what to do. Waits for it."""
+    """Findings about the worker whose endpoint is ``url``: level, text, and what to do. Blocks until it answers."""
     url = f"{url.rstrip('/')}/healthz"
     try:
         health = TypeAdapter(Health).validate_python(read_json(url, PATIENCE + _REQUEST_SECONDS))
     except (OSError, ValueError) as error:
-        text = "it does not tell a worker's health" if isinstance(error, ValidationError) else str(error)
+        text = "it does not report the health of a worker" if isinstance(error, ValidationError) else str(error)
         return [("problem", f"{url} cannot be read: {text}", "check --health-url, and that worker's --health-port")]
     who, reasons = f"{health.worker_id or 'the worker'} at {url}", " ".join(health.reasons)
     if not health.live:
-        advice = "restart it; what holds its event loop belongs in asyncio.to_thread"
+        advice = "restart it; run code that blocks the event loop with asyncio.to_thread"
         return [("problem", f"{who} hangs. {reasons}", advice)]
     figures = f"{sum(health.agents.values()):,} live agents, {health.handlers_running:,} handlers running"
     losses = [f"{count:,} {what}" for name, what in _LOSSES.items() if (count := getattr(health, name))]
@@ -274,12 +274,12 @@ def judge(url: str) -> list[tuple[Literal["ok", "warning", "problem"], str, str]
         ("ok", f"{who} is ready: {figures}", "") if health.ready else ("warning", f"{who} is not ready. {reasons}", "")
     ]
     if losses:
-        found.append(("warning", f"{who} counts {', '.join(losses)}", "look at its log"))
+        found.append(("warning", f"{who} counts {', '.join(losses)}", "see its log"))
     return found
 
 
 def read_json(url: str, timeout: float) -> Any:
-    """What an address says, with status 503 too. Raises OSError, and ValueError for no JSON or no web address."""
+    """The JSON at ``url``, with status 503 too. Raises OSError, and ValueError if it is not JSON or not an HTTP URL."""
     if not url.startswith(("http://", "https://")):
         raise ValueError("it must start with http:// or https://")
     try:

@@ -2,11 +2,10 @@
 
 Rules:
 
-- What goes wrong is told in the user's words: the module, the name, and the line of the user's own code. Frames of
-  natsrt never show.
-- A callable with one parameter is given the runtime and registers what it likes. One without, or an agent class, makes
-  one agent at a time: its first agent, the one with the key ``default``, is made at once. So a constructor that fails
-  is seen at the start, and the class is known, whose subscriptions and message types are then registered.
+- An error names the module, the name, and the line of the user's own code. Frames of natsrt are not shown.
+- A callable with one parameter is called with the runtime, and may register any agents. A callable without parameters,
+  or an agent class, makes one agent per call. Its first agent, with the key ``default``, is made at the start. So a
+  constructor that fails is noticed then, and the class whose subscriptions and message types are registered is known.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _DEFAULT_KEY = "default"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A loaded ``module:name``. ``agent_type`` is None where it takes the runtime and registers by itself."""
+    """A loaded ``module:name``. ``agent_type`` is None if it takes the runtime and registers agents itself."""
 
     text: str
     factory: Callable[..., Any]
@@ -47,7 +46,7 @@ class Target:
         """Register its agents.
 
         Raises:
-            CommandFailed: It raised, or returned no agent.
+            CommandFailed: The callable raised, or did not return an agent.
             NatsrtError: The server or the registry cannot be reached.
         """
         if self.agent_type is not None:
@@ -69,7 +68,7 @@ class Target:
         return agent
 
     def _serving(self, first: BaseAgent, agent_type: str) -> Callable[[], Any]:
-        """The factory, whose first agent is there already."""
+        """The factory. It returns ``first`` for the default key once, since that agent exists already."""
         unused = {_DEFAULT_KEY: first}
 
         def make() -> Any:
@@ -88,11 +87,13 @@ class Target:
 
 
 def load(text: str, agent_type: str | None, app_dir: Path) -> Target:
-    """Import what ``module:name`` names; names may be dotted. ``app_dir`` becomes importable.
+    """Import ``module:name``; both may be dotted. Modules in ``app_dir`` become importable.
+
+    ``agent_type`` is the type to register its agents under; None: the name.
 
     Raises:
-        CommandFailed: With `Exit.USAGE`: there is no such module or name, the module does not import, or what it names
-            is no factory.
+        CommandFailed: With `Exit.USAGE`: the module or the name does not exist, importing the module fails, or the
+            object is not a factory.
     """
     app_dir = app_dir.resolve()
     module_name, colon, name = text.partition(":")
@@ -112,9 +113,11 @@ def _module(name: str, app_dir: Path) -> Any:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            missing = f"there is no module {error.name!r} in {app_dir} or among the installed ones"
-            raise CommandFailed(f"{missing}; --app-dir names another directory", Exit.USAGE) from None
-        raise CommandFailed(f"the module {name!r} does not import: {_outline(error, app_dir)}", Exit.USAGE) from error
+            missing = f"there is no module {error.name!r} in {app_dir} or among the installed packages"
+            raise CommandFailed(f"{missing}; use --app-dir for another directory", Exit.USAGE) from None
+        raise CommandFailed(
+            f"the module {name!r} cannot be imported: {_outline(error, app_dir)}", Exit.USAGE
+        ) from error
 
 
 def _attribute(module: Any, module_name: str, name: str) -> Any:
@@ -134,16 +137,16 @@ def _attribute(module: Any, module_name: str, name: str) -> Any:
 
 
 def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | None:
-    """The agent type to register ``found`` under; None if it takes the runtime."""
+    """The agent type to register ``found`` under; None if ``found`` takes the runtime."""
     if not callable(found):
         raise CommandFailed(f"{text} is {type(found).__name__}, not a factory or agent class", Exit.USAGE)
     is_class = inspect.isclass(found)
     if is_class and not issubclass(found, BaseAgent):
-        raise CommandFailed(f"{text} is a class, but no subclass of autogen_core.BaseAgent", Exit.USAGE)
+        raise CommandFailed(f"{text} is a class, but not a subclass of autogen_core.BaseAgent", Exit.USAGE)
     required, first = _parameters(found, text)
     if is_class and required:
         raise CommandFailed(
-            f"the agent class {text} needs arguments ({', '.join(required)}): name a function instead that makes it, "
+            f"the agent class {text} needs arguments ({', '.join(required)}): name a function that makes it, "
             f"such as `def factory(): return {found.__name__}(…)`",
             Exit.USAGE,
         )
@@ -154,13 +157,15 @@ def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | 
             Exit.USAGE,
         )
     if takes_runtime and agent_type is not None:
-        raise CommandFailed(f"--type has no meaning for {text}: it takes the runtime and names its types", Exit.USAGE)
+        raise CommandFailed(
+            f"--type cannot be used with {text}: it takes the runtime and names its agent types itself", Exit.USAGE
+        )
     if takes_runtime:
         return None
     try:
         return AgentId(name, _DEFAULT_KEY).type
     except ValueError:
-        raise CommandFailed(f"{name!r} cannot be an agent type: name another with --type", Exit.USAGE) from None
+        raise CommandFailed(f"{name!r} is not a valid agent type: choose one with --type", Exit.USAGE) from None
 
 
 def _parameters(found: Callable[..., Any], text: str) -> tuple[list[str], str | None]:
@@ -168,13 +173,15 @@ def _parameters(found: Callable[..., Any], text: str) -> tuple[list[str], str | 
     try:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):
-        raise CommandFailed(f"{text} does not tell its parameters; name a plain function instead", Exit.USAGE) from None
+        raise CommandFailed(
+            f"the parameters of {text} cannot be read; name a plain function instead", Exit.USAGE
+        ) from None
     ordinary = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return [p.name for p in ordinary if p.default is p.empty], ordinary[0].name if ordinary else None
 
 
 def _outline(error: BaseException, app_dir: Path) -> str:
-    """Class and text of ``error``, and the last line of the user's own code on the way to it."""
+    """Class and text of ``error``, and the last line of the user's own code in its traceback."""
     text = "".join(traceback.format_exception_only(error)).strip()
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     own = [f for f in frames if Path(f.filename).is_relative_to(app_dir) and "site-packages" not in f.filename]

@@ -1,4 +1,4 @@
-"""``natsrt send``, ``publish`` and ``tail``: messages from and to a terminal."""
+"""``natsrt send``, ``publish`` and ``tail``: sending and receiving messages in a terminal."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ from .output import line, note, printable
 _DEFAULT = "default"
 
 _type_name = click.option(
-    "--type-name", metavar="T", help="Type of the message. [default: the one that the body fits at the agent]"
+    "--type-name",
+    metavar="T",
+    help="Type of the message. [default: the type of the agent's messages that the body fits]",
 )
 
 
 def _body(given: str | None) -> bytes:
-    """The body: the argument, or standard input where it is ``-`` or missing."""
+    """The body: the argument, or standard input if the argument is ``-`` or missing."""
     if given is not None and given != "-":
         return given.encode("utf-8", "surrogateescape")
     if given is None and sys.stdin.isatty():
-        raise CommandFailed("there is no body: give it as an argument, or pipe it in", Exit.USAGE)
+        raise CommandFailed("the body is missing: give it as an argument, or pipe it in", Exit.USAGE)
     return sys.stdin.buffer.read()
 
 
@@ -53,8 +55,8 @@ def _body(given: str | None) -> bytes:
 def send(connecting: Connecting, agent: str, body: str | None, type_name: str | None) -> None:
     """Call an agent and print its reply.
 
-    BODY is the message as JSON; "-", or none with a pipe, reads it from standard input. The key is "default" where none
-    is given. A call waits as long as its handler works; --timeout, or call_timeout in the settings, ends it earlier.
+    BODY is the message as JSON; "-", or no BODY with a pipe, reads it from standard input. Without KEY, the key is
+    "default". The call waits until the handler has finished; --timeout, or the setting call_timeout, limits that.
 
     \b
     natsrt send upper/demo '{"text": "hi"}'
@@ -63,7 +65,7 @@ def send(connecting: Connecting, agent: str, body: str | None, type_name: str | 
 
 
 async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: str | None) -> None:
-    # A plain call, of which the runtime knows the fate as of its own calls; what it says is up to the agent.
+    # A plain call: the runtime follows it as its own calls, and does not interpret the reply.
     headers = {KEY_HEADER: agent.key} | ({TYPE_HEADER: type_name} if type_name else {})
     async with connecting.runtime(call_timeout=connecting.timeout) as runtime:
         limit = runtime.options.call_timeout
@@ -91,10 +93,10 @@ async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: 
 def publish(connecting: Connecting, topic: str, body: str | None, type_name: str | None) -> None:
     """Publish an event.
 
-    Says on standard error which agent types take it.
+    Prints the agent types that receive it to standard error.
 
-    BODY is the message as JSON; "-", or none with a pipe, reads it from standard input. The source is "default" where
-    none is given.
+    BODY is the message as JSON; "-", or no BODY with a pipe, reads it from standard input. Without SOURCE, the source
+    is "default".
 
     \b
     natsrt publish news.tech/server '{"headline": "42"}'
@@ -107,7 +109,7 @@ def _topic_id(text: str) -> TopicId:
     try:
         return TopicId(topic_type, source if slash else _DEFAULT)
     except ValueError as error:
-        raise CommandFailed(f"{text!r} is no topic: {error}", Exit.USAGE) from None
+        raise CommandFailed(f"{text!r} is not a topic: {error}", Exit.USAGE) from None
 
 
 async def _publish(connecting: Connecting, topic: TopicId, body: bytes, type_name: str | None) -> None:
@@ -128,7 +130,9 @@ async def _publish(connecting: Connecting, topic: TopicId, body: bytes, type_nam
         )
     shown = f"published {len(body):,} bytes to {subject}"
     note(
-        f"{shown}, for agent types: {', '.join(takers)}" if takers else f"{shown}; no live agent type takes that topic"
+        f"{shown}, for agent types: {', '.join(takers)}"
+        if takers
+        else f"{shown}; no live agent type subscribes to that topic"
     )
 
 
@@ -136,7 +140,7 @@ async def _publish(connecting: Connecting, topic: TopicId, body: bytes, type_nam
 
 
 class _Event(NamedTuple):
-    """What an event's message says. ``problem`` tells what could not be read."""
+    """The content of an event's message. ``problem`` says what could not be read; None if all could."""
 
     topic: TopicId | None
     fields: dict[str, Any]
@@ -150,12 +154,12 @@ class _Event(NamedTuple):
 @click.option("--json", "as_json", is_flag=True, help="Print each event as one line of JSON.")
 @connects()
 def tail(connecting: Connecting, prefix: str, count: int | None, as_json: bool) -> None:
-    """Show events as they pass.
+    """Show events as they are published.
 
-    Of all topics whose type starts with PREFIX, until Ctrl-C.
+    Shows the events of all topics whose type starts with PREFIX, until Ctrl-C.
 
     \b
-    natsrt tail              everything
+    natsrt tail              all events
     natsrt tail news.        news.tech, news.sport, …
     """
     try:
@@ -225,5 +229,5 @@ def _text_line(message: Msg, event: _Event) -> str:
     where = message.subject if event.topic is None else f"{event.topic.type}/{event.topic.source}"
     what = event.fields.get("message_type") or "(plain)"
     payload = event.payload.decode("utf-8", "backslashreplace")
-    told = f"cannot be read: {event.problem}" if event.problem is not None else " ".join(payload.split("\n"))
-    return printable(f"{datetime.now():%H:%M:%S.%f}"[:-3] + f"  {where}  {what}  {told}")
+    shown = f"cannot be read: {event.problem}" if event.problem is not None else " ".join(payload.split("\n"))
+    return printable(f"{datetime.now():%H:%M:%S.%f}"[:-3] + f"  {where}  {what}  {shown}")

@@ -1,4 +1,4 @@
-"""What commands print: data to standard output, as a table or as JSON, and all else to standard error."""
+"""What commands print: data to standard output, as a table or as JSON; everything else to standard error."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ import click
 import orjson
 
 _WIDTH_OF_PIPES = 160
+"""Width of tables, in characters, where standard output is not a terminal: wide, so that few cells are folded."""
 
 
 class OutputClosed(Exception):
-    """Who read standard output has gone, as ``head`` does."""
+    """The reader of standard output has closed it, as ``head`` does."""
 
 
 def line(text: str = "") -> None:
-    """A line of data.
+    """Print a line of data.
 
     Raises:
-        OutputClosed: Nobody reads any more.
+        OutputClosed: The reader has closed standard output.
     """
     try:
         click.echo(text)
     except BrokenPipeError:
-        # Python flushes standard output once more at its end; that must not fail too.
+        # Python flushes standard output again when it exits; that must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputClosed from None
 
 
 def note(text: str) -> None:
-    """A line beside the data, on standard error."""
+    """Print a line that is not data, on standard error."""
     click.echo(text, err=True)
 
 
 def as_json(value: Any) -> None:
-    """A value as indented JSON."""
+    """Print a value as indented JSON."""
     line(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], styles: dict[str, str] | None = None) -> None:
-    """A table as wide as the terminal. Numbers stand to the right; ``styles`` colours cells by their text."""
+    """Print a table as wide as the terminal. Numbers are aligned to the right; ``styles``: style by text of a cell."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -69,12 +70,12 @@ def _cell(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` without what could control a terminal: names and messages come from anybody."""
+    """``text`` with control characters escaped, since a name or a message from anyone could control the terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The option ``--json``, passed on as ``as_json``."""
+    """Add the option ``--json``, passed to the command as ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)

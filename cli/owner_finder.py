@@ -1,4 +1,4 @@
-"""Who owns keyed agents, as commands find it out without changing anything."""
+"""Finding the owners of keyed agents, without changing anything."""
 
 from __future__ import annotations
 
@@ -19,37 +19,40 @@ from natsrt.wire.peer_messages import Claim
 from natsrt.wire.subjects import Subjects
 
 _ANSWER_WITHIN = 2.0
+"""Seconds that an owner has to answer. Far more than a round trip takes, and still a short wait for a person."""
 _MOVED_WITHIN = 10.0
-"""Seconds that a claim or a release may take, before its worker counts as silent."""
+"""Seconds that a claim or a release may take; after that the worker counts as silent."""
 _PAUSE = 0.1
+"""Seconds between two questions while a claim or a release is under way."""
 
 
 class Standing(Enum):
-    """How an agent's owner stands to it."""
+    """What is known of the owner of an agent."""
 
     NOBODY = "nobody"
-    """There is no owner."""
+    """The agent has no owner."""
     HOLDS = "holds"
+    """The owner has the agent."""
     GONE = "gone"
-    """The registry does not list the owner any more, or it says that it does not have the agent."""
+    """The registry does not list the owner any more, or the owner answered that it does not have the agent."""
     SILENT = "silent"
     """The registry lists the owner, but it does not answer."""
 
 
 class Found(NamedTuple):
-    """What is stored of an agent, None for nothing, and how its owner stands to it."""
+    """The stored record of an agent (None if there is none), and what is known of its owner."""
 
     record: Record | None
     standing: Standing
 
     @property
     def is_free(self) -> bool:
-        """Whether no worker has the agent or may come back to it."""
+        """True if no worker has the agent or may resume it."""
         return self.standing in (Standing.NOBODY, Standing.GONE)
 
 
 class OwnerFinder:
-    """Finds owners of keyed agents and asks them. ``runtime`` is started."""
+    """Finds the owners of keyed agents and sends them requests. ``runtime`` must be started."""
 
     def __init__(self, runtime: NatsAgentRuntime) -> None:
         self._running = runtime.running
@@ -58,9 +61,9 @@ class OwnerFinder:
         self._silent: set[str] = set()
 
     async def find(self, agent: AgentId, *, damaged: bool = False) -> Found:
-        """The record and its owner, once nobody is claiming or releasing the agent.
+        """The record and its owner. Waits while a worker is claiming or releasing the agent.
 
-        Raises `CannotDecode` for a record that cannot be read, unless ``damaged`` allows it.
+        Raises `CannotDecode` for a record that cannot be read, unless ``damaged`` is true.
         """
         until = asyncio.get_running_loop().time() + _MOVED_WITHIN
         while True:
@@ -77,7 +80,7 @@ class OwnerFinder:
             await asyncio.sleep(_PAUSE)
 
     async def _claim(self, owner: str, agent: AgentId) -> Claim | Standing:
-        """What the owner says of the agent, or what its silence means."""
+        """The owner's answer about the agent; if it does not answer, whether it is gone or silent."""
         registry = self._running.registry
         if owner not in self._silent and registry.lists(owner):
             claim = await self._peers.claim(owner, agent, (), _ANSWER_WITHIN)
@@ -88,25 +91,25 @@ class OwnerFinder:
         return Standing.SILENT if registry.lists(owner) else Standing.GONE
 
     async def ask(self, agent: AgentId, owner: str, operation: str, data: Any = None) -> Any:
-        """A control operation on an agent, at its owner. Raises what calls and the agent raise."""
+        """Run a control operation on an agent, at its owner. Raises the errors of calls, and those of the agent."""
         return await self._running.sender.control(agent, self._subjects.control_at(agent.type, owner), operation, data)
 
 
 @dataclass(slots=True)
 class Survey:
-    """The records of keyed agents in figures."""
+    """Totals over the records of keyed agents."""
 
     agents: int = 0
     with_state: int = 0
     state_bytes: int = 0
     owned: dict[str, Counter[str]] = field(default_factory=dict)
-    """How many agents each worker owns, live or not, by agent type and worker id."""
+    """Number of agents that each worker owns, whether it is live or not, by agent type and worker id."""
     damaged: list[CannotDecode] = field(default_factory=list)
-    """Why records cannot be read."""
+    """The errors of the records that cannot be read."""
 
     @classmethod
     async def of(cls, records: AgentRecords, agent_type: str | None = None) -> Survey:
-        """Look at all records, or at those of one type."""
+        """Read all records, or those of one agent type."""
         survey = cls()
         async for record in records.records(agent_type, damaged=survey.damaged.append):
             survey.agents += 1
@@ -117,7 +120,7 @@ class Survey:
         return survey
 
     def owned_by_others_than(self, workers: Mapping[str, Any]) -> Counter[str]:
-        """How many agents of any type belong to workers that are not among these."""
+        """Number of agents, of any type, owned by each worker that is not in ``workers``."""
         gone: Counter[str] = Counter()
         for owners in self.owned.values():
             gone.update({owner: count for owner, count in owners.items() if owner not in workers})
@@ -125,5 +128,5 @@ class Survey:
 
 
 def saved_at(record: Record) -> str | None:
-    """When the state was stored, in UTC; None where there is none."""
+    """When the state was stored, as ISO 8601 in UTC; None if no state is stored."""
     return None if record.saved_at is None else datetime.fromtimestamp(record.saved_at, UTC).isoformat()

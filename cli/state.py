@@ -1,4 +1,4 @@
-"""``natsrt state``: what is stored of keyed agents."""
+"""``natsrt state``: the stored states of keyed agents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .transfer import export, import_
 
 @click.group()
 def state() -> None:
-    """Show and change what is stored of keyed agents."""
+    """Show and change the stored states of keyed agents."""
 
 
 state.add_command(export)
@@ -90,13 +90,13 @@ def ls(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
 
 @state.command()
 @click.argument("agent", metavar="TYPE/KEY")
-@click.option("--live", is_flag=True, help="Ask the worker that has the agent, instead of what is stored.")
+@click.option("--live", is_flag=True, help="Ask the worker that has the agent, instead of reading the stored state.")
 @connects()
 def get(connecting: Connecting, agent: str, live: bool) -> None:
     """Print the stored state of an agent, as JSON.
 
-    A live agent may have changed since: its type's options say when it is stored. Exits with 4 if nothing is stored,
-    or, with --live, if no worker has the agent.
+    A live agent may have a newer state: the options of its type say when the state is stored. Exits with 4 if nothing
+    is stored, or, with --live, if no worker has the agent.
     """
     content = asyncio.run(_get(connecting, agent_id(agent), live))
     line(content.decode("utf-8", "backslashreplace"))
@@ -117,8 +117,8 @@ async def _get(connecting: Connecting, agent: AgentId, live: bool) -> bytes:
 async def _get_live(owners: OwnerFinder, agent: AgentId) -> bytes:
     found = await owners.find(agent)
     if found.record is None or found.record.owner is None or found.is_free:
-        raise CommandFailed(f"no worker has {agent}; without --live you see what is stored", Exit.UNKNOWN_AGENT)
-    refuse_silence(found, "without --live you see what is stored")
+        raise CommandFailed(f"no worker has {agent}; run it without --live to see the stored state", Exit.UNKNOWN_AGENT)
+    refuse_silence(found, "run it without --live to see the stored state")
     return orjson.dumps(await owners.ask(agent, found.record.owner, SAVE_STATE))
 
 
@@ -131,10 +131,10 @@ async def _get_live(owners: OwnerFinder, agent: AgentId) -> bytes:
 @force_option
 @connects()
 def set_(connecting: Connecting, agent: str, file: IO[bytes], force: bool) -> None:
-    """Store a state, a JSON object, in place of the present one.
+    """Replace the state of an agent with a JSON object.
 
-    A live agent gets it from its owner, which stores it. Where the owner does not answer or refuses, --force stores it
-    all the same; the owner notices when it stores or reads the state next, and drops its instance.
+    If a worker has the agent, that worker loads and stores the state. If it does not answer or refuses, --force stores
+    the state directly; the worker notices when it next stores or reads the state, and drops its instance.
 
     \b
     natsrt state set counter/k backup.json
@@ -159,12 +159,12 @@ async def _set(connecting: Connecting, agent: AgentId, content: bytes, force: bo
 
 @state.command()
 @click.argument("agent", metavar="TYPE/KEY")
-@click.option("--force", is_flag=True, help="Also where a worker has the agent, or the record cannot be read.")
+@click.option("--force", is_flag=True, help="Delete it even if a worker has the agent or the record cannot be read.")
 @connects()
 def rm(connecting: Connecting, agent: str, force: bool) -> None:
-    """Delete what is stored of an agent.
+    """Delete the stored state of an agent.
 
-    Where a worker has the agent, only --force does it: the worker notices when it stores the state next, and drops its
+    If a worker has the agent, --force is needed; the worker notices when it next stores the state, and drops its
     instance. Exits with 4 if nothing is stored.
     """
     note(asyncio.run(_remove(connecting, agent_id(agent), force)))
@@ -178,12 +178,12 @@ async def _remove(connecting: Connecting, agent: AgentId, force: bool) -> str:
             if found.record is None:
                 refuse_nothing(agent)
             if not force:
-                refuse_silence(found, "--force removes what is stored all the same")
+                refuse_silence(found, "--force deletes the state without the owner")
                 if found.standing is Standing.HOLDS:
                     raise CommandFailed(f"worker {found.record.owner} has {agent}: stop it first, or use --force")
             try:
                 await runtime.running.records.remove(found.record)
             except RecordChanged:
                 continue
-            return f"removed what was stored of {agent}: {found.record.size:,} bytes of state"
+            return f"deleted the stored state of {agent}: {found.record.size:,} bytes"
     refuse_restless(agent)

@@ -1,4 +1,4 @@
-"""Reading and writing stored states as commands do it: until it works, past nobody who has the agent."""
+"""Reading and writing stored states: through the owner where there is one, and again where a record has changed."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from .output import note
 from .owner_finder import Found, OwnerFinder, Standing
 
 TRIES = 20
-"""How often to begin again where the record changed meanwhile."""
+"""Attempts before giving up on a record that each time was changed by another writer in between."""
 _AT_ONCE = 64
+"""States that are worked on at the same time: enough that the round trips overlap."""
 _BYTES_AT_ONCE = 16 * 1024 * 1024
+"""Bytes of states that are worked on at the same time: it limits the memory that a command needs."""
 
 T = TypeVar("T")
 
-force_option = click.option("--force", is_flag=True, help="Also where the owner does not answer or refuses.")
+force_option = click.option("--force", is_flag=True, help="Store it even if the owner does not answer or refuses.")
 
 
 def encoded(value: Any) -> bytes:
-    """A state as natsrt stores it. Raises ValueError where ``value`` is no JSON object, or cannot be kept exactly."""
+    """A state as natsrt stores it. Raises ValueError if it is not a JSON object or cannot be stored exactly."""
     if not isinstance(value, dict):
-        raise ValueError("a state is a JSON object")
+        raise ValueError("a state must be a JSON object")
     try:
         return orjson.dumps(value)
     except TypeError as error:
-        raise ValueError(f"a state that cannot be kept exactly: {error}") from None
+        raise ValueError(f"the state cannot be stored exactly: {error}") from None
 
 
 def parsed(text: bytes) -> Any:
-    """JSON values, whole numbers of any size included. Raises ValueError."""
+    """The JSON value in ``text``. Integers may have any size. Raises ValueError if it is not JSON."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
@@ -47,18 +49,18 @@ def parsed(text: bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 async def stored_states(records: AgentRecords, agent_type: str | None) -> tuple[list[Record], list[CannotDecode]]:
-    """The records with a state, sorted, and what is wrong with those that cannot be read."""
+    """The records that have a state, sorted by type and key, and the errors of those that cannot be read."""
     damaged: list[CannotDecode] = []
     stored = [record async for record in records.records(agent_type, damaged=damaged.append) if record.has_state]
     return sorted(stored, key=lambda record: (record.agent.type, record.agent.key)), damaged
 
 
 async def state_of(records: AgentRecords, record: Record) -> bytes | None:
-    """The state as it is by now; None where there is none any more. Raises `CannotDecode` where it is damaged."""
+    """The present state; None if it was deleted meanwhile. Raises `CannotDecode` if it is damaged."""
     present: Record | None = record
     for _ in range(TRIES):
         if present is None:
@@ -71,7 +73,7 @@ async def state_of(records: AgentRecords, record: Record) -> bytes | None:
 
 
 async def find(owners: OwnerFinder, agent: AgentId, *, force: bool) -> Found:
-    """`OwnerFinder.find`; a record that cannot be read is refused unless ``force`` is given."""
+    """As `OwnerFinder.find`. A record that cannot be read raises CommandFailed, unless ``force`` is given."""
     try:
         return await owners.find(agent, damaged=force)
     except CannotDecode as error:
@@ -79,9 +81,9 @@ async def find(owners: OwnerFinder, agent: AgentId, *, force: bool) -> Found:
 
 
 async def put(records: AgentRecords, owners: OwnerFinder, agent: AgentId, content: bytes, *, force: bool) -> str | None:
-    """Store a state through the agent's owner, whose id is returned; or in the record, where there is none: None.
+    """Store a state through the agent's owner, and return the owner's id. Without an owner, write the record: None.
 
-    With ``force`` it is stored in the record also where that does not work through the owner.
+    With ``force`` the record is also written if the owner does not answer or refuses.
     """
     for _ in range(TRIES):
         found = await find(owners, agent, force=force)
@@ -92,9 +94,9 @@ async def put(records: AgentRecords, owners: OwnerFinder, agent: AgentId, conten
                 await owners.ask(agent, found.record.owner, LOAD_STATE, orjson.Fragment(content))
                 return found.record.owner
             except Exception as error:
-                if not force or not is_told(error):
+                if not force or not is_expected(error):
                     raise
-                note(f"natsrt: not through the owner of {agent}: {error}")
+                note(f"natsrt: the owner of {agent} did not store it: {error}")
         try:
             await records.write_state(agent, content, expected=found.record)
             return None
@@ -103,33 +105,33 @@ async def put(records: AgentRecords, owners: OwnerFinder, agent: AgentId, conten
     refuse_restless(agent)
 
 
-def is_told(error: BaseException) -> bool:
-    """Whether an error is one that a user can meet."""
+def is_expected(error: BaseException) -> bool:
+    """True for an expected error, which is shown to the user as text. Others are bugs."""
     return isinstance(error, CommandFailed | NatsrtError) or is_remote(error)
 
 
 def refuse_nothing(agent: AgentId) -> NoReturn:
-    """Nothing is stored of the agent."""
-    raise CommandFailed(f"nothing is stored of {agent}", Exit.UNKNOWN_AGENT)
+    """Raise CommandFailed: no state of the agent is stored."""
+    raise CommandFailed(f"no state of {agent} is stored", Exit.UNKNOWN_AGENT)
 
 
 def refuse_restless(agent: AgentId) -> NoReturn:
-    """The agent's record was another one each time."""
-    raise CommandFailed(f"the record of {agent} changes all the time: try again")
+    """Raise CommandFailed: the agent's record was changed by another writer before each attempt."""
+    raise CommandFailed(f"the record of {agent} keeps changing: try again")
 
 
 def refuse_silence(found: Found, advice: str) -> None:
-    """Raise CommandFailed where the owner does not answer."""
+    """Raise CommandFailed if the owner does not answer."""
     if found.record is not None and found.standing is Standing.SILENT:
         raise CommandFailed(
             f"worker {found.record.owner}, which owns {found.record.agent}, does not answer: if it is dead, the "
-            f"registry drops it within some seconds; {advice}",
+            f"registry removes it within some seconds; {advice}",
             Exit.TIMEOUT,
         )
 
 
 def in_batches(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Some items at a time, to be worked on at once: some dozens, and some megabytes of states unless one is larger."""
+    """Batches to be worked on at the same time. A batch ends at `_AT_ONCE` items or `_BYTES_AT_ONCE` bytes."""
     batch: list[T] = []
     size = 0
     for item in items:

@@ -1,14 +1,15 @@
-"""N worker processes that are kept running.
+"""Keeps a number of worker processes running.
 
 Rules:
 
-- A worker that dies is started again after a pause, which doubles from one quick death to the next and begins anew once
-  a worker has lived for a while.
-- What cannot get better is not tried for ever. A worker that ends before it was ready, because of its module or its
-  factory, ends all and gives its exit code; where others have been ready it may be chance, so it is tried a few times.
-  With ``--reload`` the next change of a file is waited for instead.
-- The first SIGTERM or SIGINT stops the workers in order, a second one at once. No worker outlives this process, not
-  even its ``kill -9`` (`ProcessGroupGuard`).
+- A worker that dies is started again after a pause. The pause doubles with each worker that dies soon after its start,
+  and is short again after a worker that ran for a while.
+- A start that cannot succeed is not repeated for ever. If a worker ends before it is ready because of its module or its
+  factory, the supervisor stops all workers and exits with that worker's exit code. If any worker has been ready before,
+  the cause may be temporary, so the start is tried a few times. With ``--reload`` the supervisor waits for the next
+  change of a file instead.
+- The first SIGTERM or SIGINT lets the workers finish what they do, a second one ends them at once. No worker outlives
+  this process, even if it is killed with ``kill -9`` (`ProcessGroupGuard`).
 """
 
 from __future__ import annotations
@@ -27,22 +28,26 @@ from pathlib import Path
 from natsrt.embedded import ProcessGroupGuard
 
 from .exits import CommandFailed, Exit
-from .health import Address, HealthEndpoint
+from .health import HealthEndpoint, ListenAddress
 from .output import note
 
 logger = logging.getLogger("natsrt.supervisor")
 
 COMMAND = (sys.executable, "-P", "-m", "natsrt_cli")
-"""The command line in a process of its own. -P: what is importable is decided by ``--app-dir``."""
+"""Starts the command line in a new process. -P: only ``--app-dir`` is added to the import path."""
 
 _FIRST_PAUSE = 0.2
+"""Seconds before the first new start: short, since most deaths do not repeat."""
 _LONGEST_PAUSE = 30.0
+"""Seconds that a pause does not exceed, so that a worker is back soon after its trouble is over."""
 _LIVED_A_WHILE = 10.0
+"""Seconds after which the death of a worker no longer counts as a failed start."""
 _ATTEMPTS_TO_START = 5
+"""Starts in a row that may fail where a worker has been ready before."""
 _AT_ONCE = 3.0
 """Seconds that workers have after a second signal before they are killed."""
 _RELOAD_GRACE = 5.0
-"""Seconds that workers have to finish what they do when a file has changed."""
+"""Seconds that workers have to finish what they do when a file has changed; short, since a developer waits."""
 
 
 @dataclass(slots=True)
@@ -53,8 +58,8 @@ class _Worker:
     ready: bool = False
     replaced: bool = False
 
-    def look_whether_ready(self) -> bool:
-        """Whether it has said that it is ready."""
+    def check_ready(self) -> bool:
+        """Read the pipe; True if the worker has written to it that it is ready."""
         if not self.ready:
             try:
                 self.ready = bool(os.read(self.ready_pipe, 1))
@@ -70,7 +75,7 @@ class _Worker:
 
     def kill_if_alive(self) -> None:
         if self.process.returncode is None:
-            note(f"worker process {self.process.pid} does not stop and is killed")
+            note(f"worker process {self.process.pid} did not stop in time: killing it")
             self.send_signal(signal.SIGKILL)
 
 
@@ -78,12 +83,12 @@ class Supervisor:
     """Runs ``natsrt worker`` with ``arguments`` in ``processes`` processes.
 
     Args:
-        watch: Directory whose changed Python files make the workers start anew. None: none.
-        stop_timeout: Seconds that workers have to stop in order before they are killed.
-        health: Where the first worker answers probes; each other one has the next port. None: nowhere.
+        watch: Directory; when a Python file in it changes, the workers are restarted. None: no directory.
+        stop_timeout: Seconds that workers have to stop before they are killed.
+        health: Where the first worker answers health probes; each other one has the next port. None: no probes.
 
     Raises:
-        CommandFailed: One of those ports is not free.
+        CommandFailed: One of these ports is in use.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class Supervisor:
         *,
         watch: Path | None,
         stop_timeout: float,
-        health: Address | None,
+        health: ListenAddress | None,
     ) -> None:
         self._arguments = arguments
         self._processes = processes
@@ -101,8 +106,8 @@ class Supervisor:
         self._stop_timeout = stop_timeout
         self._health = health
         if health is not None:
-            for slot in range(processes):
-                with HealthEndpoint(health.of_slot(slot)):
+            for index in range(processes):
+                with HealthEndpoint(health.of_process(index)):
                     pass
         self._workers: dict[int, _Worker] = {}
         self._stopping = asyncio.Event()
@@ -113,37 +118,37 @@ class Supervisor:
         self._guard: ProcessGroupGuard | None = None
 
     async def run(self) -> int:
-        """Keep the workers running until a signal comes or they cannot be. Returns the exit code."""
+        """Keep the workers running until a signal comes or a worker cannot be started. Returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         self._guard = ProcessGroupGuard()
         try:
             watching = asyncio.create_task(self._watch_files(self._watch)) if self._watch is not None else None
-            await asyncio.sleep(0)  # files are watched from before the first import
-            await asyncio.gather(*(self._keep(slot) for slot in range(self._processes)))
+            await asyncio.sleep(0)  # the watching starts before the first worker imports a file
+            await asyncio.gather(*(self._keep(index) for index in range(self._processes)))
             if watching is not None:
                 await watching
         finally:
             self._guard.release()
         return self._exit
 
-    # -- one place for one worker --------------------------------------------------------------------------------
+    # -- one worker process --------------------------------------------------------------------------------------
 
-    async def _keep(self, slot: int) -> None:
+    async def _keep(self, index: int) -> None:
         deaths = failed_starts = 0
         while not self._stopping.is_set():
-            worker = await self._spawn(slot)
+            worker = await self._spawn(index)
             code = await worker.process.wait()
-            was_ready = worker.look_whether_ready()
+            was_ready = worker.check_ready()
             os.close(worker.ready_pipe)
-            del self._workers[slot]
+            del self._workers[index]
             if self._stopping.is_set():
                 return
             if worker.replaced:
                 deaths = failed_starts = 0
                 continue
-            self._ever_ready |= was_ready or any(other.look_whether_ready() for other in self._workers.values())
+            self._ever_ready |= was_ready or any(other.check_ready() for other in self._workers.values())
             failed_starts = 0 if was_ready else failed_starts + 1
             if not was_ready and self._watch is not None and code in (Exit.FAILED, Exit.USAGE):
                 note("waiting for a file to change")
@@ -158,7 +163,7 @@ class Supervisor:
             await self._either(self._changed, pause)
 
     def _is_hopeless(self, code: int, failed_starts: int) -> bool:
-        """Whether a worker that ended so is not worth another try."""
+        """True if a worker that ended with ``code`` should not be started again."""
         if not failed_starts:
             return False
         if code == Exit.NOT_CONNECTED:
@@ -168,17 +173,17 @@ class Supervisor:
         return failed_starts >= _ATTEMPTS_TO_START
 
     def _give_up(self, code: int) -> None:
-        note("a worker cannot be started: all are stopped")
+        note("a worker cannot be started: stopping all workers")
         self._exit = Exit(code) if code in (Exit.USAGE, Exit.NOT_CONNECTED) else Exit.FAILED
         self._stop()
 
-    async def _spawn(self, slot: int) -> _Worker:
+    async def _spawn(self, index: int) -> _Worker:
         assert self._guard is not None
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
-        health = [] if self._health is None else self._health.of_slot(slot).arguments()
+        health = [] if self._health is None else self._health.of_process(index).arguments()
         env = {**os.environ}
-        if self._watch is not None:  # a file changed twice within a second is not told from its compiled form
+        if self._watch is not None:  # two changes within a second look the same to the cache of compiled files
             env["PYTHONDONTWRITEBYTECODE"] = "1"
         try:
             process = await asyncio.create_subprocess_exec(
@@ -195,14 +200,14 @@ class Supervisor:
             )
         finally:
             os.close(writing)
-        worker = self._workers[slot] = _Worker(process, reading)
+        worker = self._workers[index] = _Worker(process, reading)
         logger.info("worker process %d started", process.pid)
         if self._stopping.is_set():
             worker.send_signal(signal.SIGTERM)
         return worker
 
     async def _either(self, event: asyncio.Event, timeout: float | None = None) -> None:
-        """Wait for ``event`` or the stop, ``timeout`` seconds at most."""
+        """Wait until ``event`` is set or the supervisor stops; at most ``timeout`` seconds, None for no limit."""
         waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(self._stopping.wait())]
         try:
             await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -238,7 +243,7 @@ class Supervisor:
 
         async for changes in awatch(directory, watch_filter=PythonFilter(), stop_event=self._stopping):
             names = sorted({Path(path).name for _, path in changes})
-            note(f"changed: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}; the workers start anew")
+            note(f"changed: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}; restarting the workers")
             self._changed.set()
             self._changed = asyncio.Event()
             for worker in self._workers.values():
@@ -248,7 +253,7 @@ class Supervisor:
 
 
 def require_watchfiles() -> None:
-    """Raises `CommandFailed` where the package that watches files is missing."""
+    """Raise `CommandFailed` if the package that watches files is missing."""
     try:
         import watchfiles  # noqa: F401
     except ImportError:
@@ -257,5 +262,5 @@ def require_watchfiles() -> None:
 
 
 def _how(code: int) -> str:
-    """How a process ended, in words."""
+    """How a process ended, in words; ``code`` as in `subprocess.Popen.returncode`."""
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -32,7 +32,7 @@ from .storing import (
     find,
     force_option,
     in_batches,
-    is_told,
+    is_expected,
     parsed,
     put,
     refuse_restless,
@@ -42,6 +42,7 @@ from .storing import (
 )
 
 _PROBLEMS_SHOWN = 20
+"""Lines with problems that are listed one by one; more would hide the first ones."""
 _STORED, _REPLACED, _UNCHANGED = "stored", "replaced", "unchanged"
 
 # -- export ------------------------------------------------------------------------------------------------------
@@ -54,16 +55,16 @@ _STORED, _REPLACED, _UNCHANGED = "stored", "replaced", "unchanged"
 def export(connecting: Connecting, file: str, agent_type: str | None) -> int:
     """Write all stored states as JSON Lines.
 
-    A line has type, key, saved_at and state; lines are sorted by type and key. They go to standard output, or to a file
-    that is there once it is complete. Of a live agent it is what is stored.
+    Each line has type, key, saved_at and state; the lines are sorted by type and key. They go to standard output, or to
+    a file that appears when it is complete. A live agent may have a newer state than the stored one.
 
-    Exits with 7 if something cannot be read: that is named and left out.
+    Exits with 7 if a state cannot be read; such states are named on standard error and left out.
     """
     try:
         with _writing(file) as write:
             return asyncio.run(_export(connecting, agent_type, write))
     except OSError as error:
-        if is_told(error):  # natsrt's own are among them
+        if is_expected(error):  # some errors of natsrt are OSErrors too
             raise
         raise CommandFailed(f"{file}: {error.strerror}") from error
 
@@ -88,7 +89,7 @@ async def _export(connecting: Connecting, agent_type: str | None, write: Callabl
 async def _contents(
     records: AgentRecords, stored: Sequence[Record]
 ) -> AsyncIterator[tuple[Record, bytes | CannotDecode | None]]:
-    """The states in order, some of them read at once. None: there is none any more; an error: it is damaged."""
+    """The states in order, read in batches. None: the state was deleted meanwhile; an error: it is damaged."""
 
     async def read(record: Record) -> bytes | CannotDecode | None:
         try:
@@ -107,14 +108,14 @@ async def _contents(
 
 
 def _exported(record: Record, content: bytes) -> bytes:
-    content = content.replace(b"\r", b" ").replace(b"\n", b" ")  # white space: in JSON no string has them
+    content = content.replace(b"\r", b" ").replace(b"\n", b" ")  # white space only: JSON strings do not contain them
     row = {"type": record.agent.type, "key": record.agent.key, "saved_at": saved_at(record)}
     return orjson.dumps({**row, "state": orjson.Fragment(content)})
 
 
 @contextmanager
 def _writing(file: str) -> Iterator[Callable[[bytes], Any]]:
-    """Writes lines: to standard output, to a device or pipe, or to a file that appears, or is replaced, at the end."""
+    """A function that writes lines to standard output, a device, a pipe, or a file that is put in place at the end."""
     if file == "-":
         yield lambda text: line(text.decode())
         return
@@ -141,17 +142,20 @@ class _Row(NamedTuple):
 
 @click.command("import")
 @click.argument("file", metavar="FILE|-", type=click.File("rb"))
-@click.option("--replace", is_flag=True, help="Also where another state is stored, or a worker has the agent.")
+@click.option(
+    "--replace", is_flag=True, help="Replace another stored state, or the state of an agent that a worker has."
+)
 @force_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and change nothing.")
 @json_option
 @connects()
 def import_(connecting: Connecting, file: IO[bytes], replace: bool, force: bool, dry_run: bool, as_json: bool) -> int:
     """Store states from JSON Lines, as `natsrt state export` writes them.
 
-    All lines are checked before anything is stored. An agent that has another state, or that a worker has, is a
-    conflict and stays as it is, unless --replace is given, or --force, which says that and more: then it goes as with
-    `natsrt state set`. What is stored already is left alone, so an import that was interrupted can be run again.
+    All lines are checked before anything is stored. An agent with another stored state, or one that a worker has, is a
+    conflict and is not changed, unless --replace or --force is given: then its state is replaced as by `natsrt state
+    set`. --force includes --replace. States that are already stored are skipped, so an interrupted import can be run
+    again.
 
     Exits with 7 if there were conflicts.
     """
@@ -182,7 +186,7 @@ def import_(connecting: Connecting, file: IO[bytes], replace: bool, force: bool,
 
 
 def _rows(lines: IO[bytes]) -> Iterator[tuple[int, _Row | ValueError]]:
-    """What the lines say, by number; an error for one that is wrong."""
+    """The lines and their numbers; an error in place of a wrong line."""
     for number, text in enumerate(lines, 1):
         if text.strip():
             try:
@@ -192,9 +196,9 @@ def _rows(lines: IO[bytes]) -> Iterator[tuple[int, _Row | ValueError]]:
 
 
 def _row(value: Any) -> _Row:
-    """Raises ValueError."""
+    """An agent and its state. Raises ValueError if the line does not have them."""
     if not isinstance(value, dict) or not {"type", "key", "state"} <= value.keys():
-        raise ValueError("it must be a JSON object with type, key and state")
+        raise ValueError("must be a JSON object with type, key and state")
     if not isinstance(value["type"], str) or not isinstance(value["key"], str):
         raise ValueError("type and key must be text")
     agent = AgentId(value["type"], value["key"])
@@ -203,18 +207,18 @@ def _row(value: Any) -> _Row:
 
 
 def _check(lines: IO[bytes]) -> None:
-    """Raise CommandFailed where a line is wrong, or two are for one agent."""
+    """Raise CommandFailed if a line is wrong, or two lines are for the same agent."""
     problems: list[str] = []
     seen: dict[AgentId, int] = {}
     for number, row in _rows(lines):
         if isinstance(row, ValueError):
             problems.append(f"line {number}: {row}")
         elif seen.setdefault(row.agent, number) != number:
-            problems.append(f"line {number}: {row.agent} is in line {seen[row.agent]} already")
+            problems.append(f"line {number}: {row.agent} is already in line {seen[row.agent]}")
     if problems:
         more = len(problems) - _PROBLEMS_SHOWN
         shown = problems[:_PROBLEMS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
-        raise CommandFailed("nothing is imported:\n" + "\n".join(shown), Exit.USAGE)
+        raise CommandFailed("nothing was imported:\n" + "\n".join(shown), Exit.USAGE)
 
 
 async def _import(connecting: Connecting, lines: IO[bytes], *, replace: bool, force: bool, dry_run: bool) -> _Importing:
@@ -232,15 +236,15 @@ async def _import(connecting: Connecting, lines: IO[bytes], *, replace: bool, fo
 
 
 def _good(lines: IO[bytes]) -> Iterator[_Row]:
-    """The lines, which were found to be right."""
+    """The lines, after `_check` accepted them."""
     for number, row in _rows(lines):
         if isinstance(row, ValueError):
-            raise CommandFailed(f"the file was changed meanwhile, in line {number}: {row}")
+            raise CommandFailed(f"line {number} of the file was changed during the import: {row}")
         yield row
 
 
 class _Importing:
-    """An import under way. ``outcomes`` counts agents by what became of them."""
+    """An import that is running. ``outcomes`` counts the agents that were stored, replaced or unchanged."""
 
     def __init__(self, runtime: NatsAgentRuntime, *, replace: bool, force: bool, dry_run: bool) -> None:
         self._records = runtime.running.records
@@ -256,11 +260,11 @@ class _Importing:
         return ", ".join([*counts, f"conflicts {len(self.conflicts):,}"])
 
     async def take(self, row: _Row) -> None:
-        """Store one state, or note why not. Raises what ends the import."""
+        """Store one state, or record the conflict. Raises errors that end the import."""
         try:
             self.outcomes[await self._take(row)] += 1
         except Exception as error:
-            if not is_told(error) or exit_code(error) is Exit.NOT_CONNECTED:
+            if not is_expected(error) or exit_code(error) is Exit.NOT_CONNECTED:
                 raise
             self.conflicts.append((row.agent, str(error)))
 
@@ -287,7 +291,7 @@ class _Importing:
         refuse_restless(row.agent)
 
     async def _is_there(self, record: Record, content: bytes) -> bool:
-        """Whether just this state is stored, and undamaged."""
+        """True if exactly this state is stored, undamaged."""
         if record.size != len(content):
             return False
         try:

@@ -18,7 +18,7 @@ from natsrt.runtime import NatsAgentRuntime
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit
-from .health import Address, HealthEndpoint, health_options
+from .health import HealthEndpoint, ListenAddress, health_options
 from .loading import Target, load
 from .output import line, note
 from .server import server_if_none_answers
@@ -26,23 +26,23 @@ from .supervisor import Supervisor, require_watchfiles
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _START_GRACE = 2.0
-"""Seconds that a start has to complete after a signal, where the worker may serve calls already."""
+"""Seconds that a start has to complete after a signal, if the worker may already be serving calls."""
 _STOP_MARGIN = 10.0
-"""Seconds beyond ``drain_timeout`` after which a supervised worker that was told to stop is killed."""
+"""Seconds after ``drain_timeout`` at which a supervised worker that has not stopped is killed."""
 
 
 @click.command()
 @click.argument("target", metavar="MODULE:FACTORY")
 @click.option("--type", "agent_type", metavar="TYPE", help="Agent type for an agent class or factory. [default: NAME]")
-@click.option("--name", help="Name of the worker, the start of its id. [default: made from the host's name]")
+@click.option("--name", help="Name of the worker; its id starts with it. [default: made from the host name]")
 @click.option(
     "--app-dir",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=".",
-    help="Directory from which modules are imported. [default: the current one]",
+    help="Directory to import modules from. [default: the current one]",
 )
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many workers to run.")
-@click.option("--reload", is_flag=True, help="Start anew when a Python file below --app-dir changes.")
+@click.option("--reload", is_flag=True, help="Restart when a Python file below --app-dir changes.")
 @click.option("--embedded", is_flag=True, help="Start a server, with temporary data, if none answers.")
 @health_options
 @click.option("--ready-fd", type=int, hidden=True)
@@ -56,17 +56,18 @@ def worker(
     processes: int,
     reload: bool,
     embedded: bool,
-    health: Address | None,
+    health: ListenAddress | None,
     ready_fd: int | None,
 ) -> int:
     """Host the agents of a module.
 
-    Ends at SIGTERM or Ctrl-C, when what runs is finished; a second one ends it at once.
+    At SIGTERM or Ctrl-C it finishes running handlers and exits; a second signal ends it at once.
 
-    MODULE:FACTORY names a callable that takes the runtime and registers agents (sync or async), or an agent class or a
-    callable without parameters that makes one agent. Those two are registered under --type, with the subscriptions of
-    the class; their agent with the key "default" is made at the start. A callable that takes the runtime is called
-    before the runtime starts; one that sends messages starts it itself, with `await runtime.start()`.
+    MODULE:FACTORY names one of three: a callable, sync or async, that takes the runtime and registers agents; an agent
+    class; or a callable without parameters that makes one agent. A class, or a callable without parameters, is
+    registered under --type, with the subscriptions of the class; its agent with the key "default" is made at the start.
+    A callable that takes the runtime is called before the runtime starts. If it sends messages, it must first start the
+    runtime with `await runtime.start()`.
 
     With --processes, the first worker answers on --health-port and each other one on the next port.
 
@@ -96,7 +97,7 @@ def worker(
 
 
 def _run(hosting: Coroutine[Any, Any, int]) -> int:
-    """Run it on uvloop, where that is installed."""
+    """Run it on uvloop if that is installed, else on asyncio's own event loop."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     try:
         import uvloop
@@ -117,16 +118,16 @@ async def _host(
     target: Target, options: Options, embedded: bool, endpoint: HealthEndpoint | None, ready_fd: int | None
 ) -> int:
     stop = asyncio.Event()
-    for number in _SIGNALS:  # until the runtime listens for them itself
+    for number in _SIGNALS:  # until the runtime handles signals itself
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with server_if_none_answers(options) if embedded else nullcontext():
         runtime = NatsAgentRuntime(options=options)
         if endpoint is not None:
-            endpoint.speak_for(runtime.health)
+            endpoint.report(runtime.health)
         try:
             if await _started(runtime, target, stop):
                 _announce(runtime, ready_fd)
-                if stop.is_set():  # as soon as the runtime listens for signals itself
+                if stop.is_set():  # once the runtime handles signals itself
                     asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
                 await _serve(runtime)
         finally:
@@ -141,12 +142,12 @@ async def _start(runtime: NatsAgentRuntime, target: Target) -> None:
 
 
 async def _started(runtime: NatsAgentRuntime, target: Target, stop: asyncio.Event) -> bool:
-    """Register and start, unless ``stop`` is set before there is a connection. Returns whether it was done."""
+    """Register and start; give up if ``stop`` is set before there is a connection. True if the start completed."""
     starting, stopped = asyncio.create_task(_start(runtime, target)), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if stop.is_set() and runtime.worker_id is not None and runtime.running.connection.connected:
-            # It may have calls already: they are finished by stopping in order, which takes a start that is complete.
+            # It may already be serving calls. An orderly stop finishes them, and needs a start that is complete.
             await asyncio.wait({starting}, timeout=_START_GRACE)
         if starting.done():
             starting.result()
@@ -161,7 +162,7 @@ def _announce(runtime: NatsAgentRuntime, ready_fd: int | None) -> None:
     hosts = runtime.running.registry.view.hosts
     types = sorted(agent_type for agent_type, workers in hosts.items() if runtime.worker_id in workers)
     if not types:
-        note("nothing was registered: this worker hosts no agents")
+        note("no agent was registered: this worker hosts nothing")
     line(f"worker {runtime.worker_id} ready: types {', '.join(types) or 'none'}")
     if ready_fd is not None:
         os.write(ready_fd, b"1")
@@ -173,5 +174,7 @@ async def _serve(runtime: NatsAgentRuntime) -> None:
         await runtime.stop_when_signal()
     except NatsrtError:
         raise
-    except Exception as error:  # its text may quote a message, and those stay out of logs
-        raise CommandFailed(f"a handler of an event raised {type(error).__qualname__}; --debug shows more") from error
+    except Exception as error:  # its text may quote a message, and messages stay out of logs
+        raise CommandFailed(
+            f"an event handler raised {type(error).__qualname__}; use --debug for its traceback"
+        ) from error

@@ -1,12 +1,12 @@
 """Contexts of the ``nats`` CLI: named sets of connection settings, one JSON file each.
 
-The files are ``nats/context/NAME.json`` under ``$XDG_CONFIG_HOME``, or ``~/.config`` without it. Field names, the
-expansion of ``~`` and ``$VARIABLE`` in paths, and the valid names are those of the Go package
+The files are ``nats/context/NAME.json`` in ``$XDG_CONFIG_HOME``, or in ``~/.config`` if that is not set. Field names,
+the expansion of ``~`` and ``$VARIABLE`` in paths, and the valid names are those of the Go package
 ``github.com/nats-io/jsm.go/natscontext``; the schemes ``file://`` and ``env://`` are those of its later versions.
 
-What a context asks for and natsrt cannot do is an error, never left out: a connection that goes elsewhere, or as
-somebody else, than the one of ``nats --context NAME`` would be worse than none. The context that the CLI has *selected*
-(``nats/context.txt``) is not used: what a runtime does must not depend on a developer's last ``nats context select``.
+A field that natsrt does not support is an error and is never ignored: otherwise natsrt could connect to another server,
+or as another user, than ``nats --context NAME``. The context that the CLI has *selected* (``nats/context.txt``) is not
+used: a runtime must not depend on a developer's last ``nats context select``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What one context says: ``settings`` by fields of `Options`, and ``fields``, what they are called in its file."""
+    """One context: its ``settings`` by field of `Options`, and in ``fields`` the name of each in the context's file."""
 
     name: str
     path: Path
@@ -50,7 +50,7 @@ class Context:
 
 
 def known_contexts(environ: Mapping[str, str]) -> list[str]:
-    """The names of the contexts that exist, sorted."""
+    """The names of the existing contexts, sorted."""
     try:
         return sorted(path.stem for path in _directory(environ).glob("*.json") if path.stat().st_size > 0)
     except OSError:
@@ -61,7 +61,8 @@ def read_context(name: str, environ: Mapping[str, str]) -> Context:
     """Read a context by its name, or by the path of a file that ends in ``.json``, as the CLI's ``--context`` does.
 
     Raises:
-        ConfigurationError: There is no such context, its file cannot be read, or it asks for what natsrt cannot do.
+        ConfigurationError: The context does not exist, its file cannot be read, or it has a field that natsrt does
+            not support.
     """
     path = Path(name) if name.endswith(".json") and Path(name).is_file() else _path_of(name, environ)
     found = _read_json(path)
@@ -120,28 +121,28 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _literal(where: str, value: str, environ: Mapping[str, str]) -> str:
-    """A value as it is, or what the variable of an ``env://NAME`` reference holds."""
+    """The value itself, or for ``env://NAME`` the value of that environment variable."""
     scheme = _scheme(value)
     if scheme in ("op", "nsc", "data", "file"):
-        raise ConfigurationError(where, f"natsrt cannot read a {scheme}: reference here, only env://NAME")
+        raise ConfigurationError(where, f"natsrt cannot read references with {scheme}: here, only env://NAME")
     if scheme != "env":
         return value
     name = value.removeprefix("env://")
     if not environ.get(name):
-        raise ConfigurationError(where, f"the environment variable {name!r} that it refers to is not set or empty")
+        raise ConfigurationError(where, f"refers to the environment variable {name!r}, which is not set or empty")
     return environ[name]
 
 
 def _file_path(where: str, value: str, environ: Mapping[str, str]) -> str:
-    """A path, with ``~``, ``$VARIABLE`` and ``${VARIABLE}`` replaced as the CLI does."""
+    """A path, with ``~``, ``$VARIABLE`` and ``${VARIABLE}`` expanded as the CLI expands them."""
     scheme = _scheme(value)
     if scheme in ("op", "nsc", "data", "env"):
-        raise ConfigurationError(where, f"natsrt cannot read a {scheme}: reference here, only the path of a file")
+        raise ConfigurationError(where, f"natsrt cannot read references with {scheme}: here, only the path of a file")
     path = _VARIABLE.sub(lambda match: environ.get(match[1] or match[2], ""), value.removeprefix("file://"))
     return str(_home(environ)) + path[1:] if path.startswith("~") else path
 
 
 def _scheme(value: str) -> str:
-    """The URI scheme in lower case, empty for none. Two letters at least: ``C:\\creds`` is a path."""
+    """The URI scheme in lower case; empty if there is none. It has at least two letters: ``C:\\creds`` is a path."""
     found = _SCHEME.match(value)
     return found[1].lower() if found else ""

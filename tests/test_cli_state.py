@@ -175,7 +175,7 @@ async def test_get_prints_exactly_what_is_stored(run: Run, records: AgentRecords
 async def test_get_of_nothing_is_exit_code_4_and_makes_nothing(run: Run, worker: NatsAgentRuntime) -> None:
     ended = await run("state", "get", "counter/nobody")
     assert (ended.code, ended.stdout) == (4, "")
-    assert ended.stderr == "natsrt: nothing is stored of counter/nobody\n"
+    assert ended.stderr == "natsrt: no state of counter/nobody is stored\n"
     assert await worker.running.records.read(agent("nobody")) is None
 
 
@@ -195,7 +195,7 @@ async def test_an_agent_needs_a_type_and_a_key(run: Run, command: str) -> None:
     for name in ("counter", "a b/c"):
         ended = await run("state", command, name)
         assert ended.code == 2
-        assert "is no agent" in ended.stderr
+        assert "is not an agent" in ended.stderr
 
 
 # -- set ---------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ async def test_what_the_agent_refuses_is_stored_by_force_only(
     assert "through its owner" in ended.stderr, "force asks the owner first"
     ended = await run("state", "set", "counter/k", "-", "--force", stdin='{"other": 1}')
     assert ended.code == 0
-    assert "not through the owner of counter/k: " in ended.stderr
+    assert "the owner of counter/k did not store it: " in ended.stderr
     assert await state_in(records, "k") == {"other": 1}
 
 
@@ -300,7 +300,7 @@ async def test_a_state_for_a_live_agent_that_is_too_large_for_a_message_is_refus
 async def test_rm_deletes_what_is_stored(run: Run, records: AgentRecords) -> None:
     await store(records, "k", {"value": 7})
     ended = await run("state", "rm", "counter/k")
-    assert (ended.code, ended.stderr) == (0, "removed what was stored of counter/k: 11 bytes of state\n")
+    assert (ended.code, ended.stderr) == (0, "deleted the stored state of counter/k: 11 bytes\n")
     assert await records.read(agent("k")) is None
     assert (await run("state", "rm", "counter/k")).code == 4
 
@@ -476,9 +476,9 @@ async def test_a_file_with_a_wrong_line_imports_nothing(run: Run, records: Agent
     ended = await run("state", "import", "-", stdin=text)
     assert ended.code == 2
     shown = ended.stderr.splitlines()
-    assert shown[0] == "natsrt: nothing is imported:"
+    assert shown[0] == "natsrt: nothing was imported:"
     assert [line.split(":")[0] for line in shown[1:8]] == [f"line {number}" for number in range(2, 9)]
-    assert shown[6] == "line 7: counter/k is in line 1 already"
+    assert shown[6] == "line 7: counter/k is already in line 1"
     assert shown[-1] == "and 17 more"
     assert [record async for record in records.records()] == []
 
@@ -653,7 +653,7 @@ async def test_who_may_not_read_the_records_sees_the_types_all_the_same(tmp_path
             guest = ("--server", server.url, "--user", "guest", "--password", "pass")
             ended = await natsrt("agents", "ls", "--json", *guest)
             assert [(row["type"], row["keyed"], row["owned"]) for row in ended.json] == [("counter", True, None)]
-            assert "who owns keyed agents cannot be seen" in ended.stderr
+            assert "the owners of keyed agents cannot be read" in ended.stderr
             ended = await natsrt("state", "ls", *guest)
             assert ended.code == 3
             assert "'$js.api.stream.info.kv_natsrt_agents'" in ended.stderr
@@ -671,14 +671,14 @@ async def test_where_tells_the_owner_without_claiming_anything(
     assert (shown["kind"], shown["worker_id"], shown["standing"]) == ("keyed", worker.worker_id, "holds")
     assert shown["state_bytes"] == len(b'{"value":1}')
     text = (await run("agents", "where", "counter/k")).stdout
-    assert text.startswith(f"counter/k lives on worker {worker.worker_id} (process {os.getpid()} on ")
+    assert text.startswith(f"counter/k is on worker {worker.worker_id} (process {os.getpid()} on ")
 
     shown = (await run("agents", "where", "counter/nowhere", "--json")).json
     assert (shown["worker_id"], shown["standing"], shown["workers"]) == (None, "nobody", [worker.worker_id])
     text = (await run("agents", "where", "counter/nowhere")).stdout
     assert text == (
-        "counter/nowhere lives nowhere now: its next message makes it, on any worker of its type (1 live); "
-        "nothing is stored of it\n"
+        "counter/nowhere is on no worker now: its next message creates it, on any worker of its type (1 live); "
+        "no state is stored\n"
     )
     assert await records.read(agent("nowhere")) is None
 
@@ -706,12 +706,12 @@ async def test_where_tells_what_is_true_of_instances_and_of_types_that_are_not_k
     assert (await run("agents", "where", "single/two")).code == 4
     assert (await run("agents", "where", "unheard/of")).code == 4
     text = (await run("agents", "where", "plain/k")).stdout
-    assert text == f"plain/k is not keyed: 1 worker makes it when called: {worker.worker_id}\n"
+    assert text == f"plain/k is not keyed: 1 worker creates it when called: {worker.worker_id}\n"
     async with NatsAgentRuntime(server.url, namespace=namespace) as other:
         await other.register_factory("plain", Plain)
         shown = (await run("agents", "where", "plain/k", "--json")).json
         assert (shown["kind"], shown["workers"]) == ("plain", sorted([worker.worker_id or "", other.worker_id or ""]))
-        assert "2 workers make one each" in (await run("agents", "where", "plain/k")).stdout
+        assert "2 workers create one each" in (await run("agents", "where", "plain/k")).stdout
 
 
 async def test_where_of_a_type_that_lost_its_workers_tells_what_is_stored(
@@ -721,7 +721,9 @@ async def test_where_of_a_type_that_lost_its_workers_tells_what_is_stored(
         await worker.register_factory("counter", Counting, expected_class=Counting)
         await worker.send_message(1, agent("k"))
     text = (await run("agents", "where", "counter/k")).stdout
-    assert text.startswith("counter/k lives nowhere now: no worker of its type is alive; 11 bytes of state are stored")
+    assert text.startswith(
+        "counter/k is on no worker now: no worker that hosts its type is alive; 11 bytes of state are stored"
+    )
     assert (await run("agents", "where", "counter/never")).code == 4
 
 

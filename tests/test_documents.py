@@ -270,8 +270,6 @@ async def test_commands_of_the_readmes_tables_work(
     async with NatsAgentRuntime(own_server.url, name="tables") as runtime:
         await natsrt.register(runtime, Upper, "upper", lambda: Upper("shouts"))
         await runtime.send_message({"a": "b"}, AgentId("upper", "default"))
-        # `service` is called `micro` in the CLI's versions before 0.2, and has it as an alias since.
-        command = command.replace("nats service", "nats micro")
         process = processes.start(["bash", "-c", command], env=user_environment)
         await process.wait(30)
         assert printed in process.stdout + process.stderr, process.describe()

@@ -86,7 +86,7 @@ async def test_two_servers_run_side_by_side() -> None:
 
 
 async def test_a_server_that_runs_is_not_started_twice(own_server: EmbeddedServer) -> None:
-    with pytest.raises(EmbeddedServerError, match="runs already"):
+    with pytest.raises(EmbeddedServerError, match="already running"):
         await own_server.start()
     assert own_server.pid is not None
 
@@ -178,7 +178,7 @@ async def test_a_stopped_server_takes_no_signal_and_stops_again_harmlessly() -> 
     async with server:
         pass
     await server.stop()
-    with pytest.raises(EmbeddedServerError, match="does not run"):
+    with pytest.raises(EmbeddedServerError, match="is not running"):
         server.pause()
 
 

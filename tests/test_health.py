@@ -317,7 +317,7 @@ async def test_a_ready_worker_answers_all_three_paths_with_its_health(start: Sta
         assert told.body["agents"] == {"sleeper": 0}
         assert f"worker {told.body['worker_id']} ready" in worker.process.stdout
     told = await worker.get("/metrics")
-    assert (told.status, told.body) == (404, {"error": "there are /livez, /readyz, /healthz"})
+    assert (told.status, told.body) == (404, {"error": "the paths are /livez, /readyz, /healthz"})
     worker.process.terminate()
     assert await worker.process.wait() == 0
     assert "Traceback" not in worker.process.stderr
@@ -442,7 +442,7 @@ async def test_a_worker_whose_handler_blocks_its_event_loop_is_not_live_until_it
     await asyncio.gather(call, return_exceptions=True)
     await eventually(lambda: _is(worker, "/livez", 200), NOTICED)
     await eventually(lambda: _is(worker, "/readyz", 200), NOTICED)
-    assert worker.process.stderr.count("It is held here:") == 1
+    assert worker.process.stderr.count("It is blocked here:") == 1
     assert "os.close(os.open(what, os.O_RDONLY))" in worker.process.stderr
 
 
@@ -540,7 +540,7 @@ async def test_doctor_shows_the_health_of_workers(start: Start, server: Embedded
     ours, other = [finding for finding in doctor.json if finding["check"] == "health"]
     assert ours["level"] == "ok"
     assert f"at {worker.url}/healthz is ready: 0 live agents" in ours["text"]
-    assert other["level"] == "problem" and "does not tell a worker's health" in other["text"]
+    assert other["level"] == "problem" and "does not report the health of a worker" in other["text"]
     assert doctor.code == 7
 
 

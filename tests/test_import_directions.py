@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,47 @@ def test_an_arrow_that_points_up_is_found(tree: Path, text: str) -> None:
     assert "natsrt.wire.other imports natsrt.hosting.intake: hosting is above wire" in printed
 
 
-def test_a_circle_inside_one_folder_is_found(tree: Path) -> None:
+@pytest.mark.parametrize("text", ["from natsrt.observe.events import Event\n", "from ..observe import events\n"])
+def test_an_arrow_to_a_folder_beside_is_found(tree: Path, text: str) -> None:
+    for folder in ("jetstream", "observe"):
+        (tree / "natsrt" / folder).mkdir()
+    (tree / "natsrt/observe/events.py").write_text("")
+    (tree / "natsrt/jetstream/acks.py").write_text(text)
+    found = "natsrt.jetstream.acks imports natsrt.observe.events: observe is beside jetstream\n"
+    assert check(tree) == (1, found)
+
+
+def test_each_circle_is_found_beside_an_arrow_that_points_up(tree: Path) -> None:
     (tree / "natsrt/wire/one.py").write_text("from natsrt.wire.two import Two\n")
-    (tree / "natsrt/wire/two.py").write_text("def late():\n    from natsrt.wire import one\n")
+    (tree / "natsrt/wire/two.py").write_text("def late():\n    from natsrt.wire import three\n")
+    (tree / "natsrt/wire/three.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .one import One\n"
+    )
+    (tree / "natsrt/hosting/intake.py").write_text("from natsrt.hosting.reader import Reader\n")
+    (tree / "natsrt/hosting/reader.py").write_text("from natsrt.hosting.intake import Intake\n")
+    (tree / "natsrt/errors.py").write_text("from natsrt.wire import names\n")
     code, printed = check(tree)
     assert code == 1
-    assert "circle" in printed and "natsrt.wire.one" in printed and "natsrt.wire.two" in printed
+    arrow, *found = printed.splitlines()
+    assert arrow == "natsrt.errors imports natsrt.wire.names: wire is above errors"
+    intro = "these modules import one another in a circle: "
+    assert all(line.startswith(intro) for line in found)
+    circles = [line.removeprefix(intro).split(" -> ") for line in found]
+    imports = {
+        "natsrt.wire.one": "natsrt.wire.two",
+        "natsrt.wire.two": "natsrt.wire.three",
+        "natsrt.wire.three": "natsrt.wire.one",
+        "natsrt.hosting.intake": "natsrt.hosting.reader",
+        "natsrt.hosting.reader": "natsrt.hosting.intake",
+        "natsrt.errors": "natsrt.wire.names",
+        "natsrt.wire.names": "natsrt.errors",
+    }
+    assert all(imports[module] == target for circle in circles for module, target in pairwise(circle))
+    assert sorted(sorted({*circle}) for circle in circles) == [
+        ["natsrt.errors", "natsrt.wire.names"],
+        ["natsrt.hosting.intake", "natsrt.hosting.reader"],
+        ["natsrt.wire.one", "natsrt.wire.three", "natsrt.wire.two"],
+    ]
 
 
 def test_a_module_without_a_layer_is_found(tree: Path) -> None:

@@ -100,7 +100,7 @@ Nats = Callable[..., Awaitable[str]]
 def nats(own_server: EmbeddedServer, nats_cli: Path) -> Nats:
     """Runs the command and returns what it writes, standard error included."""
 
-    async def run(*arguments: str, code: int | None = 0) -> str:
+    async def run(*arguments: str) -> str:
         process = await asyncio.create_subprocess_exec(
             str(nats_cli),
             "--server",
@@ -113,7 +113,7 @@ def nats(own_server: EmbeddedServer, nats_cli: Path) -> Nats:
         )
         output, _ = await process.communicate()
         text = output.decode()
-        assert code is None or process.returncode == code, text
+        assert process.returncode == 0, text
         return text
 
     return run
@@ -127,12 +127,6 @@ def start(own_server: EmbeddedServer, nats_cli: Path, processes: Processes) -> C
         return processes.start([nats_cli, "--server", own_server.url, "--no-context", *arguments], name="nats")
 
     return start
-
-
-@pytest.fixture
-async def service(nats: Nats) -> str:
-    """The command group for services: ``micro`` in older versions of the tool."""
-    return "micro" if "expected command" in await nats("service", "--help", code=None) else "service"
 
 
 @pytest.fixture
@@ -161,32 +155,30 @@ async def second(own_server: EmbeddedServer) -> AsyncIterator[NatsAgentRuntime]:
 
 
 async def test_the_service_list_shows_every_worker(
-    worker: NatsAgentRuntime, second: NatsAgentRuntime, nats: Nats, service: str
+    worker: NatsAgentRuntime, second: NatsAgentRuntime, nats: Nats
 ) -> None:
-    table = await nats(service, "ls")
+    table = await nats("service", "ls")
     for runtime in (worker, second):
         assert str(runtime.worker_id) in table
-    found = json.loads(await nats(service, "ls", "--json"))
+    found = json.loads(await nats("service", "ls", "--json"))
     assert {(entry["name"], entry["id"]) for entry in found} == {
         ("alpha", worker.worker_id),
         ("beta", second.worker_id),
     }
 
 
-async def test_ping_is_answered_by_every_worker(
-    worker: NatsAgentRuntime, second: NatsAgentRuntime, nats: Nats, service: str
-) -> None:
-    answers = await nats("--timeout", "2s", service, "ping")
+async def test_ping_is_answered_by_every_worker(worker: NatsAgentRuntime, second: NatsAgentRuntime, nats: Nats) -> None:
+    answers = await nats("--timeout", "2s", "service", "ping")
     for runtime in (worker, second):
         assert str(runtime.worker_id) in answers
-    assert str(second.worker_id) not in await nats("--timeout", "2s", service, "ping", "alpha")
+    assert str(second.worker_id) not in await nats("--timeout", "2s", "service", "ping", "alpha")
 
 
-async def test_info_shows_the_agent_types_of_a_worker(worker: NatsAgentRuntime, nats: Nats, service: str) -> None:
-    shown = await nats(service, "info", "alpha")
+async def test_info_shows_the_agent_types_of_a_worker(worker: NatsAgentRuntime, nats: Nats) -> None:
+    shown = await nats("service", "info", "alpha")
     for text in (str(worker.worker_id), "upper", "agent.two=2Efold", "two.fold", "reader", "Headline"):
         assert text in shown
-    info = json.loads(await nats(service, "info", "alpha", str(worker.worker_id), "--json"))["info"]
+    info = json.loads(await nats("service", "info", "alpha", str(worker.worker_id), "--json"))["info"]
     endpoints = {endpoint["metadata"]["agent_type"]: endpoint for endpoint in info["endpoints"]}
     assert endpoints.keys() == {"upper", "two.fold", "reader"}
     assert endpoints["upper"]["subject"] == "agent.upper"
@@ -194,9 +186,7 @@ async def test_info_shows_the_agent_types_of_a_worker(worker: NatsAgentRuntime, 
     assert endpoints["upper"]["metadata"]["handles"] == "Number, Text"
 
 
-async def test_stats_show_requests_errors_and_processing_times(
-    worker: NatsAgentRuntime, nats: Nats, service: str
-) -> None:
+async def test_stats_show_requests_errors_and_processing_times(worker: NatsAgentRuntime, nats: Nats) -> None:
     for number in range(5):
         assert await worker.send_message(Number(number), AgentId("upper", "k")) == f"k: {number}"
     for _ in range(2):
@@ -206,7 +196,7 @@ async def test_stats_show_requests_errors_and_processing_times(
     await nats("pub", "topic.news.tech.server", '{"headline":42}')
 
     async def stats() -> dict[str, dict[str, Any]]:
-        [answer] = json.loads(await nats(service, "stats", "alpha", str(worker.worker_id), "--json"))
+        [answer] = json.loads(await nats("service", "stats", "alpha", str(worker.worker_id), "--json"))
         return {endpoint["name"]: endpoint for endpoint in answer["endpoints"]}
 
     async def counted() -> bool:
@@ -219,7 +209,7 @@ async def test_stats_show_requests_errors_and_processing_times(
     assert shown["upper"]["processing_time"] >= shown["upper"]["average_processing_time"] > 0
     assert (shown["reader"]["num_requests"], shown["reader"]["num_errors"]) == (2, 1)
     assert (shown["two_fold"]["num_requests"], shown["two_fold"]["processing_time"]) == (0, 0)
-    table = await nats(service, "stats", "alpha")
+    table = await nats("service", "stats", "alpha")
     assert str(worker.worker_id) in table
     assert re.search(r"7\D", table)
 
@@ -351,12 +341,12 @@ async def test_a_command_behind_nats_reply_may_take_its_time(
 
 
 async def test_requests_are_shared_by_two_workers_and_counted_at_both(
-    worker: NatsAgentRuntime, second: NatsAgentRuntime, nats: Nats, service: str
+    worker: NatsAgentRuntime, second: NatsAgentRuntime, nats: Nats
 ) -> None:
     await nats("req", "--count", "60", "agent.upper", '{"text":"hi"}')
     counts = {}
     for runtime, name in ((worker, "alpha"), (second, "beta")):
-        [answer] = json.loads(await nats(service, "stats", name, str(runtime.worker_id), "--json"))
+        [answer] = json.loads(await nats("service", "stats", name, str(runtime.worker_id), "--json"))
         [upper] = [endpoint for endpoint in answer["endpoints"] if endpoint["name"] == "upper"]
         counts[name] = upper["num_requests"]
     assert sum(counts.values()) == 60

@@ -155,7 +155,7 @@ def test_sizes_that_are_no_positive_whole_number_are_refused(value: object) -> N
         ({"heartbeat_ttl": 3.0}, "heartbeat_ttl: must be more than twice heartbeat_interval"),
         ({"heartbeat_ttl": 0.5, "heartbeat_interval": 0.1}, "heartbeat_ttl: must be a number of seconds of at least 1"),
         ({"servers": 5}, "servers: must be one URL or a list of URLs, not a value of type int"),
-        ({"servers": []}, "servers: must name one server at least"),
+        ({"servers": []}, "servers: must name at least one server"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_would_be_right(settings: dict[str, Any], text: str) -> None:
@@ -184,7 +184,7 @@ def test_keyed_types_are_names_or_a_table(given: object, said: dict[str, object]
     [
         (7, "table of agent types"),
         ({"counter": 7}, "counter: must be true, false, or a table of options"),
-        ({"counter": {"saves": "message"}}, "counter: there is no option 'saves'; there are concurrency"),
+        ({"counter": {"saves": "message"}}, "counter: there is no option 'saves'; the options are concurrency"),
         ({"counter": {"save": "never"}}, "counter: save: must be one of message, interval, manual"),
         ({"counter": {"save_interval": "none"}}, "counter: save_interval: must be a number of seconds"),
         ({"counter": {"idle_timeout": "soon"}}, "counter: idle_timeout: must be a number of seconds"),
@@ -203,7 +203,7 @@ def test_an_unknown_setting_names_the_nearest_known_one() -> None:
 
 
 def test_a_setting_like_no_other_lists_those_that_exist() -> None:
-    assert "known are servers, name, namespace" in str(refused(zzz=1))
+    assert "the settings are servers, name, namespace" in str(refused(zzz=1))
 
 
 def test_replacing_changes_some_settings_and_checks_all() -> None:
@@ -336,7 +336,7 @@ def test_a_seed_given_as_the_path_of_its_file_does_not_show() -> None:
         ({"user": "u"}, "user: is given without password"),
         ({"password": "p"}, "password: is given without user"),
         ({"user": "u", "password": "p", "token": "t"}, "token: cannot be used together with user, password"),
-        ({"servers": "nats://u:p@h", "token": "t"}, "servers: the URL holds credentials, and token is given too"),
+        ({"servers": "nats://u:p@h", "token": "t"}, "servers: the URL contains credentials, and token is given too"),
         ({"nkey_seed": "SUAB"}, "nkey_seed: must be the whole seed of a user NKEY"),
         ({"nkey_seed": "SAAB"}, "nkey_seed: must be the whole seed of a user NKEY"),
     ],
@@ -356,7 +356,7 @@ def test_a_missing_file_is_refused_at_once_with_its_path(field: str, tmp_path: P
 
 def test_a_file_that_is_no_credentials_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.creds", "hello\n")
-    assert str(refused(creds=path)).startswith(f"creds: {path} is no credentials file")
+    assert str(refused(creds=path)).startswith(f"creds: {path} is not a credentials file")
 
 
 def test_the_seed_is_found_between_comments(tmp_path: Path) -> None:
@@ -478,13 +478,13 @@ def test_an_empty_file_changes_nothing(name: str, tmp_path: Path) -> None:
         ("x.toml", "\ncall_timeout = -1\n", "{path}, line 2: call_timeout: must be a number of seconds"),
         ("x.toml", f'user = "u"\ncall_timeout = "{SECRET}\n', "{path}: is not valid TOML: "),
         ("x.toml", "[natsrt]\n[natsrt.tls]\nca = 1\n", "{path}: tls: there is no such setting"),
-        ("x.toml", "debug = true\n[natsrt]\n", "{path}: debug: must stand in a table"),
+        ("x.toml", "debug = true\n[natsrt]\n", "{path}: debug: must be in a table"),
         ("x.toml", "natsrt = 1\n", "{path}: natsrt: must be a table"),
         ("x.yaml", "a: 1\ncall_timeout: x\n", "{path}, line 1: a: there is no such setting"),
         ("x.yaml", "natsrt:\n  user: 5\n", "{path}, line 2: user: must be text"),
         ("x.yaml", "call_timeout: 1\ncall_timeout: 2\n", "{path}, line 2: call_timeout: is given twice"),
         ("x.yaml", f"token: *{SECRET}\n", "{path}, line 1: is not valid YAML"),
-        ("x.yaml", "- a\n", "{path}: must hold settings"),
+        ("x.yaml", "- a\n", "{path}: must contain settings"),
         ("x.yaml", "creds: gone.creds\n", "{path}, line 1: creds: there is no file {directory}/gone.creds"),
         ("x.yaml", "servers: nats://h:x\n", "{path}, line 1: servers: URL 1 cannot be read"),
         ("x.ini", "", "config: {path} must end in .toml, .yaml or .yml"),
@@ -549,7 +549,7 @@ def test_credentials_in_a_url_go_with_the_url() -> None:
 
 
 def test_an_error_about_credentials_in_a_url_names_its_source() -> None:
-    with pytest.raises(ConfigurationError, match="^NATS_URL: the URL holds credentials, and token is given too"):
+    with pytest.raises(ConfigurationError, match="^NATS_URL: the URL contains credentials, and token is given too"):
         load({"NATS_URL": "nats://u:p@h", "NATS_TOKEN": "t"})
 
 
@@ -638,10 +638,10 @@ def test_an_error_in_a_context_names_its_file_and_where_it_was_asked_for(tmp_pat
         ({"user_jwt": "eyJ", "user_seed": ""}, "user_jwt: natsrt takes a JWT from a credentials file only"),
         ({"windows_cert_store": "user"}, "windows_cert_store: natsrt cannot use"),
         ({"jetstream_domain": "hub"}, "jetstream_domain: "),
-        ({"creds": "op://vault/creds"}, "creds: natsrt cannot read a op: reference"),
-        ({"creds": "data:;base64,AAAA"}, "creds: natsrt cannot read a data: reference"),
-        ({"password": "op://vault/x", "user": "u"}, "password: natsrt cannot read a op: reference"),
-        ({"user": "u", "password": "env://GONE"}, "password: the environment variable 'GONE'"),
+        ({"creds": "op://vault/creds"}, "creds: natsrt cannot read references with op:"),
+        ({"creds": "data:;base64,AAAA"}, "creds: natsrt cannot read references with data:"),
+        ({"password": "op://vault/x", "user": "u"}, "password: natsrt cannot read references with op:"),
+        ({"user": "u", "password": "env://GONE"}, "password: refers to the environment variable 'GONE'"),
         ({"url": 5}, "url: must be text"),
     ],
 )

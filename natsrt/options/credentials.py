@@ -1,4 +1,4 @@
-"""What authenticates: seeds, credentials files and certificates, checked before the client uses them."""
+"""Credentials: seeds, credentials files and certificates, checked before the client uses them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import ssl
 
 CREDENTIAL_KINDS = (("user", "password"), ("token",), ("nkey_seed",), ("nkey_seed_file",), ("creds",))
-"""What authenticates, by kind. Only the members of one kind are used together."""
+"""The settings that are credentials, by kind. Only those of one kind are used together."""
 CREDENTIALS = frozenset(field for kind in CREDENTIAL_KINDS for field in kind)
 
 SEED = re.compile(r"^\s*(S[A-Z2-7]{40,})\s*$", re.MULTILINE)
@@ -21,20 +21,20 @@ _FILE_SECTIONS = (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED")
 
 
 def kinds_in(values: Mapping[str, Any]) -> set[tuple[str, ...]]:
-    """The kinds of credentials that are given, in part at least."""
+    """The kinds of credentials of which at least one setting is given."""
     return {kind for kind in CREDENTIAL_KINDS if any(values.get(field) is not None for field in kind)}
 
 
 def check_seed(field: str, seed: str, where: str = "") -> None:
-    """Raise a `ConfigurationError` about ``field`` for what is no seed of a user; ``where`` ends its text."""
+    """Raise a `ConfigurationError` for ``field`` unless ``seed`` is a user's seed. ``where`` ends its text."""
     import nkeys  # type: ignore[import-untyped]
 
     text = seed.strip().encode()
     try:
         prefix, key = nkeys.decode_seed(text)
-        # nkeys overlooks the checksum; encoding the key again computes it.
+        # nkeys does not check the checksum; encoding the key again computes it.
         is_whole = nkeys.encode_seed(key, prefix) == text
-    except Exception:  # nkeys lets base64's errors through, beside its own
+    except Exception:  # nkeys raises errors of base64 beside its own
         prefix, is_whole = None, False
     if not is_whole or prefix != nkeys.PREFIX_BYTE_USER:
         raise ConfigurationError(
@@ -43,31 +43,35 @@ def check_seed(field: str, seed: str, where: str = "") -> None:
 
 
 def seed_in(path: Path) -> str:
-    """The seed in a file: the one line that looks like one, as the ``nats`` CLI reads it, comments and all."""
+    """The seed in a file: its first line that looks like a seed. Other lines are ignored, as by the ``nats`` CLI."""
     try:
         found = SEED.search(path.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
         raise ConfigurationError("nkey_seed_file", f"{path} cannot be read: {error.strerror}") from None
     if found is None:
-        raise ConfigurationError("nkey_seed_file", f"there is no seed of an NKEY in {path}")
+        raise ConfigurationError("nkey_seed_file", f"there is no NKEY seed in {path}")
     check_seed("nkey_seed_file", found[1], f"; the one in {path} is not")
     return found[1]
 
 
 def check_credentials_file(path: Path) -> None:
-    """Raise a `ConfigurationError` for what is no credentials file."""
-    # nats-py reads on for ever at the end of a file without a JWT, inside the event loop.
+    """Raise a `ConfigurationError` unless the file is a credentials file."""
+    # With a file without a JWT, nats-py would read its end for ever, and block the event loop.
     try:
         contents = path.read_bytes()
     except OSError as error:
         raise ConfigurationError("creds", f"{path} cannot be read: {error.strerror}") from None
     for section in _FILE_SECTIONS:
         if section not in contents:
-            raise ConfigurationError("creds", f"{path} is no credentials file: it has no '{section.decode()}'")
+            raise ConfigurationError("creds", f"{path} is not a credentials file: it has no '{section.decode()}'")
 
 
 def tls_context(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSLContext:
-    """For connecting. None is the system's CA certificates, no client certificate, and its key in the same file."""
+    """The TLS context of a client, from the paths of PEM files.
+
+    None means: the system's CA certificates (``ca``), no client certificate (``cert``), the key is in the file of the
+    certificate (``key``).
+    """
     import ssl
 
     try:
@@ -76,7 +80,7 @@ def tls_context(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSL
         raise ConfigurationError("tls_ca", f"{ca} cannot be used as CA certificates: {_reason(error)}") from None
     if cert is not None:
         try:
-            # Without a password OpenSSL would ask for one at the terminal.
+            # Without a password function, OpenSSL would ask for a password in the terminal.
             context.load_cert_chain(cert, key, password=_no_password)
         except (OSError, ssl.SSLError, _EncryptedKey) as error:
             with_key = f" with the key {key}" if key else ""

@@ -1,4 +1,4 @@
-"""One layer of settings per source, and how they are merged: by the rules of `natsrt.options`."""
+"""One layer of settings per source, and merging the layers by the rules of `natsrt.options`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from natsrt.options.servers import check_url_credentials, parsed_servers
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The settings of one source. ``origins`` says how each was written there; a field without one is written so."""
+    """The settings of one source. ``origins``: the name of each field there, if it differs from that of the field."""
 
     values: Mapping[str, Any]
     origins: Mapping[str, str]
 
 
 def merged(layers: Sequence[Layer], known: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of all layers, the highest first, and their origins, by the rules of `natsrt.options`.
+    """Merge layers, the highest first. Returns the values and their origins.
 
-    ``known`` are the names of all settings; another one is a `ConfigurationError`.
+    ``known`` are the names of all settings; any other name raises a `ConfigurationError`.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -51,7 +51,7 @@ def merged(layers: Sequence[Layer], known: Collection[str]) -> tuple[dict[str, A
 
 @contextlib.contextmanager
 def named_by(origins: Mapping[str, str]) -> Iterator[None]:
-    """Let errors about a field name it as its source does."""
+    """In a `ConfigurationError` about a field, replace its name by the name that its source uses."""
     try:
         yield
     except ConfigurationError as error:
@@ -67,10 +67,10 @@ def _check_names(values: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def unknown_name(name: str, known: Collection[str]) -> str:
-    """What is wrong with a ``name`` that is not among the ``known`` ones."""
+    """The problem text for a ``name`` that is not among the ``known`` names."""
     import difflib
 
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
         return f"there is no such setting; did you mean {nearest[0]}?"
-    return f"there is no such setting; known are {', '.join(known)}"
+    return f"there is no such setting; the settings are {', '.join(known)}"

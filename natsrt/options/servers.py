@@ -17,21 +17,21 @@ _SCHEMES = ("nats", "tls", "ws", "wss")
 def parsed_servers(given: object) -> tuple[tuple[str, ...], Mapping[str, str]]:
     """URLs without credentials, and the credentials that were in them.
 
-    nats-py sends percent-encoded credentials as they are written, and none to servers it discovers; so they are decoded
-    here and given to it as arguments. Messages show no part of a URL: of one that cannot be parsed, nobody can say
-    where its password is.
+    nats-py does not decode percent-encoded credentials in a URL, and does not send them to servers that it discovers.
+    So they are decoded here and passed to it as arguments. Error texts show no part of a URL: in a URL that cannot be
+    parsed, the position of the password is unknown.
     """
     texts = given.split(",") if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ConfigurationError("servers", f"must be one URL or a list of URLs, not {type_of(given)}")
     urls = [_parsed_url(number, text.strip()) for number, text in enumerate(texts, 1)]
     if not urls:
-        raise ConfigurationError("servers", "must name one server at least")
+        raise ConfigurationError("servers", "must name at least one server")
     if len({url.scheme in ("ws", "wss") for url in urls}) > 1:
         raise ConfigurationError("servers", "ws:// and wss:// cannot be mixed with nats:// and tls://")
     credentials = [found for url in urls if (found := _url_credentials(url))]
     if any(found != credentials[0] for found in credentials):
-        raise ConfigurationError("servers", "the URLs hold different credentials; a runtime connects as one user")
+        raise ConfigurationError("servers", "the URLs contain different credentials; a runtime connects as one user")
     return tuple(map(_bare, urls)), credentials[0] if credentials else {}
 
 
@@ -53,7 +53,7 @@ def _parsed_url(number: int, text: str) -> SplitResult:
     if url.scheme in ("nats", "tls") and (url.path.strip("/") or url.query or url.fragment):
         raise ConfigurationError(
             "servers",
-            f"{where} has something behind the port; it must look like nats://host:4222, with special characters in a "
+            f"{where} has something after the port; it must look like nats://host:4222, with special characters in a "
             "password percent-encoded",
         )
     if url.username == "" or url.password == "":
@@ -77,16 +77,16 @@ def _bare(url: SplitResult) -> str:
 
 
 def check_url_credentials(from_url: Mapping[str, str], values: Mapping[str, Any]) -> None:
-    """Raise a `ConfigurationError` where a source gives credentials in the URL and as settings too."""
+    """Raise a `ConfigurationError` if a source has credentials in the URL and also as settings."""
     beside = [field for field in values if field in CREDENTIALS and values[field] is not None]
     if from_url and beside:
         raise ConfigurationError(
-            "servers", f"the URL holds credentials, and {beside[0]} is given too; give one of them"
+            "servers", f"the URL contains credentials, and {beside[0]} is given too; use one of them"
         )
 
 
 def check_websocket_package(servers: Sequence[str]) -> None:
-    """Raise a `ConfigurationError` for a WebSocket URL without the package that it needs."""
+    """Raise a `ConfigurationError` if a WebSocket URL is given and the package for it is not installed."""
     from importlib.util import find_spec
 
     if servers[0].startswith("ws") and find_spec("aiohttp") is None:

@@ -1,4 +1,4 @@
-"""`Options`: every setting with its meaning and its default."""
+"""`Options`: all settings, with their meaning and their defaults."""
 
 from __future__ import annotations
 
@@ -39,17 +39,19 @@ from natsrt.options.values import (
 )
 
 MIB = 1024 * 1024
+"""Bytes in a mebibyte."""
 
 
 class _ContextRead(str):
-    """The name of a context whose settings are already among the others: it is not read a second time."""
+    """The name of a context whose settings are already merged with the others, so that it is not read again."""
 
 
 class Options(BaseModel):
     """All settings of a runtime; immutable. Times are in seconds, sizes in bytes.
 
-    ``Options(…)`` takes settings from code, and from the context that ``context`` names; it looks at no environment
-    and no file. `load` looks everywhere, `from_file` at one file. Text is accepted for every setting and converted.
+    ``Options(…)`` takes settings from its arguments, and from the NATS context that ``context`` names. It reads neither
+    the environment nor a configuration file. `load` reads all sources, `from_file` one file. Every setting may be given
+    as text, which is converted.
 
     Raises:
         ConfigurationError: A setting is unknown, has a value that cannot be used, or contradicts another.
@@ -57,37 +59,39 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True, validate_default=False)
 
-    # Where the server is and who we are.
+    # The server, and this runtime's identity.
     servers: tuple[str, ...] = Field(
         ("nats://127.0.0.1:4222",),
-        description="URLs of the servers of one cluster: a list, or one text with commas. Schemes nats (also where "
-        "none is given) and tls, or ws and wss, not mixed. A user and password, or a token, may stand in the URL, "
-        "percent-encoded; it is used for all of them.",
+        description="URLs of the servers of one cluster: a list, or one text with commas. The schemes are nats (the "
+        "default) and tls, or ws and wss; the two pairs cannot be mixed. A URL may contain a user and password, or a "
+        "token, percent-encoded; it is used for all servers.",
     )
     name: Text | None = Field(
-        None, description="Name of this worker, the start of its worker id. None: made from the host's name."
+        None, description="Name of this worker; its worker id starts with it. None: made from the host name."
     )
     namespace: str = Field(
         "",
         pattern=r"^[A-Za-z0-9_-]*$",
-        description="Prefix of every subject, bucket and stream name: one token of letters, digits, - and _. Runtimes "
-        "see each other only within one namespace. Empty: no prefix.",
+        description="Prefix of every subject, bucket and stream name: one token of letters, digits, - and _. Only "
+        "runtimes of one namespace see each other. Empty: no prefix.",
     )
     user: Text | None = Field(None, description="User name; needs password. None: no user.")
-    password: Secret | None = Field(None, description="Password of user. None: no password.")
+    password: Secret | None = Field(None, description="Password of the user. None: no password.")
     token: Secret | None = Field(None, description="Authentication token. None: no token.")
     nkey_seed: Secret | None = Field(
-        None, description="Seed of a user NKEY itself, a text that starts with SU. None: no NKEY."
+        None, description="Seed of a user NKEY, a text that starts with SU. None: no NKEY."
     )
     nkey_seed_file: File | None = Field(None, description="Path of a file with the seed of a user NKEY. None: no NKEY.")
     creds: File | None = Field(
-        None, description="Path of a credentials file (JWT and seed), read at every connecting. None: no credentials."
+        None, description="Path of a credentials file (JWT and seed), read for each connection. None: no credentials."
     )
     tls_ca: File | None = Field(
-        None, description="Path of the CA certificates, PEM, that the server's one is checked with. None: the system's."
+        None,
+        description="Path of the CA certificates, PEM, to check the server's certificate with. None: the system's.",
     )
     tls_cert: File | None = Field(
-        None, description="Path of the client certificate, PEM; it may hold the key too. None: no client certificate."
+        None,
+        description="Path of the client certificate, PEM; it may contain the key too. None: no client certificate.",
     )
     tls_key: File | None = Field(
         None, description="Path of the client certificate's private key, PEM, not encrypted. None: it is in tls_cert."
@@ -97,29 +101,30 @@ class Options(BaseModel):
     )
     tls_first: bool = Field(
         False,
-        description="Start with the TLS handshake, before the server has said anything. Makes TLS certain; the server "
-        "needs handshake_first. Without it TLS is used when the server asks for it.",
+        description="Start with the TLS handshake, before the server sends anything. TLS is then always used; the "
+        "server needs handshake_first. False: TLS is used if the server asks for it.",
     )
     context: Text | None = Field(
         None,
-        description="Name of a context of the nats CLI, or the path of its .json file, whose settings stand below all "
-        "others. None: no context; the one that the CLI has selected is never used by itself.",
+        description="Name of a context of the nats CLI, or path of its .json file. All other sources override its "
+        "settings. None: no context, not even the one that is selected in the CLI.",
     )
     inbox_prefix: Subject = Field(
-        "_INBOX", description="Subject prefix of the inboxes for replies, for users whose permissions name their own."
+        "_INBOX",
+        description="Subject prefix of the inboxes for replies, for users that may only use a prefix of their own.",
     )
 
     # Connection.
     connect_timeout: Seconds = Field(
-        5.0, description="Seconds that the first connection may take as a whole, over all servers."
+        5.0, description="Seconds within which the first connection must succeed, over all servers together."
     )
     offline_timeout: SecondsOrNone = Field(
-        30.0, description="Seconds that a send waits for a lost server before it fails. None: waits for ever."
+        30.0, description="Seconds that a send waits for a lost server before it fails. None: it waits for ever."
     )
     reconnect_wait: Seconds = Field(0.25, description="Seconds between two attempts to reconnect to one server.")
     ping_interval: Seconds = Field(
         10.0,
-        description="Seconds between two pings of the NATS client. A hung server is found sooner, by natsrt itself.",
+        description="Seconds between two pings of the NATS client. natsrt itself detects a hung server sooner.",
     )
     max_pings_out: Count = Field(2, description="Unanswered pings after which the connection counts as lost.")
 
@@ -128,62 +133,67 @@ class Options(BaseModel):
         None, description="Seconds after which a call fails, even if its handler is still working. None: no deadline."
     )
     plain_timeout: Seconds = Field(
-        60.0, description="Seconds that a call waits for a plain NATS responder where no natsrt worker hosts the type."
+        60.0, description="Seconds that a call waits for a plain NATS responder if no natsrt worker hosts the type."
     )
     check_after: Seconds = Field(
-        0.2, description="Seconds after which a caller checks a call that was neither answered nor accepted."
+        0.2, description="Seconds after which a caller asks about a call that was neither answered nor accepted."
     )
     accept_after: Seconds = Field(
-        0.15, description="Seconds after which a worker tells the caller that it has a call it has not answered yet."
+        0.15,
+        description="Seconds after which a worker that has not answered a call yet confirms that it has accepted it.",
     )
     lost_after: Seconds = Field(
         12.0,
-        description="Seconds of silence after which a worker that is still connected, and was asked about a call, "
-        "counts as lost.",
+        description="Seconds after which a worker that is still connected, but does not answer questions about a "
+        "call, counts as lost.",
     )
-    busy_retry: Seconds = Field(1.0, description="Seconds for which a call that was answered busy is sent again.")
+    busy_retry: Seconds = Field(
+        1.0, description="Seconds for which a call that the worker answered with busy is sent again."
+    )
     no_responders_retry: Seconds = Field(
         5.0,
         description="Seconds for which a call without responders is sent again while the registry lists a live worker.",
     )
     subscription_timeout: Seconds = Field(
-        2.0, description="Seconds that the live workers of a type have to confirm a new subscription."
+        2.0, description="Seconds within which the live workers of a type must confirm a new subscription."
     )
     infer_types: bool = Field(
-        True, description="Find out the message type of a plain body from what the agent handles, where none is given."
+        True, description="Infer the message type of a plain body without a type from the types that the agent handles."
     )
 
     # Being a worker.
     drain_timeout: Seconds = Field(
-        30.0, description="Seconds that running and queued handlers have to finish while stopping."
+        30.0, description="Seconds that running and queued handlers have to finish when the runtime stops."
     )
     heartbeat_interval: Seconds = Field(1.5, description="Seconds between two heartbeats of a worker.")
     heartbeat_ttl: Annotated[Seconds, Field(ge=1)] = Field(
         6.0,
-        description="Seconds after its last heartbeat at which a worker's registry entries go away; more than twice "
-        "heartbeat_interval, and at least 1, the shortest that JetStream can do.",
+        description="Seconds after its last heartbeat at which the registry entries of a worker expire. Must be more "
+        "than twice heartbeat_interval, and at least 1, the minimum of JetStream.",
     )
     max_pending_bytes: Count = Field(
-        64 * MIB, description="Bytes of messages not yet started that a worker holds; above it calls are answered busy."
+        64 * MIB,
+        description="Bytes of messages that wait in a worker; beyond that it answers calls with busy and drops events.",
     )
     keep_replies: Seconds = Field(
-        30.0, description="Seconds for which finished replies of accepted calls are kept, to be sent again."
+        30.0,
+        description="Seconds for which a worker keeps the replies of accepted calls, to send them again on request.",
     )
-    keep_replies_bytes: Count = Field(64 * MIB, description="Bytes of finished replies that are kept at most.")
+    keep_replies_bytes: Count = Field(64 * MIB, description="Bytes of such replies that a worker keeps at most.")
     keyed: KeyedTypes = Field(
         NO_TYPES,
-        description="Agent types that are keyed, or are not although their class says so: a table of types, each true, "
-        "false or a table of options (concurrency, save, save_interval, idle_timeout, rebalance); or their names with "
-        "commas.",
+        description="Agent types that are keyed, or not keyed although their class is: a table of types, each true, "
+        "false or a table of options (concurrency, save, save_interval, idle_timeout, rebalance); or names of keyed "
+        "types with commas.",
     )
     registry_replicas: Annotated[Count, Field(le=5)] = Field(
-        1, description="Copies of the registry in a JetStream cluster, 1 to 5; counts when the registry is made."
+        1, description="Copies of the registry in a JetStream cluster, 1 to 5. Used when the registry is created."
     )
 
     # Errors.
     send_tracebacks: bool = Field(True, description="Send the traceback of a handler's exception to the caller.")
     ignore_unhandled_exceptions: bool = Field(
-        True, description="Log what a handler of an event raises. Otherwise it is raised by stop and stop_when_idle."
+        True, description="Log exceptions of event handlers. False: stop and stop_when_idle raise them."
     )
 
     if not TYPE_CHECKING:  # Type checkers see the keyword arguments that Pydantic makes from the fields.
@@ -205,12 +215,12 @@ class Options(BaseModel):
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
         """The settings of a TOML (``.toml``) or YAML (``.yaml``, ``.yml``) file, and of the context that it names.
 
-        The settings stand at the top level, or in a table ``natsrt`` beside tables of others, which are ignored.
-        Relative paths in the file are relative to its directory.
+        The settings are at the top level, or in a table ``natsrt``; other tables beside that one are ignored. Relative
+        paths in the file start at its directory.
 
         Raises:
-            ConfigurationError: The file cannot be read, or a setting in it is wrong; names the file, the line where
-                it is known, and the setting.
+            ConfigurationError: The file cannot be read, or a setting in it is wrong. The text names the file, the
+                setting, and the line if that is known.
         """
         return cls._from_sources([file_layer(Path(path), cls.model_fields)], os.environ)
 
@@ -222,13 +232,13 @@ class Options(BaseModel):
         environ: Mapping[str, str] | None = None,
         **overrides: Any,
     ) -> Self:
-        """The settings of all sources, in the order of precedence of `natsrt.options`.
+        """The settings of all sources, with the precedence that `natsrt.options` describes.
 
         Args:
-            config: Path of a configuration file. None: the one that ``NATSRT_CONFIG`` names, if it does.
-            environ: The environment. None: that of this process.
-            **overrides: Settings from code or the command line; one that is None counts as not given, and the text
-                ``"none"`` means None.
+            config: Path of a configuration file. None: the file that ``NATSRT_CONFIG`` names, or no file.
+            environ: The environment variables. None: those of this process.
+            **overrides: Settings from code or the command line. None means not given; the text ``"none"`` means
+                None.
 
         Raises:
             ConfigurationError: A source cannot be read, or a setting is unknown, wrong or contradicts another.
@@ -258,12 +268,12 @@ class Options(BaseModel):
             return cls(**values)
 
     def replace(self, **changes: Any) -> Self:
-        """These settings with some changed. A credential of another kind takes the place of the present one.
+        """A copy of these settings with ``changes``. A credential of another kind replaces the present one.
 
         The context is not read again, so ``context`` itself cannot be changed.
 
         Raises:
-            ConfigurationError: As the constructor; or ``context`` is among the changes.
+            ConfigurationError: As for the constructor; or ``context`` is among the changes.
         """
         if changes.get("context", self.context) != self.context:
             raise ConfigurationError("context", "cannot be replaced; make new options with Options.load(context=…)")
@@ -280,13 +290,13 @@ class Options(BaseModel):
 
     @property
     def safe_servers(self) -> list[str]:
-        """The URLs of the servers for messages and logs: neither credentials nor a query, which may hold a secret."""
+        """The URLs of the servers for messages and logs, without credentials and queries, which may contain secrets."""
         return [urlunsplit(urlsplit(server)._replace(query="", fragment="")) for server in self.servers]
 
     def connect_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for ``nats.connect``, all but callbacks and the policy of attempts.
+        """Keyword arguments for ``nats.connect``, except callbacks and the limits of reconnecting.
 
-        Reads the files anew, so that exchanged certificates and seeds are used by the next client.
+        Reads the files of certificates and seeds each time, so that the next client uses their present contents.
 
         Raises:
             ConfigurationError: A file cannot be used, or a WebSocket URL is given without the package aiohttp.
@@ -321,24 +331,24 @@ class Options(BaseModel):
         return kwargs
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """What ``repr`` shows: the settings that were given, in the order of the fields."""
+        """The settings that ``repr`` shows: those that were given, in the order of the fields."""
         for field in type(self).model_fields:
             if field in self.model_fields_set:
                 yield field, self.safe_servers if field == "servers" else getattr(self, field)
 
 
 def _check_together(options: Options) -> None:
-    """What no single field can tell."""
+    """Check the settings that depend on each other, and the files of credentials."""
     kinds = sorted(kinds_in({field: getattr(options, field) for field in CREDENTIALS}))
     if len(kinds) > 1:
         given = [field for kind in kinds for field in kind if getattr(options, field) is not None]
-        raise ConfigurationError(given[0], f"cannot be used together with {', '.join(given[1:])}; give one of them")
+        raise ConfigurationError(given[0], f"cannot be used together with {', '.join(given[1:])}; use one of them")
     if options.user is not None and options.password is None:
-        raise ConfigurationError("user", "is given without password; a token is given as token")
+        raise ConfigurationError("user", "is given without password; use token for a token")
     if options.password is not None and options.user is None:
         raise ConfigurationError("password", "is given without user")
     if options.tls_key is not None and options.tls_cert is None:
-        raise ConfigurationError("tls_key", "is given without tls_cert, the certificate that it belongs to")
+        raise ConfigurationError("tls_key", "is given without tls_cert, its certificate")
     if options.heartbeat_ttl <= 2 * options.heartbeat_interval:
         raise ConfigurationError(
             "heartbeat_ttl",
@@ -347,7 +357,7 @@ def _check_together(options: Options) -> None:
         )
     if options.nkey_seed is not None:
         check_seed("nkey_seed", options.nkey_seed.get_secret_value())
-    # A pipe (`--creds <(…)`) can be read once only; that once is the client's.
+    # A pipe (`--creds <(…)`) can be read only once, and the client must read it.
     if options.nkey_seed_file is not None and options.nkey_seed_file.is_file():
         seed_in(options.nkey_seed_file)
     if options.creds is not None and options.creds.is_file():
@@ -355,22 +365,22 @@ def _check_together(options: Options) -> None:
 
 
 class OptionRow(NamedTuple):
-    """One line of the table of settings in the documentation."""
+    """One row of the table of settings in the documentation."""
 
     field: str
     env: str
-    """The variable that sets it."""
+    """The environment variable that sets it."""
     nats_env: str | None
-    """The variable of the ``nats`` CLI that sets it too, None if there is none."""
+    """The variable of the ``nats`` CLI that also sets it; None if there is none."""
     type: str
-    """In words: ``seconds``, ``text``, ``file path``, …; ends in ``or none`` where None is a value."""
+    """In words: ``seconds``, ``text``, ``file path``, …; ends in ``or none`` if None is allowed."""
     default: str
-    """As it is written in the environment."""
+    """The default, as it would be written in the environment."""
     description: str
 
 
 def describe_options() -> Iterator[OptionRow]:
-    """One row for every field of `Options`, in their order."""
+    """One row for each field of `Options`, in the order of the fields."""
     nats_names = {field: variable for variable, field in NATS_ENVIRONMENT.items()}
     for field, info in Options.model_fields.items():
         default = ",".join(info.default) if isinstance(info.default, tuple | Mapping) else str(info.default)

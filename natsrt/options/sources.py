@@ -1,6 +1,6 @@
-"""Where settings come from: the environment, a configuration file, a NATS context.
+"""Reading settings from the environment, a configuration file and a NATS context.
 
-``fields`` are those of the settings, by name.
+``fields`` are the fields of `Options`, by name.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ NATS_ENVIRONMENT: Mapping[str, str] = {
     "NATS_CONTEXT": "context",
     "NATS_TIMEOUT": "connect_timeout",
 }
-"""What the ``nats`` CLI reads (the flags in its ``nats/main.go``), and the setting that each one means here.
+"""The variables of the ``nats`` CLI (the flags in its ``nats/main.go``), and the setting that each one sets here.
 
-``NATS_TOKEN`` is read by its newer versions only.
+Older versions of the CLI do not read ``NATS_TOKEN``.
 """
 
 ENVIRONMENT_PREFIX = "NATSRT_"
 CONFIG_VARIABLE = "NATSRT_CONFIG"
 RESERVED_PREFIXES = ("NATSRT_TEST_", "NATSRT_HEALTH_")
-"""Variables that are no settings of a runtime: of the tests, and of the endpoint of ``natsrt worker``."""
+"""Prefixes of variables that are not settings: those of the tests, and those of ``natsrt worker --health-port``."""
 
 
 def variable_of(field: str) -> str:
-    """The variable that sets a field."""
+    """The environment variable that sets a field."""
     return ENVIRONMENT_PREFIX + field.upper()
 
 
 def environment_layers(environ: Mapping[str, str], fields: Iterable[str]) -> list[Layer]:
-    """Our own variables, and below them those of the ``nats`` CLI. An empty variable counts as not set, as there."""
+    """natsrt's own variables, and below them those of the ``nats`` CLI. As there, an empty variable is not set."""
     ours = {variable_of(field): field for field in fields}
     for variable in environ:
         is_ours = variable.startswith(ENVIRONMENT_PREFIX) and not variable.startswith(RESERVED_PREFIXES)
@@ -67,7 +67,7 @@ def _variables_layer(fields: Mapping[str, str], environ: Mapping[str, str]) -> L
 
 
 def with_lone_user_as_token(sources: Sequence[Layer]) -> list[Layer]:
-    """``NATS_USER`` without a password anywhere is a token, as in the ``nats`` CLI."""
+    """If no source has a password, ``NATS_USER`` is a token, as in the ``nats`` CLI."""
     if any(layer.values.get("password") is not None for layer in sources):
         return list(sources)
     return [
@@ -82,7 +82,7 @@ def with_lone_user_as_token(sources: Sequence[Layer]) -> list[Layer]:
 
 
 def context_layer(name: str, environ: Mapping[str, str]) -> Layer:
-    """The settings of a NATS context. Raises `ConfigurationError`, as `read_context`."""
+    """The settings of a NATS context. Raises the `ConfigurationError` of `read_context`."""
     context = read_context(name, environ)
     return Layer(
         context.settings,
@@ -114,7 +114,7 @@ def file_layer(path: Path, fields: Mapping[str, FieldInfo]) -> Layer:
 
 
 def _beside(path: Path, value: Any, info: FieldInfo | None) -> Any:
-    """A path in a configuration file, relative to that file."""
+    """A path in a configuration file, resolved from the directory of that file; other values unchanged."""
     if info is None or kind_of(info)[0] is not Path or not isinstance(value, str):
         return value
     return value if looks_like_contents(value) else str(path.resolve().parent / Path(value).expanduser())
@@ -127,7 +127,7 @@ def _read_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
         table = _own_table(path, tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(str(path), f"is not valid TOML: {error}") from None
-    # tomllib keeps no positions. A key that stands at the start of exactly one line is certain to be that one.
+    # tomllib has no line numbers. If exactly one line starts with a key, the key is in that line.
     lines: dict[str, int] = {}
     for key in table:
         found = [
@@ -147,7 +147,7 @@ def _read_yaml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
         document = yaml.safe_load(text)
         root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        # PyYAML's own text quotes the line, and with it what may be a password.
+        # The text of PyYAML quotes the line, which may contain a password.
         mark = error.problem_mark
         where = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
         raise ConfigurationError(where, "is not valid YAML") from None
@@ -156,11 +156,11 @@ def _read_yaml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     if document is None:
         return {}, {}
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise ConfigurationError(str(path), "must hold settings, as lines of `name: value`")
+        raise ConfigurationError(str(path), "must contain settings, as lines of `name: value`")
     table = _own_table(path, document)
     if table is not document:
         root = next(value for key, value in root.value if key.value == "natsrt")
-    lines: dict[str, int] = {}  # Also finds what PyYAML overlooks: of two lines for one setting it takes the last.
+    lines: dict[str, int] = {}  # Also finds settings that are given twice: PyYAML takes the last one.
     for key, _ in root.value if table else ():
         if key.value in lines:
             raise ConfigurationError(f"{path}, line {key.start_mark.line + 1}: {key.value}", "is given twice")
@@ -173,7 +173,7 @@ def _own_table(path: Path, document: dict[str, Any]) -> dict[str, Any]:
         return document
     for key, value in document.items():
         if not isinstance(value, dict) and not (key == "natsrt" and value is None):
-            problem = "must be a table" if key == "natsrt" else "must stand in a table; natsrt's settings in [natsrt]"
+            problem = "must be a table" if key == "natsrt" else "must be in a table; natsrt's settings are in [natsrt]"
             raise ConfigurationError(f"{path}: {key}", problem)
     table: dict[str, Any] = document["natsrt"] or {}
     return table

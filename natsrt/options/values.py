@@ -1,4 +1,4 @@
-"""What the value of a setting may be: how it is converted and checked, and what is said of one that cannot be used."""
+"""The values of settings: how they are converted and checked, and the error texts for unusable ones."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m
 
 
 def _no_bool(value: object) -> object:
-    # Python and Pydantic take True for 1; as a number of seconds or bytes it can only be a mistake.
+    # Python and Pydantic treat True as 1; as a number of seconds or bytes it is a mistake.
     if isinstance(value, bool):
         raise ValueError
     return value
 
 
 def _seconds(value: object) -> object:
-    """Seconds from text: a plain number, or a duration as the ``nats`` CLI takes it (Go's notation: ``1m30s``)."""
+    """Seconds from text: a plain number, or a duration in the notation of Go and of the ``nats`` CLI: ``1m30s``."""
     _no_bool(value)
     if not isinstance(value, str):
         return value
@@ -46,12 +46,12 @@ def _none_word(value: object) -> object:
 
 
 def looks_like_contents(text: str) -> bool:
-    """Whether what should be a file's path is what stands in such a file."""
+    """True if ``text`` is not a path, but looks like the contents of a credentials file."""
     return "BEGIN " in text or SEED.search(text) is not None
 
 
 def _not_contents(value: object) -> object:
-    """Refuse what a path is mixed up with, before any message could show it."""
+    """Refuse the contents of a file in place of its path, before an error text could show them."""
     if isinstance(value, str) and looks_like_contents(value):
         raise ValueError("must be the path of a file, not its contents")
     return value
@@ -64,7 +64,7 @@ def _readable_file(path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a directory; it must be a file")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"the file {path} may not be read by this user")
+        raise ValueError(f"this user may not read the file {path}")
     return path
 
 
@@ -75,21 +75,21 @@ def _subject(value: str) -> str:
 
 
 class _Table(dict[str, Any]):
-    """A table that is not changed any more, and so can be hashed."""
+    """A table that is never changed, and so can be hashed."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
 
 def _keyed_types(value: object) -> object:
-    """Agent types, from a table, a list, or one text with commas; a lone name means that it is keyed."""
+    """Agent types, from a table, a list, or one text with commas. A name without a value means: keyed."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         value = dict.fromkeys(value, True)
     if not isinstance(value, Mapping):
         raise ValueError(_KEYED)
-    return _Table({_text(name): _keyed_options(name, said) for name, said in value.items()})
+    return _Table({_text(name): _keyed_options(name, given) for name, given in value.items()})
 
 
 def _text(name: object) -> str:
@@ -98,18 +98,18 @@ def _text(name: object) -> str:
     return name
 
 
-def _keyed_options(agent_type: str, said: object) -> KeyedOptions | bool:
-    if isinstance(said, KeyedOptions | bool):
-        return said
-    if not isinstance(said, Mapping):
-        raise ValueError(f"{agent_type}: must be true, false, or a table of options, not {said!r:.60}")
-    unknown = said.keys() - {field.name for field in fields(KeyedOptions)}
+def _keyed_options(agent_type: str, given: object) -> KeyedOptions | bool:
+    if isinstance(given, KeyedOptions | bool):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{agent_type}: must be true, false, or a table of options, not {given!r:.60}")
+    unknown = given.keys() - {field.name for field in fields(KeyedOptions)}
     if unknown:
         known = ", ".join(field.name for field in fields(KeyedOptions))
-        raise ValueError(f"{agent_type}: there is no option {sorted(map(str, unknown))[0]!r}; there are {known}")
-    times = {name: _seconds(_none_word(said[name])) for name in _KEYED_TIMES if isinstance(said.get(name), str)}
+        raise ValueError(f"{agent_type}: there is no option {sorted(map(str, unknown))[0]!r}; the options are {known}")
+    times = {name: _seconds(_none_word(given[name])) for name in _KEYED_TIMES if isinstance(given.get(name), str)}
     try:
-        return KeyedOptions(**{**said, **times})
+        return KeyedOptions(**{**given, **times})
     except ConfigurationError as error:
         raise ValueError(f"{agent_type}: {error}") from None
 
@@ -159,7 +159,7 @@ _EXPECTED_OF_FIELD: Mapping[str, str] = {
 
 
 def kind_of(info: FieldInfo) -> tuple[type, bool]:
-    """The plain type of a field, and whether it may be None."""
+    """The type of a field without its annotations, and whether it may be None."""
     annotation: Any = info.annotation
     optional = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     if optional:
@@ -171,7 +171,7 @@ def kind_of(info: FieldInfo) -> tuple[type, bool]:
 
 
 def configuration_error(error: ValidationError, known: Mapping[str, FieldInfo]) -> ConfigurationError:
-    """The first of Pydantic's complaints as ours: what is wrong, what would be right, and no secret.
+    """The first error of Pydantic as a `ConfigurationError`: what is wrong, what is allowed, and no secret.
 
     ``known`` are the fields of the settings, by name.
     """
@@ -190,5 +190,5 @@ def configuration_error(error: ValidationError, known: Mapping[str, FieldInfo]) 
 
 
 def type_of(value: object) -> str:
-    """What a value is, in words that do not show it."""
+    """The type of a value in words, which do not show the value."""
     return "nothing" if value is None else f"a value of type {type(value).__name__}"
