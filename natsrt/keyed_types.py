@@ -1,7 +1,7 @@
 """Keyed agent types: one live instance per ``AgentId`` over all workers, with saved state.
 
-A type is keyed by its class (`keyed`), by ``register_factory(..., keyed=…)``, or by the setting ``keyed``; what comes
-first in the list *argument, setting, class* decides.
+A type is keyed by its class (`keyed`), by ``register_factory(..., keyed=…)``, or by the setting ``keyed``. The argument
+takes precedence over the setting, and the setting over the class.
 """
 
 from __future__ import annotations
@@ -15,35 +15,38 @@ from natsrt.errors import ConfigurationError
 C = TypeVar("C", bound=type[Any])
 
 _MARK = "__natsrt_keyed__"
+"""The attribute of a class in which `keyed` stores the options."""
 _CHOICES = {"concurrency": ("serial", "concurrent"), "save": ("message", "interval", "manual")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyedOptions:
-    """How a keyed agent type behaves.
+    """How a keyed agent type behaves. Use the same options on every worker; workers do not synchronise them.
 
     Raises ConfigurationError for a value that cannot be used.
     """
 
     concurrency: Literal["serial", "concurrent"] = "serial"
-    """``serial``: one handler of an agent at a time, in the order of the messages; a call that comes back along the
-    agent's own call chain runs inside the handler that waits for it. ``concurrent``: as other agents do."""
+    """``serial``: an agent runs one handler at a time, in the order of its messages. If something that its handler
+    called calls the agent back, that call is handled at once, while the handler waits. ``concurrent``: the handlers of
+    an agent may run at the same time, as those of agents that are not keyed do."""
     save: Literal["message", "interval", "manual"] = "message"
     """When the state of an agent that implements ``save_state`` is stored.
 
-    ``message``: after every message that changed it, before its reply. ``interval``: every `save_interval` seconds, and
-    when the instance is released; what changed since is lost with a worker. ``manual``: by ``runtime.store_state``
-    only."""
+    ``message``: after every message that changed it, before the reply is sent. ``interval``: every `save_interval`
+    seconds, and when the instance is released; if the worker dies, changes since the last save are lost. ``manual``: by
+    ``runtime.store_state`` only."""
     save_interval: float = 5.0
     """Seconds between two saves with ``save="interval"``."""
     idle_timeout: float | None = 600.0
-    """Seconds without a message after which an instance is saved, closed and forgotten. The next message makes it
-    again, on any worker. None: never. Below 1 s a message may be on its way when the agent is released; it is then sent
-    again, but no longer in order, and an event beside a tap (``nats sub '>'``) may be lost."""
+    """Seconds without a message after which an instance is saved, closed and forgotten; None: an instance is never
+    released for being idle. The next message makes the instance again, on any worker. With less than 1 s, a message may
+    be under way while the agent is released. It is then sent again, but possibly out of order; and an event may be lost
+    while another program listens to all subjects (``nats sub '>'``)."""
     rebalance: bool = False
-    """Whether workers release the instances that they had when another worker of the type joined, as soon as these are
-    idle; their next messages then spread over all. Otherwise a new worker gets its share of new keys, and more on
-    request (``natsrt agents rebalance``)."""
+    """Whether workers release the instances that they have when another worker of the type joins, each as soon as it is
+    idle. The next message of such an agent then goes to any of the workers. If False, a worker that joins gets its
+    share of new keys, and of existing ones on request (``natsrt agents rebalance``)."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -71,9 +74,15 @@ def keyed(
     rebalance: bool = ...,
 ) -> Callable[[C], C]: ...
 def keyed(cls: Any = None, /, **settings: Any) -> Any:
-    """Class decorator: agents of this class are keyed wherever the class is registered.
+    """Class decorator: makes the agent types of this class keyed, wherever the class is registered.
 
-    ``@natsrt.keyed`` takes the defaults of `KeyedOptions`, ``@natsrt.keyed(save="interval")`` changes some.
+    ``@natsrt.keyed`` uses the defaults of `KeyedOptions`. ``@natsrt.keyed(save="interval")`` changes some of them.
+
+    Args:
+        cls: The class, if the decorator is used without arguments.
+        settings: Fields of `KeyedOptions`.
+
+    Raises ConfigurationError for a value that cannot be used, and TypeError for a field that does not exist.
     """
     options = KeyedOptions(**settings)
 
@@ -85,5 +94,5 @@ def keyed(cls: Any = None, /, **settings: Any) -> Any:
 
 
 def keyed_options_of(cls: type[Any] | None) -> KeyedOptions | None:
-    """What `keyed` said of ``cls`` or a base of it; None where it said nothing."""
+    """The options that the decorator `keyed` gave to ``cls`` or a base of it; None if it was not used."""
     return getattr(cls, _MARK, None)

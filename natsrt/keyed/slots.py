@@ -284,13 +284,12 @@ class AgentSlots:
 
     def get(self, hosted: HostedType, key: str) -> AgentSlot:
         """The slot of an agent, made if there is none. `forget_unused` must follow."""
-        of_type = self._slots.get(hosted.agent_type)
-        if of_type is None:
-            of_type = self._slots[hosted.agent_type] = {}
-        slot = of_type.get(key)
-        if slot is None:
-            slot = of_type[key] = AgentSlot(hosted, key)
-        return slot
+        try:
+            return self._slots[hosted.agent_type][key]
+        except KeyError:
+            slot = AgentSlot(hosted, key)
+            self._slots.setdefault(hosted.agent_type, {})[key] = slot
+            return slot
 
     def forget_unused(self, slot: AgentSlot) -> None:
         """Drop a slot whose agent this worker does not own, and has no messages or questions for."""

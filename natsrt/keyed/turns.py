@@ -11,12 +11,13 @@ handler and the save. All other steps are awaited only where they are needed.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from nats.nuid import NUID
 
-from natsrt.agents.chain import chain as current_chain
+from natsrt.agents.chain import current_chain
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.keyed.deadlocks import Deadlocks
@@ -37,7 +38,7 @@ class Turns:
         self._deadlocks = deadlocks
         self._loop = asyncio.get_running_loop()
         self._id_prefix = NUID().next().decode()[-8:]
-        self._count = 0
+        self._numbers = itertools.count(1)
 
     async def run(
         self,
@@ -68,7 +69,9 @@ class Turns:
         """
         slot = self._slots.get(hosted, key)
         slot.enter(chain)
-        handler_id = self._new_id(inbound)
+        handler_id = f"{self._id_prefix}{next(self._numbers):x}"
+        if inbound is not None:
+            inbound.handler_id = handler_id
         try:
             if not slot.mailbox.try_enter(handler_id, chain):
                 await self._deadlocks.wait(slot.mailbox, slot.agent_id, handler_id, inbound)
@@ -96,11 +99,3 @@ class Turns:
             slot.exit(chain, self._loop.time())
             if slot.record is None:
                 self._slots.forget_unused(slot)
-
-    def _new_id(self, inbound: Inbound | None) -> str:
-        """The id of the next handler, which is noted in its message."""
-        self._count += 1
-        handler_id = f"{self._id_prefix}{self._count:x}"
-        if inbound is not None:
-            inbound.handler_id = handler_id
-        return handler_id
