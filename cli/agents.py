@@ -26,7 +26,7 @@ from .exits import Exit
 from .naming import agent_id, refuse_unknown
 from .output import as_json as print_json
 from .output import json_option, line, note, table
-from .owners import Survey
+from .owner_finder import Survey
 from .ownership import rebalance, where
 
 _LIVE, _NOT_LIVE, _GONE = "live", "no worker", "gone"

@@ -42,7 +42,7 @@ from .exits import Exit
 from .health import judge, read_json
 from .output import as_json as print_json
 from .output import json_option, line, table
-from .owners import Survey
+from .owner_finder import Survey
 
 Level = Literal["ok", "warning", "problem", "skipped"]
 

@@ -97,7 +97,7 @@ def health_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class Endpoint:
+class HealthEndpoint:
     """Listens from its construction on; the runtime that it speaks for may come later. Use it with ``with``.
 
     Raises:
