@@ -1,6 +1,6 @@
-"""Check the directions of imports inside natsrt: arrows point down only, and no modules import one another in a circle.
+"""Check the directions of imports in natsrt: arrows point down only, and no modules import one another in circles.
 
-Usage: python .ci/check_imports.py [ROOT]. Prints each arrow that points up and each circle; exits with 1 if there is one.
+Usage: python .ci/check_imports.py [ROOT]. Prints each arrow that points up and each circle, and exits with 1 then.
 Imports inside functions and under TYPE_CHECKING count too. docs/architecture.md says what each layer is for.
 """
 

@@ -14,7 +14,8 @@ from nats.aio.msg import Msg
 from nats.nuid import NUID
 
 from natsrt.errors import NoLiveWorker, PermissionDenied, StateUnavailable
-from natsrt.jetstream.registry.entries import NOBODY, KnownEntry, TypeEntry, View
+from natsrt.jetstream.registry.entries import NOBODY, KnownEntry, TypeEntry
+from natsrt.jetstream.registry.view import View
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.transport.connection import Connection
@@ -25,7 +26,7 @@ from .exits import Exit
 from .naming import agent_id, refuse_unknown
 from .output import as_json as print_json
 from .output import json_option, line, note, table
-from .owners import Survey
+from .owner_finder import Survey
 from .ownership import rebalance, where
 
 _LIVE, _NOT_LIVE, _GONE = "live", "no worker", "gone"

@@ -36,7 +36,7 @@ def demo(log_level: str) -> None:
 
     Starts a server and two workers, calls both, publishes an event to both, and stops.
 
-    Nothing stays behind: the server listens on a free port of this machine, and its data are temporary.
+    Nothing stays behind: the server listens on a free port of this machine, and its data is temporary.
     """
     asyncio.run(_demo())
 

@@ -26,8 +26,9 @@ from nats.nuid import NUID
 
 from natsrt.errors import NatsrtError, PermissionDenied
 from natsrt.jetstream.agent_records import AgentRecords
-from natsrt.jetstream.registry.entries import HEARTBEAT, View, WorkerEntry
+from natsrt.jetstream.registry.entries import HEARTBEAT, WorkerEntry
 from natsrt.jetstream.registry.registry import BUCKET, Registry
+from natsrt.jetstream.registry.view import View
 from natsrt.jetstream.state_parts import BUCKET as AGENTS
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
@@ -41,7 +42,7 @@ from .exits import Exit
 from .health import judge, read_json
 from .output import as_json as print_json
 from .output import json_option, line, table
-from .owners import Survey
+from .owner_finder import Survey
 
 Level = Literal["ok", "warning", "problem", "skipped"]
 

@@ -97,7 +97,7 @@ def health_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class Endpoint:
+class HealthEndpoint:
     """Listens from its construction on; the runtime that it speaks for may come later. Use it with ``with``.
 
     Raises:
@@ -251,6 +251,7 @@ _LOSSES = {
     "undelivered_events": "events that found no owner",
     "undecodable": "messages that could not be read",
     "unknown_payloads": "messages of unknown types",
+    "refused_replies": "calls whose replies may not be sent where they asked",
 }
 """Counts of `Health` that should be 0."""
 

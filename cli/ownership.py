@@ -11,14 +11,14 @@ from autogen_core import AgentId
 
 from natsrt.agents.control import GIVE_AWAY
 from natsrt.errors import NatsrtError, NoLiveWorker
-from natsrt.jetstream.registry.entries import View
+from natsrt.jetstream.registry.view import View
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit, is_remote
 from .naming import agent_id, refuse_unknown
 from .output import as_json as print_json
 from .output import json_option, line, table
-from .owners import Found, Owners, Standing, Survey, saved_at
+from .owner_finder import Found, OwnerFinder, Standing, Survey, saved_at
 
 # -- where -------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ async def _where(connecting: Connecting, agent: AgentId) -> tuple[dict[str, Any]
                 raise failure
             makes = f"{len(live)} worker{'s make one each' if len(live) > 1 else ' makes it'} when called"
             return shown | {"workers": live}, f"{agent} is not keyed: {makes}: {', '.join(live)}"
-        found = await Owners(runtime).find(agent)
+        found = await OwnerFinder(runtime).find(agent)
         if not live and found.record is None:
             raise await registry.verify(agent) or NoLiveWorker(str(agent), agent.type)
         record, owner = found.record, None if found.record is None else found.record.owner
@@ -129,7 +129,7 @@ async def _rebalance(connecting: Connecting, agent_type: str) -> list[dict[str, 
         survey = await Survey.of(runtime.running.records, agent_type)
         owned: Mapping[str, int] = survey.owned.get(agent_type, {})
         fewest = min(owned.get(worker_id, 0) for worker_id in workers)
-        owners = Owners(runtime)
+        owners = OwnerFinder(runtime)
 
         async def ask(worker_id: str) -> dict[str, Any]:
             has = owned.get(worker_id, 0)

@@ -71,7 +71,7 @@ async def _serve(running: EmbeddedServer, *, temporary: bool) -> int:
         if running.monitor_url is not None:
             line(f"monitoring: {running.monitor_url}")
         if temporary:
-            note("its data are temporary: --data-dir keeps them")
+            note("data is temporary; use --data-dir to keep it")
         code = await running.wait()
     return code if code >= 0 else 128 - code
 

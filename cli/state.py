@@ -18,7 +18,7 @@ from .exits import CommandFailed, Exit
 from .naming import agent_id
 from .output import as_json as print_json
 from .output import json_option, line, note, table
-from .owners import Owners, Standing, saved_at
+from .owner_finder import OwnerFinder, Standing, saved_at
 from .storing import (
     TRIES,
     encoded,
@@ -105,7 +105,7 @@ def get(connecting: Connecting, agent: str, live: bool) -> None:
 async def _get(connecting: Connecting, agent: AgentId, live: bool) -> bytes:
     async with connecting.runtime(call_timeout=connecting.timeout) as runtime:
         if live:
-            return await _get_live(Owners(runtime), agent)
+            return await _get_live(OwnerFinder(runtime), agent)
         records = runtime.running.records
         record = await records.read(agent)
         content = None if record is None else await state_of(records, record)
@@ -114,7 +114,7 @@ async def _get(connecting: Connecting, agent: AgentId, live: bool) -> bytes:
         return content
 
 
-async def _get_live(owners: Owners, agent: AgentId) -> bytes:
+async def _get_live(owners: OwnerFinder, agent: AgentId) -> bytes:
     found = await owners.find(agent)
     if found.record is None or found.record.owner is None or found.is_free:
         raise CommandFailed(f"no worker has {agent}; without --live you see what is stored", Exit.UNKNOWN_AGENT)
@@ -149,7 +149,7 @@ def set_(connecting: Connecting, agent: str, file: IO[bytes], force: bool) -> No
 
 async def _set(connecting: Connecting, agent: AgentId, content: bytes, force: bool) -> str:
     async with connecting.runtime(call_timeout=connecting.timeout) as runtime:
-        through = await put(runtime.running.records, Owners(runtime), agent, content, force=force)
+        through = await put(runtime.running.records, OwnerFinder(runtime), agent, content, force=force)
     how = f", through its owner {through}" if through is not None else ""
     return f"stored {len(content):,} bytes as the state of {agent}{how}"
 
@@ -172,7 +172,7 @@ def rm(connecting: Connecting, agent: str, force: bool) -> None:
 
 async def _remove(connecting: Connecting, agent: AgentId, force: bool) -> str:
     async with connecting.runtime() as runtime:
-        owners = Owners(runtime)
+        owners = OwnerFinder(runtime)
         for _ in range(TRIES):
             found = await find(owners, agent, force=force)
             if found.record is None:

@@ -16,7 +16,7 @@ from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, 
 
 from .exits import CommandFailed, Exit, is_remote
 from .output import note
-from .owners import Found, Owners, Standing
+from .owner_finder import Found, OwnerFinder, Standing
 
 TRIES = 20
 """How often to begin again where the record changed meanwhile."""
@@ -70,15 +70,15 @@ async def state_of(records: AgentRecords, record: Record) -> bytes | None:
     refuse_restless(record.agent)
 
 
-async def find(owners: Owners, agent: AgentId, *, force: bool) -> Found:
-    """`Owners.find`; a record that cannot be read is refused unless ``force`` is given."""
+async def find(owners: OwnerFinder, agent: AgentId, *, force: bool) -> Found:
+    """`OwnerFinder.find`; a record that cannot be read is refused unless ``force`` is given."""
     try:
         return await owners.find(agent, damaged=force)
     except CannotDecode as error:
         raise CommandFailed(f"{error}; --force replaces or removes it") from error
 
 
-async def put(records: AgentRecords, owners: Owners, agent: AgentId, content: bytes, *, force: bool) -> str | None:
+async def put(records: AgentRecords, owners: OwnerFinder, agent: AgentId, content: bytes, *, force: bool) -> str | None:
     """Store a state through the agent's owner, whose id is returned; or in the record, where there is none: None.
 
     With ``force`` it is stored in the record also where that does not work through the owner.

@@ -27,7 +27,7 @@ from pathlib import Path
 from natsrt.embedded import ProcessGroupGuard
 
 from .exits import CommandFailed, Exit
-from .health import Address, Endpoint
+from .health import Address, HealthEndpoint
 from .output import note
 
 logger = logging.getLogger("natsrt.supervisor")
@@ -102,7 +102,7 @@ class Supervisor:
         self._health = health
         if health is not None:
             for slot in range(processes):
-                with Endpoint(health.of_slot(slot)):
+                with HealthEndpoint(health.of_slot(slot)):
                     pass
         self._workers: dict[int, _Worker] = {}
         self._stopping = asyncio.Event()

@@ -25,7 +25,7 @@ from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit, exit_code
 from .output import as_json as print_json
 from .output import json_option, line, note, table
-from .owners import Owners, saved_at
+from .owner_finder import OwnerFinder, saved_at
 from .storing import (
     TRIES,
     encoded,
@@ -244,7 +244,7 @@ class _Importing:
 
     def __init__(self, runtime: NatsAgentRuntime, *, replace: bool, force: bool, dry_run: bool) -> None:
         self._records = runtime.running.records
-        self._owners = Owners(runtime)
+        self._owners = OwnerFinder(runtime)
         self._replace = replace
         self._force = force
         self._dry_run = dry_run

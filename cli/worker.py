@@ -18,7 +18,7 @@ from natsrt.runtime import NatsAgentRuntime
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit
-from .health import Address, Endpoint, health_options
+from .health import Address, HealthEndpoint, health_options
 from .loading import Target, load
 from .output import line, note
 from .server import server_if_none_answers
@@ -76,7 +76,7 @@ def worker(
     """
     options = connecting.options(name=name)
     if processes == 1 and not reload:
-        with nullcontext() if health is None else Endpoint(health) as endpoint:
+        with nullcontext() if health is None else HealthEndpoint(health) as endpoint:
             if endpoint is not None:
                 line(f"health: {endpoint.url}")
             return _run(_host(load(target, agent_type, app_dir), options, embedded, endpoint, ready_fd))
@@ -114,7 +114,7 @@ async def _supervise(supervisor: Supervisor, options: Options, embedded: bool) -
 
 
 async def _host(
-    target: Target, options: Options, embedded: bool, endpoint: Endpoint | None, ready_fd: int | None
+    target: Target, options: Options, embedded: bool, endpoint: HealthEndpoint | None, ready_fd: int | None
 ) -> int:
     stop = asyncio.Event()
     for number in _SIGNALS:  # until the runtime listens for them itself

@@ -1,7 +1,7 @@
 """`NatsAgentRuntime`: AutoGen's `AgentRuntime` over NATS.
 
-How a call goes: ``send_message`` → `natsrt.sending.sender` → `natsrt.transport.calls` → NATS → `natsrt.hosting.intake`
-→ `natsrt.hosting.dispatch` → agent → reply.
+A call goes from ``send_message`` through `natsrt.sending.sender`, `natsrt.transport.calls`, NATS,
+`natsrt.hosting.intake` and `natsrt.hosting.dispatch` to the agent, and its reply goes back.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ class NatsAgentRuntime(AgentRuntime):
         await self._running().ownership.store(agent)
 
     async def add_subscription(self, subscription: Subscription) -> None:
-        """Give topics to an agent type, whoever hosts it. Returns once every live worker of the type serves it.
+        """Subscribe an agent type to topics. Returns once every live worker of the type serves the subscription.
 
         Raises:
             ValueError: An equal subscription was added here already, or the prefix is one that no topic can have.
@@ -404,9 +404,9 @@ class NatsAgentRuntime(AgentRuntime):
         return self._session is not None and self._session.ready
 
     def health(self) -> Health:
-        """How this runtime is at this moment, for probes and for people. Never raises, and works while stopped too.
+        """The health of this runtime at this moment. Never raises, and works while the runtime is stopped too.
 
-        To be called in the runtime's event loop.
+        Call it in the runtime's event loop.
         """
         if self._session is not None:
             return self._session.health()
@@ -574,7 +574,7 @@ class NatsAgentRuntime(AgentRuntime):
         return self._session
 
     async def _control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
-        """Do it here where the agent lives here, else where it lives."""
+        """Carry out a control operation here if the agent lives here, else where it lives."""
         session = await self._settled()
         hosted = self._catalog.find(agent.type)
         if session is not None:
@@ -595,7 +595,7 @@ class NatsAgentRuntime(AgentRuntime):
     def _keyed_options(
         self, agent_type: str, cls: type[Any] | None, keyed: bool | KeyedOptions | None
     ) -> KeyedOptions | None:
-        """What is said of a type: by the argument, by the setting, by the class, in this order. None: not keyed."""
+        """The options of a keyed type: by the argument, else by the setting, else by the class. None: not keyed."""
         said_of_class = keyed_options_of(cls)
         said = self._options.keyed.get(agent_type) if keyed is None else keyed
         if said is None or said is True:
@@ -626,6 +626,6 @@ def create_distributed_runtime(
 
 
 def _log_failure(starting: asyncio.Future[None]) -> None:
-    """A start that nobody awaits must not fail in silence."""
+    """Log why a start failed, if nobody awaits it."""
     if not starting.cancelled() and (error := starting.exception()) is not None:
         logger.debug("the runtime did not start: %s", error)

@@ -17,20 +17,11 @@ from opentelemetry.trace import TracerProvider
 
 from natsrt.assembly import Incoming, Network, Outgoing, Program
 from natsrt.errors import NatsrtError
-from natsrt.hosting.dispatch import Dispatch
-from natsrt.hosting.intake import Intake
-from natsrt.jetstream.agent_records import AgentRecords
-from natsrt.jetstream.registry.registry import Registry
-from natsrt.keyed.operations import KeyedOperations
-from natsrt.keyed.ownership import Ownership
 from natsrt.membership import Membership
 from natsrt.observe.health import Health
 from natsrt.observe.metrics import Counters
 from natsrt.observe.services import Services, service_name
 from natsrt.observe.telemetry import telemetry_for
-from natsrt.sending.sender import Sender
-from natsrt.transport.calls import Calls
-from natsrt.transport.connection import Connection
 from natsrt.version import VERSION
 
 logger = logging.getLogger("natsrt.hosting")
@@ -79,6 +70,16 @@ class Session:
         self.membership = Membership(
             program, self.network, self.incoming, self._services, name=self.name, worker_id=self.worker_id
         )
+        # What the runtime and its tools use. `send_message` passes here for every message: attributes, no properties.
+        self.connection = self.network.connection
+        self.registry = self.network.registry
+        self.calls = self.network.calls
+        self.records = self.network.records
+        self.sender = self.outgoing.sender
+        self.intake = self.incoming.intake
+        self.dispatch = self.incoming.dispatch
+        self.ownership = self.incoming.ownership
+        self.operations = self.incoming.operations
         self._stack = AsyncExitStack()
         self._began = time.monotonic()
         self._stopping = False
@@ -276,39 +277,3 @@ class Session:
     def event_error(self) -> BaseException | None:
         """The first error of an event's handler; None if there was none or ``ignore_unhandled_exceptions`` is on."""
         return self.incoming.events.first_error
-
-    @property
-    def connection(self) -> Connection:
-        return self.network.connection
-
-    @property
-    def registry(self) -> Registry:
-        return self.network.registry
-
-    @property
-    def calls(self) -> Calls:
-        return self.network.calls
-
-    @property
-    def records(self) -> AgentRecords:
-        return self.network.records
-
-    @property
-    def sender(self) -> Sender:
-        return self.outgoing.sender
-
-    @property
-    def intake(self) -> Intake:
-        return self.incoming.intake
-
-    @property
-    def dispatch(self) -> Dispatch:
-        return self.incoming.dispatch
-
-    @property
-    def ownership(self) -> Ownership:
-        return self.incoming.ownership
-
-    @property
-    def operations(self) -> KeyedOperations:
-        return self.incoming.operations

@@ -19,6 +19,29 @@ import pytest_asyncio
 from natsrt.embedded import EmbeddedServer
 from tests.support.processes import REPOSITORY, Processes, start_tap
 
+FAST = (
+    "conformance/",
+    "test_import_directions.py",
+    "test_names.py",
+    "test_options.py",
+    "test_owner_cache.py",
+    "test_plain_models.py",
+    "test_public_api.py",
+    "test_serialization.py",
+    "test_subjects.py",
+    "test_vectors.py",
+)
+"""Folders and modules of the fast cycle: what covers most in under a minute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        is_slow = item.get_closest_marker("slow") is not None
+        if not is_slow and item.path.relative_to(tests).as_posix().startswith(FAST):
+            item.add_marker(pytest.mark.fast)
+
+
 # The server and the processes belong to no event loop, so the session's loop may start what each test's loop uses.
 
 
@@ -80,7 +103,7 @@ def nats_cli() -> Path:
     for path in (None, *map(str, places)):
         if found := shutil.which("nats", path=path):
             return Path(found)
-    reason = "the nats CLI is missing: go install github.com/nats-io/natscli/nats@latest"
+    reason = "the nats CLI is missing: bash .ci/install_nats_cli builds it"
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)

@@ -700,7 +700,8 @@ def test_autogens_standard_serializers_are_replaced_for_they_lose_nested_types()
 
 
 def test_two_classes_with_one_name_are_an_error_when_the_second_is_registered() -> None:
-    other = dataclasses.make_dataclass("Flat", [("n", int)], namespace={"__module__": "elsewhere"})
+    other = dataclasses.make_dataclass("Flat", [("n", int)])
+    other.__module__ = "elsewhere"  # Python 3.12 and newer set it to the module that calls make_dataclass
     serialization = registry(Flat, Flat)
     with pytest.raises(ValueError, match=rf"{__name__}\.Flat.*elsewhere\.Flat"):
         serialization.add_class(other)

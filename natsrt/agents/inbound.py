@@ -5,7 +5,7 @@ Rules:
 1. The subscription through which a message comes in gives it a `Route`. The route names the agent type and what the
    message is expected to be; the body may correct that only as `Address` says.
 2. Every message carries its `Settlement`, which its route chose: a call is settled by a reply, an event by nothing.
-   Whoever handles messages asks the settlement, and never what kind of message it is.
+   Code that ends a message asks the settlement, and never what kind of message it is.
 """
 
 from __future__ import annotations

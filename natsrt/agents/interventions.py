@@ -19,17 +19,15 @@ from natsrt.observe import events
 
 
 class Interventions:
-    """The intervention handlers of one runtime, in their order. False if there is none."""
+    """The intervention handlers of one runtime, in their order."""
 
     def __init__(self, handlers: Sequence[InterventionHandler] | None) -> None:
-        self._handlers = tuple(handlers or ())
-
-    def __bool__(self) -> bool:
-        return bool(self._handlers)
+        self.handlers = tuple(handlers or ())
+        """AutoGen's handlers, in the order in which they run; empty for none."""
 
     async def on_send(self, message: Any, context: MessageContext, recipient: AgentId) -> Any:
         """Returns the message to send. Raises `MessageDroppedException` if a handler dropped it."""
-        for handler in self._handlers:
+        for handler in self.handlers:
             result = await handler.on_send(message, message_context=context, recipient=recipient)
             if _is_drop(result):
                 events.dropped(sender=context.sender, receiver=recipient, kind=MessageKind.DIRECT)
@@ -42,7 +40,7 @@ class Interventions:
 
         A publisher ignores that exception.
         """
-        for handler in self._handlers:
+        for handler in self.handlers:
             result = await handler.on_publish(message, message_context=context)
             if _is_drop(result):
                 events.dropped(sender=context.sender, receiver=context.topic_id, kind=MessageKind.PUBLISH)
@@ -52,7 +50,7 @@ class Interventions:
 
     async def on_response(self, message: Any, sender: AgentId, recipient: AgentId | None) -> Any:
         """Returns the response for the caller. Raises `MessageDroppedException` if a handler dropped it."""
-        for handler in self._handlers:
+        for handler in self.handlers:
             result = await handler.on_response(message, sender=sender, recipient=recipient)
             if _is_drop(result):
                 events.dropped(sender=sender, receiver=recipient, kind=MessageKind.RESPOND)

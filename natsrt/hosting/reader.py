@@ -248,7 +248,7 @@ class Reader:
             cancellation_token=CancellationToken(),
             message_id=NUID().next().decode(),
         )
-        if self._interventions:
+        if self._interventions.handlers:
             if topic is None:
                 message = await self._interventions.on_send(message, context, agent_id)
             else:

@@ -27,8 +27,10 @@ _NEEDED = {
 _OF_THE_ACCOUNT = "$js.api.info"
 _NO_JETSTREAM = 10039
 _PAUSE = 0.2
+"""Seconds between two attempts."""
 _LOOK_EVERY = 0.1
 """Seconds between two looks for requests that are late."""
+_SILENT = "JetStream does not answer"
 
 T = TypeVar("T")
 
@@ -151,32 +153,40 @@ class BucketRequests:
                 await self._connection.wait_connected(max(0.0, until - loop.time()))
             attempt = _Attempt(operation, subject, math.inf if within is None else loop.time() + within)
             try:
-                with attempt:
-                    self._running[attempt] = None
-                    if self._looking is None:
-                        self._looking = loop.call_later(_LOOK_EVERY, self._end_late)
-                    try:
-                        return await request()
-                    finally:
-                        del self._running[attempt]
-            except NatsrtError:
+                return await self._attempt(attempt, request)
+            except NatsrtError:  # some are an OSError or a TimeoutError too
                 raise
-            except nats.js.errors.ServiceUnavailableError as error:
-                if operation == OPEN:
-                    raise JetStreamRequired(self._connection.server) from None
-                problem = error.description or "JetStream does not answer"
-            except (nats.js.errors.NoStreamResponseError, TimeoutError):
-                if attempt.denied is not None:
-                    raise attempt.denied from None
-                problem = "JetStream does not answer"
-            except nats.js.errors.APIError as error:
-                if error.err_code == _NO_JETSTREAM:
-                    raise JetStreamRequired(self._connection.server) from None
-                if error.code is not None and error.code < 500:
-                    raise self._unavailable(operation, error.description or str(error)) from error
-                problem = error.description or str(error)
-            except (nats.errors.Error, OSError) as error:
-                problem = str(error) or type(error).__name__
+            except (nats.errors.Error, OSError, TimeoutError) as error:
+                problem = self._problem(attempt, error)
             if loop.time() > until or not (self._patient or self._connection.connected):
                 raise self._unavailable(operation, problem)
             await asyncio.sleep(_PAUSE)
+
+    async def _attempt(self, attempt: _Attempt, request: Callable[[], Awaitable[T]]) -> T:
+        """Run ``request`` once."""
+        with attempt:
+            self._running[attempt] = None
+            if self._looking is None:
+                self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._end_late)
+            try:
+                return await request()
+            finally:
+                del self._running[attempt]
+
+    def _problem(self, attempt: _Attempt, error: Exception) -> str:
+        """Why an attempt failed, if it is worth another one. Raises what ends the request."""
+        if isinstance(error, nats.js.errors.ServiceUnavailableError):
+            if attempt.operation == OPEN:
+                raise JetStreamRequired(self._connection.server) from None
+            return error.description or _SILENT
+        if isinstance(error, nats.js.errors.NoStreamResponseError | TimeoutError):
+            if attempt.denied is not None:
+                raise attempt.denied from None
+            return _SILENT
+        if isinstance(error, nats.js.errors.APIError):
+            if error.err_code == _NO_JETSTREAM:
+                raise JetStreamRequired(self._connection.server) from None
+            if error.code is not None and error.code < 500:
+                raise self._unavailable(attempt.operation, error.description or str(error)) from error
+            return error.description or str(error)
+        return str(error) or type(error).__name__

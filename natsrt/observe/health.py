@@ -1,4 +1,4 @@
-"""How a runtime is: what probes decide by, and what an operator looks for first."""
+"""The health of a runtime: what probes decide by, and what an operator looks at first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Health:
     """
 
     live: bool
-    """Whether it is started. What a live runtime lacks comes back by itself: a restart of its process mends nothing."""
+    """Whether it is started. A live runtime recovers by itself: restarting its process does not help."""
     ready: bool
     """Whether it is started, connected and in step with the registry, and not draining."""
     reasons: tuple[str, ...] = ()
@@ -31,24 +31,24 @@ class Health:
     connected: bool = False
     """Whether there is a connection. A server that hangs is found out within some seconds."""
     reconnects: int = 0
-    """How often the connection was lost and came back. A number that grows: a bad network, or a reader too slow."""
+    """How often the connection was lost and came back. If it grows, the network is bad or the program too slow."""
     in_step: bool = False
-    """Whether the view of the registry is complete, and what this runtime hosts is stored there."""
+    """Whether the view of the registry is complete and everything that this runtime hosts is stored there."""
     workers: int = 0
     """Live workers that the registry lists, this one included."""
 
     agents: Mapping[str, int] = field(default_factory=dict)
     """The agent types that it hosts, and how many live agents each has here."""
     messages_handled: int = 0
-    """Calls and events that came to their end here, those that failed included, since their types were registered."""
+    """Calls and events that were handled here, including those that failed, since their types were registered."""
     messages_failed: int = 0
     """How many of these ended in an error. Which types: ``natsrt agents stats``."""
     handlers_running: int = 0
     """Handlers that run, or wait for their agent to be made."""
     messages_queued: int = 0
-    """Messages that were received and whose handlers nobody has begun."""
+    """Messages that were received and whose handlers have not started."""
     pending_bytes: int = 0
-    """Bytes of the messages that have not been started; they wait in line, or for their agent."""
+    """Bytes of the messages whose handlers have not started; they are queued, or wait for their agent."""
     max_pending_bytes: int = 0
     """Bytes from which on calls are answered busy and events are dropped: the setting of this name."""
     dropped_events: int = 0

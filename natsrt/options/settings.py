@@ -125,7 +125,7 @@ class Options(BaseModel):
 
     # Calls and events.
     call_timeout: SecondsOrNone = Field(
-        None, description="Seconds after which a call fails, however honestly its handler works. None: no deadline."
+        None, description="Seconds after which a call fails, even if its handler is still working. None: no deadline."
     )
     plain_timeout: Seconds = Field(
         60.0, description="Seconds that a call waits for a plain NATS responder where no natsrt worker hosts the type."

@@ -48,13 +48,8 @@ class SendQueue:
     """First come, first served. A send that is cancelled leaves the queue at once."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
-        """A future for each send, done when its turn comes. The first one has the turn."""
-
-    @property
-    def length(self) -> int:
-        """The number of sends in the queue, with the one that has the turn."""
-        return len(self._waiting)
+        self.waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        """A future for each send in the queue, done when its turn comes. The first one has the turn."""
 
     @asynccontextmanager
     async def turn(self, link: Callable[[asyncio.Future[None]], None] | None) -> AsyncIterator[Turn]:
@@ -71,7 +66,7 @@ class SendQueue:
             outer.end()
             yield turn
             return
-        self._waiting[future] = None
+        self.waiting[future] = None
         self._give_turn()
         if link is not None:
             link(future)
@@ -83,11 +78,11 @@ class SendQueue:
 
     def leave(self, future: asyncio.Future[None]) -> None:
         """Take a send out of the queue, and give the next one its turn. Harmless if it is not in the queue."""
-        if future in self._waiting:
-            del self._waiting[future]
+        if future in self.waiting:
+            del self.waiting[future]
             self._give_turn()
 
     def _give_turn(self) -> None:
-        first = next(iter(self._waiting), None)
+        first = next(iter(self.waiting), None)
         if first is not None and not first.done():
             first.set_result(None)

@@ -124,7 +124,7 @@ class Sender:
                 message_id = self._attributes.next_id()
             if token is not None and token.is_cancelled():
                 raise asyncio.CancelledError("the cancellation token was cancelled before the send")
-            if self._interventions or self._queue.length or not self._readiness.is_ready:
+            if self._interventions.handlers or self._queue.waiting or not self._readiness.is_ready:
                 return await self._send_in_turn(message, recipient, sender, token, message_id, reply_type)
             return await self._call(message, recipient, sender, token, message_id, reply_type)
         finally:
@@ -142,11 +142,11 @@ class Sender:
         begun = asyncio.get_running_loop().time()
         async with self._queue.turn(self._link(token)) as turn:
             await self._wait_ready(token, begun)
-            if self._interventions:
+            if self._interventions.handlers:
                 context = _context(sender, None, token, message_id)
                 message = await turn.intervene(self._interventions.on_send(message, context, recipient))
             response = await self._call(message, recipient, sender, token, message_id, reply_type, turn.end)
-        if self._interventions:
+        if self._interventions.handlers:
             response = await self._interventions.on_response(response, recipient, sender)
         return response
 
@@ -295,7 +295,7 @@ class Sender:
             self._counters.sent += 1
             if message_id is None:
                 message_id = self._attributes.next_id()
-            if self._interventions or self._queue.length or not self._readiness.is_ready:
+            if self._interventions.handlers or self._queue.waiting or not self._readiness.is_ready:
                 await self._publish_in_turn(message, topic, sender, token, message_id)
             else:
                 await self._event(message, topic, sender, token, message_id)
@@ -313,7 +313,7 @@ class Sender:
         begun = asyncio.get_running_loop().time()
         async with self._queue.turn(None) as turn:
             await self._wait_ready(None, begun)
-            if self._interventions:
+            if self._interventions.handlers:
                 context = _context(sender, topic, token, message_id)
                 try:
                     message = await turn.intervene(self._interventions.on_publish(message, context))

@@ -224,7 +224,7 @@ class DataclassCodec(ClassCodec):
 
 
 class _NoInstances:
-    """The class of nothing."""
+    """Sentinel: no value is an instance of it, so the fast path never applies."""
 
 
 def _unknown_fields(name: str, fields: set[str]) -> Unreadable:

@@ -48,7 +48,7 @@ class Found(NamedTuple):
         return self.standing in (Standing.NOBODY, Standing.GONE)
 
 
-class Owners:
+class OwnerFinder:
     """Finds owners of keyed agents and asks them. ``runtime`` is started."""
 
     def __init__(self, runtime: NatsAgentRuntime) -> None:

@@ -1,0 +1,260 @@
+"""Follows the registry: a snapshot, then every committed change in the stream's order.
+
+Changes come over a plain subscription to what the stream republishes, not over a KV watch, which can be blind for 20 s
+after a server restart. After each reconnect, and when a change shows that one before it was missed, a new snapshot is
+read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Collection
+from contextlib import aclosing
+from typing import Protocol
+
+import nats.errors
+from nats.aio.msg import Msg
+
+from natsrt.background import BackgroundTasks
+from natsrt.errors import CannotDecode, NatsrtError, RegistryUnavailable
+from natsrt.jetstream.buckets import is_gone
+from natsrt.jetstream.registry.entries import FEED, HEARTBEAT, decode_entry
+from natsrt.jetstream.registry.store import IN_ORDER, LEFT, RegistryStore
+from natsrt.jetstream.registry.view import View
+from natsrt.options import Options
+from natsrt.transport.connection import Connection, Interest
+from natsrt.wire.subjects import Subjects
+
+logger = logging.getLogger("natsrt.registry")
+
+_LONGEST_PAUSE = 5.0
+"""Seconds between two attempts to read a snapshot at most."""
+
+
+class FollowerOwner(Protocol):
+    """What acts on the changes that a follower sees."""
+
+    def rules_changed(self, agent_type: str) -> None:
+        """The subscriptions in force for a type may have changed."""
+
+    def entry_deleted(self, key: str) -> None:
+        """An entry was deleted, by whatever runtime."""
+
+    def workers_without_heartbeat(self, worker_ids: Collection[str]) -> None:
+        """A snapshot has entries of these workers, and no heartbeat."""
+
+    async def restore(self) -> None:
+        """A snapshot was read: store again what this runtime declared and is not there."""
+
+
+class Follower:
+    """The view of one runtime, kept in step with the bucket. A `Listener` of its connection."""
+
+    def __init__(
+        self, connection: Connection, subjects: Subjects, options: Options, store: RegistryStore, owner: FollowerOwner
+    ) -> None:
+        self._connection = connection
+        self._options = options
+        self._store = store
+        self._owner = owner
+        self._feed = subjects.registry_feed
+        self._feed_prefix = len(subjects.registry_feed) + 1
+        self._interest: Interest | None = None
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._collected: list[Msg] | None = None
+        """The changes that came while a snapshot is read; None while none is."""
+        self._tasks = BackgroundTasks(logger, "following the registry failed")
+        self._syncing: asyncio.Task[None] | None = None
+        self._reading = asyncio.Lock()
+        self._generation = 0
+        """How many new snapshots were asked for."""
+        self._open = False
+        self._synced = asyncio.Event()
+        self.departed_at = float("-inf")
+        """The event loop's time at which a worker last left without having answered everything."""
+        self.view = View()
+        connection.add_listener(self)
+
+    @property
+    def synced(self) -> bool:
+        """Whether the view is complete and this runtime's own entries are stored."""
+        return self._synced.is_set() and self._connection.connected
+
+    @property
+    def is_open(self) -> bool:
+        return self._open
+
+    # -- lifecycle -----------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Make the bucket if it is missing, and read the first snapshot. Raises as `RegistryStore` does."""
+        self.view = View()
+        self._open = True
+        try:
+            self._interest = await self._connection.subscribe(f"{self._feed}.>", self._on_change)
+            await self._store.open()
+            await self._read_snapshot()
+        except BaseException:
+            self._open = False
+            raise
+        self._synced.set()
+
+    async def stop(self) -> None:
+        """Read no more snapshots; changes are still applied until `close`."""
+        self._open = False
+        self._synced.clear()
+        await self._tasks.cancel()
+
+    async def close(self) -> None:
+        """Stop following. Harmless when closed."""
+        for _, waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_exception(RegistryUnavailable("follow", "this runtime was stopped"))
+                waiter.exception()  # nobody has to wait for it
+        self._waiting.clear()
+        if self._interest is not None:
+            await self._connection.unsubscribe(self._interest)
+            self._interest = None
+
+    def connection_lost(self) -> None:
+        self._synced.clear()
+
+    def connection_made(self) -> None:
+        if self._open and self._interest is not None:
+            self.resync()
+
+    # -- changes -------------------------------------------------------------------------------------------------
+
+    def _on_change(self, message: Msg) -> None:
+        if self._collected is not None:
+            self._collected.append(message)
+        else:
+            self._apply(message)
+
+    def _apply(self, message: Msg) -> None:
+        headers = message.headers or {}
+        key = f"{FEED}.{message.subject[self._feed_prefix :]}"
+        try:
+            revision, before = int(headers["Nats-Sequence"]), int(headers.get("Nats-Last-Sequence", 0))
+        except (KeyError, ValueError):
+            raise CannotDecode(f"a message on {message.subject}", "it is not from the registry's stream") from None
+        known = self.view.revision_of(key)
+        if known and known < before:
+            self.resync()
+        try:
+            self._change(key, revision, headers, message.data)
+        finally:  # one that cannot be read, perhaps of a newer runtime, is seen too
+            self.view.saw(revision)
+            self._wake()
+
+    def _change(self, key: str, revision: int, headers: dict[str, str], value: bytes) -> None:
+        if is_gone(headers):
+            workers = len(self.view.workers)
+            touched = self.view.delete(key, revision)
+            if len(self.view.workers) < workers and headers.get(LEFT) != IN_ORDER:
+                self.departed_at = asyncio.get_running_loop().time()
+            self._owner.entry_deleted(key)
+        else:
+            touched = self.view.put(key, revision, decode_entry(key, value))
+        for agent_type in touched:
+            self._owner.rules_changed(agent_type)
+
+    def _wake(self) -> None:
+        still = []
+        for revision, waiter in self._waiting:
+            if revision <= self.view.applied:
+                if not waiter.done():
+                    waiter.set_result(None)
+            else:
+                still.append((revision, waiter))
+        self._waiting = still
+
+    async def shown(self, revision: int) -> None:
+        """Wait until the view contains ``revision``. Raises `RegistryUnavailable` when it does not come."""
+        if revision <= self.view.applied:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.append((revision, waiter))
+        try:
+            async with asyncio.timeout(self._options.subscription_timeout):
+                await waiter
+        except TimeoutError:
+            self.resync()
+            raise RegistryUnavailable("follow", f"change {revision} was stored but not announced") from None
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    async def _read_snapshot(self) -> None:
+        """Replace the view by what the stream holds; what the feed brings meanwhile is applied after it."""
+        async with self._reading:
+            await self._replace_view()
+
+    async def _replace_view(self) -> None:
+        self._collected = []
+        stale = self.view
+        try:
+            await self._connection.barrier()
+            await self._store.read(self._load)
+            if not stale.workers.keys() <= self.view.workers.keys():
+                self.departed_at = asyncio.get_running_loop().time()
+        finally:
+            collected, self._collected = self._collected, None
+            for message in collected:
+                try:
+                    self._apply(message)
+                except CannotDecode as error:
+                    logger.warning("%s", error)
+        for agent_type in {*stale.declared, *self.view.declared}:
+            self._owner.rules_changed(agent_type)
+        self._wake()
+
+    async def _load(self, pages: AsyncGenerator[list[Msg], None]) -> None:
+        view, alive = View(), set[str]()
+        async with aclosing(pages):
+            async for page in pages:
+                for message in page:
+                    self._load_one(message, view, alive)
+        # Also those whose entry is gone, but not all that they declared: their removal was not finished.
+        self._owner.workers_without_heartbeat({*view.workers, *view.of_worker} - alive)
+        self.view = view
+
+    def _load_one(self, message: Msg, view: View, alive: set[str]) -> None:
+        key, gone = message.subject[len(self._store.prefix) :], is_gone(message.headers)
+        revision = message.metadata.sequence.stream
+        if key.startswith(f"{HEARTBEAT}."):
+            if not gone:
+                alive.add(key[len(HEARTBEAT) + 1 :])
+        elif gone:
+            view.delete(key, revision)
+        else:
+            try:
+                view.put(key, revision, decode_entry(key, message.data))
+            except CannotDecode as error:
+                view.saw(revision)
+                logger.warning("%s", error)
+
+    def resync(self) -> None:
+        """Read a new snapshot, and store again what is missing in it."""
+        self._generation += 1  # one that is under way is not enough: it may have read before what matters now
+        if self._syncing is None or self._syncing.done():
+            self._syncing = self._tasks.spawn(self._synchronise())
+
+    async def _synchronise(self) -> None:
+        """Bucket, snapshot, own entries. Tries until it succeeds without another `resync` meanwhile."""
+        pause = self._options.reconnect_wait
+        while self._open:
+            self._synced.clear()
+            generation = self._generation
+            try:
+                await self._store.open()
+                await self._read_snapshot()
+                await self._owner.restore()
+                if generation == self._generation:
+                    self._synced.set()
+                    return
+            except Exception as error:  # whatever it is, the registry comes back
+                known = isinstance(error, NatsrtError | nats.errors.Error)
+                logger.info("the registry is not back yet: %s", error, exc_info=None if known else error)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)

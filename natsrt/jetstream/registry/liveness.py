@@ -1,0 +1,125 @@
+"""Who lives: this worker's heartbeat, and the removal of workers whose heartbeats have ended.
+
+Heartbeats are outside the feed, so an idle runtime hears nothing of idle workers. Every worker looks after the next one
+in the order of worker ids, and any other runtime after one by chance. A worker is removed when its heartbeat has
+expired and it does not answer either. Removing it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+import nats.errors
+
+from natsrt.background import BackgroundTasks
+from natsrt.errors import NatsrtError, PermissionDenied
+from natsrt.jetstream.registry.declare import Declared
+from natsrt.jetstream.registry.entries import WorkerEntry
+from natsrt.jetstream.registry.follow import Follower
+from natsrt.jetstream.registry.store import RegistryStore
+from natsrt.options import Options
+from natsrt.transport.connection import Connection
+from natsrt.transport.peers import Peers
+
+logger = logging.getLogger("natsrt.registry")
+
+_KNOWN_REFRESH = 12 * 3600
+"""Seconds between two confirmations of what this worker's types handle: a third of the time for which it stays."""
+
+
+class Liveness:
+    """Keeps one worker alive in the registry, and looks after others."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        options: Options,
+        store: RegistryStore,
+        follower: Follower,
+        declared: Declared,
+        peers: Peers | None,
+    ) -> None:
+        """``peers`` None: dead workers are left to others."""
+        self._connection = connection
+        self._options = options
+        self._store = store
+        self._follower = follower
+        self._declared = declared
+        self._peers = peers
+        self._examined: set[str] = set()
+        """The workers that are being examined."""
+        self._tasks = BackgroundTasks(logger, "looking after workers failed")
+
+    def start(self) -> None:
+        """Begin to look after others."""
+        if self._peers is not None:
+            self._tasks.spawn(self._look_after_others())
+
+    async def stop(self) -> None:
+        await self._tasks.cancel()
+
+    def keep_alive(self, worker: WorkerEntry) -> None:
+        """Send heartbeats until the worker is another one, or none."""
+        self._tasks.spawn(self._heartbeats(worker.worker_id))
+
+    def suspect(self, worker_id: str) -> None:
+        """A worker may be dead: find out, and remove it then."""
+        if self._peers is not None:
+            self._tasks.spawn(self._remove_if_dead(worker_id))
+
+    def _is_worker(self, worker_id: str) -> bool:
+        return self._declared.worker is not None and self._declared.worker.worker_id == worker_id
+
+    async def _heartbeats(self, worker_id: str) -> None:
+        loop = asyncio.get_running_loop()
+        known_since = loop.time()
+        while self._is_worker(worker_id):
+            await asyncio.sleep(self._options.heartbeat_interval)
+            if not self._connection.connected or not self._is_worker(worker_id):
+                continue
+            try:
+                await self._store.beat(worker_id)
+                now = loop.time()
+                if now - known_since > _KNOWN_REFRESH:
+                    known_since = now
+                    await self._declared.confirm_known()
+            except NatsrtError as error:
+                logger.debug("heartbeat: %s", error)
+
+    async def _look_after_others(self) -> None:
+        while self._peers is not None:
+            await asyncio.sleep(self._options.heartbeat_interval)
+            if self._connection.connected and (worker_id := self._one_to_look_after()) is not None:
+                await self._remove_if_dead(worker_id)
+
+    def _one_to_look_after(self) -> str | None:
+        workers = self._follower.view.workers
+        if self._declared.worker is None:
+            return random.choice(list(workers)) if workers else None
+        own = self._declared.worker.worker_id
+        ring = sorted({*workers, own})
+        following = ring[(ring.index(own) + 1) % len(ring)]
+        return following if following != own else None
+
+    async def _remove_if_dead(self, worker_id: str) -> None:
+        """Remove a worker that has no heartbeat and does not answer."""
+        if worker_id in self._examined or self._peers is None:
+            return
+        self._examined.add(worker_id)
+        try:
+            if await self._store.has_heartbeat(worker_id) or await self._peers.alive(worker_id):
+                return
+            view = self._follower.view
+            if not (worker_id in view.workers or worker_id in view.of_worker) and self._follower.synced:
+                return  # another one was faster
+            logger.info("worker %s has no heartbeat and does not answer: removing its entries", worker_id)
+            await self._store.remove_worker(worker_id)
+        except PermissionDenied as error:
+            self._peers = None
+            logger.info("this runtime leaves the entries of dead workers to others: %s", error)
+        except (NatsrtError, nats.errors.Error) as error:
+            logger.debug("looking after worker %s: %s", worker_id, error)
+        finally:
+            self._examined.discard(worker_id)
