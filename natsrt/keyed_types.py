@@ -15,6 +15,7 @@ from natsrt.errors import ConfigurationError
 C = TypeVar("C", bound=type[Any])
 
 _MARK = "__natsrt_keyed__"
+"""The attribute of a class in which `keyed` stores the options."""
 _CHOICES = {"concurrency": ("serial", "concurrent"), "save": ("message", "interval", "manual")}
 
 
@@ -74,7 +75,7 @@ def keyed(
     rebalance: bool = ...,
 ) -> Callable[[C], C]: ...
 def keyed(cls: Any = None, /, **settings: Any) -> Any:
-    """Class decorator: agents of this class are keyed wherever the class is registered.
+    """Class decorator: makes the agent types of this class keyed, wherever the class is registered.
 
     ``@natsrt.keyed`` uses the defaults of `KeyedOptions`; ``@natsrt.keyed(save="interval")`` changes some of them.
     """

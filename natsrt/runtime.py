@@ -30,7 +30,7 @@ from opentelemetry.trace import TracerProvider
 
 from natsrt.agents import control
 from natsrt.agents.catalog import Catalog
-from natsrt.agents.chain import chain
+from natsrt.agents.chain import current_chain
 from natsrt.agents.declarations import Declarations
 from natsrt.agents.interventions import Interventions
 from natsrt.assembly import Program
@@ -240,7 +240,7 @@ class NatsAgentRuntime(AgentRuntime):
             agent = await self._catalog.agent(hosted, id.key)
         else:
             try:
-                agent = await session.operations.instance(hosted, id.key, chain.get())
+                agent = await session.operations.instance(hosted, id.key, current_chain.get())
             except OwnedElsewhere as owner:
                 raise NotAccessibleError(f"Agent {id} lives on worker {owner.worker_id}.") from None
         if not isinstance(agent, type):
@@ -270,7 +270,9 @@ class NatsAgentRuntime(AgentRuntime):
                 states[str(agent_id)] = dict(await agent.save_state())
             else:
                 try:
-                    states[str(agent_id)] = dict(await session.operations.state(hosted, agent_id.key, chain.get()))
+                    states[str(agent_id)] = dict(
+                        await session.operations.state(hosted, agent_id.key, current_chain.get())
+                    )
                 except OwnedElsewhere:  # it moved away meanwhile
                     continue
         return states
@@ -459,7 +461,7 @@ class NatsAgentRuntime(AgentRuntime):
             raise RuntimeError("Runtime is not started")
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self._stop(self._session))
-        self._session.exempt(asyncio.current_task(), chain.get())
+        self._session.exempt(asyncio.current_task(), current_chain.get())
         await asyncio.shield(self._stopping)
 
     async def _stop(self, session: Session) -> None:

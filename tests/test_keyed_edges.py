@@ -494,8 +494,8 @@ async def test_a_worker_forgets_what_it_only_passed_on(place: Place) -> None:
         await eventually(lambda: len(place.life.handled) == 30)
     finally:
         await client.close()
-    held = [len(list(worker.running.ownership._slots)) for worker in workers]
-    assert sum(held) == len(place.life.made) == 5
+    slots = [len(list(worker.running.ownership._slots)) for worker in workers]
+    assert sum(slots) == len(place.life.made) == 5
     for worker in workers:
         assert not worker.running.dispatch.running
         assert not worker.running.incoming.call_log._running
@@ -531,7 +531,7 @@ async def test_a_worker_that_forgot_nothing_never_received_what_it_does_not_know
     assert body.json()["remembers"] > 3600
 
 
-async def test_a_visitor_behind_another_makes_known_who_waits_for_it(place: Place) -> None:
+async def test_a_message_that_waits_behind_another_tells_the_owner_which_handlers_wait_for_it(place: Place) -> None:
     """What came to the wrong worker waits there in line. The owner lets its callback in, which is not the first."""
     runtime = await place.worker("w1")
     caller = await place.caller()
@@ -550,13 +550,13 @@ async def test_a_visitor_behind_another_makes_known_who_waits_for_it(place: Plac
 
     first = asyncio.ensure_future(second.running.incoming.turns.run(hosted, "k", (), nothing))
     await asyncio.sleep(0)
-    held = second.running.ownership._slots.find("counting", "k")
+    slot = second.running.ownership._slots.find("counting", "k")
     inside = runtime.running.ownership._slots.find("counting", "k")
-    assert held is not None
+    assert slot is not None
     assert inside is not None
-    await eventually(lambda: held.is_moving)
-    [visit] = inside.mailbox._inside
-    behind = asyncio.ensure_future(second.running.incoming.turns.run(hosted, "k", (visit,), nothing))
+    await eventually(lambda: slot.is_moving)
+    [handler_id] = inside.mailbox.inside
+    behind = asyncio.ensure_future(second.running.incoming.turns.run(hosted, "k", (handler_id,), nothing))
     for outcome in await asyncio.wait_for(asyncio.gather(first, behind, return_exceptions=True), 4):
         assert isinstance(outcome, OwnedElsewhere)
     place.life.gate("relay").set()

@@ -31,7 +31,7 @@ class Schedule:
     async def handle(self, number: int, depth: int, chain: tuple[str, ...] = ()) -> None:
         """Enter, and call the agent back up to ``depth`` times along the chain."""
         handler_id = f"h{number}.{depth}"
-        if not self.mailbox.enter(handler_id, chain):
+        if not self.mailbox.try_enter(handler_id, chain):
             assert not chain, "a handler of the chain is inside, so its message must not wait"
             try:
                 await self.mailbox.wait(handler_id)
@@ -78,7 +78,7 @@ async def test_handlers_enter_one_at_a_time_and_in_order_whatever_is_refused_and
     assert ends | never_began == set(range(20))
     assert not set(schedule.entered) & {*schedule.refused, *schedule.cancelled}
     assert schedule.mailbox.inside == ()
-    assert schedule.mailbox.enter("later"), "the mailbox must be free at the end"
+    assert schedule.mailbox.try_enter("later"), "the mailbox must be free at the end"
 
 
 async def test_a_handler_that_is_refused_or_cancelled_while_it_waits_does_not_enter() -> None:
@@ -94,23 +94,23 @@ async def test_a_handler_that_is_refused_or_cancelled_while_it_waits_does_not_en
 
 async def test_a_handler_that_lets_others_in_still_lets_in_what_it_waits_for() -> None:
     mailbox = Mailbox()
-    assert mailbox.enter("a")
-    mailbox.step_aside("a")
+    assert mailbox.try_enter("a")
+    mailbox.let_others_in("a")
     assert mailbox.inside == ()
-    assert mailbox.enter("b")
-    assert not mailbox.enter("c", ("elsewhere",))
-    assert mailbox.enter("d", ("elsewhere", "a"))
-    assert mailbox.holds(("a",)) and mailbox.holds(("b",)) and not mailbox.holds(("c",))
+    assert mailbox.try_enter("b")
+    assert not mailbox.try_enter("c", ("elsewhere",))
+    assert mailbox.try_enter("d", ("elsewhere", "a"))
+    assert mailbox.runs_any(("a",)) and mailbox.runs_any(("b",)) and not mailbox.runs_any(("c",))
     assert mailbox.count(("a", "b", "c")) == 2
     for handler_id in ("d", "a", "b"):
         mailbox.exit(handler_id)
     assert mailbox.count(("a", "b", "c", "d")) == 0
-    assert mailbox.enter("c")
+    assert mailbox.try_enter("c")
 
 
 async def test_a_handler_that_is_cancelled_at_the_moment_it_enters_leaves_the_mailbox_to_the_next() -> None:
     mailbox = Mailbox()
-    assert mailbox.enter("first")
+    assert mailbox.try_enter("first")
     waiting = {name: asyncio.create_task(mailbox.wait(name)) for name in ("second", "third")}
     await asyncio.sleep(0)
     mailbox.exit("first")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from autogen_core import AgentId
 
-from natsrt.agents.chain import chain
+from natsrt.agents.chain import current_chain
 from natsrt.errors import NoLiveWorker
 from natsrt.sending import owner_cache
 from natsrt.sending.owner_cache import CachedOwner, OwnerCache
@@ -260,9 +260,9 @@ async def test_the_question_is_asked_again_with_the_handlers_that_joined_meanwhi
     marks = [("h1",), ("h1", "h2")]
     tasks = []
     for ids in marks:
-        mark = chain.set(ids)
+        mark = current_chain.set(ids)
         tasks.append(sends.start(ids))  # the task keeps the chain of this moment
-        chain.reset(mark)
+        current_chain.reset(mark)
         await settle()
     assert [ids for _, ids in workers.questions] == [{"h1"}]
     clock.advance(1.0)
@@ -279,14 +279,14 @@ async def test_the_next_question_does_not_name_the_handlers_of_a_cancelled_messa
     sends: Sends, workers: Workers, clock: Clock
 ) -> None:
     workers.open.clear()
-    mark = chain.set(("h1",))
+    mark = current_chain.set(("h1",))
     cancelled = sends.start("cancelled")
-    chain.reset(mark)
+    current_chain.reset(mark)
     await settle()
     cancelled.cancel()
-    mark = chain.set(("h2",))
+    mark = current_chain.set(("h2",))
     other = sends.start("other")
-    chain.reset(mark)
+    current_chain.reset(mark)
     clock.advance(1.0)
     async with asyncio.timeout(5):
         while len(workers.questions) < 2:

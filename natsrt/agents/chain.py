@@ -14,8 +14,8 @@ from contextvars import ContextVar
 
 from natsrt.wire.envelope import Envelope
 
-chain: ContextVar[tuple[str, ...]] = ContextVar("natsrt_chain", default=())
-"""The ids of the handlers that wait for the present code, the outermost first."""
+current_chain: ContextVar[tuple[str, ...]] = ContextVar("natsrt_chain", default=())
+"""The chain of what the present code sends: the ids of the handlers that wait for it, the outermost first."""
 
 
 def chain_of(body: Envelope | None) -> tuple[str, ...]:

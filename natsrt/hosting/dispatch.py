@@ -19,7 +19,7 @@ from typing import Any
 
 from autogen_core import AgentId
 
-from natsrt.agents.chain import chain
+from natsrt.agents.chain import current_chain
 from natsrt.agents.inbound import CALL, CONTROL, EVENT, Answer, EventDropped, Inbound, SentBack, handling
 from natsrt.errors import CannotDecode, WorkerBusy, WorkerLost, WorkerStopped
 from natsrt.hosting.controls import Controls
@@ -145,7 +145,7 @@ class Dispatch:
             agent = AgentId(inbound.agent_type, inbound.key)
             raise SentBack(WorkerLost(str(agent), self._worker_id, "it stood still"))
         if inbound.chain:
-            chain.set(inbound.chain)
+            current_chain.set(inbound.chain)
         if inbound.chain or is_keyed:
             handling.set(inbound)
         return self._keyed if is_keyed else self._invoker

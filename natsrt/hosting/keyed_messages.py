@@ -1,8 +1,9 @@
 """Messages for keyed agents, as they come in: handled by the owner, forwarded to it, or sent back.
 
-A message is handled here if this worker owns its agent, or nobody does and this worker claims it. A message from a
-sender that does not know the owner is forwarded to it. A call that was sent to this worker as the owner is sent back if
-it no longer is the owner: its caller asks for the owner again.
+A message is handled here if this worker owns its agent, or claims it because no worker does. If another worker owns the
+agent, the message is forwarded to it. The exception is a call of natsrt's own that came on the subject of the agent, so
+it was sent to this worker as the owner: if this worker does not own the agent any more, the call is sent back, and its
+caller asks for the owner again.
 """
 
 from __future__ import annotations

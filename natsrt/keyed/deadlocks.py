@@ -1,17 +1,20 @@
-"""Calls of keyed agents that wait for one another for ever: found, and one of them refused.
+"""Finds calls of keyed agents that wait for one another in a cycle, and refuses one call of each cycle.
 
-``a`` handles a message and calls ``b``, whose handler calls ``a``: the chain lets that in. But where ``a`` calls ``b``
-while ``b`` calls ``a``, each in a chain of its own, both calls wait behind handlers that wait for them, on whichever
-workers and over however many agents. Promise: no call hangs. Rules:
+If ``a`` handles a message and calls ``b``, whose handler calls ``a``, the chain of that call lets it in. But if ``a``
+calls ``b`` while ``b`` calls ``a``, each in a chain of its own, both calls wait behind handlers that wait for them.
+Such a cycle may lead over any number of agents and workers. No call may hang, so it must be found. Rules:
 
-1. A call waits for another one where a handler awaits that one in its own task, and either handles the first, or is
-   inside the keyed agent that the first is for. A cycle of these is a deadlock. Each worker knows what its own
-   handlers await now, so a call that was given up is in no cycle, wherever its message still waits.
-2. While calls wait at their agents for over a second, their worker follows what they wait for, asking all workers one
-   step after the other. Each such link begins once and ends once: two rounds one after the other that show the same
-   cycle prove that it existed as a whole between them.
-3. Of the calls of a cycle that wait at agents the one with the greatest reply subject is refused, by the worker where
-   it waits: all workers that look choose the same one. Nobody handled it.
+1. A call waits for a second call if a handler awaits the second call in its own task, and this handler either handles
+   the first call, or is inside the mailbox in which the first call waits. A cycle of such links is a deadlock. Each
+   worker reports only what its own handlers await now, so a call that was given up is in no cycle, even if its message
+   still waits somewhere.
+2. While calls have waited in mailboxes for over a second, their worker follows the links that start at them, and asks
+   all other workers at each step. A link begins once and ends once. So if two rounds in a row find the same cycle, all
+   its links existed at the same time between the rounds.
+3. Of the calls of a cycle that wait in mailboxes, the one with the greatest reply subject is refused, by the worker
+   where it waits. All workers that find the cycle choose the same call. A refused call was not handled.
+
+`find_cycles` is the search: it gets links as values, and does no I/O.
 """
 
 from __future__ import annotations
@@ -35,20 +38,22 @@ from natsrt.wire.peer_messages import WaitLink
 logger = logging.getLogger("natsrt.hosting")
 
 _SOON = 1.0
-"""Seconds after which a call that waits is worth a look, and between two looks at what may be a cycle."""
+"""Seconds that a call waits before its links are followed; also those between two rounds while a cycle is suspected."""
 _SELDOM = 3.0
-"""Seconds between two looks at most."""
+"""Seconds between two rounds at most, while none finds a cycle."""
 _AT_ONCE = 500
-"""Calls that a worker is asked about in one message."""
+"""Number of calls that a worker is asked about in one message at most."""
 _CYCLES = 20
-"""Cycles that one look finds at most; the next one finds more."""
-_LONGEST = 200
-"""Characters of an agent's name that travel."""
+"""Number of cycles that one round finds at most. The next round finds more."""
+_NAME_LENGTH = 200
+"""Characters of an agent's name in a link at most. docs/PROTOCOL.md fixes this length."""
 
 Cycle = tuple[WaitLink, ...]
 
 
 class _WaitingCall(NamedTuple):
+    """A call that waits in a mailbox since ``since``, in the event loop's time."""
+
     mailbox: Mailbox
     agent: AgentId
     handler_id: str
@@ -56,7 +61,10 @@ class _WaitingCall(NamedTuple):
 
 
 class Deadlocks:
-    """Lets the messages of one worker wait, and refuses the calls that would for ever."""
+    """Lets the messages of one worker wait for their turns, and refuses calls whose turns would never come.
+
+    ``active`` has the messages that are being handled on this worker.
+    """
 
     def __init__(
         self, *, active: Collection[Inbound], calls: Calls, registry: Registry, peers: Peers, worker_id: str
@@ -67,13 +75,14 @@ class Deadlocks:
         self._peers = peers
         self._worker_id = worker_id
         self._waiting: dict[str, _WaitingCall] = {}
-        """The calls that wait at agents here, the oldest first."""
-        self._looking: asyncio.Task[None] | None = None
+        """By reply subject: the calls that wait in mailboxes here, the oldest first."""
+        self._searching: asyncio.Task[None] | None = None
+        """The task that searches; None while no call waits."""
 
     async def wait(self, mailbox: Mailbox, agent: AgentId, handler_id: str, inbound: Inbound | None) -> None:
-        """Wait until ``handler_id`` may enter. `Mailbox.exit` must follow. ``inbound`` is its message, if it has one.
+        """Wait until the handler has entered the mailbox of ``agent``; then `Mailbox.exit` must follow.
 
-        Raises `Deadlock`.
+        ``inbound`` is the message that it is for; None if there is none. Raises `Deadlock` if it would wait for ever.
         """
         if inbound is None or inbound.call is None:
             await mailbox.wait(handler_id)
@@ -81,33 +90,33 @@ class Deadlocks:
         call = inbound.call.call_id
         loop = asyncio.get_running_loop()
         self._waiting[call] = _WaitingCall(mailbox, agent, handler_id, loop.time())
-        if self._looking is None:
-            self._looking = loop.create_task(self._look(), name="natsrt deadlocks")
+        if self._searching is None:
+            self._searching = loop.create_task(self._search(), name="natsrt deadlocks")
         try:
             await mailbox.wait(handler_id)
         finally:
             self._waiting.pop(call, None)  # a plain caller may have used its reply subject twice
 
     def links(self, calls: Collection[str]) -> list[WaitLink]:
-        """What these calls wait for, as far as this worker knows."""
-        awaited = {entry: call for call, entry in self._calls.awaited()}
-        handled: dict[str, Inbound] = {}
-        inside: dict[str, Inbound] = {}
-        for entry in list(self._active):
-            if entry in awaited:
-                handled[entry.message.reply] = entry
-                inside[entry.handler_id] = entry
+        """The links that start at these calls and lead over handlers of this worker."""
+        awaited = {inbound: call for call, inbound in self._calls.awaited()}
+        by_call: dict[str, Inbound] = {}
+        by_handler: dict[str, Inbound] = {}
+        for inbound in list(self._active):
+            if inbound in awaited:
+                by_call[inbound.message.reply] = inbound
+                by_handler[inbound.handler_id] = inbound
         links: list[WaitLink] = []
         for call in calls:
             if (waiting := self._waiting.get(call)) is not None:
-                agent = str(waiting.agent)[:_LONGEST]
-                entries = [inside[handler_id] for handler_id in waiting.mailbox.inside if handler_id in inside]
+                agent = str(waiting.agent)[:_NAME_LENGTH]
+                blocking = [by_handler[one] for one in waiting.mailbox.inside if one in by_handler]
             else:
-                agent, entries = "", [handled[call]] if call in handled else []
-            links += [WaitLink(call, awaited[entry], entry.handler_id, agent) for entry in entries]
+                agent, blocking = "", [by_call[call]] if call in by_call else []
+            links += [WaitLink(call, awaited[inbound], inbound.handler_id, agent) for inbound in blocking]
         return links
 
-    async def _look(self) -> None:
+    async def _search(self) -> None:
         suspected: list[Cycle] = []
         pause = _SOON
         try:
@@ -116,7 +125,7 @@ class Deadlocks:
                 try:
                     found = find_cycles(await self._follow())
                 except Exception:
-                    logger.exception("looking for cycles of calls failed")
+                    logger.exception("searching for cycles of calls failed")
                     found = []
                 for cycle in found:
                     if cycle in suspected:
@@ -124,10 +133,10 @@ class Deadlocks:
                 pause = _SOON if found else min(2 * pause, _SELDOM)
                 suspected = found
         finally:
-            self._looking = None
+            self._searching = None
 
     async def _follow(self) -> list[WaitLink]:
-        """The links that can be reached from the calls that have waited here for some time."""
+        """All links that are reached from the calls that have waited here for `_SOON` seconds."""
         since = asyncio.get_running_loop().time() - _SOON
         asked = {call for call, waiting in self._waiting.items() if waiting.since <= since}
         links = self.links(asked)
@@ -141,7 +150,10 @@ class Deadlocks:
         return links
 
     async def _ask_others(self, calls: Sequence[str]) -> list[WaitLink]:
-        """Who does not answer knows nothing: if that is wrong, the cycle is found later."""
+        """The links that start at these calls on all other workers.
+
+        A worker that does not answer is taken to have none. If it has one, a later round finds it.
+        """
         asking = (
             self._peers.links(worker_id, calls)
             for worker_id in self._registry.view.workers
@@ -150,7 +162,7 @@ class Deadlocks:
         links: list[WaitLink] = []
         for answer in await asyncio.gather(*asking, return_exceptions=True):
             if isinstance(answer, BaseException):
-                logger.info("a worker does not say what calls wait for there: %s", answer)
+                logger.info("a worker did not report what its calls wait for: %s", answer)
             else:
                 links += answer
         return links
@@ -163,14 +175,17 @@ class Deadlocks:
             waiting.mailbox.refuse(waiting.handler_id, error)
 
     async def stop(self) -> None:
-        """Look no more."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        """End the search. Harmless when there is none."""
+        if self._searching is not None:
+            self._searching.cancel()
+            await asyncio.gather(self._searching, return_exceptions=True)
 
 
 def find_cycles(links: Iterable[WaitLink]) -> list[Cycle]:
-    """The same for the same ``links`` in any order. Of cycles that share a call one may hide the others."""
+    """The cycles in ``links``, `_CYCLES` of them at most. The result does not depend on the order of ``links``.
+
+    Of cycles that share a call, only one may be found. The others are found once a call of that one is refused.
+    """
     cycles: list[Cycle] = []
     left = sorted(set(links))
     while len(cycles) < _CYCLES and (cycle := _find_cycle(left)):
@@ -190,11 +205,11 @@ def _find_cycle(links: Iterable[WaitLink]) -> Cycle:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        calls: list[str] = error.args[1]  # the next one waits for each; the first comes again at the end
+        calls: list[str] = error.args[1]  # each is awaited by the next one; the first is repeated at the end
         return tuple(by_ends[calls[at], calls[at - 1]] for at in range(len(calls) - 1, 0, -1))
     return ()
 
 
 def _chosen(cycle: Cycle) -> str:
-    """The call that is refused: one that waits at an agent, as at least one of each cycle does."""
+    """The call that is refused. It waits in a mailbox, as at least one call of each cycle does."""
     return max((link.call for link in cycle if link.agent), default=cycle[0].call)

@@ -19,6 +19,7 @@ from natsrt.transport.connection import Connection
 logger = logging.getLogger("natsrt.hosting")
 
 _CHANGED = "its stored state was changed elsewhere"
+"""Why an instance is dropped whose record has another revision; for the log."""
 
 
 class Instances:
@@ -56,18 +57,18 @@ class Instances:
                 if state is not None:
                     await agent.load_state(orjson.loads(state))
             except RecordChanged:
-                await self.lose(slot, _CHANGED)
+                await self.drop_lost(slot, _CHANGED)
                 raise self.dropped(slot) from None
             except BaseException:
-                await close(slot.remove_instance())
+                await close_agent(slot.remove_instance())
                 raise
-            if slot.record is None:  # this worker was stopped meanwhile
-                await close(slot.remove_instance())
+            if slot.record is None:  # the ownership ended meanwhile
+                await close_agent(slot.remove_instance())
                 return
             slot.activate(agent, self._loop.time())
 
     def dropped(self, slot: AgentSlot) -> StateConflict:
-        """The error of a call whose instance was dropped, even if its agent has another one here by now."""
+        """The error for a call whose instance was dropped, even if the agent has a new instance here by now."""
         return StateConflict(str(slot.agent_id), self._worker_id)
 
     async def store(self, slot: AgentSlot) -> None:
@@ -78,10 +79,10 @@ class Instances:
         agent = slot.agent
         if agent is None or not slot.keeps_state:
             return
-        slot.changed = False
+        slot.save_begins()
         try:
             record, state = slot.record, encode_state(await agent.save_state())
-            if slot.record is not record or slot.is_saving:  # another write may come before, of a later state
+            if slot.record is not record or slot.is_saving:  # another write may come first, with a later state
                 async with slot.saving:
                     if slot.agent is not agent:
                         raise self.dropped(slot)
@@ -90,7 +91,7 @@ class Instances:
                 async with slot.saving:
                     await self._save(slot, agent, state)
         except BaseException:
-            slot.changed = slot.agent is not None
+            slot.save_failed()
             raise
 
     async def _save(self, slot: AgentSlot, agent: Agent, state: bytes) -> None:
@@ -102,32 +103,31 @@ class Instances:
         try:
             slot.saved(await self._records.save(record, state), self._loop.time())
         except RecordChanged:
-            await self.lose(slot, _CHANGED)
+            await self.drop_lost(slot, _CHANGED)
             raise self.dropped(slot) from None
         except NatsrtError as error:
             raise StateNotSaved(str(slot.agent_id), self._worker_id, str(error)) from error
 
-    async def lose(self, slot: AgentSlot, reason: str) -> None:
-        """The record is not as this worker wrote it."""
+    async def drop_lost(self, slot: AgentSlot, reason: str) -> None:
+        """Drop the instance because the record is not as this worker wrote it, and count that."""
         self.count_conflict()
         logger.warning("the instance of %s is dropped: %s", slot.agent_id, reason)
         await self.drop(slot)
 
     async def drop(self, slot: AgentSlot) -> None:
-        """This worker does not own the agent any more: its instance must not get another message."""
-        interest = slot.disown()
-        agent = slot.remove_instance()
+        """End the ownership here: the instance is closed, and gets no more messages."""
+        slot.disown()
+        interest, agent = slot.take_interest(), slot.remove_instance()
         if interest is not None:
             await self._connection.unsubscribe(interest)
-        await close(agent)
+        await close_agent(agent)
 
-    async def end(self, slot: AgentSlot) -> None:
-        """Close the instance, which is made anew if it is needed again."""
-        slot.changed = False
-        await close(slot.remove_instance())
+    async def close(self, slot: AgentSlot) -> None:
+        """Close the instance of an agent that is still owned here. The next message makes a new one."""
+        await close_agent(slot.remove_instance())
 
 
-async def close(agent: Agent | None) -> None:
+async def close_agent(agent: Agent | None) -> None:
     """Close an agent, if there is one. What it raises is logged."""
     if agent is None:
         return

@@ -14,79 +14,83 @@ from collections.abc import Collection
 class Mailbox:
     """The messages of one agent, from their arrival to the end of their handlers."""
 
-    __slots__ = ("_beside", "_inside", "_waiting")
+    __slots__ = ("_concurrent", "_inside", "_waiting")
 
     def __init__(self) -> None:
         self._inside: list[str] = []
-        self._beside: set[str] | None = None
-        """Handlers that run, but do not keep others out."""
+        self._concurrent: set[str] | None = None
+        """Handlers that run, but do not keep others out. None until there is one."""
         self._waiting: dict[str, asyncio.Future[None]] | None = None
+        """Handlers that wait to enter, in the order of their messages. None until there is one."""
 
     @property
     def inside(self) -> tuple[str, ...]:
         """The handlers that keep others out."""
         return tuple(self._inside)
 
-    def holds(self, chain: Collection[str]) -> bool:
-        """Whether a handler of this chain is here, so that a message of the chain may enter."""
+    def runs_any(self, chain: Collection[str]) -> bool:
+        """Whether a handler of this chain runs here, so that a message with the chain may enter."""
         if any(handler_id in chain for handler_id in self._inside):
             return True
-        return self._beside is not None and not self._beside.isdisjoint(chain)
+        return self._concurrent is not None and not self._concurrent.isdisjoint(chain)
 
-    def enter(self, handler_id: str, chain: Collection[str] = ()) -> bool:
-        """Let ``handler_id`` in where it need not `wait`; ``chain`` is the chain of its message. `exit` must follow."""
-        if (self._inside or self._waiting) and not self.holds(chain):
+    def try_enter(self, handler_id: str, chain: Collection[str] = ()) -> bool:
+        """Enter if that is possible without `wait`. Returns whether it was; then `exit` must follow.
+
+        ``chain`` is the chain of the message that the handler is for.
+        """
+        if (self._inside or self._waiting) and not self.runs_any(chain):
             return False
         self._inside.append(handler_id)
         return True
 
     async def wait(self, handler_id: str) -> None:
-        """Wait until ``handler_id`` may enter. `exit` must follow. Raises what `refuse` says."""
+        """Wait until the handler has entered; then `exit` must follow. Raises the error that was given to `refuse`."""
         if self._waiting is None:
             self._waiting = {}
         turn = self._waiting[handler_id] = asyncio.get_running_loop().create_future()
         try:
             await turn
         except BaseException:
-            if handler_id in self._inside:  # let in at the moment it gave up
+            if handler_id in self._inside:  # it had entered before it was cancelled
                 self._remove(handler_id)
             else:
                 self._waiting.pop(handler_id, None)
             raise
 
     def refuse(self, handler_id: str, error: Exception) -> None:
-        """``handler_id`` waits no longer, but fails. Nothing happens where it does not wait."""
+        """Let `wait` raise ``error``. Does nothing if the handler does not wait."""
         turn = None if self._waiting is None else self._waiting.pop(handler_id, None)
         if turn is not None and not turn.done():
             turn.set_exception(error)
 
     def count(self, handlers: Collection[str]) -> int:
-        """How many of ``handlers`` go on here."""
+        """How many of ``handlers`` run here."""
         if not handlers:
             return 0
-        beside = self._beside or ()
-        return sum(handler_id in self._inside or handler_id in beside for handler_id in handlers)
+        concurrent = self._concurrent or ()
+        return sum(handler_id in self._inside or handler_id in concurrent for handler_id in handlers)
 
-    def step_aside(self, handler_id: str) -> None:
-        """``handler_id`` goes on, and others may enter meanwhile."""
-        if self._beside is None:
-            self._beside = set()
-        self._beside.add(handler_id)
+    def let_others_in(self, handler_id: str) -> None:
+        """The handler goes on, and keeps others out no longer."""
+        if self._concurrent is None:
+            self._concurrent = set()
+        self._concurrent.add(handler_id)
         self._remove(handler_id)
 
     def exit(self, handler_id: str) -> None:
-        """``handler_id`` has ended."""
-        if self._beside and handler_id in self._beside:
-            self._beside.remove(handler_id)
+        """The handler has ended."""
+        if self._concurrent and handler_id in self._concurrent:
+            self._concurrent.remove(handler_id)
         else:
             self._remove(handler_id)
 
     def _remove(self, handler_id: str) -> None:
         self._inside.remove(handler_id)
         if self._waiting and not self._inside:
-            self._let_in()
+            self._admit_next()
 
-    def _let_in(self) -> None:
+    def _admit_next(self) -> None:
         while self._waiting:
             handler_id = next(iter(self._waiting))
             turn = self._waiting.pop(handler_id)

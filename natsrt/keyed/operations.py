@@ -1,4 +1,4 @@
-"""What a worker does with the keyed agents that it owns, beside handling their messages."""
+"""Operations on the keyed agents of a worker: everything that is asked of them besides handling messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KeyedOperations:
         self._catalog = catalog
 
     async def instance(self, hosted: HostedType, key: str, chain: tuple[str, ...]) -> Agent:
-        """The live instance. Raises `OwnedElsewhere`."""
+        """The live instance, made if there is none. Raises `OwnedElsewhere`, and what making it raises."""
 
         async def live() -> Agent:
             return hosted.live[key]
@@ -35,7 +35,7 @@ class KeyedOperations:
         return await self._turns.run(hosted, key, chain, live)
 
     async def state(self, hosted: HostedType, key: str, chain: tuple[str, ...]) -> Mapping[str, Any]:
-        """What ``save_state`` returns when its turn comes. Raises `OwnedElsewhere`."""
+        """What ``save_state`` returns, called in a turn. Raises `OwnedElsewhere`, and what the agent raises."""
 
         async def save() -> Mapping[str, Any]:
             return await hosted.live[key].save_state()
@@ -43,7 +43,10 @@ class KeyedOperations:
         return await self._turns.run(hosted, key, chain, save)
 
     async def control(self, hosted: HostedType, key: str, inbound: Inbound, body: Envelope) -> Any:
-        """One control message, when its agent's turn comes. Raises `OwnedElsewhere`."""
+        """Carry out a control message in a turn of the agent. Returns the JSON result.
+
+        Raises `OwnedElsewhere`, `CannotDecode`, and what the agent raises.
+        """
         operation = body.required("operation")
         if operation == control.GIVE_AWAY:
             return await self._give_away(hosted, body.json())
@@ -59,4 +62,4 @@ class KeyedOperations:
     async def _give_away(self, hosted: HostedType, count: Any) -> int:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise CannotDecode("a control message", "how many agents to give away must be a number of at least 0")
-        return await self._ownership.give_away(hosted.agent_type, count)
+        return await self._ownership.release_some(hosted.agent_type, count)

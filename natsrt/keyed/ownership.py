@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection
-from typing import TypeVar
 
 from autogen_core import Agent, AgentId
 
@@ -27,7 +26,7 @@ from natsrt.background import BackgroundTasks
 from natsrt.errors import WorkerLost
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
-from natsrt.keyed.instances import Instances, close
+from natsrt.keyed.instances import Instances, close_agent
 from natsrt.keyed.releasing import Releasing
 from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, lease
 from natsrt.options import Options
@@ -40,21 +39,20 @@ from natsrt.wire.peer_messages import Claim, Location
 logger = logging.getLogger("natsrt.hosting")
 
 _STALL = 2.0
-"""Seconds for which the event loop stood still, after which others may have taken this worker for dead."""
+"""Seconds for which the event loop must stand still before this worker verifies what it owns: other workers may have
+taken it for dead meanwhile."""
 _MOVES_WITHIN = 4.0
-"""Seconds by which an owner may take longer over a claim or a release than `Options.lost_after`."""
+"""Seconds beyond `Options.lost_after` for which the end of another worker's claim or release is waited for."""
 _ASK = 0.5
-"""Seconds for which an owner is waited for that is asked about its claim."""
+"""Seconds within which the owner that a record names must answer. docs/PROTOCOL.md fixes this time."""
 _PAUSE = 0.02
-"""Seconds before the record of an agent that is being moved is read again; doubled each time."""
+"""Seconds before the record of an agent that another worker claims or releases is read again; doubled each time."""
 _LONGEST_PAUSE = 0.25
-"""The longest such pause in seconds."""
+"""Seconds of such a pause at most."""
 _CLOSE_WITHIN = 1.0
-"""Seconds that agents which could not be released have to close at a stop."""
+"""Seconds for which a stop waits for the agents that could not be released to close."""
 _AT_ONCE = 64
 """Agents that are verified at the same time, so that a worker with many does not flood JetStream."""
-
-T = TypeVar("T")
 
 
 class OwnedElsewhere(Exception):
@@ -70,7 +68,7 @@ class NotOwned(Exception):
 
 
 class Ownership(RegistryListener):
-    """What one worker owns. A `Listener` of its connection."""
+    """The ownership of one worker. A `Listener` of its connection, and of its registry."""
 
     def __init__(
         self,
@@ -100,7 +98,7 @@ class Ownership(RegistryListener):
         self._instances = instances
         self._releasing = releasing
         self.doubt_epoch = 0
-        """How many reasons there have been to doubt what is owned here."""
+        """Number of times that there was a reason to doubt that what is owned here still is."""
         self._stall_watch = StallWatch(_STALL, self._stalled)
         self._tasks = BackgroundTasks(logger, "verifying keyed agents failed")
         self._verifying = asyncio.Semaphore(_AT_ONCE)
@@ -111,7 +109,7 @@ class Ownership(RegistryListener):
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Needed once this worker hosts a keyed type. Harmless when started."""
+        """Open the records, and begin to watch. Call it once this worker hosts a keyed type. Harmless when started."""
         if not self._started:
             self._started = True
             try:
@@ -123,16 +121,16 @@ class Ownership(RegistryListener):
             self._releasing.start()
 
     def begin_drain(self) -> None:
-        """Claim nothing more."""
+        """Claim no more agents."""
         self._slots.draining = True
 
     async def drain(self) -> None:
-        """Hand all agents over: what was received for them is handled, their state is stored, nobody owns them."""
+        """Claim no more agents, and release all. Returns when all are released, or could not be."""
         self.begin_drain()
         await self._releasing.release_all()
 
     def exempt(self, handlers: Collection[str]) -> None:
-        """Do not wait for these handlers in `drain`, by their ids: they wait for the stop of this worker themselves."""
+        """Do not wait in `drain` for the handlers with these ids: they wait for the stop of this worker themselves."""
         self._releasing.exempt(handlers)
 
     def leave(self, agent_type: str) -> None:
@@ -141,7 +139,7 @@ class Ownership(RegistryListener):
             self._releasing.release_soon(slot)
 
     async def stop(self) -> None:
-        """End: close and forget what was not released."""
+        """Close the agents that were not released, and forget all."""
         self._stall_watch.stop()
         await self._releasing.stop()
         await self._tasks.cancel()
@@ -150,7 +148,7 @@ class Ownership(RegistryListener):
             slot.disown()
             agent = slot.remove_instance()
             if agent is not None:
-                left.append(asyncio.ensure_future(close(agent)))
+                left.append(asyncio.ensure_future(close_agent(agent)))
         self._slots.clear()
         if left:
             await asyncio.wait(left, timeout=_CLOSE_WITHIN)
@@ -167,9 +165,9 @@ class Ownership(RegistryListener):
         self.doubt()
 
     def doubt(self) -> None:
-        """Others may have taken this worker for dead: verify every record again, and soon.
+        """Other workers may have taken this one for dead: begin to verify every record again.
 
-        Until then this worker would take messages that are for others.
+        Until an agent is verified, this worker may receive messages that are for its new owner.
         """
         self.doubt_epoch += 1
         if self._started:
@@ -178,23 +176,26 @@ class Ownership(RegistryListener):
     # -- questions -----------------------------------------------------------------------------------------------
 
     async def locate(self, hosted: HostedType, key: str, chain: Collection[str]) -> Location:
-        """Where the agent lives, for a message of this chain. This worker claims it if nobody owns it."""
+        """Where the agent lives, for a message with this chain. This worker claims it if nobody owns it.
+
+        Raises what claiming raises: `WorkerLost`, and the errors of the records.
+        """
         slot = self._slots.get(hosted, key)
-        slot.ask(chain)
+        slot.asked(chain)
         try:
             owner = await self._own(slot, chain, to_stay=True)
-            slot.used_at = self._loop.time()
+            slot.located(self._loop.time())
             return Location(owner or self._worker_id, lease(slot.options))
         finally:
             slot.answered(chain)
             self._slots.forget_unused(slot)
 
     def claim_of(self, agent_type: str, key: str, chain: Collection[str]) -> Claim:
-        """This worker's claim on an agent whose record names it, for a message of this chain."""
+        """The answer to a worker that found this one in the agent's record, for a message with this chain."""
         slot = self._slots.find(agent_type, key)
         if slot is None:
             return Claim.FREE
-        if slot.record is not None and slot.mailbox.holds(chain):  # not released before that message has come
+        if slot.record is not None and slot.mailbox.runs_any(chain):  # it is not released before that message has come
             return Claim.HOLDS
         if slot.is_moving or slot.releasing:
             return Claim.MOVING
@@ -209,9 +210,9 @@ class Ownership(RegistryListener):
             raise LookupError(f"Agent {agent_id} is not live in this runtime.")
         await self._instances.store(slot)
 
-    async def give_away(self, agent_type: str, count: int) -> int:
-        """Release up to ``count`` idle agents of a type, for other workers. Returns the number released."""
-        return await self._releasing.give_away(agent_type, count)
+    async def release_some(self, agent_type: str, count: int) -> int:
+        """Release up to ``count`` agents of a type that can move to other workers now. Returns the number released."""
+        return await self._releasing.release_some(agent_type, count)
 
     @property
     def owns_some(self) -> bool:
@@ -225,60 +226,70 @@ class Ownership(RegistryListener):
     # -- ownership -----------------------------------------------------------------------------------------------
 
     async def _own(self, slot: AgentSlot, chain: Collection[str], *, to_stay: bool = False) -> str | None:
-        """Own the agent, and return None; or return the id of the worker that does.
+        """Own the agent, and return None; or return the id of the worker that owns it.
 
-        One that is being released is still owned until it is `AgentSlot.parting`; with ``to_stay`` this waits for the
-        end of its release instead.
+        An agent that is being released is still owned until it is `AgentSlot.closing`. With ``to_stay`` this waits for
+        the end of the release instead, and claims the agent again.
         """
         if slot.record is not None:
             await self.verify(slot)
-            goes = slot.parting or (to_stay and slot.releasing and not slot.mailbox.holds(chain))
-            if slot.record is not None and not goes:
+            leaves = slot.closing or (to_stay and slot.releasing and not slot.mailbox.runs_any(chain))
+            if slot.record is not None and not leaves:
                 return None
         async with slot.moving:
             return None if slot.record is not None else await self._claim(slot)
 
     async def _claim(self, slot: AgentSlot) -> str | None:
+        """Become the owner, and return None; or return the id of the worker that is, or becomes, the owner."""
         if self._slots.must_leave(slot):
             return (await self._locator.locate(slot.agent_id, slot.blocked_handlers)).worker_id
-        until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN
-        epoch, pause = self.doubt_epoch, _PAUSE
-        present: Record | None = None
-        while True:
-            try:
-                if present is None:
-                    record = await self._records.claim(slot.agent_id, self._worker_id)
-                    break
-                if present.owner is not None and present.owner != self._worker_id:
-                    claim = await self._ask_owner(present.owner, slot.agent_id, slot.blocked_handlers)
-                    if claim is Claim.HOLDS:
-                        return present.owner
-                    if claim is Claim.MOVING:
-                        if self._loop.time() > until:
-                            raise WorkerLost(str(slot.agent_id), present.owner, "it owns the agent, but is silent")
-                        await asyncio.sleep(pause)
-                        pause = min(pause * 2, _LONGEST_PAUSE)
-                        present = await self._records.read(slot.agent_id)
-                        continue
-                record = await self._records.take(present, self._worker_id)
-                break
-            except RecordTaken as taken:
-                present = taken.record
-            except RecordChanged:
-                present = await self._records.read(slot.agent_id)
-        slot.own(record, epoch, self._loop.time())
+        epoch = self.doubt_epoch
+        outcome = await self._write_claim(slot)
+        if isinstance(outcome, str):
+            return outcome
+        slot.own(outcome, epoch, self._loop.time())
         try:
-            slot.interest = await self._subjects.listen(slot.hosted, slot.key)
+            slot.listening(await self._subjects.listen(slot.hosted, slot.key))
             await self._connection.barrier()
         except BaseException:
             await self._instances.drop(slot)
             raise
-        if self._slots.must_leave(slot):  # since it began
+        if self._slots.must_leave(slot):  # since the claim began
             self._releasing.release_soon(slot)
         return None
 
+    async def _write_claim(self, slot: AgentSlot) -> Record | str:
+        """Name this worker in the agent's record, and return the record; or return the id of its present owner.
+
+        Raises `WorkerLost` if the owner does not answer, and is not known to be gone either.
+        """
+        until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN
+        pause = _PAUSE
+        present: Record | None = None
+        while True:
+            try:
+                if present is None:
+                    return await self._records.claim(slot.agent_id, self._worker_id)
+                owner = present.owner
+                if owner is None or owner == self._worker_id:
+                    return await self._records.take(present, self._worker_id)
+                claim = await self._ask_owner(owner, slot.agent_id, slot.blocked_handlers)
+                if claim is Claim.HOLDS:
+                    return owner
+                if claim is Claim.FREE:
+                    return await self._records.take(present, self._worker_id)
+                if self._loop.time() > until:
+                    raise WorkerLost(str(slot.agent_id), owner, "it owns the agent, but is silent")
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+                present = await self._records.read(slot.agent_id)
+            except RecordTaken as taken:
+                present = taken.record
+            except RecordChanged:
+                present = await self._records.read(slot.agent_id)
+
     async def _ask_owner(self, owner: str, agent_id: AgentId, chain: Collection[str]) -> Claim:
-        """The owner's claim on the agent: ``FREE`` if the owner is gone, ``MOVING`` while that is not certain."""
+        """Ask the owner for its claim on the agent: ``FREE`` if it is gone, ``MOVING`` while that is not certain."""
         claim = await self._peers.claim(owner, agent_id, chain, _ASK)
         if claim is not None:
             return claim
@@ -294,24 +305,24 @@ class Ownership(RegistryListener):
     # -- verifying -----------------------------------------------------------------------------------------------
 
     def is_verified(self, slot: AgentSlot) -> bool:
-        """Whether this worker owns the agent, and there was no reason to doubt it since that was verified."""
+        """Whether this worker owns the agent, and there was no reason to doubt that since it was last verified."""
         self._stall_watch.look()
         return slot.record is not None and slot.verified_epoch == self.doubt_epoch
 
     async def verify(self, slot: AgentSlot) -> None:
-        """Know that the record is still as this worker wrote it, or drop the instance."""
+        """Read the record if the ownership is in doubt. Drops the instance if another worker has changed the record."""
         if slot.record is not None and not self.is_verified(slot):
             async with slot.saving:
                 if slot.record is not None and slot.verified_epoch != self.doubt_epoch:
-                    await self._look_up(slot, slot.record)
+                    await self._verify(slot, slot.record)
 
-    async def _look_up(self, slot: AgentSlot, own: Record) -> None:
+    async def _verify(self, slot: AgentSlot, own: Record) -> None:
         epoch = self.doubt_epoch
         record = await self._records.read(slot.agent_id)
         if record is None or record.owner != self._worker_id or not self._records.follows(record, own):
-            await self._instances.lose(slot, "it was taken over while this worker was away")
+            await self._instances.drop_lost(slot, "it was taken over while this worker was away")
         else:
-            slot.verified_epoch = epoch
+            slot.verified(epoch)
 
     async def _verify_all(self, epoch: int) -> None:
         async def verify(slot: AgentSlot) -> None:
@@ -322,28 +333,30 @@ class Ownership(RegistryListener):
 
         for outcome in await asyncio.gather(*(verify(slot) for slot in self._slots), return_exceptions=True):
             if isinstance(outcome, Exception):
-                logger.info("an owner cannot be verified yet: %s", outcome)
+                logger.info("the ownership of an agent cannot be verified yet: %s", outcome)
 
     def _stalled(self) -> None:
-        """This worker stood still. If it was really taken for dead, it loses its connection or its registry entry too.
+        """This worker stood still. Each record is verified before the agent's next message is handled or answered.
 
-        Those are reasons to verify every record: `doubt`.
+        A worker that was taken for dead loses its connection or its registry entry, too. Then `doubt` verifies all at
+        once.
         """
         self.doubt_epoch += 1
 
     async def activate(self, slot: AgentSlot, chain: Collection[str], claim: bool) -> Agent:
-        """Own the agent, and have its instance live, which is returned. ``chain`` is that of the message for it.
+        """Own the agent and make its instance, as far as needed. Returns the instance.
 
-        Raises `OwnedElsewhere`, or without ``claim`` `NotOwned`.
+        ``chain`` is the chain of the message that needs it. Raises `OwnedElsewhere` if another worker owns the agent;
+        if ``claim`` is off, `NotOwned` if this worker does not.
         """
         while True:
             if not claim:
                 await self.verify(slot)
-                if slot.record is None or slot.parting:
+                if slot.record is None or slot.closing:
                     raise NotOwned
             if (owner := await self._own(slot, chain)) is not None:
                 raise OwnedElsewhere(owner)
             if slot.agent is None:
                 await self._instances.load(slot)
-            if slot.agent is not None:  # else it was lost meanwhile
+            if slot.agent is not None:  # None: the ownership was lost meanwhile
                 return slot.agent

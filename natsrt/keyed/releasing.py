@@ -1,7 +1,7 @@
 """Giving up keyed agents: because the worker stops, because they are idle, or so that other workers get them.
 
-A release ends the subscription, lets what was received be handled, stores the state, closes the instance and gives up
-the record, in this order.
+A release waits until the messages that were received are handled, ends the subscription, waits for the messages that
+came in meanwhile, stores the state, closes the instance and gives up the record, in this order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from natsrt.errors import NatsrtError
 from natsrt.jetstream.agent_records import AgentRecords, RecordChanged
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.keyed.instances import Instances
-from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, housekeeping_interval, is_free
+from natsrt.keyed.slots import (
+    LONGEST_INTERVAL,
+    AgentSlot,
+    AgentSlots,
+    AgentSubjects,
+    can_move,
+    housekeeping_interval,
+)
 from natsrt.transport.connection import Connection
 
 logger = logging.getLogger("natsrt.hosting")
@@ -56,101 +63,113 @@ class Releasing:
         self._hosting: dict[str, tuple[int, float]] = {}
         """By type: how many workers host it, and when they last became more."""
         self._exempt: Collection[str] = ()
-        """Handlers that wait for the stop of this worker themselves."""
+        """Ids of handlers that wait for the stop of this worker themselves."""
 
     def start(self) -> None:
-        """Begin to look after agents that are idle, or due to be stored."""
-        self._tasks.spawn(self._keep_looking())
+        """Begin the housekeeping."""
+        self._tasks.spawn(self._housekeeping())
 
     async def stop(self) -> None:
-        """Release nothing more."""
+        """Cancel the housekeeping, and the releases that it and `release_soon` began."""
         await self._tasks.cancel()
 
     async def release_all(self) -> None:
-        """Hand all agents over: what was received for them is handled, their state is stored, nobody owns them."""
+        """Release all agents. Returns when all are released, or could not be."""
         await asyncio.gather(*(self.release(slot) for slot in self._slots))
 
     def exempt(self, handlers: Collection[str]) -> None:
-        """Do not wait for these handlers, by their ids: they wait for the stop of this worker themselves."""
+        """Do not wait for the handlers with these ids: they wait for the stop of this worker themselves."""
         self._exempt = (*self._exempt, *handlers)
         for slot in self._slots:
             slot.wake_release()
 
     def release_soon(self, slot: AgentSlot) -> None:
-        """Begin to release an agent."""
+        """Begin to release an agent, without waiting for the end."""
         self._tasks.spawn(self.release(slot))
 
     async def release(self, slot: AgentSlot) -> None:
-        """Handle what was received for the agent, store its state, close it, and leave it to nobody.
+        """Handle what was received for the agent, store its state, close it, and give up the ownership.
 
-        One that is under way is waited for.
+        If a release is under way, wait for its end. Errors are logged.
         """
         try:
             async with slot.moving:
                 if slot.record is not None:
-                    slot.releasing = True
+                    slot.release_begins()
                     try:
-                        await self._release(slot)
+                        await self._stop_listening(slot)
+                        slot.close_begins()
+                        async with self._at_once:
+                            await self._give_up(slot)
                     finally:
-                        slot.releasing = slot.parting = False
+                        slot.release_ends()
         except Exception as error:
             known = isinstance(error, NatsrtError)
             logger.warning("%s cannot be released: %s", slot.agent_id, error, exc_info=None if known else error)
         finally:
             self._slots.forget_unused(slot)
 
-    async def _release(self, slot: AgentSlot) -> None:
+    async def _stop_listening(self, slot: AgentSlot) -> None:
+        """End the subscription. Returns when all messages that came in before that are handled."""
         while True:
             await self._wait_unused(slot)
-            interest, slot.interest = slot.interest, None
+            interest = slot.take_interest()
             if interest is not None:
                 async with self._at_once:
                     await self._connection.unsubscribe(interest)
             if not slot.is_used(self._exempt):
-                break
-            # A message came in before the subscription ended: calls along the chain of its handler must come in.
-            slot.interest = await self._subjects.listen(slot.hosted, slot.key)
-        slot.parting = True
-        async with self._at_once:
-            try:
-                if slot.options.save != "manual":
-                    await self._instances.store(slot)
-                if slot.record is not None:
-                    await self._instances.end(slot)
-                    await self._records.release(slot.record)
-            except RecordChanged:
-                self._instances.count_conflict()
-            except Exception:
-                if slot.record is not None and not self._slots.must_leave(slot):  # it lives on, to be stored later
-                    slot.interest = await self._subjects.listen(slot.hosted, slot.key)
-                else:
-                    await self._instances.drop(slot)
-                raise
-            await self._instances.drop(slot)
+                return
+            # A message came in before the subscription ended. What its handler calls must be able to call back.
+            await self._listen(slot)
+
+    async def _listen(self, slot: AgentSlot) -> None:
+        slot.listening(await self._subjects.listen(slot.hosted, slot.key))
+
+    async def _give_up(self, slot: AgentSlot) -> None:
+        """Store the state, close the instance, and write into the record that nobody owns the agent."""
+        try:
+            if slot.options.save != "manual":
+                await self._instances.store(slot)
+            if slot.record is not None:
+                await self._instances.close(slot)
+                await self._records.release(slot.record)
+        except RecordChanged:
+            self._instances.count_conflict()
+        except Exception:
+            if slot.record is not None and not self._slots.must_leave(slot):  # keep it, to store its state later
+                await self._listen(slot)
+            else:
+                await self._instances.drop(slot)
+            raise
+        await self._instances.drop(slot)
 
     async def _wait_unused(self, slot: AgentSlot) -> None:
         while slot.is_used(self._exempt):
             await slot.wait_for_change()
 
-    async def give_away(self, agent_type: str, count: int) -> int:
-        """Release up to ``count`` idle agents of a type, for other workers. Returns the number released."""
+    async def release_some(self, agent_type: str, count: int) -> int:
+        """Release up to ``count`` agents of a type that can move to other workers now. Returns the number released."""
         now = self._loop.time()
-        idle = [slot for slot in self._slots.of(agent_type) if is_free(slot, now)]
-        chosen = random.sample(idle, min(count, len(idle)))
+        movable = [slot for slot in self._slots.of(agent_type) if can_move(slot, now)]
+        chosen = random.sample(movable, min(count, len(movable)))
         await asyncio.gather(*(self.release(slot) for slot in chosen))
         return len(chosen)
 
-    async def _keep_looking(self) -> None:
-        """Release what is idle, store what is due, and share with workers that joined. A slow agent delays no other."""
+    async def _housekeeping(self) -> None:
+        """Release idle agents, store states that are due, and release agents for workers that joined.
+
+        Each agent has a task of its own, so that a slow one delays no other.
+        """
         while True:
             keyed = [hosted.keyed for hosted in self._catalog if hosted.keyed is not None]
-            await asyncio.sleep(min(map(housekeeping_interval, keyed), default=5.0))
+            await asyncio.sleep(min(map(housekeeping_interval, keyed), default=LONGEST_INTERVAL))
             now = self._loop.time()
             for hosted in self._catalog:
                 for work in self._due(hosted, now):
                     self._tasks.spawn(work)
 
     def _due(self, hosted: HostedType, now: float) -> Iterator[Coroutine[Any, Any, None]]:
+        """What is to be done now for the agents of a type."""
         options = hosted.keyed
         if options is None:
             return
@@ -163,8 +182,8 @@ class Releasing:
                 continue
             if options.idle_timeout is not None and not slot.users and now - slot.used_at > options.idle_timeout:
                 yield self.release(slot)
-            elif options.rebalance and slot.owned_since < joined and is_free(slot, now):
-                yield self.release(slot)  # whichever worker gets its next message claims it
+            elif options.rebalance and slot.owned_since < joined and can_move(slot, now):
+                yield self.release(slot)  # the worker that gets its next message claims it
             elif options.save == "interval" and slot.changed and now - slot.saved_at >= options.save_interval:
                 yield self._store_in_background(slot)
 

@@ -1,8 +1,7 @@
 """What an owner keeps for each keyed agent, and what follows from the options of its type.
 
-Each part of a slot has one place where it changes: messages and questions come and go by the methods under "use"; who
-owns the agent changes by those under "ownership", its instance by those under "instance", its release by those under
-"release".
+Everything else only reads a slot. It changes by its methods, each of which says what happened: to its messages ("use"),
+to the ownership, to the instance, to the release.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from natsrt.transport.connection import Interest
 _LEASE = 10.0
 """Seconds after a message for which its sender may assume that the owner is still the same, if the type's
 ``idle_timeout`` allows it. A conversation that pauses longer asks once more."""
-_HOUSEKEEPING = 5.0
-"""Seconds between two looks at the agents of a type at most."""
-_HOUSEKEEPING_AT_LEAST = 0.05
-"""Seconds between two looks at the agents of a type at least, however short its timeouts are."""
+LONGEST_INTERVAL = 5.0
+"""Seconds between two rounds of housekeeping at most."""
+_SHORTEST_INTERVAL = 0.05
+"""Seconds between two rounds of housekeeping at least, however short the timeouts are."""
 
 
 class AgentSubjects(Protocol):
@@ -46,6 +45,7 @@ class AgentSlot:
         "agent_id",
         "chains",
         "changed",
+        "closing",
         "hosted",
         "interest",
         "keeps_state",
@@ -54,7 +54,6 @@ class AgentSlot:
         "open_questions",
         "options",
         "owned_since",
-        "parting",
         "record",
         "releasing",
         "saved_at",
@@ -78,19 +77,20 @@ class AgentSlot:
         self.users = 0
         """Messages that wait or are handled."""
         self.open_questions = 0
-        """Questions where the agent lives that are being answered."""
+        """Questions about the agent's location that are being answered."""
         self.chains: list[Collection[str]] | None = None
         """The chains of these messages and questions, as far as they have one."""
         self.used_at = now
-        """The event loop's time of the last message or question."""
+        """The event loop's time when the last message ended, or the last question was answered."""
         # ownership
         self.record: Record | None = None
-        """The record as this worker wrote it last; None while it does not own the agent."""
+        """The record as this worker wrote it last; None while this worker does not own the agent."""
         self.interest: Interest | None = None
         """The subscription to the agent's subject; None while there is none."""
         self.verified_epoch = -1
         """Value of `Ownership.doubt_epoch` when the record was last verified; a different value means: verify again."""
         self.owned_since = now
+        """The event loop's time of the last claim."""
         # instance
         self.agent: Agent | None = None
         """The instance, with its state loaded; None while there is none that may get messages."""
@@ -99,24 +99,25 @@ class AgentSlot:
         self.changed = False
         """Whether messages were handled since the last save."""
         self.saved_at = now
+        """The event loop's time when the instance was made, or its state was last stored."""
         # release
         self.releasing = False
         """Whether the agent is being released."""
-        self.parting = False
-        """Whether the release has come so far that nothing more is handled: what comes waits for its end."""
+        self.closing = False
+        """Whether the release has come so far that no message is handled any more: new ones wait for its end."""
         self.use_changed: asyncio.Future[None] | None = None
         """Done when `users` changes, for a release that waits; None while none does."""
 
     # -- use -----------------------------------------------------------------------------------------------------
 
     def enter(self, chain: Collection[str]) -> None:
-        """A message of this chain is here."""
+        """A message with this chain has arrived."""
         self.users += 1
         if chain:
             self._add_chain(chain)
 
     def exit(self, chain: Collection[str], now: float) -> None:
-        """It has been handled, or given up."""
+        """A message with this chain has been handled, or was given up."""
         self.used_at = now
         self.users -= 1
         if chain:
@@ -124,13 +125,17 @@ class AgentSlot:
         if self.use_changed is not None:
             self.wake_release()
 
-    def ask(self, chain: Collection[str]) -> None:
-        """A question where the agent lives, for a message of this chain, is here."""
+    def asked(self, chain: Collection[str]) -> None:
+        """A question about the agent's location has arrived, for a message with this chain."""
         self.open_questions += 1
         self._add_chain(chain)
 
+    def located(self, now: float) -> None:
+        """A sender learns where the agent is, and may send messages there from now on."""
+        self.used_at = now
+
     def answered(self, chain: Collection[str]) -> None:
-        """It has been answered, or given up."""
+        """A question for a message with this chain has been answered, or was given up."""
         self.open_questions -= 1
         self._remove_chain(chain)
 
@@ -150,21 +155,32 @@ class AgentSlot:
         return set().union(*self.chains) if self.chains else set()
 
     def is_used(self, exempt: Collection[str] = ()) -> bool:
-        """Whether messages are here, beside those that the handlers in ``exempt`` handle."""
+        """Whether this worker owns the agent, and has messages for it other than those of the ``exempt`` handlers."""
         return self.record is not None and self.users > self.mailbox.count(exempt)
 
     # -- ownership -----------------------------------------------------------------------------------------------
 
     def own(self, record: Record, epoch: int, now: float) -> None:
-        """This worker owns the agent, by a record that it wrote at this doubt epoch."""
+        """This worker has become the owner, by a record that it wrote at this doubt epoch."""
         self.record, self.verified_epoch, self.owned_since = record, epoch, now
 
-    def disown(self) -> Interest | None:
-        """This worker does not own the agent any more. Returns the subscription that is left to be ended."""
-        self.record, self.changed = None, False
-        self.wake_release()
+    def verified(self, epoch: int) -> None:
+        """The record is still as this worker wrote it. That was read at this doubt epoch."""
+        self.verified_epoch = epoch
+
+    def listening(self, interest: Interest) -> None:
+        """This worker has subscribed to the agent's subject."""
+        self.interest = interest
+
+    def take_interest(self) -> Interest | None:
+        """The subscription to the agent's subject, which the caller ends; None if there is none."""
         interest, self.interest = self.interest, None
         return interest
+
+    def disown(self) -> None:
+        """This worker does not own the agent any more."""
+        self.record = None
+        self.wake_release()
 
     # -- instance ------------------------------------------------------------------------------------------------
 
@@ -172,16 +188,40 @@ class AgentSlot:
         """The instance is live, with the state that is stored."""
         self.agent, self.keeps_state, self.saved_at = agent, keeps_state(agent), now
 
+    def handled(self) -> None:
+        """The instance has handled a message, which may have changed its state."""
+        self.changed = True
+
+    def save_begins(self) -> None:
+        """The state is about to be stored. A message that is handled from now on changes it again."""
+        self.changed = False
+
+    def save_failed(self) -> None:
+        """The state was not stored, and must be stored later if the instance is still live."""
+        self.changed = self.agent is not None
+
     def saved(self, record: Record, now: float) -> None:
         """The state was stored, in this record."""
         self.record, self.saved_at = record, now
 
     def remove_instance(self) -> Agent | None:
-        """The live instance, which is not live any more; None if there is none."""
-        self.agent = None
+        """Take the instance out, so that it gets no more messages. Returns it; None if there is none."""
+        self.agent, self.changed = None, False
         return self.hosted.live.pop(self.key, None)
 
     # -- release -------------------------------------------------------------------------------------------------
+
+    def release_begins(self) -> None:
+        """The agent is being released. Messages that have arrived, and those of their chains, are still handled."""
+        self.releasing = True
+
+    def close_begins(self) -> None:
+        """The release handles no more messages."""
+        self.closing = True
+
+    def release_ends(self) -> None:
+        """The agent was released, or could not be."""
+        self.releasing = self.closing = False
 
     async def wait_for_change(self) -> None:
         """Return when `users` changes, or `wake_release` is called."""
@@ -192,11 +232,13 @@ class AgentSlot:
             self.use_changed = None
 
     def wake_release(self) -> None:
-        """Let a release that waits look again whether the agent is used."""
+        """Let a release that waits check again whether the agent is used."""
         if self.use_changed is not None and not self.use_changed.done():
             self.use_changed.set_result(None)
 
-    # -- locks: made when they are first used, because of 100,000 agents few ever need one ------------------------
+    # -- locks ---------------------------------------------------------------------------------------------------
+    #
+    # They are made when they are first used: of 100,000 agents few ever need one.
 
     @property
     def moving(self) -> asyncio.Lock:
@@ -211,7 +253,7 @@ class AgentSlot:
 
     @property
     def saving(self) -> asyncio.Lock:
-        """Locked while the record or the instance changes under an owner: loading, storing, verifying."""
+        """Locked while this worker, as the owner, loads or stores the state or verifies the record."""
         if self._saving is None:
             self._saving = asyncio.Lock()
         return self._saving
@@ -228,7 +270,7 @@ class AgentSlots:
         self._catalog = catalog
         self._slots: dict[str, dict[str, AgentSlot]] = {}
         self.draining = False
-        """Whether this worker claims nothing more, and is about to give up what it owns."""
+        """Whether this worker stops: it claims no more agents, and is about to release those that it owns."""
 
     def __iter__(self) -> Iterator[AgentSlot]:
         return iter([slot for of_type in self._slots.values() for slot in of_type.values()])
@@ -237,21 +279,20 @@ class AgentSlots:
         return self._slots.get(agent_type, {}).get(key)
 
     def of(self, agent_type: str) -> Sequence[AgentSlot]:
-        """Those of one type."""
+        """The slots of one type."""
         return list(self._slots.get(agent_type, {}).values())
 
     def get(self, hosted: HostedType, key: str) -> AgentSlot:
         """The slot of an agent, made if there is none. `forget_unused` must follow."""
-        of_type = self._slots.get(hosted.agent_type)
-        if of_type is None:
-            of_type = self._slots[hosted.agent_type] = {}
-        slot = of_type.get(key)
-        if slot is None:
-            slot = of_type[key] = AgentSlot(hosted, key)
-        return slot
+        try:
+            return self._slots[hosted.agent_type][key]
+        except KeyError:
+            slot = AgentSlot(hosted, key)
+            self._slots.setdefault(hosted.agent_type, {})[key] = slot
+            return slot
 
     def forget_unused(self, slot: AgentSlot) -> None:
-        """Drop a slot whose agent this worker neither owns nor is asked for."""
+        """Drop a slot whose agent this worker does not own, and has no messages or questions for."""
         if slot.record is None and not (slot.users or slot.open_questions or slot.releasing or slot.is_moving):
             of_type = self._slots.get(slot.hosted.agent_type, {})
             if of_type.get(slot.key) is slot:
@@ -265,8 +306,8 @@ class AgentSlots:
         self._slots.clear()
 
 
-def is_free(slot: AgentSlot, now: float) -> bool:
-    """Whether nobody uses the agent, and no sender may assume any more that it is here."""
+def can_move(slot: AgentSlot, now: float) -> bool:
+    """Whether the agent is owned here, has no messages, and no sender may still assume that it is here."""
     return slot.record is not None and not slot.users and now - slot.used_at > 2 * lease(slot.options)
 
 
@@ -279,11 +320,11 @@ def lease(options: KeyedOptions) -> float:
 
 
 def housekeeping_interval(options: KeyedOptions) -> float:
-    """Seconds between two looks at the agents of a type: a quarter of its shortest timeout, within bounds."""
+    """Seconds between two rounds of housekeeping for a type: a quarter of its shortest timeout, within bounds."""
     due = [options.idle_timeout or _LEASE * 2]
     if options.save == "interval":
         due.append(options.save_interval)
-    return min(_HOUSEKEEPING, max(_HOUSEKEEPING_AT_LEAST, min(due) / 4))
+    return min(LONGEST_INTERVAL, max(_SHORTEST_INTERVAL, min(due) / 4))
 
 
 def keeps_state(agent: Agent) -> bool:

@@ -1,26 +1,29 @@
 """Lets the messages of keyed agents have their turns, each with the agent live and owned by this worker.
 
-A turn: wait in the agent's mailbox, have the instance live and owned, run the handler, verify the ownership again,
-store what changed, leave the mailbox. So a call is answered only if its agent is still owned here, and its state is
-stored, as far as the type's options say so.
+A turn has these steps: wait in the agent's mailbox, have the instance live and owned, run the handler, verify the
+ownership again if there is a reason to, store the state, leave the mailbox. So a call gets a reply only if its agent is
+still owned here, and after its state was stored, as far as the type's options say that.
+
+A call whose turn comes at once, for an agent that is live and whose ownership is not in doubt, awaits nothing but its
+handler and the save. All other steps are awaited only where they are needed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from autogen_core import Agent
 from nats.nuid import NUID
 
-from natsrt.agents.chain import chain as current_chain
+from natsrt.agents.chain import current_chain
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.keyed.deadlocks import Deadlocks
 from natsrt.keyed.instances import Instances
 from natsrt.keyed.ownership import Ownership
-from natsrt.keyed.slots import AgentSlot, AgentSlots
+from natsrt.keyed.slots import AgentSlots
 
 T = TypeVar("T")
 
@@ -35,7 +38,7 @@ class Turns:
         self._deadlocks = deadlocks
         self._loop = asyncio.get_running_loop()
         self._id_prefix = NUID().next().decode()[-8:]
-        self._count = 0
+        self._numbers = itertools.count(1)
 
     async def run(
         self,
@@ -53,8 +56,8 @@ class Turns:
             hosted: The agent's type.
             key: The agent's key.
             chain: The chain of the message.
-            serve: Handles the message; the instance is then in ``hosted.live``.
-            inbound: The message; None if there is none.
+            serve: Handles the message. While it runs, the instance is in ``hosted.live``.
+            inbound: The message; None for what did not come in as a message.
             claim: Whether to claim an agent that is not owned here.
 
         Raises:
@@ -66,38 +69,33 @@ class Turns:
         """
         slot = self._slots.get(hosted, key)
         slot.enter(chain)
-        self._count += 1
-        handler_id = f"{self._id_prefix}{self._count:x}"
+        handler_id = f"{self._id_prefix}{next(self._numbers):x}"
         if inbound is not None:
             inbound.handler_id = handler_id
         try:
-            if not slot.mailbox.enter(handler_id, chain):
+            if not slot.mailbox.try_enter(handler_id, chain):
                 await self._deadlocks.wait(slot.mailbox, slot.agent_id, handler_id, inbound)
             try:
                 agent = slot.agent
-                if agent is None or slot.parting or not self._ownership.is_verified(slot):
+                if agent is None or slot.closing or not self._ownership.is_verified(slot):
                     agent = await self._ownership.activate(slot, chain, claim)
                 if slot.options.concurrency == "concurrent":
-                    slot.mailbox.step_aside(handler_id)
-                mark = current_chain.set((*chain, handler_id))
+                    slot.mailbox.let_others_in(handler_id)
+                token = current_chain.set((*chain, handler_id))
                 try:
                     return await serve()
                 finally:
-                    current_chain.reset(mark)
-                    await self._complete(slot, agent)
+                    current_chain.reset(token)
+                    slot.handled()
+                    if not self._ownership.is_verified(slot):
+                        await self._ownership.verify(slot)
+                    if slot.agent is not agent:
+                        raise self._instances.dropped(slot)
+                    if slot.keeps_state and slot.options.save == "message":
+                        await self._instances.store(slot)
             finally:
                 slot.mailbox.exit(handler_id)
         finally:
             slot.exit(chain, self._loop.time())
             if slot.record is None:
                 self._slots.forget_unused(slot)
-
-    async def _complete(self, slot: AgentSlot, agent: Agent) -> None:
-        """After the handler: the agent must still be the one that it was, and what it changed is stored."""
-        slot.changed = True
-        if not self._ownership.is_verified(slot):
-            await self._ownership.verify(slot)
-        if slot.agent is not agent:
-            raise self._instances.dropped(slot)
-        if slot.keeps_state and slot.options.save == "message":
-            await self._instances.store(slot)

@@ -20,7 +20,7 @@ from collections import OrderedDict
 
 from autogen_core import AgentId
 
-from natsrt.agents.chain import chain
+from natsrt.agents.chain import current_chain
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.sending.owner_locator import OwnerLocator
 from natsrt.wire.peer_messages import Location
@@ -118,7 +118,7 @@ class CachedOwner:
     def join(self) -> asyncio.Future[None]:
         """Take a turn, behind all earlier ones. Await it with `wait`."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[turn] = chain.get()
+        self._waiting[turn] = current_chain.get()
         if not self._turn_given:
             self._advance()
         return turn

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from autogen_core import AgentId
 from nats.aio.msg import Msg
 
-from natsrt.agents.chain import chain, chain_attribute
+from natsrt.agents.chain import chain_attribute, current_chain
 from natsrt.errors import WorkerLost
 from natsrt.sending.attributes import MessageAttributes
 from natsrt.sending.replies import Replies
@@ -41,7 +41,7 @@ class OwnerLocator:
         ``handlers`` are the ids of the handlers that wait for the answer; None: the present chain. Raises what a call
         to the agent would raise.
         """
-        waiting = chain.get() if handlers is None else handlers
+        waiting = current_chain.get() if handlers is None else handlers
         question = self._bodies.pack(
             envelope.LOCATE, self._attributes.question(agent) + chain_attribute(waiting), b"null"
         )

@@ -28,7 +28,7 @@ from autogen_core.logging import DeliveryStage, MessageKind
 from nats.aio.msg import Msg
 from opentelemetry.trace import SpanKind
 
-from natsrt.agents.chain import chain, chain_attribute
+from natsrt.agents.chain import chain_attribute, current_chain
 from natsrt.agents.inbound import waiting_handler
 from natsrt.agents.interventions import Interventions
 from natsrt.errors import CallTimeout, CannotDecode
@@ -166,7 +166,7 @@ class Sender:
         """
         encoded = self._serialization.encode(message)
         attributes = self._attributes.message(message_id, sender, encoded, token) + self._attributes.call(recipient)
-        if handlers := chain.get():
+        if handlers := current_chain.get():
             attributes += chain_attribute(handlers)
         if events.listening():
             events.message(
@@ -225,9 +225,8 @@ class Sender:
             raise CannotDecode("a state", f"it must be JSON: {error}") from None
         await self._wait_ready(None, asyncio.get_running_loop().time())
         self._counters.sent += 1
-        attributes = (
-            f"{self._attributes.question(recipient)},{attribute('operation', operation)}{chain_attribute(chain.get())}"
-        )
+        chain = chain_attribute(current_chain.get())
+        attributes = f"{self._attributes.question(recipient)},{attribute('operation', operation)}{chain}"
         body = self._bodies.pack(envelope.CONTROL, attributes, payload)
         reply = await self._exchange(recipient, body, subject=subject)
         return self._replies.answered(reply, recipient).json()
