@@ -14,7 +14,8 @@ from nats.aio.msg import Msg
 from nats.nuid import NUID
 
 from natsrt.errors import NoLiveWorker, PermissionDenied, StateUnavailable
-from natsrt.jetstream.registry.entries import NOBODY, KnownEntry, TypeEntry, View
+from natsrt.jetstream.registry.entries import NOBODY, KnownEntry, TypeEntry
+from natsrt.jetstream.registry.view import View
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.transport.connection import Connection

@@ -25,10 +25,12 @@ from nats.js import api
 from nats.nuid import NUID
 
 from natsrt.errors import NatsrtError, PermissionDenied
+from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.agent_records import AgentRecords
-from natsrt.jetstream.registry.entries import HEARTBEAT, View, WorkerEntry
-from natsrt.jetstream.registry.registry import BUCKET, Registry
-from natsrt.jetstream.state_parts import BUCKET as AGENTS
+from natsrt.jetstream.registry.bucket import REGISTRY_BUCKET, RegistryBucket
+from natsrt.jetstream.registry.entries import HEARTBEAT, WorkerEntry
+from natsrt.jetstream.registry.follow import Follower
+from natsrt.jetstream.registry.view import View
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.transport.probe import TRACE_DEST, TRACE_ONLY
@@ -83,7 +85,7 @@ class _Patient:
 
     @property
     def stream(self) -> str:
-        return f"KV_{self.subjects.bucket(BUCKET)}"
+        return f"KV_{self.subjects.bucket(REGISTRY_BUCKET)}"
 
     async def request(self, subject: str) -> dict[str, Any] | None:
         """The JSON answer to an empty request; None without one."""
@@ -242,7 +244,7 @@ async def _check_permissions(patient: _Patient) -> None:
     queue = subjects.queue(nonce)
     to_host = await _refused(
         patient,
-        publish={inbox: {}, f"$KV.{subjects.bucket(BUCKET)}.{HEARTBEAT}.{nonce}": _NEVER_STORED},
+        publish={inbox: {}, f"$KV.{subjects.bucket(REGISTRY_BUCKET)}.{HEARTBEAT}.{nonce}": _NEVER_STORED},
         subscribe={
             agent: queue,
             subjects.type_filter(nonce).subject: queue,
@@ -313,7 +315,7 @@ def _found_storage(patient: _Patient, account: api.AccountInfo) -> None:
 
 
 async def _check_registry(patient: _Patient) -> None:
-    bucket = patient.subjects.bucket(BUCKET)
+    bucket = patient.subjects.bucket(REGISTRY_BUCKET)
     patient.denied.clear()
     try:
         info = await patient.connection.jetstream.stream_info(patient.stream)
@@ -325,15 +327,15 @@ async def _check_registry(patient: _Patient) -> None:
         return
     _check_bucket(patient, bucket, info)
     try:
-        async with _open_registry(patient) as registry:
+        async with _read_registry(patient) as (view, stored):
             patient.found(
                 "registry",
                 "ok",
-                f"{len(registry.view.workers)} live workers, {len(registry.view.hosts)} hosted agent types, "
-                f"{len({*registry.view.known} - {*registry.view.hosts})} known without a worker",
+                f"{len(view.workers)} live workers, {len(view.hosts)} hosted agent types, "
+                f"{len({*view.known} - {*view.hosts})} known without a worker",
             )
-            await _check_workers(patient, registry)
-            await _check_keyed_agents(patient, registry.view)
+            await _check_workers(patient, view, stored)
+            await _check_keyed_agents(patient, view)
     except NatsrtError as error:
         _found_registry_problem(patient, str(error))
 
@@ -373,25 +375,25 @@ def _check_bucket(patient: _Patient, bucket: str, info: api.StreamInfo) -> None:
 
 
 @asynccontextmanager
-async def _open_registry(patient: _Patient) -> AsyncIterator[Registry]:
-    """The registry as a runtime sees it, without that it removes what is stale."""
-
-    registry = Registry(patient.connection, patient.subjects, patient.options, peers=None)
-    await registry.open()
+async def _read_registry(patient: _Patient) -> AsyncIterator[tuple[View, RegistryBucket]]:
+    """The registry as a runtime sees it, and its bucket. Unlike a runtime, this removes no dead workers."""
+    bucket = RegistryBucket(patient.connection, patient.subjects, patient.options)
+    follower = Follower(patient.connection, bucket, patient.options)
+    await follower.open()
     try:
-        yield registry
+        yield follower.view, bucket
     finally:
-        await registry.close()
+        await follower.close()
 
 
-async def _check_workers(patient: _Patient, registry: Registry) -> None:
-    workers = dict(registry.view.workers)
+async def _check_workers(patient: _Patient, view: View, stored: RegistryBucket) -> None:
+    workers = dict(view.workers)
     if not workers:
         return
     answers = await gather_answers(patient.connection, patient.options, "PING", workers)
     healthy = 0
     for worker_id, worker in sorted(workers.items()):
-        beats, answered = await registry.has_heartbeat(worker_id), worker_id in answers
+        beats, answered = await stored.has_heartbeat(worker_id), worker_id in answers
         healthy += beats and answered
         if not beats or not answered:
             patient.found("worker", *_diagnosis(worker, beats, answered))
@@ -415,7 +417,7 @@ def _diagnosis(worker: WorkerEntry, beats: bool, answered: bool) -> tuple[Level,
 
 async def _check_keyed_agents(patient: _Patient, view: View) -> None:
     """Who owns them, and whether their records can be read. States are not read: there may be gigabytes."""
-    bucket = patient.subjects.bucket(AGENTS)
+    bucket = patient.subjects.bucket(AGENTS_BUCKET)
     patient.denied.clear()
     try:
         await patient.connection.jetstream.stream_info(f"KV_{bucket}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autogen_core import AgentId
 
 from natsrt.errors import UnknownAgentType
-from natsrt.jetstream.registry.entries import View
+from natsrt.jetstream.registry.view import View
 
 from .exits import CommandFailed, Exit
 

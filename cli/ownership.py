@@ -11,7 +11,7 @@ from autogen_core import AgentId
 
 from natsrt.agents.control import GIVE_AWAY
 from natsrt.errors import NatsrtError, NoLiveWorker
-from natsrt.jetstream.registry.entries import View
+from natsrt.jetstream.registry.view import View
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit, is_remote

@@ -10,8 +10,8 @@ from benchmarks.chaos.cluster import Cluster
 from benchmarks.chaos.crew import Crew, Hand, ask_all, ledgers_of
 from benchmarks.chaos.ledger import Ledger
 from benchmarks.chaos.scenario import Figure, Scenario, slowest, under
-from natsrt.jetstream import state_parts
-from natsrt.jetstream.registry import registry
+from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
+from natsrt.jetstream.registry.bucket import REGISTRY_BUCKET
 
 _ANSWER_WITHIN = 5.0
 """Seconds without an answer that a caller may see, where neither its server nor the agent's was killed."""
@@ -20,7 +20,7 @@ _PLAIN, _KEYED, _STATEFUL = "plain", "keyed", "stateful"
 _KEYS = 10
 
 
-async def measure(*, led: str = registry.BUCKET, settle: float = 3.0) -> list[Figure]:
+async def measure(*, led: str = REGISTRY_BUCKET, settle: float = 3.0) -> list[Figure]:
     """Kill the leader of the bucket ``led``. A worker and a caller are at each server.
 
     ``settle``: seconds of load before the kill, and after everything works again.
@@ -117,7 +117,7 @@ async def _all(short: bool) -> list[Figure]:
     settle = 1.0 if short else 3.0
     return [
         figure
-        for led in (registry.BUCKET, state_parts.BUCKET)
+        for led in (REGISTRY_BUCKET, AGENTS_BUCKET)
         for figure in under(led, await measure(led=led, settle=settle))
     ]
 

@@ -10,7 +10,7 @@ from benchmarks.chaos.cluster import Cluster
 from benchmarks.chaos.crew import Crew, Hand, ask_all, ledgers_of
 from benchmarks.chaos.ledger import Ledger
 from benchmarks.chaos.scenario import Figure, Scenario, slowest, under
-from natsrt.jetstream.registry.registry import BUCKET
+from natsrt.jetstream.registry.bucket import REGISTRY_BUCKET
 
 MOVED_WITHIN = 10.0
 """Seconds after the server stood still in which its runtimes work over another one."""
@@ -28,7 +28,7 @@ async def measure(*, leading: bool = False, settle: float = 2.0) -> list[Figure]
     """
     async with Cluster() as cluster, Crew() as crew:
         first = await crew.start("worker", cluster.urls[0], registry_replicas=3)
-        leader = await cluster.leader_of(f"KV_{crew.namespace}_{BUCKET}")
+        leader = await cluster.leader_of(f"KV_{crew.namespace}_{REGISTRY_BUCKET}")
         if leader is None:
             raise RuntimeError("nobody leads the registry's stream")
         following = [number for number in range(len(cluster.urls)) if number != leader]

@@ -1,0 +1,215 @@
+"""The registry as one runtime sees it: the entries of a snapshot, and every change since. Pure values: no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from autogen_core import AgentId
+
+from natsrt.jetstream.registry.entries import (
+    NOBODY,
+    InstanceEntry,
+    KnownEntry,
+    RegistryEntry,
+    Rule,
+    SubscriptionEntry,
+    TypeEntry,
+    WorkerEntry,
+)
+
+_REMEMBERED_TOPIC_TYPES = 32_768
+"""Topic types whose keyed takers are remembered at most."""
+
+
+@dataclass(slots=True)
+class View:
+    """The registry as one runtime sees it, with an index for each question that is asked of it."""
+
+    applied: int = 0
+    """The stream sequence up to which the view is complete."""
+    entries: dict[str, tuple[int, RegistryEntry]] = field(default_factory=dict)
+    """Every entry with its revision, by key."""
+    workers: dict[str, WorkerEntry] = field(default_factory=dict)
+    """The live workers by worker id."""
+    hosts: dict[str, dict[str, TypeEntry]] = field(default_factory=dict)
+    """Agent types by name and worker id."""
+    instances: dict[str, dict[str, dict[str, InstanceEntry]]] = field(default_factory=dict)
+    """Registered instances by agent type, agent key and worker id."""
+    known: dict[str, KnownEntry] = field(default_factory=dict)
+    """What agent types handle, by agent type."""
+    declared: dict[str, dict[Rule, dict[str, SubscriptionEntry]]] = field(default_factory=dict)
+    """Subscriptions by agent type, rule and declarer."""
+    of_worker: dict[str, set[str]] = field(default_factory=dict)
+    """The keys of a worker's other entries, by worker id."""
+    keyed: set[str] = field(default_factory=set)
+    """The agent types that their workers declare as keyed."""
+    _takers: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """The answers that `keyed_takers` gave since the last change, by topic type."""
+
+    def put(self, key: str, revision: int, entry: RegistryEntry) -> set[str]:
+        """Apply one change; an older revision changes nothing. Returns the agent types whose subscriptions changed."""
+        self.advance(revision)
+        present = self.entries.get(key)
+        if present is not None and present[0] >= revision:
+            return set()
+        self.entries[key] = (revision, entry)
+        match entry:
+            case WorkerEntry():
+                self.workers[entry.worker_id] = entry
+                return self._types_of(entry.worker_id) if present is None else set()
+            case TypeEntry():
+                self.hosts.setdefault(entry.agent_type, {})[entry.worker_id] = entry
+                (self.keyed.add if entry.keyed else self.keyed.discard)(entry.agent_type)
+                self.of_worker.setdefault(entry.worker_id, set()).add(key)
+            case InstanceEntry():
+                keys = self.instances.setdefault(entry.agent_type, {})
+                keys.setdefault(entry.agent_key, {})[entry.worker_id] = entry
+                self.of_worker.setdefault(entry.worker_id, set()).add(key)
+            case KnownEntry():
+                self.known[entry.agent_type] = entry
+            case SubscriptionEntry():
+                rules = self.declared.setdefault(entry.agent_type, {})
+                rules.setdefault(entry.rule, {})[entry.declarer] = entry
+                if entry.declarer != NOBODY:
+                    self.of_worker.setdefault(entry.declarer, set()).add(key)
+                return {entry.agent_type}
+        return set()
+
+    def delete(self, key: str, revision: int) -> set[str]:
+        """Apply a deletion. The deletion of a worker deletes everything that it declared.
+
+        Returns the agent types whose subscriptions changed.
+        """
+        self.advance(revision)
+        present = self.entries.get(key)
+        if present is None or present[0] >= revision:
+            return set()
+        entry = self.entries.pop(key)[1]
+        match entry:
+            case WorkerEntry():
+                self.workers.pop(entry.worker_id, None)
+                touched: set[str] = set()
+                for other in list(self.of_worker.get(entry.worker_id, ())):
+                    touched |= self.delete(other, revision)
+                self.of_worker.pop(entry.worker_id, None)
+                return touched
+            case TypeEntry():
+                _remove(self.hosts, entry.agent_type, entry.worker_id)
+                if entry.agent_type not in self.hosts:
+                    self.keyed.discard(entry.agent_type)
+                self._disown(entry.worker_id, key)
+            case InstanceEntry():
+                keys = self.instances.get(entry.agent_type, {})
+                _remove(keys, entry.agent_key, entry.worker_id)
+                if not keys:
+                    self.instances.pop(entry.agent_type, None)
+                self._disown(entry.worker_id, key)
+            case KnownEntry():
+                self.known.pop(entry.agent_type, None)
+            case SubscriptionEntry():
+                rules = self.declared.get(entry.agent_type, {})
+                _remove(rules, entry.rule, entry.declarer)
+                if not rules:
+                    self.declared.pop(entry.agent_type, None)
+                self._disown(entry.declarer, key)
+                return {entry.agent_type}
+        return set()
+
+    def advance(self, revision: int) -> None:
+        """Count a change as seen. `put` and `delete` do so themselves; one that cannot be read is seen too."""
+        self.applied = max(self.applied, revision)
+        self._takers.clear()
+
+    def _disown(self, worker_id: str, key: str) -> None:
+        owned = self.of_worker.get(worker_id)
+        if owned is not None:
+            owned.discard(key)
+
+    def _types_of(self, worker_id: str) -> set[str]:
+        types = set()
+        for key in self.of_worker.get(worker_id, ()):
+            entry = self.entries[key][1]
+            if isinstance(entry, SubscriptionEntry):
+                types.add(entry.agent_type)
+        return types
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def revision_of(self, key: str) -> int:
+        """The revision of an entry; 0 if there is none."""
+        present = self.entries.get(key)
+        return present[0] if present is not None else 0
+
+    def live(self, worker_ids: Iterable[str]) -> list[str]:
+        """Those of the workers that are live."""
+        return [worker_id for worker_id in worker_ids if worker_id in self.workers]
+
+    def stays(self, worker_id: str) -> bool:
+        """Whether the worker is live, and takes new messages."""
+        worker = self.workers.get(worker_id)
+        return worker is not None and not worker.draining
+
+    def workers_hosting(self, agent_type: str) -> list[str]:
+        """The workers that host the type, by a factory or by instances, and take new messages."""
+        return [worker_id for worker_id in self.hosts.get(agent_type, ()) if self.stays(worker_id)]
+
+    def workers_of(self, agent: AgentId) -> list[str]:
+        """The live workers that may have messages for this one agent, including draining workers."""
+        holders = self.instance_holders(agent.type, agent.key)
+        return holders or [
+            worker_id
+            for worker_id, entry in self.hosts.get(agent.type, {}).items()
+            if worker_id in self.workers and not entry.instances
+        ]
+
+    def takers_of(self, agent: AgentId) -> list[str]:
+        """Those of `workers_of` that take new messages."""
+        return [worker_id for worker_id in self.workers_of(agent) if self.stays(worker_id)]
+
+    def instance_holders(self, agent_type: str, key: str) -> list[str]:
+        """The live workers that have a registered instance of this agent."""
+        keys = self.instances.get(agent_type)
+        return self.live(keys.get(key, ())) if keys else []
+
+    def is_known(self, agent_type: str) -> bool:
+        """Whether the registry has an entry of a worker that hosts the type, or hosted it."""
+        return agent_type in self.known or bool(self.hosts.get(agent_type))
+
+    def rules(self, agent_type: str) -> list[Rule]:
+        """The subscriptions in force for the type: those with a live declarer, or that need none (`NOBODY`)."""
+        return [
+            rule
+            for rule, declarers in self.declared.get(agent_type, {}).items()
+            if NOBODY in declarers or not self.workers.keys().isdisjoint(declarers)
+        ]
+
+    def keyed_takers(self, topic_type: str) -> tuple[str, ...]:
+        """The keyed types that get events of this topic type through a subscription that is not custom."""
+        if not self.keyed:
+            return ()
+        takers = self._takers.get(topic_type)
+        if takers is None:
+            if len(self._takers) >= _REMEMBERED_TOPIC_TYPES:
+                self._takers.clear()
+            takers = self._takers[topic_type] = tuple(
+                agent_type
+                for agent_type in sorted(self.keyed)
+                if any(rule.matches(topic_type) for rule in self.rules(agent_type))
+            )
+        return takers
+
+    def subscriptions(self) -> Iterator[SubscriptionEntry]:
+        """All subscriptions, also those that are not in force."""
+        for rules in self.declared.values():
+            for declarers in rules.values():
+                yield from declarers.values()
+
+
+def _remove(outer: dict[Any, dict[str, Any]], first: Any, second: str) -> None:
+    inner = outer.get(first)
+    if inner is not None:
+        inner.pop(second, None)
+        if not inner:
+            outer.pop(first, None)
