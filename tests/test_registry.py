@@ -121,6 +121,43 @@ async def test_a_worker_that_was_removed_while_it_was_frozen_registers_again(
         await eventually(read)
 
 
+async def test_a_draining_worker_still_sends_heartbeats(server: EmbeddedServer, namespace: str) -> None:
+    release = asyncio.Event()
+
+    class Waiting(RoutedAgent):
+        @rpc
+        async def on_str(self, message: str, ctx: MessageContext) -> str:
+            await release.wait()
+            return message
+
+    settings: dict[str, Any] = {"heartbeat_interval": 0.1, "heartbeat_ttl": 1.0}
+    worker = NatsAgentRuntime(server.url, namespace=namespace, **settings)
+    await register(worker, Waiting, "waiting", lambda: Waiting("waiting"))
+    async with NatsAgentRuntime(server.url, namespace=namespace) as caller:
+        await worker.start()
+        worker_id = worker.running.worker_id
+        client = await nats.connect(server.url)
+        beats: list[str] = []
+
+        async def on_beat(message: Any) -> None:
+            beats.append(message.subject)
+
+        await client.subscribe(f"$KV.{namespace}_natsrt_registry.hb.{worker_id}", cb=on_beat)
+        await client.flush()
+        call = asyncio.ensure_future(caller.send_message("hi", AgentId("waiting", "k")))
+        await eventually(lambda: worker.health().handlers_running == 1)
+        stopping = asyncio.ensure_future(worker.stop())
+        await eventually(lambda: caller.running.registry.view.workers[worker_id].draining)
+        beats.clear()
+        try:
+            await eventually(lambda: len(beats) >= 5, message="five heartbeats")
+        finally:
+            release.set()
+        assert await call == "hi"
+        await stopping
+        await client.close()
+
+
 async def test_a_type_stays_known_after_its_last_worker_stopped(server: EmbeddedServer, namespace: str) -> None:
     async with NatsAgentRuntime(server.url, namespace=namespace) as caller:
         with pytest.raises(UnknownAgentType):

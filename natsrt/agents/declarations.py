@@ -1,4 +1,4 @@
-"""The subscriptions that this runtime added, found by id, by rule and by agent type."""
+"""The subscriptions that were added to this runtime, found by id, by rule and by agent type."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from natsrt.jetstream.registry.registry import RegistryListener
 from natsrt.wire.subjects import Subjects
 
 _EQUAL_BY_RULE = (TypeSubscription.__eq__, TypePrefixSubscription.__eq__)
-"""AutoGen's own: equal ids, or equal rules."""
+"""AutoGen's own ``==``, which compares ids and rules only."""
 
 
 class Declarations(RegistryListener):
-    """Subscriptions in the order in which they were added."""
+    """The subscriptions of one runtime object, in the order in which they were added. They outlive a stop."""
 
     def __init__(self, subjects: Subjects) -> None:
         self._subjects = subjects
@@ -23,26 +23,28 @@ class Declarations(RegistryListener):
         self._rules: dict[Rule, str] = {}
         self._by_type: dict[str, dict[str, Subscription]] = {}
         self._custom: dict[str, dict[str, Subscription]] = {}
-        """Those whose class only this process can ask, by agent type and by their rule's digest."""
+        """Subscriptions of custom classes, whose code only this process has, by agent type and the rule's digest."""
         self._special: dict[str, dict[str, Subscription]] = {}
-        """Those whose ``==`` may say more than their rule, by agent type and id."""
+        """Subscriptions whose class may define ``==`` otherwise than by id and rule, by agent type and id."""
         self.unowned: set[str] = set()
-        """Registry keys under which some were stored while this runtime did not host the type: they outlive a stop."""
+        """Registry keys of subscriptions that were stored while this runtime did not host the type. These registry
+        entries have no declarer, so they stay when this runtime stops."""
 
     def __iter__(self) -> Iterator[Subscription]:
         return iter(list(self._by_id.values()))
 
     def add(self, subscription: Subscription) -> None:
-        """Raises ValueError where an equal one is there already: by id, by what it says, or by its own ``==``.
+        """Add a subscription.
 
-        And where no NATS subject can express it, before anybody else hears of it.
+        Raises ValueError if an equal subscription was added before (equal by id, by rule, or by its own ``==``), and if
+        no NATS subject can express it.
         """
         rule = Rule.of(subscription)
         rule.subject(self._subjects)
         is_special = rule.kind == "custom" or type(subscription).__eq__ not in _EQUAL_BY_RULE
         of_type, special = self._by_type.setdefault(rule.agent_type, {}), self._special.setdefault(rule.agent_type, {})
-        asked = (of_type if is_special else special).values()
-        if subscription.id in self._by_id or rule in self._rules or any(other == subscription for other in asked):
+        comparable = (of_type if is_special else special).values()
+        if subscription.id in self._by_id or rule in self._rules or any(other == subscription for other in comparable):
             raise ValueError("Subscription already exists")
         self._by_id[subscription.id] = of_type[subscription.id] = subscription
         self._rules[rule] = subscription.id
@@ -52,26 +54,28 @@ class Declarations(RegistryListener):
             self._custom.setdefault(rule.agent_type, {})[rule.digest] = subscription
 
     def find(self, subscription_id: str) -> Subscription | None:
+        """The subscription with this id; None if there is none."""
         return self._by_id.get(subscription_id)
 
     def remove(self, subscription: Subscription) -> None:
+        """Remove a subscription that was added. Raises KeyError if it was not."""
         rule = Rule.of(subscription)
         del self._by_id[subscription.id], self._rules[rule], self._by_type[rule.agent_type][subscription.id]
         self._special[rule.agent_type].pop(subscription.id, None)
         self._custom.get(rule.agent_type, {}).pop(rule.digest, None)
 
     def subscription_removed(self, entry: SubscriptionEntry) -> None:
-        """Another runtime removed what this one had added without hosting the type."""
+        """Another runtime removed a subscription that this runtime had added without hosting the type."""
         self.unowned.discard(entry.key)
         subscription = self._by_id.get(entry.subscription_id)
         if subscription is not None:
             self.remove(subscription)
 
     def of(self, agent_type: str) -> Sequence[Subscription]:
-        """Those of one agent type."""
+        """The subscriptions of one agent type."""
         return list(self._by_type.get(agent_type, {}).values())
 
     def custom(self, agent_type: str) -> Sequence[Subscription]:
-        """Those of one agent type whose class only this process can ask, in an order that all processes share."""
+        """The subscriptions of one agent type with custom classes, in an order that is the same in all processes."""
         ranked = self._custom.get(agent_type, {})
         return [ranked[digest] for digest in sorted(ranked)]

@@ -52,6 +52,7 @@ class AgentBucket:
         )
         self._acks = Acks(connection, options.inbox_prefix)
         self.publish = self._acks.publish
+        """Publish to the stream: see `Acks.publish`."""
         self._opened: int | None = None
         """The connection's number of reconnects when the bucket was last found; None: not found yet, or in doubt."""
         self._opening = asyncio.Lock()
