@@ -65,7 +65,7 @@ class _Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Raises TimeoutError if `end` cancelled the request, and nobody else did."""
+        """Raises TimeoutError if `end` alone cancelled the request."""
         if self._ended and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
