@@ -1,7 +1,7 @@
-"""Check the directions of imports in natsrt: arrows point down only, and no modules import one another in circles.
+"""Check the directions of imports in natsrt: arrows point down only, and no modules import one another in a cycle.
 
-Usage: python .ci/check_imports.py [ROOT]. Prints each arrow in a wrong direction and each circle, and exits with 1 if
-there is one. Of circles that share an arrow only one may be printed. Imports inside functions and under TYPE_CHECKING
+Usage: python .ci/check_imports.py [ROOT]. Prints each arrow in a wrong direction and each cycle, and exits with 1 if
+there is one. Of cycles that share an arrow only one may be printed. Imports inside functions and under TYPE_CHECKING
 count too. docs/architecture.md says what each layer is for.
 """
 
@@ -78,10 +78,10 @@ def layer_of(module: str) -> str:
 
 
 def problems(root: Path) -> list[str]:
-    """One sentence for each wrong arrow, each circle and each module without a layer below ``root``."""
+    """One sentence for each wrong arrow, each cycle and each module without a layer below ``root``."""
     known = modules(root)
     arrows = {module: set(imported(module, path, known)) - {module} for module, path in known.items()}
-    return [*wrong_arrows(arrows), *circles(arrows)]
+    return [*wrong_arrows(arrows), *cycles(arrows)]
 
 
 def wrong_arrows(arrows: dict[str, set[str]]) -> Iterator[str]:
@@ -98,22 +98,22 @@ def wrong_arrows(arrows: dict[str, set[str]]) -> Iterator[str]:
                 yield f"{module} imports {target}: {other} is {place} {layer}"
 
 
-def circles(arrows: dict[str, set[str]]) -> Iterator[str]:
+def cycles(arrows: dict[str, set[str]]) -> Iterator[str]:
     left = {module: set(targets) for module, targets in sorted(arrows.items())}
     while True:
         try:
             TopologicalSorter(left).prepare()
             return
         except CycleError as error:
-            circle: list[str] = error.args[1][::-1]  # each one imports the next; the first is also the last
-            yield f"these modules import one another in a circle: {' -> '.join(circle)}"
-            left[circle[0]].remove(circle[1])
+            cycle: list[str] = error.args[1][::-1]  # each one imports the next; the first is also the last
+            yield f"these modules import one another in a cycle: {' -> '.join(cycle)}"
+            left[cycle[0]].remove(cycle[1])
 
 
 def main() -> int:
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
     found = problems(root)
-    print("\n".join(found) or f"import directions: {len(modules(root))} modules, all arrows point down, no circle")
+    print("\n".join(found) or f"import directions: {len(modules(root))} modules, all arrows point down, no cycle")
     return 1 if found else 0
 
 

@@ -17,7 +17,7 @@ from autogen_core import (
     try_get_known_serializers_for_type,
 )
 
-from benchmarks.agents import CLASSES, Echo
+from benchmarks.measured_agents import CLASSES, Echo
 from benchmarks.roles import Caller, Role, Send, Worker
 from benchmarks.setup import ECHO, KEY, TOPIC, Setup
 from benchmarks.work import Handled, Text, text_of

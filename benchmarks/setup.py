@@ -19,7 +19,7 @@ class Setup:
 
     Args:
         workers: Worker processes, all hosting the same agent types.
-        agent: The agents' class, one of `benchmarks.agents`.
+        agent: The agents' class, one of `benchmarks.measured_agents`.
         agent_types: Agent types that each worker hosts. Calls go to all of them in turn.
         live_agents: Agents of each type that live before anything is measured. Calls go to all of them in turn.
         subscribers: Of the agent types, those that are subscribed to the topic of the events.

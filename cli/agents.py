@@ -27,7 +27,7 @@ from .naming import agent_id, refuse_unknown
 from .output import as_json as print_json
 from .output import json_option, line, note, table
 from .owner_finder import Survey
-from .ownership import rebalance, where
+from .placement import rebalance, where
 
 _LIVE, _NOT_LIVE, _GONE = "live", "no worker", "gone"
 _STYLES = {_LIVE: "green", _NOT_LIVE: "yellow", _GONE: "yellow", "no answer": "red"}

@@ -25,11 +25,11 @@ from nats.js import api
 from nats.nuid import NUID
 
 from natsrt.errors import NatsrtError, PermissionDenied
+from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.agent_records import AgentRecords
 from natsrt.jetstream.registry.entries import HEARTBEAT, WorkerEntry
 from natsrt.jetstream.registry.registry import BUCKET, Registry
 from natsrt.jetstream.registry.view import View
-from natsrt.jetstream.state_parts import BUCKET as AGENTS
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.transport.probe import TRACE_DEST, TRACE_ONLY
@@ -429,7 +429,7 @@ def _diagnosis(worker: WorkerEntry, beats: bool, answered: bool) -> tuple[Level,
 
 async def _check_keyed_agents(patient: _Patient, view: View) -> None:
     """Check the owners of keyed agents, and that their records can be read. States, maybe gigabytes, are not read."""
-    bucket = patient.subjects.bucket(AGENTS)
+    bucket = patient.subjects.bucket(AGENTS_BUCKET)
     patient.denied.clear()
     try:
         await patient.connection.jetstream.stream_info(f"KV_{bucket}")

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.chaos.ledger import ACKNOWLEDGED, PENDING, Entry, Ledger
 from benchmarks.chaos.scenario import Figure, broken, slowest
 from benchmarks.chaos.scenarios import all_scenarios, cluster, hung_server, idle, server_restart
-from natsrt.jetstream import state_parts
+from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from tests.support.processes import REPOSITORY
 
 
@@ -29,7 +29,7 @@ async def test_after_8_s_without_a_server_everything_works_again_within_5_s_and_
 
 @pytest.mark.slow
 async def test_calls_between_survivors_go_on_when_the_leader_of_the_agents_records_is_killed() -> None:
-    figures = await cluster.measure(led=state_parts.BUCKET, settle=0.5)
+    figures = await cluster.measure(led=AGENTS_BUCKET, settle=0.5)
     assert broken(figures) == []
     assert [
         values(figures)[f"{kind}, between survivors: calls that failed, by error"] for kind in ("plain", "keyed")

@@ -138,7 +138,7 @@ class Town:
         await eventually(lambda: [name for name, _ in self.meeting.inside].count(gate) == count)
 
     async def looked(self, caller: NatsAgentRuntime, *types: str) -> None:
-        """Return when the workers of these types have looked twice: each found a circle that was there."""
+        """Return when the workers of these types have looked twice: each found a cycle that was there."""
 
         async def one_looked(agent_type: str) -> None:
             names = [f"{agent_type}/looked", f"{agent_type}/looked too"]
@@ -160,11 +160,11 @@ def assert_one_was_refused(outcomes: list[str | BaseException], agents: set[str]
     assert set(refused[0].agents) == agents
 
 
-# -- circles -----------------------------------------------------------------------------------------------------------
+# -- cycles -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("types", [("a", "a"), ("a", "b"), ("a", "b", "c"), ("a", "b", "a", "c", "b")])
-async def test_agents_that_call_one_another_in_a_circle_all_end(town: Town, types: tuple[str, ...]) -> None:
+async def test_agents_that_call_one_another_in_a_cycle_all_end(town: Town, types: tuple[str, ...]) -> None:
     for agent_type in sorted(set(types)):
         await town.worker(agent_type)
     caller = await town.caller()
@@ -175,7 +175,7 @@ async def test_agents_that_call_one_another_in_a_circle_all_end(town: Town, type
         assert await caller.send_message(Call(), AgentId.from_str(one)) == one
 
 
-async def test_a_circle_over_agents_that_are_not_keyed_ends(town: Town) -> None:
+async def test_a_cycle_over_agents_that_are_not_keyed_ends(town: Town) -> None:
     await town.worker("a")
     await town.worker("b")
     await town.worker("between", keyed=False)
@@ -184,7 +184,7 @@ async def test_a_circle_over_agents_that_are_not_keyed_ends(town: Town) -> None:
     assert_one_was_refused(await town.together(caller, *paths), {"a/1", "b/1"})
 
 
-async def test_circles_that_share_nothing_lose_one_call_each(town: Town) -> None:
+async def test_cycles_that_share_nothing_lose_one_call_each(town: Town) -> None:
     for agent_type in ("a", "b"):
         await town.worker(agent_type)
     caller = await town.caller()
@@ -195,23 +195,23 @@ async def test_circles_that_share_nothing_lose_one_call_each(town: Town) -> None
 
 
 @pytest.mark.parametrize(("count", "key"), [(1_100, "{}"), (300, "{}" + "long" * 750)])
-async def test_a_circle_is_found_behind_which_many_calls_wait(town: Town, count: int, key: str) -> None:
+async def test_a_cycle_is_found_behind_which_many_calls_wait(town: Town, count: int, key: str) -> None:
     for agent_type in ("a", "b"):
         await town.worker(agent_type)
     caller = await town.caller()
-    circle = asyncio.ensure_future(town.together(caller, [f"a/{key.format(1)}", "b/1"], ["b/1", f"a/{key.format(1)}"]))
+    cycle = asyncio.ensure_future(town.together(caller, [f"a/{key.format(1)}", "b/1"], ["b/1", f"a/{key.format(1)}"]))
     await town.inside("gate 0", 2)
     behind = [
         caller.send_message(Call([f"{agent_type}/1"]), AgentId(agent_type, key.format(f"behind {number}")))
         for agent_type in ("a", "b")
         for number in range(count)
     ]
-    *answers, outcomes = await asyncio.gather(*behind, circle)
+    *answers, outcomes = await asyncio.gather(*behind, cycle)
     assert_one_was_refused(outcomes, {f"a/{key.format(1)}"[:200], "b/1"})
     assert len(answers) == 2 * count
 
 
-async def test_a_circle_is_found_over_a_worker_that_gave_its_type_up(town: Town) -> None:
+async def test_a_cycle_is_found_over_a_worker_that_gave_its_type_up(town: Town) -> None:
     await town.worker("a")
     leaving = await town.worker("b")
     caller = await town.caller()
@@ -232,7 +232,7 @@ async def test_a_circle_is_found_over_a_worker_that_gave_its_type_up(town: Town)
         assert_one_was_refused(outcomes[2 * number : 2 * number + 2], {f"a/{number}", f"b/{number}"})
 
 
-async def test_a_circle_over_agents_that_are_being_saved_ends(town: Town) -> None:
+async def test_a_cycle_over_agents_that_are_being_saved_ends(town: Town) -> None:
     await town.worker("a")
     await town.worker("b")
     caller = await town.caller()
@@ -243,10 +243,10 @@ async def test_a_circle_over_agents_that_are_being_saved_ends(town: Town) -> Non
     assert await caller.send_message(Call(), AgentId("a", "1")) == "a/1"
 
 
-# -- no circles --------------------------------------------------------------------------------------------------------
+# -- no cycles --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_handler_that_does_not_wait_for_its_call_is_in_no_circle(town: Town) -> None:
+async def test_a_handler_that_does_not_wait_for_its_call_is_in_no_cycle(town: Town) -> None:
     """However long it takes: both calls are served when the handlers have ended."""
     for agent_type in ("a", "b"):
         await town.worker(agent_type)
@@ -267,7 +267,7 @@ async def test_a_handler_that_does_not_wait_for_its_call_is_in_no_circle(town: T
 
 @pytest.mark.parametrize("how", ["timeout", "token", "call_timeout"])
 @pytest.mark.parametrize("between", [[], ["between/x"]], ids=["directly", "over another"])
-async def test_a_call_that_was_given_up_is_in_no_circle(town: Town, how: str, between: list[str]) -> None:
+async def test_a_call_that_was_given_up_is_in_no_cycle(town: Town, how: str, between: list[str]) -> None:
     """Although its message waits in the other's mailbox still."""
     await town.worker("a", **({"call_timeout": 0.3} if how == "call_timeout" else {}))
     for agent_type in ("b", "c"):
@@ -286,7 +286,7 @@ async def test_a_call_that_was_given_up_is_in_no_circle(town: Town, how: str, be
     assert await asyncio.gather(first, second) == ["a/1", "b/1 a/1"]
 
 
-async def test_a_long_queue_is_no_circle(town: Town) -> None:
+async def test_a_long_queue_is_no_cycle(town: Town) -> None:
     for agent_type in ("a", "b"):
         await town.worker(agent_type)
     caller = await town.caller()
@@ -312,7 +312,7 @@ def links(*pairs: str) -> list[WaitLink]:
     return made
 
 
-def test_a_circle_is_found_among_what_waits_otherwise_whatever_the_order() -> None:
+def test_a_cycle_is_found_among_what_waits_otherwise_whatever_the_order() -> None:
     waits = links("w1=w2", "w2>w3", "w3=w1", "w0>w1", "w9>w2", *(f"x{number}>x{number + 1}" for number in range(50)))
     [found] = find_cycles(waits)
     assert {link.call for link in found} == {"w1", "w2", "w3"}
@@ -322,12 +322,12 @@ def test_a_circle_is_found_among_what_waits_otherwise_whatever_the_order() -> No
         assert find_cycles(waits) == [found]
 
 
-def test_circles_that_share_no_call_are_all_found() -> None:
+def test_cycles_that_share_no_call_are_all_found() -> None:
     waits = links(*(f"{pair}{one}>{pair}{other}" for pair in range(10) for one, other in ("ab", "bc", "ca")))
-    assert {link.call for circle in find_cycles(waits) for link in circle} == {link.call for link in waits}
+    assert {link.call for cycle in find_cycles(waits) for link in cycle} == {link.call for link in waits}
     assert len(find_cycles(waits)) == 10
 
 
-def test_without_a_circle_none_is_found() -> None:
+def test_without_a_cycle_none_is_found() -> None:
     assert find_cycles([]) == []
     assert find_cycles(links(*(f"w{n:03}>w{n + step:03}" for n in range(500) for step in (1, 2)))) == []

@@ -35,7 +35,7 @@ def test_this_repository_is_in_order() -> None:
 
 
 def test_arrows_that_point_down_are_in_order(tree: Path) -> None:
-    assert check(tree) == (0, "import directions: 4 modules, all arrows point down, no circle\n")
+    assert check(tree) == (0, "import directions: 4 modules, all arrows point down, no cycle\n")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_an_arrow_to_a_folder_beside_is_found(tree: Path, text: str) -> None:
     assert check(tree) == (1, found)
 
 
-def test_each_circle_is_found_beside_an_arrow_that_points_up(tree: Path) -> None:
+def test_each_cycle_is_found_beside_an_arrow_that_points_up(tree: Path) -> None:
     (tree / "natsrt/wire/one.py").write_text("from natsrt.wire.two import Two\n")
     (tree / "natsrt/wire/two.py").write_text("def late():\n    from natsrt.wire import three\n")
     (tree / "natsrt/wire/three.py").write_text(
@@ -79,9 +79,9 @@ def test_each_circle_is_found_beside_an_arrow_that_points_up(tree: Path) -> None
     assert code == 1
     arrow, *found = printed.splitlines()
     assert arrow == "natsrt.errors imports natsrt.wire.names: wire is above errors"
-    intro = "these modules import one another in a circle: "
+    intro = "these modules import one another in a cycle: "
     assert all(line.startswith(intro) for line in found)
-    circles = [line.removeprefix(intro).split(" -> ") for line in found]
+    cycles = [line.removeprefix(intro).split(" -> ") for line in found]
     imports = {
         "natsrt.wire.one": "natsrt.wire.two",
         "natsrt.wire.two": "natsrt.wire.three",
@@ -91,8 +91,8 @@ def test_each_circle_is_found_beside_an_arrow_that_points_up(tree: Path) -> None
         "natsrt.errors": "natsrt.wire.names",
         "natsrt.wire.names": "natsrt.errors",
     }
-    assert all(imports[module] == target for circle in circles for module, target in pairwise(circle))
-    assert sorted(sorted({*circle}) for circle in circles) == [
+    assert all(imports[module] == target for cycle in cycles for module, target in pairwise(cycle))
+    assert sorted(sorted({*cycle}) for cycle in cycles) == [
         ["natsrt.errors", "natsrt.wire.names"],
         ["natsrt.hosting.intake", "natsrt.hosting.reader"],
         ["natsrt.wire.one", "natsrt.wire.three", "natsrt.wire.two"],

@@ -10,8 +10,8 @@ from typing import Any
 from autogen_core import AgentRuntime
 from opentelemetry.trace import TracerProvider
 
-from benchmarks.agents import Echo
 from benchmarks.autogen_roles import RuntimeCaller, RuntimeRole, RuntimeWorker, host_echoes
+from benchmarks.measured_agents import Echo
 from benchmarks.roles import Role
 from natsrt import NatsAgentRuntime
 

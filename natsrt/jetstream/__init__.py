@@ -1,1 +1,1 @@
-"""What is stored in JetStream: the registry, and keyed agents with their state."""
+"""What natsrt stores in JetStream: the registry, and keyed agents with their states."""

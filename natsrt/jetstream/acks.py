@@ -1,4 +1,7 @@
-"""Publishing to JetStream at a third of the cost of nats-py's ``JetStreamContext.publish``, which bounds every save."""
+"""Publishing to JetStream at a third of the cost of nats-py's ``JetStreamContext.publish``.
+
+That cost limits how often the states of keyed agents can be saved.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ from natsrt.errors import CannotDecode
 from natsrt.transport.connection import Connection, Interest
 
 _WRONG_REVISION = (10071, 10164)
+"""JetStream's error codes for a message whose expected last sequence is wrong."""
 
 
 class WrongRevision(Exception):
-    """The server refused a message: its subject is not at the revision that it was to follow."""
+    """The server refused a message: its subject is not at the revision that the message was to follow."""
 
 
 class Acks:
-    """Messages to streams, and their acknowledgements on an inbox of its own below ``inbox_prefix``."""
+    """Publishes messages to streams, and receives the acknowledgements on its own inbox below ``inbox_prefix``."""
 
     def __init__(self, connection: Connection, inbox_prefix: str) -> None:
         self._connection = connection
@@ -31,10 +35,11 @@ class Acks:
 
     @property
     def open(self) -> bool:
+        """Whether acknowledgements arrive."""
         return self._interest is not None and self._connection.holds(self._interest)
 
     async def subscribe(self) -> None:
-        """Needed before the first message, and after the connection was closed."""
+        """Let acknowledgements arrive. Needed before the first message, and again after the connection was closed."""
         self._interest = await self._connection.subscribe(f"{self._inbox}*", self._on_ack)
 
     def _on_ack(self, message: Msg) -> None:
@@ -43,10 +48,10 @@ class Acks:
             waiter.set_result(message)
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> int:
-        """Send, wait for the acknowledgement however long it takes, and give the message's sequence.
+        """Send a message, and wait for its acknowledgement without a time limit. Returns the message's sequence.
 
-        The caller bounds the time, has checked the size, and vouches for the headers: there is no line end in them.
-        Raises `WrongRevision`, and what nats-py raises.
+        The caller limits the time, has checked the size, and guarantees that the headers contain no line ends. Raises
+        `WrongRevision`, `CannotDecode`, and what nats-py raises.
         """
         self._number += 1
         token = f"{self._number:x}"
@@ -60,10 +65,10 @@ class Acks:
         finally:
             del self._waiting[token]
         if message.headers:
-            raise nats.js.errors.NoStreamResponseError  # the server's "no responders"
+            raise nats.js.errors.NoStreamResponseError  # the headers are the server's "no responders"
         try:
             answer = orjson.loads(message.data)
-            if "error" not in answer:  # beside an error there is a sequence too: 0
+            if "error" not in answer:  # an answer with an error has a sequence too: 0
                 return int(answer["seq"])
             error = answer["error"]
         except (orjson.JSONDecodeError, TypeError, KeyError) as unreadable:

@@ -1,4 +1,4 @@
-"""What the buckets have in common: being made, and being read as a whole in pages."""
+"""What all buckets have in common: how they are made, and how they are read as a whole, in pages."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
 
 MARKER: Final = "Nats-Marker-Reason"
-"""Header of what the server puts in the place of an entry that expired."""
+"""Header of the message that the server stores in place of an entry that has expired."""
 OPERATION: Final = "KV-Operation"
-"""Header of what a client puts in the place of an entry that it deleted."""
+"""Header of the message that a client stores in place of an entry that it deleted."""
 TTL: Final = "Nats-TTL"
+"""Header with the time after which a message expires: seconds, or text such as ``6s``."""
 
 MARKER_TTL: Final = 60.0
-"""Seconds for which the server's markers stay."""
+"""Seconds for which the server's messages in place of expired entries stay."""
 _PAGE = 500
+"""Messages in one page."""
 
 
 def is_gone(headers: dict[str, str] | None) -> bool:
-    """Whether a message with these headers tells that the entry was deleted or has expired."""
+    """Whether these are the headers of a message in place of an entry that was deleted or has expired."""
     return headers is not None and (OPERATION in headers or MARKER in headers)
 
 
 async def ensure_bucket(js: JetStreamContext, config: api.KeyValueConfig) -> api.StreamInfo:
-    """Make the bucket if it is missing. Its stream, which may be configured otherwise where it existed."""
+    """Make the bucket if it is missing. Returns its stream, which may be configured otherwise if it existed already.
+
+    Raises what nats-py raises.
+    """
     stream = f"KV_{config.bucket}"
     try:
         return await js.stream_info(stream)
@@ -44,8 +49,8 @@ async def last_messages(
 ) -> AsyncGenerator[list[Msg], None]:
     """The last message of every subject that matches, in the order of their sequences, in pages.
 
-    What changes meanwhile comes again, later. Ends where nothing more is stored. ``timeout``: seconds for one page.
-    Raises what nats-py raises, also where a message was lost on its way.
+    A subject that changes meanwhile comes again, later. Ends after the last message that is stored. ``timeout``:
+    seconds for one page. Raises what nats-py raises, also if a message was lost on its way.
     """
     subscription = await js.pull_subscribe(
         subject,

@@ -1,4 +1,4 @@
-"""What is stored of a keyed agent. Pure values: no I/O.
+"""The record of a keyed agent: what is stored of its owner and its state. Pure values: no I/O.
 
 Keys of the bucket (each part is a token as in `natsrt.wire.subjects`):
 
@@ -7,8 +7,8 @@ Keys of the bucket (each part is a token as in `natsrt.wire.subjects`):
 ``c.<agent type>.<key>.<write>.<n>``   a part of a state that is too large for the record; ``write`` stored it
 ====================================== ===============================================================================
 
-The head is not in the body, so that all records can be listed without their states, and so that what an agent saved is
-stored exactly as it was encoded.
+The head is a header and not in the body. So all records can be listed without their states, and a state is stored
+exactly as it was encoded.
 """
 
 from __future__ import annotations
@@ -27,16 +27,21 @@ from natsrt.errors import CannotDecode, CannotSerialize
 from natsrt.wire.subjects import encode_token
 
 RECORD: Final = "Natsrt-Record"
-_EXACT: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
+"""The header that holds a record's head."""
 MAX_HEAD_BYTES: Final = 32 * 1024
-"""The longest head; JetStream stores headers of 64 KB in all."""
+"""The longest head. JetStream stores headers of 64 KB in all."""
+OTHER_HEADER_BYTES: Final = 256
+"""Room for the other headers of a record, in bytes."""
+_EXACT: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
+"""orjson refuses what it would otherwise convert."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A state as it is stored: ``size`` in bytes, ``saved_at`` in seconds since the epoch.
+    """Where and how a state is stored.
 
-    ``parts`` under the name of the write ``saved_by``; 0: it is the body of the record.
+    ``size`` is in bytes, ``saved_at`` in seconds since the epoch. ``parts`` is the number of parts, which are stored
+    under the name of the write ``saved_by``; 0: the state is the body of the record.
     """
 
     size: int
@@ -48,24 +53,24 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One keyed agent, as it was stored at ``revision``, the fencing epoch. ``owner``: a worker id; None: nobody."""
+    """The record of one keyed agent at ``revision``, the fencing epoch. ``owner`` is a worker id; None: no owner."""
 
     agent: AgentId
     owner: str | None
     revision: int
     stored: Stored | None = None
-    """The state; None where the agent has none."""
+    """Where the state is; None if the agent has no state."""
     write: str = ""
-    """Names the write that made this revision."""
+    """The name of the write that stored this revision."""
     body: bytes | None = field(default=None, repr=False, compare=False)
-    """The state where it is in the record and came along with it."""
+    """The state, if it is in the record and was read with it; else None."""
 
     @property
     def has_state(self) -> bool:
         return self.stored is not None
 
     def holds(self, state: bytes) -> bool:
-        """Whether ``state`` is what is stored. An empty one need not be."""
+        """Whether ``state`` is what is stored. An empty state need not be stored, so it equals no state."""
         if self.body is not None:
             return state == self.body
         if self.stored is None:
@@ -74,12 +79,12 @@ class Record:
 
     @property
     def size(self) -> int:
-        """Bytes of state, 0 for none."""
+        """Bytes of the state; 0 if there is none."""
         return self.stored.size if self.stored is not None else 0
 
     @property
     def saved_at(self) -> float | None:
-        """Seconds since the epoch; None where there is no state."""
+        """When the state was saved, in seconds since the epoch; None if there is no state."""
         return self.stored.saved_at if self.stored is not None else None
 
 
@@ -96,16 +101,17 @@ _HEAD: TypeAdapter[_Head] = TypeAdapter(_Head)
 
 
 def record_key(agent: AgentId) -> str:
+    """The key of an agent's record."""
     return f"a.{encode_token(agent.type)}.{encode_token(agent.key)}"
 
 
 def parts_key(agent: AgentId, write: str) -> str:
-    """The key of what a write stored in parts, without their numbers; ``>`` for that of all writes."""
+    """The key of the parts that a write stored, without a part's number; with ``>``, the pattern for all writes."""
     return f"c.{encode_token(agent.type)}.{encode_token(agent.key)}.{write}"
 
 
 def encode_head(agent: AgentId, owner: str | None, write: str, stored: Stored | None) -> str:
-    """The header of a record, in ASCII. Raises `CannotSerialize` where the agent's names are too long."""
+    """The head of a record, in ASCII. Raises `CannotSerialize` if the agent's type and key are too long."""
     head = {"type": agent.type, "key": agent.key, "owner": owner, "write": write, "state": stored}
     text = orjson.dumps(head).decode()
     if not text.isascii():
@@ -116,7 +122,7 @@ def encode_head(agent: AgentId, owner: str | None, write: str, stored: Stored | 
 
 
 def decode_record(key: str, headers: Mapping[str, str] | None, body: bytes | None, revision: int) -> Record:
-    """The record under ``key``; ``body`` is None where only its headers were read. Raises `CannotDecode`."""
+    """The record under ``key``; ``body`` is None if only the headers were read. Raises `CannotDecode`."""
     what = f"the record {key!r}"
     text = (headers or {}).get(RECORD)
     if text is None:
@@ -137,7 +143,7 @@ def decode_record(key: str, headers: Mapping[str, str] | None, body: bytes | Non
 
 
 def write_of(headers: Mapping[str, str] | None) -> str | None:
-    """The name of the write that stored a record, or deleted it; None where it cannot be told."""
+    """The name of the write that stored or deleted a record; None if the headers do not have it."""
     try:
         return _HEAD.validate_json((headers or {})[RECORD]).write
     except (KeyError, ValidationError):
@@ -145,9 +151,9 @@ def write_of(headers: Mapping[str, str] | None) -> str | None:
 
 
 def encode_state(state: Mapping[str, Any]) -> bytes:
-    """What an agent's ``save_state`` returned, as JSON.
+    """The JSON of what an agent's ``save_state`` returned.
 
-    Raises `CannotSerialize` where ``load_state`` would get something that is not equal to it.
+    Raises `CannotSerialize` if ``load_state`` would get a value that is not equal to it.
     """
     tree = state if type(state) is dict else dict(state)
     if (text := _exact_json(tree)) is None:
@@ -155,15 +161,15 @@ def encode_state(state: Mapping[str, Any]) -> bytes:
         where = f" under {name!r}" if isinstance(name, str) else ""
         raise CannotSerialize(
             "dict",
-            f"the agent's state holds something{where} that is no JSON, or would be another value when it is loaded: a "
-            "state may hold text, finite numbers, integers of 64 bits, True, False, None, lists, and dictionaries with "
-            "text as keys",
+            f"the agent's state holds something{where} that is not JSON, or that would be a different value after it "
+            "is loaded: a state may hold text, finite numbers, integers of 64 bits, True, False, None, lists, and "
+            "dictionaries with text as keys",
         )
     return text
 
 
 def _exact_json(tree: dict[str, Any]) -> bytes | None:
-    """The JSON of ``tree`` if that reads as an equal one, else None. All of it in compiled code: every reply waits."""
+    """The JSON of ``tree`` if that reads as an equal value, else None. Runs in compiled code, as every reply waits."""
     try:
         text = orjson.dumps(tree, option=_EXACT)
         return text if orjson.loads(text) == tree else None
@@ -172,16 +178,17 @@ def _exact_json(tree: dict[str, Any]) -> bytes | None:
 
 
 def sha256(state: bytes) -> str:
+    """The SHA-256 of a state, in hex digits."""
     return hashlib.sha256(state).hexdigest()
 
 
 def checked(agent: AgentId, stored: Stored, state: bytes) -> bytes:
-    """``state`` if it is what was stored. Raises `CannotDecode`."""
+    """``state``, if its size and its SHA-256 are as they were stored. Raises `CannotDecode` if not."""
     problem = None
     if len(state) != stored.size:
         problem = f"{len(state):,} bytes are stored, and it has {stored.size:,}"
     elif sha256(state) != stored.sha256:
-        problem = "what is stored does not have its SHA-256"
+        problem = "the stored bytes do not have the SHA-256 that was recorded"
     if problem is not None:
         raise CannotDecode(f"the state of {agent}", problem, state)
     return state

@@ -1,4 +1,4 @@
-"""Requests to a JetStream bucket: tried again where that helps, and their failures in natsrt's own words."""
+"""Requests to a JetStream bucket: they are repeated where that helps, and their failures become natsrt's errors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ _NEEDED = {
     READ: ("$js.api.consumer.", "$js.api.direct.", "$js.api.stream.msg.get."),
     WRITE: ("$kv.", "$js.api.stream.purge."),
 }
-"""The subjects that an operation publishes to. A refusal shows only in the client's log: this tells whose it is."""
+"""Starts of the subjects that an operation publishes to, in lower case. The server does not answer a request that it
+refuses to publish; it reports the refused subject only, and this tells which request it concerns."""
 _OF_THE_ACCOUNT = "$js.api.info"
+"""The one subject of `OPEN` that does not name a bucket."""
 _NO_JETSTREAM = 10039
+"""JetStream's error code for "not enabled for this account"."""
 _PAUSE = 0.2
 """Seconds between two attempts."""
 _LOOK_EVERY = 0.1
@@ -36,10 +39,11 @@ T = TypeVar("T")
 
 
 class _Attempt:
-    """A request under way, in the task that makes it.
+    """One attempt of a request, in the task that makes it.
 
-    ``subject`` is the one it is limited to, None for all that the operation needs; ``until`` the loop's time at which
-    it ends. It does what ``asyncio.timeout`` does, without a timer of its own: these cost more than the request.
+    ``subject`` is the subject that the request publishes to; None for all that the operation needs. ``until`` is the
+    event loop's time at which the attempt ends. It works like ``asyncio.timeout``, but without a timer of its own,
+    which would cost more than the request itself.
     """
 
     __slots__ = ("_cancelling", "_ended", "_task", "denied", "operation", "subject", "until")
@@ -61,22 +65,24 @@ class _Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Raises TimeoutError where `end` is what cancelled the request."""
+        """Raises TimeoutError if `end` alone cancelled the request."""
         if self._ended and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
     def end(self) -> None:
+        """Cancel the request, which then fails with TimeoutError."""
         if not self._ended:
             self._ended = True
             self._task.cancel()
 
 
 class BucketRequests:
-    """Runs the requests that concern one bucket. A connection `Listener`.
+    """Runs the requests to one bucket. A connection `Listener`.
 
-    Where the bucket cannot be reached for ``retry_for`` seconds, ``unavailable(operation, reason)`` makes the error.
-    ``subscribed`` are the starts of the subjects whose refusal spoils every request: inboxes, a feed.
-    ``patient``: it waits for a lost connection that long too, and what was under way is sent again once it is back.
+    A request is repeated for ``retry_for`` seconds. If the bucket cannot be reached until then,
+    ``unavailable(operation, reason)`` makes the error. ``subscribed`` are the starts of the subjects whose refusal
+    makes every request fail: inboxes, a feed. ``patient``: requests also wait that long for a lost connection, and
+    those that were under way are sent again after a reconnect.
     """
 
     def __init__(
@@ -104,7 +110,7 @@ class BucketRequests:
         pass
 
     def connection_made(self) -> None:
-        if self._patient:  # answers to what was asked on the lost connection come no more
+        if self._patient:  # requests that were sent on the lost connection get no answer any more
             for attempt in self._running:
                 attempt.end()
 
@@ -137,14 +143,14 @@ class BucketRequests:
         subject: str | None = None,
         within: float | None = None,
     ) -> T:
-        """Run ``request``, again for some seconds where a leader change explains its failure.
+        """Run ``request``, and repeat it for some seconds if the cause of its failure may pass, as a leader's election.
 
-        It may be repeated after it was carried out, when the answer was lost. ``subject``: the only one, with those
-        below it, that it publishes to; None for any that the operation needs. ``within``: seconds for one attempt;
-        None where ``request`` looks after that itself.
+        It may be repeated after it was carried out, when the answer was lost. ``subject``: the only subject, with those
+        below it, that the request publishes to; None for any that the operation needs. ``within``: seconds for one
+        attempt; None if ``request`` limits its time itself.
 
-        Raises `PermissionDenied`, `JetStreamRequired`, `ServerUnreachable` or what ``unavailable`` makes; what
-        ``request`` raises otherwise passes.
+        Raises `PermissionDenied`, `JetStreamRequired`, `ServerUnreachable` or what ``unavailable`` makes. Other
+        exceptions of ``request`` are raised as they are.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + self._retry_for

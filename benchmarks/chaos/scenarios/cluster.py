@@ -10,7 +10,7 @@ from benchmarks.chaos.cluster import Cluster
 from benchmarks.chaos.crew import Crew, Hand, ask_all, ledgers_of
 from benchmarks.chaos.ledger import Ledger
 from benchmarks.chaos.scenario import Figure, Scenario, slowest, under
-from natsrt.jetstream import state_parts
+from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.registry import registry
 
 _ANSWER_WITHIN = 5.0
@@ -117,7 +117,7 @@ async def _all(short: bool) -> list[Figure]:
     settle = 1.0 if short else 3.0
     return [
         figure
-        for led in (registry.BUCKET, state_parts.BUCKET)
+        for led in (registry.BUCKET, AGENTS_BUCKET)
         for figure in under(led, await measure(led=led, settle=settle))
     ]
 

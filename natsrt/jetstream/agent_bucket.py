@@ -1,0 +1,130 @@
+"""The JetStream KV bucket of keyed agents: the requests that read and write it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Final
+
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext, api
+
+from natsrt.errors import StateUnavailable
+from natsrt.jetstream.acks import Acks
+from natsrt.jetstream.buckets import MARKER_TTL, ensure_bucket, last_messages
+from natsrt.jetstream.requests import OPEN, BucketRequests
+from natsrt.options import Options
+from natsrt.transport.connection import Connection
+from natsrt.wire.subjects import Subjects
+
+AGENTS_BUCKET: Final = "natsrt_agents"
+RETRY_FOR: Final = 10.0
+"""Seconds for which a request that fails is repeated: writes fail for up to 7.5 s after the leader of a cluster was
+killed."""
+ANSWER_WITHIN: Final = 2.0
+"""Seconds for one attempt. A request that arrives while a cluster elects a leader is never answered."""
+_NO_MESSAGE = 10037
+"""JetStream's error code for a subject without messages."""
+
+
+class AgentBucket:
+    """The bucket of keyed agents in one namespace.
+
+    Its methods make one attempt and raise what nats-py raises, except `open`. To have them repeated, run them through
+    ``requests``.
+    """
+
+    def __init__(self, connection: Connection, subjects: Subjects, options: Options) -> None:
+        self._connection = connection
+        self._options = options
+        self._name = subjects.bucket(AGENTS_BUCKET)
+        self._stream = f"KV_{self._name}"
+        self._prefix = f"$KV.{self._name}."
+        self.requests = BucketRequests(
+            connection,
+            self._name,
+            StateUnavailable,
+            subscribed=(options.inbox_prefix,),
+            retry_for=RETRY_FOR,
+            patient=True,
+        )
+        self._acks = Acks(connection, options.inbox_prefix)
+        self.publish = self._acks.publish
+        """Publish to the stream: see `Acks.publish`."""
+        self._opened: int | None = None
+        """The connection's number of reconnects when the bucket was last found; None: not found yet, or in doubt."""
+        self._opening = asyncio.Lock()
+        self._context: tuple[Client, JetStreamContext] | None = None
+        """The client and its JetStream context, which is made once per client."""
+
+    def subject(self, key: str) -> str:
+        """The subject of a key."""
+        return self._prefix + key
+
+    def key(self, subject: str) -> str:
+        """The key of a subject."""
+        return subject[len(self._prefix) :]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the bucket was found since the last reconnect, and acknowledgements arrive."""
+        return self._opened == self._connection.reconnects and self._acks.open
+
+    async def open(self) -> None:
+        """Make the bucket if it is missing. Returns at once if it was found since the last reconnect.
+
+        Raises `StateUnavailable`, `ServerUnreachable`, `PermissionDenied` or `JetStreamRequired`.
+        """
+        if self.is_open:
+            return
+        async with self._opening:
+            if not self._acks.open:
+                await self._acks.subscribe()
+            reconnects = self._connection.reconnects
+            if self._opened != reconnects:
+                await self.requests.run(OPEN, self._ensure)
+                self._opened = reconnects
+
+    def doubt(self) -> None:
+        """Let the next `open` look for the bucket again: it may have been deleted."""
+        self._opened = None
+
+    async def _ensure(self) -> None:
+        config = api.KeyValueConfig(
+            bucket=self._name,
+            description="natsrt: owners and state of keyed agents",
+            history=1,
+            direct=True,
+            replicas=self._options.registry_replicas,
+            limit_marker_ttl=MARKER_TTL,
+        )
+        await ensure_bucket(self._js, config)
+
+    @property
+    def _js(self) -> JetStreamContext:
+        client = self._connection.client
+        if self._context is None or self._context[0] is not client:
+            self._context = client, client.jetstream(timeout=ANSWER_WITHIN)
+        return self._context[1]
+
+    async def last(self, key: str, *, direct: bool = False) -> api.RawStreamMsg | None:
+        """The last message under ``key``; None if there is none.
+
+        It is read from the stream's leader; with ``direct`` from any replica, which may lag behind.
+        """
+        try:
+            return await self._js.get_last_msg(self._stream, self._prefix + key, direct=direct)
+        except nats.js.errors.NotFoundError as error:
+            if error.err_code not in (_NO_MESSAGE, None):  # a direct answer has no such code
+                raise
+            return None
+
+    def all_headers(self, pattern: str) -> AsyncGenerator[list[Msg], None]:
+        """The last message of every key that matches ``pattern``, with its headers only, in pages."""
+        return last_messages(self._js, self._stream, self._prefix + pattern, timeout=ANSWER_WITHIN, headers_only=True)
+
+    async def purge(self, pattern: str, before: int | None) -> None:
+        """Delete all messages under keys that match ``pattern``; with ``before`` only those of a lower sequence."""
+        await self._js.purge_stream(self._stream, seq=before, subject=self._prefix + pattern)
