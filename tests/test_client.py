@@ -276,6 +276,14 @@ async def test_flushes_end_when_the_client_is_closed(connection: Connection) -> 
     assert all(outcome is None or isinstance(outcome, nats.errors.Error) for outcome in outcomes)
 
 
+async def test_closing_drops_what_a_closed_socket_cannot_send(connection: Connection, namespace: str) -> None:
+    client = connection.client
+    assert client.post(f"{namespace}.x", b"never sent", "") and client.pending_data_size > 0
+    client._transport.close()  # type: ignore[no-untyped-call]
+    await client.close()  # nats-py alone: TypeError on Python 3.12 and newer
+    assert client.is_closed and client.pending_data_size == 0
+
+
 async def test_a_message_that_would_have_to_wait_or_be_refused_is_not_posted(
     connection: Connection, namespace: str
 ) -> None:

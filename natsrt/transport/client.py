@@ -8,6 +8,8 @@ The overridden methods are private to nats-py, because it has no public way. ``t
 - `NatsClient.listen` makes a subscription without the queue that a sink never uses: 3 kB less for each keyed agent.
 - ``_build_message`` and ``_process_headers`` tolerate subjects that are not UTF-8 and unreadable headers. The server
   delivers both, and in nats-py either ends the read loop without an error.
+- ``_close`` drops what was never sent if the socket is closed already. nats-py writes it to the closed socket, which
+  raises TypeError on Python 3.12 and newer.
 """
 
 from __future__ import annotations
@@ -234,6 +236,12 @@ class NatsClient(Client):
         ping.add_done_callback(self._pings.discard)
         ping.add_done_callback(retrieve)
         return ping
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        writer = getattr(self._transport, "_io_writer", None)  # None: a WebSocket, which has no such error
+        if writer is not None and writer.is_closing():
+            self._pending, self._pending_data_size = [], 0
+        await super()._close(status, do_cbs)
 
     async def close(self) -> None:
         """Close, and end every wait for this client, including those that nats-py leaves waiting."""
