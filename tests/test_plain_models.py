@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import decimal
 import math
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import orjson
+import pydantic.dataclasses
 import pytest
+from autogen_agentchat.messages import TextMessage
+from autogen_core.models import RequestUsage
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import (
@@ -21,6 +26,7 @@ from pydantic import (
     Field,
     SecretStr,
     computed_field,
+    create_model,
     field_serializer,
     field_validator,
 )
@@ -157,6 +163,119 @@ class Second(BaseModel):
     first: First | None = None
 
 
+@dataclass
+class Usage:
+    """A dataclass as AutoGen's ``RequestUsage``, which AgentChat's messages hold."""
+
+    tokens: int
+    share: float = 1.0
+    point: Point | None = None
+    parts: list[Usage] = dataclasses.field(default_factory=list)
+
+
+@dataclass
+class MoreUsage(Usage):
+    model: str = ""
+
+
+class HoldsUsage(BaseModel):
+    usage: Usage | None = None
+    by_name: dict[str, Usage] = {}
+
+
+@dataclass
+class Names:
+    first: str
+
+
+@dataclass(init=False)
+class OwnConstructor:
+    n: int
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.twice = n * 2
+
+
+class Undecorated(Names):
+    def __init__(self, first: str) -> None:
+        super().__init__(first)
+        self.twice = first * 2
+
+
+@dataclass
+class WithAnything:
+    anything: Any
+
+
+@dataclass
+class WithInitVar:
+    n: int
+    more: dataclasses.InitVar[int] = 0
+
+
+@dataclass
+class WithLateField:
+    n: int
+    late: int = dataclasses.field(default=0, init=False)
+
+
+@dataclass
+class WithMetadata:
+    n: Annotated[int, Field(alias="en")] = 0
+
+
+@dataclass
+class WithPydanticDefault:
+    n: int = Field(default=0, exclude=True)
+
+
+@dataclass
+class WithNoneForText:
+    text: str = None  # type: ignore[assignment]
+
+
+@dataclass(slots=True)
+class WithSlots:
+    n: int = 0
+
+
+@pydantic.dataclasses.dataclass
+class OfPydantic:
+    n: int = 0
+
+    @pydantic.field_serializer("n")
+    def _double(self, n: int) -> int:
+        return n * 2
+
+
+DATACLASSES_READ_OTHERWISE = [
+    OwnConstructor(1),
+    Undecorated("a"),
+    WithAnything(Point(x=1)),
+    WithInitVar(1),
+    WithLateField(1),
+    WithMetadata(1),
+    WithPydanticDefault(1),
+    WithNoneForText(),
+    WithSlots(1),
+    OfPydantic(1),
+]
+"""Dataclasses for which Pydantic's way differs from natsrt's, or might."""
+
+
+class Lower(BaseModel):
+    """Pydantic applies a model's settings to the dataclasses in it."""
+
+    model_config = ConfigDict(str_to_lower=True)
+    names: Names
+
+
+class HoldsNames(BaseModel):
+    names: Names
+    lower: Lower
+
+
 def message(**fields: Any) -> Message:
     return Message(id="m", at=datetime.datetime(2026, 1, 2, 3, 4, 5, 6, datetime.UTC), **fields)
 
@@ -171,6 +290,8 @@ PLAIN = [
     Box[str](content="c", point=Point(x=1)),
     Computed(point=Point(x=4)),
     Older(point=Point(x=1)),
+    HoldsUsage(),
+    HoldsUsage(usage=Usage(1, 2.5, Point(x=1), [Usage(2)]), by_name={"a": Usage(3)}),
 ]
 """Values that Pydantic carries as they are."""
 
@@ -184,13 +305,18 @@ NOT_PLAIN = [
     Second(first=First(either=message())),
     Box[Point](content=Named(x=1, name="a subclass"), point=Named(x=2)),
     Tree.model_construct(value=1, children=[Named(x=1)], parent=None),
+    HoldsUsage(usage=MoreUsage(1, model="a subclass")),
+    HoldsUsage(usage=Usage(1, point=Named(x=1, name="a subclass"))),
+    HoldsUsage(by_name={"a": Usage(1, parts=[MoreUsage(2, model="a subclass")])}),
+    Lower(names=Names("As It Was")),
+    HoldsNames(names=Names("As It Was"), lower=Lower(names=Names("As It Was"))),
 ]
 """Values that need natsrt's own way: a class's name, or another look at each field."""
 
 
 def serialization(*values: BaseModel) -> Serialization:
     made = Serialization()
-    for cls in (Point, Named, Message, *{type(value) for value in values}):
+    for cls in (Point, Named, Message, Usage, MoreUsage, *{type(value) for value in values}):
         made.add_class(cls)
     return made
 
@@ -216,6 +342,8 @@ def same(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, BaseModel):
         return same(one.__dict__, other.__dict__) and same(one.model_extra, other.model_extra)
+    if dataclasses.is_dataclass(one):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
@@ -294,8 +422,16 @@ def test_a_number_that_json_does_not_have_is_refused_at_every_depth(number: floa
         message().model_copy(update={"id": 5}),
         Tree.model_construct(value=1),
         HoldsFunctional(held=Functional.model_construct(n="5")),
+        HoldsUsage(usage=Usage("1")),  # type: ignore[arg-type]
+        HoldsUsage(usage=Usage(True)),
+        HoldsUsage(usage=Usage(2**70, math.nan)),
+        HoldsUsage(usage=Usage(1, parts=(Usage(2),))),  # type: ignore[arg-type]
+        HoldsUsage.model_construct(usage={"tokens": 1}, by_name={}),
     ],
-    ids=["text for int", "int for text", "int key", "tuple for list", "literal", "int", "missing", "functional"],
+    ids=[
+        *("text for int", "int for text", "int key", "tuple for list", "literal", "int", "missing", "functional"),
+        *("text in a dataclass", "bool in a dataclass", "NaN in a dataclass", "tuple in a dataclass", "no dataclass"),
+    ],
 )
 def test_a_value_that_is_not_as_declared_does_not_arrive_as_something_else(wrong: BaseModel) -> None:
     try:
@@ -317,6 +453,34 @@ def test_what_pydantic_carries_exactly_is_left_to_it(cls: type[BaseModel]) -> No
     assert Codecs().of(cls).plain_check() is not None
 
 
+def holding(cls: type) -> type[BaseModel]:
+    """A model with a field of the class."""
+    return create_model(f"Holds{cls.__name__}", held=(cls, ...))
+
+
+@pytest.mark.parametrize("value", DATACLASSES_READ_OTHERWISE, ids=lambda value: type(value).__name__)
+def test_a_dataclass_that_pydantic_would_read_otherwise_is_never_left_to_it(value: Any) -> None:
+    cls = holding(type(value))
+    assert Codecs().of(cls).plain_check() is None
+    holder = cls(held=value)
+    arrived = sent(holder)[1]
+    assert same(arrived, holder)
+    assert getattr(arrived.held, "twice", None) == getattr(value, "twice", None), "its constructor was not called"
+
+
+@pytest.mark.parametrize("cls", [Usage, MoreUsage, Names])
+def test_a_dataclass_that_pydantic_carries_exactly_is_left_to_it(cls: type) -> None:
+    assert Codecs().of(holding(cls)).plain_check() is not None
+
+
+def test_an_agentchat_message_is_left_to_pydantic() -> None:
+    value = TextMessage(content="c", source="s", models_usage=RequestUsage(1, 2), metadata={"$type": "x"})
+    payload, arrived = sent(value)
+    assert same(arrived, value)
+    assert payload == value.__pydantic_serializer__.to_json(value)
+    assert Codecs().of(TextMessage).plain_check() is not None
+
+
 def test_a_model_with_a_serializer_of_its_own_is_left_to_pydantic() -> None:
     assert sent(HoldsUpper(held=Upper(text="a")))[1] == HoldsUpper(held=Upper(text="A"))
 
@@ -333,6 +497,11 @@ def test_extra_fields_of_a_newer_sender_are_ignored_at_every_depth() -> None:
     )
 
 
+usages = st.builds(Usage, st.integers(), st.floats(allow_nan=False, allow_infinity=False))
+usages = st.one_of(
+    st.builds(Usage, st.integers(), parts=st.lists(usages, max_size=2)),
+    st.builds(MoreUsage, model=st.text(), tokens=st.just(1)),
+)
 points = st.builds(Point, x=st.integers(), y=st.floats(allow_nan=False, allow_infinity=False))
 named = st.builds(Named, x=st.integers(), name=st.text())
 either = st.one_of(points, named)
@@ -352,4 +521,9 @@ messages = st.builds(
 
 @given(messages)
 def test_any_message_arrives_as_it_was_sent(value: Message) -> None:
+    assert same(sent(value)[1], value)
+
+
+@given(st.builds(HoldsUsage, usage=st.none() | usages, by_name=st.dictionaries(st.text(), usages, max_size=2)))
+def test_any_dataclass_in_a_model_arrives_as_it_was_sent(value: HoldsUsage) -> None:
     assert same(sent(value)[1], value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from autogen_core import Image
 
-from natsrt.wire.codecs import TYPE_KEY, Codec, CodecCompiler, Refused, Unreadable, misfit
+from natsrt.wire.codecs import TYPE_KEY, Codec, CodecCompiler, PlainCheck, Refused, Unreadable, misfit
 
 
 class ClassCodec(Codec):
@@ -46,7 +48,9 @@ class ClassCodec(Codec):
         return {TYPE_KEY: self.name, **tree}
 
     def decode_marked(self, tree: dict[str, Any]) -> Any:
-        return self.decode_fields({key: value for key, value in tree.items() if key != TYPE_KEY})
+        fields = tree.copy()
+        del fields[TYPE_KEY]
+        return self.decode_fields(fields)
 
     def encode_fields(self, value: Any) -> Any:
         """The tree of a value of exactly this class."""
@@ -55,6 +59,49 @@ class ClassCodec(Codec):
     def decode_fields(self, tree: Any) -> Any:
         """The value of a tree without a class name."""
         raise NotImplementedError
+
+    # Plain values: those that Pydantic's own compiled serializer and validator carry exactly as they are.
+
+    _known: Mapping[str, Codec] = {}
+    """The codecs of the fields, as far as they can be plain."""
+
+    def _can_be_plain(self, inside: tuple[Codec, ...]) -> bool:
+        """Whether some values of the class are plain. ``inside``: as in `Codec.plain_check`, and this codec."""
+        return False
+
+    @functools.cached_property
+    def _plain_fields(self) -> tuple[list[tuple[str, tuple[type, ...]]], list[tuple[str, PlainCheck]]] | None:
+        """The fields whose value's class decides whether it is plain, and those with a check.
+
+        None if no value is plain. Computed when the first value is written or read, because all classes that this one
+        refers to can be compiled by then.
+        """
+        if not self._can_be_plain((self,)):
+            return None
+        types = [(name, found) for name, codec in self._known.items() if (found := codec.plain_types())]
+        names = {name for name, _ in types}
+        checks = [(name, codec.plain_check((self,))) for name, codec in self._known.items() if name not in names]
+        return types, [(name, check) for name, check in checks if check is not None]
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        return self._is_plain if self in inside or self._can_be_plain((*inside, self)) else None
+
+    def _is_plain(self, value: Any) -> bool:
+        """Whether ``value`` is of exactly this class and holds what its fields declare, at every depth."""
+        if type(value) is not self.cls or self._plain_fields is None:
+            return False
+        fields = value.__dict__
+        types, checks = self._plain_fields
+        try:
+            for name, kinds in types:
+                if type(fields[name]) not in kinds:
+                    return False
+            for name, check in checks:
+                if not check(fields[name]):
+                    return False
+        except KeyError:
+            return False
+        return True
 
 
 class ImageCodec(ClassCodec):

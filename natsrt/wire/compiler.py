@@ -178,6 +178,8 @@ class UnionCodec(Codec):
         if member is not None:
             return self._marked(member, member.encode(value))
         for member in self._members:
+            if member.base is not None and not _fits(type(value), member.base):
+                continue
             try:
                 tree = member.encode(value)
             except Refused:
@@ -253,11 +255,10 @@ class Codecs(CodecCompiler):
 
     def of(self, hint: Any) -> Codec:
         """The codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
-        hint = _bare(hint)
         try:
-            codec = self._compiled.get(hint)
+            codec = self._compiled.get(hint) or self._compiled.get(hint := _bare(hint))
         except TypeError:
-            return self._compile(hint)
+            return self._compile(_bare(hint))
         if codec is None:
             codec = self._compile(hint)
             self._compiled.setdefault(hint, codec)
@@ -340,11 +341,10 @@ class Codecs(CodecCompiler):
         Of several definitions of one class (the same module and qualified name) the last counts. Of different classes
         the registered one counts.
         """
-        named: dict[tuple[str, str], type] = {}
-        for cls in _with_subclasses(base):
-            if cls.__name__ == name and self.is_structured(cls):
-                named.pop((cls.__module__, cls.__qualname__), None)
-                named[cls.__module__, cls.__qualname__] = cls
+        namesakes = [cls for cls in _with_subclasses(base) if cls.__name__ == name and self.is_structured(cls)]
+        if len(namesakes) == 1:
+            return namesakes[0]
+        named = {(cls.__module__, cls.__qualname__): cls for cls in namesakes}
         if len(named) == 1:
             return next(iter(named.values()))
         registered = self.lookup(name)

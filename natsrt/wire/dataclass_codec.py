@@ -8,10 +8,28 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel
 
 from natsrt.wire.class_codec import ClassCodec, unknown_fields
 from natsrt.wire.codecs import TYPE_KEY, Codec, ExactCodec, Refused, Unreadable
+
+_HARMLESS_SETTINGS = frozenset(
+    {
+        "arbitrary_types_allowed",
+        "extra",
+        "frozen",
+        "populate_by_name",
+        "title",
+        "validate_assignment",
+        "validate_default",
+    }
+)
+"""The settings of a Pydantic model that do not change how a dataclass in it is written and read.
+
+Pydantic applies a model's settings to the dataclasses in it, but not to the models in it.
+"""
 
 
 class DataclassCodec(ClassCodec):
@@ -20,11 +38,14 @@ class DataclassCodec(ClassCodec):
     def compile(self, args: tuple[Any, ...]) -> None:
         parameters = _init_parameters(self.cls)
         hints = _dataclass_hints(self.cls, args)
+        self._is_plain_class = not args and _is_read_alike(self.cls, hints, parameters)
+        known: dict[str, Codec] = {}
+        self._known = known
         self._late: list[tuple[str, Codec]] = []
         self._fields: list[tuple[str, type, Codec]] = []
         required: set[str] = set()
         for field in dataclasses.fields(self.cls):
-            codec = self._field_codec(field, hints[field.name])
+            codec = known[field.name] = self._field_codec(field, hints[field.name])
             if not field.init:
                 self._late.append((field.name, codec))
                 continue
@@ -50,6 +71,12 @@ class DataclassCodec(ClassCodec):
             return self._codecs.of(hint)
         except Refused as fault:
             raise fault.under(field.name) from None
+
+    def _can_be_plain(self, inside: tuple[Codec, ...]) -> bool:
+        if not self._is_plain_class or any(codec.plain_check(inside) is None for codec in self._known.values()):
+            return False
+        model = next((found.cls for found in reversed(inside) if found.cls and issubclass(found.cls, BaseModel)), None)
+        return model is None or _HARMLESS_SETTINGS.issuperset(model.model_config)
 
     def encode_fields(self, value: Any) -> dict[str, Any]:
         tree = {}
@@ -96,6 +123,36 @@ class DataclassCodec(ClassCodec):
 
 class _NoInstances:
     """Sentinel: no value is an instance of it, so the fast path never applies."""
+
+
+def _is_read_alike(cls: type, hints: dict[str, Any], parameters: dict[str, inspect.Parameter] | None) -> bool:
+    """Whether Pydantic writes and reads a dataclass as this codec does, as far as its fields are plain.
+
+    Pydantic does not call the constructor, so this must be the generated one, with exactly the fields as parameters.
+    Pydantic also follows metadata of fields, which this codec does not know.
+    """
+    fields = dataclasses.fields(cls)
+    return (
+        vars(cls).get("__dataclass_params__") is not None
+        and cls.__dataclass_params__.init  # type: ignore[attr-defined]
+        and cls.__dictoffset__ != 0
+        and not hasattr(cls, "__pydantic_core_schema__")
+        and not hasattr(cls, "__pydantic_config__")
+        and not hasattr(cls, "__get_pydantic_core_schema__")
+        and parameters is not None
+        and parameters.keys() == {field.name for field in fields}
+        and not any(_has_metadata(hint) for hint in hints.values())
+        and not any(type(field.default).__module__.startswith("pydantic") for field in fields)
+        and not any(field.default is None and not _accepts_none(hints[field.name]) for field in fields)
+    )
+
+
+def _has_metadata(hint: Any) -> bool:
+    return typing.get_origin(hint) is Annotated or any(_has_metadata(arg) for arg in typing.get_args(hint))
+
+
+def _accepts_none(hint: Any) -> bool:
+    return hint is None or hint is Any or type(None) in typing.get_args(hint)
 
 
 def _init_parameters(cls: type) -> dict[str, inspect.Parameter] | None:

@@ -9,7 +9,6 @@ to Pydantic, whatever its type.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import typing
@@ -40,7 +39,6 @@ from natsrt.wire.codecs import (
     TYPE_KEY,
     VALUE_KEY,
     Codec,
-    PlainCheck,
     Refused,
     Unreadable,
 )
@@ -121,21 +119,6 @@ class ModelCodec(ClassCodec):
                     scalars.append((name, codec.scalars))
         self._scalars = scalars if len(scalars) + len(self._special) == len(self.cls.model_fields) else None
 
-    # Plain values: those that Pydantic's own compiled serializer and validator carry exactly as they are.
-
-    @functools.cached_property
-    def _plain_fields(self) -> tuple[list[tuple[str, tuple[type, ...]]], list[tuple[str, PlainCheck]]] | None:
-        """The fields whose classes tell that they are plain, and those that have a check; None: no value is plain.
-
-        Asked for when the first value is written or read: then all classes that this one leads to can be compiled.
-        """
-        if not self._can_be_plain((self,)):
-            return None
-        types = [(name, found) for name, codec in self._known.items() if (found := codec.plain_types())]
-        names = {name for name, _ in types}
-        checks = [(name, codec.plain_check((self,))) for name, codec in self._known.items() if name not in names]
-        return types, [(name, check) for name, check in checks if check is not None]
-
     def _can_be_plain(self, inside: tuple[Codec, ...]) -> bool:
         return (
             not self._root
@@ -145,26 +128,6 @@ class ModelCodec(ClassCodec):
             and not any(setting.startswith("ser_json_") for setting in self.cls.model_config)
             and all(codec.plain_check(inside) is not None for codec in self._known.values())
         )
-
-    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
-        return self._is_plain if self in inside or self._can_be_plain((*inside, self)) else None
-
-    def _is_plain(self, value: Any) -> bool:
-        """Whether ``value`` is of exactly this class and holds what its fields declare, at every depth."""
-        if type(value) is not self.cls or self._plain_fields is None:
-            return False
-        fields = value.__dict__
-        types, checks = self._plain_fields
-        try:
-            for name, kinds in types:
-                if type(fields[name]) not in kinds:
-                    return False
-            for name, check in checks:
-                if not check(fields[name]):
-                    return False
-        except KeyError:
-            return False
-        return True
 
     def _codec_or_none(self, field: FieldInfo) -> Codec | None:
         try:
@@ -281,8 +244,10 @@ class ModelCodec(ClassCodec):
             return self._decode_root(tree)
         if self._codecs.strict and not self._extra and tree.keys() - self._readable:
             raise unknown_fields(self.name, tree.keys() - self._readable)
-        if not self._special and not self._extra:
-            return self._validated(self._validator.validate_json, to_json(tree))
+        if not self._special and not self._extra or self._plain_fields is not None:
+            payload = to_json(tree)
+            if not self._special or _TYPE_KEY_BYTES not in payload:
+                return self._validated(self._validator.validate_json, payload)
         values = dict(tree)
         for name, keys in self._read_from.items():
             key = next((key for key in keys if key in tree), None)
