@@ -1,4 +1,4 @@
-"""What the codecs of classes with fields share, and that of AutoGen's ``Image``."""
+"""The base class of the codecs of classes with fields, and the codec of AutoGen's ``Image``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from natsrt.wire.codecs import TYPE_KEY, Codec, CodecCompiler, PlainCheck, Refus
 
 
 class ClassCodec(Codec):
-    """What the classes with fields share: subclasses of the declared class carry their name."""
+    """Base of the codecs of classes with fields.
+
+    A value whose class is a subclass of the declared one is written with the name of its class.
+    """
 
     kinds = frozenset({dict})
     polymorphic = True
@@ -26,7 +29,7 @@ class ClassCodec(Codec):
         self._codecs = codecs
 
     def compile(self, args: tuple[Any, ...]) -> None:
-        """Look at the fields. ``args`` are the type arguments of a generic class."""
+        """Prepare the codecs of the fields. ``args`` are the type arguments of a generic class."""
 
     def encode(self, value: Any) -> Any:
         if type(value) is not self.cls:
@@ -42,7 +45,7 @@ class ClassCodec(Codec):
 
     def mark(self, tree: Any) -> dict[str, Any]:
         if type(tree) is not dict:
-            raise Refused(f'the serializer of {self.name} makes no JSON object, so it cannot carry "{TYPE_KEY}"')
+            raise Refused(f'the serializer of {self.name} does not write a JSON object, so "{TYPE_KEY}" has no place')
         if TYPE_KEY in tree:
             raise Refused(f'a field of {self.name} has the reserved name "{TYPE_KEY}"')
         return {TYPE_KEY: self.name, **tree}
@@ -53,11 +56,11 @@ class ClassCodec(Codec):
         return self.decode_fields(fields)
 
     def encode_fields(self, value: Any) -> Any:
-        """The tree of a value of exactly this class."""
+        """Return the tree of ``value``, whose class is exactly ``cls``; raises ``Refused``."""
         raise NotImplementedError
 
     def decode_fields(self, tree: Any) -> Any:
-        """The value of a tree without a class name."""
+        """Return the value of a tree that has no class name; raises ``Unreadable``."""
         raise NotImplementedError
 
     # Plain values: those that Pydantic's own compiled serializer and validator carry exactly as they are.
@@ -105,7 +108,7 @@ class ClassCodec(Codec):
 
 
 class ImageCodec(ClassCodec):
-    """AutoGen's ``Image`` as its own Pydantic schema writes it: the PNG in base64."""
+    """AutoGen's ``Image`` in the form that its Pydantic schema defines: the PNG in base64."""
 
     def encode_fields(self, value: Image) -> dict[str, Any]:
         return {"data": value.to_base64()}
@@ -117,8 +120,8 @@ class ImageCodec(ClassCodec):
         try:
             return Image.from_base64(data)
         except Exception as error:
-            # Pillow's own exceptions have no common root.
-            raise Unreadable("the data is no image") from error
+            # Pillow's exceptions have no common base class.
+            raise Unreadable("the data is not an image") from error
 
 
 def unknown_fields(name: str, fields: set[str]) -> Unreadable:

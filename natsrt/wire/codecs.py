@@ -1,8 +1,9 @@
 """Codecs of single types and of containers: values as JSON trees.
 
-A *tree* is what ``json.loads`` gives: None, bool, int, float, str, list, dict. ``Codec.encode`` makes the tree of a
-value, ``Codec.decode`` the value of a tree. What would not come back equal and of the same type is ``Refused``; what
-does not fit is ``Unreadable``. Their texts name fields and types, never values. The rules are in ``compiler``.
+A *tree* is what ``json.loads`` returns: None, bool, int, float, str, list, dict. ``Codec.encode`` converts a value to
+a tree, and ``Codec.decode`` converts a tree to a value. A value that would not be read back equal and of the same type
+is ``Refused``. A tree that does not fit the type is ``Unreadable``. The texts of both errors name fields and types,
+never values. The rules are in ``compiler``.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ TYPE_KEY = "$type"
 """The reserved key that names the class of a polymorphic value."""
 
 VALUE_KEY = "value"
-"""Beside ``TYPE_KEY``: the tree of a value that is no object of its own."""
+"""The key next to ``TYPE_KEY`` that holds the tree of a value which cannot carry ``TYPE_KEY`` itself."""
 
 NULL = type(None)
 ALL_KINDS: frozenset[type] = frozenset({NULL, bool, int, float, str, list, dict})
 
 
 class Fault(Exception):
-    """Where in a value something is wrong, and what."""
+    """Base of `Refused` and `Unreadable`.
+
+    ``reason`` says what is wrong. ``path`` is where in the value, such as ``items[].name``; empty for the whole value.
+    """
 
     def __init__(self, reason: str, path: str = "") -> None:
         self.reason = reason
@@ -42,7 +46,7 @@ class Fault(Exception):
         super().__init__(reason)
 
     def under(self, step: str) -> Fault:
-        """The same fault, seen from the value that holds the one at fault under ``step``."""
+        """Put ``step`` (a field name, ``[]`` or ``[n]``) before ``path``; returns self."""
         if self.path and not self.path.startswith("["):
             step += "."
         self.path = step + self.path
@@ -53,11 +57,11 @@ class Fault(Exception):
 
 
 class Refused(Fault):
-    """A value cannot be written exactly, or a type not at all."""
+    """A value cannot be written exactly, or values of a type cannot be written at all."""
 
 
 class Unreadable(Fault):
-    """A tree does not fit the type it should have."""
+    """A tree does not fit the expected type."""
 
 
 def wrong_type(expected: str, value: object) -> Refused:
@@ -87,13 +91,13 @@ PlainCheck = Callable[[Any], bool]
 
 
 class Codec:
-    """How the values of one declared type are written.
+    """Writes and reads the values of one declared type.
 
     ``name`` is the type's name in ``"$type"`` and in errors. ``kinds`` are the Python types of the trees it writes.
-    ``cls`` is the exact class of its values, None if there are several; ``base`` the declared class of which
+    ``cls`` is the exact class of its values, None if there are several. ``base`` is the declared class of which
     ``"$type"`` may name a subclass, None if it may not. ``natural`` codecs stay unmarked in a union.
-    ``scalars`` are the exact classes of its values if these are JSON's own scalars, else empty.
-    ``polymorphic`` says that class names may occur inside, so that Pydantic's own JSON would not do.
+    ``scalars`` are the exact classes of its values if these are JSON scalars, else empty.
+    ``polymorphic`` is True if class names may occur inside, which Pydantic's own JSON cannot express.
     """
 
     name: str
@@ -105,83 +109,92 @@ class Codec:
     polymorphic = False
 
     def encode(self, value: Any) -> Any:
-        """The tree of ``value``; raises ``Refused``."""
+        """Return the tree of ``value``; raises ``Refused``."""
         raise NotImplementedError
 
     def plain_types(self) -> tuple[type, ...]:
-        """The exact classes of the values that Pydantic, where this type is declared, writes and reads as they are.
+        """The exact classes of the values that Pydantic writes and reads unchanged in a field of this type.
 
-        Empty if the class alone does not tell that.
+        Empty if the class of a value is not enough to decide.
         """
         return ()
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
-        """Tells whether Pydantic, where this type is declared, writes and reads a value exactly as it is.
+        """A function that returns True if Pydantic writes and reads a value unchanged in a field of this type.
 
-        None if no cheap check tells that: the type is polymorphic, or a union, or Pydantic changes its values.
-        ``inside`` are the codecs of the models that contain this type: one that leads back to itself is among them.
+        None if there is no cheap check: the type is polymorphic, or a union, or Pydantic changes its values.
+        ``inside`` are the codecs of the models that contain this type. A recursive model finds itself among them.
         """
         types = self.plain_types()
         return (lambda value: type(value) in types) if types else None
 
     def decode(self, tree: Any) -> Any:
-        """The value of ``tree``; raises ``Unreadable``."""
+        """Return the value of ``tree``; raises ``Unreadable``."""
         raise NotImplementedError
 
     def dumps(self, value: Any) -> bytes:
-        """``value`` as a whole payload; raises ``Refused``, or what the JSON writer raises."""
+        """Return ``value`` as a whole payload; raises ``Refused``, or the exception of the JSON writer."""
         return orjson.dumps(self.encode(value))
 
     def loads(self, payload: bytes) -> Any:
-        """The value of a whole payload; raises ``Unreadable``, or what the JSON reader raises."""
+        """Return the value of a whole payload; raises ``Unreadable``, or the exception of the JSON reader."""
         return self.decode(orjson.loads(payload))
 
     def mark(self, tree: Any) -> dict[str, Any]:
-        """``tree`` with this type's name."""
+        """Return ``tree`` with this type's name added."""
         return {TYPE_KEY: self.name, VALUE_KEY: tree}
 
     def decode_marked(self, tree: dict[str, Any]) -> Any:
-        """The value of a tree made by ``mark``."""
+        """Return the value of a tree made by ``mark``; raises ``Unreadable``."""
         return self.decode(self.unwrap(tree))
 
     def unwrap(self, tree: dict[str, Any]) -> Any:
-        """What stands beside the name in a tree made by ``mark``."""
+        """Return the part under ``VALUE_KEY`` of a tree made by ``mark``; raises ``Unreadable``."""
         if len(tree) != 2 or VALUE_KEY not in tree:
             raise Unreadable(f'a marked {self.name} has exactly the keys "{TYPE_KEY}" and "{VALUE_KEY}"')
         return tree[VALUE_KEY]
 
 
 class CodecCompiler(ABC):
-    """What the codecs of classes need of the compiler that makes them: see `natsrt.wire.compiler.Codecs`."""
+    """The interface of the compiler that codecs of classes use. Implemented by `natsrt.wire.compiler.Codecs`."""
 
     strict: bool
-    """Whether unknown fields make a tree unreadable."""
+    """True if a tree with an unknown field is unreadable; False if unknown fields are ignored."""
     any: Codec
     """The codec of ``Any``."""
 
     @abstractmethod
     def of(self, hint: Any) -> Codec:
-        """The codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
+        """Return the codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
 
     @abstractmethod
     def keep(self, hint: Any, codec: Codec) -> int:
-        """Enter ``codec`` before it is complete, so that a recursive type finds it; gives the number known before."""
+        """Store ``codec`` before it is complete, so that a recursive type finds it.
+
+        Returns the number of codecs that were stored before.
+        """
 
     @abstractmethod
     def forget_since(self, known: int) -> None:
-        """Drop all but the first ``known`` codecs: a class could not be compiled, and later ones may lead to it."""
+        """Remove all but the first ``known`` codecs.
+
+        Used when a class could not be compiled, since the codecs stored after it may refer to it.
+        """
 
     @abstractmethod
     def encode_marked(self, value: Any, base: type | None) -> dict[str, Any]:
-        """The tree of a dataclass, model or image with its class's name, where ``base`` is declared (None: Any)."""
+        """Return the tree of a dataclass, model or image with the name of its class; raises ``Refused``.
+
+        ``base`` is the declared class; None if ``Any`` is declared.
+        """
 
     @abstractmethod
     def decode_marked(self, tree: dict[str, Any], base: type) -> Any:
-        """The value of a tree that names its class, where ``base`` is declared."""
+        """Return the value of a tree that names its class; ``base`` is the declared class. Raises ``Unreadable``."""
 
 
 class ExactCodec(Codec):
-    """str, int, bool and None: JSON's own types. Subclasses of them are refused, and so is a bool for an int."""
+    """str, int, bool and None, which JSON has too. Subclasses are refused, and so is a bool in an int field."""
 
     natural = True
 
@@ -206,7 +219,7 @@ class ExactCodec(Codec):
 
 
 class FloatCodec(Codec):
-    """Finite floats. An int in a float field travels as the equal float, if there is one."""
+    """Finite floats. An int in a float field is written as the equal float; it is refused if there is none."""
 
     name = "float"
     kinds = frozenset({float})
@@ -241,7 +254,10 @@ class FloatCodec(Codec):
 
 
 class TextCodec(Codec):
-    """A class whose values have an exact text. ``numbers``: a JSON number is read by its text, too."""
+    """A class whose values have an exact text form.
+
+    With ``numbers``, a JSON number is read as well: it is converted to text first.
+    """
 
     kinds = frozenset({str})
 
@@ -270,7 +286,7 @@ class TextCodec(Codec):
         try:
             return self._read(tree)
         except (ValueError, ArithmeticError):
-            raise Unreadable(f"the text is no {self.name}") from None
+            raise Unreadable(f"the text is not a valid {self.name}") from None
 
 
 def text_codecs() -> list[TextCodec]:
@@ -287,7 +303,7 @@ def text_codecs() -> list[TextCodec]:
 
 
 class EnumCodec(Codec):
-    """Enums: by value if all values are str or all are int, else by member name."""
+    """Enums, written by value if all values are str or all are int, else by member name."""
 
     def __init__(self, cls: type[enum.Enum]) -> None:
         self.cls: type[enum.Enum] = cls
@@ -302,7 +318,7 @@ class EnumCodec(Codec):
         if self._by_value:
             return value.value
         if value.name not in self.cls.__members__:
-            raise Refused(f"a combination of members of {self.name} has no name")
+            raise Refused(f"it combines members of {self.name}, and a combination has no name")
         return value.name
 
     def decode(self, tree: Any) -> Any:
@@ -311,11 +327,11 @@ class EnumCodec(Codec):
                 return self.cls(tree) if self._by_value else self.cls[tree]
         except (ValueError, KeyError):
             pass
-        raise Unreadable(f"no member of {self.name}")
+        raise Unreadable(f"not a member of {self.name}")
 
 
 class LiteralCodec(Codec):
-    """``Literal[...]``, told apart by value and type."""
+    """``Literal[...]``. Members are distinguished by value and type."""
 
     def __init__(self, members: Sequence[Any], codec_of: Callable[[type], Codec]) -> None:
         self.name = "Literal"
@@ -415,7 +431,7 @@ def _step(fault: type[Fault], at: int, turn: Callable[[Any], Any], value: Any) -
 
 
 class DictCodec(Codec):
-    """``dict[K, V]``; keys that are not str are written as their text."""
+    """``dict[K, V]``. Keys that are not str are written as text."""
 
     kinds = frozenset({dict})
     cls = dict
@@ -426,7 +442,7 @@ class DictCodec(Codec):
             key = ExactCodec(str)
         textual = key.kinds == {str}
         if not textual and not key.kinds <= {int, float, bool}:
-            raise Refused(f"keys of type {key.name} have no exact text")
+            raise Refused(f"keys of type {key.name} cannot be written exactly as text")
         self.name = "dict" if value.name == "Any" and key.cls is str else f"dict[{key.name},{value.name}]"
         self.polymorphic = value.polymorphic
         self._key = None if isinstance(key, ExactCodec) and textual else key
@@ -449,7 +465,7 @@ class DictCodec(Codec):
         try:
             if self._key is None:
                 if not all(type(key) is str for key in value):
-                    raise Refused("JSON keys are strings, and the declared type does not say what else they are")
+                    raise Refused("JSON keys are strings, and the declared type specifies no other key type")
                 return {key: encode(item) for key, item in value.items()}
             tree = {self._key_text(key): encode(item) for key, item in value.items()}
         except Refused as fault:
@@ -481,7 +497,7 @@ class DictCodec(Codec):
         try:
             return self._key.decode(orjson.loads(text))
         except orjson.JSONDecodeError:
-            raise Unreadable(f"the text of a key is no {self._key.name}") from None
+            raise Unreadable(f"the text of a key is not a valid {self._key.name}") from None
 
 
 class OptionalCodec(Codec):
@@ -513,7 +529,10 @@ _JSON_SCHEMA_TYPES: dict[Any, type] = {"string": str, "integer": int, "boolean":
 
 
 class PydanticCodec(Codec):
-    """Any other type that Pydantic can write as JSON; each value is read back at once to see that it is equal."""
+    """Any other type that Pydantic can write as JSON.
+
+    After a value is written, it is read back at once, and refused if the result is not equal.
+    """
 
     def __init__(self, hint: Any) -> None:
         self._adapter: TypeAdapter[Any] = TypeAdapter(hint)
@@ -531,9 +550,9 @@ class PydanticCodec(Codec):
             back = self._adapter.validate_json(to_json(tree))
         except Exception:
             # Pydantic's text quotes the value, which must not reach a log.
-            raise Refused(f"Pydantic does not write this {self.name} as JSON and read it back") from None
+            raise Refused(f"Pydantic cannot write this {self.name} as JSON and read it back") from None
         if type(back) is not type(value) or back != value:
-            raise Refused(f"the JSON of this {self.name} does not read back as an equal value")
+            raise Refused(f"the JSON of this {self.name} is not read back as an equal value")
         return tree
 
     def decode(self, tree: Any) -> Any:
@@ -544,7 +563,7 @@ class PydanticCodec(Codec):
 
 
 class RawBytesCodec(Codec):
-    """``bytes`` as a whole message: the payload itself."""
+    """``bytes`` as a whole message: the payload is the value, unchanged."""
 
     name = "bytes"
     cls = bytes

@@ -1,33 +1,35 @@
-"""Python values as JSON trees and back, exactly or not at all.
+"""Converts Python values to JSON trees and back. A value that cannot be converted exactly is refused.
 
 The rules
 ---------
-A *tree* is what ``json.loads`` gives: None, bool, int, float, str, list, dict. A codec is compiled once per type
-annotation; ``encode`` makes the tree of a value, ``decode`` the value of a tree. What would not come back equal and of
-the same type is refused before it is sent.
+A *tree* is what ``json.loads`` returns: None, bool, int, float, str, list, dict. A codec is compiled once per type
+annotation. ``encode`` converts a value to a tree, and ``decode`` converts a tree to a value. A value that would not be
+read back equal and of the same type is refused before it is sent.
 
 * **Declared types need no marks.** A field declared ``list[Item]`` is a plain JSON array of plain JSON objects.
-* **One reserved key**, ``"$type"``, names a class where the declaration does not decide: the value's class is a
-  subclass of the declared one; the declared type is a union with more than one member of that JSON kind; or it is
-  ``Any``, ``object``, an abstract class or a Protocol. It comes first in the object. Dataclasses, Pydantic models and
-  ``autogen_core.Image`` carry it beside their fields, ``{"$type": "Circle", "r": 1.0}``; whatever is no object of its
-  own (Pydantic root models, or ``datetime`` in ``datetime | str``) is wrapped: ``{"$type": "datetime", "value": ...}``.
-  In a union the JSON types themselves (``str``, ``int``, ``float``, ``bool``, ``list``, ``dict``) stay unmarked, and
-  the other members of that JSON kind are marked.
+* **One key is reserved**: ``"$type"`` names the class of a value where the declaration does not determine it. There are
+  three cases: the value's class is a subclass of the declared one; the declared type is a union with more than one
+  member of that JSON kind; or it is ``Any``, ``object``, an abstract class or a Protocol. The key comes first in the
+  object. Dataclasses, Pydantic models and ``autogen_core.Image`` carry it next to their fields,
+  ``{"$type": "Circle", "r": 1.0}``. A value that is not written as an object with fields (a Pydantic root model, or
+  ``datetime`` in ``datetime | str``) is wrapped: ``{"$type": "datetime", "value": ...}``. In a union the JSON types
+  themselves (``str``, ``int``, ``float``, ``bool``, ``list``, ``dict``) stay unmarked, and the other members of that
+  JSON kind are marked.
 * **A name is looked up** among the declared class and its subclasses, the union's members, and the registered classes
   that fit the declared type. Nothing is imported. Any other name is unreadable, except where ``Any`` is declared: there
-  an object with an unknown ``"$type"`` stays a dict as it is.
-* **A user's own dict with a key** ``"$type"`` is wrapped as ``{"$type": "dict", "value": {...}}`` wherever a class
-  could stand instead, so in ``Any``. Where a dict is declared (``dict[str, int]``, a message of type ``dict``) it is
-  written as it is. A class whose own field is named ``"$type"`` cannot be sent.
-* In ``Any`` only JSON values, dataclasses, Pydantic models and images pass: a tuple would come back as a list.
-* Scalars travel as: bytes in base64, ``datetime`` and its kin in ISO 8601, ``Decimal`` and ``UUID`` as text, enums by
-  value if all their values are str or all int, else by member name. A dict declared with such keys has their text.
-  A time zone travels as its offset, and ``fold`` does not travel. A Pydantic model's own scalars are as Pydantic
-  writes them.
+  an object with an unknown ``"$type"`` is read as a dict, unchanged.
+* **A user's dict with a key** ``"$type"`` is wrapped as ``{"$type": "dict", "value": {...}}`` wherever a class would
+  also be possible, as in ``Any``. Where a dict is declared (``dict[str, int]``, a message of type ``dict``) it is
+  written unchanged. A class with a field named ``"$type"`` cannot be sent.
+* ``Any`` accepts only JSON values, dataclasses, Pydantic models and images. A tuple, for example, would be read back as
+  a list.
+* Scalars are written as follows: bytes in base64; ``datetime``, ``date`` and ``time`` in ISO 8601; ``Decimal`` and
+  ``UUID`` as text; enums by value if all their values are str or all are int, else by member name. Dict keys declared
+  with these types are written as the same text. A time zone is written as its offset, and ``fold`` is not written. The
+  scalars in a Pydantic model are written by Pydantic.
 * Unknown fields are ignored, so that a newer sender may add some, unless the codecs are ``strict``.
 
-Texts of errors name fields and types, never values.
+The texts of errors name fields and types, never values.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ __all__ = ["AnyCodec", "Codecs"]
 
 
 class AnyCodec(Codec):
-    """``Any`` and ``object``: JSON values as they are, classes with their name."""
+    """``Any`` and ``object``: JSON values are written unchanged, other values with the name of their class."""
 
     name = "Any"
     kinds = ALL_KINDS
@@ -104,7 +106,7 @@ class AnyCodec(Codec):
 
     def _encode_dict(self, value: dict[Any, Any]) -> dict[str, Any]:
         if not all(type(key) is str for key in value):
-            raise Refused("JSON keys are strings, and the declared type does not say what else they are")
+            raise Refused("JSON keys are strings, and the declared type specifies no other key type")
         tree = {key: self.encode(item) for key, item in value.items()}
         return {TYPE_KEY: "dict", VALUE_KEY: tree} if TYPE_KEY in tree else tree
 
@@ -123,7 +125,7 @@ class AnyCodec(Codec):
 
 
 class AbstractCodec(Codec):
-    """A declared class that is no message itself (abstract, a Protocol, a mix-in): every value is marked."""
+    """A declared class that is not a message class (abstract, a Protocol, a mix-in). Every value is marked."""
 
     kinds = frozenset({dict})
     polymorphic = True
@@ -140,12 +142,12 @@ class AbstractCodec(Codec):
 
     def decode(self, tree: Any) -> Any:
         if type(tree) is not dict or TYPE_KEY not in tree:
-            raise Unreadable(f'a value of the abstract {self.name} needs its class in "{TYPE_KEY}"')
+            raise Unreadable(f'{self.name} is abstract, so "{TYPE_KEY}" must name the class of the value')
         return self._codecs.decode_marked(tree, self.base)
 
 
 class UnionCodec(Codec):
-    """A union. Members alone in their JSON kind, and the natural ones, stay unmarked."""
+    """A union. A member stays unmarked if it is natural, or if no other member has the same JSON kind."""
 
     def __init__(self, members: Sequence[Codec], codecs: Codecs) -> None:
         self.name = "|".join(member.name for member in members)
@@ -211,7 +213,7 @@ class UnionCodec(Codec):
             except Unreadable:
                 continue
         if len(values) > 1:
-            raise Unreadable(f'fits several members of {self.name}; "{TYPE_KEY}" has to say which')
+            raise Unreadable(f'fits several members of {self.name}; "{TYPE_KEY}" must name one')
         if not values:
             raise misfit(self.name, tree)
         return values[0]
@@ -224,7 +226,7 @@ class UnionCodec(Codec):
             for member in self._members:
                 if member.base is not None and (cls := self._codecs.find(name, member.base)) is not None:
                     return self._codecs.of(cls).decode_marked(tree)
-        raise Unreadable(f'"{TYPE_KEY}" names no class that fits {self.name}')
+        raise Unreadable(f'"{TYPE_KEY}" does not name a class that fits {self.name}')
 
 
 _ABSTRACT: dict[Any, tuple[type, ...]] = {
@@ -235,14 +237,14 @@ _ABSTRACT: dict[Any, tuple[type, ...]] = {
     collections.abc.Set: (set, frozenset),
     collections.abc.MutableSet: (set,),
 }
-"""What a value declared with an abstract collection may be."""
+"""The concrete classes that a value declared with an abstract collection may have."""
 
 
 class Codecs(CodecCompiler):
-    """The codecs of one registry of classes, compiled when first asked for.
+    """The codecs of one registry of classes. Each is compiled when it is first used.
 
-    ``lookup`` gives the registered class of a type name, None if there is none. ``strict`` codecs find an unknown
-    field unreadable, at any depth.
+    ``lookup`` returns the registered class of a type name, None if there is none. With ``strict``, a tree with an
+    unknown field, at any depth, is unreadable.
     """
 
     def __init__(self, lookup: Callable[[str], type | None] = lambda name: None, *, strict: bool = False) -> None:
@@ -254,7 +256,7 @@ class Codecs(CodecCompiler):
         self.any = self._compiled[Any] = self._compiled[object] = AnyCodec(self)
 
     def of(self, hint: Any) -> Codec:
-        """The codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
+        """Return the codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
         try:
             codec = self._compiled.get(hint) or self._compiled.get(hint := _bare(hint))
         except TypeError:
@@ -265,13 +267,19 @@ class Codecs(CodecCompiler):
         return codec
 
     def keep(self, hint: Any, codec: Codec) -> int:
-        """Enter ``codec`` before it is complete, so that a recursive type finds it; gives the number known before."""
+        """Store ``codec`` before it is complete, so that a recursive type finds it.
+
+        Returns the number of codecs that were stored before.
+        """
         known = len(self._compiled)
         self._compiled[hint] = codec
         return known
 
     def forget_since(self, known: int) -> None:
-        """Drop all but the first ``known`` codecs: a class could not be compiled, and the later ones may lead to it."""
+        """Remove all but the first ``known`` codecs.
+
+        Used when a class could not be compiled, since the codecs stored after it may refer to it.
+        """
         while len(self._compiled) > known:
             self._compiled.popitem()
 
@@ -336,10 +344,10 @@ class Codecs(CodecCompiler):
         return UnionCodec(members, self)
 
     def find(self, name: str, base: type) -> type | None:
-        """The class that ``"$type": name`` means where ``base`` is declared, None if there is none.
+        """Return the class that ``"$type": name`` means where ``base`` is declared, None if there is none.
 
-        Of several definitions of one class (the same module and qualified name) the last counts. Of different classes
-        the registered one counts.
+        If one class is defined several times (the same module and qualified name), the last definition is used. If
+        different classes have the name, the registered one is used.
         """
         namesakes = [cls for cls in _with_subclasses(base) if cls.__name__ == name and self.is_structured(cls)]
         if len(namesakes) == 1:
@@ -351,42 +359,48 @@ class Codecs(CodecCompiler):
         return registered if registered is not None and _fits(registered, base) else None
 
     def class_codec(self, cls: type) -> ClassCodec | None:
-        """The codec of a dataclass, a Pydantic model or ``Image``, None for others; raises ``Refused``."""
+        """Return the codec of a dataclass, a Pydantic model or ``Image``, None for other classes.
+
+        Raises ``Refused`` if values of the class cannot be sent.
+        """
         codec = self._compiled.get(cls) or _class_codec(cls, cls, (), self)
         return codec if isinstance(codec, ClassCodec) else None
 
     def is_structured(self, cls: type) -> bool:
-        """Whether values of ``cls`` are JSON objects that can carry their class's name."""
+        """True if values of ``cls`` can be sent with the name of their class: dataclasses, models and ``Image``."""
         try:
             return self.class_codec(cls) is not None
         except Refused:
             return False
 
     def encode_marked(self, value: Any, base: type | None) -> dict[str, Any]:
-        """The tree of a dataclass, model or image with its class's name, where ``base`` is declared (None: Any)."""
+        """Return the tree of a dataclass, model or image with the name of its class; raises ``Refused``.
+
+        ``base`` is the declared class; None if ``Any`` is declared.
+        """
         cls = type(value)
         fits = base is None or _fits(cls, base)
         codec = self.class_codec(cls) if fits else None
         if codec is None:
-            wanted = "where any JSON value may stand" if base is None else f"declared {base.__name__}"
-            raise Refused(f"{wanted}, {value_of_type(cls)} does not come back as it is")
+            wanted = "declared Any" if base is None else f"declared {base.__name__}"
+            raise Refused(f"{wanted}, but {value_of_type(cls)} would not be read back unchanged")
         if base is not None and self.find(codec.name, base) not in (cls, None):
-            raise Refused(f"several classes below {base.__name__} are named {codec.name}")
+            raise Refused(f"several subclasses of {base.__name__} are named {codec.name}")
         return codec.mark(codec.encode(value))
 
     def decode_marked(self, tree: dict[str, Any], base: type) -> Any:
-        """The value of a tree that names its class, where ``base`` is declared."""
+        """Return the value of a tree that names its class; ``base`` is the declared class. Raises ``Unreadable``."""
         name = tree[TYPE_KEY]
         cls = self.find(name, base) if type(name) is str else None
         if cls is None:
-            raise Unreadable(f'"{TYPE_KEY}" names no class that fits {base.__name__}')
+            raise Unreadable(f'"{TYPE_KEY}" does not name a class that fits {base.__name__}')
         return self.of(cls).decode_marked(tree)
 
 
 def _class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: CodecCompiler) -> Codec | None:
-    """The codec of ``hint``, which is ``cls`` or ``cls[args]``; None if ``cls`` is no class with fields.
+    """Return the codec of ``hint``, which is ``cls`` or ``cls[args]``; None if ``cls`` is not a class with fields.
 
-    It is entered into ``codecs`` before its fields are compiled, since they may lead back to it. Raises ``Refused``.
+    The codec is stored in ``codecs`` before its fields are compiled, since they may refer to it. Raises ``Refused``.
     """
     codec: ClassCodec
     if issubclass(cls, BaseModel):
@@ -412,12 +426,12 @@ def _fits(cls: type, base: type) -> bool:
     try:
         return issubclass(cls, base)
     except TypeError:
-        # A Protocol that is not runtime_checkable, or has data members: its author says that anything may fit.
+        # A Protocol that is not runtime_checkable, or that has data members, cannot be checked: every class fits.
         return True
 
 
 def _with_subclasses(base: type) -> Iterable[type]:
-    """``base`` and all classes below it, in the order of their definition within each class."""
+    """``base`` and all its direct and indirect subclasses; the subclasses of each class in order of definition."""
     seen: dict[type, None] = {base: None}
     queue = [base]
     for cls in queue:
@@ -430,7 +444,7 @@ def _with_subclasses(base: type) -> Iterable[type]:
 
 
 def _bare(hint: Any) -> Any:
-    """``hint`` without what says nothing about the value: Annotated, Final, NewType, type aliases."""
+    """``hint`` without the wrappers that do not change the type: Annotated, Final, NewType, type aliases."""
     while True:
         if typing.get_origin(hint) in (typing.Annotated, typing.Final, typing.Required, typing.NotRequired):
             hint = typing.get_args(hint)[0]

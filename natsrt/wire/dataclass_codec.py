@@ -1,6 +1,7 @@
 """The codec of dataclasses.
 
-A dataclass is read by calling it with its fields, as AutoGen does, and then setting those that are no arguments.
+To read a dataclass, the class is called with the fields as arguments, as AutoGen does. Fields with ``init=False`` are
+set afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Pydantic applies a model's settings to the dataclasses in it, but not to the mod
 
 
 class DataclassCodec(ClassCodec):
-    """A dataclass, each field by the codec of its annotation."""
+    """A dataclass. Each field has the codec of its annotation."""
 
     def compile(self, args: tuple[Any, ...]) -> None:
         parameters = _init_parameters(self.cls)
@@ -51,7 +52,7 @@ class DataclassCodec(ClassCodec):
                 continue
             if parameters is not None and field.name not in parameters:
                 raise Refused(f"{self.name}.__init__ does not take the field {field.name}")
-            # Values of exactly this class are their own tree, which saves the frequent case a call.
+            # A value of exactly this class is equal to its tree, so the frequent case needs no call.
             self._fields.append((field.name, codec.cls if isinstance(codec, ExactCodec) else _NoInstances, codec))
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 required.add(field.name)
@@ -59,13 +60,13 @@ class DataclassCodec(ClassCodec):
         self._names = frozenset(field.name for field in dataclasses.fields(self.cls))
         for name, parameter in (parameters or {}).items():
             if name not in self._names and parameter.default is parameter.empty:
-                raise Refused(f"{self.name}.__init__ needs {name}, which is not a field and so does not travel")
+                raise Refused(f"{self.name}.__init__ needs {name}, which is not a field and so is not sent")
 
     def _field_codec(self, field: dataclasses.Field[Any], hint: Any) -> Codec:
         if field.name == TYPE_KEY:
             raise Refused(f'the field name "{TYPE_KEY}" is reserved')
         if field.default is None:
-            # `x: str = None` is common, and type checkers used to read it so.
+            # `x: str = None` is common; type checkers used to read it as `x: str | None`.
             hint = typing.Optional[hint]  # noqa: UP045 (a hint may be a string or a TypeVar, which | does not take)
         try:
             return self._codecs.of(hint)
@@ -156,7 +157,7 @@ def _accepts_none(hint: Any) -> bool:
 
 
 def _init_parameters(cls: type) -> dict[str, inspect.Parameter] | None:
-    """The parameters of the constructor; None if it takes any keyword or cannot say."""
+    """The parameters of the constructor; None if it takes any keyword argument or has no readable signature."""
     try:
         parameters = dict(inspect.signature(cls).parameters)
     except (TypeError, ValueError):
@@ -168,7 +169,7 @@ def _init_parameters(cls: type) -> dict[str, inspect.Parameter] | None:
 
 
 def _dataclass_hints(cls: type, args: tuple[Any, ...]) -> dict[str, Any]:
-    """The fields' annotations with names resolved and type arguments filled in."""
+    """The annotations of the fields, with names resolved and type arguments filled in. Raises ``Refused``."""
     try:
         hints = typing.get_type_hints(cls, localns=_enclosing_names(cls), include_extras=True)
     except Exception as error:
@@ -183,7 +184,10 @@ def _dataclass_hints(cls: type, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _enclosing_names(cls: type) -> dict[str, Any]:
-    """What a class defined inside a function can name: that function's variables, while it still runs."""
+    """The names that annotations of a class defined inside a function can use.
+
+    These are the class itself and the variables of the function, if it is still running.
+    """
     names = {cls.__name__: cls}
     outer, inside, _ = cls.__qualname__.rpartition(".<locals>.")
     frame = inspect.currentframe() if inside else None

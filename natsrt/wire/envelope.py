@@ -2,14 +2,14 @@
 
 Rules:
 
-1. A body of ours is ``{"specversion":"1.0",<attributes>,"data":<payload>}``. A quote inside a JSON string is always
+1. A natsrt body is ``{"specversion":"1.0",<attributes>,"data":<payload>}``. A quote inside a JSON string is always
    escaped, so the first ``,"data":`` ends the attributes, and the payload is cut out exactly as the sender's
-   serializer wrote it. Payloads that are not JSON travel in ``data_base64`` (CloudEvents JSON format, §3.1.1).
-2. A body in another order is parsed generally; the payload is then the JSON text of its ``data``.
-3. A body without a ``type`` under ``natsrt.`` is not ours: it is a *plain* body, the payload itself.
-4. A body that claims to be ours and is broken is a `CannotDecode`, never a plain body.
+   serializer wrote it. A payload that is not JSON is put into ``data_base64`` (CloudEvents JSON format, §3.1.1).
+2. A body in another order is parsed as a whole. Its payload is then the JSON text of its ``data``.
+3. A body whose ``type`` does not start with ``natsrt.`` is a *plain* body: the body itself is the payload.
+4. A malformed natsrt body raises `CannotDecode`. It is never treated as a plain body.
 
-Everything here is a pure function of bytes: no I/O, no state.
+All functions in this module are pure functions of bytes, without I/O or state.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ OWNER: Final = "natsrt.owner"
 WAITS: Final = "natsrt.waits"
 
 KEY_HEADER: Final = "Natsrt-Key"
-"""Header that names the agent key of a plain body; ``default`` without it."""
+"""Header with the key of the agent that a plain body is for. Without it the key is ``default``."""
 TYPE_HEADER: Final = "Natsrt-Type"
-"""Header that names the message type of a plain body; inferred without it."""
+"""Header with the message type of a plain body. Without it the type is inferred from the body."""
 
 JSON_CONTENT: Final = "application/json"
 NO_AGENT: Final = "/"
@@ -70,7 +70,8 @@ TEXTS: Final = frozenset(
 
 _WITH_MESSAGE = frozenset((CALL, EVENT, REPLY))
 _NEEDED = {False: {"id", "source"}, True: {"id", "source", "messagetype"}}
-"""What is looked for behind ``data`` where it does not stand before it."""
+"""The required attributes, by whether the kind carries a message. If one is missing before ``data``, the whole body is
+parsed, since it may come after ``data``."""
 _SUBJECT = re.compile(r"[^\s*>\x00-\x20\x7f]{1,1024}")
 _START = b'{"specversion":"1.0"'
 _DATA = b',"data":'
@@ -79,10 +80,10 @@ _CLOSE = ord("}")
 
 @dataclass(slots=True)
 class Envelope:
-    """A decoded body of ours.
+    """A decoded natsrt body.
 
-    ``attributes`` are the CloudEvents attributes and extensions as they were sent; those that natsrt defines are
-    strings, which `decode` has checked. Unknown extensions may be of any JSON type.
+    ``attributes`` are the CloudEvents attributes and extensions as they were sent. `decode` has checked that those
+    defined by natsrt are strings. Unknown extensions may have any JSON type. ``body`` is the whole body.
     """
 
     attributes: dict[str, Any]
@@ -99,28 +100,28 @@ class Envelope:
         return self.attributes.get("datacontenttype", JSON_CONTENT)  # type: ignore[no-any-return]
 
     def text(self, name: str) -> str | None:
-        """The attribute ``name``, one that natsrt defines; None if absent."""
+        """Return the attribute ``name``, which must be one that natsrt defines; None if it is absent."""
         return self.attributes.get(name)
 
     def required(self, name: str) -> str:
-        """The attribute ``name``, one that natsrt defines. Raises `CannotDecode` if it is absent."""
+        """Return the attribute ``name``, which must be one that natsrt defines. Raises `CannotDecode` if absent."""
         value: str | None = self.attributes.get(name)
         if value is None:
             raise CannotDecode("an envelope", f"the attribute {name!r} is missing")
         return value
 
     def json(self) -> Any:
-        """The payload as plain JSON values."""
+        """Return the payload as plain JSON values. Raises `CannotDecode` if it is not JSON."""
         try:
             return orjson.loads(self.payload)
         except orjson.JSONDecodeError as error:
             raise CannotDecode("the data of an envelope", str(error), self.payload) from None
 
     def general(self) -> Envelope | None:
-        """The body parsed as whole JSON, None if the cut already was exact.
+        """Return the body parsed as a whole; None if that gives the same attributes, or if the body is not JSON.
 
-        A writer that puts attributes behind ``data`` makes the cut payload invalid; the reader that finds it so asks
-        here once before it gives up.
+        If the sender put attributes after ``data``, the payload that `decode` has cut out is invalid. A reader that
+        cannot read the payload calls this once before it reports an error.
         """
         try:
             whole = orjson.loads(self.body)
@@ -131,18 +132,18 @@ class Envelope:
 
 
 def quote(text: str) -> str:
-    """``text`` as a JSON string. Raises ValueError for lone surrogates, which no UTF-8 text can carry."""
+    """Return ``text`` as a JSON string. Raises ValueError for a lone surrogate, which UTF-8 cannot encode."""
     try:
         return orjson.dumps(text).decode()
     except orjson.JSONEncodeError:
-        raise ValueError(f"{text!r} is not text that UTF-8 can carry") from None
+        raise ValueError(f"{text!r} cannot be encoded as UTF-8") from None
 
 
 def encode(kind: str, attributes: str, payload: bytes, content_type: str = JSON_CONTENT) -> bytes:
-    """A body of ``kind``.
+    """Return a body with ``type`` set to ``kind``.
 
-    ``attributes`` is JSON text such as ``"id":"1","source":"/"`` (see `attribute`), because the hot path composes it
-    from parts that it has quoted before.
+    ``attributes`` is JSON text such as ``"id":"1","source":"/"`` (see `attribute`). It is text because callers on the
+    hot path compose it from parts that are already quoted.
     """
     if content_type == JSON_CONTENT:
         return b'{"specversion":"1.0","type":"%b",%b,"data":%b}' % (kind.encode(), attributes.encode(), payload)
@@ -155,7 +156,7 @@ def encode(kind: str, attributes: str, payload: bytes, content_type: str = JSON_
 
 
 def rewrite(body: Envelope, **changes: str | None) -> bytes:
-    """The same message with other attributes; None takes one away."""
+    """Return the body of the same message with changed attributes. The value None removes an attribute."""
     attributes = {
         name: value
         for name, value in {**body.attributes, **changes}.items()
@@ -165,7 +166,10 @@ def rewrite(body: Envelope, **changes: str | None) -> bytes:
 
 
 def texts(data: dict[str, Any], name: str, what: str) -> list[str]:
-    """The list of strings under ``name`` in the data of ``what``. Raises `CannotDecode` if it is none."""
+    """Return the list of strings under ``name`` in ``data``. Raises `CannotDecode` if it is not such a list.
+
+    ``what`` describes ``data`` in the error.
+    """
     value = data.get(name)
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise CannotDecode(what, f"{name} must be a list of strings")
@@ -173,17 +177,20 @@ def texts(data: dict[str, Any], name: str, what: str) -> list[str]:
 
 
 def is_subject(text: str) -> bool:
-    """Whether ``text`` can be published to. A space or CR LF in a subject would speak to the server."""
+    """True if ``text`` is a valid subject to publish to.
+
+    A space or CR LF in a subject would end it in the protocol line, and the rest would be read as protocol.
+    """
     return _SUBJECT.fullmatch(text) is not None
 
 
 def attribute(name: str, value: str) -> str:
-    """One attribute as JSON text. ``name`` is ours; ``value`` may be anything."""
+    """Return one attribute as JSON text. ``name`` is a name that natsrt defines; ``value`` may be any text."""
     return f'"{name}":{quote(value)}'
 
 
 def decode(body: bytes) -> Envelope | None:
-    """The envelope in ``body``, or None for a plain body. Raises `CannotDecode` for a broken body of ours."""
+    """Return the envelope in ``body``; None for a plain body. Raises `CannotDecode` for a malformed natsrt body."""
     if body.startswith(_START):
         end = body.find(_DATA)
         if end >= 0 and body[-1] == _CLOSE:
@@ -198,7 +205,7 @@ def decode(body: bytes) -> Envelope | None:
                 and "source" in attributes
                 and "messagetype" in attributes
                 and "data_base64" not in attributes
-            ):  # as natsrt writes messages
+            ):  # the form in which natsrt writes messages
                 return Envelope(attributes, body[end + len(_DATA) : -1], body)
             kind = attributes.get("type")
             if isinstance(kind, str) and kind.startswith("natsrt.") and "data_base64" not in attributes:
@@ -210,7 +217,7 @@ def decode(body: bytes) -> Envelope | None:
 
 
 def _decode_whole(body: bytes) -> Envelope | None:
-    """The same, of a body whose attributes cannot be cut out."""
+    """Do what `decode` does for a body whose attributes cannot be cut out, by parsing all of it."""
     try:
         whole = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -1,8 +1,8 @@
-"""Exceptions on the wire: what a handler raised, and how its caller gets it back.
+"""Exceptions on the wire: writes the exception that a handler raised, and rebuilds it for the caller.
 
-A failure is data: class name, text, arguments, fields and traceback. The caller rebuilds only classes that it knows
-already, by ``__new__`` and fields, and never calls or imports anything that the wire names. Any doubt becomes a
-`RemoteAgentError`.
+A failure is sent as data: class name, text, arguments, fields and traceback. The caller rebuilds only exceptions of
+classes that it already knows, with ``__new__`` and the fields. It never calls or imports anything named in the message.
+An exception that cannot be rebuilt safely becomes a `RemoteAgentError`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SERVICE_ERROR_CODE: Final = "Nats-Service-Error-Code"
 CANCELLED: Final = 499
 BUSY: Final = 429
 """The code of a refusal: the call was not started, and its caller sends it again."""
-_MAX_TEXT = 16_384
+_MAX_TEXT = 16_384  # characters, for the text and for the traceback
 
 _TOOL_AGENT: Final = "autogen_core.tool_agent"
 _FORBIDDEN = (StopIteration, StopAsyncIteration, GeneratorExit)
@@ -36,9 +36,9 @@ _FORBIDDEN = (StopIteration, StopAsyncIteration, GeneratorExit)
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """Where a rebuilt exception was raised: on ``exception.natsrt_remote``.
+    """Where a rebuilt exception was raised. It is stored in ``exception.natsrt_remote``.
 
-    ``traceback`` is None where the worker sends none (``send_tracebacks=False``).
+    ``traceback`` is None if the worker does not send tracebacks (``send_tracebacks=False``).
     """
 
     agent: str | None
@@ -51,7 +51,7 @@ def qualified_name(cls: type[BaseException]) -> str:
 
 
 class ErrorTypes:
-    """The exception classes a runtime may rebuild: builtins, AutoGen's, natsrt's, and those its user added."""
+    """The exception classes that a runtime may rebuild: Python's, AutoGen's, natsrt's, and those that were added."""
 
     def __init__(self) -> None:
         self._classes: dict[str, type[BaseException]] = {}
@@ -65,15 +65,15 @@ class ErrorTypes:
 
     def _find(self, name: str) -> type[BaseException] | None:
         if name not in self._classes and name.startswith(f"{_TOOL_AGENT}."):
-            # Imported when one is met: with it come AutoGen's models and tools, for which every start would wait.
-            # What is imported is always this one module, whatever the wire names.
+            # Imported on first use, because it also imports AutoGen's models and tools, which would slow every start.
+            # Only this one module is ever imported, whatever class the message names.
             from autogen_core import tool_agent
 
             self._know(tool_agent, tool_agent.ToolException)
         return self._classes.get(name)
 
     def add(self, cls: type[BaseException]) -> None:
-        """Let exceptions of ``cls`` arrive as themselves. Raises TypeError for what no future can carry."""
+        """Allow exceptions of ``cls`` to be rebuilt. Raises TypeError if a call cannot raise such an exception."""
         if not (isinstance(cls, type) and issubclass(cls, BaseException)) or issubclass(cls, _FORBIDDEN):
             raise TypeError(f"{cls!r} is not an exception class that a call can raise")
         self._classes[qualified_name(cls)] = cls
@@ -86,7 +86,10 @@ class ErrorTypes:
         worker_id: str | None,
         text: str = "the worker sent an error that cannot be read",
     ) -> BaseException:
-        """The exception in the data of a ``natsrt.error``. Never raises: one that cannot be read has ``text``."""
+        """Return the exception in the data of a ``natsrt.error``.
+
+        Never raises: if the data cannot be read, the result is a `RemoteAgentError` with ``text``.
+        """
         try:
             data = orjson.loads(payload)
             name, message = str(data["type"]), str(data["message"])
@@ -115,14 +118,14 @@ class ErrorTypes:
             exception.args = tuple(args)
             exception.__dict__.update(fields)
             str(exception)
-        except Exception:  # any doubt becomes a RemoteAgentError: the class may do what it likes in __new__ and __str__
+        except Exception:  # __new__ and __str__ of the class may raise anything
             return RemoteAgentError(name, message)
         return exception
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An exception made ready to travel: ``payload`` for the body, ``code`` and ``text`` for the headers."""
+    """An exception ready to be sent: ``payload`` for the body, ``code`` and ``text`` for the headers."""
 
     payload: bytes
     code: int
@@ -135,9 +138,9 @@ class Failure:
 
 
 def describe(exception: BaseException, *, with_traceback: bool, refused: bool = False) -> Failure:
-    """``exception`` as data. Arguments and fields travel only where JSON carries them exactly.
+    """Return ``exception`` as data. Arguments and fields are sent only if JSON represents all of them exactly.
 
-    ``refused``: the call was not started, so its caller may send it again.
+    ``refused`` is True if the call was not started, so that its caller may send it again.
     """
     cls = type(exception)
     text = _text(exception)
@@ -158,13 +161,13 @@ def _text(exception: BaseException) -> str:
         text = str(exception)
         if not text and (fields := _fields(exception)):
             text = ", ".join(f"{name}={value!r}" for name, value in fields.items() if not name.startswith("_"))
-    except Exception:  # a broken __str__ or __repr__ must not cost the caller the answer
-        text = "(its text could not be made)"
+    except Exception:  # the caller must get an answer even if __str__ or __repr__ raises
+        text = "(the text of the exception could not be created)"
     return _carried(text)[:_MAX_TEXT]
 
 
 def _carried(text: str) -> str:
-    """``text`` with what UTF-8 cannot carry replaced."""
+    """``text`` with each character that UTF-8 cannot encode replaced."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -177,11 +180,11 @@ def _code(exception: BaseException) -> int:
         return CANCELLED
     if not isinstance(exception, NatsrtError):
         return 500
-    return 503 if exception.code == BUSY else exception.code  # another agent was too busy for this one
+    return 503 if exception.code == BUSY else exception.code  # BUSY here: an agent that the handler called was busy
 
 
 def _exact(value: Any) -> Any:
-    """``value`` if JSON carries it unchanged, else None."""
+    """``value`` if JSON represents it exactly, else None."""
     try:
         return value if orjson.loads(orjson.dumps(value)) == value else None
     except (TypeError, ValueError, RecursionError):

@@ -1,10 +1,10 @@
 """The codec of Pydantic models.
 
-A model without anything polymorphic inside is written and read by Pydantic alone; so is a value of a model that holds
-others, where that is exact (docs/decisions/0019-plain-models.md). In any other model the polymorphic fields are written
-and read here, and Pydantic validates the whole: the model's validators, aliases, strictness and serializers apply in
-all cases. A field with a validator or serializer function in its annotation, or with a ``field_serializer``, is left
-to Pydantic, whatever its type.
+A model without polymorphic fields is written and read by Pydantic alone. So is a value of a model that contains other
+models, where the result is exact (docs/decisions/0019-plain-models.md). In any other model this module writes and reads
+the polymorphic fields, and Pydantic validates the whole. The model's validators, aliases, strictness and serializers
+apply in all cases. A field with a validator or serializer function in its annotation, or with a ``field_serializer``,
+is always written and read by Pydantic.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ModelCodec(ClassCodec):
         )
 
     def _complete(self) -> None:
-        """Let Pydantic resolve the annotations that it could not resolve when the class was defined."""
+        """Have Pydantic resolve the annotations that it could not resolve when the class was defined."""
         try:
             if not self.cls.__pydantic_complete__:
                 self.cls.model_rebuild()
@@ -81,7 +81,7 @@ class ModelCodec(ClassCodec):
             raise Refused(f"the annotations of {self.name} cannot be resolved ({error.name})") from None
 
     def _compile_keys(self) -> None:
-        """Under which keys Pydantic looks for each field, and under which one it is written."""
+        """Determine the keys from which Pydantic reads each field, and the key under which it is written."""
         config = self.cls.model_config
         by_name = bool(config.get("populate_by_name") or config.get("validate_by_name"))
         by_alias = config.get("validate_by_alias", True)
@@ -101,10 +101,10 @@ class ModelCodec(ClassCodec):
         self._renamed = {name: key for name, key in self._keys.items() if name != key}
 
     def _compile_fields(self) -> None:
-        """Which fields are written and read here, and which ones hold plain scalars."""
+        """Determine which fields this codec writes and reads itself, and which ones hold plain scalars."""
         self._special: dict[str, Codec] = {}
         self._known: dict[str, Codec] = {}
-        """The codecs of the fields that have one, and no serializer or validator functions of their own."""
+        """The codecs of the fields that have a codec and no serializer or validator functions."""
         scalars: list[tuple[str, tuple[type, ...]]] = []
         own = _fields_with_serializers(self.cls)
         for name, field in self.cls.model_fields.items():
@@ -133,17 +133,17 @@ class ModelCodec(ClassCodec):
         try:
             return self._codecs.of(field.annotation)
         except Refused:
-            # A type that only Pydantic knows, by the field's metadata or the model's configuration.
+            # Only Pydantic can handle this type, because of the field's metadata or the model's configuration.
             return None
 
-    # Whole payloads: Pydantic's own writer and reader, which carry integers of any size.
+    # Whole payloads use Pydantic's JSON writer and reader, which support integers of any size.
 
     def dumps(self, value: Any) -> bytes:
         if self._is_plain(value):
             return self._serializer.to_json(value, by_alias=True, round_trip=True, warnings=False)
         if not self._direct or type(value) is not self.cls:
             return to_json(self.encode(value), inf_nan_mode="constants")
-        # Pydantic is five times slower when it shall refuse what is not as declared.
+        # Pydantic is five times slower if it must refuse values that are not as declared.
         warnings: Literal["error", False] = not self._is_as_declared(value) and "error"
         payload: bytes = self._serializer.to_json(
             value, by_alias=self._written_by_alias, round_trip=True, warnings=warnings
@@ -153,7 +153,7 @@ class ModelCodec(ClassCodec):
         return payload
 
     def _is_as_declared(self, value: BaseModel) -> bool:
-        """Whether all fields that are not special are plain scalars, and hold what they declare."""
+        """True if all fields that are not special are plain scalars and hold values as declared."""
         if self._scalars is None:
             return False
         fields = value.__dict__
@@ -205,7 +205,7 @@ class ModelCodec(ClassCodec):
         return tree
 
     def _encode_plain_fields(self, value: BaseModel) -> Any:
-        """What Pydantic writes by itself: an object, unless the model's own serializer makes something else."""
+        """Return the fields that Pydantic writes: an object, unless the model's serializer writes something else."""
         if self._is_as_declared(value):
             self._check_finite(value)
             return {self._keys[name]: getattr(value, name) for name, _ in self._scalars or ()}
@@ -232,7 +232,10 @@ class ModelCodec(ClassCodec):
         return self.mark(tree) if type(tree) is dict and TYPE_KEY in tree else tree
 
     def _check_finite(self, value: BaseModel) -> None:
-        """Pydantic writes NaN as null, unless the model says otherwise, and then cannot read it back."""
+        """Raise ``Refused`` if a field holds NaN or infinity.
+
+        Unless the model is configured otherwise, Pydantic writes these as null and cannot read them back.
+        """
         if self._carries_nan:
             return
         for name, item in value.__dict__.items():
@@ -263,7 +266,7 @@ class ModelCodec(ClassCodec):
         return self._validated(self._validator.validate_json, to_json(tree))
 
     def _decode_field(self, name: str, tree: Any) -> Any:
-        """The value of a field; what the codec does not understand is left for the model's validators to judge."""
+        """Return the value of a field. A tree that the codec cannot read is returned for the model's validators."""
         special = self._special.get(name)
         if special is not None:
             try:
@@ -281,7 +284,11 @@ class ModelCodec(ClassCodec):
             return tree
 
     def _adapter(self, name: str) -> TypeAdapter[Any] | None:
-        """Reads one field as JSON, which a strict model takes for the rest in Python's types only."""
+        """Return an adapter that reads one field as JSON; None if Pydantic cannot make one.
+
+        It is needed because the other fields are validated as Python values, and a strict model does not accept JSON
+        types there.
+        """
         if name not in self._adapters:
             field = self.cls.model_fields[name]
             try:
@@ -295,14 +302,14 @@ class ModelCodec(ClassCodec):
         try:
             return validate(data)
         except ValidationError as error:
-            # Its own text quotes the input.
+            # The text of a ValidationError quotes the input.
             raise Unreadable(_problems(error, self._readable)) from None
         except Exception as error:
             raise Unreadable(f"{self.name} does not accept its fields ({type(error).__name__})") from error
 
 
 def _aliases(field: FieldInfo) -> list[str]:
-    """The keys, in order of preference, under which Pydantic looks for a field with an alias."""
+    """The keys from which Pydantic reads a field with an alias, in order of preference."""
     alias = field.validation_alias
     if isinstance(alias, AliasChoices):
         return [choice for choice in alias.choices if isinstance(choice, str)]
@@ -340,13 +347,16 @@ _FIELD_NAME = re.compile(r"field_name='(\w+)'")
 
 
 def pydantic_refusal(error: PydanticSerializationError) -> Refused:
-    """Which fields a Pydantic serializer refused; its own text quotes their values."""
+    """Convert an error of a Pydantic serializer. The result names the fields, but does not quote their values."""
     fields = ", ".join(dict.fromkeys(_FIELD_NAME.findall(str(error))))
     return Refused(f"Pydantic does not write the value of {fields or 'a field'} as declared")
 
 
 def _problems(error: ValidationError, known: frozenset[str]) -> str:
-    """Where and how a model did not validate; keys that are no fields of it may be a user's data, and become ``*``."""
+    """Return the first five problems of a model that did not validate, as text.
+
+    Keys that are not fields of the model may be user data, so they are replaced by ``*``.
+    """
     problems = []
     for problem in error.errors(include_url=False, include_context=False, include_input=False)[:5]:
         steps = [str(s) if isinstance(s, int) or s in known else "*" for s in problem["loc"]]

@@ -1,4 +1,4 @@
-"""What workers tell each other about keyed agents, as values: claims, locations, waiting calls.
+"""Values that workers send each other about keyed agents: claims, locations, waiting calls.
 
 The questions and answers are described in docs/PROTOCOL.md.
 """
@@ -35,7 +35,10 @@ class Location(NamedTuple):
 
 
 class WaitLink(NamedTuple):
-    """``call`` waits for ``awaited``. Each call is named by its reply subject. The field names are the wire's."""
+    """The call ``call`` waits for the call ``awaited``.
+
+    Both are identified by their reply subjects. The field names are the names on the wire.
+    """
 
     call: str
     awaited: str
@@ -49,26 +52,28 @@ _LINKS: TypeAdapter[list[WaitLink]] = TypeAdapter(list[WaitLink])
 
 
 def read_claim(answer: Envelope) -> Claim:
-    """The claim in a worker's answer. Raises `CannotDecode`."""
+    """Return the claim in a worker's answer. Raises `CannotDecode`."""
     data = answer.json()
     try:
         return Claim(data["grip"])
     except (TypeError, KeyError, ValueError):
-        raise CannotDecode("a worker's answer about an agent", "it has no grip of a known name") from None
+        raise CannotDecode("a worker's answer about an agent", "its grip is missing or unknown") from None
 
 
 def read_links(answer: Envelope) -> list[WaitLink]:
-    """The links in a worker's answer. Raises `CannotDecode`."""
+    """Return the links in a worker's answer. Raises `CannotDecode`."""
     try:
         return _LINKS.validate_python(answer.json()["waits"])
     except (TypeError, KeyError, ValidationError):
-        raise CannotDecode("a worker's answer about what calls wait for", "it is no list of these") from None
+        raise CannotDecode("a worker's answer about waiting calls", "it is not a list of waiting calls") from None
 
 
 def read_location(answer: Envelope, agent: Any) -> Location:
-    """The location of ``agent`` in a worker's answer. Raises `CannotDecode`."""
+    """Return the location of ``agent`` in a worker's answer. Raises `CannotDecode`."""
     data = answer.json()
     try:
         return Location(str(data["worker_id"]), float(data["lease"]))
     except (TypeError, KeyError, ValueError):
-        raise CannotDecode(f"where {agent} lives", "the answer does not say it", answer.body) from None
+        raise CannotDecode(
+            f"the location of {agent}", "the answer has no valid worker_id and lease", answer.body
+        ) from None

@@ -1,14 +1,16 @@
-"""Messages as (type name, content type, payload) and back.
+"""Converts messages to (type name, content type, payload) and back.
 
-``Serialization`` belongs to one runtime and is not safe to use from several threads. What a payload looks like is told
-in ``natsrt.wire.compiler``; this module decides which serializer a message gets.
+``Serialization`` belongs to one runtime and is not safe to use from several threads. The format of JSON payloads is
+described in ``natsrt.wire.compiler``. This module selects the serializer of a message.
 
-Dataclasses, Pydantic models, protobuf messages, AutoGen's ``Image`` and plain ``str``, ``int``, ``float``, ``bool``,
-``list``, ``dict`` and None travel as ``application/json``; ``bytes`` as themselves; protobuf in a packed
-``google.protobuf.Any``, byte for byte as AutoGen does it. Serializers of the user's own go before natsrt's, and get the
-bytes they wrote; AutoGen's standard ones, which lose nested types, are replaced.
+Dataclasses, Pydantic models, AutoGen's ``Image`` and plain ``str``, ``int``, ``float``, ``bool``, ``list``, ``dict``
+and None are sent as ``application/json``. ``bytes`` are sent unchanged. Protobuf messages are sent in a packed
+``google.protobuf.Any``, with the same bytes as AutoGen sends. A serializer registered by the user takes precedence over
+natsrt's, and receives exactly the bytes that it wrote. AutoGen's standard serializers, which lose nested types, are
+replaced by natsrt's.
 
-An empty plain body means None where a handler takes None; else it is not JSON, so the empty ``str`` or ``bytes``.
+An empty plain body means None if a handler accepts None. Otherwise it is not JSON, so it is the empty ``str`` or
+``bytes``.
 """
 
 from __future__ import annotations
@@ -57,9 +59,10 @@ class Encoded(NamedTuple):
 
 
 def type_name_of(cls: Any) -> str:
-    """The name of a message class on the wire, by AutoGen's rule: the class's own, or the protobuf full name.
+    """Return the name of a message class on the wire.
 
-    NoneType is ``None``; a generic alias such as ``list[str]`` has the name of its class, ``list``; ``Any`` is ``Any``.
+    As in AutoGen, this is the class's ``__name__``, or the full name of a protobuf message. For NoneType it is
+    ``None``, for a generic alias such as ``list[str]`` the name of its class (``list``), and for ``Any`` it is ``Any``.
     """
     cls = typing.get_origin(cls) or cls
     if cls is type(None):
@@ -70,12 +73,12 @@ def type_name_of(cls: Any) -> str:
 
 
 def serializer_for(cls: type) -> MessageSerializer[Any]:
-    """natsrt's own serializer of a class; raises ``CannotSerialize`` if there is none."""
+    """Return natsrt's serializer of a class; raises ``CannotSerialize`` if there is none."""
     return _own_serializer(cls, Codecs())
 
 
 class _OwnSerializer:
-    """A ``MessageSerializer`` on top of a codec, with the errors a user sees."""
+    """A ``MessageSerializer`` based on a codec. It raises natsrt's public errors."""
 
     def __init__(self, cls: type, codec: Codec) -> None:
         self.cls = cls
@@ -114,7 +117,7 @@ class _OwnSerializer:
 
 
 class _ProtobufSerializer:
-    """AutoGen's own protobuf serializer, with the errors a user sees."""
+    """AutoGen's protobuf serializer. It raises natsrt's public errors."""
 
     data_content_type = PROTOBUF
 
@@ -134,7 +137,7 @@ class _ProtobufSerializer:
             return self._serializer.deserialize(payload)
         except (DecodeError, ValueError):
             what = f"a message of type {self.type_name}"
-            raise CannotDecode(what, "it is no google.protobuf.Any that holds one", payload) from None
+            raise CannotDecode(what, "it is not a google.protobuf.Any that contains one", payload) from None
 
 
 def _own_serializer(cls: type, codecs: Codecs) -> MessageSerializer[Any]:
@@ -145,7 +148,7 @@ def _own_serializer(cls: type, codecs: Codecs) -> MessageSerializer[Any]:
     if not _is_structured(cls) and (typing.get_origin(cls) or cls) not in _PLAIN:
         raise CannotSerialize(
             type_name_of(cls),
-            "only dataclasses, Pydantic models, protobuf messages, Image and plain values are messages",
+            "only dataclasses, Pydantic models, protobuf messages, Image and plain values can be sent",
         )
     try:
         return _OwnSerializer(cls, codecs.of(cls))
@@ -185,13 +188,13 @@ _AUTOGEN_STANDARD = tuple(
 _BUILTIN: dict[str, type] = {type_name_of(cls): cls for cls in (*_PLAIN, Image, FunctionCall)}
 _TOOL_RESULT = "FunctionExecutionResult"
 _BUILTIN_NAMES = frozenset({*_BUILTIN, _TOOL_RESULT})
-"""The type names that can always be received, unless a class of the user's is registered under them."""
+"""The type names that can always be received, unless the user has registered a class under one of them."""
 
 
 def _builtin_class(type_name: str) -> type | None:
     """The class of one of `_BUILTIN_NAMES`; None for any other name."""
     if type_name == _TOOL_RESULT:
-        # Imported when one is met: with it come AutoGen's models and tools, for which every start would have to wait.
+        # Imported on first use, because it also imports AutoGen's models and tools, which would slow every start.
         from autogen_core.models import FunctionExecutionResult
 
         return FunctionExecutionResult
@@ -201,9 +204,9 @@ def _builtin_class(type_name: str) -> type | None:
 class Serialization:
     """The serializers of one runtime.
 
-    Registered classes can be received; any dataclass, Pydantic model, protobuf message, ``Image`` or plain value can be
-    sent, and plain values and AutoGen's own messages (``Image``, and a tool agent's call and result) can always be
-    received, unless a registered class has their name.
+    Any dataclass, Pydantic model, protobuf message, ``Image`` or plain value can be sent. To be received, a class must
+    be registered. Plain values and AutoGen's messages (``Image``, and the call and result of a tool agent) can always
+    be received, unless a registered class has the same name.
     """
 
     def __init__(self) -> None:
@@ -218,9 +221,9 @@ class Serialization:
         self._replies: dict[tuple[str, str, type | None, type | None], MessageSerializer[Any]] = {}
 
     def add(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
-        """Register serializers. Raises ValueError where another class has the same type name.
+        """Register serializers. Raises ValueError if another class is registered under the same type name.
 
-        The class of a serializer of the user's own is its attribute ``cls``; without one it is unknown until the
+        The class of a user's serializer is its attribute ``cls``. Without this attribute the class is unknown until the
         first message.
         """
         if isinstance(serializer, Sequence):
@@ -240,9 +243,10 @@ class Serialization:
         self._replies.clear()
 
     def add_class(self, cls: type) -> None:
-        """Register natsrt's own serializer of ``cls``, beside or, for the same content type, below a user's own.
+        """Register natsrt's serializer of ``cls``. A user's serializer for the same content type is not replaced.
 
-        Raises ``CannotSerialize`` if there is none, and ValueError where another class has the same type name.
+        Raises ``CannotSerialize`` if there is none, and ValueError if another class is registered under the same type
+        name.
         """
         serializer = self._own_serializer(cls)
         self._claim(serializer.type_name, typing.get_origin(cls) or cls)
@@ -253,7 +257,7 @@ class Serialization:
         self._replies.clear()
 
     def refuse_clashes(self, classes: Iterable[Any]) -> None:
-        """Raise the ValueError that registering all of ``classes`` would raise; registers nothing."""
+        """Raise the ValueError that registering all of ``classes`` would raise. Registers nothing."""
         names = dict(self._classes)
         for cls in classes:
             if (serializer := self._own_or_none(cls)) is not None:
@@ -264,11 +268,11 @@ class Serialization:
         if known is not cls:
             raise ValueError(
                 f"two classes have the message type name {name!r}: {_qualified(known)} is registered, "
-                f"and {_qualified(cls)} cannot be, since a receiver could not tell them apart"
+                f"and {_qualified(cls)} cannot be, because a receiver could not distinguish them"
             )
 
     def encode(self, message: Any) -> Encoded:
-        """``message`` ready to be sent; raises ``CannotSerialize`` if it cannot travel exactly."""
+        """Return ``message`` ready to be sent; raises ``CannotSerialize`` if it cannot be written exactly."""
         serializer = self._sending.get(type(message)) or self._sender(type(message))
         return Encoded(serializer.type_name, serializer.data_content_type, serializer.serialize(message))
 
@@ -294,9 +298,9 @@ class Serialization:
         payload: bytes,
         hint: Callable[[], Iterable[type]] | None = None,
     ) -> Any:
-        """The message in ``payload``, an ``UnknownPayload`` if nobody knows its type; raises ``CannotDecode``.
+        """Return the message in ``payload``, or an ``UnknownPayload`` if its type is unknown; raises ``CannotDecode``.
 
-        ``hint``, asked only if the type is not registered, gives further classes the message may be of.
+        ``hint`` returns further classes that the message may have. It is called only if the type is not registered.
         """
         serializer = self.lookup(type_name, content_type)
         if serializer is None and hint is not None:
@@ -313,7 +317,7 @@ class Serialization:
         return message
 
     def lookup(self, type_name: str, content_type: str = JSON) -> MessageSerializer[Any] | None:
-        """The serializer that reads messages of this type name, None if there is none."""
+        """Return the serializer that reads messages of this type name, None if there is none."""
         serializer = self._registered.get((type_name, content_type))
         if serializer is None and type_name not in self._classes and (cls := _builtin_class(type_name)) is not None:
             builtin = self._own_serializer(cls)
@@ -321,25 +325,31 @@ class Serialization:
         return serializer
 
     def is_known(self, type_name: str) -> bool:
-        """Whether messages of this type name can be read, in some content type."""
+        """True if messages of this type name can be read in at least one content type."""
         return type_name in _BUILTIN_NAMES or any(name == type_name for name, _ in self._registered)
 
     def content_type_of(self, type_name: str) -> str:
-        """The content type of a body of which only the type name is known: JSON, if that can be read."""
+        """Return the content type to assume for a body of which only the type name is known.
+
+        This is JSON if JSON can be read or the type is unknown, else the first registered content type.
+        """
         known = [content for name, content in self._registered if name == type_name]
         if type_name in _BUILTIN_NAMES:
             known.append(BYTES if type_name == "bytes" else JSON)
         return known[0] if known and JSON not in known else JSON
 
     def class_of(self, type_name: str) -> type | None:
-        """The class of a type name; None if it is unknown, or known only by a serializer that has not been used."""
+        """Return the class of a type name; None if it is unknown.
+
+        It is also None if a serializer without ``cls`` is registered for the name and has not been used yet.
+        """
         known = self._classes.get(type_name)
         if known is None and type_name not in self._custom:
             known = _builtin_class(type_name)
         return known
 
     def _message_class(self, type_name: str) -> type | None:
-        """The class a ``"$type"`` may name by being registered."""
+        """Return the registered class that ``"$type"`` may name; None if there is none."""
         known = self.class_of(type_name)
         return known if _is_structured(known) else None
 
@@ -371,10 +381,11 @@ class Serialization:
         sent: type | None,
         wanted: type | None = None,
     ) -> Any:
-        """The reply in ``payload``, an ``UnknownPayload`` if its type is unknown; raises ``CannotDecode``.
+        """Return the reply in ``payload``, or an ``UnknownPayload`` if its type is unknown; raises ``CannotDecode``.
 
-        Its class is registered, or ``wanted``, or one of ``produced()`` (the return types of handlers known here), or a
-        message class of that name in the module of ``sent``, the class of the message it answers. Nothing is imported.
+        The class of the reply must be registered, or be ``wanted``, or be one of ``produced()`` (the return types of
+        the handlers known here), or be a message class of that name in the module of ``sent``, which is the class of
+        the message that the reply answers. Nothing is imported.
         """
         key = (type_name, content_type, sent, wanted)
         serializer = self._replies.get(key)
@@ -389,11 +400,12 @@ class Serialization:
         return self._read(serializer, payload)
 
     def infer(self, payload: bytes, candidates: Sequence[Any]) -> Any:
-        """The message in a plain body that does not say its type; raises ``CannotDecode`` naming the candidates.
+        """Return the message in a plain body without a type; raises ``CannotDecode``, which names the candidates.
 
-        It is the one candidate class that reads it and knows all its fields, at any depth. Dataclasses, models and
-        protobuf messages (in their JSON form) go first, then plain types, then ``Any``, then ``bytes``. A body that is
-        not JSON fits ``str`` and ``bytes`` only. Serializers of the user's own are not asked.
+        The message gets the one candidate class that can read the body and knows all its fields, at any depth.
+        Dataclasses, models and protobuf messages (in their JSON form) are tried first, then plain types except
+        ``float``, then ``float``, then ``Any``, then ``bytes``. A body that is not JSON fits only ``str`` and
+        ``bytes``. Serializers registered by the user are not tried.
         """
         candidates = list(dict.fromkeys(candidates))
         if not payload and type(None) in candidates:
@@ -443,7 +455,7 @@ class Serialization:
 
 
 class _Guarded:
-    """A serializer of the user's own, with the errors a user of natsrt sees."""
+    """A serializer registered by the user. It raises natsrt's public errors."""
 
     def __init__(self, serializer: MessageSerializer[Any]) -> None:
         self.type_name = serializer.type_name

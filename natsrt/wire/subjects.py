@@ -2,21 +2,22 @@
 
 Rules:
 
-1. Every name of the user (agent type, key, part of a topic type, source) becomes tokens of ``[A-Za-z0-9_=-]`` only.
-   Such a token is valid in a NATS subject and in a JetStream KV key, and no name can smuggle in a wildcard, a further
-   token, or a CR LF, which would end the protocol line and let a name speak to the server.
-2. Different names have different subjects, and a subject gives the names back. Only a token over 200 bytes is replaced
-   by a hash; its value then travels in the body and must hash to that token.
-3. What cannot be sent is a ``ValueError`` before anything is sent: nats-server closes a connection whose protocol line
-   is too long, and nats-py does not come back from that.
+1. Every name that the user chooses (agent type, key, part of a topic type, source) becomes tokens that consist of
+   ``[A-Za-z0-9_=-]`` only. Such a token is valid in a NATS subject and in a JetStream KV key. So a name cannot inject
+   a wildcard, another token, or a CR LF, which would end the protocol line: the rest would be read as a command.
+2. Different names have different subjects, and the names can be read back from the subject. A token over 200 bytes is
+   the only exception. It is replaced by a hash; the value is then sent in the body and must hash to that token.
+3. A subject that cannot be sent raises ``ValueError`` before anything is sent. nats-server closes a connection whose
+   protocol line is too long, and nats-py does not recover from that.
 
-Theory of operation. ``enc(s)`` writes ``""`` as ``=``, bytes in ``[A-Za-z0-9_-]`` as they are, and every other byte of
-the UTF-8 text as ``=`` and two upper-case hex digits. So ``=`` is always followed by two hex digits or stands alone,
-and ``=H``, which opens a hash, can never be the encoding of a value.
+Theory of operation. ``enc(s)`` writes ``""`` as ``=``, bytes in ``[A-Za-z0-9_-]`` unchanged, and every other byte of
+the UTF-8 text as ``=`` and two upper-case hex digits. So ``=`` is always either followed by two hex digits or the whole
+token, and ``=H``, which starts a hash, can never be the encoding of a value.
 
-A topic type is split at every ``.`` (which vanishes) and after every ``:`` (which stays at the end of its part). A part
-that ends in ``:`` is joined to the next one directly, any other part with a ``.``; that makes the split reversible. A
-prefix that ends on a boundary is then a list of complete parts, which a subject wildcard can express exactly.
+A topic type is split at every ``.`` (which is dropped) and after every ``:`` (which remains at the end of its part). To
+join the parts, a part that ends in ``:`` is followed directly by the next one, and any other part by a ``.``. So the
+split is reversible. A prefix that ends on a boundary is a list of complete parts, which a subject wildcard can express
+exactly.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ MAX_SUBJECT_BYTES = 1024
 """The longest subject that is sent, in bytes, namespace included."""
 
 _CACHE_ENTRIES = 32_768
-_CACHED_CHARS = 256  # longer names are encoded anew each time, so that full caches stay small
+_CACHED_CHARS = 256  # longer names are not cached, which limits the memory that a full cache takes
 _SHOWN_CHARS = 80
 
 _PLAIN = re.compile(r"[A-Za-z0-9_-]+")
@@ -64,11 +65,11 @@ _TREES = ("agent", "topic", "natsrt")
 def encode_text(value: str) -> str:
     """Return ``enc(value)``, of any length: the reversible form that bodies use.
 
-    Raises ValueError if ``value`` holds a lone surrogate, which UTF-8 cannot carry.
+    Raises ValueError if ``value`` contains a lone surrogate, which UTF-8 cannot encode.
     """
     plain = _PLAIN.fullmatch(value)
     if plain:
-        return plain.group()  # not `value`: a member of a `str` enumeration would format as its name
+        return plain.group()  # not `value`: a member of a `str` enumeration is formatted as its name
     if not value:
         return "="
     try:
@@ -76,25 +77,25 @@ def encode_text(value: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{_shown(value)} cannot be a name: it has a lone surrogate at position {error.start}, "
-            "which UTF-8 cannot carry"
+            "which UTF-8 cannot encode"
         ) from error
     return "".join(map(_ENCODED_BYTES.__getitem__, encoded))
 
 
 def encode_token(value: str) -> str:
-    """Return the token for ``value``: ``enc(value)``, or if that is over 200 bytes its hash.
+    """Return the token for ``value``: ``enc(value)``, or its hash if ``enc(value)`` is over 200 bytes.
 
-    The hash is ``=H`` and the SHA-256 of the UTF-8 value in 64 lower-case hex digits; the value must then travel in the
-    body. Raises ValueError as `encode_text` does.
+    The hash is ``=H`` and the SHA-256 of the UTF-8 value in 64 lower-case hex digits. The value must then be sent in
+    the body. Raises ValueError as `encode_text` does.
     """
     return _cached_token(value) if len(value) <= _CACHED_CHARS else _token(value)
 
 
 def decode_token(token: str) -> str:
-    """Return the value of which ``token`` is the `encode_text`, whatever its length.
+    """Return the value for which `encode_text` returns ``token``, of any length.
 
-    Raises ValueError, naming what is wrong, for anything that `encode_text` does not write: hashes, malformed escapes,
-    bytes that are not UTF-8, and escapes of characters that need none (a name with two spellings would have two
+    Raises ValueError with the reason for any token that `encode_text` does not return: hashes, malformed escapes,
+    bytes that are not UTF-8, and escapes of characters that need no escape (a name with two spellings would have two
     subjects).
     """
     if _PLAIN.fullmatch(token):
@@ -114,15 +115,15 @@ def decode_token(token: str) -> str:
 
 
 def is_hashed(token: str) -> bool:
-    """Whether ``token`` stands for a value that only the body holds."""
+    """True if ``token`` is a hash, so that the value is only in the body of the message."""
     return _HASHED.fullmatch(token) is not None
 
 
 def plain_prefix(prefix: str) -> str:
     """Return the text with which topic types must start to match a ``TypePrefixSubscription`` for ``prefix``.
 
-    That is ``prefix`` itself, but ``news.*``, as an older guide writes it, means ``news.``. (AutoGen's own
-    ``is_match`` takes the ``*`` literally and never matches: compare with this text instead.)
+    This is ``prefix`` itself, except that ``news.*``, the form used in an older guide, means ``news.``. (AutoGen's
+    ``is_match`` takes the ``*`` literally and never matches, so compare with this text instead.)
 
     Raises ValueError, with the spelling that was probably meant, if no topic type can start with ``prefix``.
     """
@@ -141,10 +142,10 @@ def plain_prefix(prefix: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What to subscribe to, to receive the events of one AutoGen subscription.
+    """The NATS subject to subscribe to for one AutoGen subscription.
 
-    ``exact`` is True if the subject lets exactly the matching topics through. If it is False it lets all of them
-    through and others too, and the subscriber must also ask the subscription's ``is_match``.
+    If ``exact`` is True, the subject matches exactly the topics of the subscription. If it is False, it also matches
+    other topics, and the subscriber must also call the subscription's ``is_match``.
     """
 
     subject: str
@@ -155,11 +156,12 @@ class Filter:
 class Subjects:
     """All names of one namespace.
 
-    ``namespace`` is one token of ``[A-Za-z0-9_-]``, at most 200 bytes, put with a ``.`` before every subject and with a
-    ``_`` before every bucket and stream; ``""`` puts nothing. It is not put before queue groups, which NATS scopes by
-    their subjects. Namespaces keep names apart, not users: that takes NATS permissions or accounts.
+    ``namespace`` is one token of ``[A-Za-z0-9_-]``, at most 200 bytes. It is put before every subject, followed by
+    ``.``, and before every bucket and stream, followed by ``_``. With ``""`` there is no such prefix. Queue groups have
+    no prefix, because NATS scopes them by their subjects. Namespaces separate names, not users; to separate users,
+    use NATS permissions or accounts.
 
-    Raises ConfigurationError for any other namespace, and for names that would put its subjects among those of an
+    Raises ConfigurationError for any other namespace, and for namespaces whose subjects would mix with those of an
     application without a namespace.
     """
 
@@ -181,14 +183,14 @@ class Subjects:
         return f"{self._root}agent.{encode_token(agent_type)}"
 
     def instance(self, agent_type: str, key: str) -> str:
-        """The subject of calls to one agent, in the one place where it lives: ``agent.<type>.<key>``."""
+        """The subject of calls to one agent, on the worker that owns it: ``agent.<type>.<key>``."""
         return f"{self._root}agent.{encode_token(agent_type)}.{encode_token(key)}"
 
     def topic(self, topic_type: str, source: str) -> str:
         """The subject of events on a topic: ``topic.<type tokens>.<source>``.
 
-        Any two strings have a subject, also those that AutoGen's ``TopicId`` refuses. Raises ValueError if it would be
-        over 1,024 bytes or a string holds a lone surrogate.
+        Strings that AutoGen's ``TopicId`` refuses have a subject too. Raises ValueError if the subject would be over
+        1,024 bytes, or if a string contains a lone surrogate.
         """
         subject = f"{self._topics}{_type_tokens(topic_type)}.{encode_token(source)}"
         if len(subject) > MAX_SUBJECT_BYTES:
@@ -198,12 +200,13 @@ class Subjects:
     def parse_topic(self, subject: str, *, topic_type: str | None = None, source: str | None = None) -> tuple[str, str]:
         """Return topic type and source of an event from its ``subject``: the reverse of `topic`.
 
-        ``topic_type`` and ``source`` are what the event's body claims, None if it claims nothing. The subject decides,
-        because permissions are checked on it: a claim supplies a value that the subject only has as a hash, and every
-        claim must agree with the subject. Whether AutoGen's ``TopicId`` takes the type is left to ``TopicId``.
+        ``topic_type`` and ``source`` are the values in the event's body, None if the body has none. The subject
+        decides, because the server checks permissions on it: a value in the body is needed only where the subject has
+        a hash, and it must always agree with the subject. This method does not check whether AutoGen's ``TopicId``
+        accepts the type.
 
-        Raises ValueError if ``subject`` is none that `topic` returns, if a hashed value is not claimed, or if a claim
-        does not agree.
+        Raises ValueError if `topic` never returns ``subject``, if the body has no value for a hash, or if a value in
+        the body does not agree with the subject.
         """
         if not subject.startswith(self._topics):
             raise ValueError(f"{_shown(subject)} is not the subject of a topic: it does not start with {self._topics}")
@@ -242,12 +245,13 @@ class Subjects:
         | ``ord`` | ``topic.*.>`` | no |
         | ``a.b.or`` | ``topic.a.b.*.>`` | no |
 
-        The ``*`` leaves room for one more token of the type and the ``>`` for the rest and the source; without the
-        ``*`` the topic ``news`` itself, whose source is the next token, would come along. Complete parts of the prefix
-        that are hashed are compared by their hash. A prefix that ends inside a part says nothing about that part's
-        token, hashed or not, so it subscribes at the boundary before that part and is not exact.
+        The ``*`` matches one more token of the type, and the ``>`` matches the rest of the type and the source. Without
+        the ``*`` the subject would also match the topic ``news`` itself, whose source is the next token. Complete parts
+        of the prefix that are hashed are compared by their hash. A prefix that ends inside a part does not determine
+        the token of that part. The filter then ends at the boundary before that part and is not exact.
 
-        Raises ValueError if no topic type can start with ``prefix`` (see `plain_prefix`) or no subject is that long.
+        Raises ValueError if no topic type can start with ``prefix`` (see `plain_prefix`), or if the subject would be
+        over 1,024 bytes.
         """
         *complete, rest = _split(plain_prefix(prefix))
         tokens = "".join(f"{encode_token(part)}." for part in complete)
@@ -259,19 +263,19 @@ class Subjects:
         return f"{self._topics}*.>"
 
     def worker(self, worker_id: str) -> str:
-        """The subject on which one worker is asked about its calls and told to drain."""
+        """The subject of requests to one worker: questions about its calls, and the request to drain."""
         return f"{self._root}natsrt.worker.{encode_token(worker_id)}"
 
     def control(self, agent_type: str, key: str | None = None) -> str:
-        """The subject for metadata, state and activation of a type, or with ``key`` of one agent.
+        """The subject for metadata, state and activation of a type; with ``key``, of one agent.
 
-        It is outside ``agent.>``, so that a permission to call is not a permission to control.
+        It is outside ``agent.>``, so that permission to call agents does not include permission to control them.
         """
         subject = f"{self._root}natsrt.control.{encode_token(agent_type)}"
         return subject if key is None else f"{subject}.{encode_token(key)}"
 
     def control_at(self, agent_type: str, worker_id: str) -> str:
-        """The subject for the same of a keyed type's agents on one worker: ``natsrt.control.<type>.at.<worker_id>``."""
+        """The control subject of a keyed type's agents on one worker: ``natsrt.control.<type>.at.<worker_id>``."""
         return f"{self._root}natsrt.control.{encode_token(agent_type)}.at.{encode_token(worker_id)}"
 
     @property
@@ -281,7 +285,7 @@ class Subjects:
 
     @property
     def registry_feed(self) -> str:
-        """The root under which the server republishes committed changes of the registry."""
+        """The subject prefix under which the server republishes committed changes of the registry."""
         return f"{self._root}natsrt.registry"
 
     def bucket(self, name: str) -> str:
@@ -289,19 +293,19 @@ class Subjects:
         return f"{self.namespace}_{name}" if self.namespace else name
 
     def queue(self, agent_type: str, key: str | None = None) -> str:
-        """The queue group in which the workers of a type, or with ``key`` the holders of one agent, share messages."""
+        """The queue group in which the workers of a type share messages; with ``key``, the holders of one agent."""
         group = encode_token(agent_type)
         return group if key is None else f"{group}.{encode_token(key)}"
 
     def is_reserved(self, subject: str) -> bool:
-        """Whether a worker must refuse to send a reply, or an acceptance (``acceptto``), to ``subject``.
+        """True if a worker must refuse to send a reply, or an acceptance (``acceptto``), to ``subject``.
 
-        The caller chooses these subjects, but the worker publishes to them with the worker's permissions. A caller who
-        may publish to ``agent.public`` only could name ``agent.admin``, a control subject, a topic or ``$JS.API…``, and
-        the worker would send there for it, in the worker's name, a text that the caller partly chooses. So nothing of
-        the kind goes into this namespace's trees or to a subject of the server. A subject over 1,024 bytes is refused
-        too: with the worker's headers its protocol line can exceed what the server takes, which closes the worker's
-        connection. Trees of other namespaces are not known here; permissions must keep a worker out of them.
+        The caller chooses these subjects, but the worker publishes to them with the worker's permissions. A caller that
+        may publish only to ``agent.public`` could name ``agent.admin``, a control subject, a topic or ``$JS.API…``. The
+        worker would then publish there, with its own permissions, a text that the caller partly determines. So subjects
+        in this namespace's trees and subjects of the server are refused. A subject over 1,024 bytes is refused too:
+        with the worker's headers its protocol line can exceed the limit of the server, which then closes the worker's
+        connection. The trees of other namespaces are not known here. Use permissions to keep a worker out of them.
 
         (Acknowledgements of JetStream messages go to ``$JS.ACK…`` and are not replies in this sense.)
         """
@@ -353,7 +357,7 @@ _cached_join = lru_cache(maxsize=_CACHE_ENTRIES)(_encoded_join)
 
 
 def _split(topic_type: str) -> list[str]:
-    """The parts of a topic type, at least one; the last never ends in ``:``."""
+    """The parts of a topic type, at least one. The last one never ends in ``:``."""
     parts = []
     for piece in topic_type.split("."):
         *closed, last = piece.split(":")
@@ -368,7 +372,7 @@ def _join(parts: list[str]) -> str:
 
 @lru_cache(maxsize=_CACHE_ENTRIES)
 def _read_type(tokens: str) -> str | None:
-    """The topic type that ``tokens`` stand for, None if one of them is a hash. ValueError if they stand for none."""
+    """The topic type for ``tokens``, None if one of them is a hash. Raises ValueError if no type has these tokens."""
     parts = []
     hashed = False
     for token in tokens.split("."):
@@ -388,7 +392,7 @@ def _read_type(tokens: str) -> str | None:
 
 @lru_cache(maxsize=_CACHE_ENTRIES)
 def _read_token(token: str) -> str | None:
-    """The value of a token of a subject, None if it is a hash. ValueError if no value has that token."""
+    """The value of a token of a subject, None if it is a hash. Raises ValueError if no value has that token."""
     if is_hashed(token):
         return None
     value = decode_token(token)
@@ -400,7 +404,11 @@ def _read_token(token: str) -> str | None:
 
 
 def _agreed(what: str, known: str | None, claim: str | None, encode: Callable[[str], str], tokens: str) -> str:
-    """The value that the subject gives as ``known`` (None: as a hash) and the body as ``claim`` (None: not at all)."""
+    """Return the value on which subject and body agree. Raises ValueError if they do not.
+
+    ``known`` is the value from the subject, None if the subject has a hash. ``claim`` is the value from the body, None
+    if the body has none.
+    """
     if claim is None:
         if known is None:
             raise ValueError(
@@ -417,7 +425,7 @@ def _what_is_malformed(token: str) -> str:
     if not token:
         return "it is empty, and the empty name is written '='"
     if is_hashed(token):
-        return "it is a hash, and the value is in the body of the message only"
+        return "it is a hash, and the value is only in the body of the message"
     valid = _ESCAPED.match(token)
     position = valid.end() if valid else 0
     if token[position] == "=":
