@@ -40,7 +40,8 @@ import enum
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autogen_core import Image
@@ -254,6 +255,7 @@ class Codecs(CodecCompiler):
         self._compiled.update({cls: ExactCodec(cls) for cls in (str, int, bool, NULL)})
         self._compiled.update({codec.cls: codec for codec in text_codecs()})
         self.any = self._compiled[Any] = self._compiled[object] = AnyCodec(self)
+        self._families: dict[type, _Family] = {}
 
     def of(self, hint: Any) -> Codec:
         """Return the codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
@@ -349,10 +351,16 @@ class Codecs(CodecCompiler):
         If one class is defined several times (the same module and qualified name), the last definition is used. If
         different classes have the name, the registered one is used.
         """
-        namesakes = [cls for cls in _with_subclasses(base) if cls.__name__ == name and self.is_structured(cls)]
-        if len(namesakes) == 1:
-            return namesakes[0]
-        named = {(cls.__module__, cls.__qualname__): cls for cls in namesakes}
+        family = self._families.get(base)
+        if family is None or not family.is_current():
+            family = self._families[base] = _Family(base)
+        only = family.only.get(name)
+        if only is not None:
+            return only
+        namesakes = [cls for cls in family.classes() if cls.__name__ == name]
+        named = {(cls.__module__, cls.__qualname__): cls for cls in namesakes if self.is_structured(cls)}
+        if len(namesakes) == len(named) == 1:
+            family.only[name] = namesakes[0]
         if len(named) == 1:
             return next(iter(named.values()))
         registered = self.lookup(name)
@@ -430,17 +438,43 @@ def _fits(cls: type, base: type) -> bool:
         return True
 
 
-def _with_subclasses(base: type) -> Iterable[type]:
-    """``base`` and all its direct and indirect subclasses; the subclasses of each class in order of definition."""
-    seen: dict[type, None] = {base: None}
-    queue = [base]
-    for cls in queue:
-        subclasses: list[type] = type.__subclasses__(cls)
-        for sub in subclasses:
-            if sub not in seen:
-                seen[sub] = None
-                queue.append(sub)
-    return seen
+_subclasses = type.__subclasses__  # of the class itself: a metaclass may have another method of this name
+
+
+class _Family:
+    """A class and all classes below it, at the time of this object's making."""
+
+    __slots__ = ("_members", "_size", "only")
+
+    def __init__(self, base: type) -> None:
+        seen: dict[type, None] = {base: None}
+        queue = [base]
+        size = 0
+        for cls in queue:
+            found: list[type] = _subclasses(cls)
+            size += len(found)
+            for sub in found:
+                if sub not in seen:
+                    seen[sub] = None
+                    queue.append(sub)
+        self._members = [weakref.ref(cls) for cls in queue]
+        self._size = size
+        self.only: dict[str, type] = {}
+        """The structured classes whose names no other class of the family has, as far as they were looked for."""
+
+    def is_current(self) -> bool:
+        """True if no class has been added to the family, and none has gone."""
+        size = 0
+        for member in self._members:
+            cls = member()
+            if cls is None:
+                return False
+            size += len(_subclasses(cls))
+        return size == self._size
+
+    def classes(self) -> Sequence[type]:
+        """The classes, in the order of their definition within each class."""
+        return [cls for member in self._members if (cls := member()) is not None]
 
 
 def _bare(hint: Any) -> Any:
