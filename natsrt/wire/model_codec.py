@@ -253,9 +253,10 @@ class ModelCodec(ClassCodec):
                 return self._validated(self._validator.validate_json, payload)
         values = dict(tree)
         for name, keys in self._read_from.items():
-            key = next((key for key in keys if key in tree), None)
-            if key is not None:
-                values[key] = self._decode_field(name, tree[key])
+            for key in keys:
+                if key in tree:
+                    values[key] = self._decode_field(name, tree[key])
+                    break
         if self._extra:
             values.update({key: self._codecs.any.decode(tree[key]) for key in tree.keys() - self._readable})
         return self._validated(self._validator.validate_python, values)
