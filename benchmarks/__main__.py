@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.harness import Runner, Scenario, Settings
-from benchmarks.peers import PEERS
+from benchmarks.peers import ALL_PEERS
 from benchmarks.scenarios import all_scenarios
 from natsrt.embedded import EmbeddedServer
 
@@ -29,7 +29,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("scenarios", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="Only list the scenarios.")
-@click.option("--peer", "peers", multiple=True, type=click.Choice([p.name for p in PEERS]), help="Only these peers.")
+@click.option(
+    "--peer", "peers", multiple=True, type=click.Choice([p.name for p in ALL_PEERS]), help="Only these peers."
+)
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Turns that count.")
 @click.option("--seconds", default=1.0, show_default=True, type=click.FloatRange(0.05), help="Length of a turn, about.")
 @click.option("--short", is_flag=True, help="A few messages in one round: for correctness, the figures mean nothing.")
@@ -110,7 +112,7 @@ def _chosen(patterns: tuple[str, ...], peers: tuple[str, ...], short: bool) -> l
     if not peers:
         return chosen
     narrowed = [
-        replace(scenario, variants=[v for v in scenario.variants if v.peer not in PEERS or v.peer.name in peers])
+        replace(scenario, variants=[v for v in scenario.variants if v.peer not in ALL_PEERS or v.peer.name in peers])
         for scenario in chosen
     ]
     return [scenario for scenario in narrowed if scenario.variants]

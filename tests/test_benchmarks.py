@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.harness import Goal, Runner, Sample, Scenario, Settings, Variant, ratios
-from benchmarks.peers import BARE, PEERS, Peer
+from benchmarks.peers import ALL_PEERS, BARE, OTHERS, Peer
 from benchmarks.roles import Role
 from benchmarks.scenarios import all_scenarios
 from benchmarks.setup import Setup
@@ -251,7 +251,20 @@ def test_a_short_run_measures_every_row_of_every_scenario(tmp_path: Path) -> Non
     rows = [row for scenario in results["scenarios"] for row in scenario["rows"] if "absent" not in row]
     assert all(row["samples"] for row in rows)
     assert {"bare", "natsrt", "in-process"} <= {row["peer"] for row in rows}
-    assert {row["peer"] for row in rows} <= {*(peer.name for peer in PEERS), "python", "nats-py kv"}
+    assert {row["peer"] for row in rows} <= {*(peer.name for peer in ALL_PEERS), "python", "nats-py kv", "serializers"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("peer", OTHERS, ids=lambda peer: peer.name)
+def test_another_kind_of_runtime_is_measured_beside_natsrt(peer: Peer, tmp_path: Path) -> None:
+    if (reason := peer.missing(Setup())) is not None:
+        pytest.skip(f"{reason}; it is in the extra bench-others, which is not for development")
+    outcome = run("--short", "latency", "calls-8", "--peer", peer.name, "--json", str(tmp_path / "results.json"))
+    assert outcome.returncode == 0, outcome.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = [row for scenario in results["scenarios"] for row in scenario["rows"]]
+    assert [row["name"] for row in rows if row["samples"]] == [peer.name] * 2
 
 
 @pytest.mark.slow

@@ -73,4 +73,23 @@ IN_PROCESS = Peer(
     many_workers=False,
 )
 
+FASTSTREAM = Peer(
+    name="faststream",
+    title="FastStream's request-reply over NATS",
+    module="benchmarks.peers.faststream_peer",
+    requires=("faststream.nats",),
+)
+RAY = Peer(
+    name="ray",
+    title="Ray actors",
+    module="benchmarks.peers.ray_peer",
+    requires=("ray",),
+    has_workers=False,
+    many_workers=False,
+)
+
 PEERS = (BARE, NATSRT, GRPC, HTTP, IN_PROCESS)
+"""What is measured in all scenarios: NATS itself and AutoGen's runtimes."""
+OTHERS = (FASTSTREAM, RAY)
+"""What teams use instead of agents. Measured for calls only, if the extra ``bench-others`` is installed."""
+ALL_PEERS = (*PEERS, *OTHERS)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from benchmarks import measures
 from benchmarks.harness import LESS, Goal, Scenario, Variant
-from benchmarks.peers import PEERS
+from benchmarks.peers import ALL_PEERS
 
 GOALS = {
     1: (),
@@ -33,7 +33,7 @@ def scenarios(short: bool) -> Iterator[Scenario]:
         better=LESS,
         baseline="bare",
         most=20_000,
-        variants=[Variant(name=peer.name, peer=peer, measure=measures.latency()) for peer in PEERS],
+        variants=[Variant(name=peer.name, peer=peer, measure=measures.latency()) for peer in ALL_PEERS],
         goals=[
             Goal(
                 text="latency of a single call (median), against bare `Client.request()`",
@@ -52,6 +52,6 @@ def scenarios(short: bool) -> Iterator[Scenario]:
             most=200_000,
             first=max(1, 50 // concurrency),
             multiple=concurrency,
-            variants=[Variant(name=peer.name, peer=peer, measure=measures.calls(concurrency)) for peer in PEERS],
+            variants=[Variant(name=peer.name, peer=peer, measure=measures.calls(concurrency)) for peer in ALL_PEERS],
             goals=goals,
         )
