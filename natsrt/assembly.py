@@ -1,7 +1,7 @@
-"""How the parts of one started runtime are put together, room by room, from the bottom to the top.
+"""Creates the parts of one started runtime, folder by folder, each after the parts that it depends on.
 
-Nothing here starts anything, and no part is given something later that it needs: each constructor gets finished parts.
-`natsrt.session` starts and stops them.
+Every constructor gets complete parts, so no part has to be given a dependency later. `natsrt.session` starts and stops
+the parts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from natsrt.wire.subjects import Subjects
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What belongs to the runtime object, and outlives its starts and stops."""
+    """The parts that belong to the runtime object and remain when it is stopped and started again."""
 
     options: Options
     catalog: Catalog
@@ -68,7 +68,7 @@ class Program:
 
 
 class Network:
-    """The connection, and what stands on it: replies, calls, the registry, the records of keyed agents."""
+    """The connection and the parts that use it: replies, calls, the registry, the records of keyed agents."""
 
     def __init__(self, options: Options, worker_id: str) -> None:
         self.subjects = Subjects(options.namespace)
@@ -86,7 +86,7 @@ class Network:
 
 
 class Outgoing:
-    """The way out: calls, events, and where keyed agents live."""
+    """The sending side: calls, events, and the locations of keyed agents."""
 
     def __init__(self, program: Program, network: Network, *, counters: Counters, telemetry: Telemetry | None) -> None:
         attributes = MessageAttributes(network.calls, network.cancellations, counters)
@@ -128,7 +128,7 @@ class Outgoing:
 
 
 class Incoming:
-    """The way in: from the subscriptions to the handlers, and the keyed agents that this worker owns."""
+    """The receiving side: from the subscriptions to the handlers, and the keyed agents that this worker owns."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""What a runtime announces to the others: its agent types, instances and subscriptions.
+"""Announces the agent types, instances and subscriptions of a runtime to the other runtimes.
 
-A process becomes a *worker* when it hosts its first agent type: it joins the registry, listens on its own subject and
-shows itself as a NATS service. A runtime that only calls and publishes never does.
+A runtime becomes a *worker* when it hosts its first agent type: it joins the registry, subscribes to its own subject,
+and appears as a NATS service. A runtime that only calls and publishes never becomes a worker.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger("natsrt.hosting")
 
 
 class Membership:
-    """One runtime's place among the others, from its start to its stop."""
+    """The entries of one runtime in the registry, from its start to its stop."""
 
     def __init__(
         self,
@@ -61,7 +61,10 @@ class Membership:
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Announce what is hosted and subscribed. Raises ValueError where other workers host a type otherwise."""
+        """Announce the hosted types and the subscriptions.
+
+        Raises ValueError if a hosted type is keyed here and not on another worker, or the reverse.
+        """
         for hosted in self._catalog:
             self.refuse_mixture(hosted.agent_type, hosted.keyed is not None)
         if any(True for _ in self._catalog):
@@ -73,34 +76,37 @@ class Membership:
         await self._withdraw(self._declarations.unowned.difference(entry.key for entry in entries))
 
     async def confirm(self) -> None:
-        """Return when every live worker serves what this runtime subscribed before its start, as far as it answers."""
+        """Wait until every live worker serves the subscriptions that were added to this runtime before its start.
+
+        A worker that does not confirm in time is logged.
+        """
         agent_types = {self._entry(subscription).agent_type for subscription in self._declarations}
         confirmations = (self._confirm(agent_type) for agent_type in agent_types)
         for outcome in await asyncio.gather(*confirmations, return_exceptions=True):
-            if isinstance(outcome, SubscriptionNotServed):  # a frozen neighbour must not keep this worker from starting
+            if isinstance(outcome, SubscriptionNotServed):  # a worker that hangs must not prevent the start
                 logger.warning("%s", outcome)
             elif outcome is not None:
                 raise outcome
         await self._connection.barrier()
 
     async def drain(self) -> None:
-        """Announce that this worker takes no new messages. Harmless where it is no worker, or not connected."""
+        """Announce that this worker accepts no new messages. Has no effect if this is not a worker or not connected."""
         if self._joined and self._connection.connected:
             try:
                 await self._registry.drain()
             except NatsrtError as error:
-                logger.warning("other runtimes do not learn that this worker stops: %s", error)
+                logger.warning("could not tell other runtimes that this worker is stopping: %s", error)
 
     async def stop(self) -> None:
-        """Leave the registry. Harmless where this is no worker, or not connected."""
+        """Leave the registry. Has no effect if this is not a worker or not connected."""
         if self._joined and self._connection.connected:
             try:
                 await self._registry.leave()
             except NatsrtError as error:
-                logger.warning("this worker's entries stay until others remove them: %s", error)
+                logger.warning("this worker's registry entries remain until other runtimes remove them: %s", error)
 
     async def _join(self) -> None:
-        """Become a worker, once."""
+        """Become a worker. Has no effect if this already is one."""
         if self._joined:
             return
         self._joined = True
@@ -116,9 +122,9 @@ class Membership:
     # -- agent types ---------------------------------------------------------------------------------------------
 
     def refuse_mixture(self, agent_type: str, keyed: bool) -> None:
-        """Raises ValueError where other workers host the type, and it is keyed there and not here, or the reverse.
+        """Raise ValueError if the type is keyed on another worker and not here, or the reverse.
 
-        The members of one queue group must agree on which of them has an agent.
+        The workers of one queue group must agree on which of them has an agent.
         """
         view = self._registry.view
         others = [worker_id for worker_id in view.workers_hosting(agent_type) if worker_id != self._worker_id]
@@ -129,21 +135,22 @@ class Membership:
             )
 
     async def host(self, hosted: HostedType) -> None:
-        """Announce a type, or another instance of it, that was registered after the start."""
+        """Announce a type, or another instance of a type, that was registered after the start."""
         await self._join()
         if hosted.keyed is not None:
             await self._incoming.ownership.start()
         await self._registry.declare(hosted.entries(self._worker_id))
         moved = self._declarations.of(hosted.agent_type)
-        if moved:  # added before the type was hosted: from now on this worker declares them
+        if moved:  # added before the type was hosted; from now on this worker is their declarer
             await self._declare([self._entry(s) for s in moved])
             await self._withdraw([self._entry(s, NOBODY).key for s in moved])
         await self._incoming.subscriptions.serve(hosted.agent_type)
 
     async def abandon(self, hosted: HostedType, key: str | None = None, *, ended: Sequence[Subscription] = ()) -> None:
-        """Stop hosting a type, or with ``key`` one instance of it. What the type handles stays known.
+        """Stop hosting a type; with ``key``, one instance of it. The registry keeps the message types that it handles.
 
-        The subscriptions in ``ended`` end with the type. Others that this runtime added for it stay, with no declarer.
+        The subscriptions in ``ended`` end with the type. Other subscriptions that this runtime added for it remain,
+        without a declarer.
         """
         entries: list[RegistryEntry] = [e for e in hosted.entries(self._worker_id) if not isinstance(e, KnownEntry)]
         left: Sequence[Subscription] = ()
@@ -158,12 +165,12 @@ class Membership:
             await self._declare([self._entry(subscription, NOBODY) for subscription in left])
             await self._withdraw([entry.key for entry in entries])
         except NatsrtError as error:
-            logger.warning("entries of %s stay behind: %s", hosted.agent_type, error)
+            logger.warning("registry entries of %s could not be removed: %s", hosted.agent_type, error)
 
     # -- subscriptions -------------------------------------------------------------------------------------------
 
     async def subscribe(self, subscription: Subscription) -> None:
-        """Store a subscription, and return when every live worker of its agent type serves it.
+        """Store a subscription, and wait until every live worker of its agent type serves it.
 
         Raises `SubscriptionNotServed` after ``subscription_timeout`` seconds.
         """
@@ -172,16 +179,17 @@ class Membership:
         await self._confirm(entry.agent_type)
 
     async def forget(self, subscription: Subscription) -> None:
-        """Undo a `subscribe` that failed, as far as the registry can be reached."""
+        """Undo a `subscribe` that failed. If the registry cannot be reached, this is logged."""
         try:
             await self._withdraw([self._entry(subscription).key])
         except NatsrtError as error:
-            logger.warning("a subscription that was not completed stays behind: %s", error)
+            logger.warning("an incomplete subscription could not be removed from the registry: %s", error)
 
     async def unsubscribe(self, subscription: Subscription, *, stored: Callable[[Subscription], None]) -> None:
-        """Remove a subscription of this runtime, and return when every live worker of its agent type has heard of it.
+        """Remove a subscription of this runtime, and wait until every live worker of its agent type has confirmed it.
 
-        ``stored`` is called once the registry has removed it: from then on it is gone, whatever fails later.
+        ``stored`` is called when the registry has removed the subscription. From then on it is removed, even if a later
+        step fails. Raises `SubscriptionNotServed` after ``subscription_timeout`` seconds.
         """
         entry = self._entry(subscription)
         await self._withdraw([entry.key])
@@ -212,7 +220,10 @@ class Membership:
         self._declarations.unowned.difference_update(keys)
 
     async def _confirm(self, agent_type: str) -> None:
-        """Serve the type as the view now has it, and return when every live worker of the type does."""
+        """Serve the type according to the current view, and wait until every live worker of the type does so too.
+
+        Raises `SubscriptionNotServed` after ``subscription_timeout`` seconds.
+        """
         await self._incoming.subscriptions.serve(agent_type)
         others = [w for w in self._registry.view.workers_hosting(agent_type) if w != self._worker_id]
         revision = self._registry.view.applied
@@ -222,12 +233,12 @@ class Membership:
             raise SubscriptionNotServed(agent_type, silent, self._options.subscription_timeout)
 
     async def _serves(self, worker_id: str, agent_type: str, revision: int) -> bool:
-        """Whether a worker confirms that it serves the type, or is not there to serve anything."""
+        """True if a worker confirms that it serves the type, or if the worker is gone."""
         if await self._peers.serves(worker_id, agent_type, revision, self._options.subscription_timeout):
             return True
         if worker_id not in self._registry.view.workers:
             return True
         if await self._peers.listens(worker_id):
             return False
-        self._registry.suspect(worker_id)  # dead, or reconnecting: it serves what the registry says when it is back
+        self._registry.suspect(worker_id)  # dead, or reconnecting; after a reconnect it follows the registry again
         return True

@@ -1,4 +1,4 @@
-"""`register`: AutoGen's ``Agent.register`` without its limits on message types."""
+"""`register`: does what AutoGen's ``Agent.register`` does, without its restrictions on message types."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ async def register(
     dataclasses or unions. This function accepts them. If it fails, it removes what it has registered.
 
     Args:
-        runtime: The runtime that is to host the type.
-        cls: The class of the agents that ``factory`` makes.
+        runtime: The runtime that will host the type.
+        cls: The class of the agents that ``factory`` creates.
         type: The name of the agent type.
-        factory: Makes one agent. Called without arguments; may be asynchronous.
-        skip_class_subscriptions: Do not add the subscriptions that are declared by decorators of the class.
-        skip_direct_message_subscription: Do not add the subscription to topics whose type begins with the type's name
+        factory: Creates one agent. It is called without arguments, and may be asynchronous.
+        skip_class_subscriptions: True to omit the subscriptions that are declared by decorators of the class.
+        skip_direct_message_subscription: True to omit the subscription to topics whose type begins with the type's name
             and a colon, which AutoGen uses for direct messages.
 
     Returns:
@@ -50,7 +50,7 @@ async def register(
 
     Raises:
         CannotSerialize: natsrt cannot serialize a handler's message type.
-        ValueError: The type exists in this runtime already, or a subscription has a prefix that no topic can have.
+        ValueError: The type already exists in this runtime, or a subscription has a prefix that no topic can have.
     """
     for message_type in message_types_of(cls).handled:
         if message_type is not object:
@@ -58,7 +58,7 @@ async def register(
     agent_type = type if isinstance(type, AgentType) else AgentType(type)
     subscriptions = await _subscriptions(cls, agent_type, skip_class_subscriptions)
     if not skip_direct_message_subscription:
-        # The prefix ends in ":", as AutoGen's does: so it does not match topics of a type with a longer name.
+        # The prefix ends in ":", as in AutoGen, so it does not match the topics of a type with a longer name.
         subscriptions.append(TypePrefixSubscription(f"{agent_type.type}:", agent_type.type))
     for subscription in subscriptions:
         Rule.of(subscription)  # raises before anything is registered

@@ -1,7 +1,8 @@
 """`NatsAgentRuntime`: AutoGen's `AgentRuntime` over NATS.
 
-A call goes from ``send_message`` through `natsrt.sending.sender`, `natsrt.transport.calls`, NATS,
-`natsrt.hosting.intake` and `natsrt.hosting.dispatch` to the agent, and its reply goes back.
+A call passes from ``send_message`` through `natsrt.sending.sender`, `natsrt.transport.calls`, NATS,
+`natsrt.hosting.intake` and `natsrt.hosting.dispatch` to the agent. The reply returns over NATS to
+`natsrt.transport.calls`.
 """
 
 from __future__ import annotations
@@ -51,21 +52,24 @@ _type = type  # `type` is a parameter's name in AutoGen's protocol
 
 
 class NatsAgentRuntime(AgentRuntime):
-    """Runs AutoGen agents across processes and machines, with NATS in between.
+    """Runs AutoGen agents across processes and machines, connected by NATS.
 
     Args:
-        servers: A URL or a list of them. None: ``NATS_URL``, else ``nats://127.0.0.1:4222``.
-        name: The worker's name; its id is this plus a nonce per start. None: the host's name.
-        namespace: A prefix before every subject, bucket and stream name; runtimes of different namespaces do not meet.
-        tracer_provider: OpenTelemetry's; None means the global one, if one is set.
-        intervention_handlers: AutoGen's; they run in the sending runtime.
-        options: All settings at once. Settings given beside it replace its own.
-        settings: Any field of `Options` by name: credentials, TLS, a NATS context, timeouts.
+        servers: One URL or a list of URLs. None: ``NATS_URL``, else ``nats://127.0.0.1:4222``.
+        name: The worker's name. Its id is this name plus a nonce for each start. None: the host's name.
+        namespace: A prefix before every subject, bucket and stream name. Runtimes in different namespaces do not see
+            each other. None: as in the other sources of settings, else no prefix.
+        tracer_provider: OpenTelemetry's tracer provider. None: the global one, if one is set.
+        intervention_handlers: AutoGen's intervention handlers. They run in the sending runtime. None: no handlers.
+        options: All settings. Other settings that are passed too override those in ``options``. None: the settings are
+            read by `Options.load`.
+        settings: Any field of `Options` by name: credentials, TLS, a NATS context, timeouts. None means not given.
 
-    Without ``options`` the environment, a configuration file and a NATS context count too: see `Options.load`.
+    Without ``options``, settings also come from the environment, a configuration file and a NATS context: see
+    `Options.load`.
 
     Raises:
-        ConfigurationError: A setting is unknown, misspelt or wrong.
+        ConfigurationError: A setting is unknown, misspelt or invalid.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class NatsAgentRuntime(AgentRuntime):
         self._abort = asyncio.Event()
         self._stopped = asyncio.Event()
         self._closed: dict[int, Agent] = {}
-        """The live agents that `close` has closed, by identity: an agent need not be hashable."""
+        """The live agents that `close` has closed, by ``id()``, because an agent need not be hashable."""
 
     # -- AgentRuntime, in the protocol's order -------------------------------------------------------------------
 
@@ -115,22 +119,26 @@ class NatsAgentRuntime(AgentRuntime):
         message_id: str | None = None,
         reply_type: type[Any] | None = None,
     ) -> Any:
-        """Call an agent, wherever it lives, and return what its handler returns.
+        """Call an agent on any worker, and return what its handler returns.
 
         Args:
-            message: A dataclass, Pydantic model, protobuf message, plain value, or what an added serializer takes.
-            recipient: The agent.
-            sender: The agent that sends; None from outside of agents. A claim, not an identity.
-            cancellation_token: Cancels the call and sets the token of the handler, in any process.
-            message_id: None makes one.
-            reply_type: What a plain NATS responder's reply is to be decoded to; None gives JSON values.
+            message: A dataclass, Pydantic model, protobuf message, plain value, or a class with an added serializer.
+            recipient: The agent to call.
+            sender: The agent that sends the message; None if no agent sends it. It is not authenticated.
+            cancellation_token: Cancels the call, and cancels the token of the handler in any process. None: the call
+                cannot be cancelled by a token.
+            message_id: The id of the message. None: a new id.
+            reply_type: The class to which the reply is decoded. It is needed for plain NATS responders. None: a reply
+                of an agent names its class; the reply of a plain responder becomes JSON values, text or bytes.
 
         Raises:
             asyncio.CancelledError: The token was cancelled.
-            UndeliveredCall: One of its subclasses says why no agent answered.
-            CannotSerialize, MessageTooLarge: Before anything was sent.
-            ServerUnreachable: No server for ``offline_timeout`` seconds.
-            Exception: What the handler raised, as its own class where that is known here, else `RemoteAgentError`.
+            UndeliveredCall: No agent answered. The subclass of the error says why.
+            CannotSerialize, MessageTooLarge: The message cannot be sent. Nothing was sent.
+            CannotDecode: The reply cannot be read.
+            ServerUnreachable: There was no connection for ``offline_timeout`` seconds.
+            Exception: The exception that the handler raised, with its class if that is known here, else
+                `RemoteAgentError`.
         """
         return await self._running().sender.send(
             message,
@@ -150,14 +158,21 @@ class NatsAgentRuntime(AgentRuntime):
         cancellation_token: CancellationToken | None = None,
         message_id: str | None = None,
     ) -> None:
-        """Publish an event to every agent id that a subscription gives it to, the publisher's own excepted.
+        """Publish an event to every agent id to which a subscription maps it, except the publisher itself.
 
-        Core NATS delivers to subscribers that are connected at the moment.
+        Core NATS delivers an event only to subscribers that are connected at that moment.
+
+        Args:
+            message: As in `send_message`.
+            topic_id: The topic of the event.
+            sender: The agent that publishes the event; None if no agent publishes it. It is not authenticated.
+            cancellation_token: The handlers get a copy, which is cancelled with it. None: there is no token.
+            message_id: The id of the message. None: a new id.
 
         Raises:
-            CannotSerialize, MessageTooLarge, ValueError: Before anything was sent; ValueError for a topic whose
-                subject would be too long.
-            ServerUnreachable: No server for ``offline_timeout`` seconds.
+            CannotSerialize, MessageTooLarge: The message cannot be sent. Nothing was sent.
+            ValueError: The subject of the topic would be too long. Nothing was sent.
+            ServerUnreachable: There was no connection for ``offline_timeout`` seconds.
         """
         await self._running().sender.publish(
             message, topic_id, sender=sender, token=cancellation_token, message_id=message_id
@@ -171,18 +186,21 @@ class NatsAgentRuntime(AgentRuntime):
         expected_class: type[T] | None = None,
         keyed: bool | KeyedOptions | None = None,
     ) -> AgentType:
-        """Host an agent type here. Other workers may host the same type; its calls are then shared out.
+        """Host an agent type in this runtime. If other workers host it too, its calls are distributed among them.
 
         Args:
             type: The agent type.
-            agent_factory: Makes an agent.
-            expected_class: The class of what it makes. None: not checked, and what the class says is not known.
-            keyed: Whether each id of the type has one live instance over all workers, and how such agents behave.
-                None: as the setting ``keyed`` says for the type, else as `natsrt.keyed` says for the class.
+            agent_factory: Creates an agent. It may be asynchronous.
+            expected_class: The class of the agents that the factory creates. None: the class is not checked, and its
+                message types and its `natsrt.keyed` decorator are not known at registration.
+            keyed: True or `KeyedOptions` if each id of the type has one live instance across all workers. False: the
+                type is not keyed. None: the setting ``keyed`` for the type, else the `natsrt.keyed` decorator of the
+                class.
 
         Raises:
-            ValueError: The type exists in this runtime already, as instances anywhere, or keyed otherwise elsewhere.
-            RegistryUnavailable: The registry could not be written; nothing is left behind.
+            ValueError: The type already exists in this runtime, or with registered instances on any worker, or it is
+                keyed here and not on another worker or the reverse.
+            RegistryUnavailable: The registry could not be written. The registration was undone.
         """
         agent_type = type if isinstance(type, AgentType) else AgentType(type)
         session = await self._settled()
@@ -200,10 +218,11 @@ class NatsAgentRuntime(AgentRuntime):
         return agent_type
 
     async def register_agent_instance(self, agent_instance: Agent, agent_id: AgentId) -> AgentId:
-        """Make one agent instance reachable from everywhere under ``agent_id``, and only under that.
+        """Host one agent instance. All runtimes can reach it under ``agent_id``, and only under that id.
 
         Raises:
-            ValueError: The id is taken, here or elsewhere, or its type has a factory, or another class.
+            ValueError: The id is in use in this or another runtime, or its type has a factory, or the other instances
+                of its type have another class.
         """
         session = await self._settled()
         await self._refuse_mixture(session, agent_id.type, instances=True)
@@ -223,12 +242,12 @@ class NatsAgentRuntime(AgentRuntime):
 
     # mypy cannot express that `type` defaults to the bound of T (as in AutoGen's own protocol)
     async def try_get_underlying_agent_instance(self, id: AgentId, type: type[T] = Agent) -> T:  # type: ignore[assignment]
-        """The Python object behind a local agent, made if it is not there yet.
+        """Return the Python object of a local agent. It is created if it does not exist.
 
         Raises:
             LookupError: No live worker hosts the agent.
             NotAccessibleError: The agent lives in another process.
-            TypeError: The agent is not a ``type``.
+            TypeError: The agent is not an instance of ``type``.
         """
         session = await self._settled()
         hosted = self._catalog.find(id.type)
@@ -252,7 +271,7 @@ class NatsAgentRuntime(AgentRuntime):
     async def get(
         self, id_or_type: AgentId | AgentType | str, /, key: str = "default", *, lazy: bool = True
     ) -> AgentId:
-        """The id of an agent. ``lazy=False`` also makes the agent, wherever it lives."""
+        """Return the id of an agent. ``lazy=False`` also creates the agent on its worker if it does not exist."""
         if isinstance(id_or_type, AgentId):
             agent_id = id_or_type
         else:
@@ -262,7 +281,7 @@ class NatsAgentRuntime(AgentRuntime):
         return agent_id
 
     async def save_state(self) -> Mapping[str, Any]:
-        """The states of all live agents of this runtime, by agent id as text."""
+        """Return the states of all live agents of this runtime, by agent id as text."""
         session, states = await self._settled(), {}
         for agent_id, agent in self._catalog.live_agents():
             hosted = self._catalog.find(agent_id.type)
@@ -273,12 +292,12 @@ class NatsAgentRuntime(AgentRuntime):
                     states[str(agent_id)] = dict(
                         await session.operations.state(hosted, agent_id.key, current_chain.get())
                     )
-                except OwnedElsewhere:  # it moved away meanwhile
+                except OwnedElsewhere:  # it has moved to another worker
                     continue
         return states
 
     async def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `save_state` returned, for the types that this runtime hosts; agents are made as needed."""
+        """Restore the result of `save_state`, for the types that this runtime hosts. Agents are created as needed."""
         for name, agent_state in state.items():
             agent_id = AgentId.from_str(name)
             hosted = self._catalog.find(agent_id.type)
@@ -289,46 +308,50 @@ class NatsAgentRuntime(AgentRuntime):
                 await agent.load_state(agent_state)
 
     async def agent_metadata(self, agent: AgentId) -> AgentMetadata:
-        """The metadata of a local or remote agent.
+        """Return the metadata of a local or remote agent.
 
         Raises:
-            UndeliveredCall: One of its subclasses, for a remote agent that does not answer.
-            AmbiguousAgent: The type is not keyed and several live workers host it.
+            UndeliveredCall: A remote agent does not answer. The subclass of the error says why.
+            AmbiguousAgent: The type is not keyed, and several live workers host it.
         """
         return cast(AgentMetadata, await self._control(agent, control.METADATA))
 
     async def agent_save_state(self, agent: AgentId) -> Mapping[str, Any]:
-        """The state of a local or remote agent. Raises as `agent_metadata` does, and what the agent raises."""
+        """Return the state of a local or remote agent.
+
+        Raises the same errors as `agent_metadata`, and any exception of the agent.
+        """
         return cast(Mapping[str, Any], await self._control(agent, control.SAVE_STATE))
 
     async def agent_load_state(self, agent: AgentId, state: Mapping[str, Any]) -> None:
-        """Load ``state`` into a local or remote agent. Raises as `agent_save_state` does."""
+        """Load ``state`` into a local or remote agent. Raises the same errors as `agent_save_state`."""
         await self._control(agent, control.LOAD_STATE, dict(state))
 
     async def store_state(self, agent: AgentId) -> None:
-        """Store the state of a keyed agent that lives in this runtime now, whatever its options say of saving.
+        """Store the state of a keyed agent of this runtime now, independently of its ``save`` option.
 
-        An agent may do so for itself, in the middle of a handler.
+        An agent may call this for itself inside a handler.
 
         Raises:
-            LookupError: It does not live here.
-            StateConflict, StateNotSaved: It could not be stored.
+            LookupError: The agent is not live in this runtime.
+            StateConflict, StateNotSaved: The state could not be stored.
         """
         await self._running().ownership.store(agent)
 
     async def add_subscription(self, subscription: Subscription) -> None:
-        """Subscribe an agent type to topics. Returns once every live worker of the type serves the subscription.
+        """Subscribe an agent type to topics. Returns when every live worker of the type serves the subscription.
 
         Raises:
-            ValueError: An equal subscription was added here already, or the prefix is one that no topic can have.
-            SubscriptionNotServed: A worker did not confirm within ``subscription_timeout`` seconds.
+            ValueError: An equal subscription was already added to this runtime, or no topic can have the prefix.
+            SubscriptionNotServed: A worker did not confirm within ``subscription_timeout`` seconds. The subscription
+                is stored nevertheless.
         """
         session = await self._settled()
         self._subscriptions.add(subscription)
         if session is not None:
             try:
                 await session.membership.subscribe(subscription)
-            except SubscriptionNotServed:  # it is stored all the same
+            except SubscriptionNotServed:  # it is stored nevertheless
                 raise
             except BaseException:
                 self._subscriptions.remove(subscription)
@@ -336,10 +359,13 @@ class NatsAgentRuntime(AgentRuntime):
                 raise
 
     async def remove_subscription(self, id: str) -> None:
-        """End a subscription that this runtime added, or that a runtime without the agent type added anywhere.
+        """Remove a subscription that this runtime added, or that any runtime added without hosting the agent type.
 
         Raises:
-            UnknownSubscription: A `LookupError` and `ValueError`: there is none with this id.
+            UnknownSubscription: There is no such subscription with this id. The error is a `LookupError` and a
+                `ValueError`.
+            SubscriptionNotServed: A worker did not confirm within ``subscription_timeout`` seconds. The subscription
+                is removed nevertheless.
         """
         session = await self._settled()
         subscription = self._subscriptions.find(id)
@@ -352,7 +378,7 @@ class NatsAgentRuntime(AgentRuntime):
             raise UnknownSubscription(id)
 
     def add_message_serializer(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
-        """Add serializers. Those of AutoGen itself are replaced by natsrt's own, which keep nested types.
+        """Add serializers. AutoGen's standard serializers are replaced by natsrt's, which keep nested types.
 
         Raises:
             ValueError: Two different classes have the same type name.
@@ -364,11 +390,11 @@ class NatsAgentRuntime(AgentRuntime):
     # -- beyond the protocol -------------------------------------------------------------------------------------
 
     async def unregister(self, type: str | AgentType, *, keep_subscriptions: bool = False) -> None:
-        """Stop hosting an agent type here, and end the subscriptions that were added here for it.
+        """Stop hosting an agent type in this runtime, and remove the subscriptions that were added here for it.
 
-        Its live agents are forgotten, not closed; keyed ones are left to other workers, stored and closed, when their
-        handlers have ended. An unknown type changes nothing. With ``keep_subscriptions`` they
-        stay, as those of a runtime that does not host the type.
+        With ``keep_subscriptions`` the subscriptions remain, as if this runtime had added them without hosting the
+        type. Live agents are removed but not closed. Keyed agents are stored, closed and released to other workers when
+        their handlers have ended. Has no effect for an unknown type.
         """
         agent_type = type if isinstance(type, str) else type.type
         hosted = self._catalog.find(agent_type)
@@ -382,29 +408,30 @@ class NatsAgentRuntime(AgentRuntime):
             await self._session.membership.abandon(hosted, ended=ended)
 
     def add_error_type(self, cls: type[BaseException]) -> None:
-        """Let a remote handler's exceptions of ``cls`` arrive as themselves instead of as `RemoteAgentError`.
+        """Raise exceptions of ``cls`` from remote handlers as ``cls`` instead of as `RemoteAgentError`.
 
-        They are rebuilt from their ``args`` and ``__dict__``, without calling the class.
+        They are rebuilt from their ``args`` and ``__dict__``, without calling the class. Raises TypeError if ``cls`` is
+        not an exception class that a call can raise.
         """
         self._error_types.add(cls)
 
     @property
     def options(self) -> Options:
-        """The settings in force."""
+        """The settings of this runtime."""
         return self._options
 
     @property
     def worker_id(self) -> str | None:
-        """This start's worker id; None while stopped."""
+        """The worker id, which is new for each start; None while stopped."""
         return None if self._session is None else self._session.worker_id
 
     @property
     def ready(self) -> bool:
-        """Whether the runtime is started, connected, and in step with the registry."""
+        """True if the runtime is started, connected, in step with the registry, and not stopping."""
         return self._session is not None and self._session.ready
 
     def health(self) -> Health:
-        """The health of this runtime at this moment. Never raises, and works while the runtime is stopped too.
+        """Return the current health of this runtime. Never raises, and also works while the runtime is stopped.
 
         Call it in the runtime's event loop.
         """
@@ -423,12 +450,12 @@ class NatsAgentRuntime(AgentRuntime):
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     def start(self) -> Awaitable[None]:
-        """Connect and serve. May be awaited or not; what is sent before it completes waits for it.
+        """Connect and serve. The result may be awaited. Messages that are sent before it completes wait for it.
 
         Raises:
-            RuntimeError: Already started.
-            ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable: From the awaited result, or
-                from the first send.
+            RuntimeError: The runtime is already started.
+            ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable: The start failed. These are
+                raised when the result is awaited, or by the first send.
         """
         if self._session is not None:
             raise RuntimeError("Runtime is already started")
@@ -449,13 +476,15 @@ class NatsAgentRuntime(AgentRuntime):
             raise
 
     async def stop(self) -> None:
-        """Stop taking messages, finish what was taken (``drain_timeout`` seconds at most), leave, disconnect.
+        """Stop accepting messages, finish the accepted ones within ``drain_timeout`` seconds, leave the registry, and
+        disconnect.
 
-        A handler may stop its own runtime; it is not waited for, and its reply can no longer be sent.
+        A handler may stop its own runtime. The stop does not wait for this handler, and its reply can no longer be
+        sent.
 
         Raises:
-            RuntimeError: Not started.
-            BaseException: The first exception of an event's handler, where ``ignore_unhandled_exceptions`` is off.
+            RuntimeError: The runtime is not started.
+            BaseException: The first exception of an event's handler, if ``ignore_unhandled_exceptions`` is off.
         """
         if self._session is None:
             raise RuntimeError("Runtime is not started")
@@ -478,9 +507,10 @@ class NatsAgentRuntime(AgentRuntime):
             raise session.event_error
 
     async def stop_when_idle(self) -> None:
-        """Stop once nothing is queued, running or awaited here, proved by a round trip through the server.
+        """Stop when nothing is queued, running or awaited in this runtime, before and after a round trip to the server.
 
-        Called right after a publish, it waits for that event and for all that it causes in this runtime.
+        If it is called right after a publish, it waits for that event and for everything that the event causes in this
+        runtime.
         """
         session = self._running()
         await self._await_start()
@@ -488,14 +518,14 @@ class NatsAgentRuntime(AgentRuntime):
         await self.stop()
 
     async def stop_when_signal(self, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
-        """Stop in order at the first signal; a second one ends what still runs at once."""
+        """Stop the runtime at the first signal. At a second signal, cancel the handlers that are still running."""
         self._running()
         loop = asyncio.get_running_loop()
         received = asyncio.Event()
 
         def on_signal() -> None:
             if received.is_set():
-                logger.warning("second signal: ending what still runs")
+                logger.warning("second signal: cancelling the handlers that are still running")
                 self._abort.set()
             received.set()
 
@@ -513,15 +543,15 @@ class NatsAgentRuntime(AgentRuntime):
                 loop.remove_signal_handler(number)
 
     async def wait_until_stopped(self) -> None:
-        """Return when the runtime is stopped, by whomever; at once if it was never started."""
+        """Wait until the runtime is stopped. Returns at once if it is not started."""
         if self._session is not None:
             await self._stopped.wait()
 
     async def close(self) -> None:
-        """Stop, if running, and close every live agent. Closing twice is harmless.
+        """Stop if running, and close every live agent. Agents that were already closed are not closed again.
 
         Raises:
-            BaseException: The first of what stopping and the agents raised, after all of them were closed.
+            BaseException: The first exception of the stop and of the agents, after all agents were closed.
         """
         raised: list[BaseException] = []
         if self._session is not None:
@@ -558,7 +588,7 @@ class NatsAgentRuntime(AgentRuntime):
         return self._session
 
     def _start_failure(self) -> BaseException | None:
-        """Why the last start failed; None if it did not."""
+        """The error with which the last start failed; None if it did not fail."""
         if self._starting is None or not self._starting.done() or self._starting.cancelled():
             return None
         return self._starting.exception()
@@ -568,13 +598,13 @@ class NatsAgentRuntime(AgentRuntime):
             await asyncio.shield(self._starting)
 
     async def _settled(self) -> Session | None:
-        """The running worker, after a start that is under way; None while stopped."""
+        """Return the session, after waiting for a start that is under way; None while stopped."""
         if self._session is not None:
             await self._await_start()
         return self._session
 
     async def _control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
-        """Carry out a control operation here if the agent lives here, else where it lives."""
+        """Carry out a control operation on an agent, in this process if the agent is here, else on its worker."""
         session = await self._settled()
         hosted = self._catalog.find(agent.type)
         if session is not None:
@@ -595,7 +625,7 @@ class NatsAgentRuntime(AgentRuntime):
     def _keyed_options(
         self, agent_type: str, cls: type[Any] | None, keyed: bool | KeyedOptions | None
     ) -> KeyedOptions | None:
-        """The options of a keyed type: by the argument, else by the setting, else by the class. None: not keyed."""
+        """The options of a keyed type, from the argument, else the setting, else the class. None: not keyed."""
         said_of_class = keyed_options_of(cls)
         said = self._options.keyed.get(agent_type) if keyed is None else keyed
         if said is None or said is True:
@@ -603,7 +633,10 @@ class NatsAgentRuntime(AgentRuntime):
         return said or None
 
     async def _refuse_mixture(self, session: Session | None, agent_type: str, *, instances: bool) -> None:
-        """AutoGen's rule, over all workers as they are now: a type has a factory or instances, not both."""
+        """Raise ValueError if a type would have both a factory and instances on the workers that are live now.
+
+        AutoGen has the same rule for one runtime.
+        """
         if session is None:
             return
         await session.registry.catch_up()
@@ -618,14 +651,15 @@ def create_distributed_runtime(
     instance_id: str | None = None,
     tracer_provider: TracerProvider | None = None,
 ) -> NatsAgentRuntime:
-    """A runtime under the names that AutoGen's documentation uses for distributed runtimes.
+    """Return a `NatsAgentRuntime`. The parameters have the names that AutoGen's documentation uses.
 
-    ``broker_url`` is ``servers`` and ``instance_id`` is ``name`` of `NatsAgentRuntime`; None means the same there.
+    ``broker_url`` is ``servers`` and ``instance_id`` is ``name`` of `NatsAgentRuntime`. None has the same meaning as
+    there.
     """
     return NatsAgentRuntime(broker_url, name=instance_id, tracer_provider=tracer_provider)
 
 
 def _log_failure(starting: asyncio.Future[None]) -> None:
-    """Log why a start failed, if nobody awaits it."""
+    """Log why a start failed, at DEBUG. This also marks its exception as retrieved if the start is not awaited."""
     if not starting.cancelled() and (error := starting.exception()) is not None:
         logger.debug("the runtime did not start: %s", error)

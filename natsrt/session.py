@@ -1,4 +1,4 @@
-"""One life of a runtime, from start to stop: its parts, started in one order and stopped in the reverse."""
+"""One run of a runtime, from start to stop. Its parts are started in one order and stopped in the reverse order."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ from natsrt.version import VERSION
 logger = logging.getLogger("natsrt.hosting")
 
 _HAND_OVER_WITHIN = 10.0
-"""Seconds that agents may take to be stored and released after their handlers have ended. Writes to JetStream fail for
-up to 7.5 s while a cluster elects a leader."""
+"""Maximum time to store and release agents after their handlers have ended, in seconds. Writes to JetStream fail for up
+to 7.5 s while a cluster elects a leader."""
 _HEARD_WITHIN = 0.2
-"""Seconds until other runtimes have heard that a worker stops. It listens for the agents that it owns for so long,
-because a tap hides from senders that nobody listens any more."""
+"""Seconds until all other runtimes have been told that a worker stops. For that time the worker stays subscribed for
+the agents that it owns. Otherwise senders might not notice that an agent's subject has no subscriber, because a tap
+prevents the "no responders" message."""
 _SENT_WITHIN = 1.0
-"""Seconds for which a stop lets events wait until the owners of their agents are known."""
+"""Seconds for which a stop lets events wait for the owners of their agents."""
 _LONGEST_PAUSE = 0.02
-"""Seconds between two looks of `Session.wait_idle` at most."""
+"""Maximum time between two checks in `Session.wait_idle`, in seconds."""
 
 
 class Session:
-    """One life of a runtime. Cannot be started again after it was stopped."""
+    """One run of a runtime. It cannot be started again after it was stopped."""
 
     def __init__(self, program: Program, tracer_provider: TracerProvider | None) -> None:
         options = self._options = program.options
@@ -70,7 +71,8 @@ class Session:
         self.membership = Membership(
             program, self.network, self.incoming, self._services, name=self.name, worker_id=self.worker_id
         )
-        # What the runtime and its tools use. `send_message` passes here for every message: attributes, no properties.
+        # Used by the runtime and its tools. These are attributes, not properties, because `send_message` reads them for
+        # every message.
         self.connection = self.network.connection
         self.registry = self.network.registry
         self.calls = self.network.calls
@@ -89,10 +91,12 @@ class Session:
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     def _parts(self) -> tuple[tuple[Callable[[], Awaitable[None]] | None, Callable[[], Awaitable[None]]], ...]:
-        """What starts and how it stops: started from the top to the bottom, stopped from the bottom to the top.
+        """The parts, each as its start and stop functions. They are started from top to bottom and stopped from bottom
+        to top.
 
-        None: `Membership` starts it, as soon as this process hosts something. A stop must be harmless for a part that
-        was not started, or only half.
+        None as the start function: the part is started elsewhere (several by `Membership`, when this process hosts its
+        first agent type), or needs no start. A stop function must have no effect if its part was not started, and must
+        work if the start was incomplete.
         """
         network, incoming = self.network, self.incoming
         return (
@@ -115,9 +119,9 @@ class Session:
         )
 
     async def start(self, abort: asyncio.Event) -> None:
-        """Connect, read the registry, serve what is hosted. Leaves nothing behind when it fails.
+        """Connect, read the registry, and serve the hosted agent types. If the start fails, it is undone completely.
 
-        A start that fails late finishes the messages that it took by then, as `stop` does, until ``abort`` is set.
+        If messages have been accepted before the start fails, they are finished as in `stop`, until ``abort`` is set.
         """
         self._abort = abort
         readiness = self.network.readiness
@@ -130,15 +134,16 @@ class Session:
             try:
                 await self._stack.aclose()
             except Exception:
-                logger.exception("%s: undoing a start that failed", self.worker_id)
+                logger.exception("%s: a failed start could not be undone completely", self.worker_id)
             readiness.fail(error if isinstance(error, Exception) else RuntimeError("the start was cancelled"))
             raise
         readiness.succeed()
 
     async def stop(self, drain_timeout: float) -> None:
-        """Stop taking messages, finish what was taken within ``drain_timeout`` seconds, leave the registry, disconnect.
+        """Stop accepting messages, finish the accepted ones within ``drain_timeout`` seconds, leave the registry, and
+        disconnect.
 
-        Every part is stopped, whatever another one raises; what one raised is raised at the end.
+        Every part is stopped, even if another one raises. The exception is raised at the end.
         """
         self._stopping = True
         self._drain_timeout = drain_timeout
@@ -149,26 +154,29 @@ class Session:
         logger.info("%s: stopped", self.worker_id)
 
     async def _announce_stop(self) -> None:
-        """The first step of a stop: send what waits, while this worker can still take what is for itself."""
+        """The first step of a stop: send the waiting events while this worker still accepts those for its agents."""
         await self.outgoing.delivery.finish(_SENT_WITHIN)
-        logger.info("%s: stops taking messages", self.worker_id)
+        logger.info("%s: accepting no more messages", self.worker_id)
         await self.membership.drain()
 
     async def _finish_handlers(self) -> None:
-        """The step of a stop after the last message was taken in: handlers end, and agents go to other workers."""
+        """The step of a stop after the last message was accepted: wait for the handlers, and release the agents."""
         incoming = self.incoming
         incoming.call_log.accept_all()
-        logger.info("%s: finishes %d handlers", self.worker_id, incoming.dispatch.running)
+        logger.info("%s: finishing %d handlers", self.worker_id, incoming.dispatch.running)
         incoming.ownership.begin_drain()
         if incoming.ownership.owns_some and self.network.connection.connected:
             await asyncio.sleep(_HEARD_WITHIN)
         handing_over = asyncio.ensure_future(incoming.ownership.drain())
         try:
             await incoming.dispatch.finish(self._drain_timeout, self._abort)
-            # Handlers have ended, so what is left is a matter of writing.
+            # The handlers have ended, so only writing the agents' states and records remains.
             await asyncio.wait({handing_over}, timeout=_HAND_OVER_WITHIN)
             if not handing_over.done():
-                logger.warning("%s: agents that were not handed over wait until others claim them", self.worker_id)
+                logger.warning(
+                    "%s: some agents were not released, and remain until other workers claim them",
+                    self.worker_id,
+                )
         finally:
             handing_over.cancel()
             await asyncio.gather(handing_over, return_exceptions=True)
@@ -178,21 +186,21 @@ class Session:
 
     @property
     def ready(self) -> bool:
-        """Whether this runtime is connected, in step with the registry, and serves what it hosts."""
+        """True if this runtime is started, connected, in step with the registry, and not stopping."""
         return not self._obstacles()
 
     def _obstacles(self) -> tuple[str, ...]:
-        """Why it is not ready, a sentence each; empty if it is."""
+        """The reasons why it is not ready, one sentence each; empty if it is ready."""
         if self._stopping:
             running = self.incoming.dispatch.running
-            return (f"It is draining: it takes no new messages, and finishes {running} handlers.",)
+            return (f"It is draining: it accepts no new messages, and finishes {running} handlers.",)
         starting = () if self.network.readiness.started else ("Its start is not complete.",)
         if not self.connection.connected:
             return (*starting, f"It is not connected to {', '.join(self._options.safe_servers)}; it keeps trying.")
         return starting if self.registry.synced else (*starting, "It is not in step with the registry.")
 
     def health(self) -> Health:
-        """The health of a started runtime."""
+        """Return the health of a started runtime."""
         obstacles, counters = self._obstacles(), self.counters
         connection, registry, intake = self.connection, self.registry, self.intake
         return Health(
@@ -226,16 +234,16 @@ class Session:
 
     @property
     def undecodable(self) -> int:
-        """Messages that could not be read, on any subject."""
+        """Number of messages that could not be read, on any subject."""
         return self.counters.undecodable + self.connection.undecodable
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is queued, running or awaited here."""
+        """True if nothing is queued, running or awaited in this runtime."""
         return not (self.intake.queued or self.dispatch.running or self.sender.under_way)
 
     async def wait_idle(self) -> None:
-        """Return when a full round trip through the server finds nothing queued, running or awaited here."""
+        """Wait until nothing is queued, running or awaited here, both before and after a round trip to the server."""
         pause = 0.001
         while True:
             if not self.idle:
@@ -253,10 +261,10 @@ class Session:
             if self.idle and seen == (self.counters.taken_in, self.counters.sent):
                 return
 
-    # -- what the runtime uses -----------------------------------------------------------------------------------
+    # -- used by the runtime -------------------------------------------------------------------------------------
 
     async def control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
-        """A control operation on an agent of another worker, or, if it is keyed, wherever it lives."""
+        """Carry out a control operation on an agent of another worker, or on a keyed agent of any worker."""
         subjects = self.network.subjects
         if self.registry.is_keyed(agent.type):
             owner = (await self.outgoing.locator.locate(agent)).worker_id
@@ -266,7 +274,7 @@ class Session:
         return await self.sender.control(agent, subject, operation, data)
 
     def exempt(self, task: asyncio.Task[Any] | None, chain: tuple[str, ...]) -> None:
-        """Do not let a stop wait for ``task``, if it is a handler's, nor for the handlers of ``chain``.
+        """Do not let a stop wait for ``task``, if it is the task of a handler, or for the handlers in ``chain``.
 
         They wait for the stop themselves.
         """
@@ -275,5 +283,5 @@ class Session:
 
     @property
     def event_error(self) -> BaseException | None:
-        """The first error of an event's handler; None if there was none or ``ignore_unhandled_exceptions`` is on."""
+        """The first error of an event handler; None if there was none, or if ``ignore_unhandled_exceptions`` is on."""
         return self.incoming.events.first_error

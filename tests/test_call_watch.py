@@ -275,7 +275,7 @@ def test_callers_of_a_killed_worker_get_their_error_within_five_seconds(tapped: 
         worker.kill()
         worker.listens = False
         assert await took(call) < 5.0
-        with pytest.raises(WorkerLost, match="does not answer any more"):
+        with pytest.raises(WorkerLost, match="no longer answers"):
             await call
         assert world.workers.suspected[worker.worker_id] > 0
 

@@ -40,10 +40,10 @@ class Catalog:
         self.counters: dict[str, TypeCounters] = {}
         """The counters of each hosted type."""
         self._closures: list[HostedType] = []
-        """Types of AutoGen's ClosureAgent that may still be settling. Only the serializers that are added for them show
-        what they handle."""
+        """Types of AutoGen's ClosureAgent that may still be settling. The types of the messages that they handle are
+        known only from the serializers that are added for them."""
         self._serializers_changed = asyncio.Event()
-        """Set once when serializers are added, then replaced by a new event."""
+        """Set when serializers are added, then replaced by a new event."""
 
     def __iter__(self) -> Iterator[HostedType]:
         return iter(list(self._types.values()))
@@ -52,7 +52,7 @@ class Catalog:
         return agent_type in self._types
 
     def find(self, agent_type: str) -> HostedType | None:
-        """The hosted type of this name; None if this runtime does not host it."""
+        """Return the hosted type with this name; None if this runtime does not host it."""
         return self._types.get(agent_type)
 
     # -- registering ---------------------------------------------------------------------------------------------
@@ -60,14 +60,14 @@ class Catalog:
     def add_factory(
         self, agent_type: str, factory: Factory, expected_class: type[Agent] | None, keyed: KeyedOptions | None = None
     ) -> HostedType:
-        """Host a type whose agents ``factory`` makes. ``keyed`` None: the type is not keyed.
+        """Host a type whose agents ``factory`` creates. If ``keyed`` is None, the type is not keyed.
 
-        Raises ValueError, as AutoGen does, if the type is hosted already, or if the factory takes a number of arguments
-        other than 0 or 2.
+        Raises ValueError, as AutoGen does, if the type is already hosted, or if the factory does not take 0 or 2
+        arguments.
         """
         if agent_type in self._types:
             raise ValueError(f"Agent with type {agent_type} already exists.")
-        AgentId(agent_type, "default")  # AutoGen's own check of the name
+        AgentId(agent_type, "default")  # raises if AutoGen does not accept the name
         count = len(inspect.signature(factory).parameters)
         if count not in (0, 2):
             raise ValueError(f"Agent factory must take 0 or 2 arguments, not {count}.")
@@ -80,10 +80,10 @@ class Catalog:
         return hosted
 
     def add_instance(self, agent: Agent, agent_id: AgentId) -> HostedType:
-        """Host an agent that exists already.
+        """Host an agent that already exists.
 
-        Raises ValueError for a key that cannot be part of a subject, and, as AutoGen does, if the id is taken, the type
-        has a factory, or its other instances have another class.
+        Raises ValueError if the key cannot be part of a subject, and, as AutoGen does, if the id is in use, if the type
+        has a factory, or if its other instances have another class.
         """
         encode_token(agent_id.key)
         hosted = self._types.get(agent_id.type)
@@ -106,14 +106,14 @@ class Catalog:
         self.counters[hosted.agent_type] = hosted.counters
 
     def remove_instance(self, agent_id: AgentId) -> None:
-        """Remove a registered instance, and its type with the last one."""
+        """Remove a registered instance. With its last instance, the type is removed too."""
         hosted = self._types[agent_id.type]
         hosted.live.pop(agent_id.key, None)
         if not hosted.live:
             self.remove(agent_id.type)
 
     def remove(self, agent_type: str) -> None:
-        """No longer host the type. Harmless if it is not hosted."""
+        """Stop hosting the type. Has no effect if it is not hosted."""
         self._types.pop(agent_type, None)
         self.counters.pop(agent_type, None)
 
@@ -122,7 +122,7 @@ class Catalog:
     def _register_message_types(self, hosted: HostedType, cls: type[Any]) -> None:
         """Add the message types of an agent class to ``hosted``, and register their serializers.
 
-        Registers none of them if two classes claim the same name.
+        Raises ValueError, and registers none of them, if two classes have the same type name.
         """
         if cls in hosted.registered_classes:
             return
@@ -143,7 +143,7 @@ class Catalog:
         hosted.registered_classes.add(cls)
 
     def serializers_added(self, serializers: Sequence[MessageSerializer[Any]]) -> None:
-        """Let messages that wait for these serializers go on. Call it after they were added."""
+        """Continue messages that wait for these serializers. Call it after the serializers were added."""
         self._closures = [hosted for hosted in self._closures if hosted.settling]
         for hosted in self._closures:
             for serializer in serializers:
@@ -170,10 +170,11 @@ class Catalog:
     # -- agents --------------------------------------------------------------------------------------------------
 
     async def agent(self, hosted: HostedType, key: str) -> Agent:
-        """The agent with this key. The factory makes it if it does not exist. Concurrent callers get the same agent.
+        """Return the agent with this key. The factory creates it if it does not exist. Concurrent callers get the same
+        agent.
 
-        Raises `UnknownAgent` for an unregistered id of a type with instances only, ValueError if the factory made an
-        agent of the wrong class, and whatever the factory raises.
+        Raises `UnknownAgent` if the type has only registered instances and this is not one of them, ValueError if the
+        factory returned an agent of the wrong class, and any exception of the factory.
         """
         agent = hosted.live.get(key)
         if agent is not None:
@@ -182,7 +183,7 @@ class Catalog:
         if hosted.factory is None:
             raise UnknownAgent(str(agent_id), [f"{hosted.agent_type}/{other}" for other in sorted(hosted.live)[:20]])
         agent = await self._make(hosted, hosted.factory, agent_id)
-        # While the factory was awaited, another caller may have made the agent: messages wait at the gate, but
+        # While the factory was awaited, another caller may have created the agent: messages wait at the gate, but
         # get(lazy=False) does not.
         return hosted.live.setdefault(key, agent)
 
@@ -215,7 +216,7 @@ class Catalog:
 
 
 def _check_class(hosted: HostedType, agent: Agent) -> None:
-    """Raise ValueError if a factory made an agent of a class that does not fit its registration."""
+    """Raise ValueError if a factory returned an agent whose class does not fit the registration."""
     expected = hosted.expected_class
     if expected is not None and not isinstance(agent, expected):
         raise ValueError(
@@ -223,6 +224,6 @@ def _check_class(hosted: HostedType, agent: Agent) -> None:
         )
     if expected is None and hosted.keyed is None and keyed_options_of(type(agent)) is not None:
         raise ValueError(
-            f"{type(agent).__name__} is a keyed class, but the type {hosted.agent_type!r} was registered "
-            "without saying so: give expected_class or keyed to register_factory"
+            f"{type(agent).__name__} is a keyed class, but the type {hosted.agent_type!r} was not registered as keyed: "
+            "pass expected_class or keyed to register_factory"
         )

@@ -1,7 +1,7 @@
-"""Control operations: reading an agent's metadata, its state, and activating it, from another process.
+"""Control operations from another process: read an agent's metadata, read or load its state, and activate it.
 
-They have subjects of their own, ``natsrt.control.<type>``. So a permission to call ``agent.<type>`` does not include
-reading or writing an agent's state.
+They use separate subjects, ``natsrt.control.<type>``. So permission to call ``agent.<type>`` does not include
+permission to read or write an agent's state.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ ACTIVATE: Final = "activate"
 STORE_STATE: Final = "store_state"
 """Store the state of a keyed agent now, without waiting for its next save."""
 GIVE_AWAY: Final = "give_away"
-"""Release a number of idle agents of the type, so that other workers can claim them. For a worker, not for an agent."""
+"""Release a number of idle agents of the type, so that other workers can claim them. It applies to a worker, not to an
+agent."""
 
 _OPERATIONS: Final = (METADATA, SAVE_STATE, LOAD_STATE, ACTIVATE, STORE_STATE)
 """The operations on one agent."""
 
 
 async def carry_out(agent: Agent, operation: str, data: Any) -> Any:
-    """Carry out an operation on an agent. Returns its result, None if it has none. Raises what the agent raises.
+    """Carry out an operation on an agent. Returns its result, None if it has none. Raises any exception of the agent.
 
-    Does nothing for `ACTIVATE`, which needs only an agent that exists, and for `STORE_STATE` (keyed agents only).
+    Does nothing for `ACTIVATE`, for which the agent only has to exist, and for `STORE_STATE` (keyed agents only).
     """
     if operation == METADATA:
         return agent.metadata
@@ -43,10 +44,10 @@ async def carry_out(agent: Agent, operation: str, data: Any) -> Any:
 
 
 async def carry_out_message(catalog: Catalog, hosted: HostedType, key: str, body: Envelope) -> Any:
-    """Carry out a control message for an agent, which is made if it does not exist. Returns the JSON result.
+    """Carry out a control message for an agent, which is created if it does not exist. Returns the JSON result.
 
-    Raises `CannotDecode` for an unknown operation or a state that is not a JSON object, and what `Catalog.agent` and
-    the agent raise.
+    Raises `CannotDecode` for an unknown operation or a state that is not a JSON object, the errors of `Catalog.agent`,
+    and any exception of the agent.
     """
     operation, data = body.required("operation"), body.json()
     if operation not in _OPERATIONS:

@@ -1,4 +1,4 @@
-"""The subscriptions that this runtime added, found by id, by rule and by agent type."""
+"""The subscriptions that this runtime added, by id, by rule and by agent type."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from natsrt.jetstream.registry.registry import RegistryListener
 from natsrt.wire.subjects import Subjects
 
 _EQUAL_BY_RULE = (TypeSubscription.__eq__, TypePrefixSubscription.__eq__)
-"""AutoGen's own: equal ids, or equal rules."""
+"""AutoGen's comparisons. They return True for equal ids and for equal rules."""
 
 
 class Declarations(RegistryListener):
-    """Subscriptions in the order in which they were added."""
+    """The subscriptions of one runtime, in the order in which they were added."""
 
     def __init__(self, subjects: Subjects) -> None:
         self._subjects = subjects
@@ -23,19 +23,21 @@ class Declarations(RegistryListener):
         self._rules: dict[Rule, str] = {}
         self._by_type: dict[str, dict[str, Subscription]] = {}
         self._custom: dict[str, dict[str, Subscription]] = {}
-        """Those whose class only this process can ask, by agent type and by their rule's digest."""
+        """Subscriptions of custom classes, which only this process can evaluate, by agent type and rule digest."""
         self._special: dict[str, dict[str, Subscription]] = {}
-        """Those whose ``==`` may say more than their rule, by agent type and id."""
+        """Subscriptions whose ``==`` may compare more than the rule, by agent type and id."""
         self.unowned: set[str] = set()
-        """Registry keys under which some were stored while this runtime did not host the type: they outlive a stop."""
+        """Registry keys of subscriptions that were stored while this runtime did not host the type. They remain in the
+        registry after a stop."""
 
     def __iter__(self) -> Iterator[Subscription]:
         return iter(list(self._by_id.values()))
 
     def add(self, subscription: Subscription) -> None:
-        """Raises ValueError where an equal one is there already: by id, by what it says, or by its own ``==``.
+        """Add a subscription.
 
-        And where no NATS subject can express it, before anybody else hears of it.
+        Raises ValueError if an equal one was added before (equal by id, by rule, or by ``==``), or if no NATS subject
+        can express it.
         """
         rule = Rule.of(subscription)
         rule.subject(self._subjects)
@@ -61,17 +63,17 @@ class Declarations(RegistryListener):
         self._custom.get(rule.agent_type, {}).pop(rule.digest, None)
 
     def subscription_removed(self, entry: SubscriptionEntry) -> None:
-        """Another runtime removed what this one had added without hosting the type."""
+        """Called when another runtime removed a subscription that this one had added without hosting the type."""
         self.unowned.discard(entry.key)
         subscription = self._by_id.get(entry.subscription_id)
         if subscription is not None:
             self.remove(subscription)
 
     def of(self, agent_type: str) -> Sequence[Subscription]:
-        """Those of one agent type."""
+        """Return the subscriptions of one agent type."""
         return list(self._by_type.get(agent_type, {}).values())
 
     def custom(self, agent_type: str) -> Sequence[Subscription]:
-        """Those of one agent type whose class only this process can ask, in an order that all processes share."""
+        """Return the subscriptions of one agent type that have a custom class, in the same order in all processes."""
         ranked = self._custom.get(agent_type, {})
         return [ranked[digest] for digest in sorted(ranked)]

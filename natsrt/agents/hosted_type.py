@@ -19,7 +19,7 @@ Factory = Callable[[], Any]
 _MATCHES_CACHED = 4096
 """Number of topic types per agent type for which `HostedType.takes` caches its result."""
 _SETTLES_WITHIN = 1.0
-"""Seconds after a registration during which a message of an unknown type waits for its serializer.
+"""Seconds after a registration for which a message of an unknown type waits for its serializer.
 
 AutoGen's ``Agent.register`` and ``ClosureAgent.register_closure`` add serializers only after the factory and the
 subscriptions.
@@ -32,9 +32,9 @@ class HostedType:
 
     agent_type: str
     factory: Factory | None
-    """Makes an agent of the type; None if the type has registered instances only."""
+    """Creates an agent of the type; None if the type has only registered instances."""
     expected_class: type[Agent] | None
-    """The class that the factory's agents must have; None: any class."""
+    """The class that the factory's agents must have; None for any class."""
     keyed: KeyedOptions | None = None
     """The options of a keyed type; None for other types."""
     takes_arguments: bool = False
@@ -46,7 +46,7 @@ class HostedType:
     gates: dict[str, Gate] = field(default_factory=dict)
     """The gates at which messages wait, by the key of their agent."""
     handles: dict[str, type[Any]] = field(default_factory=dict)
-    """The message types that its handlers take, by name."""
+    """The message types that its handlers accept, by name."""
     produces: dict[str, type[Any]] = field(default_factory=dict)
     """The message types that its handlers return, by name."""
     registered_classes: set[type[Any]] = field(default_factory=set)
@@ -54,7 +54,7 @@ class HostedType:
     rules: tuple[Rule, ...] = ()
     """The subscriptions that the registry lists for the type."""
     matches: dict[str, bool] = field(default_factory=dict)
-    """Results of `takes` for the present `rules`, by topic type."""
+    """Cached results of `takes` for the current `rules`, by topic type."""
     counters: TypeCounters = field(default_factory=TypeCounters)
     registered_at: float = field(default_factory=time.monotonic)
     """When the type was registered, by `time.monotonic`."""
@@ -108,9 +108,9 @@ class HostedType:
 
 
 class Gate:
-    """Messages that arrived before their agent was ready wait here, and go on one by one in the order of arrival.
+    """Holds the messages that arrived before their agent was ready. They continue one by one in the order of arrival.
 
-    It is in `HostedType.gates` only while a message waits.
+    It is in `HostedType.gates` only while a message waits or has the lock.
     """
 
     __slots__ = ("lock", "users")
@@ -118,4 +118,4 @@ class Gate:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.users = 0
-        """The number of messages that wait for the lock or have it."""
+        """Number of messages that wait for the lock or have it."""

@@ -1,11 +1,11 @@
-"""Messages that came in: what each one is, for which agent, and how it is settled.
+"""Incoming messages: the kind of each one, its agent, and how it is settled.
 
 Rules:
 
-1. The subscription through which a message comes in gives it a `Route`. The route names the agent type and what the
-   message is expected to be; the body may correct that only as `Address` says.
-2. Every message carries its `Settlement`, which its route chose: a call is settled by a reply, an event by nothing.
-   Code that ends a message asks the settlement, and never what kind of message it is.
+1. The subscription on which a message arrives gives it a `Route`. The route contains the agent type and the expected
+   kind of the message. The body can change the kind only as described in `Address`.
+2. Every message has a `Settlement`, which comes from its route: a call is settled by a reply, an event by nothing. Code
+   that settles a message calls the settlement, and does not depend on the kind of the message.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from natsrt.wire.envelope import Envelope
 
 
 class InboundKind(Enum):
-    """What a message is. The values are used in logs."""
+    """The kind of a message. The values are used in logs."""
 
     CALL = "call"
     EVENT = "event"
     CONTROL = "control"
-    LOCATE = "question where an agent lives"
+    LOCATE = "question about the owner of an agent"
 
 
 CALL, EVENT, CONTROL, LOCATE = InboundKind
-"""The members by short names: a look-up in the class takes a tenth of a microsecond, on every message."""
+"""The members as module variables: a look-up in the class would take a tenth of a microsecond for every message."""
 _ENVELOPES = {CALL: envelope.CALL, EVENT: envelope.EVENT, CONTROL: envelope.CONTROL}
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What a subscription is for. Its subject decides this, never the body of a message.
+    """The purpose of a subscription. It depends only on the subject, never on the body of a message.
 
     Args:
-        kind: What the messages are expected to be.
+        kind: The expected kind of the messages.
         hosted: The agent type.
         settlement: How the messages are settled.
-        key: The agent's key, on the subjects of one agent; None on those of a whole type.
+        key: The agent's key, for the subjects of one agent; None for the subjects of a whole type.
         custom: AutoGen's ``Subscription`` object that decides on each event; None for ordinary subscriptions.
     """
 
@@ -59,9 +59,9 @@ class Route:
     key: str | None = None
     custom: Subscription | None = None
     name: str = field(init=False)
-    """The agent type, or type/key; for errors and as the name of tasks."""
+    """The agent type, or type/key. Used in errors and as the name of tasks."""
     expects: str = field(init=False)
-    """The type of the envelopes that come this way."""
+    """The expected type of the envelopes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "expects", _ENVELOPES[self.kind])
@@ -70,21 +70,21 @@ class Route:
 
 
 class Address(NamedTuple):
-    """What a message turned out to be, and for which agent.
+    """The kind, agent and topic of a message, after its envelope was read.
 
-    On the subject of calls, a keyed agent is also sent events, and its type questions where an agent lives: the
-    envelope's type tells them apart.
+    Events for a keyed agent arrive on the subject of its calls, and questions about the owner of an agent arrive on the
+    subject of calls to its type. The type of the envelope distinguishes them from calls.
     """
 
     kind: InboundKind
     key: str | None
-    """The agent's key; None for an event that no agent here gets."""
+    """The agent's key; None for an event that is not for an agent on this worker."""
     topic: TopicId | None
     """The topic of an event; None for everything else."""
 
 
 class LoggedCall:
-    """A call that was received and is not answered yet, as the call log knows it."""
+    """A call in the call log that was received and is not answered yet."""
 
     __slots__ = ("accept_to", "accepted", "arrived", "call_id")
 
@@ -92,11 +92,12 @@ class LoggedCall:
         self.call_id = call_id
         """The call's reply subject."""
         self.arrived = arrived
-        """The event loop's time."""
+        """When it arrived, in seconds by the event loop's clock."""
         self.accept_to: str | None = None
-        """The subject on which to accept it. None until its envelope is read, and for plain calls: they never are."""
+        """The subject on which to accept it. None until its envelope is read, and for plain calls, which are never
+        accepted."""
         self.accepted = False
-        """Whether its caller was told which worker has it."""
+        """True if its caller was told which worker has it."""
 
 
 @dataclass(slots=True)
@@ -108,7 +109,7 @@ class Answer:
 
 
 class Inbound:
-    """One message on its way to its handler."""
+    """One incoming message."""
 
     __slots__ = (
         "arrived",
@@ -135,34 +136,34 @@ class Inbound:
         self.settlement = route.settlement
         self.message = message
         self.size = size
-        """Bytes that it takes in the intake."""
+        """Its size in the intake, in bytes."""
         self.arrived = arrived
-        """The event loop's time."""
+        """When it arrived, in seconds by the event loop's clock."""
         self.body: Envelope | None = None
         """Its envelope. None before it is read, and for a plain body."""
         self.key: str | None = None
-        """The key of its agent. None before it is read, and for an event that no agent here gets."""
+        """The key of its agent. None before it is read, and for an event that is not for an agent on this worker."""
         self.topic: TopicId | None = None
-        """The topic of an event. None before it is read, and for everything else."""
+        """The topic of an event. None before it is read, and for other kinds of messages."""
         self.chain: tuple[str, ...] = ()
-        """The chain that its envelope names. Empty before it is read."""
+        """The chain in its envelope. Empty before it is read."""
         self.call: LoggedCall | None = None
-        """Its entry in the call log; None for what is not settled by a reply."""
+        """Its entry in the call log; None for a message that is not settled by a reply."""
         self.task: asyncio.Task[None] | None = None
         """The task that handles it; None before and after that."""
         self.handler_id = ""
         """Id of its handler in the mailbox of a keyed agent. Empty for other agents, and before it asks to enter."""
         self.token: CancellationToken | None = None
-        """The token that its handler was given; None before that."""
+        """The cancellation token that was passed to its handler; None before that."""
         self.waiting = True
-        """Whether its size still counts towards the bound of the intake."""
+        """True while its size counts towards the limit of the intake."""
         self.late = False
-        """Whether it may have waited in the socket while the process stood still."""
+        """True if it may have waited in the socket while the process did not run."""
 
     def identify(self, address: Address) -> None:
-        """Note what the message turned out to be. Its settlement changes where a call turned out to be an event.
+        """Set the address of the message. If an expected call turned out to be an event, its settlement changes too.
 
-        Raises `CannotDecode` where the settlement finds that the envelope asks for something impossible.
+        Raises `CannotDecode` if the settlement refuses something in the envelope.
         """
         body = self.body
         if body is not None and "chain" in body.attributes:
@@ -176,7 +177,7 @@ class Inbound:
 
     @property
     def can_be_sent_back(self) -> bool:
-        """Whether its sender sends it again if it is refused: natsrt's callers do, all others do not."""
+        """True if its sender sends it again when it is refused. natsrt's callers do this; other callers do not."""
         return self.kind is CALL and self.body is not None
 
     @property
@@ -185,48 +186,55 @@ class Inbound:
 
 
 class Settlement(ABC):
-    """How messages end. One object serves all messages of a kind; what differs between them is in the `Inbound`.
+    """How messages are settled. One object serves all messages of a kind; their individual state is in the `Inbound`.
 
-    Exactly one of `handled`, `failed`, `refused` and `refuse_unread` ends each message. A durable consumer's settlement
-    acknowledges in `handled` and asks for redelivery in the others; a stream's sends its last part in `handled`.
+    Each message is settled by exactly one of `handled`, `failed`, `refused` and `refuse_unread`. For example, the
+    settlement of a durable consumer would acknowledge in `handled` and ask for redelivery in the others. That of a
+    stream would send its last part in `handled`.
     """
 
     wants_answer: bool
-    """Whether `handled` needs an answer: a handler's result is encoded only then."""
+    """True if `handled` needs an answer. The result of a handler is encoded only then."""
 
     def take(self, inbound: Inbound) -> None:  # noqa: B027 (most have nothing to do)
-        """The message was taken in. Called in the read loop: cheap, never waits."""
+        """Called when the message is taken in. This is in the read loop, so it must be cheap and must not block."""
 
     def identified(self, inbound: Inbound) -> None:  # noqa: B027
-        """The message was read. Raises `CannotDecode` where its envelope asks for something impossible."""
+        """Called when the message was read. Raises `CannotDecode` if something in its envelope is refused."""
 
     def as_event(self, inbound: Inbound) -> Settlement:
-        """The settlement of a message that turned out to be an event."""
+        """Return the settlement for a message that turned out to be an event."""
         return self
 
     def refuse_unread(self, inbound: Inbound) -> bool:
-        """Refuse a message for which there is no room, if that needs no look at its body. Returns whether it did."""
+        """Refuse a message for which there is no room, if its body need not be read for that.
+
+        Returns True if the message was refused.
+        """
         return False
 
     @abstractmethod
     def handled(self, inbound: Inbound, answer: Answer | None) -> Awaitable[None]:
-        """Its handler returned; ``answer`` is None where `wants_answer` is not set."""
+        """Settle a message whose handler returned. ``answer`` is None if `wants_answer` is False."""
 
     @abstractmethod
     def failed(self, inbound: Inbound, error: BaseException, source: str) -> Awaitable[None]:
-        """It could not be read, or its handler raised. ``source`` names the agent as in an envelope's ``source``."""
+        """Settle a message that could not be read, or whose handler raised.
+
+        ``source`` names the agent as in an envelope's ``source``.
+        """
 
     @abstractmethod
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
-        """It was not handled, and may be sent again, here or elsewhere."""
+        """Settle a message that was not handled, and that may be sent again, here or to another worker."""
 
 
 class EventDropped(Exception):
-    """An intervention handler dropped a plain event, whose publisher has none of its own. That is no failure."""
+    """An intervention handler of this worker dropped an event of a plain NATS client. This is not a failure."""
 
 
 class SentBack(Exception):
-    """A call was not handled here, and its caller is to send it again. ``error`` is what to tell it."""
+    """A call was not handled here, and its caller is to send it again. ``error`` is reported to the caller."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -234,11 +242,14 @@ class SentBack(Exception):
 
 
 handling: ContextVar[Inbound | None] = ContextVar("natsrt_handling", default=None)
-"""The message that the present code handles, if it may be part of a deadlock: it is for a keyed agent, or has a chain.
+"""The message that the current code handles, if it may be part of a deadlock: it is for a keyed agent, or has a chain.
 None otherwise."""
 
 
 def waiting_handler() -> Inbound | None:
-    """`handling`, if the present task is the handler's own: what this task awaits, the handler waits for."""
+    """Return `handling` if the current task is the task of the handler, else None.
+
+    Only then does the handler wait for everything that the current task awaits.
+    """
     inbound = handling.get()
     return inbound if inbound is not None and inbound.task is asyncio.current_task() else None

@@ -1,8 +1,9 @@
 """AutoGen's intervention handlers, as `SingleThreadedAgentRuntime` applies them.
 
-They run once for each message, in the runtime that sends it, in send order. The caller gets what they raise, unchanged.
-A message of a plain NATS client has no sending runtime, so the handlers of the worker that receives it run. Each
-handler gets what the previous one returned. A handler that returns None changes nothing, and causes a warning.
+They run once for each message, in the runtime that sends it, in send order. Their exceptions are raised in the caller,
+unchanged. A message of a plain NATS client has no sending runtime, so the handlers of the worker that receives it run.
+Each handler gets the result of the previous one. If a handler returns None, the message stays unchanged and there is a
+warning.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Interventions:
         """AutoGen's handlers, in the order in which they run; empty for none."""
 
     async def on_send(self, message: Any, context: MessageContext, recipient: AgentId) -> Any:
-        """Returns the message to send. Raises `MessageDroppedException` if a handler dropped it."""
+        """Return the message to send. Raises `MessageDroppedException` if a handler dropped it."""
         for handler in self.handlers:
             result = await handler.on_send(message, message_context=context, recipient=recipient)
             if _is_drop(result):
@@ -36,9 +37,9 @@ class Interventions:
         return message
 
     async def on_publish(self, message: Any, context: MessageContext) -> Any:
-        """Returns the message to publish. Raises `MessageDroppedException` if a handler dropped it.
+        """Return the message to publish. Raises `MessageDroppedException` if a handler dropped it.
 
-        A publisher ignores that exception.
+        The publishing code ignores that exception.
         """
         for handler in self.handlers:
             result = await handler.on_publish(message, message_context=context)
@@ -49,7 +50,7 @@ class Interventions:
         return message
 
     async def on_response(self, message: Any, sender: AgentId, recipient: AgentId | None) -> Any:
-        """Returns the response for the caller. Raises `MessageDroppedException` if a handler dropped it."""
+        """Return the response for the caller. Raises `MessageDroppedException` if a handler dropped it."""
         for handler in self.handlers:
             result = await handler.on_response(message, sender=sender, recipient=recipient)
             if _is_drop(result):

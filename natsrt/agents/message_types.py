@@ -10,16 +10,16 @@ from natsrt.wire.serialization import type_name_of
 
 
 class MessageTypes(NamedTuple):
-    """The message types of an agent class, each once. ``object`` stands for Any."""
+    """The message types of an agent class, each listed once. ``object`` stands for Any."""
 
     handled: list[type[Any]]
-    """What its handlers take."""
+    """The types that its handlers accept."""
     produced: list[type[Any]]
-    """What its handlers return."""
+    """The types that its handlers return."""
 
 
 def message_types_of(cls: type[Any]) -> MessageTypes:
-    """The message types of the handlers of a `RoutedAgent` class. Both lists are empty for any other class."""
+    """Return the message types of the handlers of a `RoutedAgent` class. Both lists are empty for any other class."""
     handled: list[type[Any]] = []
     produced: list[type[Any]] = []
     if issubclass(cls, RoutedAgent):
@@ -32,11 +32,11 @@ def message_types_of(cls: type[Any]) -> MessageTypes:
 
 
 def _without_any_type(message_type: Any) -> type[Any]:
-    """AutoGen stands for Any with a class of its own, which is not public. Returns ``object`` for that class."""
+    """Return ``object`` for AutoGen's private class that stands for Any; any other type unchanged."""
     is_any = getattr(message_type, "__name__", "") == "AnyType" and message_type.__module__.startswith("autogen_core.")
     return object if is_any else message_type
 
 
 def shown_name(message_type: type[Any]) -> str:
-    """The name of a message type in the registry and in errors."""
+    """Return the name of a message type in the registry and in errors."""
     return "Any" if message_type is object else type_name_of(message_type)

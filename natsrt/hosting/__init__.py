@@ -1,1 +1,1 @@
-"""The way in: from a NATS message to a handler, and back to the caller."""
+"""Receiving: from a NATS message to its handler, and the answer back to the caller."""

@@ -1,4 +1,4 @@
-"""What a worker answers: replies and failures as bodies that are ready to be sent."""
+"""The answers of a worker: replies and failures as bodies that are ready to be sent."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import encode_text
 
 WORKER_EXTENSION = "workerid"
-"""Envelope extension of a reply that names the worker which answered."""
+"""Envelope extension of a reply with the id of the worker that sent it."""
 
 _REMEMBERED = 4096
-"""Pairs of an agent and a message type whose attributes are kept as text; a few hundred kilobytes."""
+"""Maximum number of pairs of agent and message type whose attributes are cached as text; a few hundred kilobytes."""
 _LONGEST = 1024
-"""Characters of one such text at most, so that all of them stay small."""
+"""Maximum length of a cached text in characters, which limits the size of the cache."""
 
 
 class Answers:
@@ -35,14 +35,15 @@ class Answers:
         self._with_tracebacks = options.send_tracebacks
         self._worker_attribute = envelope.attribute(WORKER_EXTENSION, worker_id)
         self._constant: dict[tuple[str, str, str], str] = {}
-        """The attributes that all replies of one type from one agent have."""
+        """The attributes that are the same in all replies of one message type from one agent."""
 
     def reply(
         self, response: object, body: Envelope | None, agent_type: str, key: str, caller: AgentId | None
     ) -> Answer:
-        """The reply of the agent ``agent_type/key`` to a call with the envelope ``body``; None: to a plain call.
+        """Return the reply of the agent ``agent_type/key`` to a call.
 
-        ``caller`` is the agent that called, None if none did. Raises `CannotSerialize` and `MessageTooLarge`.
+        ``body`` is the envelope of the call, None for a plain call. ``caller`` is the agent that sent the call, None if
+        no agent did. Raises `CannotSerialize` and `MessageTooLarge`.
         """
         encoded = self._serialization.encode(response)
         if events.listening():
@@ -62,8 +63,10 @@ class Answers:
         return Answer(self._bodies.pack(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
 
     def control_reply(self, result: object, body: Envelope, agent_type: str, key: str) -> Answer:
-        """The reply to a control message or a question. Raises `CannotDecode` for a result that is not JSON, and
-        `MessageTooLarge`."""
+        """Return the reply to a control message or a question.
+
+        Raises `CannotDecode` if ``result`` cannot be written as JSON, and `MessageTooLarge`.
+        """
         try:
             payload = orjson.dumps(result)
         except TypeError as error:
@@ -72,19 +75,19 @@ class Answers:
         return Answer(self._bodies.pack(envelope.REPLY, attributes, payload))
 
     def failure(self, error: BaseException, body: Envelope | None, source: str, *, refused: bool = False) -> Answer:
-        """The answer that reports ``error`` to the caller, without its traceback if that would be too large.
+        """Return the answer that reports ``error`` to the caller. If it would be too large, report that instead.
 
-        ``body`` is the envelope of the call, None for a plain call; ``source`` names the agent as in an envelope's
-        ``source``; ``refused`` says that the call was not handled and can be sent again.
+        ``body`` is the envelope of the call, None for a plain call. ``source`` names the agent as in an envelope's
+        ``source``. ``refused`` is True if the call was not handled and can be sent again.
         """
         plain, call_id = body is None, _id_of(body)
         try:
             return self._failure(error, plain, source, call_id, self._with_tracebacks, refused)
-        except MessageTooLarge as too_large:  # reported without what may be long: traceback, and names from the message
+        except MessageTooLarge as too_large:  # without the parts that may be long: traceback, names from the message
             return self._failure(too_large, plain, envelope.NO_AGENT, "-", False, False)
 
     def not_for_an_agent(self, error: BaseException) -> Answer:
-        """The answer that reports ``error`` to the sender of a message that is not for an agent."""
+        """Return the answer that reports ``error`` to the sender of a message that is not for an agent."""
         return self._failure(error, False, envelope.NO_AGENT, "-", self._with_tracebacks, False)
 
     def _failure(

@@ -1,8 +1,9 @@
-"""The calls that this worker received, and their replies: the worker's half of `natsrt.transport.calls`.
+"""The calls that this worker received, and their replies. The caller's side is `natsrt.transport.calls`.
 
-A call that is not answered ``accept_after`` seconds after it arrived, running or queued, is accepted: its caller learns
-which worker has it. Replies are kept for a while, because a reply can be lost between two reconnects: those of accepted
-calls for ``keep_replies`` seconds, the last few of the others for as long as there is room.
+If a call is not answered within ``accept_after`` seconds after it arrived, whether it is running or queued, the worker
+accepts it: it tells the caller which worker has the call. Replies are kept for some time, because a reply can be lost
+during a reconnect. Replies to accepted calls are kept for ``keep_replies`` seconds. Of the others, the most recent ones
+are kept as long as there is room.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from natsrt.wire import envelope
 logger = logging.getLogger("natsrt.hosting")
 
 _SWEEP = 0.05
-"""Seconds between two looks for calls to accept: short against ``accept_after``, and one timer for all calls."""
+"""Seconds between two checks for calls to accept. It is short compared with ``accept_after``. One timer serves all
+calls."""
 _LAST_AT_MOST = 2048
-"""Replies of calls that were not accepted: about 0.1 s of full load, in which their callers get them or ask."""
+"""Maximum number of replies to calls that were not accepted. It is about 0.1 s of full load; within that time the
+callers receive the replies or ask for them."""
 _LAST_BYTES = 8 * 1024 * 1024
+"""Maximum size of these replies, in bytes."""
 _ALWAYS = 1e9
-"""Reported as ``remembers`` (seconds) while no reply has been evicted: a call that is not in the log then was never
+"""Reported as ``remembers`` (seconds) while no reply has been evicted. A call that is not in the log was then never
 received, not even before the start."""
 
 
 class _LastReplies:
-    """The last few replies, in the order in which they were given. Cheap to add to; rarely searched."""
+    """The most recent replies, in the order in which they were sent. Adding is cheap; searching is slow, but rare."""
 
     def __init__(self, max_count: int, max_bytes: int) -> None:
         self._max_count, self._max_bytes = max_count, max_bytes
@@ -57,7 +61,7 @@ class _LastReplies:
 
 
 class _KeptReplies:
-    """Replies by call id, kept for a time; the oldest are evicted first."""
+    """Replies by call id, kept for ``max_age`` seconds and up to ``max_bytes``. The oldest are evicted first."""
 
     def __init__(self, max_bytes: int, max_age: float) -> None:
         self._max_bytes, self._max_age = max_bytes, max_age
@@ -84,7 +88,7 @@ class _KeptReplies:
 
 
 class CallLog:
-    """The calls of one worker: those that are not answered yet, and those that were answered lately."""
+    """The calls of one worker that are not answered yet, or were answered recently."""
 
     def __init__(self, connection: Connection, options: Options, worker_id: str) -> None:
         self._connection = connection
@@ -92,14 +96,17 @@ class CallLog:
         self._worker_id = worker_id
         self._running: dict[str, LoggedCall] = {}
         self._aging: deque[LoggedCall] = deque()
-        """The calls that may have to be accepted, the oldest first."""
+        """The calls that may have to be accepted, oldest first."""
         self._kept = _KeptReplies(options.keep_replies_bytes, options.keep_replies)
         self._last = _LastReplies(_LAST_AT_MOST, _LAST_BYTES)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks = BackgroundTasks(logger, "an answer about calls could not be sent")
 
     def begin(self, call_id: str, now: float) -> LoggedCall:
-        """A call arrived. Runs in the read loop: cheap, never waits."""
+        """Add a call that arrived at ``now``, by the clock of the event loop in seconds.
+
+        Called in the read loop, so it is cheap and does not block.
+        """
         call = LoggedCall(call_id, now)
         self._running[call_id] = call
         self._aging.append(call)
@@ -108,7 +115,7 @@ class CallLog:
         return call
 
     def end(self, call: LoggedCall, answer: Answer) -> None:
-        """The call was answered; its caller may still ask for the reply."""
+        """Record the answer to a call. Its caller may still ask for it."""
         self._running.pop(call.call_id, None)
         if call.accepted:
             self._kept.add(call.call_id, answer, asyncio.get_running_loop().time())
@@ -116,11 +123,11 @@ class CallLog:
             self._last.add(call.call_id, answer.body, answer.headers, call.arrived)
 
     def forget(self, call: LoggedCall) -> None:
-        """The call was refused before anything was done for it: treat it as never received."""
+        """Remove a call that was refused before it was handled, as if it had never been received."""
         self._running.pop(call.call_id, None)
 
     def accept_all(self) -> None:
-        """Accept every call that is not answered yet: the worker is about to leave the registry."""
+        """Accept every call that is not answered yet. Used before the worker leaves the registry."""
         self._accept_older_than(float("inf"))
 
     def _sweep(self) -> None:
@@ -138,7 +145,7 @@ class CallLog:
             if call.call_id not in self._running:
                 continue
             if call.accept_to is None:
-                unread.append(call)  # its envelope is not read yet, or it has none
+                unread.append(call)  # its envelope has not been read yet, or it has no acceptance subject
             else:
                 call.accepted = True
                 accepted.setdefault(call.accept_to, []).append(call.call_id)
@@ -153,15 +160,15 @@ class CallLog:
         )
 
     def asked(self, calls: list[str], reply_to: str) -> None:
-        """Answer the question on ``reply_to`` what became of ``calls``. Finished calls are answered again first.
+        """Tell the sender of a question, on ``reply_to``, the state of each of ``calls``.
 
-        The answer says for how many seconds back the log is complete (``remembers``): a younger call that is not in it
-        was never received.
+        The replies of finished calls are sent again first. The answer contains the number of seconds for which the log
+        is complete (``remembers``): a call that is younger and not in the log was never received.
         """
         running, unknown, finished = [], [], []
         for call_id in calls:
             if call_id in self._running:
-                self._running[call_id].accepted = True  # its caller now knows whom to ask
+                self._running[call_id].accepted = True  # its caller now knows which worker has it
                 running.append(call_id)
             elif (reply := self._kept.get(call_id) or self._last.get(call_id)) is not None:
                 finished.append(call_id)
@@ -185,7 +192,7 @@ class CallLog:
         await self._connection.publish(subject, answer.body, headers=answer.headers)
 
     async def stop(self) -> None:
-        """Stop accepting; what is being sent is sent."""
+        """Stop accepting calls. Returns when the answers that are being sent have been sent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""Control messages: metadata, state and activation of an agent of this worker, for another runtime."""
+"""Control messages from other runtimes: metadata, state and activation of an agent on this worker."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Controls:
         self._answers = answers
 
     async def handle(self, inbound: Inbound) -> Answer | None:
-        """Carry out one message. Returns the answer; None where nobody wants one.
+        """Carry out one message. Returns the answer; None if the sender does not want one.
 
-        Raises `CannotDecode`, and what the agent raises.
+        Raises `CannotDecode`, and any exception of the agent.
         """
         hosted, key, body = inbound.route.hosted, inbound.key, inbound.body
         if body is None or key is None:

@@ -1,12 +1,14 @@
-"""From a message to its handler, and to its end.
+"""Dispatches messages to their handlers, and settles them.
 
 Rules:
 
-1. Reading, finding the agent, the handler and writing the reply sit inside one ``try``, in `Dispatch._serve`, which is
-   also the one place that settles messages. So every message is settled exactly once, whatever fails.
-2. Every handler runs in a task of its own. Tasks start in the order in which they are created, so handlers start in the
-   order in which their messages came in.
-3. How a message ends is up to its settlement, which its route chose: nothing here asks.
+1. Reading the message, finding the agent, running the handler and writing the reply happen inside one ``try``, in
+   `Dispatch._serve`. All messages that are not refused are settled there, so each is settled exactly once, whatever
+   fails.
+2. Every handler runs in a separate task. Tasks start in the order in which they are created, so handlers start in the
+   order in which their messages arrived.
+3. The settlement of a message, which comes from its route, decides how the message ends. This module does not depend on
+   it.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ from natsrt.transport.bodies import Bodies
 logger = logging.getLogger("natsrt.hosting")
 
 _LOOK_EVERY = 0.1
-"""Seconds between two looks, while a stop waits for handlers, for those whose callers have cancelled."""
+"""Seconds between two checks for cancelled calls while a stop waits for handlers."""
 _CANCELLED_WITHIN = 1.0
 """Seconds for which a stop waits for handlers that it has cancelled."""
 
 
 class Dispatch:
-    """Handles the messages of one worker. A `Consumer` of its intake.
+    """Handles the messages of one worker. It is the `Consumer` of the worker's intake.
 
-    ``active`` is the set of the messages that are being handled: it is filled here, and others read it.
+    ``active`` is the set of the messages that are being handled. This class changes it, and other classes read it.
     """
 
     def __init__(
@@ -72,27 +74,30 @@ class Dispatch:
 
     @property
     def running(self) -> int:
-        """Handlers that run, or wait for their agent."""
+        """Number of handlers that are running, or waiting for their agent."""
         return len(self._active)
 
     # -- a message -----------------------------------------------------------------------------------------------
 
     def start(self, inbound: Inbound) -> None:
-        """Handle a message in a task of its own."""
+        """Handle a message in a new task."""
         self._run(inbound, self._serve(inbound))
 
     def refuse(self, inbound: Inbound) -> None:
-        """Settle a message for which there is no room."""
+        """Settle a message for which the intake has no room, in a new task."""
         self._run(inbound, self._refuse(inbound))
 
     def _run(self, inbound: Inbound, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work``, which ends with `_end`: a callback of the task would cost a turn of the event loop."""
+        """Run ``work`` in a new task.
+
+        ``work`` must call `_end` at its end. A done callback of the task would need another turn of the event loop.
+        """
         self._active.add(inbound)
         inbound.task = asyncio.get_running_loop().create_task(work, name=inbound.route.name)
 
     def _end(self, inbound: Inbound) -> None:
         self._active.discard(inbound)
-        inbound.task = None  # which refers to the message, through `handling`
+        inbound.task = None  # breaks a reference cycle: the task refers to the message through `handling`
 
     async def _serve(self, inbound: Inbound) -> None:
         began = time.perf_counter_ns()
@@ -108,11 +113,11 @@ class Dispatch:
             back = raised
         except EventDropped:
             pass
-        except BaseException as raised:  # a handler's BaseException is reported too, and must not end the event loop
+        except BaseException as raised:  # a handler's BaseException is reported too, and must not stop the event loop
             error = raised
         if inbound.waiting:
             self._intake.started(inbound)
-        if inbound.kind is CALL or inbound.kind is EVENT:  # not what is for natsrt itself
+        if inbound.kind is CALL or inbound.kind is EVENT:  # messages to natsrt itself are not counted
             inbound.route.hosted.counters.record(began, error)
         try:
             if error is not None:
@@ -125,14 +130,14 @@ class Dispatch:
             self._end(inbound)
 
     def _read(self, inbound: Inbound) -> None:
-        """Find out what a message is, and for which agent. Raises `CannotDecode`."""
+        """Determine the kind of a message and its agent. Raises `CannotDecode`."""
         inbound.body = self._bodies.unpack(inbound.message.data)
         inbound.identify(self._reader.address(inbound))
 
     def _handler_of(self, inbound: Inbound) -> Controls | KeyedMessages | Invoker | None:
-        """What handles a message, in whose task this is called; None for an event that no agent here gets.
+        """Return the object that handles a message; None for an event that is not for an agent on this worker.
 
-        Raises `SentBack`.
+        Call it in the task of the message. Raises `SentBack`.
         """
         if inbound.kind is CONTROL:
             return self._controls
@@ -140,10 +145,10 @@ class Dispatch:
             return None
         is_keyed = inbound.route.hosted.keyed is not None
         if inbound.late and inbound.can_be_sent_back:
-            # Its caller may have heard from all others that nobody received it, and have sent it again already. Handled
-            # here, or forwarded, it would count twice.
+            # The other workers may have told its caller that they did not receive it, and the caller may have sent it
+            # again already. If it were handled or forwarded here, it could be handled twice.
             agent = AgentId(inbound.agent_type, inbound.key)
-            raise SentBack(WorkerLost(str(agent), self._worker_id, "it stood still"))
+            raise SentBack(WorkerLost(str(agent), self._worker_id, "its process stalled"))
         if inbound.chain:
             current_chain.set(inbound.chain)
         if inbound.chain or is_keyed:
@@ -172,7 +177,7 @@ class Dispatch:
     # -- stopping ------------------------------------------------------------------------------------------------
 
     def exempt(self, task: asyncio.Task[Any] | None) -> None:
-        """Do not wait for ``task`` in `finish`, if it is a handler's: it waits for the stop itself."""
+        """Do not wait for ``task`` in `finish` if it is the task of a handler: it waits for the stop itself."""
         self._exempt.update(inbound for inbound in self._active if inbound.task is task)
 
     @property
@@ -180,9 +185,9 @@ class Dispatch:
         return self._active - self._exempt
 
     async def finish(self, timeout: float, abort: asyncio.Event) -> None:
-        """Wait for the handlers, at most ``timeout`` seconds and until ``abort`` is set; then cancel them.
+        """Wait for the handlers, at most ``timeout`` seconds or until ``abort`` is set, then cancel the remaining ones.
 
-        Those whose callers have cancelled are cancelled at once: nobody is left to wait for them.
+        Handlers whose callers have cancelled are cancelled at once, because no caller waits for them any more.
         """
         self._stopping = True
         loop = asyncio.get_running_loop()

@@ -1,8 +1,7 @@
-"""Where messages for hosted agents come in: one ordered queue over all subscriptions, bounded in bytes.
+"""The intake of messages for hosted agents: one ordered queue for all subscriptions, limited in bytes.
 
-Only messages whose handlers have not started count towards the bound; a running handler holds its own memory. Above the
-bound, messages are refused: calls are answered "busy" and their callers try elsewhere, events are counted. Nothing is
-dropped in silence.
+Only messages whose handlers have not started count towards the limit. Above the limit, messages are refused: calls are
+answered "busy", so that their callers try another worker, and events are dropped and counted.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from natsrt.wire import envelope
 logger = logging.getLogger("natsrt.hosting")
 
 _WARN_EVERY = 5.0
-"""Seconds between two warnings that the intake is full."""
+"""Minimum time between two warnings that the intake is full, in seconds."""
 _STARTS_PER_TURN = 64
-"""Handlers started in one turn of the event loop: about a millisecond's work, after which the socket is read again."""
+"""Handlers started in one turn of the event loop. This takes about a millisecond; then the socket is read again."""
 _OVERHEAD = 512
-"""Bytes that a message takes beside its data."""
+"""Bytes of memory that a message takes in addition to its data."""
 
 
 class Consumer(Protocol):
-    """What the intake gives its messages to."""
+    """Receives the messages of an intake."""
 
     def start(self, inbound: Inbound) -> None:
-        """Handle a message, in a task of its own."""
+        """Handle a message in a new task."""
 
     def refuse(self, inbound: Inbound) -> None:
-        """There is no room for a message: settle it without handling it."""
+        """Settle a message for which there is no room, without handling it."""
 
 
 class Intake:
@@ -58,45 +57,48 @@ class Intake:
         self._scheduled = False
         self._warned_at = float("-inf")
         self._stalls = 0
-        """How many stalls of the process are not over yet: see `_stalled`."""
-        self._tasks = BackgroundTasks(logger, "the end of a stall could not be found")
-        # Other runtimes take a worker for dead when its heartbeats have been missing for this long, and not before.
+        """Number of stalls of the process that are not over yet: see `_stalled`."""
+        self._tasks = BackgroundTasks(logger, "waiting for the end of a stall failed")
+        # Other runtimes consider a worker dead if it has sent no heartbeat for this long, and not before.
         self._stall_watch = StallWatch(options.heartbeat_ttl - options.heartbeat_interval, self._stalled)
         self.pending_bytes = 0
         """Bytes of the messages whose handlers have not started."""
 
     def feed(self, consumer: Consumer) -> None:
-        """Give the messages to ``consumer``. Needed before the first one."""
+        """Pass the messages to ``consumer``. Must be called before the first message arrives."""
         self._consumer = consumer
 
     @property
     def queued(self) -> int:
-        """Messages that nobody has begun to handle."""
+        """Number of messages whose handling has not begun."""
         return len(self._queue)
 
     def watch_stalls(self) -> None:
-        """Mark messages that may have waited in the socket during a stall as `Inbound.late`. Harmless when it does."""
+        """Mark messages that may have waited in the socket during a stall as `Inbound.late`.
+
+        Has no effect if already called.
+        """
         self._stall_watch.start()
 
     async def stop(self) -> None:
-        """Stop watching for stalls. Harmless when stopped."""
+        """Stop watching for stalls. Has no effect if stopped."""
         self._stall_watch.stop()
         await self._tasks.cancel()
 
     # -- taking in -----------------------------------------------------------------------------------------------
 
     def sink(self, route: Route) -> Sink:
-        """What takes in the messages of a subscription."""
+        """Return the function to call with each message of a subscription."""
         is_copy = route.kind is EVENT and route.hosted.keyed is not None and route.custom is None
         return partial(self._take_copy if is_copy else self.take, route)
 
     def _take_copy(self, route: Route, message: Msg) -> None:
-        """Take in an event on its topic for a keyed type, unless its publisher has sent it to the agent itself."""
+        """Take in an event on its topic for a keyed type, unless the publisher also sends it directly to the agent."""
         if not _is_delivered(message.data, route.hosted.agent_type):
             self.take(route, message)
 
     def take(self, route: Route, message: Msg) -> None:
-        """Take in a message. Runs in the client's read loop: cheap, never waits."""
+        """Take in a message. Called in the client's read loop, so it is cheap and does not block."""
         size, now = len(message.data) + _OVERHEAD, self._loop.time()
         inbound = Inbound(route, message, size, now)
         route.settlement.take(inbound)
@@ -113,7 +115,7 @@ class Intake:
             self._loop.call_soon(self._drain)
 
     def started(self, inbound: Inbound) -> None:
-        """A message's handler starts, or it failed before: it no longer counts towards the bound."""
+        """Stop counting a message towards the limit, because its handler starts or it has failed before that."""
         if inbound.waiting:
             inbound.waiting = False
             self.pending_bytes -= inbound.size
@@ -121,13 +123,13 @@ class Intake:
     def _drain(self) -> None:
         """Start some messages, and leave the rest to the next turn of the event loop.
 
-        So reading runs ahead of handling, into this bounded queue: what comes behind a burst of messages, such as the
-        server's PONG and questions about calls, does not wait until the whole burst is handled.
+        So messages are read into this queue before the earlier ones are handled. The server's PONG, or a question about
+        calls, that arrives after a burst of messages does not wait until the whole burst is handled.
         """
         assert self._consumer is not None
         queue, start = self._queue, self._consumer.start
-        # From half of the bound on, everything is started: what cannot be handled as fast as it comes then waits at the
-        # server instead.
+        # Above half of the limit, all messages are started at once. Messages that arrive faster than they are handled
+        # then wait at the server.
         at_once = len(queue) if self.pending_bytes > self._max_bytes // 2 else _STARTS_PER_TURN
         for _ in range(min(len(queue), at_once)):
             start(queue.popleft())
@@ -151,13 +153,13 @@ class Intake:
     # -- stalls --------------------------------------------------------------------------------------------------
 
     def _stalled(self) -> None:
-        """The process stood still. Others may have taken this worker for dead and sent its calls again."""
-        logger.warning("this worker stood still for some seconds; calls that came in meanwhile are sent back")
+        """Called when the process has not run for some time: callers may have sent this worker's calls again."""
+        logger.warning("this worker did not run for some seconds; calls that arrived in that time are sent back")
         self._stalls += 1
         self._tasks.spawn(self._caught_up())
 
     async def _caught_up(self) -> None:
-        """Wait for a round trip through the server: what arrives after it was not in the socket during the stall."""
+        """Wait for a round trip to the server. Messages that arrive later were not in the socket during the stall."""
         try:
             await self._connection.barrier()
         finally:
@@ -165,7 +167,7 @@ class Intake:
 
 
 def _is_delivered(data: bytes, agent_type: str) -> bool:
-    """Whether an event's publisher says that it sends the event to the keyed agent of this type itself."""
+    """True if the event says that its publisher also sends it directly to the keyed agent of this type."""
     if b'"keyed"' not in data:
         return False
     try:

@@ -1,11 +1,11 @@
-"""From a message that was read to its agent's handler.
+"""Runs the handler of an agent for a message whose address has been read.
 
 Rules:
 
-1. The agent is found, or made by its factory, before the message is decoded: what the agent's class handles is known
-   only then.
-2. A message whose agent has to be made first, or whose serializer is still missing, holds up the later ones for that
-   agent: they queue at the agent's gate, and start in the order in which they came.
+1. The agent is found, or created by its factory, before the message is decoded, because the message types that the
+   agent's class handles are known only then.
+2. If an agent must be created for a message, or the serializer of the message is still missing, later messages for that
+   agent wait too. They queue at the agent's gate and start in the order in which they arrived.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ logger = logging.getLogger("natsrt.hosting")
 
 
 def _agent_variable() -> ContextVar[AgentId]:
-    """The context variable behind `MessageHandlerContext`, to which AutoGen gives no public name.
+    """Find the context variable of `MessageHandlerContext`, for which AutoGen has no public name.
 
-    ``populate_context`` takes a microsecond, most of it to put back the old value. A handler's task ends instead.
+    ``populate_context`` takes a microsecond, most of it to restore the old value. This is not needed here, because the
+    task ends with the handler.
     """
     mark = AgentId("mark", "mark")
     with MessageHandlerContext.populate_context(mark):
@@ -71,9 +72,10 @@ class Invoker:
         self._telemetry = telemetry
 
     async def handle(self, inbound: Inbound) -> Answer | None:
-        """Let the agent of this process handle a call or an event. Returns the answer; None where nobody wants one.
+        """Let an agent of this process handle a call or an event. Returns the answer; None if the sender wants none.
 
-        Raises what the handler raises, and what keeps the message from it or the answer from being written.
+        Raises any exception of the handler, and any error in creating the agent, decoding the message or writing the
+        answer.
         """
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
         response = await self._invoke(agent, delivery, inbound)
@@ -87,7 +89,7 @@ class Invoker:
     # -- agent and message ---------------------------------------------------------------------------------------
 
     def _admit_at_once(self, inbound: Inbound) -> tuple[Agent, Delivery] | None:
-        """The agent and what it is to be given, if nothing has to be waited for and nobody waits at its gate."""
+        """Return the agent and its delivery; None if something must be awaited, or if messages wait at the gate."""
         hosted, key, body = inbound.route.hosted, inbound.key, inbound.body
         assert key is not None
         agent = hosted.live.get(key)
@@ -100,7 +102,7 @@ class Invoker:
         return agent, delivery
 
     async def _admit_in_turn(self, inbound: Inbound) -> tuple[Agent, Delivery]:
-        """The same, after waiting for the agent and the serializer, in the order of arrival."""
+        """Return the agent and its delivery, after waiting for the agent and the serializer in the order of arrival."""
         hosted, key, body = inbound.route.hosted, inbound.key, inbound.body
         assert key is not None
         gate = hosted.gates.get(key)
@@ -169,7 +171,7 @@ class Invoker:
 
 
 def _has_default_unhandled(agent: Agent) -> bool:
-    """Whether the agent has AutoGen's own ``on_unhandled_message``, which only logs."""
+    """True if the agent has AutoGen's default ``on_unhandled_message``, which only logs."""
     return isinstance(agent, RoutedAgent) and (
         type(agent).on_unhandled_message is RoutedAgent.on_unhandled_message
         and type(agent).on_message_impl is RoutedAgent.on_message_impl

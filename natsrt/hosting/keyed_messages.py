@@ -1,9 +1,9 @@
-"""Messages for keyed agents, as they come in: handled by the owner, forwarded to it, or sent back.
+"""Incoming messages for keyed agents: each is handled, forwarded to the owner, or sent back.
 
 A message is handled here if this worker owns its agent, or claims it because no worker does. If another worker owns the
-agent, the message is forwarded to it. The exception is a call of natsrt's own that came on the subject of the agent, so
-it was sent to this worker as the owner: if this worker does not own the agent any more, the call is sent back, and its
-caller asks for the owner again.
+agent, the message is forwarded to it. There is one exception: a call that natsrt sent on the subject of the agent was
+sent to this worker as the owner. If this worker no longer owns the agent, the call is sent back, and its caller looks
+up the owner again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from natsrt.wire.envelope import Envelope
 
 
 class KeyedMessages:
-    """What one worker does with messages for keyed agents."""
+    """Handles the messages for keyed agents on one worker."""
 
     def __init__(
         self,
@@ -56,9 +56,10 @@ class KeyedMessages:
         self._delivery = delivery
 
     async def handle(self, inbound: Inbound) -> Answer | None:
-        """Handle a call, an event or a question where an agent lives. Returns the answer; None where nobody wants one.
+        """Handle a call, an event, or a question about the owner of an agent.
 
-        Raises `SentBack`, and what handling or forwarding the message raises.
+        Returns the answer; None if the sender does not want one. Raises `SentBack`, and any error in handling or
+        forwarding the message.
         """
         hosted, key = inbound.route.hosted, inbound.key
         assert key is not None
@@ -70,14 +71,14 @@ class KeyedMessages:
             return await self._turns.run(hosted, key, inbound.chain, handle, inbound=inbound, claim=not sent_to_owner)
         except NotOwned:
             agent = AgentId(hosted.agent_type, key)
-            raise SentBack(WorkerLost(str(agent), self._worker_id, "the agent left it")) from None
+            raise SentBack(WorkerLost(str(agent), self._worker_id, "it no longer owns the agent")) from None
         except OwnedElsewhere:
             return await self._forward(inbound, AgentId(hosted.agent_type, key))
 
     async def control(self, inbound: Inbound, body: Envelope, key: str) -> Answer | None:
-        """Carry out a control message. Returns the answer; None where nobody wants one.
+        """Carry out a control message. Returns the answer; None if the sender does not want one.
 
-        Raises what the agent raises.
+        Raises any exception of the agent.
         """
         hosted = inbound.route.hosted
         try:
@@ -96,12 +97,12 @@ class KeyedMessages:
         return self._answers.control_reply(location._asdict(), inbound.body, inbound.agent_type, key)
 
     async def _forward(self, inbound: Inbound, agent: AgentId) -> Answer | None:
-        """Send a message to the owner of its agent, for a sender that did not know it."""
+        """Send a message to the owner of its agent, because its sender did not know the owner."""
         self._intake.started(inbound)
         topic, body = inbound.topic, inbound.body
         if topic is None:
             return _as_answer(await self._delivery.forward_call(agent, inbound.message, body))
-        if body is None:  # a plain event gets an envelope on the way
+        if body is None:  # a plain event is forwarded in an envelope
             delivery = await self._reader.plain_delivery(inbound, agent)
             await self._sender.publish_to(agent, delivery.message, topic, delivery.context.message_id)
         else:
@@ -110,5 +111,5 @@ class KeyedMessages:
 
 
 def _as_answer(reply: Msg) -> Answer:
-    """The owner's reply as the answer to the message that was forwarded to it."""
+    """The owner's reply, as the answer to the sender of the forwarded message."""
     return Answer(reply.data, reply.headers)

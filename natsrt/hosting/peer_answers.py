@@ -1,6 +1,6 @@
-"""Answers the questions that come in on this worker's own subject: the other half of `natsrt.transport.peers`.
+"""Answers the questions that arrive on this worker's subject. `natsrt.transport.peers` asks them.
 
-The questions about calls, which callers ask too, are those of `natsrt.transport.call_watch`.
+Questions about calls also come from callers: see `natsrt.transport.call_watch`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QUESTION = "a question to a worker"
 
 
 class PeerAnswers:
-    """What this worker answers to other workers and to callers."""
+    """Answers the questions of other workers and of callers."""
 
     def __init__(
         self,
@@ -55,18 +55,18 @@ class PeerAnswers:
         self._tasks = BackgroundTasks(logger, "answering a message to this worker failed")
 
     async def start(self) -> None:
-        """Listen on this worker's own subject."""
+        """Subscribe to this worker's subject."""
         self._interest = await self._connection.subscribe(self._subjects.worker(self._worker_id), self._on_question)
 
     async def stop(self) -> None:
-        """Answer nothing more. Harmless when stopped."""
+        """Stop answering. Has no effect if stopped."""
         await self._tasks.cancel()
         interest, self._interest = self._interest, None
         if interest is not None:
             await self._connection.unsubscribe(interest)
 
     def _on_question(self, message: Msg) -> None:
-        """In the read loop: so questions about calls are answered in wire order with the calls themselves."""
+        """Called in the read loop, so a question about calls is answered in wire order with the calls themselves."""
         reply = message.reply
         answerable = bool(reply) and not self._subjects.is_reserved(reply)
         try:
@@ -75,7 +75,7 @@ class PeerAnswers:
             if body is None or not isinstance(data, dict):
                 raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
             if not answerable:
-                raise CannotDecode("a message to a worker", "it has no reply subject, or one where no reply may go")
+                raise CannotDecode("a message to a worker", "it has no reply subject, or one that is not allowed")
             self._answer(body.type, data, reply)
         except CannotDecode as error:
             if answerable:

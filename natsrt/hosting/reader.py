@@ -1,8 +1,8 @@
-"""Reads inbound messages: for which agent a message is, on which topic, from whom, and what its handler is given.
+"""Reads inbound messages: determines the agent, topic and sender of a message, and the arguments of its handler.
 
-The NATS subject decides the agent type, the topic and, on the subject of one agent, the key. A body only adds what the
-subject does not show, and must agree with it. Nothing here changes a message. Everything raises `CannotDecode` for what
-cannot be read.
+The NATS subject decides the agent type, the topic and, on the subject of one agent, the key. The body supplies only
+what the subject does not contain, and must agree with it. Messages are not changed. All functions raise `CannotDecode`
+for a message that cannot be read.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects, decode_token, encode_text
 
 _REMEMBERED = 4096
-"""Topics and senders that are kept parsed; a few hundred kilobytes each."""
+"""Maximum numbers of parsed topics and of parsed senders that are cached; a few hundred kilobytes each."""
 _LONGEST = 1024
-"""Characters of a subject or a ``source`` that is kept at most, so that all of them stay small."""
+"""Maximum length of a cached subject or ``source`` in characters, which limits the size of the caches."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
 class Delivery:
-    """What a handler is called with."""
+    """The arguments of a handler, with details of the message for logs and spans."""
 
     message: Any
     context: MessageContext
@@ -70,10 +70,10 @@ class Reader:
         self._topics: dict[str, TopicId] = {}
         self._senders: dict[str, AgentId] = {}
 
-    # -- whom it is for ------------------------------------------------------------------------------------------
+    # -- the address ---------------------------------------------------------------------------------------------
 
     def address(self, inbound: Inbound) -> Address:
-        """What a message is whose body was unpacked, and for which agent."""
+        """Return the kind, agent and topic of a message whose body has been unpacked."""
         route, message, body = inbound.route, inbound.message, inbound.body
         kind = route.kind if body is None or body.attributes["type"] == route.expects else self._other_kind(route, body)
         if kind is not EVENT:
@@ -85,13 +85,13 @@ class Reader:
         if key is not None and body is not None:
             sender = self._sender(body)
             if sender is not None and sender.key == key and sender.type == route.hosted.agent_type:
-                key = None  # a publisher does not get its own event back
+                key = None  # a publisher does not receive its own event
         return Address(kind, key, topic)
 
     def source(self, inbound: Inbound) -> tuple[str, str]:
-        """The agent of a message that failed, as text and as an envelope's ``source``.
+        """Return the agent of a message that failed, as text and as an envelope's ``source``.
 
-        That is the name of the route where the message names no agent, or its key cannot be read.
+        Both are the name of the route if the message is an event, or if its key cannot be read.
         """
         name = inbound.route.name
         if inbound.kind is EVENT:
@@ -103,7 +103,7 @@ class Reader:
             return name, name
 
     def _other_kind(self, route: Route, body: Envelope) -> InboundKind:
-        """What a message is whose envelope is not of the type that its subject expects."""
+        """Return the kind of a message whose envelope does not have the type that is expected on its subject."""
         found = body.attributes["type"]
         if route.kind is CALL and route.hosted.keyed is not None:
             if found == envelope.EVENT and route.key is not None:
@@ -113,14 +113,18 @@ class Reader:
         raise CannotDecode("an envelope", f"expected {route.expects}, not {found!r}")
 
     def _claimed_topic(self, body: Envelope) -> TopicId:
-        """The topic of an event that its publisher sent to a keyed agent itself."""
+        """Return the topic of an event that its publisher sent directly to a keyed agent."""
         try:
             return TopicId(body.required("topictype"), body.required("topicsource"))
         except ValueError as error:
             raise CannotDecode("a topic", str(error)) from None
 
     def _key(self, route: Route, message: Msg, body: Envelope | None) -> str:
-        """The key of the agent that a call is for. The subject decides; the body adds the key, or agrees with it."""
+        """Return the key of the agent that a call is for.
+
+        If the NATS subject contains the key, a key in the body must agree with it. Otherwise the key is the one in the
+        body, or ``default``.
+        """
         if body is None:
             key = (message.headers or {}).get(KEY_HEADER)
         else:
@@ -146,14 +150,17 @@ class Reader:
         return topic
 
     def _read_topic(self, subject: str, topic_type: str | None, source: str | None) -> TopicId:
-        """``topic_type`` and ``source`` are the body's claims, None where it has none."""
+        """Read a topic. ``topic_type`` and ``source`` are the values in the body, None if it has none."""
         try:
             return TopicId(*self._subjects.parse_topic(subject, topic_type=topic_type, source=source))
         except ValueError as error:
             raise CannotDecode("a topic", str(error)) from None
 
     def _match(self, route: Route, topic: TopicId) -> str | None:
-        """The key of the agent to which the union of the type's subscriptions gives the event; None if none is here."""
+        """Return the key of the agent to which the type's subscriptions map the event.
+
+        None if they do not map it, if another subscription delivers it, or if that agent is not on this worker.
+        """
         hosted = route.hosted
         ordinary = hosted.takes(topic.type)
         if route.custom is not None:
@@ -166,7 +173,7 @@ class Reader:
                 if other is route.custom:
                     break
                 if _mapped(other, topic) == agent_id:
-                    return None  # of several custom ones the first delivers it
+                    return None  # if several custom ones match, the first delivers it
             key = agent_id.key
         elif ordinary:
             key = topic.source
@@ -176,7 +183,7 @@ class Reader:
             return None
         return key
 
-    # -- what it is ----------------------------------------------------------------------------------------------
+    # -- the message ---------------------------------------------------------------------------------------------
 
     def _sender(self, body: Envelope | None) -> AgentId | None:
         """The sender named in the body (not authenticated); None if no agent sent it."""
@@ -196,7 +203,7 @@ class Reader:
         return sender
 
     def delivery(self, body: Envelope, topic: TopicId | None) -> Delivery:
-        """What the handler is given for a message in an envelope; ``topic`` is None for a call.
+        """Return the handler's arguments for a message in an envelope. ``topic`` is None for a call.
 
         A message of a type that is unknown here becomes an ``UnknownPayload``.
         """
@@ -220,10 +227,10 @@ class Reader:
         return Delivery(message, context, body.payload, type_name, attributes)
 
     async def plain_delivery(self, inbound: Inbound, agent_id: AgentId) -> Delivery:
-        """What the handler is given for a plain body, which is the payload itself.
+        """Return the handler's arguments for a plain body, which is the payload itself.
 
-        Raises also what an intervention handler raises: where one drops the message, ``MessageDroppedException`` for a
-        call and `EventDropped` for an event.
+        Also raises any exception of an intervention handler. If one drops the message, this is
+        ``MessageDroppedException`` for a call and `EventDropped` for an event.
         """
         hosted, topic = inbound.route.hosted, inbound.topic
         headers, payload = inbound.message.headers or {}, inbound.message.data
@@ -237,7 +244,7 @@ class Reader:
         else:
             raise CannotDecode(
                 "a plain body",
-                f"type inference is off: name the message type in the header {TYPE_HEADER}, "
+                f"type inference is off: set the header {TYPE_HEADER} to the message type, "
                 f"one of {', '.join(sorted(hosted.handles)) or 'none'}",
                 payload,
             )

@@ -1,7 +1,7 @@
-"""How the messages of core NATS end: a call in a reply, an event in nothing.
+"""How messages of core NATS are settled: a call by a reply, an event by nothing.
 
-Each subscription's route names one of these. A message that ends in another way, such as an acknowledgement, gets a
-settlement of its own here; nothing else in this folder asks how a message ends.
+The route of each subscription names one of these settlements. To settle messages in another way, such as by an
+acknowledgement, add a settlement here. The other modules of this folder do not depend on how a message is settled.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from natsrt.wire.subjects import Subjects
 logger = logging.getLogger("natsrt.hosting")
 
 _ACCEPTABLE = 4096
-"""Acceptance subjects that are not checked again. There is one for each runtime that calls."""
+"""Maximum number of acceptance subjects that are remembered as valid. There is one for each calling runtime."""
 _SHOWN = 120
-"""Characters of a subject that a log line shows."""
+"""Maximum length of a subject in a log line, in characters."""
 
 
 class Unanswered(Settlement):
-    """Nobody waits for the end: a call without a reply subject. A failure is logged."""
+    """For a call without a reply subject: nothing is sent. A failure is logged."""
 
     wants_answer = False
 
@@ -44,13 +44,16 @@ class Unanswered(Settlement):
 
 
 class EventSettlement(Unanswered):
-    """An event of core NATS. A failure is logged, and kept for the stop of the runtime where the options say so."""
+    """For an event of core NATS: nothing is sent. A failure is logged.
+
+    Unless ``ignore_unhandled_exceptions`` is on, the first failure is also kept, to be raised when the runtime stops.
+    """
 
     def __init__(self, options: Options, counters: Counters) -> None:
         self._ignores_errors = options.ignore_unhandled_exceptions
         self._counters = counters
         self.first_error: BaseException | None = None
-        """The first error of an agent; None if there was none, or ``ignore_unhandled_exceptions`` is on."""
+        """The first error of an agent; None if there was none, or if ``ignore_unhandled_exceptions`` is on."""
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
         if inbound.key is not None and not self._ignores_errors and self.first_error is None:
@@ -59,7 +62,7 @@ class EventSettlement(Unanswered):
 
     def refuse_unread(self, inbound: Inbound) -> bool:
         if inbound.route.hosted.keyed is not None:
-            return False  # its body says whether it is for an agent here
+            return False  # only its body shows whether it is for an agent on this worker
         self._drop(inbound)
         return True
 
@@ -73,7 +76,7 @@ class EventSettlement(Unanswered):
 
 
 class ReplySettlement(Settlement):
-    """A call, a control message or a question: it ends in exactly one reply, which the call log keeps for a while."""
+    """For a call, a control message or a question: exactly one reply is sent. The call log keeps it for some time."""
 
     wants_answer = True
 
@@ -110,14 +113,14 @@ class ReplySettlement(Settlement):
             return
         if accept_to not in self._acceptable:
             if not envelope.is_subject(accept_to) or self._subjects.is_reserved(accept_to):
-                raise CannotDecode("an envelope", "its acceptto lies where no acceptance may go")
+                raise CannotDecode("an envelope", "its acceptto is not an allowed subject")
             if len(self._acceptable) >= _ACCEPTABLE:
                 self._acceptable.clear()
             self._acceptable.add(accept_to)
         call.accept_to = accept_to
 
     def as_event(self, inbound: Inbound) -> Settlement:
-        self._forget(inbound)  # its publisher gave a reply subject only to hear that nobody listens
+        self._forget(inbound)  # its reply subject is only for the server's "no responders" message
         return self._events
 
     def handled(self, inbound: Inbound, answer: Answer | None) -> Awaitable[None]:
@@ -140,24 +143,27 @@ class ReplySettlement(Settlement):
         reply = inbound.message.reply
         if self._subjects.is_reserved(reply):
             self._counters.refused_replies += 1
-            logger.error("a call asked for its reply on %s, where no reply may go", clip(reply))
+            logger.error("a call has the reply subject %s, which is not allowed; no reply is sent", clip(reply))
             self._forget(inbound)
             return
         if inbound.call is not None:
             self._call_log.end(inbound.call, answer)
         try:
             await self._connection.publish(reply, answer.body, headers=answer.headers)
-        except NatsrtError as error:  # the call log has it: the caller asks for it when both are connected again
+        except NatsrtError as error:  # it is in the call log; the caller asks for it when both are connected again
             logger.warning("a reply could not be sent yet: %s", error)
 
 
 def clip(text: str) -> str:
-    """``text`` for a log line or a span, cut where it is long."""
+    """Return ``text`` for a log line or a span, shortened if it is over 120 characters."""
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _outline(error: BaseException) -> str:
-    """An error for the log: its class and traceback. Its text may quote a payload, so only natsrt's own are shown."""
+    """An error for the log: its class and traceback. Only the texts of natsrt's errors are logged.
+
+    The text of any other error may quote a payload.
+    """
     if isinstance(error, RemoteAgentError):
         return f"another agent's {error.error_type}"
     if isinstance(error, NatsrtError):

@@ -1,7 +1,7 @@
 """The NATS subscriptions of a worker: for each hosted type its calls, its control subject and its events.
 
-Subscriptions belong to the agent type: every worker that hosts it serves the union of all of them, because the members
-of a queue group must hold the same filters. A type's NATS subscriptions follow the registry's view.
+Subscriptions belong to the agent type. Every worker that hosts the type serves all of them, because the members of a
+queue group must have the same filters. The NATS subscriptions of a type are derived from the registry's view.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ from natsrt.wire.subjects import Subjects
 logger = logging.getLogger("natsrt.hosting")
 
 SubjectAndGroup = tuple[str, str]
-"""A subject and a queue group: what a NATS subscription stands on."""
+"""The subject and the queue group of a NATS subscription."""
 
 
 @dataclass(slots=True)
 class _Served:
-    """What is subscribed for one agent type."""
+    """The NATS subscriptions of one agent type."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     interests: dict[SubjectAndGroup, Interest] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
-    """Those that `interests` express."""
+    """The rules from which `interests` were derived."""
     beside: _Beside | None = None
-    """What else they express; None before the first time."""
+    """The other values from which `interests` were derived; None before the first subscription."""
     changes: int = 0
     """How often `interests` changed."""
     told: tuple[int, int] | None = None
-    """``changes``, and the connection's reconnects, at the last time that the server was known to know all."""
+    """Values of ``changes`` and of the connection's reconnects when the server was last known to have all
+    subscriptions; None before that."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Beside:
-    """What a type's NATS subscriptions depend on beside its rules.
+    """The values, other than its rules, on which the NATS subscriptions of a type depend.
 
-    ``keys`` are those of its registered instances, or one None for the whole type; ``custom`` the ids of the
-    subscriptions that only this process can ask.
+    ``keys`` are the keys of its registered instances, or one None for the whole type. ``custom`` are the ids of the
+    subscriptions that only this process can evaluate.
     """
 
     keys: tuple[str | None, ...]
@@ -63,7 +64,7 @@ class _Beside:
 
 
 class Subscriptions(RegistryListener):
-    """What this worker listens to."""
+    """The NATS subscriptions of this worker."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class Subscriptions(RegistryListener):
         await self._tell(list(self._served.values()))
 
     async def stop(self) -> None:
-        """End all subscriptions; everything the server sent for them has been taken in when this returns."""
+        """End all subscriptions. When this returns, every message that the server sent for them has been taken in."""
         self._active = False
         await self._tasks.cancel()
         interests = [i for served in self._served.values() for i in served.interests.values()]
@@ -110,15 +111,17 @@ class Subscriptions(RegistryListener):
         await asyncio.gather(*(self._connection.unsubscribe(interest) for interest in interests))
 
     async def serve(self, agent_type: str) -> None:
-        """Serve the type as the view now says, and return when the server knows."""
+        """Subscribe for the type according to the current view. Returns when the server has the subscriptions."""
         hosted = self._catalog.find(agent_type)
         if hosted is not None and self._active:
             await self._tell([await self._apply(hosted)])
 
     async def serve_at(self, agent_type: str, revision: int) -> None:
-        """The same as the registry has it at ``revision``, once this runtime has started: another worker asks for it.
+        """Do what `serve` does, once this runtime has started and its view has reached ``revision``.
 
-        Raises what the start failed with, and `RegistryUnavailable` where the view does not get that far.
+        Used for a request of another worker.
+
+        Raises the error with which the start failed, and `RegistryUnavailable` if the view does not reach ``revision``.
         """
         await self._readiness.wait_started()
         await self._registry.shown(revision)
@@ -134,7 +137,7 @@ class Subscriptions(RegistryListener):
                 served.interests.clear()
 
     async def listen(self, hosted: HostedType, key: str) -> Interest:
-        """Listen on the subject of one keyed agent, which this worker owns."""
+        """Subscribe to the subject of one keyed agent, which this worker owns."""
         subjects, agent_type = self._subjects, hosted.agent_type
         return await self._connection.subscribe(
             subjects.instance(agent_type, key),
@@ -143,7 +146,7 @@ class Subscriptions(RegistryListener):
         )
 
     def rules_changed(self, agent_type: str) -> None:
-        """The registry's view of the type's subscriptions changed."""
+        """Called when the type's subscriptions in the registry's view have changed."""
         hosted = self._catalog.find(agent_type)
         if hosted is None:
             return
@@ -156,13 +159,13 @@ class Subscriptions(RegistryListener):
         try:
             if hosted is not None and self._active:
                 await self._apply(hosted)
-        except NatsrtError as error:  # reconnecting: the new view that is read then brings it up again
+        except NatsrtError as error:  # reconnecting; a new view is read afterwards, which calls this again
             logger.debug("serving %s: %s", agent_type, error)
         except Exception:
             logger.exception("serving agent type %s failed", agent_type)
 
     async def _tell(self, served: Collection[_Served]) -> None:
-        """Return when the server knows their subscriptions: after a round trip, or at once where nothing is new."""
+        """Wait until the server has their subscriptions: one round trip, or nothing if none has changed."""
         states = [(one, (one.changes, self._connection.reconnects)) for one in served]
         if any(one.told != state for one, state in states):
             await self._connection.barrier()
@@ -170,7 +173,7 @@ class Subscriptions(RegistryListener):
                 one.told = state
 
     async def _apply(self, hosted: HostedType) -> _Served:
-        """Bring the NATS subscriptions of a type in step with the view."""
+        """Change the NATS subscriptions of a type according to the view."""
         served = self._served.setdefault(hosted.agent_type, _Served())
         async with served.lock:
             hosted.set_rules(self._registry.view.rules(hosted.agent_type))
@@ -178,7 +181,8 @@ class Subscriptions(RegistryListener):
             custom = self._declarations.custom(hosted.agent_type)
             keys = tuple(hosted.live) if hosted.has_instances_only else (None,)
             beside = _Beside(keys, tuple(subscription.id for subscription in custom))
-            # A view lists new rules last. Looking at those alone keeps the cost of one from growing with their number.
+            # A view lists new rules last. If only the new ones are processed, the cost of adding a rule does not grow
+            # with the number of rules.
             old = len(served.rules)
             only_more = served.beside == beside and rules[:old] == served.rules
             wanted = dict(self._wanted(hosted, keys, rules[old:] if only_more else rules, custom))
@@ -214,12 +218,12 @@ class Subscriptions(RegistryListener):
                 if rule.kind != "custom":
                     try:
                         place = (rule.subject(subjects, key), queue)
-                    except ValueError as error:  # somebody else's: it must not cost the type its other subscriptions
+                    except ValueError as error:  # added by another runtime; the type's other subscriptions must work
                         logger.error("a subscription of agent type %s cannot be served: %s", agent_type, error)
                     else:
                         yield place, event
         for subscription in custom:
-            # A group of its own: workers without an equal object cannot decide for it.
+            # A separate queue group: workers without an equal subscription object cannot evaluate it.
             for key in keys:
                 queue = f"{subjects.queue(agent_type, key)}.custom.{Rule.of(subscription).digest}"
                 yield (subjects.everything, queue), Route(EVENT, hosted, self._events, key, custom=subscription)
@@ -227,7 +231,7 @@ class Subscriptions(RegistryListener):
     # -- as a NATS service ---------------------------------------------------------------------------------------
 
     def endpoints(self) -> list[ServiceEndpoint]:
-        """Each hosted type as an endpoint of this worker's service."""
+        """Return each hosted type as an endpoint of this worker's service."""
         return [
             ServiceEndpoint(
                 name=service_name(hosted.agent_type),

@@ -1,1 +1,1 @@
-"""What a runtime shows of itself: counters, health, NATS services, spans and AutoGen's events."""
+"""What a runtime reports about itself: counters, health, NATS services, spans and AutoGen's events."""

@@ -1,7 +1,7 @@
 """AutoGen's structured events on the logger ``autogen_core.events``.
 
-They are built only if that logger is enabled for INFO. They carry the payload only if it is enabled for DEBUG;
-otherwise the field holds ``"(payload at DEBUG only)"``, so that payloads stay out of logs.
+They are created only if that logger is enabled for INFO. They contain the payload only if it is enabled for DEBUG.
+Otherwise the field is ``"(payload at DEBUG only)"``, so that payloads do not get into logs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HIDDEN: Final = "(payload at DEBUG only)"
 
 
 def listening() -> bool:
-    """Whether events are logged."""
+    """True if events are logged."""
     return _logger.isEnabledFor(logging.INFO)
 
 

@@ -14,9 +14,9 @@ class Health:
     """
 
     live: bool
-    """Whether it is started. A live runtime recovers by itself: restarting its process does not help."""
+    """True if it is started. A live runtime recovers from errors itself, so restarting its process does not help."""
     ready: bool
-    """Whether it is started, connected and in step with the registry, and not draining."""
+    """True if it is started, connected, in step with the registry, and not draining."""
     reasons: tuple[str, ...] = ()
     """Why it is not live or not ready, one sentence per reason. Empty for a ready runtime."""
     worker_id: str | None = None
@@ -24,33 +24,34 @@ class Health:
     uptime_seconds: float = 0.0
     """Seconds since it was started."""
     draining: bool = False
-    """Whether it is stopping: it takes no new messages, and finishes those that it has taken."""
+    """True if it is stopping: it accepts no new messages, and finishes those that it has accepted."""
 
     server: str | None = None
-    """The connected server as host and port; None if there is none."""
+    """Host and port of the server to which it is connected; None if it is not connected."""
     connected: bool = False
-    """Whether it is connected. A server that hangs is noticed within some seconds."""
+    """True if it is connected. If a server hangs, this becomes False within some seconds."""
     reconnects: int = 0
-    """How often the connection was lost and came back. A growing count means a bad network or too slow a program."""
+    """How often the connection was lost and restored. If it keeps growing, the network is unreliable or the program is
+    too slow."""
     in_step: bool = False
-    """Whether the view of the registry is complete and everything that this runtime hosts is stored there."""
+    """True if the view of the registry is complete and everything that this runtime hosts is stored there."""
     workers: int = 0
-    """Live workers that the registry lists, this one included."""
+    """Number of live workers in the registry, including this one."""
 
     agents: Mapping[str, int] = field(default_factory=dict)
     """The agent types that it hosts, and how many live agents each has here."""
     messages_handled: int = 0
     """Calls and events handled here since their types were registered, including those that failed."""
     messages_failed: int = 0
-    """How many of these ended in an error. ``natsrt agents stats`` shows them by type."""
+    """How many of these failed, plus the events that were dropped. ``natsrt agents stats`` shows them by type."""
     handlers_running: int = 0
-    """Handlers that run, or wait for their agent to be made."""
+    """Handlers that are running, or waiting for their agent to be created."""
     messages_queued: int = 0
     """Messages that were received and whose handlers have not started."""
     pending_bytes: int = 0
-    """Bytes of the messages whose handlers have not started; they are queued, or wait for their agent."""
+    """Bytes of the messages whose handlers have not started. They are queued, or waiting for their agent."""
     max_pending_bytes: int = 0
-    """The setting ``max_pending_bytes``: from this many bytes on, calls are answered busy and events dropped."""
+    """The setting ``max_pending_bytes``. Above this number of bytes, calls are answered busy and events are dropped."""
     dropped_events: int = 0
     """Events that were dropped because `max_pending_bytes` was reached."""
     undelivered_events: int = 0
@@ -61,16 +62,16 @@ class Health:
     """Messages of a type that this process does not know."""
 
     refused_replies: int = 0
-    """Calls with a reply subject to which no reply may be sent: see ``docs/permissions.md``."""
+    """Calls whose reply subject is not allowed: see ``docs/permissions.md``."""
     state_conflicts: int = 0
     """Instances of keyed agents that were dropped because their stored records were changed elsewhere."""
 
     calls_pending: int = 0
-    """Calls that were sent from here and have not ended."""
+    """Calls that were sent from here and have not completed."""
     sends_under_way: int = 0
-    """Calls and events from here that have not ended, including those that wait for the connection."""
+    """Calls and events from here that have not completed, including those that wait for the connection."""
 
     @classmethod
     def stopped(cls, reason: str) -> Health:
-        """The health of a runtime that is not started, for ``reason``."""
+        """Return the health of a runtime that is not started. ``reason`` says why."""
         return cls(live=False, ready=False, reasons=(reason,))

@@ -1,4 +1,4 @@
-"""Everything that a runtime counts, in one object. Health, services and metrics read it."""
+"""The counters of a runtime, in one object. Health, services and metrics read it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class TypeCounters:
-    """What one agent type did in this process since it was registered. Times are in nanoseconds."""
+    """The counters of one agent type in this process since it was registered."""
 
     messages: int = 0
-    """Calls and events that were handled, those that failed included."""
+    """Calls and events that were handled, including those that failed."""
     errors: int = 0
-    """How many of them failed, and events that were dropped because the intake was full."""
+    """How many of them failed, plus the events that were dropped because the intake was full."""
     busy_ns: int = 0
-    """Time from the start of each message's task to the end of its handler, added up."""
+    """Nanoseconds from the start of a message's task to the end of its handler, summed over all messages."""
     last_error: str = ""
     """The class of the last error; empty if there was none."""
 
     def record(self, began_ns: int, error: BaseException | None) -> None:
-        """Count a message whose task began at ``began_ns`` of `time.perf_counter_ns`; ``error`` None: it succeeded."""
+        """Count a message.
+
+        ``began_ns`` is when its task began, by `time.perf_counter_ns`. ``error`` is None if its handler succeeded.
+        """
         self.messages += 1
         self.busy_ns += time.perf_counter_ns() - began_ns
         if error is not None:
@@ -36,13 +39,16 @@ class TypeCounters:
 
 @dataclass(slots=True)
 class Counters:
-    """The counts of one start of a runtime. ``types``: the counters of each hosted agent type, kept between starts."""
+    """The counters of a runtime since its last start.
+
+    ``types`` are the counters of each hosted agent type. They are kept when the runtime is stopped and started again.
+    """
 
     types: Mapping[str, TypeCounters]
     sent: int = 0
     """Messages sent: calls, events, and questions about agents."""
     taken_in: int = 0
-    """Messages taken into the intake."""
+    """Messages accepted into the intake."""
     dropped_events: int = 0
     """Events dropped because the intake was full."""
     undelivered_events: int = 0
@@ -52,16 +58,16 @@ class Counters:
     unknown_payloads: int = 0
     """Messages of a type that is unknown in this process."""
     refused_replies: int = 0
-    """Calls with a reply subject to which no reply may be sent."""
+    """Calls whose reply subject is not allowed."""
     state_conflicts: int = 0
     """Instances of keyed agents that were dropped because their records were changed elsewhere."""
 
     @property
     def messages_handled(self) -> int:
-        """Calls and events handled since their types were registered, those that failed included."""
+        """Calls and events handled since their types were registered, including those that failed."""
         return sum(counters.messages for counters in self.types.values())
 
     @property
     def messages_failed(self) -> int:
-        """How many of them failed."""
+        """How many of them failed, plus the events that were dropped because the intake was full."""
         return sum(counters.errors for counters in self.types.values())

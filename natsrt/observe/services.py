@@ -1,7 +1,7 @@
 """natsrt workers as NATS services: ``nats service ls``, ``info``, ``stats`` and ``ping`` show them.
 
-One service per worker process, one endpoint per agent type. The answers follow ADR-32; nats-py's own ``micro`` is not
-used because it runs one handler at a time per endpoint and drops requests when it stops.
+There is one service per worker process and one endpoint per agent type. The answers follow ADR-32. The ``micro`` module
+of nats-py is not used, because it runs one handler at a time per endpoint and drops requests when it stops.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VERBS: Final = ("PING", "INFO", "STATS")
 _TYPE: Final = "io.nats.micro.v1.{}_response"
 _NAME = re.compile(r"[^A-Za-z0-9_-]")
 _MAX_ERROR = 120
-"""Characters of an endpoint's last error that are shown."""
+"""Maximum length of an endpoint's last error in the answer, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Endpoints(Protocol):
     """The endpoints of a worker."""
 
     def endpoints(self) -> Iterable[ServiceEndpoint]:
-        """All present endpoints."""
+        """All current endpoints."""
 
 
 def service_name(name: str) -> str:
-    """``name`` as a service name: each character that ADR-32 does not allow is replaced by ``_``."""
+    """Return ``name`` as a service name: each character that ADR-32 does not allow is replaced by ``_``."""
     return _NAME.sub("_", name) or "natsrt"
 
 
@@ -80,7 +80,7 @@ class Services:
         self._interests: list[Interest] = []
 
     async def start(self) -> None:
-        """Listen on the nine subjects of the protocol: for all, for this name, for this worker."""
+        """Subscribe to the nine subjects of the protocol: three verbs for all services, this name and this worker."""
         for verb in _VERBS:
             sink = self._sink(verb)
             for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{self._name}", f"$SRV.{verb}.{self._name}.{self._worker_id}"):
@@ -95,7 +95,7 @@ class Services:
     def _sink(self, verb: str) -> Callable[[Msg], None]:
         def take(message: Msg) -> None:
             if not message.reply or self._subjects.is_reserved(message.reply):
-                raise CannotDecode(f"a {verb} request", "it has no reply subject, or one where no reply may go")
+                raise CannotDecode(f"a {verb} request", "it has no reply subject, or one that is not allowed")
             self._tasks.spawn(self._answer(verb, message.reply))
 
         return take
@@ -107,7 +107,7 @@ class Services:
             logger.debug("a service request could not be answered: %s", error)
 
     def response(self, verb: str) -> dict[str, Any]:
-        """The answer to ``PING``, ``INFO`` or ``STATS``."""
+        """Return the answer to ``PING``, ``INFO`` or ``STATS``."""
         answer: dict[str, Any] = {
             "type": _TYPE.format(verb.lower()),
             "name": self._name,

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans for calls and events, in one trace over all processes.
+"""OpenTelemetry spans for calls and events, in one trace across all processes.
 
 ============================ ========= ============================================== ==============================
 span                         kind      covers                                         the HTTP runtime's name
@@ -13,12 +13,12 @@ Attributes follow OpenTelemetry's messaging conventions (``messaging.system``, `
 ``.type``, ``messaging.destination.name``, ``messaging.message.id``, ``messaging.message.body.size``, ``error.type``),
 and add ``natsrt.agent.type``, ``natsrt.agent.key``, ``natsrt.message.type`` and ``natsrt.worker.id``.
 
-The trace context travels in the CloudEvents extensions ``traceparent`` and ``tracestate`` (CloudEvents distributed
+The trace context is sent in the CloudEvents extensions ``traceparent`` and ``tracestate`` (CloudEvents distributed
 tracing extension, W3C Trace Context). Without a provider none of this code runs.
 
-Below a context that is not sampled, no spans are opened and the context is passed on unchanged, if the description of
-the provider's sampler shows that it would drop such spans. That is so for OpenTelemetry's default sampler. Any other
-sampler is asked for every span.
+If the parent context is not sampled, and the description of the provider's sampler shows that it would drop the span,
+no span is created and the context is passed on unchanged. This is the case for OpenTelemetry's default sampler. For any
+other sampler all spans are created, and the sampler decides.
 """
 
 from __future__ import annotations
@@ -42,11 +42,15 @@ from natsrt.wire.envelope import attribute
 _DISABLE = "AUTOGEN_DISABLE_RUNTIME_TRACING"
 _propagator = TraceContextTextMapPropagator()
 _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
-"""A ``traceparent`` of version 00 of Trace Context. Reading it here takes a third of the propagator's time."""
+"""A ``traceparent`` of version 00 of Trace Context. Reading it with this pattern takes a third of the time that the
+propagator takes."""
 
 
 class _Covering:
-    """A context manager that ends a span with its block, and marks it if the block raised. Gives the trace context."""
+    """A context manager that ends a span when its block ends, and records an error if the block raised.
+
+    ``as`` gives the trace context as envelope attributes.
+    """
 
     __slots__ = ("_carrier", "_span")
 
@@ -76,7 +80,10 @@ class Telemetry:
     def sending(
         self, operation: str, destination: str, *, kind: SpanKind, message_type: str, message_id: str, size: int
     ) -> _Covering:
-        """A span around a send. Gives the trace context as envelope attributes, with a leading comma, or ``""``."""
+        """Return a context manager for a span around a send.
+
+        ``as`` gives the trace context as envelope attributes with a leading comma; ``""`` if there is no context.
+        """
         span = trace.get_current_span()
         if not self._is_left_out(span.get_span_context()):
             attributes = self._attributes(operation, "send", destination, message_id, size)
@@ -86,9 +93,9 @@ class Telemetry:
         return _Covering(trace.INVALID_SPAN, _carrier(span.get_span_context()))
 
     def continued(self, envelope: Mapping[str, Any]) -> Context | None:
-        """The context of a message's sender, for `processing`. None if no span is to be opened below it.
+        """Return the context of a message's sender, for `processing`; None if no span is to be created for the message.
 
-        Call it in the handler's own task: if it returns None, the sender's context is the current one from then on.
+        Call it in the handler's task: if it returns None, it has made the sender's context the current one.
         """
         remote = _remote(envelope)
         if remote is None:
@@ -111,9 +118,10 @@ class Telemetry:
         size: int,
         arrived: float,
     ) -> _Covering:
-        """A receive span that ends now, and a process span around the handler, current until the end of its task.
+        """Record a receive span that ends now, and return a context manager for a process span around the handler.
 
-        ``arrived``: when the message arrived, by the clock of the event loop in seconds.
+        The process span is current until the end of the task. ``arrived`` is when the message arrived, in seconds by
+        the clock of the event loop. ``size`` is in bytes.
         """
         message_id = str(envelope.get("id", ""))
         now, waited = time.time_ns(), asyncio.get_running_loop().time() - arrived
@@ -137,7 +145,7 @@ class Telemetry:
         return _Covering(process)
 
     def _is_left_out(self, parent: SpanContext) -> bool:
-        """Whether no span below ``parent`` would be recorded."""
+        """True if a child span of ``parent`` would not be recorded."""
         return self._follows and parent.is_valid and not parent.trace_flags.sampled
 
     def _attributes(self, name: str, kind: str, destination: str, message_id: str, size: int) -> dict[str, Any]:
@@ -153,7 +161,7 @@ class Telemetry:
 
 
 def _follows_parents(provider: TracerProvider) -> bool:
-    """Whether the description of the provider's sampler shows that it drops what is below an unsampled span."""
+    """True if the description of the provider's sampler shows that it drops children of unsampled spans."""
     describe = getattr(getattr(provider, "sampler", None), "get_description", str)
     description = str(describe())
     return (
@@ -172,7 +180,7 @@ def _carrier(context: SpanContext) -> str:
 
 
 def _remote(envelope: Mapping[str, Any]) -> SpanContext | None:
-    """The sender's span as given in a message; None if there is none, or if it cannot be read."""
+    """The sender's span context from a message; None if there is none, or if it cannot be read."""
     parent = envelope.get("traceparent")
     if not isinstance(parent, str):
         return None
@@ -191,9 +199,9 @@ def _fail(span: Span, error: BaseException) -> None:
 
 
 def telemetry_for(provider: TracerProvider | None, worker_id: str) -> Telemetry | None:
-    """A Telemetry; None if no spans are recorded.
+    """Return a Telemetry; None if no spans are recorded.
 
-    ``provider`` None means OpenTelemetry's global provider, if one is set. AutoGen's environment variable
+    If ``provider`` is None, OpenTelemetry's global provider is used, if one is set. AutoGen's environment variable
     ``AUTOGEN_DISABLE_RUNTIME_TRACING=true`` turns spans off.
     """
     if os.environ.get(_DISABLE, "").lower() == "true":

@@ -1,1 +1,1 @@
-"""The way out: what ``send_message`` and ``publish_message`` do."""
+"""Sending: the implementation of ``send_message`` and ``publish_message``."""

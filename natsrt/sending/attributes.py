@@ -1,4 +1,4 @@
-"""The envelope attributes of what one runtime sends."""
+"""The envelope attributes of the messages that one runtime sends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from natsrt.wire.subjects import encode_text
 
 
 class MessageAttributes:
-    """Writes envelope attributes as JSON text, as `natsrt.wire.envelope.encode` takes them."""
+    """Writes envelope attributes as JSON text, for `natsrt.wire.envelope.encode`."""
 
     def __init__(self, calls: Calls, cancellations: Cancellations, counters: Counters) -> None:
         self._calls = calls
@@ -25,13 +25,16 @@ class MessageAttributes:
         self._of_types: dict[str, str] = {}
 
     def next_id(self) -> str:
-        """A new message id. The message must have been counted in `Counters.sent` before."""
+        """Return a new message id. `Counters.sent` must have been increased for the message before."""
         return f"{self._id_prefix}-{self._counters.sent:x}"
 
     def message(
         self, message_id: str, sender: AgentId | None, encoded: Encoded, token: CancellationToken | None
     ) -> str:
-        """The attributes of calls and events alike: id, source, message type, and the token's id if there is one."""
+        """Return the attributes that both calls and events have: id, source, message type, and the id of ``token``.
+
+        ``sender`` is None if no agent sends the message. ``token`` is None if there is no cancellation token.
+        """
         source = '"/"' if sender is None else quote(f"{sender.type}/{encode_text(sender.key)}")
         of_type = self._of_types.get(encoded.type_name)
         if of_type is None:
@@ -40,9 +43,9 @@ class MessageAttributes:
         return attributes if token is None else f'{attributes},"cancelid":"{self._cancellations.id_of(token)}"'
 
     def call(self, agent: AgentId) -> str:
-        """The attributes that a call has beside those of its `message`, with a leading comma."""
+        """Return the attributes that a call has in addition to those of `message`, with a leading comma."""
         return f',"subject":"{encode_text(agent.key)}","acceptto":"{self._calls.accept_to}"'
 
     def question(self, agent: AgentId) -> str:
-        """The attributes of a question or control message about an agent."""
+        """Return the attributes of a question or control message about an agent."""
         return f"{attribute('id', self.next_id())},{attribute('source', envelope.NO_AGENT)}{self.call(agent)}"

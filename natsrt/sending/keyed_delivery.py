@@ -1,8 +1,8 @@
 """Events for keyed agents, and messages that are forwarded to the worker that owns their agent.
 
-An event for a keyed agent is sent once more, to the agent's own subject, because the topic's subject reaches any worker
-of the type. It has no reply, so it counts as delivered unless the server reports that nobody listens there; then it is
-sent again.
+An event for a keyed agent is also sent to the agent's own subject, because the topic's subject may reach any worker of
+the type. It has no reply, so it counts as delivered unless the server reports that there is no subscriber. In that case
+it is sent again.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ logger = logging.getLogger("natsrt.hosting")
 _PLAIN_HEADERS = (KEY_HEADER, TYPE_HEADER)
 """The headers of a plain call that are forwarded with it."""
 _DELIVERIES = 5
-"""How many times an event is sent to a keyed agent before it is given up, if nobody listens on the agent's subject."""
+"""How often an event is sent to a keyed agent before it is given up, if the agent's subject has no subscriber."""
 
 
 class KeyedDelivery:
-    """Sends the events of one runtime to keyed agents, and forwards what reached a worker that is not the owner."""
+    """Sends the events of one runtime to keyed agents, and forwards messages that did not reach the owner."""
 
     def __init__(
         self,
@@ -91,10 +91,10 @@ class KeyedDelivery:
     async def deliver_all(
         self, agent_types: Sequence[str], topic: TopicId, sender: AgentId | None, attributes: str, encoded: Encoded
     ) -> str:
-        """Send an event to its agent of each of these keyed types, except to ``sender``.
+        """Send an event to its agent in each of these keyed types, except to ``sender``.
 
         Returns the envelope attribute that lists the types, with a leading comma. The event on the topic's subject
-        carries it, so that workers do not deliver the event to these types again.
+        must contain it, so that workers do not deliver the event to these types again.
         """
         agents = [AgentId(agent_type, topic.source) for agent_type in agent_types]
         for agent in agents:
@@ -110,7 +110,7 @@ class KeyedDelivery:
         )
 
     async def _deliver(self, agent: AgentId, body: bytes) -> None:
-        """Send an event to the agent's owner, or take a turn for it until the owner is known."""
+        """Send an event to the agent's owner now, or queue it until the owner is known."""
         owner = self._owners.owner_of(agent)
         if owner is None:
             raise NoLiveWorker(str(agent), agent.type)
@@ -120,7 +120,7 @@ class KeyedDelivery:
             self._deliver_later(owner, body, _DELIVERIES)
 
     async def _post(self, owner: CachedOwner, body: bytes, tries: int) -> None:
-        """Send an event now. If nobody listens, try again, ``tries`` times in all."""
+        """Send an event now. If there is no subscriber, try again, up to ``tries`` times in total."""
 
         def lost() -> None:
             owner.lost()
@@ -129,7 +129,7 @@ class KeyedDelivery:
         await self._inbox.post(owner.subject, body, lost)
 
     def _deliver_later(self, owner: CachedOwner, body: bytes, tries: int) -> None:
-        """Take a turn now, and send the event from a task of its own when the turn comes."""
+        """Take a place in the queue now, and send the event from a separate task when its turn comes."""
         self._waiting.spawn(self._deliver_in_turn(owner, owner.join(), body, tries))
 
     async def _deliver_in_turn(self, owner: CachedOwner, turn: asyncio.Future[None], body: bytes, tries: int) -> None:
@@ -137,7 +137,7 @@ class KeyedDelivery:
         try:
             await owner.wait(turn)
             if not tries:
-                raise WorkerLost(str(owner.recipient), None, "its owner does not listen, again and again")
+                raise WorkerLost(str(owner.recipient), None, "its owner repeatedly had no subscription")
             await self._post(owner, body, tries)
         except asyncio.CancelledError:
             self._count_undelivered(owner, "this runtime was stopped")
@@ -150,14 +150,14 @@ class KeyedDelivery:
         logger.warning("an event for %s could not be delivered: %s", owner.recipient, reason)
 
     async def finish(self, within: float) -> None:
-        """Wait until the events that wait for their turn now were sent, at most ``within`` seconds."""
+        """Wait until all events that are waiting now have been sent, at most ``within`` seconds."""
         await self._waiting.wait(within)
 
     async def stop(self) -> None:
-        """Give up the events that still wait. Each is counted and logged as undelivered."""
+        """Give up the events that are still waiting. Each is counted and logged as undelivered."""
         await self._waiting.cancel()
 
 
 def _addressed(agent: AgentId, topic: TopicId) -> dict[str, str]:
-    """The attributes that an event for one keyed agent needs in addition: its subject does not contain the topic."""
+    """The additional attributes of an event for one keyed agent, whose subject does not contain the topic."""
     return {"subject": encode_text(agent.key), "topictype": topic.type, "topicsource": topic.source}

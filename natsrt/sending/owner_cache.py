@@ -1,16 +1,16 @@
-"""The owners of keyed agents, as far as this runtime knows them.
+"""The cached owners of keyed agents.
 
 Rules:
 
-1. Before the first message to an agent is sent, a worker of the agent's type is asked who owns the agent. That worker
-   claims an agent that has no owner. Until the answer arrives, messages for this agent wait in order; messages for
-   other agents do not. The question names all handlers that wait for one of these messages: the present owner may be
-   waiting for one of them.
+1. Before the first message to an agent is sent, a worker of the agent's type is asked for the agent's owner. If the
+   agent has no owner, that worker claims it. Until the answer arrives, messages for this agent wait in order; messages
+   for other agents do not. The question names all handlers that wait for one of these messages, because the current
+   owner may be waiting for one of them.
 2. An answer is valid for a *lease*: a number of seconds after the last message, set by the owner. It becomes invalid
-   earlier when the registry lists the owner no longer or as draining, when the server reports that nobody listens on
-   the agent's subject, and when a call to any agent of the same owner found that worker lost.
-3. Messages go to the agent's own subject, ``agent.<type>.<key>``, on which its owner listens. Only the existence of an
-   owner is cached; its subject never changes.
+   earlier if the registry no longer lists the owner or lists it as draining, if the server reports that the agent's
+   subject has no subscriber, or if a call to any agent of the same owner found that worker lost.
+3. Messages are sent to the agent's own subject, ``agent.<type>.<key>``, to which its owner subscribes. Only the
+   existence of an owner is cached; the subject never changes.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ from natsrt.wire.peer_messages import Location
 from natsrt.wire.subjects import Subjects
 
 _MANY_OWNERS = 10_000
-"""Number of cached owners above which those that are not in use are removed."""
+"""Number of cached owners above which unused ones are removed."""
 
 _ASK_AGAIN_AFTER = 0.25
-"""Seconds without an answer after which the question is asked again, if more handlers wait for the messages by then."""
+"""Seconds without an answer after which the question is asked again, if more handlers are waiting by then."""
 
 
 class LostOwners:
-    """The workers that calls found lost, until the registry has learned it too."""
+    """The workers that calls found lost, until the registry no longer lists them."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._lost: set[str] = set()
 
     def is_there(self, worker_id: str) -> bool:
-        """True if the worker is listed, is not draining, and no call found it lost."""
+        """True if the registry lists the worker, it is not draining, and no call found it lost."""
         return self._registry.stays(worker_id) and worker_id not in self._lost
 
     def add(self, worker_id: str) -> None:
-        """A call found this worker lost. The registry may learn it some seconds later."""
+        """Add a worker that a call found lost. The registry may list it for some more seconds."""
         self._lost = {lost for lost in self._lost if self._registry.stays(lost)} | {worker_id}
 
     def discard(self, worker_id: str) -> None:
-        """An answer named this worker as an owner, so it is not lost."""
+        """Remove a worker that an answer named as an owner: it is not lost."""
         self._lost.discard(worker_id)
 
 
 class CachedOwner:
-    """One keyed agent's owner as this runtime knows it, and the messages that wait until it is known.
+    """The cached owner of one keyed agent, and the messages that wait until the owner is known.
 
     A message that may not be sent now takes a turn with `join` and awaits it with `wait`. Turns come one at a time, in
-    the order of `join`: the next one comes only after `wait` returned for the one before, and that message was sent.
-    So every turn must be awaited with `wait`; to cancel that is the way to give up.
+    the order of `join`: the next one comes only after `wait` has returned for the previous one and that message has
+    been sent. So every turn must be awaited with `wait`. To give up a turn, cancel the `wait`.
     """
 
     __slots__ = (
@@ -78,7 +78,7 @@ class CachedOwner:
         self.recipient = recipient
         """The agent."""
         self.subject = subject
-        """The agent's own subject, on which its owner listens."""
+        """The agent's own subject, to which its owner subscribes."""
         self._locator = locator
         self._lost_owners = lost_owners
         self._worker_id = ""
@@ -86,17 +86,17 @@ class CachedOwner:
         self._lease = 0.0
         """Seconds after each message for which that answer is valid."""
         self._known_until = float("-inf")
-        """When the lease ends, by the event loop's clock."""
+        """When the lease ends, in seconds by the event loop's clock; minus infinity if no owner is known."""
         self._waiting: OrderedDict[asyncio.Future[None], tuple[str, ...]] = OrderedDict()
-        """The turns that have not come, each with the chain of its message."""
+        """The turns that have not come yet, each with the chain of its message."""
         self._turn_given = False
-        """True from the moment a turn came until `wait` returned for it."""
+        """True from the moment a turn comes until `wait` returns for it."""
         self._locating: asyncio.Task[None] | None = None
-        """The task that finds out who the owner is; None if none runs."""
+        """The task that looks up the owner; None if none is running."""
 
     @property
     def unused(self) -> bool:
-        """True if no owner is known, and no message waits."""
+        """True if no owner is known and no message is waiting."""
         return not self._waiting and not self._turn_given and not self._is_known()
 
     def _is_known(self) -> bool:
@@ -116,7 +116,7 @@ class CachedOwner:
         return True
 
     def join(self) -> asyncio.Future[None]:
-        """Take a turn, behind all earlier ones. Await it with `wait`."""
+        """Take a turn after all earlier ones. Await it with `wait`."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[turn] = current_chain.get()
         if not self._turn_given:
@@ -124,9 +124,9 @@ class CachedOwner:
         return turn
 
     async def wait(self, turn: asyncio.Future[None]) -> None:
-        """Return when the turn has come. The message must then be sent without another wait.
+        """Wait until the turn has come. The message must then be sent without another wait.
 
-        Raises what finding out the owner raised.
+        Raises the error if the owner could not be looked up.
         """
         try:
             await turn
@@ -139,23 +139,23 @@ class CachedOwner:
                     self._advance()
 
     def lost(self) -> None:
-        """Forget the owner: it no longer listens on the agent's subject."""
+        """Forget the owner, because the agent's subject has no subscriber."""
         self._known_until = float("-inf")
 
     def owner_lost(self) -> None:
-        """Forget the owner, for all agents that it owns: that worker was lost."""
+        """Forget the owner for all agents that it owns, because that worker was lost."""
         self.lost()
         self._lost_owners.add(self._worker_id)
 
     def _advance(self) -> None:
-        """Give the next turn now if the owner is known; otherwise find out who it is first."""
+        """Give the next turn now if the owner is known; otherwise look up the owner first."""
         if self._is_known():
             self._give_turn()
         elif self._locating is None:
             self._locating = asyncio.get_running_loop().create_task(self._locate_owner())
 
     def _give_turn(self) -> None:
-        """Give the first turn that was not cancelled."""
+        """Give the turn to the first message whose turn was not cancelled."""
         while self._waiting:
             turn, _ = self._waiting.popitem(last=False)
             if not turn.done():
@@ -164,7 +164,7 @@ class CachedOwner:
                 return
 
     async def _locate_owner(self) -> None:
-        """Find out who the owner is, then give the next turn. If that fails, all turns fail with the same error."""
+        """Look up the owner, then give the next turn. If the look-up fails, all turns fail with the same error."""
         try:
             self._worker_id, self._lease = await self._ask()
             self._lost_owners.discard(self._worker_id)
@@ -185,7 +185,7 @@ class CachedOwner:
                 turn.exception()  # marks it as retrieved: asyncio logs nothing if this turn is not awaited
 
     async def _ask(self) -> Location:
-        """Ask who the owner is. Ask again when a handler that the owner may be waiting for has joined meanwhile."""
+        """Ask for the owner. Ask again if, before the answer, another handler joins for which the owner may wait."""
         while True:
             handlers = self._waiting_handlers()
             asking = asyncio.ensure_future(self._locator.locate(self.recipient, handlers))
@@ -198,7 +198,7 @@ class CachedOwner:
                 asking.cancel()
 
     def _waiting_handlers(self) -> set[str]:
-        """The ids of all handlers that wait for a message that waits here."""
+        """The ids of all handlers that wait for one of the waiting messages."""
         return set().union(*self._waiting.values())
 
 
@@ -214,10 +214,10 @@ class OwnerCache:
         """By agent type and key."""
         self._count = 0
         self._clean_up_at = _MANY_OWNERS
-        """The number of cached owners at which those that are not in use are removed."""
+        """The number of cached owners at which unused ones are removed."""
 
     def owner_of(self, recipient: AgentId) -> CachedOwner | None:
-        """The cached owner of an agent; None if its type is not keyed."""
+        """Return the cached owner of an agent; None if its type is not keyed."""
         if not self._registry.is_keyed(recipient.type):
             return None
         of_type = self._owners.get(recipient.type)

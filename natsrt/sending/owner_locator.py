@@ -1,4 +1,4 @@
-"""Asks workers who owns a keyed agent."""
+"""Asks workers for the owner of a keyed agent."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from natsrt.wire.peer_messages import Location, read_location
 from natsrt.wire.subjects import Subjects
 
 _ANSWER_WITHIN = (0.5, 1.0, 2.0)
-"""Seconds to wait for an answer to the first, second and third question, each of which may reach another worker of the
-type. A fourth question waits as long as any call does."""
+"""Seconds to wait for an answer to the first, second and third question. Each may reach a different worker of the type.
+A fourth question waits as long as any other call."""
 
 
 class OwnerLocator:
@@ -36,10 +36,10 @@ class OwnerLocator:
         self._attributes = attributes
 
     async def locate(self, agent: AgentId, handlers: Collection[str] | None = None) -> Location:
-        """Ask a worker of the agent's type who owns the agent. That worker claims an agent that has no owner.
+        """Ask a worker of the agent's type for the agent's owner. If the agent has no owner, that worker claims it.
 
-        ``handlers`` are the ids of the handlers that wait for the answer; None: the present chain. Raises what a call
-        to the agent would raise.
+        ``handlers`` are the ids of the handlers that wait for the answer; None means those of the current chain. Raises
+        the same errors as a call to the agent.
         """
         waiting = current_chain.get() if handlers is None else handlers
         question = self._bodies.pack(
@@ -48,7 +48,7 @@ class OwnerLocator:
         return read_location(self._replies.answered(await self._ask(agent, question), agent), agent)
 
     async def _ask(self, agent: AgentId, question: bytes) -> Msg:
-        """Ask, and ask again while no answer arrives. Asking twice does no harm."""
+        """Send the question, and repeat it while no answer arrives. Repeating it has no side effects."""
         subject = self._subjects.agent(agent.type)
         for within in _ANSWER_WITHIN:
             try:

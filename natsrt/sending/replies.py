@@ -1,4 +1,4 @@
-"""Reading replies: what a call returns, and what it raises."""
+"""Reads replies: returns the result of a call, or raises the error that the reply reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from natsrt.wire.serialization import Serialization
 
 
 class Replies:
-    """Reads the replies of one runtime. Raises the error that a reply reports, and `CannotDecode`."""
+    """Reads the replies that one runtime receives. Raises the error that a reply reports, and `CannotDecode`."""
 
     def __init__(self, bodies: Bodies, serialization: Serialization, error_types: ErrorTypes, catalog: Catalog) -> None:
         self._bodies = bodies
@@ -28,10 +28,11 @@ class Replies:
         self._catalog = catalog
 
     def result(self, reply: Msg, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId) -> Any:
-        """What ``send_message`` returns.
+        """Return the result of a call, for ``send_message``.
 
-        ``sent`` is the class of the message that was sent. ``reply_type`` is the class of the reply; None: the reply
-        names its class. If the payload cannot be decoded, the general form in the envelope is decoded, if there is one.
+        ``sent`` is the class of the message that was sent. ``reply_type`` is the class of the reply; None means that
+        the reply names its class. If the payload cannot be decoded, the result of `Envelope.general` is tried, if there
+        is one.
         """
         body = self._bodies.unpack(reply.data)
         if body is None:
@@ -62,7 +63,7 @@ class Replies:
         return result
 
     def answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:
-        """The envelope of a reply. Raises `CannotDecode` for a plain one."""
+        """Return the envelope of a reply. Raises `CannotDecode` for a plain reply."""
         body = self._bodies.unpack(reply.data)
         if body is None:
             self._raise_service_error(reply, recipient)
@@ -78,7 +79,7 @@ class Replies:
             raise CannotDecode(f"the reply of {recipient}", f"its type is {body.type!r}", reply.data)
 
     def _raise_service_error(self, reply: Msg, recipient: AgentId) -> None:
-        """Raise the error that a plain reply reports in the headers of NATS services (ADR-32), if it does."""
+        """Raise the error that a plain reply reports in the headers of NATS services (ADR-32), if there is one."""
         headers = reply.headers or {}
         text = headers.get(SERVICE_ERROR)
         if text is not None:
@@ -86,7 +87,11 @@ class Replies:
             raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None, text=text)
 
     def _plain_result(self, reply: Msg, reply_type: type[Any] | None, recipient: AgentId) -> Any:
-        """What a plain NATS client replied: as ``reply_type`` if that is given; else JSON values, text or bytes."""
+        """Return the reply of a plain NATS client.
+
+        It is decoded as ``reply_type`` if that is given. Otherwise the result is JSON values, text or bytes, the first
+        that fits.
+        """
         self._raise_service_error(reply, recipient)
         if reply_type is not None:
             return self._serialization.infer(reply.data, [reply_type])

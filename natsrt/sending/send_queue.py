@@ -1,4 +1,4 @@
-"""The queue in which sends wait for their turn, where an intervention or a missing connection delays them."""
+"""The queue in which sends wait for their turn when an intervention or a missing connection delays them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Turn:
-    """The turn of one send: until it ends, no later send of the queue goes on."""
+    """The turn of one send. Until it ends, no later send of the queue continues."""
 
     __slots__ = ("_future", "_intervening", "_queue")
 
@@ -26,7 +26,7 @@ class Turn:
         return self._intervening
 
     def end(self) -> None:
-        """End the turn before its block ends. Ending it twice does no harm."""
+        """End the turn before its block ends. Has no effect if the turn has ended."""
         self._queue.leave(self._future)
 
     async def intervene(self, intervention: Awaitable[Any]) -> Any:
@@ -41,23 +41,23 @@ class Turn:
 
 
 _intervening_turn: ContextVar[Turn | None] = ContextVar("natsrt_intervening_turn", default=None)
-"""The turn whose intervention runs the present code, or started the present task; None outside interventions."""
+"""The turn whose intervention runs the current code or started the current task; None outside interventions."""
 
 
 class SendQueue:
-    """First come, first served. A send that is cancelled leaves the queue at once."""
+    """A first-in, first-out queue of sends. A send that is cancelled leaves the queue at once."""
 
     def __init__(self) -> None:
         self.waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
-        """A future for each send in the queue, done when its turn comes. The first one has the turn."""
+        """A future for each send in the queue, done when the turn of the send comes. The first one has the turn."""
 
     @asynccontextmanager
     async def turn(self, link: Callable[[asyncio.Future[None]], None] | None) -> AsyncIterator[Turn]:
-        """Wait for a turn. It ends with the block, or earlier by `Turn.end`.
+        """Wait for a turn. The turn ends with the block, or earlier with `Turn.end`.
 
-        ``link`` is called with the future that is waited for, so that a cancellation token can cancel it; None: nothing
-        can. A send from inside an intervention does not wait: it would wait for the turn in which it runs. Instead it
-        ends that turn, because a handler that has to answer it may have to send, too.
+        ``link`` is called with the awaited future, so that a cancellation token can cancel it. None means that no token
+        can. A send from inside an intervention does not wait, because it would wait for the turn in which it runs. It
+        ends that turn instead, because the handler that answers it may also have to send.
         """
         outer = _intervening_turn.get()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -77,7 +77,7 @@ class SendQueue:
             turn.end()
 
     def leave(self, future: asyncio.Future[None]) -> None:
-        """Take a send out of the queue, and give the next one its turn. Harmless if it is not in the queue."""
+        """Remove a send from the queue, and give the next one its turn. Has no effect if it is not in the queue."""
         if future in self.waiting:
             del self.waiting[future]
             self._give_turn()

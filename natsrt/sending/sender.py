@@ -2,15 +2,15 @@
 
 Rules:
 
-1. Messages of one runtime leave in the order in which they were sent, calls and events alike. Without interventions,
-   and while the runtime is ready, nothing waits between ``send_message`` and the client's buffer. Otherwise sends wait
-   in a `SendQueue`, and every later send waits behind them.
-2. Interventions run in the turn of their message. A message that an intervention handler sends itself bypasses the
-   queue, because it would wait for its own turn; from then on the order of the message that is intervened in is no
-   longer kept.
+1. The messages of one runtime, both calls and events, are sent in the order in which ``send_message`` and
+   ``publish_message`` were called. Without interventions, and while the runtime is ready, a message is put into the
+   client's buffer without waiting. Otherwise sends wait in a `SendQueue`, and every later send waits behind them.
+2. Interventions run in the turn of their message. A message that an intervention handler itself sends bypasses the
+   queue, because it would wait for its own turn. After that, the order of the message whose intervention is running is
+   no longer guaranteed.
 
-Each message takes the same steps: the turn and the interventions if needed (`send`, `publish`), encoding (`_call`,
-`_event`), and sending (`_send_call`, `_send_event`), inside a span if traces are on.
+Each message passes the same steps: the turn and the interventions if needed (`send`, `publish`), encoding (`_call`,
+`_event`), and sending (`_send_call`, `_send_event`), inside a span if tracing is on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from natsrt.wire.subjects import Subjects, is_hashed
 
 
 class Sender:
-    """What ``send_message`` and ``publish_message`` do."""
+    """Sends the calls, events and control messages of one runtime."""
 
     def __init__(
         self,
@@ -94,11 +94,11 @@ class Sender:
         self._telemetry = telemetry
         self._queue = SendQueue()
         self._under_way = 0
-        """Number of `send` and `publish` that have not returned."""
+        """Number of calls of `send` and `publish` that have not returned."""
 
     @property
     def under_way(self) -> int:
-        """Number of sends that have not ended: calls without a reply, events that were not published or delivered."""
+        """Number of sends that have not completed: calls without a reply, and events not yet published or delivered."""
         return self._under_way + self._delivery.under_way
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -115,7 +115,8 @@ class Sender:
     ) -> Any:
         """Call an agent, and return what its handler returned.
 
-        ``message_id`` None: a new id. ``reply_type`` is the class of the reply; None: the reply names its class.
+        If ``message_id`` is None, a new id is used. ``reply_type`` is the class of the reply; None means that the reply
+        names its class.
         """
         self._under_way += 1
         try:
@@ -160,9 +161,9 @@ class Sender:
         reply_type: type[Any] | None,
         sent: Callable[[], None] | None = None,
     ) -> Awaitable[Any]:
-        """Encode a call now. Await what this returns to send it, and to get the handler's result.
+        """Encode a call now. Await the result to send the call and get the handler's result.
 
-        ``sent`` is called when the call is in the client's buffer, or waits for its agent's owner.
+        ``sent`` is called when the call is in the client's buffer, or is waiting for its agent's owner.
         """
         encoded = self._serialization.encode(message)
         attributes = self._attributes.message(message_id, sender, encoded, token) + self._attributes.call(recipient)
@@ -209,7 +210,7 @@ class Sender:
         message_class: type[Any],
         reply_type: type[Any] | None,
     ) -> Any:
-        """The same inside ``span``, whose trace context becomes part of the attributes."""
+        """Do what `_send_call` does inside ``span``, with the trace context of ``span`` added to the attributes."""
         with span as trace_context:
             attributes += trace_context
             return await self._send_call(recipient, attributes, encoded, token, sent, message_class, reply_type)
@@ -240,7 +241,10 @@ class Sender:
         token: CancellationToken | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Awaitable[Msg]:
-        """Send ``body`` to ``subject`` (None: to the recipient), and get the reply within ``call_timeout``."""
+        """Send ``body`` to ``subject``, and return the reply. If ``subject`` is None, it is sent to the recipient.
+
+        Raises `CallTimeout` after ``call_timeout`` seconds.
+        """
         call = self._calls.call(
             recipient,
             body,
@@ -267,7 +271,10 @@ class Sender:
         return None if token is None else partial(self._cancellations.link, token)
 
     async def _wait_ready(self, token: CancellationToken | None, begun: float) -> None:
-        """Wait for the start and the connection, or until ``token`` is cancelled. The send began at ``begun``."""
+        """Wait until the runtime has started and is connected, or until ``token`` is cancelled.
+
+        ``begun`` is when the send began, in seconds by the event loop's clock.
+        """
         if self._readiness.is_ready:
             return
         waiting = asyncio.ensure_future(self._readiness.wait(begun))
@@ -289,7 +296,7 @@ class Sender:
         token: CancellationToken | None,
         message_id: str | None,
     ) -> None:
-        """Publish an event. ``message_id`` None: a new id."""
+        """Publish an event. If ``message_id`` is None, a new id is used."""
         self._under_way += 1
         try:
             self._counters.sent += 1
@@ -329,7 +336,7 @@ class Sender:
         token: CancellationToken | None,
         message_id: str,
     ) -> Awaitable[None]:
-        """Encode an event now. Await what this returns to send it."""
+        """Encode an event now. Await the result to send the event."""
         subject = self._subjects.topic(topic.type, topic.source)
         encoded = self._serialization.encode(message)
         attributes = self._attributes.message(message_id, sender, encoded, token)
@@ -352,7 +359,7 @@ class Sender:
     async def _send_event(
         self, subject: str, topic: TopicId, sender: AgentId | None, attributes: str, encoded: Encoded
     ) -> None:
-        """Send an event to the keyed agents that subscribed, then on its topic's subject."""
+        """Send an event to the keyed agents that are subscribed to it, then to the subject of its topic."""
         more = _unhashed(subject, topic) if "=H" in subject else ""
         if keyed_types := self._registry.keyed_takers(topic.type):
             more += await self._delivery.deliver_all(keyed_types, topic, sender, attributes, encoded)
@@ -368,18 +375,18 @@ class Sender:
         attributes: str,
         encoded: Encoded,
     ) -> None:
-        """The same inside ``span``, whose trace context becomes part of the attributes."""
+        """Do what `_send_event` does inside ``span``, with the trace context of ``span`` added to the attributes."""
         with span as trace_context:
             await self._send_event(subject, topic, sender, attributes + trace_context, encoded)
 
     async def publish_to(self, agent: AgentId, message: Any, topic: TopicId, message_id: str) -> None:
-        """Send an event to one keyed agent, for a publisher that is a plain NATS client."""
+        """Send an event to one keyed agent, on behalf of a publisher that is a plain NATS client."""
         encoded = self._serialization.encode(message)
         await self._delivery.deliver(agent, topic, self._attributes.message(message_id, None, encoded, None), encoded)
 
 
 def _unhashed(subject: str, topic: TopicId) -> str:
-    """The attributes that carry the topic's type and source where the subject contains only their hashes."""
+    """The attributes with the topic's type and source, if the subject contains only their hashes."""
     tokens = subject.split(".")
     attributes = f",{attribute('topicsource', topic.source)}" if is_hashed(tokens[-1]) else ""
     if any(is_hashed(token) for token in tokens[:-1]):
@@ -390,7 +397,7 @@ def _unhashed(subject: str, topic: TopicId) -> str:
 def _context(
     sender: AgentId | None, topic: TopicId | None, token: CancellationToken | None, message_id: str
 ) -> MessageContext:
-    """The context that intervention handlers get, for a call (``topic`` None) or an event."""
+    """Return the context for intervention handlers. ``topic`` is None for a call."""
     return MessageContext(
         sender=sender,
         topic_id=topic,

@@ -1,1 +1,1 @@
-"""The connection to NATS and what uses it directly: calls, replies, questions to other workers, cancellation."""
+"""The connection to NATS, and the parts that use it directly: calls, replies, questions to workers, cancellation."""

@@ -1,7 +1,8 @@
-"""Converts payloads to the data of NATS messages, and back. This is the only place that does so.
+"""Converts payloads to the data of NATS messages, and back. No other module does this.
 
-An outgoing body is put into its envelope, if it has one, and its size is checked, because the server closes a
-connection that sends too large a message. Payloads by reference, for those too large for one message, belong here too.
+An outgoing payload is put into its envelope, if it has one. The size is checked, because the server closes a connection
+that sends a message over its limit. If payloads that are too large for one message are ever sent by reference, that
+belongs here too.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Bodies:
         *,
         headers: dict[str, str] | None = None,
     ) -> bytes:
-        """A body of ``kind`` with ``attributes`` (JSON text, see `natsrt.wire.envelope.encode`) and a payload.
+        """Return a body of ``kind`` with ``attributes`` (JSON text, see `natsrt.wire.envelope.encode`) and a payload.
 
-        ``headers`` are those that the message will have. Raises `MessageTooLarge`.
+        ``headers`` are the headers with which the body will be sent; None for none. Raises `MessageTooLarge`.
         """
         body = envelope.encode(kind, attributes, payload, content_type)
         if headers is not None or len(body) > self._connection.max_payload:
@@ -36,12 +37,12 @@ class Bodies:
         return body
 
     def pack_plain(self, payload: bytes, headers: dict[str, str] | None = None) -> bytes:
-        """A payload without an envelope, for a plain NATS client. Raises `MessageTooLarge`."""
+        """Return a payload without an envelope, for a plain NATS client. Raises `MessageTooLarge`."""
         self._connection.check_size(payload, headers)
         return payload
 
     def repack(self, body: Envelope, **changes: str | None) -> bytes:
-        """The body of a message that is forwarded, with changed attributes; None removes one.
+        """Return the body of a message that is forwarded, with changed attributes. The value None removes an attribute.
 
         Raises `MessageTooLarge`.
         """
@@ -50,4 +51,4 @@ class Bodies:
         return changed
 
     unpack = staticmethod(envelope.decode)
-    """The envelope in the data of a message; None for a plain body. Raises `CannotDecode` for a broken envelope."""
+    """Return the envelope in a message's data; None for a plain body. Raises `CannotDecode` if it is malformed."""

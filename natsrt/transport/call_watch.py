@@ -1,14 +1,14 @@
-"""Watches the calls that take long: asks the workers about them, and ends those that nobody will answer.
+"""Watches calls that take long: asks workers about them, and fails those that no worker will answer.
 
-`natsrt.transport.call_judgement` decides, this module acts. The workers' side is in `natsrt.hosting.call_log` and
-`natsrt.hosting.peer_answers`.
+`natsrt.transport.call_judgement` decides what to do, and this module does it. The workers' side is in
+`natsrt.hosting.call_log` and `natsrt.hosting.peer_answers`.
 
-- A worker accepts a call that takes longer than its ``accept_after``. From then on it is asked about the call.
-- A call that is neither answered nor accepted after ``check_after`` seconds is watched: its workers are asked. If the
-  directory lists none, it is read afresh.
-- While the connection is down, calls only fail by ``offline_timeout``.
-- After a reconnect every pending call is asked for, because its reply may have been lost while either side was
-  disconnected.
+- A worker accepts a call that takes longer than its ``accept_after``. From then on that worker is asked about the call.
+- A call that is neither answered nor accepted after ``check_after`` seconds is watched: the workers of its type are
+  asked. If the directory lists none, it is read again.
+- While the connection is down, calls fail only because of ``offline_timeout``.
+- After a reconnect, workers are asked about every pending call, because its reply may have been lost while either side
+  was disconnected.
 """
 
 from __future__ import annotations
@@ -34,35 +34,37 @@ from natsrt.wire import envelope
 logger = logging.getLogger("natsrt.calls")
 
 _TICK = 0.05
-"""Seconds between two rounds while calls are pending: a verdict is at most that late. Short against ``check_after``."""
+"""Seconds between two rounds while calls are pending. A verdict is late by at most this time, which is short compared
+with ``check_after``."""
 _ASK_EVERY = 0.5
 """Seconds between two questions to one worker."""
 _MAX_QUESTIONS = 500
-"""Calls in one question: about 25 kB, far below the ``max_payload`` of any server."""
+"""Maximum number of calls in one question: about 25 kB, far below the ``max_payload`` of any server."""
 _ANSWER = "an answer about calls"
-"""What such a message is called in errors."""
+"""The name of such a message in errors."""
 
 
 class Directory(Protocol):
-    """Which workers host which agents, as far as callers need it."""
+    """The information about workers and their agents that callers need."""
 
     def subject_of(self, recipient: AgentId) -> str:
-        """The subject on which ``recipient`` is called."""
+        """Return the subject for calls to ``recipient``."""
 
     def worker_subject(self, worker_id: str) -> str:
-        """The subject on which ``worker_id`` is asked about calls."""
+        """Return the subject for questions about calls to ``worker_id``."""
 
     def workers_of(self, recipient: AgentId) -> Sequence[str]:
-        """The live workers that may host ``recipient``, from the present view."""
+        """Return the live workers that may host ``recipient``, from the current view."""
 
     async def verify(self, recipient: AgentId) -> NatsrtError | None:
-        """Read the directory afresh. None if a live worker may host ``recipient``; else an error that says why not."""
+        """Read the directory again. Returns None if a live worker may host ``recipient``, else an error that says why
+        not."""
 
     def suspect(self, worker_id: str) -> None:
         """Check whether ``worker_id`` is still alive, because it did not answer."""
 
     def all_stayed(self, since: float) -> bool:
-        """Whether no worker has left since the time ``since`` of the event loop's clock."""
+        """True if no worker has left since ``since``, in seconds by the event loop's clock."""
 
 
 class NeverReceived(Exception):
@@ -70,7 +72,7 @@ class NeverReceived(Exception):
 
 
 class CallWatch:
-    """The pending calls of one runtime, each watched until it ends. A `Listener` of its connection."""
+    """Watches the pending calls of one runtime until they complete. It is a `Listener` of its connection."""
 
     def __init__(
         self, connection: Connection, inbox: Inbox, probe: Probe, options: Options, directory: Directory
@@ -82,9 +84,9 @@ class CallWatch:
         self._directory = directory
         self._judge = Judge(options.lost_after)
         self.pending: dict[str, PendingCall] = {}
-        """The calls that have not ended, by their reply subjects, the oldest first."""
+        """The calls that have not completed, by their reply subjects, oldest first."""
         self._watched: dict[str, PendingCall] = {}
-        """The pending calls that take long, or were accepted, by their reply subjects."""
+        """The pending calls that take long or were accepted, by their reply subjects."""
         self._watcher: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._checks = BackgroundTasks(logger, "a check of a call failed")
@@ -103,7 +105,7 @@ class CallWatch:
         self._watcher = asyncio.create_task(self._watch(), name="natsrt call watcher")
 
     async def stop(self) -> None:
-        """End the watch. Calls that are still pending fail with `WorkerLost`. Harmless when stopped."""
+        """Stop watching. Calls that are still pending fail with `WorkerLost`. Has no effect if stopped."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
@@ -130,13 +132,13 @@ class CallWatch:
     # -- calls ---------------------------------------------------------------------------------------------------
 
     def add(self, call: PendingCall) -> None:
-        """A call is about to be sent. `remove` must follow."""
+        """Add a call that is about to be sent. `remove` must be called for it later."""
         self.pending[call.reply] = call
         self._wake.set()
         self._inbox.receivers[call.reply] = call.receive
 
     def remove(self, call: PendingCall) -> None:
-        """A call has ended, or nobody waits for it any more."""
+        """Remove a call that has completed, or whose caller no longer waits for it."""
         del self.pending[call.reply]
         self._inbox.receivers.pop(call.reply, None)
         self._watched.pop(call.reply, None)
@@ -161,7 +163,7 @@ class CallWatch:
         self._asked(worker_id).heard()
 
     def _on_answer(self, worker_id: str, message: Msg) -> None:
-        """Take in a worker's answer to a question about calls, or the server's report that it does not listen."""
+        """Process a worker's answer to a question about calls, or the server's report that it does not listen."""
         asked, now = self._asked(worker_id), asyncio.get_running_loop().time()
         if is_nobody(message):
             asked.gone(now)
@@ -199,7 +201,7 @@ class CallWatch:
                 await self._wake.wait()
             await asyncio.sleep(_TICK)
             now = loop.time()
-            for call in self.pending.values():  # the oldest first
+            for call in self.pending.values():  # oldest first
                 if now - call.watched_from < self._options.check_after:
                     break
                 self._watched[call.reply] = call
@@ -208,10 +210,10 @@ class CallWatch:
                     self._fail_offline(now, self._down_since)
                 elif self._watched:
                     await self._ask_about(self._judge_all(now), now)
-            except NatsrtError as error:  # the connection went down in between: the next round sees it
+            except NatsrtError as error:  # the connection has gone down; the next round handles that
                 logger.debug("could not ask about calls: %s", error)
-            except Exception:  # the watch must go on: without it every later call could hang
-                logger.exception("a round of the watch over calls failed")
+            except Exception:  # watching must continue, because otherwise every later call could hang
+                logger.exception("a round of the call watch failed")
 
     def _fail_offline(self, now: float, down_since: float) -> None:
         limit = self._options.offline_timeout
@@ -220,7 +222,7 @@ class CallWatch:
                 call.fail(ServerUnreachable(self._options.safe_servers, limit, "the connection was lost during a call"))
 
     def _judge_all(self, now: float) -> dict[str, list[PendingCall]]:
-        """Carry out the verdicts about the calls that take long. Returns the calls to ask each worker about."""
+        """Carry out the verdicts about the watched calls. Returns, for each worker to ask, the calls to ask about."""
         questions: dict[str, list[PendingCall]] = {}
         for call in list(self._watched.values()):
             if call.future.done():
@@ -251,10 +253,10 @@ class CallWatch:
             call.fail(WorkerLost(str(call.recipient), None, "no worker of its type knows the call"))
         else:
             self._directory.suspect(worker_id)
-            call.fail(WorkerLost(str(call.recipient), worker_id, "it does not answer any more"))
+            call.fail(WorkerLost(str(call.recipient), worker_id, "it no longer answers"))
 
     async def _ask_about(self, questions: dict[str, list[PendingCall]], now: float) -> None:
-        """Ask each worker about its calls if a question is due, and forget the workers about which nothing is asked."""
+        """Ask each worker about its calls if a question is due, and forget the workers that are not asked anything."""
         for worker_id, calls in questions.items():
             asked = self._asked(worker_id)
             if self._judge.is_lost(worker_id, now, self._connection.settled):
@@ -276,11 +278,14 @@ class CallWatch:
             await self._connection.publish(subject, body, reply=reply)
 
     async def _look_for(self, worker_id: str, asked: AskedWorker) -> None:
-        """Ask the server whether a silent worker still listens. A tap would hide its "no responders"."""
+        """Ask the server whether a worker that does not answer still listens.
+
+        A tap (``nats sub '>'``) would prevent the "no responders" message, so that message alone is not sufficient.
+        """
         try:
             listens = await self._probe.responder_exists(self._directory.worker_subject(worker_id))
-        except NatsrtError as error:  # the connection went down in between
-            logger.debug("could not look for worker %s: %s", worker_id, error)
+        except NatsrtError as error:  # the connection has gone down
+            logger.debug("could not check whether worker %s listens: %s", worker_id, error)
             return
         if listens:
             asked.listens()
@@ -290,7 +295,7 @@ class CallWatch:
     # -- calls without a worker ----------------------------------------------------------------------------------
 
     def _check(self, call: PendingCall, now: float) -> None:
-        """Look after a call for which the directory lists no worker: start a check, or apply ``plain_timeout``."""
+        """Handle a call for which the directory lists no worker: start a check, or apply ``plain_timeout``."""
         if call.plain_until is not None:
             if now > call.plain_until:
                 call.fail(CallTimeout(str(call.recipient), self._options.plain_timeout, "plain_timeout"))
@@ -312,13 +317,13 @@ class CallWatch:
         except NatsrtError as error:  # the directory could not be read
             logger.debug("could not check a call to %s: %s", call.recipient, error)
             if self._down_since is None and self._up_since < began:
-                call.fail(error)  # the connection held all the time; if it did not, the next round tries again
+                call.fail(error)  # the connection was up all the time; otherwise the next round tries again
         finally:
             call.checking = False
 
 
 def stopped(recipient: AgentId, worker_id: str | None = None) -> WorkerLost:
-    """The error of a call whose own runtime was stopped."""
+    """Return the error of a call whose caller's runtime was stopped."""
     return WorkerLost(str(recipient), worker_id, "this runtime was stopped")
 
 

@@ -2,13 +2,15 @@
 
 Rules:
 
-1. Every call has a reply subject of its own. A message on that subject belongs to that call only.
-2. "No responders" only speeds things up. No decision depends on it alone, because any tap (``nats sub '>'``) hides it.
-3. A call is sent again only if it was not handled: nobody listened, every worker was busy, or it was lost on its way.
-   `Attempts` decides how often and for how long.
-4. A call that takes longer is watched: see `natsrt.transport.call_watch`.
+1. Every call has its own reply subject. A message on that subject belongs to that call only.
+2. "No responders" is used only to react faster. No decision depends on it alone, because any tap (``nats sub '>'``)
+   prevents it.
+3. A call is sent again only if it was not handled: there was no subscriber, every worker was busy, or the call was lost
+   on its way. `Attempts` decides how often and for how long.
+4. A call that takes long is watched: see `natsrt.transport.call_watch`.
 
-Every wait ends: with a reply or a failure, by ``offline_timeout`` or ``plain_timeout``, or by the caller's own limit.
+Every wait ends: with a reply or an error, because of ``offline_timeout`` or ``plain_timeout``, or because of the
+caller's own limit.
 """
 
 from __future__ import annotations
@@ -29,14 +31,16 @@ from natsrt.transport.inbox import Inbox, is_nobody
 from natsrt.wire.failures import BUSY, SERVICE_ERROR_CODE
 
 _RESENDS = 3
-"""How often a call that was lost on its way is sent again. Each time takes about a second, so all take below 5 s."""
+"""How often a call that was lost on its way is sent again. Each attempt takes about a second, so all attempts together
+take less than 5 s."""
 _FIRST_PAUSE = 0.02
-"""Seconds before a call is first sent again. In a cluster, all servers have a new subscription within milliseconds."""
+"""Seconds before a call is sent again for the first time. In a cluster, all servers have a new subscription within
+milliseconds."""
 _NOBODY_PAUSE = 0.25
-"""The longest pause in seconds between two attempts if nobody listens."""
+"""Maximum pause between two attempts if there is no subscriber, in seconds."""
 _BUSY_PAUSE = 0.05
-"""The longest pause in seconds between two attempts if a worker is busy. It is short because a queue group chooses a
-worker at random: it may take several attempts to reach one that has room."""
+"""Maximum pause between two attempts if a worker is busy, in seconds. It is short because a queue group selects a
+worker at random, so it may take several attempts to reach one that has room."""
 _BUSY = str(BUSY)
 
 Link = Callable[[asyncio.Future[Any]], None]
@@ -44,7 +48,7 @@ Link = Callable[[asyncio.Future[Any]], None]
 
 
 class Destination(Protocol):
-    """Where a keyed agent lives. Until its owner is known, messages for it wait, in order."""
+    """The destination of messages for a keyed agent. Until the agent's owner is known, the messages wait in order."""
 
     subject: str
 
@@ -52,16 +56,16 @@ class Destination(Protocol):
         """True if a message may be sent now. Also extends the lease, as if one had been sent."""
 
     def join(self) -> asyncio.Future[None]:
-        """Take the next place in the queue of messages, now. Returns the turn for `wait`."""
+        """Take the next place in the queue of messages now. Returns the turn to pass to `wait`."""
 
     async def wait(self, turn: asyncio.Future[None]) -> None:
-        """Return when the message of ``turn`` may be sent. It must be sent at once."""
+        """Wait until the message of ``turn`` may be sent. It must then be sent at once."""
 
     def lost(self) -> None:
-        """Note that the owner must be looked up again: a message did not reach it, or it was refused."""
+        """Record that the owner must be looked up again, because a message did not reach it or was refused."""
 
     def owner_lost(self) -> None:
-        """Note that the worker that owns the agent was lost, and with it all agents that it owned."""
+        """Record that the worker that owns the agent was lost, and with it all agents that it owned."""
 
 
 class Attempts:
@@ -72,24 +76,24 @@ class Attempts:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._refused_at: float | None = None
-        """The time of the first refusal since the call was last lost on its way; None before one."""
+        """The time of the first refusal since the call was sent, or last lost on its way; None if there was none."""
         self._times_lost = 0
         self._pause = _FIRST_PAUSE
 
     def lost(self) -> bool:
-        """Note that the call was lost on its way. Returns whether to send it again."""
+        """Record that the call was lost on its way. Returns True if it is to be sent again."""
         self._times_lost += 1
         self._refused_at = None
         return self._times_lost <= _RESENDS
 
     def nobody(self, now: float) -> float | None:
-        """Note that nobody listened. Returns the seconds to wait before the call is sent again; None: give up."""
+        """Record that there was no subscriber. Returns the seconds to wait before sending again; None to give up."""
         if now - self._since(now) + self._pause > self._options.no_responders_retry:
             return None
         return self._next_pause(_NOBODY_PAUSE)
 
     def busy(self, now: float) -> float | None:
-        """Note that a worker was busy. Returns the seconds to wait before the call is sent again; None: give up."""
+        """Record that a worker was busy. Returns the seconds to wait before sending again; None to give up."""
         if now - self._since(now) > self._options.busy_retry:
             return None
         return self._next_pause(_BUSY_PAUSE)
@@ -121,11 +125,11 @@ class Calls:
 
     @property
     def pending(self) -> int:
-        """How many calls have not ended."""
+        """Number of calls that have not completed."""
         return len(self._watch.pending)
 
     def awaited(self) -> Iterator[tuple[str, object]]:
-        """The reply subject and ``awaited_by`` of each pending call that was sent with one."""
+        """Yield the reply subject and ``awaited_by`` of each pending call that was sent with ``awaited_by``."""
         for reply, call in self._watch.pending.items():
             if call.awaited_by is not None:
                 yield reply, call.awaited_by
@@ -136,7 +140,7 @@ class Calls:
         self._open = True
 
     async def stop(self) -> None:
-        """End the watch. Pending calls fail with `WorkerLost`, and so do calls that are made from now on."""
+        """Stop. Pending calls fail with `WorkerLost`, and so do calls that are made from now on."""
         self._open = False
         await self._watch.stop()
 
@@ -154,22 +158,22 @@ class Calls:
     ) -> Msg:
         """Send ``body``, and return the reply, which may also be an error or a refusal.
 
-        Cancelling this coroutine only forgets the call. To cancel the handler, use a cancellation token.
+        Cancelling this coroutine only stops the wait for the reply. To cancel the handler, use a cancellation token.
 
         Args:
             recipient: The agent that is called.
             body: The message, ready to be sent.
-            subject: The subject to send to; None: where the directory says.
-            destination: That of a keyed agent, which names the subject; None for all others.
-            sent: Called when the message is in the client's buffer, or in the queue of its destination. May be called
-                more than once. None: nothing is called.
-            link: Called with every future that is waited for; None: nothing is called.
+            subject: The subject to send to; None for the subject that the directory gives for ``recipient``.
+            destination: The destination of a keyed agent, which determines the subject; None for other agents.
+            sent: Called when the message is in the client's buffer, or in the queue of its destination. It may be
+                called more than once. None: no function is called.
+            link: Called with every future that is awaited; None: no function is called.
             headers: The headers of a plain call; None for none.
-            awaited_by: What waits for the reply, shown by `awaited`; None: not shown.
+            awaited_by: The object that waits for the reply, listed by `awaited`; None: the call is not listed.
 
         Raises:
-            UndeliveredCall: One of its subclasses says why there is no reply.
-            ServerUnreachable, PermissionDenied, MessageTooLarge: It could not be sent.
+            UndeliveredCall: There is no reply. The subclass of the error says why.
+            ServerUnreachable, PermissionDenied, MessageTooLarge: The call could not be sent.
         """
         attempts: Attempts | None = None
         while True:
@@ -179,7 +183,7 @@ class Calls:
                 await _wait_for_turn(destination, sent, link)
             call = self._begin(recipient, subject, destination, link, awaited_by)
             try:
-                if not call.future.done():  # else its token is cancelled already
+                if not call.future.done():  # otherwise its token is already cancelled
                     await self._connection.publish(call.subject, body, reply=call.reply, headers=headers)
                 if sent is not None:
                     sent()
@@ -193,7 +197,7 @@ class Calls:
                     destination.lost()
                 attempts = attempts or Attempts(self._options)
                 if not attempts.lost():
-                    raise WorkerLost(str(recipient), None, "it got lost on its way, again and again") from None
+                    raise WorkerLost(str(recipient), None, "the call was repeatedly lost on its way") from None
                 continue
             finally:
                 self._watch.remove(call)
@@ -212,7 +216,7 @@ class Calls:
         link: Link | None,
         awaited_by: object | None,
     ) -> PendingCall:
-        """A call that is about to be sent, under a reply subject of its own. `CallWatch.remove` must follow."""
+        """Return a call that is about to be sent, with a new reply subject. `CallWatch.remove` must be called later."""
         loop = asyncio.get_running_loop()
         if destination is not None:
             subject = destination.subject
@@ -228,9 +232,9 @@ class Calls:
     async def _pause(
         self, reply: Msg, recipient: AgentId, destination: Destination | None, attempts: Attempts
     ) -> float | None:
-        """Seconds after which to send the call again; None: the caller gets ``reply``.
+        """Return the seconds after which to send the call again; None if ``reply`` is the result.
 
-        Raises an error if nobody listens and the call cannot be sent again.
+        Raises an error if there was no subscriber and the call cannot be sent again.
         """
         now = asyncio.get_running_loop().time()
         if is_nobody(reply):

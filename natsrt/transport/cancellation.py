@@ -1,11 +1,11 @@
 """Cancellation tokens that work across processes.
 
-A token gets an id when it is first sent. The id travels as ``cancelid`` with every message that carries the token.
-``cancel()`` on any copy, in any process, is announced on the cancel subject and cancels every copy. As in AutoGen, a
-cancelled token only informs the handler; it does not end the handler's task.
+A token gets an id when it is first sent. Every message with the token contains the id as ``cancelid``. ``cancel()`` on
+any copy, in any process, is announced on the cancel subject and cancels every copy. As in AutoGen, a cancelled token
+only informs the handler; it does not end the handler's task.
 
-A cancellation may arrive before the message with its token, because the two may take different ways through a cluster.
-So the ids of cancellations are kept for `_REMEMBER` seconds.
+A cancellation may arrive before the message with its token, because the two may take different routes through a
+cluster. So the ids of cancellations are kept for `_REMEMBER` seconds.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _REMEMBER = 30.0
 _REPEATS = (1.0, 3.0, 6.0)
 """Seconds between the announcements of one cancellation."""
 _REMEMBER_AT_MOST = 10_000
-"""Ids of announced cancellations that are kept at a time; the oldest are dropped first."""
+"""Maximum number of ids of announced cancellations that are kept. The oldest are dropped first."""
 
 
 class _Shared:
-    """The id of one token, and the futures that it cancels. Kept by the token's callback, so it lives as the token."""
+    """The id of one token, and the futures that it cancels. The token's callback refers to it, so it lives as long as
+    the token."""
 
     __slots__ = ("__weakref__", "cancel_id", "futures")
 
@@ -71,17 +72,17 @@ class Cancellations:
         self.connection_made()
 
     async def stop(self) -> None:
-        await asyncio.sleep(0)  # what was cancelled just now is announced at least once
+        await asyncio.sleep(0)  # so that a token that was cancelled just now is announced at least once
         await self._announcing.cancel()
         if self._interest is not None:
             await self._connection.unsubscribe(self._interest)
             self._interest = None
 
     def connection_lost(self) -> None:
-        """Does nothing: what is cancelled meanwhile is announced when the connection is back."""
+        """Do nothing. Tokens that are cancelled while disconnected are announced after the reconnect."""
 
     def connection_made(self) -> None:
-        """Announce again what was cancelled lately: it may have been lost with the connection."""
+        """Announce recent cancellations again, since they may have been lost with the connection."""
         if self._interest is None:
             return
         for cancel_id in {*self._unsent, *self._announced}:
@@ -90,13 +91,13 @@ class Cancellations:
     # -- sending -------------------------------------------------------------------------------------------------
 
     def id_of(self, token: CancellationToken) -> str:
-        """The id under which ``token`` travels; made on first use."""
+        """Return the id with which ``token`` is sent. It is created on first use."""
         return self._share(token).cancel_id
 
     def link(self, token: CancellationToken, future: asyncio.Future[Any]) -> None:
-        """Cancel ``future`` when ``token`` is cancelled, for as long as the future is pending.
+        """Cancel ``future`` when ``token`` is cancelled, as long as the future is pending.
 
-        Unlike ``token.link_future`` this leaves nothing behind in a token that is used for many calls.
+        Unlike ``token.link_future``, this does not let a token that is used for many calls grow.
         """
         futures = self._share(token).futures
         futures.add(future)
@@ -116,7 +117,7 @@ class Cancellations:
         return shared
 
     def _cancelled_here(self, shared: _Shared) -> None:
-        """Called inside ``token.cancel()``, under the token's lock and perhaps in another thread."""
+        """Called inside ``token.cancel()``, with the token's lock held, and possibly in another thread."""
         loop = self._loop
         if loop is None or loop.is_closed():
             self._unsent.add(shared.cancel_id)
@@ -133,7 +134,7 @@ class Cancellations:
         self._announcing.spawn(self._announce(shared.cancel_id))
 
     async def _announce(self, cancel_id: str) -> None:
-        """Publish a cancellation several times, for runtimes that are reconnecting. A repetition changes nothing."""
+        """Publish a cancellation several times, for runtimes that are reconnecting. Repetitions have no effect."""
         for pause in _REPEATS:
             await self._broadcast(cancel_id)
             await asyncio.sleep(pause)
@@ -152,10 +153,10 @@ class Cancellations:
     # -- receiving -----------------------------------------------------------------------------------------------
 
     def token_of(self, cancel_id: str | None) -> CancellationToken:
-        """The token of a message that arrived.
+        """Return the token for a message that arrived.
 
-        All messages of one id get the same object, as long as anything refers to it. None: a new token that no other
-        process can cancel.
+        All messages with the same id get the same object, as long as there is a reference to it. If ``cancel_id`` is
+        None, the result is a new token that no other process can cancel.
         """
         if cancel_id is None:
             return CancellationToken()
@@ -187,5 +188,5 @@ class Cancellations:
         self._from_wire.add(cancel_id)
         try:
             token.cancel()
-        except Exception:  # from a callback that a user attached
+        except Exception:  # raised by a callback that the user added
             logger.exception("a callback of a cancellation token failed")

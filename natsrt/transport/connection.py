@@ -2,14 +2,14 @@
 
 Rules:
 
-1. Every message is handed to the sink of its subscription synchronously and in wire order. For this, a sink is passed
-   to nats-py as a ``future``, whose ``set_result`` nats-py calls in its read loop. Callbacks would lose the order over
-   several subscriptions, because nats-py runs them in one task per subscription. A sink must not wait, and must raise
-   only `CannotDecode`, for a message that it cannot read; such messages are logged and counted here. Any other
+1. Every message is passed to the sink of its subscription synchronously and in wire order. For this, a sink is passed
+   to nats-py as a ``future``, whose ``set_result`` nats-py calls in its read loop. With callbacks, the order across
+   subscriptions would be lost, because nats-py runs them in one task per subscription. A sink must not block, and may
+   raise only `CannotDecode`, for a message that it cannot read; such messages are logged and counted here. Any other
    exception would end nats-py's read loop, so `Ordered` catches and logs it.
-2. The connection never gives up. nats-py reconnects by itself, with three exceptions: after ``-ERR`` it closes for
-   good; if its read loop dies, it stays "connected" and receives nothing; a hung server with unsent data keeps it from
-   reconnecting. In these cases the supervisor connects a new client and repeats every subscription on it.
+2. The connection never gives up. nats-py reconnects automatically, except in three cases: after ``-ERR`` it closes
+   permanently; if its read loop has ended, it stays "connected" and receives nothing; if a server hangs while data is
+   unsent, it does not reconnect. In these cases the supervisor connects a new client and repeats every subscription.
 3. `barrier` returns only after the server has processed everything that was sent before. nats-py's own ``flush`` does
    not ensure that: it may write its PING ahead of commands that are still queued.
 
@@ -41,20 +41,21 @@ HEADER_OVERHEAD = 12
 
 _VIOLATION = re.compile(r"permissions violation for (publish|subscription)\w* to \"?([^\"\s]+)", re.IGNORECASE)
 _WATCH_INTERVAL = 1.0
-"""Seconds between two checks whether the client still answers."""
+"""Seconds between two checks whether the server still answers."""
 _ONE_REQUEST = 2.0
-"""Seconds for one request to JetStream: one that arrives while a cluster elects a leader is never answered."""
+"""Timeout of one request to JetStream in seconds. It is short, because a request that arrives while a cluster elects a
+leader is never answered."""
 _SLICE = 0.5
-"""Seconds of one slice of a wait for the server. A wait is cut into slices, so that a time in which the event loop was
-blocked counts as one slice only."""
+"""Length of one slice of a wait for the server, in seconds. A wait is divided into slices, so that a time in which the
+event loop was blocked counts as one slice only."""
 _PATIENCE = 6
-"""Slices without a sign of life (3 s) after which a client is replaced."""
+"""Number of slices without any data from the server (3 s) after which a client is replaced."""
 _SETTLED = 4.0
 """Seconds after a reconnect during which other runtimes may still be reconnecting."""
 
 
 class _Queued:
-    """The awaitable for a message that is queued already: awaiting it does not suspend."""
+    """The awaitable for a message that is already queued. Awaiting it does not suspend."""
 
     def __await__(self) -> Generator[None, None, None]:
         return _NO_WAIT
@@ -77,14 +78,14 @@ class Interest:
 
 
 class Listener(Protocol):
-    """Gets notice when the connection is lost and made. Neither method may raise or block."""
+    """Is notified when the connection is lost or made. Neither method may raise or block."""
 
     def connection_lost(self) -> None: ...
     def connection_made(self) -> None: ...
 
 
 class Connection:
-    """The connection of one runtime. Created unopened; `open` may be called again after `close`."""
+    """The connection of one runtime. It is created closed. `open` may be called again after `close`."""
 
     def __init__(self, options: Options, *, client_name: str) -> None:
         self._options = options
@@ -101,41 +102,41 @@ class Connection:
         self.reconnects = 0
         self._reconnected_at = -math.inf
         self.max_payload = 0
-        """Largest message in bytes, headers included: that of the present or last server; 0 before the first."""
+        """Maximum size of a message in bytes, including headers, of the current or last server; 0 before the first."""
         self.undecodable = 0
-        """Messages that could not be read, and were meant for no handler, or for none that could be found."""
+        """Number of messages that could not be read and were not for a handler, or for which none could be found."""
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property
     def connected(self) -> bool:
-        """Whether the client's state is "connected". Only a round trip proves that it is: see `barrier`."""
+        """True if the client's state is "connected". Only a round trip proves that it is connected: see `barrier`."""
         client = self._client
         return client is not None and client.is_connected and self._up.is_set()
 
     @property
     def settled(self) -> bool:
-        """Whether the last reconnect is long enough ago for all others to have reconnected too.
+        """True if enough time has passed since the last reconnect for all other runtimes to have reconnected too.
 
-        A worker that does not listen is then gone, and not just reconnecting.
+        A worker without a subscription is then gone, and not just reconnecting.
         """
         return asyncio.get_running_loop().time() - self._reconnected_at > _SETTLED
 
     @property
     def client(self) -> NatsClient:
-        """The present client. Do not keep it, because it may be replaced. Raises `ServerUnreachable` when not open."""
+        """The current client. Do not keep it, because it may be replaced. Raises `ServerUnreachable` if not open."""
         if self._client is None:
             raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection is not open")
         return self._client
 
     @property
     def jetstream(self) -> JetStreamContext:
-        """A JetStream context with a short timeout, for requests that are repeated if no answer comes."""
+        """A JetStream context with a short timeout, for requests that are repeated if they are not answered."""
         return self.client.jetstream(timeout=min(_ONE_REQUEST, self._options.connect_timeout))
 
     @property
     def server(self) -> str:
-        """The connected server as host and port, for messages; while disconnected, the configured servers."""
+        """Host and port of the connected server, for log messages; while disconnected, the configured servers."""
         url = self._client.connected_url if self._client is not None else None
         return f"{url.hostname}:{url.port}" if url is not None else ", ".join(self._options.safe_servers)
 
@@ -145,14 +146,18 @@ class Connection:
     def on_denied(self, callback: Callable[[PermissionDenied], None]) -> None:
         """Call ``callback`` for every publish or subscribe that the server refuses.
 
-        Neither raises an error, because the server's refusal arrives later and names only the subject.
+        `publish` and `subscribe` cannot raise this error, because it arrives later and contains only the subject.
         """
         self._denied.append(callback)
 
     # -- opening and closing -------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect. Raises `ServerUnreachable` after ``connect_timeout`` seconds, `PermissionDenied` when refused."""
+        """Connect.
+
+        Raises `ServerUnreachable` after ``connect_timeout`` seconds, and `PermissionDenied` if the server refuses the
+        credentials.
+        """
         self._closing = False
         self._connector.reset()
         try:
@@ -164,7 +169,7 @@ class Connection:
         self._supervisor = asyncio.create_task(self._supervise(), name="natsrt connection supervisor")
 
     async def close(self) -> None:
-        """Send what is queued and close. Harmless when closed."""
+        """Send the queued data, then close. Has no effect if closed."""
         self._closing = True
         self._up.clear()
         for waiter in self._waiting:
@@ -182,8 +187,8 @@ class Connection:
     async def wait_connected(self, timeout: float | None, begun: float | None = None) -> None:
         """Wait until connected.
 
-        Raises `ServerUnreachable` ``timeout`` seconds after the loop's time ``begun`` (None: now; a ``timeout`` of
-        None waits for ever), and when the connection is closed.
+        Raises `ServerUnreachable` after ``timeout`` seconds, counted from ``begun``, and if the connection is closed.
+        If ``timeout`` is None, there is no limit. ``begun`` is a time of the event loop's clock; None means now.
         """
         if self._up.is_set():
             return
@@ -207,7 +212,7 @@ class Connection:
     # -- what the client reports ---------------------------------------------------------------------------------
 
     async def client_error(self, error: Exception) -> None:
-        """Log an error of a client, and report what the server refused. Part of `ClientOwner`."""
+        """Log an error of a client, and report a permission that the server refused. Part of `ClientOwner`."""
         text = self._connector.note_error(error)
         if text is None:
             return
@@ -238,13 +243,13 @@ class Connection:
             self._made_again()
 
     def client_closed(self, client: NatsClient) -> None:
-        """Have a client replaced that closed for good. Part of `ClientOwner`."""
+        """Have a client replaced that has closed permanently. Part of `ClientOwner`."""
         if self._is_present(client):
             self._lost()
             self._replace.set()
 
     def _is_present(self, client: NatsClient) -> bool:
-        """False for a client that was replaced: what it reports no longer counts."""
+        """False for a client that was replaced. Its reports are ignored."""
         return self._client is client and not self._closing
 
     def _lost(self) -> None:
@@ -272,7 +277,7 @@ class Connection:
     # -- supervision ---------------------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
-        """Replace a client that closed, went deaf or hangs."""
+        """Replace a client that has closed, receives nothing any more, or hangs."""
         while True:
             try:
                 async with asyncio.timeout(_WATCH_INTERVAL):
@@ -285,7 +290,7 @@ class Connection:
             await self._renew()
 
     async def _answers(self) -> bool:
-        """Whether the server answers the client, or the client is reconnecting."""
+        """True if the server answers the client, or if the client is reconnecting."""
         client = self._client
         if client is None or client.is_closed:
             return False
@@ -293,20 +298,23 @@ class Connection:
         if not client.is_connected:
             return await self._begins_to_reconnect(client)
         ping = client.ping()
-        # Whatever arrives is a sign of life too: the PONG is behind it.
+        # Any message that arrives shows that the connection works. The PONG may be behind many of them.
         silent, heard = 0, client.stats["in_msgs"]
         while silent < _PATIENCE:
             await asyncio.wait({ping}, timeout=_SLICE)
             if ping.done():
                 return ping.cancelled() or ping.exception() is None or not client.is_connected
             if reconnects != self.reconnects:
-                return True  # the ping went to a connection that is gone; the next check decides
+                return True  # the ping was sent on a connection that is gone; the next check decides
             silent = silent + 1 if client.stats["in_msgs"] == heard else 0
             heard = client.stats["in_msgs"]
         return False
 
     async def _begins_to_reconnect(self, client: NatsClient) -> bool:
-        """Whether a disconnected client reports that in time. With data unsent to a hung server, nats-py never does."""
+        """True if a disconnected client reports its disconnection in time.
+
+        nats-py never does so if a server hangs while data for it is unsent.
+        """
         for _ in range(_PATIENCE):
             if not self._up.is_set() or client.is_connected:
                 return True
@@ -327,7 +335,7 @@ class Connection:
                     if interest in self._interests:
                         interest.current = await client.listen(interest.subject, interest.queue, interest.future)
                 await client.flush()
-            except Exception as error:  # whatever it is, the connection must come back
+            except Exception as error:  # the connection must be restored, whatever the error
                 self._connector.last_error = str(error) or type(error).__name__
                 logger.debug("a new client could not connect: %s", self._connector.last_error)
                 if self._client is not None:
@@ -341,7 +349,10 @@ class Connection:
     # -- sending and subscribing ---------------------------------------------------------------------------------
 
     def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> None:
-        """Raise `MessageTooLarge` for a message for which the server would close the connection. Headers count too."""
+        """Raise `MessageTooLarge` if the server would close the connection for the size of this message.
+
+        Headers count too.
+        """
         size = len(payload)
         if headers:
             size += HEADER_OVERHEAD + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
@@ -351,10 +362,10 @@ class Connection:
     def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> Awaitable[None]:
-        """Queue a message for the server. Await the result at once: there may be no room in the client's buffer.
+        """Queue a message for the server. Await the result at once, because the client's buffer may be full.
 
-        ``subject`` and ``reply`` must be valid subjects; they are not checked, because they are encoded names or came
-        from the server. Raises `MessageTooLarge`, and `ServerUnreachable` when the client's buffer is full while it
+        ``subject`` and ``reply`` must be valid subjects. They are not checked, because they are encoded names or came
+        from the server. Raises `MessageTooLarge`, and `ServerUnreachable` if the client's buffer is full while it
         reconnects.
         """
         client = self._client
@@ -375,7 +386,10 @@ class Connection:
             raise ServerUnreachable(self._options.safe_servers, 0.0, str(error)) from error
 
     async def subscribe(self, subject: str, sink: Sink, *, queue: str = "") -> Interest:
-        """Hand every message on ``subject`` to ``sink``, also after reconnects. In effect after a `barrier`."""
+        """Pass every message on ``subject`` to ``sink``, also after reconnects.
+
+        ``queue`` is the queue group; empty for none. The subscription is certain to be in effect after a `barrier`.
+        """
         interest = Interest(subject, queue, Ordered(sink, self.unreadable))
         self._interests[interest] = None
         if self._client is not None and not self._client.is_closed:
@@ -383,7 +397,10 @@ class Connection:
         return interest
 
     async def unsubscribe(self, interest: Interest) -> None:
-        """End ``interest``, once everything that the server sent for it was handed over. Harmless when it has ended."""
+        """End ``interest`` after every message that the server sent for it has been passed to its sink.
+
+        Has no effect if it has ended.
+        """
         if self._interests.pop(interest, self) is self:
             return
         current, interest.current = interest.current, None
@@ -398,11 +415,14 @@ class Connection:
             logger.debug("unsubscribing %s: %s", interest.subject, error)
 
     def holds(self, interest: Interest) -> bool:
-        """Whether ``interest`` has not been ended by `unsubscribe` or `close`."""
+        """True if ``interest`` has not been ended by `unsubscribe` or `close`."""
         return interest in self._interests
 
     async def barrier(self, timeout: float = 10.0) -> None:
-        """Return when the server has processed all that was sent before. Raises `ServerUnreachable`."""
+        """Wait until the server has processed everything that was sent before.
+
+        Raises `ServerUnreachable` after ``timeout`` seconds, or if the connection is lost.
+        """
         reconnects = self.reconnects
         flushing = asyncio.ensure_future(self.client.flush(cast(int, timeout)))
         flushing.add_done_callback(retrieve)
@@ -412,7 +432,7 @@ class Connection:
         finally:
             flushing.cancel()
         if not self.connected or reconnects != self.reconnects:
-            raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection was lost meanwhile")
+            raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection was lost while waiting")
         try:
             flushing.result()
         except (nats.errors.Error, OSError, TimeoutError) as error:

@@ -21,28 +21,28 @@ from natsrt.transport.client import NatsClient
 logger = logging.getLogger("natsrt.connection")
 
 _ONE_ATTEMPT = 2.0
-"""Seconds for one server to accept a connection."""
+"""Maximum time for one server to accept a connection, in seconds."""
 _ONE_CLOSE = 2.0
-"""Seconds for a client to close, after which it is left as it is."""
+"""Maximum time to wait for a client to close, in seconds."""
 
 
 class ClientOwner(Protocol):
-    """Gets the reports of the clients that it has connected, of those that it replaced too."""
+    """Receives the reports of the clients that it has connected, including clients that it has replaced."""
 
     async def client_error(self, error: Exception) -> None:
-        """A client reports an error, perhaps before it is connected."""
+        """Called when a client reports an error, possibly before it is connected."""
 
     def unreadable(self, error: CannotDecode) -> None:
-        """A client received what it cannot read."""
+        """Called when a client received a message that it cannot read."""
 
     def client_disconnected(self, client: NatsClient) -> None:
-        """The client lost its connection; it reconnects by itself."""
+        """Called when the client has lost its connection. It reconnects automatically."""
 
     def client_reconnected(self, client: NatsClient) -> None:
-        """The client is connected again."""
+        """Called when the client is connected again."""
 
     def client_closed(self, client: NatsClient) -> None:
-        """The client closed, and will not reconnect."""
+        """Called when the client has closed and will not reconnect."""
 
 
 class Connector:
@@ -52,9 +52,9 @@ class Connector:
         self._options = options
         self._name = client_name
         self.last_error: str | None = None
-        """The text of the last error, for those who wait in vain; None before one."""
+        """The text of the last error, for the errors of waits that time out; None if there was none."""
         self._discovered: dict[str, None] = {}
-        """Servers of the cluster that former clients learned of: a new client may have to connect to one of them."""
+        """Servers of the cluster that former clients discovered. A new client may have to connect to one of them."""
         self._refused: asyncio.Future[None] | None = None
         """Fails when the server refuses the credentials; None while no client is being connected."""
 
@@ -64,8 +64,8 @@ class Connector:
         self._discovered.clear()
 
     def discover(self, client: NatsClient) -> None:
-        """Keep the servers that ``client`` has learned of for later clients."""
-        if not any(url.startswith("ws") for url in self._options.servers):  # nats-py takes them for TCP's there
+        """Keep the servers that ``client`` has discovered for later clients."""
+        if not any(url.startswith("ws") for url in self._options.servers):  # nats-py would use them as TCP servers
             self._discovered |= dict.fromkeys(url.geturl() for url in client.discovered_servers)
 
     def note_error(self, error: Exception) -> str | None:
@@ -78,9 +78,9 @@ class Connector:
         return text
 
     async def connect(self, owner: ClientOwner, timeout: float) -> NatsClient:
-        """A new client, connected, that reports to ``owner``.
+        """Return a new, connected client that reports to ``owner``.
 
-        Raises `ServerUnreachable` after ``timeout`` seconds, `PermissionDenied` when the credentials are refused.
+        Raises `ServerUnreachable` after ``timeout`` seconds, and `PermissionDenied` if the credentials are refused.
         """
         client = NatsClient(owner.unreadable)
         settings = self._options.connect_kwargs()
@@ -96,7 +96,7 @@ class Connector:
                 disconnected_cb=_bound(client, owner.client_disconnected),
                 reconnected_cb=_bound(client, owner.client_reconnected),
                 closed_cb=_bound(client, owner.client_closed),
-                skip_subject_validation=True,  # ours are encoded names, checked where they are made
+                skip_subject_validation=True,  # natsrt's subjects are encoded names, which are valid by construction
             )
         )
         try:
@@ -121,7 +121,7 @@ class Connector:
 
 
 def _bound(client: NatsClient, report: Callable[[NatsClient], None]) -> Callable[[], Awaitable[None]]:
-    """A callback for nats-py, which passes no argument."""
+    """Return a callback without arguments, as nats-py needs it, that calls ``report`` with ``client``."""
 
     async def call() -> None:
         report(client)

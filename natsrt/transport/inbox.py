@@ -1,7 +1,7 @@
 """The inbox of one runtime: one subscription for all replies to it.
 
-Each request gets a reply subject of its own, ``<inbox_prefix>.<nonce>.<token>``, so a message on that subject belongs
-to that request only.
+Each request gets its own reply subject, ``<inbox_prefix>.<nonce>.<token>``, so a message on that subject belongs to
+that request only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest
 
 Receiver = Callable[[Msg], None]
-"""Called in the read loop for each message on one reply subject. Must not block; may raise `CannotDecode` only."""
+"""Called in the read loop for each message on one reply subject. Must not block, and may raise only `CannotDecode`."""
 
 _POSTED_FOR = 2.0
-"""Seconds for which the server's "no responders" to a posted message is waited for. It normally takes 0.4 ms."""
+"""Maximum time to wait for the server's "no responders" to a posted message, in seconds. It normally takes 0.4 ms."""
 _POSTED_AT_MOST = 10_000
-"""Posted messages that are watched at a time; they take a few megabytes."""
+"""Maximum number of posted messages that are watched at a time. They take a few megabytes."""
 
 
 class Inbox:
@@ -34,13 +34,13 @@ class Inbox:
         self._root = ""
         self._counter = 0
         self.receivers: dict[str, Receiver] = {}
-        """What receives the messages on each reply subject. Messages on any other one are ignored."""
+        """The receiver of each reply subject. Messages on any other reply subject are ignored."""
         self._posted: deque[tuple[float, str]] = deque()
         self._interest: Interest | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether replies arrive."""
+        """True if the inbox is subscribed, so that replies arrive."""
         return self._interest is not None
 
     async def start(self) -> None:
@@ -48,24 +48,25 @@ class Inbox:
         self._interest = await self._connection.subscribe(f"{self._root}.*", self._on_message)
 
     async def stop(self) -> None:
-        """Take no more replies. Harmless when stopped."""
+        """Accept no more replies. Has no effect if stopped."""
         interest, self._interest = self._interest, None
         if interest is not None:
             await self._connection.unsubscribe(interest)
 
     def subject(self, token: str) -> str:
-        """The reply subject of a token, which must be a valid token of a subject."""
+        """Return the reply subject for ``token``, which must be a valid token of a subject."""
         return f"{self._root}.{token}"
 
     def new_subject(self, kind: str = "") -> str:
-        """A reply subject that was not used before. ``kind``: letters that its token starts with."""
+        """Return a reply subject that was not used before. Its token starts with ``kind``."""
         self._counter += 1
         return f"{self._root}.{kind}{self._counter:x}"
 
     async def post(self, subject: str, body: bytes, lost: Callable[[], None]) -> None:
-        """Send a message that gets no answer. Calls ``lost`` if the server reports soon that nobody listens.
+        """Send a message that is not answered.
 
-        Raises as `Connection.publish` does.
+        Calls ``lost`` if the server reports within 2 s that there is no subscriber. Raises the same errors as
+        `Connection.publish`.
         """
         now = asyncio.get_running_loop().time()
         while self._posted and (self._posted[0][0] < now - _POSTED_FOR or len(self._posted) >= _POSTED_AT_MOST):
@@ -82,5 +83,5 @@ class Inbox:
 
 
 def is_nobody(message: Msg) -> bool:
-    """Whether a message is the server's report that nobody listens ("no responders")."""
+    """True if a message is the server's report that there is no subscriber ("no responders")."""
     return message.headers is not None and message.headers.get("Status") == "503" and not message.data

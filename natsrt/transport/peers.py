@@ -1,6 +1,6 @@
-"""Questions to other workers, each on the worker's own subject ``natsrt.worker.<worker_id>``.
+"""Asks questions to other workers, on the subject of each worker, ``natsrt.worker.<worker_id>``.
 
-`natsrt.hosting.peer_answers` answers them. The questions about calls are asked by `natsrt.transport.call_watch`.
+`natsrt.hosting.peer_answers` answers them. Questions about calls are asked by `natsrt.transport.call_watch`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from natsrt.wire.peer_messages import Claim, WaitLink, read_claim, read_links
 from natsrt.wire.subjects import Subjects
 
 _ALIVE_WITHIN = 1.0
-"""Seconds within which a living worker answers."""
+"""Maximum time to wait for the answer that shows that a worker is alive, in seconds."""
 _LINKS_WITHIN = 0.5
-"""Seconds to wait for what a worker's calls wait for. A worker that is late is asked again in the next round."""
+"""Maximum time to wait for an answer in `Peers.links`, in seconds. A worker that answers late is asked again in the
+next round."""
 _TAPPED_AFTER = 0.1
-"""Seconds without an answer after which the server is asked who listens: a tap hides its "no responders"."""
+"""Seconds without an answer after which the server is asked whether there is a subscriber. This is needed because a tap
+prevents the "no responders" message."""
 
 
 class Peers:
@@ -39,30 +41,32 @@ class Peers:
         self._subjects = subjects
 
     async def alive(self, worker_id: str) -> bool:
-        """Whether a worker answers."""
+        """True if a worker answers within 1 s."""
         return await self._ask_worker(worker_id, envelope.FATE, {"calls": []}, _ALIVE_WITHIN) is not None
 
     async def listens(self, worker_id: str) -> bool:
-        """Whether the server still has a worker's subscription to its own subject; True if no server reported."""
+        """True if the server has a worker's subscription to the worker's subject, or if no server reported."""
         return await self._probe.listens(self._subjects.worker(worker_id))
 
     async def serves(self, worker_id: str, agent_type: str, revision: int, timeout: float) -> bool:
-        """Whether a worker confirms within ``timeout`` seconds that it serves the subscriptions of an agent type as
-        the registry has them at ``revision``."""
+        """True if a worker confirms within ``timeout`` seconds that it serves the subscriptions of an agent type.
+
+        These are the subscriptions in the registry at ``revision``.
+        """
         question = {"agent_type": agent_type, "revision": revision}
         return await self._ask_worker(worker_id, envelope.SERVE, question, timeout) is not None
 
     async def claim(self, worker_id: str, agent: AgentId, chain: Collection[str], timeout: float) -> Claim | None:
-        """A worker's claim on a keyed agent; None if it does not answer within ``timeout`` seconds.
+        """Return a worker's claim on a keyed agent; None if it does not answer within ``timeout`` seconds.
 
-        ``chain`` is the chain of the message that the agent is needed for. Raises `CannotDecode`.
+        ``chain`` is the chain of the message for which the agent is needed. Raises `CannotDecode`.
         """
         question = {"agent_type": agent.type, "key": agent.key, "chain": list(chain)}
         answer = await self._ask_worker(worker_id, envelope.OWNER, question, timeout)
         return None if answer is None else read_claim(answer)
 
     async def links(self, worker_id: str, calls: Sequence[str]) -> list[WaitLink]:
-        """What the given calls wait for on a worker; empty if it does not answer. Raises `CannotDecode`."""
+        """Return the calls for which ``calls`` wait on a worker; empty if it does not answer. Raises `CannotDecode`."""
         answer = await self._ask_worker(worker_id, envelope.WAITS, {"calls": calls}, _LINKS_WITHIN)
         return [] if answer is None else read_links(answer)
 
@@ -73,9 +77,9 @@ class Peers:
         return answer if answer is not None and answer.type == envelope.REPLY else None
 
     async def ask(self, subject: str, body: bytes, timeout: float) -> Msg | None:
-        """Send a question. Returns the first answer; None if nobody listens, or after ``timeout`` seconds.
+        """Send a question. Returns the first answer; None if there is no subscriber, or after ``timeout`` seconds.
 
-        Raises as `Connection.publish` does.
+        Raises the same errors as `Connection.publish`.
         """
         reply = self._inbox.new_subject("q")
         answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()

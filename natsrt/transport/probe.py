@@ -1,8 +1,8 @@
-"""Asks the server whether a subscriber that may answer listens on a subject.
+"""Asks the server whether a subject has a subscriber that may answer.
 
-"No responders" does not show that, because a tap (``nats sub '>'``) counts as a listener too. Message tracing does
-(nats-server 2.11, ADR-41): the server delivers a message with the header ``Nats-Trace-Only`` to nobody, and reports
-every subscription that would have received it. A subscription with a queue group, or one without wildcards, counts as a
+"No responders" does not show that, because a tap (``nats sub '>'``) counts as a subscriber too. Message tracing does
+(nats-server 2.11, ADR-41): the server does not deliver a message with the header ``Nats-Trace-Only``, and reports every
+subscription that would have received it. A subscription with a queue group, or one without wildcards, counts as a
 responder; a wildcard subscription without a queue group counts as a tap.
 """
 
@@ -22,23 +22,23 @@ TRACE_DEST: Final = "Nats-Trace-Dest"
 TRACE_ONLY: Final = "Nats-Trace-Only"
 
 _WAIT = 0.15
-"""Seconds to wait for the reports of all servers of a cluster; a single server reports within a millisecond."""
+"""Seconds to wait for the reports of all servers of a cluster. A single server reports within a millisecond."""
 _CLIENT = 0
-"""The kind of a connection, in a report, if it is a client's and not another server's."""
+"""The kind of a client's connection in a report. Connections of other servers have other kinds."""
 
 
 class Probe:
-    """Asks the server about listeners."""
+    """Asks the server about subscribers."""
 
     def __init__(self, connection: Connection, inbox: Inbox) -> None:
         self._connection = connection
         self._inbox = inbox
 
     async def responder_exists(self, subject: str) -> bool | None:
-        """Whether a subscriber on ``subject`` looks like one that replies; None if no server reported in time.
+        """True if ``subject`` has a subscriber that may reply; None if no server reported in time.
 
-        A server without message tracing reports nothing. With such a server, calls to plain responders must be answered
-        within ``check_after``. Raises `ServerUnreachable`.
+        A server without message tracing does not report. With such a server, plain responders must answer calls within
+        ``check_after``. Raises `ServerUnreachable`.
         """
         found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -60,12 +60,12 @@ class Probe:
             self._inbox.receivers.pop(reply, None)
 
     async def listens(self, subject: str) -> bool:
-        """Whether a subscriber that may answer listens on ``subject``; True also if no server reported in time."""
+        """True if ``subject`` has a subscriber that may answer, or if no server reported in time."""
         return await self.responder_exists(subject) is not False
 
 
 def _verdict(report: bytes) -> bool | None:
-    """True for a responder, False for none, None if another server of the cluster will report."""
+    """True if there is a responder; False if there is none; None if another server of the cluster will report."""
     try:
         content = orjson.loads(report)
     except orjson.JSONDecodeError:

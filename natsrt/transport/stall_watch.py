@@ -1,4 +1,7 @@
-"""Detects afterwards that the process stood still: stopped by a signal, frozen with its machine, held by a handler."""
+"""Detects that the process did not run for some time.
+
+Causes are a stop signal, a frozen machine, or a handler that blocks the event loop. A stall is detected after it ends.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ from collections.abc import Callable
 from time import monotonic
 
 _BEAT = 0.25
-"""Seconds between two looks. A stall is measured to within this time, which is short against limits of seconds."""
+"""Seconds between two checks. The length of a stall is measured with this precision, which is enough for limits of
+seconds."""
 
 
 class StallWatch:
-    """Calls ``stalled`` when the event loop did not run for more than ``limit`` seconds.
+    """Calls ``stalled`` after the event loop did not run for more than ``limit`` seconds.
 
-    That happens before anything is read that arrived during the stall: a timer that is due runs in the first turn of
+    It is called before any data that arrived during the stall is read: a timer that is due runs in the first turn of
     the loop, and the data of the socket is parsed in the second. Callbacks that were ready before the stall run even
-    earlier; they can call `look`.
+    earlier. They can call `look`.
     """
 
     def __init__(self, limit: float, stalled: Callable[[], None]) -> None:
@@ -27,21 +31,21 @@ class StallWatch:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin to watch. Harmless when started."""
+        """Start watching. Has no effect if started."""
         if self._timer is None:
             self._looked_at = monotonic()
             self._timer = self._loop.call_later(_BEAT, self._beat)
 
     def stop(self) -> None:
-        """Stop watching. Harmless when stopped."""
+        """Stop watching. Has no effect if stopped."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
             self._looked_at = math.inf
 
     def look(self) -> None:
-        """Look now instead of at the next beat. Cheap, and harmless when stopped."""
-        now = monotonic()  # the clock of an event loop may stand still while its callbacks run, as uvloop's does
+        """Check now instead of at the next beat. Cheap. Has no effect if stopped."""
+        now = monotonic()  # the clock of an event loop may not advance while callbacks run; uvloop's does not
         if now - self._looked_at > self._limit:
             self._looked_at = now
             self._stalled()

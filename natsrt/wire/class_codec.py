@@ -45,7 +45,7 @@ class ClassCodec(Codec):
 
     def mark(self, tree: Any) -> dict[str, Any]:
         if type(tree) is not dict:
-            raise Refused(f'the serializer of {self.name} does not write a JSON object, so "{TYPE_KEY}" has no place')
+            raise Refused(f'the serializer of {self.name} does not write a JSON object, so it cannot have "{TYPE_KEY}"')
         if TYPE_KEY in tree:
             raise Refused(f'a field of {self.name} has the reserved name "{TYPE_KEY}"')
         return {TYPE_KEY: self.name, **tree}
