@@ -124,6 +124,12 @@ async def test_the_reply_of_an_accepted_call_is_evicted_after_keep_replies(
         assert answer["remembers"] < time.monotonic() - began + 1.0  # so its caller cannot conclude that it never came
 
 
+async def test_a_call_that_ends_before_accept_after_is_never_accepted(server: EmbeddedServer, namespace: str) -> None:
+    async with worker_and_caller(server.url, namespace, accept_after=30, keep_replies=30) as caller:
+        await caller.done("slow", Work("sleep", "several sweeps", 10 * call_log._SWEEP))
+        assert caller.accepted == []
+
+
 async def test_a_call_that_runs_is_said_to_run_and_is_accepted_by_the_answer(
     server: EmbeddedServer, namespace: str
 ) -> None:

@@ -93,3 +93,37 @@ async def test_an_agent_that_is_used_again_while_it_is_released_is_reached_along
         assert (await caller.send_message(Add(1), agent("k"))).value == 12
     finally:
         await client.close()
+
+
+def due(worker: natsrt.NatsAgentRuntime, seconds: float) -> list[str]:
+    """What the housekeeping of a worker would do with its agents in so many seconds."""
+    releasing = worker.running.ownership._releasing
+    now = asyncio.get_running_loop().time()
+    work = [one for hosted in releasing._catalog for one in releasing._due(hosted, now + seconds)]
+    for one in work:
+        one.close()
+    return [one.__name__ for one in work]
+
+
+async def test_an_agent_is_released_after_its_idle_timeout_and_not_before(place: Place) -> None:
+    owner = await place.worker("w1", KeyedOptions(idle_timeout=100))
+    await (await place.caller()).send_message(Add(1), agent("k"))
+    assert (due(owner, 90), due(owner, 110)) == ([], ["release"])
+
+
+async def test_an_agent_in_use_is_not_released_however_long_it_takes(place: Place) -> None:
+    owner = await place.worker("w1", KeyedOptions(idle_timeout=100))
+    call = asyncio.ensure_future((await place.caller()).send_message(Hold("gate"), agent("k")))
+    await asyncio.wait_for(place.life.gate("gate began").wait(), 5)
+    assert due(owner, 1000) == []
+    place.life.gate("gate").set()
+    await call
+    assert due(owner, 1000) == ["release"]
+
+
+async def test_a_changed_state_is_stored_at_the_interval_and_not_before(place: Place) -> None:
+    owner = await place.worker("w1", KeyedOptions(save="interval", save_interval=100, idle_timeout=None))
+    await (await place.caller()).send_message(Add(1), agent("k"))
+    assert (due(owner, 90), due(owner, 110)) == ([], ["_store_in_background"])
+    await owner.store_state(agent("k"))
+    assert due(owner, 1000) == []
