@@ -260,6 +260,7 @@ def test_a_handler_that_works_for_an_hour_is_not_cut_off(tapped: bool) -> None:
         world.workers.start(lambda: 3600.0)
         assert (await world.call(b"x")).data == b"x"
         assert world.calls.pending == 0
+        assert not world.workers.suspected
 
     in_world(test, tapped=tapped)
 
@@ -324,6 +325,22 @@ def test_a_worker_that_subscribes_again_in_time_has_lost_after() -> None:
         await asyncio.sleep(8.0)
         worker.thaw()
         assert (await call).data == b"1"
+        assert not world.workers.suspected
+
+    in_world(test, lost_after=LOST_AFTER)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_froze_before_they_took_a_call_are_suspected(workers: int) -> None:
+    async def test(world: World) -> None:
+        frozen = [world.workers.start() for _ in range(workers)]
+        for worker in frozen:
+            worker.freeze()
+        call = world.call()
+        assert LOST_AFTER <= await took(call) < LOST_AFTER + 1.0
+        with pytest.raises(WorkerLost, match="no worker of its type knows the call"):
+            await call
+        assert world.workers.suspected.keys() == {worker.worker_id for worker in frozen}
 
     in_world(test, lost_after=LOST_AFTER)
 

@@ -127,3 +127,38 @@ async def test_a_changed_state_is_stored_at_the_interval_and_not_before(place: P
     assert (due(owner, 90), due(owner, 110)) == ([], ["_store_in_background"])
     await owner.store_state(agent("k"))
     assert due(owner, 1000) == []
+
+
+async def test_an_agent_that_is_lost_while_it_is_claimed_leaves_no_subscription_behind(place: Place) -> None:
+    """A second subscription of one worker to an agent's subject would let it handle every call twice."""
+    owner = await place.worker("w1")
+    caller = await place.caller()
+    ownership = owner.running.ownership
+    listen, subscribed = ownership._subjects.listen, list[Interest]()
+
+    async def listen_late(hosted: Any, key: str) -> Interest:
+        if not subscribed:
+            present = await caller.running.records.read(agent("k"))
+            assert present is not None
+            await caller.running.records.take(present, "a-worker-that-is-gone")
+            ownership.doubt()
+            await eventually(lambda: ownership.owned("counting") == 0)
+        subscribed.append(await listen(hosted, key))
+        return subscribed[-1]
+
+    ownership._subjects.listen = listen_late  # type: ignore[method-assign]
+    assert (await caller.send_message(Add(1), agent("k"))).value == 1
+    assert (await caller.send_message(Add(1), agent("k"))).value == 2
+    assert len(subscribed) == 2
+    assert [owner.running.connection.holds(interest) for interest in subscribed] == [False, True]
+
+
+async def test_an_agent_whose_handler_does_not_end_is_closed_when_its_worker_stops(place: Place) -> None:
+    owner = await place.worker("w1", drain_timeout=0.2)
+    caller = await place.caller()
+    call = asyncio.ensure_future(caller.send_message(Hold("never"), agent("k")))
+    await asyncio.wait_for(place.life.gate("never began").wait(), 5)
+    await owner.stop()
+    assert place.life.closed == [("counting/k", "w1")]
+    with pytest.raises(natsrt.errors.UndeliveredCall):
+        await call

@@ -254,7 +254,9 @@ class Ownership(RegistryListener):
         except BaseException:
             await self._instances.drop(slot)
             raise
-        if self._slots.must_leave(slot):  # since the claim began
+        if slot.record is None:  # lost meanwhile, before there was a subscription to end
+            await self._instances.drop(slot)
+        elif self._slots.must_leave(slot):  # since the claim began
             self._releasing.release_soon(slot)
         return None
 

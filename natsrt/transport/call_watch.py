@@ -244,16 +244,18 @@ class CallWatch:
                 case Verdict.NEVER_RECEIVED:
                     call.fail(NeverReceived())
                 case Verdict.LOST:
-                    self._lost(call)
+                    self._lost(call, workers, now)
         return questions
 
-    def _lost(self, call: PendingCall) -> None:
-        worker_id = call.accepted_by
-        if worker_id is None:
-            call.fail(WorkerLost(str(call.recipient), None, "no worker of its type knows the call"))
+    def _lost(self, call: PendingCall, workers: Sequence[str], now: float) -> None:
+        if call.accepted_by is not None:
+            workers, reason = (call.accepted_by,), "it no longer answers"
         else:
-            self._directory.suspect(worker_id)
-            call.fail(WorkerLost(str(call.recipient), worker_id, "it no longer answers"))
+            reason = "no worker of its type knows the call"
+        for worker_id in workers:
+            if self._judge.is_lost(worker_id, now, self._connection.settled):
+                self._directory.suspect(worker_id)
+        call.fail(WorkerLost(str(call.recipient), call.accepted_by, reason))
 
     async def _ask_about(self, questions: dict[str, list[PendingCall]], now: float) -> None:
         """Ask each worker about its calls if a question is due, and forget the workers that are not asked anything."""
