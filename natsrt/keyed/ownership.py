@@ -4,8 +4,8 @@ Rules:
 
 1. The stored record decides who owns an agent. Every write to it names the revision that it follows, so a worker that
    lost the ownership, frozen or cut off, cannot store anything any more: it drops its instance.
-2. A worker that stood still, was disconnected or was taken for dead verifies its records again before it handles a
-   message or answers one.
+2. A worker that was blocked, disconnected or taken for dead verifies its records again before it handles or answers a
+   message.
 3. An owner that does not answer is replaced when the registry no longer lists it, or when the server says that it does
    not listen and that this cannot be a reconnect that all workers go through.
 
@@ -338,7 +338,7 @@ class Ownership(RegistryListener):
                 logger.info("the ownership of an agent cannot be verified yet: %s", outcome)
 
     def _stalled(self) -> None:
-        """This worker stood still. Each record is verified before the agent's next message is handled or answered.
+        """This worker's event loop was blocked. Each record is verified before the agent's next message is handled or answered.
 
         A worker that was taken for dead loses its connection or its registry entry, too. Then `doubt` verifies all at
         once.
