@@ -338,7 +338,7 @@ class Ownership(RegistryListener):
                 logger.info("the ownership of an agent cannot be verified yet: %s", outcome)
 
     def _stalled(self) -> None:
-        """This worker's event loop was blocked. Each record is verified before the agent's next message is handled or answered.
+        """The event loop was blocked. Each record is verified before the agent's next message is handled or answered.
 
         A worker that was taken for dead loses its connection or its registry entry, too. Then `doubt` verifies all at
         once.
