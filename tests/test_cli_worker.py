@@ -339,7 +339,7 @@ async def test_a_worker_finishes_what_it_does_and_a_second_signal_ends_it(
     async with _running(client.send_message("wait 60", AgentId("echo", "k"))) as reply:
         await worker.wait_for_line("waiting")
         worker.terminate()
-        await worker.wait_for_line("finishes 1 handlers")
+        await worker.wait_for_line("finishing 1 handlers")
         worker.terminate()
         assert await worker.wait() == 0
         with pytest.raises(Exception, match="stopped before its handler"):
@@ -454,7 +454,7 @@ async def test_a_second_signal_to_the_supervisor_stops_all_at_once(start: Start,
     async with _running(client.send_message("wait 60", AgentId("echo", "k"))):
         await supervisor.wait_for_line("waiting")
         supervisor.terminate()
-        await supervisor.wait_for_line("finishes 1 handlers")
+        await supervisor.wait_for_line("finishing 1 handlers")
         supervisor.terminate()
         assert await supervisor.wait(20) == 0
     assert not any(is_alive(pid) for pid in pids)

@@ -31,8 +31,7 @@ class Health:
     connected: bool = False
     """True if it is connected. If a server hangs, this becomes False within some seconds."""
     reconnects: int = 0
-    """How often the connection was lost and restored. If it keeps growing, the network is unreliable or the program is
-    too slow."""
+    """How often the connection was lost and restored. A growing count means a bad network or too slow a program."""
     in_step: bool = False
     """True if the view of the registry is complete and everything that this runtime hosts is stored there."""
     workers: int = 0
