@@ -16,7 +16,7 @@ class InProcess(RuntimeCaller, RuntimeWorker):
     _shared: SingleThreadedAgentRuntime | None = None
 
     async def open(self) -> AgentRuntime:
-        """Return the one runtime, which all publishers share because there are no connections."""
+        """Return the only runtime. All publishers share it, because there are no connections."""
         if self._shared is None:
             self._shared = SingleThreadedAgentRuntime()
             self._shared.start()
