@@ -15,7 +15,9 @@ _POLL_SECONDS = 0.05
 
 
 async def measure(*, messages: int = 10_000, keys: int = 100, workers: int = 3, tap: bool = False) -> list[Figure]:
-    """Send from one process while another process sends to other agents. An event counts once per subscribed agent type.
+    """Send from one process while another process sends to other agents.
+
+    In the figures, an event counts once for each subscribed agent type.
 
     Args:
         messages: Number of calls and events to send.
