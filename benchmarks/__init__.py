@@ -1,1 +1,1 @@
-"""Measurements of natsrt beside bare nats-py and AutoGen's other runtimes: ``python -m benchmarks``."""
+"""Compares natsrt with bare nats-py and AutoGen's other runtimes: ``python -m benchmarks``."""

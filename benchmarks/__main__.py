@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, and show, keep, plot and document the figures."""
+"""``python -m benchmarks``: measures, and prints, saves, plots and documents the figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from natsrt.embedded import EmbeddedServer
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 _WIDTH = 140
-"""Columns of the tables where they do not go to a terminal."""
+"""Width of the tables in columns if the output is not a terminal."""
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -32,9 +32,13 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--peer", "peers", multiple=True, type=click.Choice([p.name for p in ALL_PEERS]), help="Only these peers."
 )
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Turns that count.")
-@click.option("--seconds", default=1.0, show_default=True, type=click.FloatRange(0.05), help="Length of a turn, about.")
-@click.option("--short", is_flag=True, help="A few messages in one round: for correctness, the figures mean nothing.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Rounds after the warm-up.")
+@click.option(
+    "--seconds", default=1.0, show_default=True, type=click.FloatRange(0.05), help="Approximate length of a turn."
+)
+@click.option(
+    "--short", is_flag=True, help="Send a few messages in one round, to check correctness. The figures mean nothing."
+)
 @click.option("--loop", default="asyncio", show_default=True, type=click.Choice(["asyncio", "uvloop"]))
 @click.option("--json", "json_file", type=_FILE, help="Write the results to this file.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Write PNG and SVG to this directory.")
@@ -43,7 +47,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "earlier",
     multiple=True,
     type=_FILE,
-    help="Measure nothing, take this file of --json; several: several runs.",
+    help="Measure nothing; read this file, written by --json. Repeat the option for several runs.",
 )
 @click.option(
     "--update-docs", is_flag=True, help=f"Fill the tables and plots of {DOCUMENT.parent.name}/{DOCUMENT.name}."
@@ -61,11 +65,11 @@ def main(
     earlier: tuple[Path, ...],
     update_docs: bool,
 ) -> None:
-    """Measure natsrt beside bare nats-py and AutoGen's other runtimes, in turns.
+    """Compare natsrt with bare nats-py and AutoGen's other runtimes, in turns.
 
-    SCENARIOS are names as --list shows them, or patterns such as 'calls-*'; without any, all of them.
+    SCENARIOS are names from --list, or patterns such as 'calls-*'. Without any, all scenarios run.
 
-    Exit code 1 says that a row failed; rows of packages that are not installed do not count.
+    The exit code is 1 if a row failed. Rows whose packages are not installed do not count as failed.
     """
     chosen = _chosen(scenarios, peers, short)
     if listing:
@@ -120,7 +124,7 @@ def _chosen(patterns: tuple[str, ...], peers: tuple[str, ...], short: bool) -> l
 
 async def _measure(scenarios: list[Scenario], settings: Settings, console: Console) -> dict[str, Any]:
     environment = report.environment(settings)
-    # An installed package has its bytecode. Without it each process would compile what is not installed: natsrt.
+    # Installed packages have bytecode. Without this, each process would compile natsrt, which is not installed.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     measured = []
     async with EmbeddedServer() as server:

@@ -1,4 +1,4 @@
-"""Worker and caller over any `AgentRuntime`; a peer adds how its runtime is made, started and stopped."""
+"""Worker and caller for any `AgentRuntime`. A peer adds how its runtime is created, started and stopped."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _AT_A_TIME = 64
 
 
 class RuntimeRole(Role):
-    """Has one runtime, or several."""
+    """A role that uses one or more runtimes."""
 
     @abstractmethod
     async def open(self) -> AgentRuntime:
-        """A started runtime."""
+        """Return a new, started runtime."""
 
     @abstractmethod
     async def close(self, runtime: Any) -> None:
-        """Stop it."""
+        """Stop a runtime that `open` returned."""
 
 
 async def host_echoes(runtime: AgentRuntime, setup: Setup) -> None:
-    """Register the agents of ``setup``."""
+    """Register the agents of ``setup`` and their subscriptions."""
     cls = CLASSES[setup.agent]
     for agent_type in setup.type_names:
         await cls.register(runtime, agent_type, lambda: cls(setup.work_ms))
@@ -49,7 +49,7 @@ async def host_echoes(runtime: AgentRuntime, setup: Setup) -> None:
 
 
 class RuntimeWorker(RuntimeRole, Worker):
-    """Hosts the agents. Its commands measure what happens inside a worker."""
+    """Hosts the agents. The commands measure work inside the worker."""
 
     runtime: AgentRuntime
 
@@ -61,7 +61,7 @@ class RuntimeWorker(RuntimeRole, Worker):
         await self.close(self.runtime)
 
     async def register(self, count: int, at_once: bool = False) -> float:
-        """Seconds for registering ``count`` agent types while the runtime runs, one after the other or at once."""
+        """Register ``count`` agent types on the running runtime, one by one or all at once. Returns the seconds."""
         began = time.perf_counter()
         registering = (Echo.register(self.runtime, f"registered{number}", lambda: Echo()) for number in range(count))
         if at_once:
@@ -72,14 +72,14 @@ class RuntimeWorker(RuntimeRole, Worker):
         return time.perf_counter() - began
 
     async def subscribe(self, count: int) -> float:
-        """Seconds for ``count`` subscriptions of a hosted agent type, one after the other."""
+        """Add ``count`` subscriptions of a hosted agent type, one after the other. Returns the seconds."""
         began = time.perf_counter()
         for number in range(count):
             await self.runtime.add_subscription(TypeSubscription(f"subscribed{number}", ECHO))
         return time.perf_counter() - began
 
     async def agents_alone(self, count: int) -> int:
-        """Bytes of ``count`` agents that no runtime holds, with their ids."""
+        """Create ``count`` agents, with their ids, outside any runtime. Returns their size in bytes."""
         before = await self.memory()
         alone = []
         for number in range(count):
@@ -112,7 +112,7 @@ class RuntimeCaller(RuntimeRole, Caller):
             await self.close(runtime)
 
     async def make_live(self, count: int) -> None:
-        """Call the first ``count`` agents of every type, some at a time, so that they live from then on."""
+        """Call the first ``count`` agents of every type, `_AT_A_TIME` at once, so that they are live."""
         message = text_of(100)
         recipients = iter(
             [AgentId(agent_type, str(number)) for agent_type in self.setup.type_names for number in range(count)]
@@ -131,7 +131,7 @@ class RuntimeCaller(RuntimeRole, Caller):
         return lambda: send(message, next(recipients))
 
     async def first_calls(self, concurrency: int, count: int, size: int) -> float:
-        """Seconds for ``count`` calls by ``concurrency`` callers, each of them the first one to its agent."""
+        """Make ``count`` calls by ``concurrency`` callers, each to a new agent. Returns the seconds."""
         message = text_of(size)
         return await self.timed(
             lambda: self.runtime.send_message(message, AgentId(ECHO, f"new{next(self._new)}")), concurrency, count

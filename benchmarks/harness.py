@@ -1,7 +1,7 @@
-"""Scenarios, measured in turns.
+"""Measures scenarios in turns.
 
-All variants of a scenario are set up at once and take turns: A B C A B C … The machine drifts, so what is compared is
-always a pair of turns of the same round, and a ratio is the median of its rounds' ratios.
+All variants of a scenario are set up together and measured in turns: A B C A B C … The speed of a machine drifts, so
+only turns of the same round are compared. A ratio is the median of the ratios of all rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ MORE, LESS = "more", "less"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What one turn measured: the figure itself, and CPU microseconds per message where they are known."""
+    """The result of one turn.
+
+    Args:
+        value: The figure.
+        seconds: Duration of the timed work in seconds. 0: not known.
+        cpu: CPU microseconds per message, by process: ``caller_us``, ``worker_us`` and ``server_us``. None: not known.
+    """
 
     value: float
     seconds: float = 0.0
@@ -28,7 +34,7 @@ class Sample:
 
 
 Measure = Callable[[Team, int], Awaitable[Sample]]
-"""Measures one turn of a team. The number is how many messages to send; what counts none ignores it."""
+"""Measures one turn of a team. The second argument is the number of messages; measures without messages ignore it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +43,11 @@ class Variant:
 
     Args:
         name: Unique within the scenario.
-        x: Where it stands on the x axis of the scenario's plot. None: it is a line of its own.
-        missing: Why this peer cannot take part. None: it can, if its packages are installed.
+        peer: The peer to measure.
+        measure: Measures one turn.
+        setup: The settings of the peer's processes.
+        x: Position on the x axis of the scenario's plot. None: not in that plot.
+        missing: The reason why the peer cannot take part. None: it takes part if its packages are installed.
     """
 
     name: str
@@ -51,7 +60,15 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A bound for a variant: for its figure, or where ``against`` is given for its ratio to that variant's."""
+    """A bound for the figure of a variant, or for its ratio to the figure of another variant.
+
+    Args:
+        text: The goal as text, for the tables.
+        of: Name of the variant.
+        against: Name of the variant to divide by. None: the bound applies to the figure itself.
+        at_least: Lower bound. Exactly one of the two bounds is given.
+        at_most: Upper bound.
+    """
 
     text: str
     of: str
@@ -62,20 +79,23 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What is measured together.
+    """Variants that are measured together and compared.
 
     Args:
-        name: For the command line.
-        title: Of its table.
-        unit: Of its figures.
-        better: `MORE` or `LESS`.
-        baseline: The variant that all others are divided by. None: no ratios.
-        most: Messages in one turn at most. None: nothing is counted, and each turn is measured as it is.
-        first: Messages in the first turn, which finds out how many fit into one.
-        multiple: Messages in a turn are a multiple of this.
-        fresh: Whether the processes are started anew for every turn, one variant at a time.
-        rounds: How often it is repeated at most. None: as often as the command line says.
-        x_title: Title of the plot's x axis, where variants have an ``x``.
+        name: Name on the command line.
+        title: Title of the table.
+        unit: Unit of the figures.
+        variants: The rows of the table.
+        better: `MORE` if a larger figure is better, else `LESS`.
+        baseline: Name of the variant that all others are divided by. None: no ratios.
+        goals: Bounds for the figures.
+        most: Maximum number of messages in a turn. None: turns have no number of messages, and there is no warm-up.
+        first: Number of messages in the first warm-up turn, divided by ``multiple``. That turn determines how many
+            messages fit into a turn.
+        multiple: The number of messages in a turn is a multiple of this.
+        fresh: Whether new processes are started for every turn, one variant at a time.
+        rounds: Maximum number of rounds. None: the number that the settings give.
+        x_title: Title of the plot's x axis, if variants have an ``x``. None: no separate plot.
     """
 
     name: str
@@ -95,13 +115,13 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a run measures.
+    """Settings of a run.
 
     Args:
-        rounds: Turns of every variant that count, after the warm-up.
-        seconds: Length of one turn, about.
-        short: A few messages in each turn: for correctness only.
-        loop: ``asyncio`` or ``uvloop``, in all processes alike.
+        rounds: Number of turns of every variant after the warm-up.
+        seconds: Approximate length of a turn in seconds.
+        short: Send only a few messages in each turn, to check correctness.
+        loop: Event loop of all processes: ``asyncio`` or ``uvloop``.
     """
 
     rounds: int = 5
@@ -111,7 +131,14 @@ class Settings:
 
 
 class Runner:
-    """Runs scenarios one after the other. Processes that the next one needs too are kept."""
+    """Runs scenarios one after the other. Keeps the processes that the next scenario also needs.
+
+    Args:
+        settings: Settings of the run.
+        server_url: URL of the NATS server.
+        server_pid: Process id of the NATS server, for its CPU time. None: not measured.
+        progress: Called with a line of text for each round.
+    """
 
     def __init__(
         self, settings: Settings, server_url: str, server_pid: int | None, progress: Callable[[str], None]
@@ -122,7 +149,7 @@ class Runner:
         self._teams: dict[tuple[str, Setup], Team] = {}
 
     async def run(self, scenario: Scenario) -> dict[str, Any]:
-        """Measure it. Returns plain values: see `benchmarks.report`."""
+        """Measure a scenario. Returns plain values, which `benchmarks.report` reads."""
         failures: dict[str, str] = {}
         taking_part = []
         for variant in scenario.variants:
@@ -147,7 +174,7 @@ class Runner:
         }
 
     async def close(self) -> None:
-        """End all processes."""
+        """Stop all processes."""
         await self._keep_only([])
 
     async def _turns(
@@ -182,13 +209,13 @@ class Runner:
         await team.start()
         try:
             if scenario.most is not None:
-                await variant.measure(team, count)  # new processes warm up too
+                await variant.measure(team, count)  # warms up the new processes
             return await variant.measure(team, count)
         finally:
             await team.stop()
 
     def _count(self, scenario: Scenario, count: int, seconds: float) -> int:
-        """As many messages as fit into one turn."""
+        """Return the number of messages that fit into one turn."""
         fitting = int(count / seconds * self._settings.seconds) if seconds else count
         most = scenario.most or fitting
         return max(1, min(fitting, most) // scenario.multiple) * scenario.multiple
@@ -221,12 +248,12 @@ class Runner:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratios(of: Sequence[Sample], against: Sequence[Sample]) -> list[float]:
-    """The ratios of the turns of the same rounds."""
+    """Return the ratio of the two turns of each round."""
     return [a.value / b.value for a, b in zip(of, against, strict=False)]
 
 

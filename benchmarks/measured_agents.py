@@ -1,4 +1,4 @@
-"""The agent of all AutoGen runtimes; `benchmarks.peers.bare` does the same without AutoGen."""
+"""The agents that all AutoGen runtimes host. `benchmarks.peers.bare` does the same work as `Echo` without AutoGen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.work import Counter, Handled, Text, use_cpu
 
 
 class Echo(RoutedAgent):
-    """Answers with what it got, and counts events."""
+    """Replies with the message it received, and counts events."""
 
     def __init__(self, work_ms: float = 0) -> None:
         super().__init__("echo")
@@ -26,7 +26,7 @@ class Echo(RoutedAgent):
         return message
 
     def keep(self, message: Text) -> None:
-        """What a call does to the agent's state: it has none."""
+        """Change the agent's state for a call. This class has no state."""
 
     @event
     async def on_event(self, message: Text, ctx: MessageContext) -> None:
@@ -39,7 +39,7 @@ class Echo(RoutedAgent):
 
 
 class Keeper(Echo):
-    """Its state is the last text that it was called with: the same text again changes nothing."""
+    """Its state is the text of the last call. A call with the same text does not change the state."""
 
     def __init__(self, work_ms: float = 0) -> None:
         super().__init__(work_ms)
@@ -56,7 +56,7 @@ class Keeper(Echo):
 
 
 class Tally(Keeper):
-    """Its state counts the calls, too: each of them changes it."""
+    """Its state also contains the number of calls, so every call changes the state."""
 
     def keep(self, message: Text) -> None:
         super().keep(message)
@@ -64,4 +64,4 @@ class Tally(Keeper):
 
 
 CLASSES: dict[str, type[Echo]] = {cls.__name__: cls for cls in (Echo, Keeper, Tally)}
-"""What `benchmarks.setup.Setup` names as ``agent``."""
+"""The classes by name, as in ``agent`` of `benchmarks.setup.Setup`."""

@@ -1,4 +1,4 @@
-"""How scenarios measure: what their variants have as ``measure``."""
+"""Functions that return the ``measure`` of a variant."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from benchmarks.harness import Measure, Sample
 from benchmarks.teams import Team
 
 SIZE = 100
-"""Bytes of payload where a scenario is not about sizes."""
+"""Payload in bytes, except in scenarios that compare sizes."""
 
 
 def calls(concurrency: int, size: int = SIZE) -> Measure:
-    """Calls per second by ``concurrency`` callers, each of which makes one after the other."""
+    """Measure calls per second, by ``concurrency`` callers that each make one call after the other."""
     return _by_callers("calls", concurrency, size)
 
 
 def first_calls(concurrency: int, size: int = SIZE) -> Measure:
-    """The same, with a new agent for every call."""
+    """Measure calls per second, as `calls` does, with a new agent for every call."""
     return _by_callers("first_calls", concurrency, size)
 
 
 def events(size: int = SIZE) -> Measure:
-    """Events handled per second, by all subscribers together."""
+    """Measure events handled per second, by all subscribers together."""
 
     async def measure(team: Team, count: int) -> Sample:
         return await _timed(team, count, count * team.setup.subscribers, "events", size=size)
@@ -31,7 +31,7 @@ def events(size: int = SIZE) -> Measure:
 
 
 def latency(size: int = SIZE) -> Measure:
-    """Milliseconds of a single call, the median."""
+    """Measure the median duration of a single call, in milliseconds."""
 
     async def measure(team: Team, count: int) -> Sample:
         before = team.cpu()
@@ -42,7 +42,10 @@ def latency(size: int = SIZE) -> Measure:
 
 
 def in_worker(command: str, *, scale: float = 1.0, **arguments: Any) -> Measure:
-    """What a command of the first worker (of the caller, where that hosts the agents) returns, times ``scale``."""
+    """Measure the result of a command, times ``scale``.
+
+    The first worker runs the command, or the caller if the peer has no workers.
+    """
 
     async def measure(team: Team, count: int) -> Sample:
         member = team.workers[0] if team.workers else team.caller

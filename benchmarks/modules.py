@@ -1,9 +1,9 @@
 """Counts the modules of natsrt that one message passes, from the sender to the handler and back.
 
-Usage: ``python -m benchmarks.modules [-v]``. Caller and worker run in this process, on an embedded server; every Python
-function that is called in a module of natsrt is seen by ``sys.setprofile``. ``-v`` lists the modules.
+Usage: ``python -m benchmarks.modules [-v]``. Caller and worker run in this process, on an embedded server.
+``sys.setprofile`` reports every Python function that is called in a module of natsrt. ``-v`` lists the modules.
 
-A failover is a call to a keyed agent whose owner, in a process of its own, was killed.
+A failover is a call to a keyed agent whose owner, in a separate process, was killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PACKAGE = str(Path(natsrt.__file__).parent)
 
 
 class Echo(RoutedAgent):
-    """Returns what it gets."""
+    """Returns the message it received."""
 
     handled = 0
 
@@ -55,7 +55,7 @@ async def host(url: str, stack: AsyncExitStack, *keyed: bool) -> NatsAgentRuntim
 
 
 async def passed(work: Callable[[], Awaitable[Any]]) -> set[str]:
-    """The modules of natsrt in which a function was called during ``work``."""
+    """Return the modules of natsrt in which a function was called during ``work``."""
     modules: set[str] = set()
 
     def see(frame: FrameType, event: str, argument: Any) -> None:
@@ -86,18 +86,18 @@ async def measure() -> dict[str, set[str]]:
         async def publish() -> None:
             before = Echo.handled
             await caller.publish_message("event", TopicId("plain-topic", "k"))
-            while Echo.handled == before:  # noqa: ASYNC110 (an event would add its own calls to those that are seen)
+            while Echo.handled == before:  # noqa: ASYNC110 (an event would add calls to those that are counted)
                 await asyncio.sleep(0)
 
         await caller.send_message("first", orphan)
-        for _ in range(20):  # what happens once is over, and what is remembered is known
+        for _ in range(20):  # one-time work is then done, and the caches are filled
             await caller.send_message("again", plain)
             await publish()
         found["a call"] = await passed(lambda: caller.send_message("call", plain))
         found["an event"] = await passed(publish)
         await host(server.url, stack, True)
         before = Echo.handled
-        while await caller.send_message("where", keyed) and Echo.handled == before:  # until one is claimed here
+        while await caller.send_message("where", keyed) and Echo.handled == before:  # until this process owns one
             keyed = AgentId("keyed", f"{keyed.key}k")
         for _ in range(20):
             await caller.send_message("again", keyed)
@@ -109,7 +109,7 @@ async def measure() -> dict[str, set[str]]:
 
 
 async def own(url: str) -> None:
-    """The other process: owns the agents that it is asked for, until it is killed."""
+    """Run in the other process: host keyed agents until the process is killed."""
     async with AsyncExitStack() as stack:
         await host(url, stack, True)
         print("ready", flush=True)

@@ -1,7 +1,7 @@
-"""One process of a peer: ``python -m benchmarks.process MODULE ROLE LOOP``, driven by lines of JSON.
+"""One process of a peer: ``python -m benchmarks.process MODULE ROLE LOOP``, controlled by lines of JSON.
 
-The first line on standard input is the place and the setup, each further one a command; each is answered by one line
-on standard output. The process ends when its standard input does, so none outlives the driver.
+The first line on standard input contains the place and the setup. Each following line is a command. The process answers
+each line with one line on standard output. It ends when its standard input is closed, so it cannot outlive the driver.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ _STOP_SECONDS = 5.0
 
 
 async def serve(make: Callable[[Place, Setup], Role], answers: int) -> None:
-    """Start the role, carry out the commands that come in, and stop it at their end."""
+    """Start the role, run the commands from standard input, and stop the role when standard input is closed.
+
+    Args:
+        make: Creates the role.
+        answers: File descriptor for the answers.
+    """
     commands = asyncio.StreamReader(limit=2**20)
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
 
     def answer(content: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+        with contextlib.suppress(BrokenPipeError):  # the driver has ended
             os.write(answers, json.dumps(content).encode() + b"\n")
 
     given = json.loads(await commands.readline())
@@ -52,7 +57,8 @@ async def serve(make: Callable[[Place, Setup], Role], answers: int) -> None:
         await role.start()
         return role.address
 
-    # One at a time, but apart from the reading, which sees the end of the driver in the midst of a command.
+    # A command runs in a separate task, so that the end of the driver is noticed while a command runs.
+    # The driver sends one command at a time.
     running = asyncio.create_task(carry_out(start()))
     try:
         while line := await commands.readline():
@@ -66,7 +72,7 @@ async def serve(make: Callable[[Place, Setup], Role], answers: int) -> None:
 
 
 def main(module: str, role: str, loop: str) -> None:
-    # What a peer prints or logs must neither mix with the answers nor cost it time.
+    # Output of a peer must not mix with the answers, and logging must not cost it time.
     answers = os.dup(1)
     os.dup2(2, 1)
     logging.disable(logging.INFO)

@@ -1,7 +1,7 @@
-"""Results as a table, as JSON, as plots, and as the tables of the documentation.
+"""Shows results as tables in the terminal, as JSON, as plots, and as tables in the documentation.
 
-Results are plain values, as `harness.Runner.run` returns them for each scenario, so that an earlier run's JSON is as
-good as a fresh one.
+Results are plain values, as `harness.Runner.run` returns them for each scenario. All functions therefore also work with
+the JSON of an earlier run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FAILED, _ABSENT, _NOTE = "failed", "absent", "note"
 
 
 def environment(settings: Settings) -> dict[str, Any]:
-    """What a reader needs to judge the figures."""
+    """Return the date, the system, the settings and the package versions of a run."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -66,7 +66,7 @@ def save(results: Results, path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote."""
+    """Read results that `save` wrote."""
     loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded
 
@@ -75,7 +75,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def show_scenario(scenario: Results, loop: str, console: Console) -> None:
-    """One scenario as a table."""
+    """Print one scenario as a table."""
     table = Table()
     titles, rows = _table(scenario)
     for number, title in enumerate(titles):
@@ -87,7 +87,7 @@ def show_scenario(scenario: Results, loop: str, console: Console) -> None:
 
 
 def show_goals(results: Results, console: Console) -> None:
-    """The goals of the scenarios that were run."""
+    """Print the goals of the scenarios that were run. Prints nothing if they have none."""
     goals = [goal for scenario in results["scenarios"] for goal in scenario["goals"]]
     if not goals:
         return
@@ -100,7 +100,7 @@ def show_goals(results: Results, console: Console) -> None:
 
 
 def failures(results: Results) -> list[str]:
-    """Rows that failed, other than for a package that is not there."""
+    """Return the rows that failed, one text each, without rows whose package is not installed."""
     return [
         f"{scenario['name']}, {row['name']}: {row[_FAILED]}"
         for scenario in results["scenarios"]
@@ -110,7 +110,7 @@ def failures(results: Results) -> list[str]:
 
 
 def _table(scenario: Results) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows. Columns that would be empty are left out."""
+    """Return titles and rows, without columns that are empty in every row."""
     titles = ["", scenario["unit"], f"against {scenario['baseline']}", "µs caller", "µs workers", "µs server", _NOTE]
     rows = [[row["name"], *_cells(row)] for row in scenario["rows"]]
     used = [number for number in range(len(titles)) if number == 0 or any(row[number] for row in rows)]
@@ -127,7 +127,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(spread: Mapping[str, float] | None) -> str:
-    """The median, and least and most where they differ."""
+    """Return the median, with minimum and maximum if they differ."""
     if spread is None:
         return ""
     median, least, most = (_figure(spread[name]) for name in ("median", "min", "max"))
@@ -158,9 +158,10 @@ _SECTION = re.compile(r"(<!-- benchmark: (?P<name>[\w-]+) -->\n).*?(<!-- /benchm
 def update_document(path: Path, runs: Sequence[Results]) -> None:
     """Fill the sections between ``<!-- benchmark: NAME -->`` and ``<!-- /benchmark -->``.
 
-    ``goals`` has a column for every run, ``environment`` says where and how they were measured, ``tables`` has every
-    scenario of the last run, ``plots`` shows its plots, which are written to a directory with the document's name.
-    Any other name is one scenario of the last run. Sections of scenarios that were not run stay as they are.
+    The section ``goals`` has a column for every run. ``environment`` describes where and how the runs were measured.
+    ``tables`` contains every scenario of the last run. ``plots`` shows the plots of the last run, which are written to
+    a directory with the document's name. Any other name is that of one scenario of the last run. Sections of scenarios
+    that were not run are not changed.
     """
     last = runs[-1]
     scenarios = {scenario["name"]: scenario for scenario in last["scenarios"]}
@@ -197,7 +198,7 @@ def _scenario_markdown(scenario: Results) -> str:
 
 
 def _goals_markdown(runs: Sequence[Results]) -> str:
-    """The goals of the last run, with what every run measured for them."""
+    """Return the goals of the last run, with the figures of every run."""
     measured = [{g["text"]: g for scenario in run["scenarios"] for g in scenario["goals"]} for run in runs]
     titles = ["", "goal", *(f"run {number}" for number in range(1, len(runs) + 1)), "met"]
     rows = []
@@ -225,7 +226,7 @@ def _environment_markdown(runs: Sequence[Results]) -> str:
 
 
 def _plots_markdown(plots: Sequence[Path], beside: Path) -> str:
-    """The SVG files, each with the PNG of the same name behind it."""
+    """Return images of the SVG files, each linked to the PNG of the same name."""
     return "\n".join(
         f"[![{path.stem}]({path.relative_to(beside)})]({path.with_suffix('.png').relative_to(beside)})\n"
         for path in plots
@@ -237,7 +238,7 @@ def _plots_markdown(plots: Sequence[Path], beside: Path) -> str:
 
 
 def plot(results: Results, directory: Path) -> list[Path]:
-    """``ratios`` (all scenarios with a baseline) and one plot for each scenario with an x axis, as PNG and SVG.
+    """Plot the ratios to bare nats-py, and each scenario with an x axis, as PNG and SVG. Returns the files.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -245,7 +246,7 @@ def plot(results: Results, directory: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "natsrt"  # the same results give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "natsrt"  # makes the file depend only on the results
     directory.mkdir(parents=True, exist_ok=True)
     written = _plot_ratios(results, directory)
     for scenario in results["scenarios"]:
@@ -255,7 +256,7 @@ def plot(results: Results, directory: Path) -> list[Path]:
 
 
 def _plot_ratios(results: Results, directory: Path) -> list[Path]:
-    """How fast each peer is against bare nats-py: more is better, whatever the scenario's unit."""
+    """Plot the speed of each row relative to bare nats-py. More is better in every scenario, whatever its unit."""
     from matplotlib import pyplot
 
     compared = [
@@ -321,5 +322,5 @@ def _written(figure: Any, path: Path) -> list[Path]:
 
 
 def say(text: str) -> None:
-    """Progress, beside the results."""
+    """Print a line of progress to standard error."""
     print(text, file=sys.stderr, flush=True)

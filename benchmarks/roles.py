@@ -1,7 +1,7 @@
-"""What the processes of a peer do. Each public coroutine method of a role is a command that the driver can give.
+"""Base classes of the processes of a peer. Each public coroutine method of a role is a command for the driver.
 
-The loops that are timed stand here once, so that they are the same for every peer. A peer says only how to call and
-how to publish.
+The timed loops are defined here, so that they are the same for every peer. A peer defines only how to call and how to
+publish.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from benchmarks.setup import Place, Setup
 Send = Callable[[], Awaitable[Any]]
 
 _GIVE_UP = 120.0
-"""Seconds after which one measurement has failed."""
+"""Time limit of one measurement in seconds; it then fails."""
 
 
 class Role(ABC):
-    """One process of a peer. ``address`` is where the other processes find it, if that is what it is for."""
+    """One process of a peer. ``address`` is the address that other processes connect to; empty if they do not."""
 
     address = ""
 
@@ -35,43 +35,47 @@ class Role(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Return when others can rely on it."""
+        """Start. Returns when the other processes can use it."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """End in order."""
+        """Stop gracefully."""
 
 
 class Worker(Role):
     """Hosts the agents."""
 
     async def memory(self) -> int:
-        """Bytes of all Python objects; needs ``Setup.trace_memory``."""
+        """Return the size of all Python objects in bytes. Requires ``Setup.trace_memory``."""
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
 
 class Caller(Role):
-    """Calls and publishes, and times it."""
+    """Calls and publishes, and measures the time."""
 
     @abstractmethod
     async def calling(self, size: int) -> Send:
-        """What makes one call with ``size`` bytes of payload. Raises where the reply is not the payload."""
+        """Return a function that makes one call with ``size`` bytes of payload.
+
+        Raises:
+            RuntimeError: The reply to a first call is not the payload.
+        """
 
     @abstractmethod
     async def publishing(self, size: int) -> list[Send]:
-        """What publishes one event with ``size`` bytes of payload, for each publisher."""
+        """Return one function per publisher, which publishes one event with ``size`` bytes of payload."""
 
     @abstractmethod
     async def handled(self, count: int) -> None:
         """Return when every subscriber has handled ``count`` events."""
 
     async def calls(self, concurrency: int, count: int, size: int) -> float:
-        """Seconds for ``count`` calls by ``concurrency`` callers, each of which makes one after the other."""
+        """Make ``count`` calls by ``concurrency`` callers, each one call after the other. Returns the seconds."""
         return await self.timed(await self.calling(size), concurrency, count)
 
     async def timed(self, call: Send, concurrency: int, count: int) -> float:
-        """The same for any ``call``."""
+        """Await ``call()`` ``count`` times, as `calls` does. Returns the seconds."""
 
         async def make(number: int) -> None:
             for _ in range(number):
@@ -84,7 +88,7 @@ class Caller(Role):
             return time.perf_counter() - began
 
     async def latency(self, count: int, size: int) -> float:
-        """The median of the seconds that one call takes, ``count`` times one after the other."""
+        """Make ``count`` calls one after the other. Returns the median duration of a call in seconds."""
         call = await self.calling(size)
         took = []
         gc.collect()
@@ -96,7 +100,7 @@ class Caller(Role):
         return statistics.median(took)
 
     async def events(self, count: int, size: int) -> float:
-        """Seconds from the first of ``count`` events until every subscriber has handled all of them."""
+        """Publish ``count`` events. Returns the seconds until every subscriber has handled all of them."""
         publishers = await self.publishing(size)
 
         async def publish(send: Send, number: int) -> None:
@@ -112,7 +116,7 @@ class Caller(Role):
             return time.perf_counter() - began
 
     async def call_once(self) -> None:
-        """One call."""
+        """Make one call."""
         await self.calling(100)
 
 
@@ -121,13 +125,17 @@ def _shares(count: int, parts: int) -> list[int]:
 
 
 def free_address() -> str:
-    """``127.0.0.1:<port>``, free at this moment."""
+    """Return an address ``127.0.0.1:<port>`` whose port is free at this moment."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 async def until_listening(address: str, timeout: float = 10.0) -> None:
-    """Return when something accepts connections at ``address``. Raises TimeoutError."""
+    """Return when something accepts connections at ``address``.
+
+    Raises:
+        TimeoutError: Nothing did within ``timeout`` seconds.
+    """
     host, port = address.split(":")
     async with asyncio.timeout(timeout):
         while True:

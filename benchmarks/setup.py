@@ -1,4 +1,4 @@
-"""What the processes of one peer are started with. Plain values, known to the driver and to every process."""
+"""Settings of the processes of one peer: plain values, which the driver sends to every process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ECHO = "echo"
-"""The first agent type; further ones are ``echo1``, ``echo2``, …"""
+"""The first agent type. The others are ``echo1``, ``echo2``, …"""
 TOPIC = "events"
 """The topic type of all events."""
 KEY = "0"
@@ -15,21 +15,21 @@ KEY = "0"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How one peer is set up. ``Setup()`` is one worker process with one agent.
+    """Settings of one peer. ``Setup()`` means one worker process with one agent.
 
     Args:
-        workers: Worker processes, all hosting the same agent types.
-        agent: The agents' class, one of `benchmarks.measured_agents`.
-        agent_types: Agent types that each worker hosts. Calls go to all of them in turn.
-        live_agents: Agents of each type that live before anything is measured. Calls go to all of them in turn.
-        subscribers: Of the agent types, those that are subscribed to the topic of the events.
-        subscriptions: Subscriptions of the first agent type, the topic of the events included.
-        publishers: Connections that publish events, all in the caller's process.
-        idle_workers: Further workers that host another agent type, all in one process.
-        work_ms: Milliseconds of CPU time that a handler uses.
-        sampled: Share of traces that are sampled and exported. None: no tracing.
-        trace_memory: Count the memory of Python objects in the workers; slows them down.
-        options: Further settings of a peer's runtime, as pairs of name and value.
+        workers: Number of worker processes. All host the same agent types.
+        agent: Name of the agents' class in `benchmarks.measured_agents`.
+        agent_types: Number of agent types that each worker hosts. Calls go to all of them in turn.
+        live_agents: Number of agents of each type that are live from the start. Calls go to all of them in turn.
+        subscribers: Number of agent types that are subscribed to the topic of the events.
+        subscriptions: Number of subscriptions of the first agent type, including the topic of the events.
+        publishers: Number of connections that publish events, all in the caller's process.
+        idle_workers: Number of additional workers that host another agent type, all in one process.
+        work_ms: CPU time that a call's handler uses, in milliseconds.
+        sampled: Share of traces that are sampled and exported, from 0 to 1. None: no tracing.
+        trace_memory: Whether to count the memory of Python objects in all processes. This slows them down.
+        options: Additional settings of the peer's runtime, as pairs of name and value.
     """
 
     workers: int = 1
@@ -47,7 +47,7 @@ class Setup:
 
     @property
     def type_names(self) -> list[str]:
-        """The agent types of each worker."""
+        """The agent types that each worker hosts."""
         return [ECHO, *(f"{ECHO}{number}" for number in range(1, self.agent_types))]
 
     @property
@@ -58,11 +58,11 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where the processes of one peer meet.
+    """How the processes of one peer find each other.
 
     Args:
-        address: Of the NATS server, or of the peer's own host process. Empty for that host itself.
-        namespace: Keeps peers on one NATS server apart.
+        address: Address of the NATS server, or of the peer's host process.
+        namespace: Separates the peers that share a NATS server.
     """
 
     address: str

@@ -1,4 +1,4 @@
-"""The processes of one peer, started and driven together."""
+"""Starts and controls the processes of one peer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _COMMAND_SECONDS = 300.0
 _STOP_SECONDS = 15.0
 _TAIL = 2000
 _ANSWER_BYTES = 2**26
-"""The longest answer of a process."""
+"""Maximum length of an answer of a process, in bytes."""
 _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class ProcessFailed(Exception):
-    """A process of a peer failed, did not answer in time, or is gone. Its text has the end of what it wrote."""
+    """A process of a peer failed, did not answer in time, or has ended. The text contains the end of its output."""
 
 
 class Member:
@@ -41,7 +41,11 @@ class Member:
 
     @classmethod
     async def start(cls, peer: Peer, role: str, place: Place, setup: Setup, loop: str) -> Self:
-        """Start the process; it is ready when this returns."""
+        """Start a process. It is ready when this returns.
+
+        Raises:
+            ProcessFailed: It did not start.
+        """
         errors = tempfile.TemporaryFile()  # noqa: SIM115  # stop() closes it
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -55,7 +59,7 @@ class Member:
             stderr=errors,
             limit=_ANSWER_BYTES,
             cwd=_REPOSITORY,
-            process_group=0,  # Ctrl-C is for the driver, which then ends its processes in order
+            process_group=0,  # only the driver gets Ctrl-C; it then stops its processes
         )
         member = cls(f"{peer.name} {role}", process, errors)
         try:
@@ -67,13 +71,13 @@ class Member:
         return member
 
     address = ""
-    """Where the others find it, if that is what it is for."""
+    """The address that other processes connect to; empty if they do not."""
 
     async def ask(self, command: str, **arguments: Any) -> Any:
-        """Give a command of its role, and return the result.
+        """Run a command of its role, and return the result.
 
         Raises:
-            ProcessFailed: The command failed there, or was not answered.
+            ProcessFailed: The command failed in the process, or was not answered in time.
         """
         return await self._exchange({"command": command, "arguments": arguments}, _COMMAND_SECONDS)
 
@@ -94,7 +98,7 @@ class Member:
         return answer["result"]
 
     async def stop(self) -> None:
-        """Let it end by itself; kill it where it does not."""
+        """Let the process end by itself. Kill it if it does not end in time."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -116,7 +120,7 @@ class Member:
 class Team:
     """All processes of one peer with one setup.
 
-    ``caller`` and ``workers`` take commands by `Member.ask`: the public methods of the peer's roles.
+    `Member.ask` runs commands in ``caller`` and ``workers``: the public methods of the peer's roles.
     """
 
     caller: Member
@@ -131,7 +135,7 @@ class Team:
         self._others: list[Member] = []
 
     async def start(self) -> None:
-        """Start host, workers, idle workers and caller, in this order, and make the live agents."""
+        """Start host, workers, idle workers and caller, in this order, and make the agents live."""
         try:
             if self.peer.has_host:
                 host = await self._member("host")
@@ -150,18 +154,18 @@ class Team:
             raise
 
     async def start_worker(self) -> Member:
-        """One more worker."""
+        """Start one more worker."""
         worker = await self._member("worker")
         self.workers.append(worker)
         return worker
 
     async def stop_worker(self, worker: Member) -> None:
-        """End one worker."""
+        """Stop one worker."""
         self.workers.remove(worker)
         await worker.stop()
 
     async def stop(self) -> None:
-        """End all of them."""
+        """Stop all processes."""
         caller = [self.caller] if hasattr(self, "caller") else []
         for members in (caller, self.workers, self._others):
             await asyncio.gather(*(member.stop() for member in members))
@@ -170,7 +174,7 @@ class Team:
         return await Member.start(self.peer, role, self._place, self.setup, self._loop)
 
     def cpu(self) -> CpuTimes:
-        """The CPU time that its processes have used until now."""
+        """Return the CPU time that the processes have used until now."""
         return CpuTimes(
             _cpu_seconds([self.caller.pid]),
             _cpu_seconds([worker.pid for worker in self.workers]),
@@ -179,13 +183,13 @@ class Team:
 
 
 class CpuTimes:
-    """CPU seconds of the caller, the workers together, and the server or host. None: not known on this system."""
+    """CPU seconds of the caller, all workers together, and the server or host. None: not known, or no such process."""
 
     def __init__(self, caller: float | None, workers: float | None, server: float | None) -> None:
         self._seconds = (caller, workers, server)
 
     def per_message(self, before: CpuTimes, count: int) -> dict[str, float | None]:
-        """Microseconds for each of ``count`` messages since ``before``."""
+        """Return the microseconds per message since ``before``, for ``count`` messages."""
         names = ("caller_us", "worker_us", "server_us")
         return {
             name: None if now is None or then is None else (now - then) / count * 1e6
@@ -194,7 +198,7 @@ class CpuTimes:
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float | None:
-    """Linux counts in ticks of 10 ms, little against a turn of a second."""
+    """Return the CPU seconds of these processes. Linux counts in ticks of 10 ms, which is short compared to a turn."""
     if not pids:
         return None
     ticks = 0

@@ -1,5 +1,5 @@
-"""What becomes of calls, events and agents when processes and servers die: ``python -m benchmarks.chaos``.
+"""Tests calls, events and agents while processes and servers are killed: ``python -m benchmarks.chaos``.
 
-Everything is real: worker processes, nats-servers, ``kill -9`` and SIGSTOP. `benchmarks/README.md` says how to add a
-scenario.
+The scenarios use real worker processes and nats-servers, ``kill -9`` and SIGSTOP. `benchmarks/README.md` describes how
+to add a scenario.
 """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.chaos``: make trouble, and show what came of it."""
+"""``python -m benchmarks.chaos``: runs the chaos scenarios, and prints their figures."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from benchmarks.chaos.scenarios import all_scenarios
 from benchmarks.harness import Settings
 
 _WIDTH = 140
-"""Columns of the tables where they do not go to a terminal."""
+"""Width of the tables in columns if the output is not a terminal."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("scenarios", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="Only list the scenarios.")
-@click.option("--short", is_flag=True, help="Less load and fewer processes; the same trouble.")
+@click.option("--short", is_flag=True, help="Less load and fewer processes, with the same failures.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file."
 )
 def main(scenarios: tuple[str, ...], listing: bool, short: bool, json_file: Path | None) -> None:
-    """Kill, freeze and restart workers and servers under load, and show what came of it.
+    """Kill, freeze and restart workers and servers under load, and print the figures.
 
-    SCENARIOS are names as --list shows them, or patterns such as 'server_*'; without any, all of them.
+    SCENARIOS are names from --list, or patterns such as 'server_*'. Without any, all scenarios run.
 
-    Exit code 1 says that a promise was not kept, or that a scenario failed.
+    The exit code is 1 if a promise was not kept or a scenario failed.
     """
     chosen = _chosen(scenarios)
     if listing:
         for name, scenario in chosen.items():
             print(f"{name:28}{scenario.title}")
         return
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile what is not installed: natsrt
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles natsrt, which is not installed
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     results, wrong = [], []
     for name, scenario in chosen.items():

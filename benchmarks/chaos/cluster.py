@@ -1,4 +1,4 @@
-"""Several nats-servers in one cluster, for chaos and for tests."""
+"""A cluster of several nats-servers, for chaos scenarios and tests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from natsrt.errors import EmbeddedServerError
 _POLL_SECONDS = 0.05
 _ASK_SECONDS = 2.0
 _PORTS = range(15_000, 30_000)
-"""Below those of outgoing connections, one of which could take the port of a server while that is killed."""
+"""Below the ports of outgoing connections: such a connection could take the port of a killed server."""
 
 
 class Cluster:
-    """``size`` servers with JetStream on 127.0.0.1, to be used with ``async with``. A number names each, from 0 on.
+    """A cluster of servers with JetStream on 127.0.0.1. Use it with ``async with``. Servers are numbered from 0.
 
-    ``ready_timeout``: seconds that they have to find each other and to elect who leads JetStream.
+    Args:
+        size: Number of servers.
+        ready_timeout: Seconds within which the servers must connect to each other and elect JetStream's leader.
     """
 
     def __init__(self, size: int = 3, *, ready_timeout: float = 30.0) -> None:
@@ -69,37 +71,37 @@ class Cluster:
 
     @property
     def urls(self) -> list[str]:
-        """Where clients connect, for each server."""
+        """The URL of each server, for clients."""
         return [server.url for server in self.servers]
 
     async def kill(self, number: int) -> None:
-        """SIGKILL."""
+        """Kill a server with SIGKILL."""
         await self.servers[number].kill()
 
     async def start(self, number: int) -> None:
-        """Start a killed server again, on its old port with its old data. It is healthy some time later."""
+        """Restart a killed server on its previous port with its previous data. It becomes healthy some time later."""
         await self.servers[number].start()
 
     def freeze(self, number: int) -> None:
-        """SIGSTOP."""
+        """Freeze a server with SIGSTOP."""
         self.servers[number].pause()
         self._frozen.add(number)
 
     def resume(self, number: int) -> None:
-        """SIGCONT."""
+        """Resume a frozen server with SIGCONT."""
         self.servers[number].resume()
         self._frozen.discard(number)
 
     @property
     def answering(self) -> list[int]:
-        """The servers that are neither killed nor frozen."""
+        """The numbers of the servers that are neither killed nor frozen."""
         return [n for n, server in enumerate(self.servers) if server.pid is not None and n not in self._frozen]
 
     async def until_healthy(self) -> None:
-        """Return when every answering server says that its JetStream works.
+        """Return when every answering server reports that its JetStream works.
 
         Raises:
-            EmbeddedServerError: Not in time.
+            EmbeddedServerError: A server did not within ``ready_timeout``.
         """
         deadline = time.monotonic() + self._ready_timeout
         for number in self.answering:
@@ -111,7 +113,7 @@ class Cluster:
                 await asyncio.sleep(_POLL_SECONDS)
 
     async def leader_of(self, stream: str) -> int | None:
-        """The server that leads a stream, as the answering ones see it; None while they know of none."""
+        """Return the number of the server that leads a stream; None if the answering servers report no leader."""
         names = [server.name for server in self.servers]
         for number in self.answering:
             page = await self._page(number, "jsz?accounts=true&streams=true")
@@ -122,17 +124,17 @@ class Cluster:
         return None
 
     def number_of(self, address: str) -> int:
-        """The server at ``host:port``."""
+        """Return the number of the server at ``host:port``."""
         return [url.removeprefix("nats://") for url in self.urls].index(address)
 
     async def _page(self, number: int, page: str) -> dict[str, Any]:
-        """A page of a server's monitoring; empty where it does not answer."""
+        """Return a page of a server's monitoring endpoint; empty if the server does not answer."""
 
         def read() -> dict[str, Any]:
             try:
                 with urllib.request.urlopen(f"{self.servers[number].monitor_url}/{page}", timeout=_ASK_SECONDS) as body:
                     return dict(json.load(body))
-            except urllib.error.HTTPError as error:  # of an unhealthy server, with the reason
+            except urllib.error.HTTPError as error:  # an unhealthy server sends the reason
                 return dict(json.load(error))
             except OSError:
                 return {}

@@ -1,4 +1,4 @@
-"""Processes with keyed agents that remember every call that they counted, and callers of them."""
+"""Processes that host keyed agents which record every call, and processes that call them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ TOPIC = "dictation"
 
 
 def agent_of(key: str) -> str:
-    """The counter with this key, as `roles.Caller.call` takes it."""
+    """Return the agent id of the counter with this key as text, as `roles.Caller.call` takes it."""
     return f"{COUNTER}/{key}"
 
 
 @dataclass
 class Increment:
-    """A call. ``call`` is its name, unique among all callers; ``seconds`` is how long it is to be handled."""
+    """A call. ``call`` is its name, unique among all callers. ``seconds`` is how long the handler runs."""
 
     call: str
     seconds: float = 0.0
@@ -47,7 +47,7 @@ class Increment:
 
 @dataclass
 class Counted:
-    """Its reply: the ``value`` that the call brought the counter to, and by which instance on which worker."""
+    """The reply: the ``value`` of the counter after the call, and the worker and instance that handled it."""
 
     call: str
     value: int
@@ -57,19 +57,19 @@ class Counted:
 
 @dataclass
 class Line:
-    """What a scribe is told, by call or by event."""
+    """A message to a scribe, sent as a call or as an event."""
 
     number: int
 
 
 @keyed
 class Counter(RoutedAgent):
-    """Keeps the names of all calls that it counted, in order, as its state."""
+    """Keeps the names of all calls that it handled, in order, as its state."""
 
     made: ClassVar[list[str]] = []
-    """The keys of the instances that were made in this process."""
+    """The keys of the instances that were created in this process."""
     closed: ClassVar[list[str]] = []
-    """The keys of those that were closed."""
+    """The keys of the instances that were closed in this process."""
 
     def __init__(self) -> None:
         super().__init__("counts calls")
@@ -97,7 +97,7 @@ class Counter(RoutedAgent):
 
 @keyed
 class Scribe(RoutedAgent):
-    """Writes down the numbers that it is told, in the order in which their handlers start."""
+    """Records the numbers that it receives, in the order in which the handlers start."""
 
     written: ClassVar[dict[str, list[int]]] = defaultdict(list)
 
@@ -111,15 +111,15 @@ class Scribe(RoutedAgent):
 
 @keyed(concurrency="concurrent")
 class ConcurrentScribe(Scribe):
-    """The same with several handlers at a time, which start in order."""
+    """A scribe with several handlers at a time, which start in order."""
 
 
 SCRIBES: dict[str, type[Scribe]] = {"scribe": Scribe, "concurrent_scribe": ConcurrentScribe}
-"""By agent type; each is subscribed to `TOPIC`."""
+"""The scribes by agent type. Each type is subscribed to `TOPIC`."""
 
 
 class Worker(roles.Worker):
-    """Hosts counters and scribes, and stops in order at SIGTERM."""
+    """Hosts counters and scribes. Stops gracefully at SIGTERM."""
 
     async def start(self) -> None:
         options = dict(self.setup.options)
@@ -140,21 +140,21 @@ class Worker(roles.Worker):
         await super().stop()
 
     async def instances(self) -> dict[str, Any]:
-        """The counters that were made and closed here, those that are live now, and how often one lost its record."""
+        """Return the keys of the counters created and closed here, and the numbers of live ones and state conflicts."""
         conflicts = self.runtime.health().state_conflicts
         live = self.runtime.health().agents[COUNTER]
         return {"made": Counter.made, "closed": Counter.closed, "live": live, "conflicts": conflicts}
 
     async def written(self) -> dict[str, list[int]]:
-        """What each scribe here wrote down."""
+        """Return the numbers that each scribe in this process recorded."""
         return dict(Scribe.written)
 
 
 class Caller(roles.Caller):
-    """Increments counters. What its ledger keeps of a reply is a list of the fields of `Counted`."""
+    """Increments counters. For each reply, the ledger keeps a list of the fields of `Counted`."""
 
     handled_seconds = 0.0
-    """For how long each further call is to be handled."""
+    """Seconds for which the handler of each new call runs."""
 
     def question(self, number: int, recipient: AgentId) -> Any:
         return Increment(f"{os.getpid()}-{number}", self.handled_seconds)
@@ -163,23 +163,23 @@ class Caller(roles.Caller):
         return [reply.call, reply.value, reply.worker, reply.instance]
 
     async def first_calls(self, keys: Sequence[str], moment: float) -> None:
-        """Call all of these counters at a moment of the monotonic clock, once each, all at the same time."""
+        """Call each of these counters once, all at the same time, at ``moment`` of the monotonic clock."""
         await asyncio.sleep(moment - time.monotonic())
         await asyncio.gather(*(self._call_once(AgentId(COUNTER, key)) for key in keys))
 
     async def call_one(self, key: str, handled_seconds: float = 0.0) -> None:
-        """Begin one call that is handled for so long."""
+        """Begin one call whose handler runs for ``handled_seconds``, and return at once."""
         self.handled_seconds = handled_seconds
         self._load.append(asyncio.create_task(self._call_once(AgentId(COUNTER, key))))
-        await asyncio.sleep(0)  # it begins before the next one is chosen
+        await asyncio.sleep(0)  # the call begins before handled_seconds changes
         self.handled_seconds = 0.0
 
     async def ended(self, count: int, seconds: float) -> float | None:
-        """Wait until ``count`` calls have ended."""
+        """Wait until ``count`` calls have ended. Returns the moment; None if it takes longer than ``seconds``."""
         return await roles.until(lambda: len(self._ledger.entries) >= count, seconds)
 
     async def stored(self, keys: Sequence[str]) -> dict[str, list[str]]:
-        """The names of the calls in the stored state of each counter."""
+        """Return the names of the calls in the stored state of each counter, by key."""
         records = self.runtime.running.records
 
         async def calls_of(key: str) -> list[str]:
@@ -190,9 +190,9 @@ class Caller(roles.Caller):
         return dict(zip(keys, await asyncio.gather(*map(calls_of, keys)), strict=True))
 
     async def dictate(self, keys: Sequence[str], count: int) -> dict[str, Any]:
-        """Send ``count`` numbers to the scribes of these keys, calls and events mixed, none waiting for another.
+        """Send ``count`` numbers to the scribes with these keys, as calls and events, without waiting between them.
 
-        Returns what each scribe is to write down, in order, and how the calls failed, by error.
+        Returns the numbers that each scribe should record, in order, and the number of failed sends by error class.
         """
         expected: dict[str, list[int]] = defaultdict(list)
         calls: list[asyncio.Future[Any]] = []
@@ -219,7 +219,7 @@ class Caller(roles.Caller):
 
 
 class Tap(Role):
-    """Listens to every subject, as ``nats sub '>'`` does, which hides "no responders" from everybody."""
+    """Subscribes to every subject, as ``nats sub '>'`` does, which suppresses "no responders" for all clients."""
 
     async def start(self) -> None:
         async def discard(_: Any) -> None:
@@ -227,7 +227,7 @@ class Tap(Role):
 
         self._client = await nats.connect(self.place.address)
         await self._client.subscribe(">", cb=discard)
-        await asyncio.sleep(0)  # the subscription is then written ahead of the flush's ping
+        await asyncio.sleep(0)  # so that the subscription is written before the ping of the flush
         await self._client.flush()
 
     async def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""The processes of one scenario: started, commanded, killed and frozen."""
+"""Starts, controls, kills and freezes the processes of one scenario."""
 
 from __future__ import annotations
 
@@ -17,42 +17,47 @@ from benchmarks.teams import Member
 
 
 class Hand(Member):
-    """One process. Commands are given by `ask`, one at a time."""
+    """One process. `ask` runs commands in it, one at a time."""
 
     async def kill(self) -> None:
-        """SIGKILL, and wait until it is gone. Harmless when it is."""
+        """Kill the process with SIGKILL, and wait until it has ended. Does nothing if it has already ended."""
         if self._process.returncode is None:
             self._process.kill()
         await self._process.wait()
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM."""
         self._process.terminate()
 
     async def gone(self, seconds: float = 60.0) -> None:
-        """Wait until it ended by itself. Raises TimeoutError."""
+        """Wait until the process has ended by itself.
+
+        Raises:
+            TimeoutError: It did not end within ``seconds``.
+        """
         async with asyncio.timeout(seconds):
             await self._process.wait()
 
     def freeze(self) -> None:
-        """SIGSTOP: it stands still, its connections staying open."""
+        """Freeze the process with SIGSTOP. Its connections stay open."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT: it goes on."""
+        """Resume the process with SIGCONT."""
         self._process.send_signal(signal.SIGCONT)
 
     async def stop(self) -> None:
-        """Let it end by itself, a frozen one too; kill it where it does not."""
+        """Resume the process if it is frozen, and let it end by itself. Kill it if it does not end in time."""
         if self._process.returncode is None:
             self.resume()
         await super().stop()
 
 
 class Crew:
-    """Processes that share a namespace, to be used with ``async with``, which kills those that are left at its end.
+    """Processes that share a namespace. Use it with ``async with``, which kills the remaining processes at its end.
 
-    ``module`` is where their ``ROLES`` are.
+    Args:
+        module: Name of the module that defines their ``ROLES``.
     """
 
     def __init__(self, module: str = roles.__name__) -> None:
@@ -70,22 +75,22 @@ class Crew:
         await asyncio.gather(*(hand.stop() for hand in self._hands))
 
     async def start(self, role: str, servers: str, **settings: Any) -> Hand:
-        """Start a process that connects to ``servers``, with these settings of its runtime."""
+        """Start a process that connects to ``servers``. ``settings`` are settings of its runtime."""
         place = Place(address=servers, namespace=self.namespace)
         hand = await Hand.start(self._peer, role, place, Setup(options=tuple(settings.items())), "asyncio")
         self._hands.append(hand)
         return hand
 
     async def start_all(self, role: str, servers: Sequence[str], **settings: Any) -> list[Hand]:
-        """One process for each of ``servers``."""
+        """Start one process for each of ``servers``."""
         return list(await asyncio.gather(*(self.start(role, url, **settings) for url in servers)))
 
 
 async def ask_all(hands: Sequence[Hand], command: str, **arguments: Any) -> list[Any]:
-    """Give all of them the same command at the same moment."""
+    """Run the same command in all of these processes at the same time. Returns their results in order."""
     return list(await asyncio.gather(*(hand.ask(command, **arguments) for hand in hands)))
 
 
 async def ledgers_of(callers: Sequence[Hand]) -> list[Ledger]:
-    """End the load of these callers, and take what became of it: a ledger for each."""
+    """Stop the load of these callers. Returns the ledger of each."""
     return [Ledger.from_json(rows) for rows in await ask_all(callers, "end")]

@@ -1,4 +1,4 @@
-"""Worker processes with keyed agents that come and go, and their callers."""
+"""Worker processes with keyed agents, which are killed and replaced, and their callers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _GIVE_UP = 240.0
 
 
 class Fleet:
-    """A server, ``workers`` worker processes and ``callers`` caller processes, to be used with ``async with``.
+    """A server, worker processes and caller processes. Use it with ``async with``.
 
     Args:
-        workers: Processes that host the agents.
-        callers: Processes that call them.
-        tap: Whether somebody listens to every subject beside them.
-        settings: Of the workers' runtimes.
+        workers: Number of processes that host the agents.
+        callers: Number of processes that call the agents.
+        tap: Whether another client subscribes to every subject.
+        settings: Settings of the workers' runtimes.
     """
 
     def __init__(self, *, workers: int = 3, callers: int = 4, tap: bool = False, **settings: Any) -> None:
@@ -37,10 +37,10 @@ class Fleet:
         self._server = EmbeddedServer()
         self._crew = Crew(counters.__name__)
         self.workers: dict[str, Hand] = {}
-        """Those that live, by their worker ids."""
+        """The running workers by worker id."""
         self.callers: list[Hand] = []
         self.ends: list[End] = []
-        """Of the workers that ended, in order."""
+        """The ends of workers that were killed or stopped, in order."""
 
     async def __aenter__(self) -> Fleet:
         await self._server.start()
@@ -65,18 +65,18 @@ class Fleet:
         await self._server.stop()
 
     async def start_worker(self) -> None:
-        """One more worker; it takes messages when this returns."""
+        """Start one more worker. It accepts messages when this returns."""
         hand = await self._crew.start("worker", self._server.url, **self._settings)
         self.workers[(await hand.ask("health"))["worker_id"]] = hand
 
     async def kill(self, worker_id: str) -> None:
-        """SIGKILL."""
+        """Kill a worker with SIGKILL."""
         hand = self.workers.pop(worker_id)
         self.ends.append(End(worker_id, time.monotonic()))
         await hand.kill()
 
     async def end_in_order(self, worker_id: str) -> None:
-        """SIGTERM, and wait until it is gone."""
+        """Stop a worker with SIGTERM, and wait until it has ended."""
         hand = self.workers.pop(worker_id)
         self.ends.append(End(worker_id, time.monotonic()))
         hand.terminate()
@@ -84,9 +84,9 @@ class Fleet:
 
     @asynccontextmanager
     async def dying(self, every: float) -> AsyncIterator[None]:
-        """While the block runs, kill a worker at random every so many seconds, and start another one at once.
+        """While the block runs, kill a random worker every ``every`` seconds, and start a new one at once.
 
-        The last one that lives is spared: what dies is to be taken over.
+        The last running worker is not killed, so that another worker can take over the agents of a killed one.
         """
         starting: set[asyncio.Task[None]] = set()
 
@@ -106,19 +106,19 @@ class Fleet:
             await asyncio.gather(*starting)
 
     async def ended(self, count: int) -> None:
-        """Return when the callers have ended ``count`` calls together, each its share, or are not getting that far."""
+        """Return when each caller has ended its share of ``count`` calls, or after `_GIVE_UP` seconds."""
         await ask_all(self.callers, "ended", count=-(-count // len(self.callers)), seconds=_GIVE_UP)
 
     async def deaths(self, count: int) -> None:
-        """Return when so many workers have ended."""
+        """Return when ``count`` workers have ended, or after `_GIVE_UP` seconds."""
         await until(lambda: len(self.ends) >= count, _GIVE_UP)
 
     async def history(self, keys: Sequence[str]) -> History:
-        """End the load of the callers; what became of it, and what is stored of the counters with these keys."""
+        """Stop the load of the callers. Returns their calls and the stored states of the counters with these keys."""
         ledgers = await ledgers_of(self.callers)
         return History(ledgers, await self.callers[0].ask("stored", keys=list(keys)))
 
 
 async def also_beside_a_tap(measure: Callable[[bool], Awaitable[Sequence[Figure]]]) -> list[Figure]:
-    """What ``measure(tap)`` finds without a tap and with one."""
+    """Return the figures of ``measure(tap)`` without a tap and with one."""
     return [*await measure(False), *under("beside a tap", await measure(True))]

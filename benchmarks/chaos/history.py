@@ -1,4 +1,4 @@
-"""What the calls of counters and their stored states tell: was anything lost, counted twice, or alive twice?"""
+"""Checks the calls to counters against the stored states: calls lost or counted twice, agents that were live twice."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class _Counted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The end of a worker process, at a moment of the monotonic clock."""
+    """The end of a worker process. ``moment`` is a time of the monotonic clock."""
 
     worker_id: str
     moment: float
 
 
 class Outage(NamedTuple):
-    """How long an agent was out of reach, in seconds; None where nobody called, or it did not reply any more.
+    """How long an agent was unreachable after the end of its owner, in seconds; None if there was no reply.
 
-    ``new``: from the first call that was sent after the end of its owner to the first reply to such a call; calls that
-    met the end of another worker on their way are left out. ``any``: from the first call that was under way at the end,
-    or sent after it, to the next reply.
+    ``new``: from the first call that was sent after the end to the first reply to such a call. Calls during which
+    another worker ended are left out. ``any``: from the end, or from the first call that was sent after it if no call
+    was in progress at the end, to the next reply.
     """
 
     new: float | None
@@ -39,9 +39,11 @@ class Outage(NamedTuple):
 
 
 class History:
-    """The calls of counters, from the ledgers of their callers, and the stored states after them.
+    """The calls to counters, and the states that were stored afterwards.
 
-    ``stored``: the names of the calls in the state of each counter, by its key.
+    Args:
+        ledgers: The ledgers of all callers.
+        stored: The names of the calls in the stored state of each counter, by key.
     """
 
     def __init__(self, ledgers: Iterable[Ledger], stored: Mapping[str, Sequence[str]]) -> None:
@@ -53,12 +55,12 @@ class History:
 
     @property
     def applied(self) -> int:
-        """Calls in the stored states."""
+        """Number of calls in the stored states."""
         return sum(map(len, self._stored.values()))
 
     @property
     def lost(self) -> int:
-        """Acknowledged calls that are not in the state of their counter."""
+        """Number of acknowledged calls that are missing in the state of their counter."""
         return sum(
             _Counted(*entry.reply).call not in self._stored.get(key, ())
             for key, entries in self._by_key.items()
@@ -68,16 +70,16 @@ class History:
 
     @property
     def counted_twice(self) -> int:
-        """How much more often than once calls are in the states, acknowledged or not."""
+        """Number of surplus entries of calls in the states, whether the calls were acknowledged or not."""
         counts = Counter(call for calls in self._stored.values() for call in calls)
         return sum(count - 1 for count in counts.values())
 
     @property
     def doubles(self) -> int:
-        """Accepted replies that two instances of one agent gave at the same time.
+        """Number of accepted replies that show two live instances of one agent at the same time.
 
-        In the order of the values that they brought the counter to, each value comes once, and an instance that was
-        followed by another gives no reply any more.
+        The replies are sorted by the value of the counter. Each value must occur once, and an instance must not reply
+        again after another instance has replied.
         """
         found = 0
         for entries in self._by_key.values():
@@ -91,25 +93,25 @@ class History:
 
     @property
     def instances(self) -> int:
-        """Instances that gave replies which were accepted."""
+        """Number of instances with accepted replies."""
         return len({entry.reply[3] for entry in self.ledger.entries if entry.acknowledged})
 
     def outages(self, ends: Sequence[End]) -> list[Outage]:
-        """For each end of a worker and each counter that it owned: how long that was out of reach."""
+        """Return the outage of each counter that an ended worker owned, for each end."""
         moments = [end.moment for end in ends]
         return [self._outage(key, end.moment, moments) for end in ends for key in self._owned(end)]
 
     def no_reply(self, ends: Sequence[End]) -> list[float]:
-        """For each end of a worker: seconds from the first new call to its counters to the first reply to any of them.
+        """Return for each end the seconds from the first new call to the worker's counters to the first reply.
 
-        New calls are those of `Outage`. An end without a reply is left out.
+        New calls are defined as in `Outage`. Ends without a reply are left out.
         """
         moments = [end.moment for end in ends]
         gaps = [_until_a_reply(self._new(self._owned(end), end.moment, moments)) for end in ends]
         return [gap for gap in gaps if gap is not None]
 
     def _owned(self, end: End) -> list[str]:
-        """The counters whose last reply before the end came from that worker."""
+        """Return the keys of the counters whose last reply before the end came from that worker."""
         owned = []
         for key, entries in self._by_key.items():
             before = [entry for entry in entries if entry.acknowledged and entry.ended < end.moment]
@@ -134,7 +136,7 @@ class History:
         ]
 
     def figures(self) -> list[Figure]:
-        """What there is to say, and what natsrt promises about it."""
+        """Return the figures, with the bounds that natsrt promises."""
         return [
             *self.ledger.figures("all"),
             Figure(name="calls in the stored states", value=self.applied),
@@ -146,6 +148,6 @@ class History:
 
 
 def _until_a_reply(entries: Sequence[Entry]) -> float | None:
-    """Seconds from the first of these calls to the first reply to any of them; None without one."""
+    """Return the seconds from the first of these calls to the first reply to any of them; None without a reply."""
     replies = [entry.ended for entry in entries if entry.acknowledged]
     return min(replies) - min(entry.sent for entry in entries) if replies else None

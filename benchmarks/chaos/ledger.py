@@ -1,4 +1,4 @@
-"""Every call of a caller: when it was sent, when and how it ended."""
+"""Records every call of a caller: when it was sent, and when and how it ended."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from natsrt import errors
 
 ACKNOWLEDGED = "acknowledged"
 PENDING = "pending"
-"""A call that had not ended when the ledger was closed, though it had the time."""
+"""Outcome of a call that had not ended when the load was stopped and the time limit had passed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One call. Times are seconds of the system's monotonic clock, which all processes of a machine share."""
+    """One call. Times are seconds of the monotonic clock, which all processes of a machine share."""
 
     recipient: str
     sent: float
     ended: float
     outcome: str
-    """`ACKNOWLEDGED`, `PENDING`, or the name of the error's class."""
+    """`ACKNOWLEDGED`, `PENDING`, or the name of the error class."""
     reply: Any = None
-    """What of the reply is worth keeping, as JSON; None for calls without one."""
+    """The recorded part of the reply, as JSON values; None for calls without a reply."""
 
     @property
     def acknowledged(self) -> bool:
@@ -33,52 +33,52 @@ class Entry:
 
 
 class Ledger:
-    """The calls of one caller, or of several together."""
+    """The calls of one or more callers."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries = list(entries)
 
     @classmethod
     def from_json(cls, rows: Iterable[Iterable[Any]]) -> Self:
-        """What `to_json` made."""
+        """Create a ledger from the result of `to_json`."""
         return cls(Entry(*row) for row in rows)
 
     def to_json(self) -> list[list[Any]]:
-        """Plain values."""
+        """Return the entries as plain values."""
         return [[e.recipient, e.sent, e.ended, e.outcome, e.reply] for e in self.entries]
 
     @classmethod
     def together(cls, ledgers: Iterable[Ledger]) -> Self:
-        """All entries of all of them."""
+        """Return one ledger with the entries of all of these ledgers."""
         return cls(entry for ledger in ledgers for entry in ledger.entries)
 
     def where(self, wanted: Callable[[Entry], bool]) -> Ledger:
-        """Some of the entries."""
+        """Return a ledger with the entries for which ``wanted`` returns true."""
         return Ledger(entry for entry in self.entries if wanted(entry))
 
     @property
     def acknowledged(self) -> int:
-        """Calls that got their reply."""
+        """Number of calls that were answered with a reply."""
         return sum(entry.acknowledged for entry in self.entries)
 
     @property
     def errors(self) -> Mapping[str, int]:
-        """Calls without a reply, by the class of the error."""
+        """Number of calls without a reply, by outcome: the name of the error class, or `PENDING`."""
         return Counter(entry.outcome for entry in self.entries if not entry.acknowledged)
 
     @property
     def untyped(self) -> int:
-        """Calls that ended neither in a reply nor in an error of natsrt's own, or not at all."""
+        """Number of calls that ended neither with a reply nor with an error of natsrt, or did not end."""
         return sum(count for outcome, count in self.errors.items() if outcome not in errors.__all__)
 
     @property
     def slowest(self) -> float:
-        """Seconds of the call that took longest, whatever its end."""
+        """Duration of the longest call in seconds, whatever its outcome."""
         return max((entry.ended - entry.sent for entry in self.entries), default=0.0)
 
     @property
     def longest_gap(self) -> float:
-        """The longest time in seconds in which no call of this ledger was acknowledged."""
+        """The longest time without an acknowledged call, in seconds."""
         if not self.entries:
             return 0.0
         moments = sorted(entry.ended for entry in self.entries if entry.acknowledged)
@@ -86,7 +86,10 @@ class Ledger:
         return max(later - earlier for earlier, later in zip(moments, moments[1:], strict=False))
 
     def figures(self, of: str) -> list[Figure]:
-        """What there is to say about these calls, the heading ``of`` before it; that each has an end is a promise."""
+        """Return the figures of these calls under the heading ``of``.
+
+        The only promise is that every call ends with a reply or an error of natsrt.
+        """
         figures = [
             Figure(name="calls sent", value=len(self.entries)),
             Figure(name="calls acknowledged", value=self.acknowledged),

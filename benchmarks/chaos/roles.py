@@ -1,7 +1,7 @@
-"""What the processes of a scenario do. Each public coroutine method is a command: see `benchmarks.roles`.
+"""The roles of the processes of a scenario. Each public coroutine method is a command: see `benchmarks.roles`.
 
-A scenario whose agents or calls are special subclasses `Worker` and `Caller` in its own module, names them in ``ROLES``
-there, and starts its `benchmarks.chaos.crew.Crew` with that module.
+A scenario that needs other agents or calls subclasses `Worker` and `Caller` in its own module, lists them in ``ROLES``
+there, and creates its `benchmarks.chaos.crew.Crew` with the name of that module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from natsrt import NatsAgentRuntime
 
 _POLL_SECONDS = 0.005
 _LATEST = 100
-"""Calls among which one of the last moments is looked for."""
+"""Number of latest calls that are searched for a recent one."""
 _BLOCKED_SECONDS = 0.5
 _LARGE = "." * 900_000
 
@@ -36,7 +36,7 @@ class Question:
 
 @dataclass
 class Answer:
-    """Its reply. ``worker`` is the id of the worker that gave it."""
+    """The reply. ``worker`` is the id of the worker that handled the call."""
 
     number: int
     worker: str
@@ -44,16 +44,16 @@ class Answer:
 
 @dataclass
 class Note:
-    """An event; ``published`` is the time of the monotonic clock."""
+    """An event. ``published`` is a time of the monotonic clock."""
 
     published: float
 
 
 class Clerk(RoutedAgent):
-    """Answers questions, and notes when it hears events."""
+    """Answers questions, and records when the events that it receives were published."""
 
     heard: ClassVar[dict[str, float]] = {}
-    """By topic type, when the last event that this process heard was published."""
+    """By topic type: the time when the last event that this process received was published."""
 
     def __init__(self) -> None:
         super().__init__("answers")
@@ -71,7 +71,7 @@ class Clerk(RoutedAgent):
 
 
 class Bookkeeper(Clerk):
-    """Has a state, which every question changes."""
+    """A clerk with a state, which every question changes."""
 
     async def save_state(self) -> Mapping[str, Any]:
         return {"asked": self.asked}
@@ -84,7 +84,7 @@ _CLASSES = {cls.__name__: cls for cls in (Clerk, Bookkeeper)}
 
 
 async def until(condition: Callable[[], Any], seconds: float) -> float | None:
-    """The moment at which ``condition`` became true; None if it did not within ``seconds``."""
+    """Wait until ``condition`` is true. Returns that moment; None if it is still false after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -96,7 +96,8 @@ async def until(condition: Callable[[], Any], seconds: float) -> float | None:
 class Worker(Role):
     """A process with one runtime. ``Setup.options`` are settings of the runtime.
 
-    What waits for something takes the ``seconds`` that it may take, and returns the moment at which it came, or None.
+    Commands that wait take a time limit ``seconds``. They return the moment at which the condition became true, or None
+    if it did not in time. Moments are times of the monotonic clock.
     """
 
     async def start(self) -> None:
@@ -108,21 +109,27 @@ class Worker(Role):
         await self.runtime.close()
 
     async def host(self, agent_type: str, topic: str | None = None, agent: str = Clerk.__name__) -> None:
-        """Host an agent type, subscribed to a topic type. The setting ``keyed`` names those that are keyed."""
+        """Host an agent type. The runtime's setting ``keyed`` names the types that are keyed.
+
+        Args:
+            agent_type: The agent type.
+            topic: Topic type that the agent type is subscribed to. None: no subscription.
+            agent: Name of the agents' class.
+        """
         await natsrt.register(self.runtime, _CLASSES[agent], agent_type, _CLASSES[agent])
         if topic is not None:
             await self.subscribe(topic, agent_type)
 
     async def subscribe(self, topic: str, agent_type: str) -> None:
-        """Subscribe an agent type, whoever hosts it."""
+        """Subscribe an agent type to a topic type. Any worker may host the agent type."""
         await self.runtime.add_subscription(TypeSubscription(topic, agent_type))
 
     async def health(self) -> dict[str, Any]:
-        """The runtime's health."""
+        """Return the runtime's health."""
         return asdict(self.runtime.health())
 
     async def host_at_last(self, agent_type: str, seconds: float) -> float | None:
-        """Try to host an agent type until it is registered."""
+        """Try to host an agent type until it is registered. Returns None if that takes longer than ``seconds``."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
@@ -133,7 +140,7 @@ class Worker(Role):
         return None
 
     async def connected(self, reconnects: int, seconds: float) -> float | None:
-        """Wait until it is connected, with more reconnects behind it than ``reconnects``."""
+        """Wait until the runtime is connected and has reconnected more than ``reconnects`` times."""
 
         def is_connected() -> bool:
             health = self.runtime.health()
@@ -142,7 +149,7 @@ class Worker(Role):
         return await until(is_connected, seconds)
 
     async def back(self, reconnects: int, seconds: float) -> float | None:
-        """Wait until it is ready, with more reconnects behind it than ``reconnects``."""
+        """Wait until the runtime is ready and has reconnected more than ``reconnects`` times."""
 
         def is_back() -> bool:
             return self.runtime.ready and self.runtime.health().reconnects > reconnects
@@ -150,7 +157,7 @@ class Worker(Role):
         return await until(is_back, seconds)
 
     async def sees(self, agent_type: str, seconds: float) -> float | None:
-        """Wait until its view of the registry lists a live worker of the type."""
+        """Wait until the runtime's view of the registry lists a live worker of the type."""
         return await until(lambda: self.runtime.running.registry.view.workers_hosting(agent_type), seconds)
 
     async def note(self, topic: str) -> None:
@@ -158,7 +165,11 @@ class Worker(Role):
         await self.runtime.publish_message(Note(time.monotonic()), TopicId(topic, "all"))
 
     async def flood(self, size: int) -> int:
-        """Begin to publish ``size`` bytes, and return how many were published when the server takes no more of them."""
+        """Begin to publish ``size`` bytes. Returns the number of bytes published when the server accepts no more.
+
+        Raises:
+            RuntimeError: The server accepted all bytes.
+        """
         published = 0
 
         async def publish() -> None:
@@ -177,12 +188,12 @@ class Worker(Role):
         return published
 
     async def hears(self, topic: str, published_after: float, seconds: float) -> float | None:
-        """Wait until an agent here heard an event that was published after that moment."""
+        """Wait until an agent in this process has received an event published after ``published_after``."""
         return await until(lambda: Clerk.heard.get(topic, 0.0) > published_after, seconds)
 
 
 class Caller(Worker):
-    """Calls and publishes until it is told to stop, and keeps a ledger."""
+    """Calls and publishes until it gets the command `end`, and records its calls in a ledger."""
 
     async def start(self) -> None:
         await super().start()
@@ -192,19 +203,19 @@ class Caller(Worker):
         self._numbers = itertools.count(1)
 
     def question(self, number: int, recipient: AgentId) -> Any:
-        """What to send in the call with this number, which counts the calls of this process."""
+        """Return the message of a call. ``number`` counts the calls of this process."""
         return Question(number)
 
     def kept(self, reply: Any) -> Any:
-        """What the ledger keeps of a reply, as JSON."""
+        """Return the part of a reply that the ledger keeps, as JSON values."""
         return reply.worker
 
     async def call(self, recipients: Sequence[str], concurrency: int = 8, pause: float = 0.01) -> None:
-        """Begin to call, in turns, and return at once.
+        """Begin to call the recipients in turn, and return at once.
 
         Args:
             recipients: Agent ids as text, ``type/key``.
-            concurrency: Callers, each of which waits for its reply and for ``pause`` seconds before its next call.
+            concurrency: Number of callers. Each waits for its reply and then for ``pause`` before its next call.
             pause: In seconds.
         """
         self._going_on = True
@@ -218,7 +229,10 @@ class Caller(Worker):
         self._load += [asyncio.create_task(keep_calling()) for _ in range(concurrency)]
 
     async def publish(self, topic: str, pause: float = 0.02) -> None:
-        """Begin to publish events, one after the other, and return at once. Events are not in the ledger."""
+        """Begin to publish events one after the other, ``pause`` seconds apart, and return at once.
+
+        The ledger does not contain events.
+        """
         self._going_on = True
 
         async def keep_publishing() -> None:
@@ -226,13 +240,13 @@ class Caller(Worker):
                 try:
                     await self.note(topic)
                 except natsrt.NatsrtError:
-                    pass  # whether events arrive is seen at their subscribers
+                    pass  # the subscribers check whether events arrive
                 await asyncio.sleep(pause)
 
         self._load.append(asyncio.create_task(keep_publishing()))
 
     async def answered(self, sent_after: float, seconds: float, recipient: str | None = None) -> float | None:
-        """Wait for the reply to a call that was sent after that moment; to ``recipient``, None for any."""
+        """Wait for the reply to a call sent after ``sent_after``. If ``recipient`` is None, any recipient counts."""
 
         def is_answered() -> bool:
             return any(
@@ -243,7 +257,7 @@ class Caller(Worker):
         return await until(is_answered, seconds)
 
     async def end(self, seconds: float = 60.0) -> list[list[Any]]:
-        """Stop calling and publishing; calls have ``seconds`` to end. Returns the ledger: see `Ledger.from_json`."""
+        """Stop calling and publishing. Calls have ``seconds`` to end. Returns the ledger for `Ledger.from_json`."""
         self._going_on = False
         if self._load:
             _, hanging = await asyncio.wait(self._load, timeout=seconds)
@@ -262,7 +276,7 @@ class Caller(Worker):
             outcome = ACKNOWLEDGED
         except Exception as error:
             outcome = type(error).__name__
-        finally:  # a cancelled one is still pending
+        finally:  # a cancelled call is recorded as pending
             self._ledger.entries.append(Entry(str(recipient), sent, time.monotonic(), outcome, reply))
 
 

@@ -1,4 +1,4 @@
-"""What a scenario is, and what it finds out."""
+"""Scenarios and their figures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Value = float | str | Mapping[str, int] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure, and what natsrt promises about it.
+    """One figure, with the bounds that natsrt promises.
 
     Args:
-        name: What it is, unique within the scenario.
-        value: None: it did not happen at all, or not in the time that it was given.
-        unit: Of the value; empty for counts.
-        at_least: A bound that natsrt promises. With both bounds None the figure is shown, and nothing is promised.
-        at_most: The same from above.
+        name: Description, unique within the scenario.
+        value: The figure. None: it did not happen, or not in time.
+        unit: Unit of the value; empty for counts.
+        at_least: Lower bound that natsrt promises. If both bounds are None, the figure is shown without a promise.
+        at_most: Upper bound that natsrt promises.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Figure:
 
     @property
     def kept(self) -> bool:
-        """Whether the promise was kept; true where nothing is promised."""
+        """Whether the promise was kept; true if nothing is promised."""
         if not self.promised:
             return True
         return (
@@ -45,7 +45,7 @@ class Figure:
 
     @property
     def bound(self) -> str:
-        """The promise as text; empty where there is none."""
+        """The promise as text; empty if there is none."""
         if self.at_least is not None and self.at_least == self.at_most:
             return f"= {self.at_least:g}"
         lower = "" if self.at_least is None else f"≥ {self.at_least:g}"
@@ -53,7 +53,7 @@ class Figure:
         return " ".join(filter(None, (lower, upper)))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the figure as plain values."""
         return {
             "name": self.name,
             "value": dict(self.value) if isinstance(self.value, Mapping) else self.value,
@@ -66,12 +66,12 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One kind of trouble.
+    """One kind of failure.
 
     Args:
-        title: For people.
-        measure: Makes the trouble and returns what came of it. Its argument says whether to be short: less load, fewer
-            processes, the same trouble.
+        title: Description for readers.
+        measure: Causes the failure and returns the figures. If its argument is true, it uses less load and fewer
+            processes, with the same failures.
     """
 
     title: str
@@ -79,16 +79,16 @@ class Scenario:
 
 
 def broken(figures: Sequence[Figure]) -> list[str]:
-    """The promises that were not kept, a line each."""
+    """Return the promises that were not kept, one line each."""
     return [f"{figure.name}: {figure.value} {figure.unit}, not {figure.bound}" for figure in figures if not figure.kept]
 
 
 def under(heading: str, figures: Sequence[Figure]) -> list[Figure]:
-    """The figures with a heading before their names."""
+    """Return the figures with a heading before their names."""
     return [replace(figure, name=f"{heading}: {figure.name}") for figure in figures]
 
 
 def slowest(moments: Sequence[float | None], since: float) -> float | None:
-    """Seconds from ``since`` to the last of the moments; None where one of them never came."""
+    """Return the seconds from ``since`` to the last of the moments; None if there are none or any of them is None."""
     came = [moment for moment in moments if moment is not None]
     return max(came) - since if came and len(came) == len(moments) else None

@@ -1,4 +1,4 @@
-"""What is measured side by side. Each peer is a module with ``ROLES``, which only the peer's own processes import."""
+"""The peers that are compared. Each peer is a module with ``ROLES``, which only the peer's own processes import."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from benchmarks.setup import Setup
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """One contestant.
+    """A runtime or library that is measured.
 
     Args:
-        name: For the command line and for rows.
-        title: For people.
-        module: With ``ROLES``: its roles by name. ``caller`` is always there.
-        requires: Python modules that must be installed.
-        has_host: Whether a process of the role ``host`` stands between caller and worker, instead of the NATS server.
-        has_workers: Whether agents live in processes of the role ``worker``; else they live in the caller's.
+        name: Name on the command line and in rows.
+        title: Description for readers.
+        module: Name of the module whose ``ROLES`` contains the roles by name. Every peer has the role ``caller``.
+        requires: Names of Python modules that must be installed.
+        has_host: Whether a process of the role ``host`` connects caller and worker, instead of the NATS server.
+        has_workers: Whether processes of the role ``worker`` host the agents. If not, there are no worker processes.
         many_workers: Whether several workers can host one agent type.
     """
 
@@ -31,7 +31,7 @@ class Peer:
     many_workers: bool = True
 
     def missing(self, setup: Setup) -> str | None:
-        """Why it cannot take part in a measurement with ``setup``; None where it can."""
+        """Return the reason why the peer cannot take part in a measurement with ``setup``; None if it can."""
         for module in self.requires:
             if not _is_installed(module):
                 return f"not installed: {module}"
@@ -89,7 +89,7 @@ RAY = Peer(
 )
 
 PEERS = (BARE, NATSRT, GRPC, HTTP, IN_PROCESS)
-"""What is measured in all scenarios: NATS itself and AutoGen's runtimes."""
+"""The peers of all scenarios that compare runtimes: bare NATS and AutoGen's runtimes."""
 OTHERS = (FASTSTREAM, RAY)
-"""What teams use instead of agents. Measured for calls only, if the extra ``bench-others`` is installed."""
+"""Alternatives to agents. Measured for calls only, and only if the extra ``bench-others`` is installed."""
 ALL_PEERS = (*PEERS, *OTHERS)

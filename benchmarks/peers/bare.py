@@ -1,6 +1,6 @@
-"""nats-py alone: ``Client.request()``, ``publish()`` and callback subscriptions, bodies without headers.
+"""nats-py alone: ``Client.request()``, ``publish()`` and callback subscriptions, without headers.
 
-The body is the payload that the AutoGen runtimes send, so the same bytes travel; nobody decodes them.
+The body consists of the same bytes as the payload of the AutoGen runtimes. It is not decoded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _TIMEOUT = 60
 
 
 async def _settled(client: Client) -> None:
-    """The server has processed all subscriptions: nats-py writes a flush's ping ahead of what is still queued."""
+    """Return when the server has processed all subscriptions.
+
+    The sleep is needed because nats-py writes the ping of a flush ahead of commands that are still queued.
+    """
     await asyncio.sleep(0)
     await client.flush()
 
@@ -67,7 +70,7 @@ class BareWorker(_Bare, Worker):
         await client.subscribe(self.subject(f"handled.{number}"), cb=on_handled)
 
     async def subscribe(self, count: int) -> float:
-        """Seconds for ``count`` subscriptions, each known to the server before the next."""
+        """Add ``count`` subscriptions, each after the server has processed the one before. Returns the seconds."""
 
         async def on_message(message: Msg) -> None:
             pass

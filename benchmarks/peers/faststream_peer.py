@@ -1,4 +1,4 @@
-"""FastStream's request-reply over NATS: a service framework without agents. Messages are validated by Pydantic."""
+"""FastStream's request-reply over NATS: a service framework without agents. Pydantic validates the messages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from benchmarks.setup import ECHO
 from benchmarks.work import Text, text_of, use_cpu
 
 _TIMEOUT = 60
-"""Seconds for one call: long enough for a slow machine."""
+"""Timeout of one call in seconds: long enough for a slow machine."""
 _AT_ONCE = 512
-"""Messages that the worker handles at a time: as many as the scenarios have callers. FastStream's default is 1."""
+"""Maximum number of messages that the worker handles at once: the most callers of any scenario. The default is 1."""
 
 
 class _FastStream(Role):

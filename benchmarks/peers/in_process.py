@@ -1,4 +1,4 @@
-"""AutoGen's `SingleThreadedAgentRuntime`: caller and agents in one process, nothing serialized."""
+"""AutoGen's `SingleThreadedAgentRuntime`: caller and agents in one process, without serialization."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.roles import Role
 
 
 class InProcess(RuntimeCaller, RuntimeWorker):
-    """Caller and worker at once."""
+    """Caller and worker in one role."""
 
     _shared: SingleThreadedAgentRuntime | None = None
 
     async def open(self) -> AgentRuntime:
-        """There are no connections: all publishers share the one runtime."""
+        """Return the only runtime. All publishers share it, because there are no connections."""
         if self._shared is None:
             self._shared = SingleThreadedAgentRuntime()
             self._shared.start()

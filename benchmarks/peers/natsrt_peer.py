@@ -1,4 +1,4 @@
-"""natsrt."""
+"""The peer natsrt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Natsrt(RuntimeRole):
     def _provider(self) -> TracerProvider | None:
         if self.setup.sampled is None:
             return None
-        # Imported here because natsrt alone does not import it, and starting is measured too.
+        # Imported here because natsrt itself does not import it, and the start is measured too.
         from benchmarks.peers.tracing import discarding_provider
 
         return discarding_provider(self.setup.sampled)
@@ -51,7 +51,7 @@ class NatsrtWorker(_Natsrt, RuntimeWorker):
         self.runtime = runtime
 
     async def register_and_start(self, count: int) -> float:
-        """Seconds for registering ``count`` agent types with a new runtime and then starting it."""
+        """Register ``count`` agent types with a new runtime, then start it. Returns the seconds."""
         began = time.perf_counter()
         runtime = self.make()
         for number in range(count):
@@ -67,7 +67,7 @@ class NatsrtCaller(_Natsrt, RuntimeCaller):
 
 
 class NatsrtIdle(_Natsrt):
-    """``idle_workers`` runtimes, each of which hosts an agent type that nobody calls."""
+    """Starts ``Setup.idle_workers`` runtimes. Each hosts an agent type that is never called."""
 
     async def start(self) -> None:
         self._runtimes = [self.make() for _ in range(self.setup.idle_workers)]

@@ -1,11 +1,11 @@
-"""Ray: an asyncio actor in a process of its own, called through Ray's own transport on this machine only."""
+"""Ray: an asyncio actor in a separate process on this machine, called through Ray's transport."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing leaves this machine
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray must not send data from this machine
 
 import ray  # type: ignore[import-not-found, unused-ignore]
 
@@ -13,11 +13,11 @@ from benchmarks.roles import Caller, Role, Send
 from benchmarks.work import Text, text_of, use_cpu
 
 _AT_ONCE = 512
-"""Calls that the actor handles at a time: as many as the scenarios have callers."""
+"""Maximum number of calls that the actor handles at once: the most callers of any scenario."""
 
 
 class Echo:
-    """The actor."""
+    """The actor. Replies with the message it received."""
 
     def __init__(self, work_ms: float) -> None:
         self._work_ms = work_ms
@@ -29,7 +29,7 @@ class Echo:
 
 
 class RayCaller(Caller):
-    """Starts Ray and the actor, too: Ray's processes end with the one that started them."""
+    """Starts Ray and the actor, and calls it. Ray's processes end with the process that started them."""
 
     async def start(self) -> None:
         self._files = tempfile.TemporaryDirectory(prefix="natsrt-ray-", ignore_cleanup_errors=True)

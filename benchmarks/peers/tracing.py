@@ -1,4 +1,4 @@
-"""Tracing as in production, except that the exporter sends nothing."""
+"""Tracing as in production, but with an exporter that discards the spans."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ class _Discard(SpanExporter):
 
 
 def discarding_provider(sampled: float) -> TracerProvider:
-    """Exports in batches; ``sampled`` is the share of traces that are. Shuts itself down with the process."""
+    """Return a provider that exports spans in batches and discards them. It shuts down with the process.
+
+    Args:
+        sampled: Share of traces that are sampled, from 0 to 1.
+    """
     provider = TracerProvider(sampler=ParentBased(TraceIdRatioBased(sampled)))
-    # The queue is long enough that no span is dropped, which would be cheaper than exporting it.
+    # The queue is long enough that no span is dropped: dropping would be cheaper than exporting.
     provider.add_span_processor(BatchSpanProcessor(_Discard(), max_queue_size=100_000))
     return provider

@@ -1,4 +1,4 @@
-"""Calls per second, and how long a single one takes."""
+"""Calls per second, and the duration of a single call."""
 
 from __future__ import annotations
 

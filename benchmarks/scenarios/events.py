@@ -1,4 +1,4 @@
-"""Events handled per second, by one subscriber and by ten, from one publisher and from ten."""
+"""Events handled per second, with one or ten subscribers, and with one or ten publishers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.peers import HTTP, PEERS
 from benchmarks.setup import Setup
 
 MOST_HANDLED = 150_000
-"""In one turn; all of them may wait in the worker at once, which natsrt bounds to 64 MB."""
+"""Maximum number of handled events in a turn. All may wait in the worker at once, where natsrt allows 64 MB."""
 
 GOALS = (
     Goal(

@@ -1,4 +1,4 @@
-"""Whether calls and events get slower the more there is of everything else."""
+"""Speed of calls and events with growing numbers of agent types, agents, subscriptions and idle workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scenarios(short: bool) -> Iterator[Scenario]:
         "idle workers of another agent type",
         (0, 3) if short else (0, 1, 10, 100),
         lambda number: Setup(idle_workers=number),
-        fresh=True,  # their heartbeats would disturb all variants alike
+        fresh=True,  # otherwise their heartbeats would disturb all variants
     )
 
 

@@ -1,6 +1,6 @@
-"""Keyed agents: what it costs that there is one of each, and that its state is stored before the reply.
+"""The cost of keyed agents: of having one instance per key, and of storing the state before the reply.
 
-The measure of storing is nats-py's own ``KeyValue.update`` with the last revision, for as many keys by as many callers.
+Storing is compared with nats-py's ``KeyValue.update`` with the last revision, for as many keys and callers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UPDATES, _CREATES = "kv.update", "kv.create"
 
 
 class KeyValueCaller(BareCaller):
-    """Updates and creates keys of a bucket like that of keyed agents; the server does the rest."""
+    """Updates and creates keys in a bucket that is configured like that of keyed agents. There is no worker."""
 
     bucket: KeyValue
 
@@ -52,7 +52,7 @@ class KeyValueCaller(BareCaller):
         self._new = itertools.count()
 
     async def make_live(self, count: int) -> None:
-        """Create the keys that are updated."""
+        """Create the ``count`` keys that the calls update."""
         for number in range(count):
             self._free.append((f"live{number}", await self.bucket.create(f"live{number}", b"")))
 
@@ -66,7 +66,7 @@ class KeyValueCaller(BareCaller):
         return call
 
     async def first_calls(self, concurrency: int, count: int, size: int) -> float:
-        """Seconds for creating ``count`` keys by ``concurrency`` callers."""
+        """Create ``count`` keys by ``concurrency`` callers. Returns the seconds."""
         value = encoded(text_of(size))
         return await self.timed(lambda: self.bucket.create(f"new{next(self._new)}", value), concurrency, count)
 

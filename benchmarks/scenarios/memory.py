@@ -1,4 +1,4 @@
-"""What a live agent costs beyond itself: Python objects that the worker keeps for it."""
+"""Memory of the Python objects that the worker keeps for a live agent, beyond the agent itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.setup import Setup
 from benchmarks.teams import Team
 
 WARM_UP = 100
-"""Agents that live before anything is counted."""
+"""Number of agents that are live before measuring starts."""
 
 
 def scenarios(short: bool) -> Iterator[Scenario]:
@@ -31,7 +31,10 @@ def scenarios(short: bool) -> Iterator[Scenario]:
 
 
 def beyond_itself(agents: int) -> Measure:
-    """Bytes for a live agent beyond its own, the mean of ``agents``. Needs ``Setup.trace_memory``."""
+    """Measure the memory per live agent beyond the agent itself, in bytes: the mean of ``agents`` agents.
+
+    Requires ``Setup.trace_memory``.
+    """
 
     async def measure(team: Team, count: int) -> Sample:
         host = team.workers[0] if team.workers else team.caller

@@ -1,4 +1,4 @@
-"""Calls with large texts, there and back."""
+"""Calls with large texts as request and reply."""
 
 from __future__ import annotations
 

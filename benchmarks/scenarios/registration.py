@@ -1,4 +1,4 @@
-"""How long registering and subscribing take. Every turn begins with new processes."""
+"""Duration of registering and subscribing. Every turn uses new processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long it takes to write and to read messages of several kinds: natsrt's serializers and AutoGen's own."""
+"""Duration of writing and reading messages of several kinds, with natsrt's serializers and with AutoGen's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from natsrt.wire.serialization import serializer_for
 
 OURS, THEIRS = "natsrt", "AutoGen"
 _AT_MOST = 2.5
-"""The goal for a message that Pydantic writes alone, as a ratio to AutoGen's serializer."""
+"""The goal for the duration, as a ratio to AutoGen's serializer."""
 
 
 class Price(BaseModel):
@@ -31,7 +31,7 @@ class Price(BaseModel):
 
 
 class Order(BaseModel):
-    """Five models, in fields of several kinds."""
+    """Holds five models in fields of several kinds."""
 
     id: str
     net: Price
@@ -45,11 +45,11 @@ class Kind:
     """A kind of message.
 
     Args:
-        name: For the command line.
-        title: For the table.
-        make: Makes a message.
-        exact: Whether AutoGen's own serializer can read what it writes. If not, there is no goal, and the reading of
-            the messages inside is measured instead.
+        name: Part of the scenario's name on the command line.
+        title: Part of the table's title.
+        make: Creates a message.
+        exact: Whether AutoGen's own serializer can read what it writes. If not, there is no goal, and for AutoGen the
+            reading of the messages inside is measured instead.
     """
 
     name: str
@@ -89,22 +89,26 @@ KINDS = (
 
 
 class Serializing(Role):
-    """Writes and reads messages, and times it."""
+    """Writes and reads messages, and measures the time."""
 
     async def start(self) -> None:
-        """Nothing is needed."""
+        """Do nothing."""
 
     async def stop(self) -> None:
-        """Nothing is left."""
+        """Do nothing."""
 
     async def write(self, kind: str, by: str, count: int) -> float:
-        """Seconds for writing one message ``count`` times."""
+        """Write one message ``count`` times. Returns the seconds."""
         message = _kind(kind).make()
         serialize = _serializer(by, type(message)).serialize
         return _timed(lambda: serialize(message), count)
 
     async def read(self, kind: str, by: str, count: int) -> float:
-        """Seconds for reading one payload ``count`` times. Raises RuntimeError if it was not what was written."""
+        """Read one payload ``count`` times. Returns the seconds.
+
+        Raises:
+            RuntimeError: The message that was read is not the one that was written.
+        """
         described = _kind(kind)
         message = described.make()
         parts = [message] if by == OURS or described.exact else message.messages

@@ -1,4 +1,4 @@
-"""How long importing takes, and a worker from its start to its first reply."""
+"""Duration of importing, and of a worker's start until its first reply."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ class Importer(Role):
     """Imports modules in new Python processes."""
 
     async def start(self) -> None:
-        """Nothing is needed."""
+        """Do nothing."""
 
     async def stop(self) -> None:
-        """Nothing is left."""
+        """Do nothing."""
 
     async def seconds(self, statement: str, before: str) -> float:
-        """Seconds for ``statement`` after ``before``."""
+        """Run ``before``, then ``statement``, in a new Python process. Returns the seconds for ``statement``.
+
+        Raises:
+            RuntimeError: The process failed.
+        """
         program = _PROGRAM.format(before=before, statement=statement)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", program, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE

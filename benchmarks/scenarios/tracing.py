@@ -1,4 +1,4 @@
-"""Calls while every one of them, or one in a hundred, is traced and exported in batches."""
+"""Calls with tracing: every call, or one in a hundred, is sampled, and spans are exported in batches."""
 
 from __future__ import annotations
 

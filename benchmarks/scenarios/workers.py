@@ -1,4 +1,4 @@
-"""Calls to a handler that needs a processor for 1 ms, with one, two and four workers of its type."""
+"""Calls to a handler that uses 1 ms of CPU time, with one, two and four workers of its type."""
 
 from __future__ import annotations
 

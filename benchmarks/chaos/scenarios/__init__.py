@@ -1,4 +1,4 @@
-"""One module for each kind of trouble, found by being here. Each has a ``SCENARIO``, and its own name."""
+"""One module for each kind of failure. Every module here is loaded; its ``SCENARIO`` has the name of the module."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from benchmarks.chaos.scenario import Scenario
 
 
 def all_scenarios() -> dict[str, Scenario]:
-    """Every scenario by its name."""
+    """Return every scenario by name."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return {name: importlib.import_module(f"{__name__}.{name}").SCENARIO for name in names}

@@ -1,4 +1,4 @@
-"""The server that leads a bucket is killed under load, in a cluster of three that keeps three copies of each bucket."""
+"""Kills the server that leads a bucket under load, in a cluster of three servers with three replicas of each bucket."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.registry import registry
 
 _ANSWER_WITHIN = 5.0
-"""Seconds without an answer that a caller may see, where neither its server nor the agent's was killed."""
+"""Maximum seconds without a reply for a caller, if neither its server nor the agent's server was killed."""
 _GIVE_UP = 60.0
 _PLAIN, _KEYED, _STATEFUL = "plain", "keyed", "stateful"
 _KEYS = 10
 
 
 async def measure(*, led: str = registry.BUCKET, settle: float = 3.0) -> list[Figure]:
-    """Kill the leader of the bucket ``led``. A worker and a caller are at each server.
+    """Kill the leader of a bucket. A worker and a caller are connected to each server.
 
-    ``settle``: seconds of load before the kill, and after everything works again.
+    Args:
+        led: The bucket whose leader is killed.
+        settle: Seconds of load before the kill, and after everything works again.
     """
     async with Cluster() as cluster, Crew() as crew:
         settings = {"registry_replicas": 3, "keyed": f"{_KEYED},{_STATEFUL}"}
@@ -54,7 +56,7 @@ async def measure(*, led: str = registry.BUCKET, settle: float = 3.0) -> list[Fi
 
 
 async def _kill(cluster: Cluster, victim: int, everybody: Sequence[Hand]) -> list[Figure]:
-    """Kill the server, and see how long it takes until everything works without it, and with it again."""
+    """Kill the server. Measures how long it takes until everything works without it, and with it again."""
     at = [cluster.number_of(health["server"]) for health in await ask_all(everybody, "health")]
     moving = [hand for hand, number in zip(everybody, at, strict=True) if number == victim]
     survivor = next(hand for hand in everybody if hand not in moving)
@@ -82,7 +84,7 @@ async def _kill(cluster: Cluster, victim: int, everybody: Sequence[Hand]) -> lis
 
 
 def _by_recipient(ledger: Ledger) -> list[Ledger]:
-    """A ledger for each agent, from its first reply on."""
+    """Return a ledger for each agent, beginning with the agent's first reply."""
     ledgers: dict[str, Ledger] = {}
     for entry in ledger.entries:
         if entry.acknowledged or entry.recipient in ledgers:
@@ -91,9 +93,13 @@ def _by_recipient(ledger: Ledger) -> list[Ledger]:
 
 
 def _between_survivors(kind: str, pairs: Sequence[Ledger]) -> list[Figure]:
-    """The calls between a caller and an agent whose servers live on. ``pairs``: a ledger for each two of them.
+    """Return the figures of calls between callers and agents whose servers were not killed.
 
-    Agents whose every call stores their state have to wait for the next leader; the others go on.
+    Agents that store their state in every call must wait for the next leader; the others need not.
+
+    Args:
+        kind: The kind of agent.
+        pairs: A ledger for each pair of caller and agent.
     """
     of_kind = [pair for pair in pairs if pair.entries[0].recipient.startswith(kind)]
     together = Ledger.together(of_kind)

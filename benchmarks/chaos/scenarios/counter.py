@@ -1,4 +1,4 @@
-"""Counters are incremented while their workers are killed, one after the other."""
+"""Increments counters while their workers are killed one after the other."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from benchmarks.chaos.fleet import Fleet, also_beside_a_tap
 from benchmarks.chaos.scenario import Figure, Scenario
 
 BACK_WITHIN = 5.0
-"""Seconds after the end of its owner in which an agent replies again, to whatever call."""
+"""Seconds after the end of its owner within which an agent replies again, to any call."""
 BACK_FOR_NEW_CALLS_WITHIN = 1.0
-"""The same for calls that are sent after the end."""
+"""Seconds within which it replies again to calls that were sent after the end."""
 
 
 async def measure(
     *, increments: int = 5_000, keys: int = 50, workers: int = 3, every: float = 1.0, tap: bool = False
 ) -> list[Figure]:
-    """Eight callers in four processes. ``every``: seconds between two deaths."""
+    """Increment with eight callers in four processes, and kill workers.
+
+    Args:
+        increments: Number of calls.
+        keys: Number of counters.
+        workers: Number of worker processes.
+        every: Seconds between two kills.
+        tap: Whether another client subscribes to every subject.
+    """
     names = [f"k{number}" for number in range(keys)]
     async with Fleet(workers=workers, callers=4, tap=tap) as fleet:
         async with fleet.dying(every):
@@ -29,7 +37,7 @@ async def measure(
         history = await fleet.history(names)
     outages = history.outages(fleet.ends)
     new, all_calls = _known(outage.new for outage in outages), _known(outage.any for outage in outages)
-    # Beside a tap every death costs the few callers seconds, and they do not get to call most agents in between.
+    # With a tap, each kill blocks the few callers for seconds, so they cannot call most agents in between.
     at_once, in_time = (None, None) if tap else (BACK_FOR_NEW_CALLS_WITHIN, BACK_WITHIN)
     return [
         Figure(name="workers killed", value=len(fleet.ends)),

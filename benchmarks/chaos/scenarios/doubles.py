@@ -1,4 +1,4 @@
-"""The first calls of many agents come from several processes at the same moment, also while workers die."""
+"""Several processes make the first calls to many agents at the same moment, also while workers are killed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from benchmarks.chaos.fleet import Fleet, also_beside_a_tap
 from benchmarks.chaos.scenario import Figure, Scenario, under
 
 _AHEAD = 0.3
-"""Seconds that all callers have to get ready for the moment."""
+"""Seconds from the command to the moment of the calls, so that all callers are ready."""
 
 
 async def measure(
     *, keys: int = 200, workers: int = 3, callers: int = 4, deaths: int = 6, every: float = 1.0, tap: bool = False
 ) -> list[Figure]:
-    """First calls in quiet, then of as many fresh agents with ``every`` seconds between two deaths of workers."""
+    """Make first calls to agents, then to as many new agents while workers are killed.
+
+    Args:
+        keys: Number of agents in each part.
+        workers: Number of worker processes.
+        callers: Number of caller processes.
+        deaths: Number of workers that are killed.
+        every: Seconds between two kills.
+        tap: Whether another client subscribes to every subject.
+    """
     async with Fleet(workers=workers, callers=callers, tap=tap) as fleet:
         in_quiet = await _in_quiet(fleet, [f"quiet{number}" for number in range(keys)])
         dying = await _while_workers_die(fleet, [f"dying{number}" for number in range(keys)], deaths, every)
@@ -47,7 +56,7 @@ async def _in_quiet(fleet: Fleet, keys: Sequence[str]) -> list[Figure]:
 async def _while_workers_die(fleet: Fleet, keys: Sequence[str], deaths: int, every: float) -> list[Figure]:
     async with fleet.dying(every):
         for number, caller in enumerate(fleet.callers):
-            # Each begins elsewhere: every agent has several callers, and none is called by all of them in turns.
+            # Each caller begins with another key: every agent has several callers, but they do not call it in step.
             begin = number * len(keys) // (2 * len(fleet.callers))
             turns = [agent_of(key) for key in (*keys[begin:], *keys[:begin])]
             await caller.ask("call", recipients=turns, concurrency=8, pause=0.02)

@@ -1,4 +1,4 @@
-"""A worker stands still, its agents are taken over and changed elsewhere, and it goes on."""
+"""Freezes a worker, lets other workers take over and change its agents, and resumes it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from benchmarks.chaos.scenario import Figure, Scenario
 
 _HANDLERS = 5
 _IN_HANDLERS = 2.0
-"""Seconds for which the handlers take in whose midst it stands still: they save when it goes on."""
+"""Duration in seconds of the handlers that run while the worker is frozen. They save when it is resumed."""
 _FROM_THEN_ON = 3.0
-"""Seconds of load after it went on."""
+"""Seconds of load after the worker is resumed."""
 
 
 async def measure(*, keys: int = 30, seconds: float = 10.0, tap: bool = False) -> list[Figure]:
-    """Freeze one of two workers for some seconds, in the midst of some of its handlers."""
+    """Freeze one of two workers while some of its handlers run.
+
+    Args:
+        keys: Number of agents.
+        seconds: Seconds for which the worker is frozen.
+        tap: Whether another client subscribes to every subject.
+    """
     names = [f"k{number}" for number in range(keys)]
     async with Fleet(workers=2, callers=2, tap=tap) as fleet:
         await ask_all(fleet.callers, "first_calls", keys=names, moment=time.monotonic())

@@ -1,4 +1,4 @@
-"""A server of a cluster stands still, its connections open, while runtimes have megabytes to send to it."""
+"""Freezes a server of a cluster, with open connections, while runtimes have megabytes to send to it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from benchmarks.chaos.scenario import Figure, Scenario, slowest, under
 from natsrt.jetstream.registry.registry import BUCKET
 
 MOVED_WITHIN = 10.0
-"""Seconds after the server stood still in which its runtimes work over another one."""
+"""Seconds after the freeze within which the runtimes of the frozen server use another server."""
 _GIVE_UP = 60.0
 _FLOOD_BYTES = 32_000_000
 _STUCK, _ELSEWHERE = "stuck", "elsewhere"
 
 
 async def measure(*, leading: bool = False, settle: float = 2.0) -> list[Figure]:
-    """A worker and a caller at the server that hangs, and both at another one.
+    """Freeze a server to which a worker and a caller are connected. Another worker and caller use another server.
 
     Args:
-        leading: Whether the server leads the registry's stream, so that the others have to elect a leader first.
-        settle: Seconds of load before it hangs, and after it goes on.
+        leading: Whether the frozen server leads the registry's stream, so that the others must first elect a leader.
+        settle: Seconds of load before the server is frozen, and after it is resumed.
     """
     async with Cluster() as cluster, Crew() as crew:
         first = await crew.start("worker", cluster.urls[0], registry_replicas=3)
@@ -54,9 +54,13 @@ async def measure(*, leading: bool = False, settle: float = 2.0) -> list[Figure]
 
 
 async def _hang(cluster: Cluster, hung: int, stuck: Sequence[Hand], caller: Hand) -> list[Figure]:
-    """Freeze the server, see how long it takes until everything works without it, and let it go on.
+    """Freeze the server, measure how long it takes until everything works without it, and resume it.
 
-    ``stuck`` are the worker and the caller there.
+    Args:
+        cluster: The servers.
+        hung: Number of the server to freeze.
+        stuck: The worker and the caller that are connected to it.
+        caller: The caller that is connected to another server.
     """
     began = time.monotonic()
     cluster.freeze(hung)

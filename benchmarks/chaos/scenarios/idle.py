@@ -1,4 +1,4 @@
-"""What an idle runtime hears from the registry, among few others and among many."""
+"""Counts the messages that idle runtimes receive from the registry, with few and with many runtimes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from natsrt.embedded import EmbeddedServer
 
 _SETTLED_WITHIN = 60.0
 _TOLERANCE = 1.2
-"""How much more a runtime among many may hear: a beat of its heart more or less falls into the time."""
+"""Allowed ratio of messages with many runtimes to those with few: the number of heartbeats in the time can vary."""
 
 
 class Idlers(Worker):
-    """A process with many runtimes, each of which hosts a type that nobody calls."""
+    """A process with many runtimes. Each hosts an agent type that is never called."""
 
     async def start(self) -> None:
         self._runtimes: list[NatsAgentRuntime] = []
@@ -29,7 +29,11 @@ class Idlers(Worker):
         await asyncio.gather(*(runtime.close() for runtime in self._runtimes))
 
     async def open(self, count: int) -> None:
-        """Start ``count`` runtimes, and return when each knows all of them."""
+        """Start ``count`` runtimes, and return when each knows all of them.
+
+        Raises:
+            RuntimeError: They did not within `_SETTLED_WITHIN` seconds.
+        """
         for number in range(count):
             runtime = NatsAgentRuntime(self.place.address, namespace=self.place.namespace, **dict(self.setup.options))
             await natsrt.register(runtime, Clerk, f"idle{number}", Clerk)
@@ -39,7 +43,7 @@ class Idlers(Worker):
             raise RuntimeError("the runtimes do not know each other")
 
     async def heard(self, seconds: float) -> list[float]:
-        """Messages that each runtime gets in a minute, whatever they are for, measured for some seconds."""
+        """Return the messages of any kind that each runtime receives per minute, measured for ``seconds``."""
         clients = [runtime.running.connection.client for runtime in self._runtimes]
         before, began = [client.stats["in_msgs"] for client in clients], time.monotonic()
         await asyncio.sleep(seconds)
@@ -48,7 +52,14 @@ class Idlers(Worker):
 
 
 async def measure(*, few: int = 10, many: int = 100, seconds: float = 60.0, **settings: float) -> list[Figure]:
-    """Count for so many seconds, both at the same time. ``settings``: of the runtimes."""
+    """Count the messages with few and with many runtimes, both at the same time.
+
+    Args:
+        few: Number of runtimes in the first group.
+        many: Number of runtimes in the second group.
+        seconds: Seconds for which messages are counted.
+        settings: Settings of the runtimes.
+    """
     async with EmbeddedServer() as server, Crew(__name__) as fewer, Crew(__name__) as more:
         crews = {
             few: await fewer.start("idlers", server.url, **settings),

@@ -1,4 +1,4 @@
-"""Very many live keyed agents on one worker: what each costs, and how fast they come to life."""
+"""Measures memory and activation rate of very many live keyed agents on one worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from natsrt.embedded import EmbeddedServer
 
 _CONCURRENCY = 64
 _WARM_UP = 100
-"""Agents that live before anything is measured."""
+"""Number of agents that are live before measuring starts."""
 _CALLED_AGAIN = 10_000
 _IDLE_SECONDS = 10.0
 
@@ -26,25 +26,25 @@ class Holder(Worker):
     """Hosts the agents."""
 
     async def memory(self) -> int:
-        """Bytes of memory that the process takes from the system; Linux only."""
+        """Return the resident memory of the process in bytes. Linux only."""
         return _pages() * os.sysconf("SC_PAGE_SIZE")
 
     async def live(self) -> int:
-        """Live agents."""
+        """Return the number of live agents."""
         return sum(self.runtime.health().agents.values())
 
     async def idle(self, seconds: float) -> float:
-        """The share of a processor that the process uses while nobody calls."""
+        """Return the share of a processor that the process uses during ``seconds`` without calls."""
         before = time.process_time()
         await asyncio.sleep(seconds)
         return (time.process_time() - before) / seconds
 
 
 class Waker(Worker):
-    """Calls one agent after the other, each for the first time."""
+    """Calls agents, each for the first time."""
 
     async def wake(self, agent_type: str, first: int, count: int) -> None:
-        """Call the agents with the keys from ``first`` on, some at a time."""
+        """Call ``count`` agents, with keys from ``first`` on, `_CONCURRENCY` at a time."""
         keys = iter(range(first, first + count))
 
         async def call() -> None:
@@ -59,7 +59,13 @@ def _pages() -> int:
 
 
 async def measure(*, agent: str, keys: int = 100_000, callers: int = 2) -> list[Figure]:
-    """Wake ``keys`` agents of a class on one worker."""
+    """Activate agents on one worker.
+
+    Args:
+        agent: Name of the agents' class.
+        keys: Number of agents.
+        callers: Number of processes that call the agents.
+    """
     async with EmbeddedServer() as server, Crew(__name__) as crew:
         holder = await crew.start("holder", server.url, keyed=agent)
         await holder.ask("host", agent_type=agent, agent=agent)

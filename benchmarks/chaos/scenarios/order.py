@@ -1,4 +1,4 @@
-"""Calls and events of one sender to keyed agents, from the first message to an agent that nobody owns yet."""
+"""Checks the order of calls and events from one sender to keyed agents, beginning with agents without an owner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ _POLL_SECONDS = 0.05
 
 
 async def measure(*, messages: int = 10_000, keys: int = 100, workers: int = 3, tap: bool = False) -> list[Figure]:
-    """One process sends, another one makes noise; each message of an event counts once for each type that hears it."""
+    """Send from one process while another process sends to other agents.
+
+    In the figures, an event counts once for each subscribed agent type.
+
+    Args:
+        messages: Number of calls and events to send.
+        keys: Number of keys.
+        workers: Number of worker processes.
+        tap: Whether another client subscribes to every subject.
+    """
     names = [f"k{number}" for number in range(keys)]
     async with Fleet(workers=workers, callers=2, tap=tap) as fleet:
         noise = [f"noise{number}" for number in range(keys)]
@@ -45,7 +54,7 @@ async def measure(*, messages: int = 10_000, keys: int = 100, workers: int = 3, 
 
 
 Written = Mapping[str, Sequence[Sequence[int]]]
-"""By agent, what each of its instances wrote down."""
+"""By agent: the numbers that each of its instances recorded."""
 
 
 def _missing(expected: Mapping[str, Sequence[int]], written: Written) -> int:
@@ -58,7 +67,7 @@ def _twice(written: Written) -> int:
 
 
 def _inversions(written: Written) -> int:
-    """Messages that come right after one that was sent later."""
+    """Return the number of messages that directly follow a message that was sent later."""
     return sum(
         later < earlier
         for instances in written.values()

@@ -1,4 +1,4 @@
-"""All workers are replaced one after the other, in order, under load."""
+"""Replaces all workers gracefully, one after the other, under load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from benchmarks.chaos.scenario import Figure, Scenario
 async def measure(
     *, calls: int = 10_000, keys: int = 200, workers: int = 3, pause: float = 0.01, tap: bool = False
 ) -> list[Figure]:
-    """64 concurrent callers in four processes; each worker gets SIGTERM, and its replacement starts when it is gone."""
+    """Call with 64 concurrent callers in four processes, and replace the workers.
+
+    Each worker gets SIGTERM. Its replacement starts when it has ended.
+
+    Args:
+        calls: Number of calls.
+        keys: Number of agents.
+        workers: Number of worker processes.
+        pause: Seconds between a reply and the same caller's next call.
+        tap: Whether another client subscribes to every subject.
+    """
     names = [f"k{number}" for number in range(keys)]
     async with Fleet(workers=workers, callers=4, tap=tap) as fleet:
         recipients = [agent_of(key) for key in names]

@@ -1,4 +1,4 @@
-"""A single server is restarted, and killed and away for a while, under load."""
+"""Restarts a single server under load, and kills it and starts it again after a while."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.chaos.scenario import Figure, Scenario, slowest, under
 from natsrt.embedded import EmbeddedServer
 
 BACK_WITHIN = 5.0
-"""Seconds after the server's return in which everything works again."""
+"""Seconds after the server's return within which everything works again."""
 _GIVE_UP = 30.0
 _SHARED = "clerk"
 _TOPIC = "notes"
@@ -21,7 +21,7 @@ _TOPIC = "notes"
 
 @dataclass(frozen=True, kw_only=True)
 class Outage:
-    """One interruption; ``seconds`` is how long the server stays away."""
+    """One interruption. ``seconds`` is the time from the end of the server to its restart."""
 
     name: str
     kill: bool
@@ -35,7 +35,14 @@ AWAY = Outage(name="killed, 8 s away", kill=True, seconds=8.0)
 async def measure(
     *, outages: Sequence[Outage] = (RESTARTED, AWAY), workers: int = 3, callers: int = 2, settle: float = 2.0
 ) -> list[Figure]:
-    """Make the outages one after the other. ``settle``: seconds of load before and after each."""
+    """Cause the outages one after the other.
+
+    Args:
+        outages: The interruptions.
+        workers: Number of worker processes.
+        callers: Number of caller processes.
+        settle: Seconds of load before and after each outage.
+    """
     figures: list[Figure] = []
     async with EmbeddedServer() as server, Crew() as crew:
         working = await crew.start_all("worker", [server.url] * workers)
@@ -84,9 +91,13 @@ async def _interrupt(
 async def _nobody_is_blind(
     late: str, subscriber: str, working: Sequence[Hand], calling: Sequence[Hand]
 ) -> list[Figure]:
-    """What is declared now reaches everybody: a new type ``late``, and a subscription that another process adds.
+    """Check that new declarations reach every process: a new agent type, and a subscription added by another process.
 
-    ``subscriber`` is the type that the last worker alone hosts.
+    Args:
+        late: The new agent type, and the topic type of the new subscription.
+        subscriber: The agent type that only the last worker hosts.
+        working: The workers.
+        calling: The callers.
     """
     registered = time.monotonic()
     await working[0].ask("host", agent_type=late)
