@@ -11,11 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import nats
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
+from nats.aio.msg import Msg
 
 from natsrt import KeyedOptions, NatsAgentRuntime, Options, StateConflict, keyed
 from natsrt.embedded import EmbeddedServer
+from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.agent_records import AgentRecords
 from natsrt.jetstream.record import RECORD
 from natsrt.transport.connection import Connection
@@ -582,12 +585,17 @@ async def test_an_import_that_is_interrupted_can_be_run_again(
             row = {"type": "counter", "key": f"k{number:05}", "state": {"value": number}}
             stream.write(json.dumps(row) + "\n")
     where = ("--server", server.url, "--namespace", namespace)
-    first = processes.natsrt("state", "import", str(file), *where)
+    seen = asyncio.Event()
 
-    async def some_are_there() -> bool:
-        return await records.read(agent("k00100")) is not None
+    async def see(message: Msg) -> None:
+        if message.subject.endswith(".k00100"):
+            seen.set()
 
-    await eventually(some_are_there, 30)
+    async with await nats.connect(server.url) as client:  # a read of the record might wait until all are written
+        await client.subscribe(f"$KV.{Subjects(namespace).bucket(AGENTS_BUCKET)}.>", cb=see)
+        await client.flush()
+        first = processes.natsrt("state", "import", str(file), *where)
+        await asyncio.wait_for(seen.wait(), 30)
     first.send_signal(signal.SIGINT)
     assert await first.wait(30) == 130
     there = len((await run("state", "ls", "--json")).json)
