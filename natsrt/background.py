@@ -1,4 +1,4 @@
-"""Tasks that nobody awaits: kept alive, watched, and ended together."""
+"""Background tasks: they are kept alive, watched, and ended together."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 
 from natsrt.errors import NatsrtError
 
+_CANCEL_AGAIN = 0.1
+"""Seconds after which a task that was cancelled and goes on is cancelled again."""
+
 
 class BackgroundTasks:
-    """Runs coroutines that nobody awaits, each in a task of its own.
+    """Runs coroutines in background tasks.
 
-    The event loop keeps only weak references to its tasks, so each one is kept here until it ends. What a task raises
-    is logged to ``logger``, introduced by ``what``: a `NatsrtError` as a warning, anything else with its traceback.
+    The event loop keeps only weak references to its tasks, so each one is kept here until it ends. An exception of a
+    task is logged to ``logger`` after the text ``what``: a `NatsrtError` as a warning, any other with its traceback.
     """
 
     __slots__ = ("_logger", "_tasks", "_what")
@@ -25,11 +28,11 @@ class BackgroundTasks:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        """How many tasks have not ended."""
+        """Return the number of tasks that have not ended."""
         return len(self._tasks)
 
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str | None = None) -> asyncio.Task[None]:
-        """Run ``work`` in a task of its own, called ``name`` (None: a number of asyncio's)."""
+        """Run ``work`` in a new task, called ``name``. None: asyncio makes a name."""
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -45,13 +48,24 @@ class BackgroundTasks:
             self._logger.error("%s", self._what, exc_info=error)
 
     async def wait(self, timeout: float | None = None) -> None:
-        """Wait until the present tasks have ended, at most ``timeout`` seconds; None: however long that takes."""
+        """Wait until the present tasks have ended, at most ``timeout`` seconds; None: without a limit."""
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=timeout)
 
     async def cancel(self) -> None:
         """Cancel all tasks, and wait until they have ended."""
-        tasks = list(self._tasks)
-        for task in tasks:
+        await end_tasks(*self._tasks)
+
+
+async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks, and wait until they have ended. What they raise is ignored.
+
+    A cancellation may get lost: before Python 3.12, ``asyncio.wait_for`` ignores one that comes at the moment when what
+    it waits for is done, and nats-py uses it. So a task that goes on is cancelled again.
+    """
+    running = {task for task in tasks if not task.done()}
+    while running:
+        for task in running:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        _, running = await asyncio.wait(running, timeout=_CANCEL_AGAIN)
+    await asyncio.gather(*tasks, return_exceptions=True)

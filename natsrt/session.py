@@ -16,6 +16,7 @@ from nats.nuid import NUID
 from opentelemetry.trace import TracerProvider
 
 from natsrt.assembly import Incoming, Network, Outgoing, Program
+from natsrt.background import end_tasks
 from natsrt.errors import NatsrtError
 from natsrt.membership import Membership
 from natsrt.observe.health import Health
@@ -178,8 +179,7 @@ class Session:
                     self.worker_id,
                 )
         finally:
-            handing_over.cancel()
-            await asyncio.gather(handing_over, return_exceptions=True)
+            await end_tasks(handing_over)
         await self.outgoing.delivery.finish(_SENT_WITHIN)
 
     # -- state ---------------------------------------------------------------------------------------------------

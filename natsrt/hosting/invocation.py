@@ -165,7 +165,7 @@ class Invoker:
             destination=self._subjects.agent(agent_id.type),
             agent=agent_id,
             message_type=delivery.type_name,
-            size=inbound.size,
+            size=len(inbound.message.data),
             arrived=inbound.arrived,
         )
 

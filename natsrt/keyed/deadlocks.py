@@ -28,6 +28,7 @@ from typing import NamedTuple
 from autogen_core import AgentId
 
 from natsrt.agents.inbound import Inbound
+from natsrt.background import end_tasks
 from natsrt.errors import Deadlock
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.keyed.mailbox import Mailbox
@@ -177,8 +178,7 @@ class Deadlocks:
     async def stop(self) -> None:
         """End the search. Harmless when there is none."""
         if self._searching is not None:
-            self._searching.cancel()
-            await asyncio.gather(self._searching, return_exceptions=True)
+            await end_tasks(self._searching)
 
 
 def find_cycles(links: Iterable[WaitLink]) -> list[Cycle]:

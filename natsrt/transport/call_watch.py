@@ -22,7 +22,7 @@ import orjson
 from autogen_core import AgentId
 from nats.aio.msg import Msg
 
-from natsrt.background import BackgroundTasks
+from natsrt.background import BackgroundTasks, end_tasks
 from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, PermissionDenied, ServerUnreachable, WorkerLost
 from natsrt.options import Options
 from natsrt.transport.call_judgement import AskedWorker, Judge, PendingCall, Verdict
@@ -107,8 +107,7 @@ class CallWatch:
     async def stop(self) -> None:
         """Stop watching. Calls that are still pending fail with `WorkerLost`. Has no effect if stopped."""
         if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+            await end_tasks(self._watcher)
             self._watcher = None
         await self._checks.wait()
         for call in list(self.pending.values()):

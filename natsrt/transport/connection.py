@@ -29,6 +29,7 @@ import nats.errors
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js import JetStreamContext
 
+from natsrt.background import end_tasks
 from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
@@ -176,8 +177,7 @@ class Connection:
             if not waiter.done():
                 waiter.set_exception(self._closed_error())
         if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+            await end_tasks(self._supervisor)
             self._supervisor = None
         if self._client is not None:
             client, self._client = self._client, None

@@ -13,7 +13,7 @@ from typing import Protocol
 import nats.errors
 from nats.aio.client import Client
 
-from natsrt.background import BackgroundTasks
+from natsrt.background import BackgroundTasks, end_tasks
 from natsrt.errors import CannotDecode, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient
@@ -111,8 +111,7 @@ class Connector:
                 raise ServerUnreachable(self._options.safe_servers, timeout, str(error)) from error
             return client
         except BaseException:
-            connecting.cancel()
-            await asyncio.gather(connecting, return_exceptions=True)
+            await end_tasks(connecting)
             await close_quietly(client)
             raise
         finally:
