@@ -16,7 +16,6 @@ from collections.abc import Awaitable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
 
 from autogen_core import CancellationToken, Subscription, TopicId
 from nats.aio.msg import Msg
@@ -69,18 +68,15 @@ class Route:
         object.__setattr__(self, "name", agent_type if self.key is None else f"{agent_type}/{self.key}")
 
 
-class Address(NamedTuple):
-    """The kind, agent and topic of a message, after its envelope was read.
+Address = tuple[InboundKind, str | None, TopicId | None]
+"""The kind, the agent's key and the topic of a message, after its envelope was read.
 
-    Events for a keyed agent arrive on the subject of its calls, and questions about the owner of an agent arrive on the
-    subject of calls to its type. The type of the envelope distinguishes them from calls.
-    """
+The key is None for an event that is not for an agent on this worker; the topic is None for everything but events. It is
+a plain tuple, because there is one for each message, and a tuple with names costs ten times as much.
 
-    kind: InboundKind
-    key: str | None
-    """The agent's key; None for an event that is not for an agent on this worker."""
-    topic: TopicId | None
-    """The topic of an event; None for everything else."""
+Events for a keyed agent arrive on the subject of its calls, and questions about the owner of an agent arrive on the
+subject of calls to its type. The type of the envelope distinguishes them from calls.
+"""
 
 
 class LoggedCall:
@@ -168,11 +164,11 @@ class Inbound:
         body = self.body
         if body is not None and "chain" in body.attributes:
             self.chain = chain_of(body)
-        if address.kind is not self.kind:
-            self.kind = address.kind
-            if address.kind is EVENT:
+        kind, self.key, self.topic = address
+        if kind is not self.kind:
+            self.kind = kind
+            if kind is EVENT:
                 self.settlement = self.settlement.as_event(self)
-        self.key, self.topic = address.key, address.topic
         self.settlement.identified(self)
 
     @property
@@ -214,8 +210,11 @@ class Settlement(ABC):
         return False
 
     @abstractmethod
-    def handled(self, inbound: Inbound, answer: Answer | None) -> Awaitable[None]:
-        """Settle a message whose handler returned. ``answer`` is None if `wants_answer` is False."""
+    def handled(self, inbound: Inbound, answer: Answer | None) -> Awaitable[None] | None:
+        """Settle a message whose handler returned. ``answer`` is None if `wants_answer` is False.
+
+        Returns what is to be awaited; None if nothing is.
+        """
 
     @abstractmethod
     def failed(self, inbound: Inbound, error: BaseException, source: str) -> Awaitable[None]:

@@ -105,7 +105,8 @@ class Dispatch:
         error: BaseException | None = None
         back: SentBack | None = None
         try:
-            self._read(inbound)
+            inbound.body = self._bodies.unpack(inbound.message.data)
+            inbound.identify(self._reader.address(inbound))
             handler = self._handler_of(inbound)
             if handler is not None:
                 answer = await handler.handle(inbound)
@@ -124,15 +125,10 @@ class Dispatch:
                 await self._fail(inbound, error)
             elif back is not None:
                 await inbound.settlement.refused(inbound, back.error)
-            else:
-                await inbound.settlement.handled(inbound, answer)
+            elif (settling := inbound.settlement.handled(inbound, answer)) is not None:
+                await settling
         finally:
             self._end(inbound)
-
-    def _read(self, inbound: Inbound) -> None:
-        """Determine the kind of a message and its agent. Raises `CannotDecode`."""
-        inbound.body = self._bodies.unpack(inbound.message.data)
-        inbound.identify(self._reader.address(inbound))
 
     def _handler_of(self, inbound: Inbound) -> Controls | KeyedMessages | Invoker | None:
         """Return the object that handles a message; None for an event that is not for an agent on this worker.
@@ -166,7 +162,8 @@ class Dispatch:
     async def _refuse(self, inbound: Inbound) -> None:
         error = WorkerBusy(inbound.agent_type, self._worker_id, self._intake.pending_bytes)
         try:
-            self._read(inbound)
+            inbound.body = self._bodies.unpack(inbound.message.data)
+            inbound.identify(self._reader.address(inbound))
         except CannotDecode:
             self._counters.undecodable += 1
         try:

@@ -77,16 +77,16 @@ class Reader:
         route, message, body = inbound.route, inbound.message, inbound.body
         kind = route.kind if body is None or body.attributes["type"] == route.expects else self._other_kind(route, body)
         if kind is not EVENT:
-            return Address(kind, self._key(route, message, body), None)
+            return kind, self._key(route, message, body), None
         if route.kind is not EVENT and body is not None:
-            return Address(kind, route.key, self._claimed_topic(body))
+            return kind, route.key, self._claimed_topic(body)
         topic = self._topic(message, body)
         key = self._match(route, topic)
         if key is not None and body is not None:
             sender = self._sender(body)
             if sender is not None and sender.key == key and sender.type == route.hosted.agent_type:
                 key = None  # a publisher does not receive its own event
-        return Address(kind, key, topic)
+        return kind, key, topic
 
     def source(self, inbound: Inbound) -> tuple[str, str]:
         """Return the agent of a message that failed, as text and as an envelope's ``source``.

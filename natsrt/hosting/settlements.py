@@ -33,8 +33,8 @@ class Unanswered(Settlement):
 
     wants_answer = False
 
-    async def handled(self, inbound: Inbound, answer: Answer | None) -> None:
-        pass
+    def handled(self, inbound: Inbound, answer: Answer | None) -> None:
+        return None
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
         logger.error("%s on %s failed: %s", inbound.kind.value, clip(inbound.message.subject), _outline(error))

@@ -151,7 +151,7 @@ class Sender:
             response = await self._interventions.on_response(response, recipient, sender)
         return response
 
-    def _call(
+    async def _call(
         self,
         message: Any,
         recipient: AgentId,
@@ -160,8 +160,8 @@ class Sender:
         message_id: str,
         reply_type: type[Any] | None,
         sent: Callable[[], None] | None = None,
-    ) -> Awaitable[Any]:
-        """Encode a call now. Await the result to send the call and get the handler's result.
+    ) -> Any:
+        """Send a call, and return the handler's result.
 
         ``sent`` is called when the call is in the client's buffer, or is waiting for its agent's owner.
         """
@@ -174,46 +174,21 @@ class Sender:
                 encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
             )
         if self._telemetry is None:
-            return self._send_call(recipient, attributes, encoded, token, sent, type(message), reply_type)
-        span = self._telemetry.sending(
+            body = self._bodies.pack(envelope.CALL, attributes, encoded.payload, encoded.content_type)
+            reply = await self._exchange(recipient, body, token=token, sent=sent)
+            return self._replies.result(reply, type(message), reply_type, recipient)
+        with self._telemetry.sending(
             "send",
             self._subjects.agent(recipient.type),
             kind=SpanKind.CLIENT,
             message_type=encoded.type_name,
             message_id=message_id,
             size=len(encoded.payload),
-        )
-        return self._send_traced_call(span, recipient, attributes, encoded, token, sent, type(message), reply_type)
-
-    async def _send_call(
-        self,
-        recipient: AgentId,
-        attributes: str,
-        encoded: Encoded,
-        token: CancellationToken | None,
-        sent: Callable[[], None] | None,
-        message_class: type[Any],
-        reply_type: type[Any] | None,
-    ) -> Any:
-        body = self._bodies.pack(envelope.CALL, attributes, encoded.payload, encoded.content_type)
-        reply = await self._exchange(recipient, body, token=token, sent=sent)
-        return self._replies.result(reply, message_class, reply_type, recipient)
-
-    async def _send_traced_call(
-        self,
-        span: AbstractContextManager[str],
-        recipient: AgentId,
-        attributes: str,
-        encoded: Encoded,
-        token: CancellationToken | None,
-        sent: Callable[[], None] | None,
-        message_class: type[Any],
-        reply_type: type[Any] | None,
-    ) -> Any:
-        """Do what `_send_call` does inside ``span``, with the trace context of ``span`` added to the attributes."""
-        with span as trace_context:
+        ) as trace_context:
             attributes += trace_context
-            return await self._send_call(recipient, attributes, encoded, token, sent, message_class, reply_type)
+            body = self._bodies.pack(envelope.CALL, attributes, encoded.payload, encoded.content_type)
+            reply = await self._exchange(recipient, body, token=token, sent=sent)
+            return self._replies.result(reply, type(message), reply_type, recipient)
 
     async def control(self, recipient: AgentId, subject: str, operation: str, data: Any = None) -> Any:
         """Send a control operation on an agent to ``subject``. Returns its result as plain JSON values.

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 
 from autogen_core import AgentId
 from nats.aio.msg import Msg
@@ -40,6 +41,13 @@ _MARGIN = 1.0
 the worker."""
 _KNOWN_WITHIN = 1.0
 """Seconds after which the directory lists every worker that could have received a call."""
+
+_NONE: Mapping[str, int] = MappingProxyType({})
+"""Counts of nothing. Few calls are ever asked about, so they share it."""
+
+
+def _counted(counts: Mapping[str, int], worker_id: str) -> Mapping[str, int]:
+    return {**counts, worker_id: counts.get(worker_id, 0) + 1}
 
 
 class PendingCall:
@@ -89,9 +97,9 @@ class PendingCall:
         """True while a check against the directory is running."""
         self.plain_until: float | None = None
         """The time by which a plain responder must have answered; None if no plain responder was found."""
-        self.unknown_to: dict[str, int] = {}
+        self.unknown_to: Mapping[str, int] = _NONE
         """How often each worker answered that it does not know the call."""
-        self.never_received_by: dict[str, int] = {}
+        self.never_received_by: Mapping[str, int] = _NONE
         """How often each worker's answer meant that it never received the call."""
 
     def receive(self, message: Msg) -> None:
@@ -109,9 +117,9 @@ class PendingCall:
 
         Returns True if the call is lost, because this worker had accepted it.
         """
-        self.unknown_to[worker_id] = self.unknown_to.get(worker_id, 0) + 1
+        self.unknown_to = _counted(self.unknown_to, worker_id)
         if remembers > now - self.sent_at + _MARGIN:
-            self.never_received_by[worker_id] = self.never_received_by.get(worker_id, 0) + 1
+            self.never_received_by = _counted(self.never_received_by, worker_id)
         return self.accepted_by == worker_id
 
     def reconnected(self, now: float) -> None:
