@@ -585,19 +585,18 @@ async def test_an_import_that_is_interrupted_can_be_run_again(
             row = {"type": "counter", "key": f"k{number:05}", "state": {"value": number}}
             stream.write(json.dumps(row) + "\n")
     where = ("--server", server.url, "--namespace", namespace)
-    seen = asyncio.Event()
+    started: list[Process] = []
 
-    async def see(message: Msg) -> None:
+    async def interrupt(message: Msg) -> None:
         if message.subject.endswith(".k00100"):
-            seen.set()
+            started[0].send_signal(signal.SIGINT)
 
-    async with await nats.connect(server.url) as client:  # a read of the record might wait until all are written
-        await client.subscribe(f"$KV.{Subjects(namespace).bucket(AGENTS_BUCKET)}.>", cb=see)
+    # A subscriber sees each record when it is written. A read of a record might wait until all are.
+    async with await nats.connect(server.url) as client:
+        await client.subscribe(f"$KV.{Subjects(namespace).bucket(AGENTS_BUCKET)}.>", cb=interrupt)
         await client.flush()
-        first = processes.natsrt("state", "import", str(file), *where)
-        await asyncio.wait_for(seen.wait(), 30)
-    first.send_signal(signal.SIGINT)
-    assert await first.wait(30) == 130
+        started.append(processes.natsrt("state", "import", str(file), *where))
+        assert await started[0].wait(30) == 130
     there = len((await run("state", "ls", "--json")).json)
     assert 0 < there < MANY
     ended = await run("state", "import", str(file), timeout=120)
