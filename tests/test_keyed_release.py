@@ -16,7 +16,7 @@ from natsrt import KeyedOptions
 from natsrt.embedded import EmbeddedServer
 from natsrt.transport.connection import Interest
 from tests.support.processes import eventually
-from tests.test_keyed import Add, Ask, Hold, Place, agent
+from tests.test_keyed import Add, Ask, Counting, Hold, Place, agent
 from tests.test_keyed_edges import Gated
 
 
@@ -162,3 +162,21 @@ async def test_an_agent_whose_handler_does_not_end_is_closed_when_its_worker_sto
     assert place.life.closed == [("counting/k", "w1")]
     with pytest.raises(natsrt.errors.UndeliveredCall):
         await call
+
+
+async def test_a_state_that_could_not_be_stored_is_still_to_be_stored(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = await place.worker("w1", KeyedOptions(save="interval", save_interval=100, idle_timeout=None))
+    await (await place.caller()).send_message(Add(1), agent("k"))
+
+    async def fails(counting: Counting) -> dict[str, Any]:
+        raise ValueError("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Counting, "save_state", fails)
+        with pytest.raises(ValueError, match="not now"):
+            await owner.store_state(agent("k"))
+    assert due(owner, 1000) == ["_store_in_background"]
+    await owner.store_state(agent("k"))
+    assert due(owner, 1000) == []

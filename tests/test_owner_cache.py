@@ -308,6 +308,7 @@ async def test_owners_that_are_not_in_use_are_removed_when_there_are_many(
     waiting, awaited = sends.start("waiting", waited_for), sends.owner(waited_for)
     await settle()
     unused = [sends.owner(AgentId("counter", str(number))) for number in range(2)]
+    assert sends.owner(unused[0].recipient) is unused[0]  # there are not many yet
     sends.owner(AgentId("counter", "one more"))
     workers.open.set()
     await waiting
