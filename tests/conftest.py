@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,6 +34,16 @@ FAST = (
     "test_vectors.py",
 )
 """Folders and modules of the fast cycle: what covers most in under a minute."""
+
+
+def pytest_configure() -> None:
+    """Let the processes that tests start notice Ctrl-C, also when a shell runs the tests in the background.
+
+    Such a shell lets its commands ignore SIGINT, and their children inherit that.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
