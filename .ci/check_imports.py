@@ -30,7 +30,8 @@ LAYERS = (
     ("embedded", "options"),
     ("contexts", "keyed_types"),
     ("wire",),
-    ("background",),
+    ("signals",),
+    ("background", "forks"),
     ("errors", "version"),
 )
 """Folders and modules of natsrt, and the command line, from the top to the bottom.

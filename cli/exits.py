@@ -36,6 +36,8 @@ class Exit(IntEnum):
     TIMEOUT = 5
     REMOTE_ERROR = 6
     PROBLEMS = 7
+    CUT_SHORT = 8
+    STUCK = 9
     INTERRUPTED = 130
 
 
@@ -48,6 +50,8 @@ MEANINGS = {
     Exit.TIMEOUT: "no answer in time",
     Exit.REMOTE_ERROR: "the agent answered with an error",
     Exit.PROBLEMS: "problems were found",
+    Exit.CUT_SHORT: "a worker stopped before all its handlers had finished",
+    Exit.STUCK: "a worker stopped, but threads or tasks of its agents did not end",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
 }
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from natsrt.embedded import ProcessGroupGuard
+from natsrt.signals import StopSignals
 
 from .exits import CommandFailed, Exit
 from .health import HealthEndpoint, ListenAddress
@@ -113,25 +114,25 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._ever_ready = False
-        self._signals = 0
         self._exit = Exit.OK
         self._guard: ProcessGroupGuard | None = None
 
     async def run(self) -> int:
         """Keep the workers running until a signal comes or a worker cannot be started. Returns the exit code."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
         self._guard = ProcessGroupGuard()
         try:
-            watching = asyncio.create_task(self._watch_files(self._watch)) if self._watch is not None else None
-            await asyncio.sleep(0)  # the watching starts before the first worker imports a file
-            await asyncio.gather(*(self._keep(index) for index in range(self._processes)))
-            if watching is not None:
-                await watching
+            with StopSignals(first=self._stop, again=self._stop_at_once):
+                await self._keep_all()
         finally:
             self._guard.release()
         return self._exit
+
+    async def _keep_all(self) -> None:
+        watching = asyncio.create_task(self._watch_files(self._watch)) if self._watch is not None else None
+        await asyncio.sleep(0)  # the watching starts before the first worker imports a file
+        await asyncio.gather(*(self._keep(index) for index in range(self._processes)))
+        if watching is not None:
+            await watching
 
     # -- one worker process --------------------------------------------------------------------------------------
 
@@ -217,13 +218,9 @@ class Supervisor:
 
     # -- stopping and reloading ----------------------------------------------------------------------------------
 
-    def _on_signal(self) -> None:
-        self._signals += 1
-        if self._signals == 1:
-            self._stop()
-        else:
-            self._signal_all()
-            asyncio.get_running_loop().call_later(_AT_ONCE, self._kill_all)
+    def _stop_at_once(self) -> None:
+        self._signal_all()
+        asyncio.get_running_loop().call_later(_AT_ONCE, self._kill_all)
 
     def _stop(self) -> None:
         self._stopping.set()

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from contextlib import nullcontext
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import click
 from natsrt.errors import NatsrtError
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
+from natsrt.signals import StopSignals
 
 from .connecting import Connecting, connects
+from .ending import end_within
 from .exits import CommandFailed, Exit
 from .health import HealthEndpoint, ListenAddress, health_options
 from .loading import Target, load
@@ -24,9 +26,10 @@ from .output import line, note
 from .server import server_if_none_answers
 from .supervisor import Supervisor, require_watchfiles
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _START_GRACE = 2.0
 """Seconds that a start has to complete after a signal, if the worker may already be serving calls."""
+_END_WITHIN = 3.0
+"""Seconds after its stop that a worker waits for threads and tasks of its agents."""
 _STOP_MARGIN = 10.0
 """Seconds after ``drain_timeout`` at which a supervised worker that has not stopped is killed."""
 
@@ -106,7 +109,11 @@ def _run(hosting: Coroutine[Any, Any, int]) -> int:
     except ImportError:
         pass
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(hosting)
+        try:
+            return runner.run(hosting)
+        finally:
+            # The runner waits for tasks and threads that are left without a time limit, and so does Python's exit.
+            end_within(_END_WITHIN, runner.get_loop())
 
 
 async def _supervise(supervisor: Supervisor, options: Options, embedded: bool) -> int:
@@ -117,10 +124,10 @@ async def _supervise(supervisor: Supervisor, options: Options, embedded: bool) -
 async def _host(
     target: Target, options: Options, embedded: bool, endpoint: HealthEndpoint | None, ready_fd: int | None
 ) -> int:
-    stop = asyncio.Event()
-    for number in _SIGNALS:  # until the runtime handles signals itself
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with server_if_none_answers(options) if embedded else nullcontext():
+    async with AsyncExitStack() as stack:
+        stop = stack.enter_context(StopSignals()).received  # until the runtime handles signals itself
+        if embedded:
+            await stack.enter_async_context(server_if_none_answers(options))
         runtime = NatsAgentRuntime(options=options)
         if endpoint is not None:
             endpoint.report(runtime.health)
@@ -132,7 +139,7 @@ async def _host(
                 await _serve(runtime)
         finally:
             await runtime.close()
-    return Exit.OK
+    return Exit.CUT_SHORT if runtime.cut_short else Exit.OK
 
 
 async def _start(runtime: NatsAgentRuntime, target: Target) -> None:

@@ -41,6 +41,7 @@ from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.observe.health import Health
 from natsrt.options import Options
 from natsrt.session import Session
+from natsrt.signals import STOP_SIGNALS, StopSignals
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
@@ -103,6 +104,7 @@ class NatsAgentRuntime(AgentRuntime):
         self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._abort = asyncio.Event()
+        self._cut_short = 0
         self._stopped = asyncio.Event()
         self._closed: dict[int, Agent] = {}
         """The live agents that `close` has closed, by ``id()``, because an agent need not be hashable."""
@@ -447,6 +449,13 @@ class NatsAgentRuntime(AgentRuntime):
         """The parts of a started runtime, for tools. Raises RuntimeError while stopped."""
         return self._running()
 
+    @property
+    def cut_short(self) -> int:
+        """Number of handlers that the last stop cancelled, because they did not finish within ``drain_timeout`` seconds
+        or before a second signal. 0 if all finished, or before the first stop.
+        """
+        return self._cut_short
+
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     def start(self) -> Awaitable[None]:
@@ -500,6 +509,7 @@ class NatsAgentRuntime(AgentRuntime):
             if self._session is session:
                 await session.stop(self._options.drain_timeout)
         finally:
+            self._cut_short = session.cut_short
             self._session = None
             self._starting = None
             self._stopped.set()
@@ -517,30 +527,27 @@ class NatsAgentRuntime(AgentRuntime):
         await session.wait_idle()
         await self.stop()
 
-    async def stop_when_signal(self, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
-        """Stop the runtime at the first signal. At a second signal, cancel the handlers that are still running."""
+    async def stop_when_signal(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
+        """Stop the runtime at the first signal. At a second one, cancel the handlers that are still running.
+
+        Signals within half a second are one signal, because terminals and process managers may both send it. The
+        default is SIGTERM, SIGINT and SIGHUP. Processes that handlers fork do not get these signal handlers.
+        """
         self._running()
-        loop = asyncio.get_running_loop()
-        received = asyncio.Event()
 
-        def on_signal() -> None:
-            if received.is_set():
-                logger.warning("second signal: cancelling the handlers that are still running")
-                self._abort.set()
-            received.set()
+        def again() -> None:
+            logger.warning("second signal: cancelling the handlers that are still running")
+            self._abort.set()
 
-        for number in signals:
-            loop.add_signal_handler(number, on_signal)
-        waits = [asyncio.ensure_future(received.wait()), asyncio.ensure_future(self._stopped.wait())]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if self._session is not None:
-                await self.stop()
-        finally:
-            for wait in waits:
-                wait.cancel()
-            for number in signals:
-                loop.remove_signal_handler(number)
+        with StopSignals(signals, again=again) as stop:
+            waits = [asyncio.ensure_future(stop.received.wait()), asyncio.ensure_future(self._stopped.wait())]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                if self._session is not None:
+                    await self.stop()
+            finally:
+                for wait in waits:
+                    wait.cancel()
 
     async def wait_until_stopped(self) -> None:
         """Wait until the runtime is stopped. Returns at once if it is not started."""

@@ -88,6 +88,8 @@ class Session:
         self._stopping = False
         self._drain_timeout = options.drain_timeout
         self._abort = asyncio.Event()
+        self.cut_short = 0
+        """Number of handlers that the stop has cancelled."""
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
@@ -170,7 +172,7 @@ class Session:
             await asyncio.sleep(_HEARD_WITHIN)
         handing_over = asyncio.ensure_future(incoming.ownership.drain())
         try:
-            await incoming.dispatch.finish(self._drain_timeout, self._abort)
+            self.cut_short = await incoming.dispatch.finish(self._drain_timeout, self._abort)
             # The handlers have ended, so only writing the agents' states and records remains.
             await asyncio.wait({handing_over}, timeout=_HAND_OVER_WITHIN)
             if not handing_over.done():

@@ -181,8 +181,9 @@ class Dispatch:
     def _unfinished(self) -> set[Inbound]:
         return self._active - self._exempt
 
-    async def finish(self, timeout: float, abort: asyncio.Event) -> None:
+    async def finish(self, timeout: float, abort: asyncio.Event) -> int:
         """Wait for the handlers, at most ``timeout`` seconds or until ``abort`` is set, then cancel the remaining ones.
+        Returns how many these are.
 
         Handlers whose callers have cancelled are cancelled at once, because no caller waits for them any more.
         """
@@ -201,12 +202,13 @@ class Dispatch:
                 await asyncio.wait(tasks, timeout=min(remaining, _LOOK_EVERY))
             else:
                 await asyncio.sleep(0)
-        if self._unfinished:
-            tasks = [_task_of(inbound) for inbound in self._unfinished]
+        tasks = [_task_of(inbound) for inbound in self._unfinished]
+        if tasks:
             logger.warning("%d handlers did not finish in time and are cancelled", len(tasks))
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=_CANCELLED_WITHIN)
+        return len(tasks)
 
 
 def _task_of(inbound: Inbound) -> asyncio.Task[None]:

@@ -28,6 +28,7 @@ from nats.aio.subscription import Subscription
 from nats.protocol.parser import Parser
 
 from natsrt.errors import CannotDecode
+from natsrt.forks import Inherited, drop_in_children, share_nothing
 
 logger = logging.getLogger("natsrt.connection")
 
@@ -117,7 +118,7 @@ class _Parser(Parser):
         self._begun += data[at:]
 
 
-class NatsClient(Client):
+class NatsClient(Client, Inherited):
     """nats-py's client, with two corrections.
 
     `flush` sends its PING after all data that was queued before. The read loop continues after a message that cannot be
@@ -132,6 +133,17 @@ class NatsClient(Client):
         self._flushing: asyncio.Task[None] | None = None
         self._next_flush: asyncio.Task[None] | None = None
         self._nothing_waits: asyncio.Queue[Msg] = asyncio.Queue()
+        drop_in_children(self)
+
+    def drop_in_child(self) -> None:
+        """Leave the connection to the parent. The server closes it when the parent ends, even if the child lives on."""
+        transport: Any = self._transport
+        if not transport:
+            return
+        stream = getattr(transport, "_io_writer", None) or getattr(transport, "_ws", None)
+        socket = None if stream is None else stream.get_extra_info("socket")
+        if socket is not None and socket.fileno() >= 0:
+            share_nothing(socket.fileno())
 
     async def listen(self, subject: str, queue: str, sink: Ordered) -> Subscription:
         """Pass every message on ``subject`` to ``sink``. ``queue`` is the queue group; empty for none.

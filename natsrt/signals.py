@@ -1,0 +1,94 @@
+"""Signals that ask a process to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from natsrt.forks import Inherited, drop_in_children, keep_in_children
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""A process manager, Ctrl-C, and a terminal that was closed."""
+
+_ONE_REQUEST = 0.5
+"""Seconds within which several signals are one request. Terminals and process managers such as ``uv run`` both pass
+Ctrl-C on, so it arrives twice."""
+
+
+class StopSignals(Inherited):
+    """Handles signals that ask this process to stop, as long as its ``with`` block runs in an event loop.
+
+    The first signal sets ``received`` and calls ``first``. Each later one calls ``again``, unless it comes within half
+    a second of the one before.
+
+    Children that the process forks get the former handlers. A signal that the process ignores stays ignored, such as
+    SIGHUP under ``nohup``. Blocks may be nested: the innermost one receives the signals.
+    """
+
+    def __init__(
+        self,
+        signals: Sequence[signal.Signals] = STOP_SIGNALS,
+        *,
+        first: Callable[[], object] = lambda: None,
+        again: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.received = asyncio.Event()
+        self._first = first
+        self._again = again
+        self._wanted = signals
+        self._former: dict[signal.Signals, Any] = {}
+        self._last = float("-inf")
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        outer = _active[-1]._former if _active else {}
+        for number in self._wanted:
+            former = outer[number] if number in outer else signal.getsignal(number)
+            if former is not signal.SIG_IGN:
+                self._former[number] = former
+                self._loop.add_signal_handler(number, self.receive)
+        _active.append(self)
+        drop_in_children(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        keep_in_children(self)
+        _active.remove(self)
+        for number in self._former:
+            if _active and number in _active[-1]._former:
+                self._loop.add_signal_handler(number, _active[-1].receive)
+            else:
+                self._loop.remove_signal_handler(number)
+        self._former.clear()
+
+    def receive(self) -> None:
+        """Act as if one of the signals had come."""
+        now = self._loop.time()
+        is_same = now - self._last < _ONE_REQUEST
+        self._last = now
+        if not self.received.is_set():
+            self.received.set()
+            self._first()
+        elif not is_same:
+            self._again()
+
+    @property
+    def signals(self) -> Iterable[signal.Signals]:
+        return self._former
+
+    def drop_in_child(self) -> None:
+        with contextlib.suppress(ValueError, OSError):
+            signal.set_wakeup_fd(-1)
+        for number, former in self._former.items():
+            with contextlib.suppress(ValueError, OSError, TypeError):
+                signal.signal(number, former)
+
+
+_active: list[StopSignals] = []
+"""The blocks that run now, the innermost last."""
