@@ -47,7 +47,7 @@ class StopSignals(Inherited):
         self._loop = asyncio.get_running_loop()
         outer = _active[-1]._former if _active else {}
         for number in self._wanted:
-            former = outer[number] if number in outer else signal.getsignal(number)
+            former = outer[number] if number in outer else _former(number)
             if former is not signal.SIG_IGN:
                 self._former[number] = former
                 self._loop.add_signal_handler(number, self.receive)
@@ -85,9 +85,18 @@ class StopSignals(Inherited):
     def drop_in_child(self) -> None:
         with contextlib.suppress(ValueError, OSError):
             signal.set_wakeup_fd(-1)
+        # A handler could not raise KeyboardInterrupt from here, so a signal that has come already ends the child.
+        pending = signal.sigpending()
         for number, former in self._former.items():
             with contextlib.suppress(ValueError, OSError, TypeError):
-                signal.signal(number, former)
+                signal.signal(number, signal.SIG_DFL if number in pending else former)
+
+
+def _former(number: signal.Signals) -> Any:
+    """The handler of a signal, or Python's own in place of that of `asyncio.Runner`, which cancels a task."""
+    handler = signal.getsignal(number)
+    function = getattr(handler, "func", handler)
+    return signal.default_int_handler if isinstance(getattr(function, "__self__", None), asyncio.Runner) else handler
 
 
 _active: list[StopSignals] = []
