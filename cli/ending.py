@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from .exits import Exit
 from .output import note
 
+_SHUTDOWN = "shutdown"
+"""Part of the names of asyncio's own thread and task that wait for the threads of its executor."""
+
 
 def end_within(seconds: float, loop: asyncio.AbstractEventLoop) -> None:
     """End this process with `Exit.STUCK` if it has not ended by itself in ``seconds`` seconds.
@@ -35,6 +38,8 @@ def _threads() -> Iterator[str]:
     for thread in threading.enumerate():
         if thread is threading.main_thread() or thread is threading.current_thread() or thread.daemon:
             continue
+        if _SHUTDOWN in thread.name:
+            continue
         frame = frames.get(thread.ident or 0)
         where = "" if frame is None else f" at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
         yield f"thread {thread.name}{where}"
@@ -46,6 +51,8 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
     except RuntimeError:  # the set changed, or the loop is closed
         return
     for task in tasks:
+        if _SHUTDOWN in repr(task.get_coro()):
+            continue
         frames = task.get_stack(limit=1)
         where = f" at {os.path.basename(frames[0].f_code.co_filename)}:{frames[0].f_lineno}" if frames else ""
         yield f"task {task.get_name()}{where}"

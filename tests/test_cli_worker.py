@@ -311,7 +311,58 @@ async def test_a_factory_that_raises_leaves_nothing_registered(
 # -- how it ends -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+STUCK = """
+import asyncio, threading, time
+from autogen_core import MessageContext, RoutedAgent, rpc
+import natsrt
+
+
+class Stuck(RoutedAgent):
+    def __init__(self):
+        super().__init__("never ends")
+
+    @rpc
+    async def work(self, message: str, ctx: MessageContext) -> str:
+        print("waiting", flush=True)
+        if message == "thread":
+            await asyncio.to_thread(time.sleep, 60)
+        elif message == "own thread":
+            threading.Thread(target=time.sleep, args=(60,), name="my-thread").start()
+        else:
+            self.task = asyncio.create_task(stubborn(), name="my-task")
+            if message == "handler":
+                await stubborn()
+        return "done"
+
+
+async def stubborn():
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [("thread", "thread "), ("own thread", "thread my-thread"), ("task", "task my-task"), ("handler", "task")],
+)
+async def test_a_worker_ends_after_its_stop_whatever_goes_on_in_it(
+    start: Start, client: NatsAgentRuntime, app: Path, message: str, named: str
+) -> None:
+    (app / "stuck.py").write_text(STUCK)
+    worker = start("stuck:Stuck", "--type", "stuck", env={"NATSRT_DRAIN_TIMEOUT": "0.5"})
+    await worker.wait_for_line("ready")
+    async with _running(client.send_message(message, AgentId("stuck", "k"))):
+        await worker.wait_for_line("waiting")
+        worker.terminate()
+        assert await worker.wait(15) == 9
+    (line,) = (line for line in worker.stderr.splitlines() if "still running 3 s after the stop: " in line)
+    assert named in line and "shutdown" not in line
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_signal_ends_a_worker_with_exit_code_0(start: Start, client: NatsAgentRuntime, signum: int) -> None:
     worker = start("office:Echo", "--type", "echo")
     await worker.wait_for_line("ready")
@@ -319,6 +370,18 @@ async def test_a_signal_ends_a_worker_with_exit_code_0(start: Start, client: Nat
     assert await worker.wait() == 0
     assert "Traceback" not in worker.stderr
     await eventually(lambda: not client.running.registry.view.workers, message="it left the registry")
+
+
+async def test_two_signals_at_once_are_one(start: Start, client: NatsAgentRuntime) -> None:
+    worker = start("office:Echo", "--type", "echo")
+    await worker.wait_for_line("ready")
+    async with _running(client.send_message("wait 1.5", AgentId("echo", "k"))) as reply:
+        await worker.wait_for_line("waiting")
+        worker.interrupt()
+        await worker.wait_for_line("finishing 1 handlers")
+        worker.terminate()
+        assert (await reply).endswith("wait 1.5")
+    assert await worker.wait() == 0
 
 
 @pytest.mark.slow
@@ -340,8 +403,9 @@ async def test_a_worker_finishes_what_it_does_and_a_second_signal_ends_it(
         await worker.wait_for_line("waiting")
         worker.terminate()
         await worker.wait_for_line("finishing 1 handlers")
+        await asyncio.sleep(0.6)  # signals within half a second are one
         worker.terminate()
-        assert await worker.wait() == 0
+        assert await worker.wait() == 8
         with pytest.raises(Exception, match="stopped before its handler"):
             await reply
 
@@ -432,7 +496,7 @@ async def test_pauses_grow_from_one_quick_death_to_the_next(start: Start, app: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_signal_to_the_supervisor_stops_all_in_order(
     start: Start, client: NatsAgentRuntime, signum: int
 ) -> None:
@@ -455,6 +519,7 @@ async def test_a_second_signal_to_the_supervisor_stops_all_at_once(start: Start,
         await supervisor.wait_for_line("waiting")
         supervisor.terminate()
         await supervisor.wait_for_line("finishing 1 handlers")
+        await asyncio.sleep(0.6)  # signals within half a second are one
         supervisor.terminate()
         assert await supervisor.wait(20) == 0
     assert not any(is_alive(pid) for pid in pids)
