@@ -32,6 +32,7 @@ from opentelemetry.trace import TracerProvider
 from natsrt.agents import control
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.chain import current_chain
+from natsrt.agents.contained import contained
 from natsrt.agents.declarations import Declarations
 from natsrt.agents.interventions import Interventions
 from natsrt.assembly import Program
@@ -570,7 +571,7 @@ class NatsAgentRuntime(AgentRuntime):
         for key, agent in self._closed.items():
             if key not in closed:
                 try:
-                    await agent.close()
+                    await contained(agent.close())
                 except Exception as error:
                     raised.append(error)
         if raised:

@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -31,6 +32,7 @@ from natsrt.hosting.keyed_messages import KeyedMessages
 from natsrt.hosting.reader import Reader
 from natsrt.observe.metrics import Counters
 from natsrt.transport.bodies import Bodies
+from natsrt.wire.failures import class_name
 
 logger = logging.getLogger("natsrt.hosting")
 
@@ -116,19 +118,32 @@ class Dispatch:
             pass
         except BaseException as raised:  # a handler's BaseException is reported too, and must not stop the event loop
             error = raised
-        if inbound.waiting:
-            self._intake.started(inbound)
-        if inbound.kind is CALL or inbound.kind is EVENT:  # messages to natsrt itself are not counted
-            inbound.route.hosted.counters.record(began, error)
         try:
+            if inbound.waiting:
+                self._intake.started(inbound)
+            if inbound.kind is CALL or inbound.kind is EVENT:  # messages to natsrt itself are not counted
+                inbound.route.hosted.counters.record(began, error)
             if error is not None:
                 await self._fail(inbound, error)
             elif back is not None:
                 await inbound.settlement.refused(inbound, back.error)
             elif (settling := inbound.settlement.handled(inbound, answer)) is not None:
                 await settling
+        except asyncio.CancelledError:
+            raise
+        except BaseException as raised:
+            await self._settle_anyway(inbound, error or raised)
         finally:
             self._end(inbound)
+
+    async def _settle_anyway(self, inbound: Inbound, error: BaseException) -> None:
+        """Settle a message although counting, logging or describing its failure has raised.
+
+        An exception's class, or a logging handler, can raise anything. Has no effect if a reply was sent before.
+        """
+        told = RuntimeError(f"{class_name(type(error))} was raised, and could not be reported")
+        with contextlib.suppress(Exception):
+            await inbound.settlement.failed(inbound, told, inbound.route.name)
 
     def _handler_of(self, inbound: Inbound) -> Controls | KeyedMessages | Invoker | None:
         """Return the object that handles a message; None for an event that is not for an agent on this worker.

@@ -18,6 +18,7 @@ from natsrt.observe.metrics import Counters
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
+from natsrt.wire.failures import class_name, traceback_of
 from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt.hosting")
@@ -140,6 +141,7 @@ class ReplySettlement(Settlement):
             inbound.call = None
 
     async def _reply(self, inbound: Inbound, answer: Answer) -> None:
+        inbound.settlement = self._unanswered  # so that nothing settles it a second time
         reply = inbound.message.reply
         if self._subjects.is_reserved(reply):
             self._counters.refused_replies += 1
@@ -168,4 +170,4 @@ def _outline(error: BaseException) -> str:
         return f"another agent's {error.error_type}"
     if isinstance(error, NatsrtError):
         return str(error)
-    return f"{type(error).__qualname__}\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
+    return f"{class_name(type(error))}\n{''.join(traceback.format_tb(traceback_of(error)))}".rstrip()

@@ -9,6 +9,7 @@ import orjson
 from autogen_core import Agent
 
 from natsrt.agents.catalog import Catalog
+from natsrt.agents.contained import contained
 from natsrt.errors import NatsrtError, StateConflict, StateNotSaved
 from natsrt.jetstream.agent_records import AgentRecords, RecordChanged
 from natsrt.jetstream.record import encode_state
@@ -55,7 +56,7 @@ class Instances:
                 agent = await self._catalog.agent(slot.hosted, slot.key)
                 state = await self._records.state(record) if record.has_state and keeps_state(agent) else None
                 if state is not None:
-                    await agent.load_state(orjson.loads(state))
+                    await contained(agent.load_state(orjson.loads(state)))
             except RecordChanged:
                 await self.drop_lost(slot, _CHANGED)
                 raise self.dropped(slot) from None
@@ -81,12 +82,12 @@ class Instances:
             return
         slot.save_begins()
         try:
-            record, state = slot.record, encode_state(await agent.save_state())
+            record, state = slot.record, encode_state(await contained(agent.save_state()))
             if slot.record is not record or slot.is_saving:  # another write may come first, with a later state
                 async with slot.saving:
                     if slot.agent is not agent:
                         raise self.dropped(slot)
-                    await self._save(slot, agent, encode_state(await agent.save_state()))
+                    await self._save(slot, agent, encode_state(await contained(agent.save_state())))
             elif record is None or not record.holds(state):
                 async with slot.saving:
                     await self._save(slot, agent, state)
@@ -132,6 +133,6 @@ async def close_agent(agent: Agent | None) -> None:
     if agent is None:
         return
     try:
-        await agent.close()
+        await contained(agent.close())
     except Exception:
         logger.exception("closing agent %s failed", agent.id)

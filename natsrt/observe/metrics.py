@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from natsrt.wire.failures import class_name
+
 
 @dataclass(slots=True)
 class TypeCounters:
@@ -29,7 +31,7 @@ class TypeCounters:
         self.busy_ns += time.perf_counter_ns() - began_ns
         if error is not None:
             self.errors += 1
-            self.last_error = type(error).__qualname__
+            self.last_error = class_name(type(error))
 
     def record_drop(self) -> None:
         """Count an event that was not handled because the intake was full."""

@@ -38,6 +38,7 @@ from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, S
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from natsrt.wire.envelope import attribute
+from natsrt.wire.failures import class_name
 
 _DISABLE = "AUTOGEN_DISABLE_RUNTIME_TRACING"
 _propagator = TraceContextTextMapPropagator()
@@ -194,8 +195,8 @@ def _remote(envelope: Mapping[str, Any]) -> SpanContext | None:
 
 
 def _fail(span: Span, error: BaseException) -> None:
-    span.set_attribute("error.type", type(error).__qualname__)
-    span.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
+    span.set_attribute("error.type", class_name(type(error)))
+    span.set_status(Status(StatusCode.ERROR, class_name(type(error))))
 
 
 def telemetry_for(provider: TracerProvider | None, worker_id: str) -> Telemetry | None:

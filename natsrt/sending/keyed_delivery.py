@@ -24,6 +24,7 @@ from natsrt.transport.calls import Calls
 from natsrt.transport.inbox import Inbox
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, attribute
+from natsrt.wire.failures import class_name
 from natsrt.wire.serialization import Encoded
 from natsrt.wire.subjects import Subjects, encode_text
 
@@ -143,7 +144,7 @@ class KeyedDelivery:
             self._count_undelivered(owner, "this runtime was stopped")
             raise
         except Exception as error:
-            self._count_undelivered(owner, str(error) if isinstance(error, NatsrtError) else type(error).__qualname__)
+            self._count_undelivered(owner, str(error) if isinstance(error, NatsrtError) else class_name(type(error)))
 
     def _count_undelivered(self, owner: CachedOwner, reason: str) -> None:
         self._counters.undelivered_events += 1

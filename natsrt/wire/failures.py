@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import builtins
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Final
+from types import ModuleType, TracebackType
+from typing import Any, Final, TypeVar
 
 import orjson
 from autogen_core import exceptions as autogen_exceptions
@@ -30,6 +31,9 @@ BUSY: Final = 429
 """The code of a refusal: the call was not started, and its caller sends it again."""
 _MAX_TEXT = 16_384  # characters, for the text and for the traceback
 
+T = TypeVar("T")
+
+_TRACEBACK = BaseException.__dict__["__traceback__"]
 _TOOL_AGENT: Final = "autogen_core.tool_agent"
 _FORBIDDEN = (StopIteration, StopAsyncIteration, GeneratorExit)
 
@@ -46,8 +50,16 @@ class Remote:
     traceback: str | None
 
 
+_NAME, _MODULE = type.__dict__["__qualname__"], type.__dict__["__module__"]
+
+
+def class_name(cls: type) -> str:
+    """The qualified name of a class, even if its metaclass has attributes that raise."""
+    return str(_NAME.__get__(cls))
+
+
 def qualified_name(cls: type[BaseException]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return f"{_MODULE.__get__(cls)}.{class_name(cls)}"
 
 
 class ErrorTypes:
@@ -140,30 +152,54 @@ class Failure:
 def describe(exception: BaseException, *, with_traceback: bool, refused: bool = False) -> Failure:
     """Return ``exception`` as data. Arguments and fields are sent only if JSON represents all of them exactly.
 
-    ``refused`` is True if the call was not started, so that its caller may send it again.
+    ``refused`` is True if the call was not started, so that its caller may send it again. Never raises, because the
+    caller must get an answer: a part of the exception that cannot be read is left out.
     """
-    cls = type(exception)
     text = _text(exception)
-    code = BUSY if refused else _code(exception)
-    data: dict[str, Any] = {"type": qualified_name(cls), "message": text, "code": code}
-    args = _exact(list(exception.args))
-    fields = _exact({k: v for k, v in _fields(exception).items() if not k.startswith("__")})
+    code = BUSY if refused else _read(lambda: _code(exception), 500)
+    data: dict[str, Any] = {"type": qualified_name(type(exception)), "message": text, "code": code}
+    args = _read(lambda: _exact(list(exception.args)), None)
+    fields = _read(lambda: _exact({k: v for k, v in _fields(exception).items() if not k.startswith("__")}), None)
     if args is not None and fields is not None:
         data["args"], data["fields"] = args, fields
-    if with_traceback and exception.__traceback__ is not None:
-        lines = traceback.format_exception(exception)
-        data["traceback"] = _carried("".join(lines))[-_MAX_TEXT:]
-    return Failure(orjson.dumps(data, default=str), code, text)
+    if with_traceback and (trace := _traceback(exception)):
+        data["traceback"] = _carried(trace)[-_MAX_TEXT:]
+    return Failure(orjson.dumps(data), code, text)
+
+
+def traceback_of(exception: BaseException) -> TracebackType | None:
+    """The traceback of an exception, whatever attributes its class has."""
+    trace: TracebackType | None = _TRACEBACK.__get__(exception)
+    return trace
+
+
+def _traceback(exception: BaseException) -> str:
+    """The traceback as text, with causes and notes if they can be read; empty if there is none."""
+    trace = traceback_of(exception)
+    if trace is None:
+        return ""
+    return _read(
+        lambda: "".join(traceback.format_exception(exception)),
+        "".join([*traceback.format_tb(trace), class_name(type(exception))]),
+    )
+
+
+def _read(read: Callable[[], T], default: T) -> T:
+    """What ``read`` returns; ``default`` if it raises. An exception's class can make any attribute raise anything."""
+    try:
+        return read()
+    except BaseException:
+        return default
 
 
 def _text(exception: BaseException) -> str:
-    try:
-        text = str(exception)
-        if not text and (fields := _fields(exception)):
-            text = ", ".join(f"{name}={value!r}" for name, value in fields.items() if not name.startswith("_"))
-    except Exception:  # the caller must get an answer even if __str__ or __repr__ raises
-        text = "(the text of the exception could not be created)"
-    return _carried(text)[:_MAX_TEXT]
+    def text() -> str:
+        found = str(exception)
+        if not found and (fields := _fields(exception)):
+            found = ", ".join(f"{name}={value!r}" for name, value in fields.items() if not name.startswith("_"))
+        return _carried(found)[:_MAX_TEXT]
+
+    return _read(text, "(the text of the exception could not be created)")
 
 
 def _carried(text: str) -> str:
@@ -172,7 +208,7 @@ def _carried(text: str) -> str:
 
 
 def _fields(exception: BaseException) -> dict[str, Any]:
-    return {k: v for k, v in vars(exception).items() if k not in ("__notes__", "natsrt_remote", "payload")}
+    return {str(k): v for k, v in vars(exception).items() if k not in ("__notes__", "natsrt_remote", "payload")}
 
 
 def _code(exception: BaseException) -> int:
@@ -180,7 +216,9 @@ def _code(exception: BaseException) -> int:
         return CANCELLED
     if not isinstance(exception, NatsrtError):
         return 500
-    return 503 if exception.code == BUSY else exception.code  # BUSY here: an agent that the handler called was busy
+    return (
+        503 if exception.code == BUSY else int(exception.code)
+    )  # BUSY: of a call that the handler made
 
 
 def _exact(value: Any) -> Any:
