@@ -68,7 +68,7 @@ class Catalog:
         if agent_type in self._types:
             raise ValueError(f"Agent with type {agent_type} already exists.")
         AgentId(agent_type, "default")  # raises if AutoGen does not accept the name
-        count = len(inspect.signature(factory).parameters)
+        count = _required(factory)
         if count not in (0, 2):
             raise ValueError(f"Agent factory must take 0 or 2 arguments, not {count}.")
         hosted = HostedType(agent_type, factory, expected_class, keyed, takes_arguments=count == 2)
@@ -227,3 +227,19 @@ def _check_class(hosted: HostedType, agent: Agent) -> None:
             f"{type(agent).__name__} is a keyed class, but the type {hosted.agent_type!r} was not registered as keyed: "
             "pass expected_class or keyed to register_factory"
         )
+
+
+def _required(factory: Callable[..., Any]) -> int:
+    """Return the number of arguments that a factory needs. Those with defaults do not count, as AutoGen passes none.
+
+    Raises ValueError if it needs an argument by keyword.
+    """
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return 0
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    named = [parameter.name for parameter in needed if parameter.kind is parameter.KEYWORD_ONLY]
+    if named:
+        raise ValueError(f"Agent factory must take 0 or 2 arguments, but needs the keyword {named[0]}.")
+    return len(needed)

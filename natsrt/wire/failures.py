@@ -216,9 +216,7 @@ def _code(exception: BaseException) -> int:
         return CANCELLED
     if not isinstance(exception, NatsrtError):
         return 500
-    return (
-        503 if exception.code == BUSY else int(exception.code)
-    )  # BUSY: of a call that the handler made
+    return 503 if exception.code == BUSY else int(exception.code)  # BUSY: of a call that the handler made
 
 
 def _exact(value: Any) -> Any:

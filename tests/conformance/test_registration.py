@@ -100,10 +100,44 @@ async def test_a_factory_with_two_arguments_gets_runtime_and_id_and_warns(world:
     assert given == [(world.host, AgentId("counter", "k"))]
 
 
+class Greeter(RoutedAgent):
+    def __init__(self, greeting: str = "Hi", name: str = "nobody") -> None:
+        super().__init__("greets")
+        self.says = f"{greeting}, {name}"
+
+    @message_handler
+    async def greet(self, message: Text, ctx: MessageContext) -> Text:
+        return Text(self.says)
+
+
+def any_arguments(*args: Any, **kwargs: Any) -> Greeter:
+    return Greeter(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (Greeter, "Hi, nobody"),
+        (lambda greeting="Hello": Greeter(greeting), "Hello, nobody"),
+        (lambda greeting="Hello", name="Ada": Greeter(greeting, name), "Hello, Ada"),
+        (lambda greeting="Hello", name="Ada", more=3: Greeter(greeting, name), "Hello, Ada"),
+        (lambda *, name="Ada": Greeter(name=name), "Hi, Ada"),
+        (partial(Greeter, "Hello"), "Hello, nobody"),
+        (partial(Greeter, greeting="Hello"), "Hello, nobody"),
+        (partial(Greeter, "Hello", "Ada"), "Hello, Ada"),
+        (any_arguments, "Hi, nobody"),
+    ],
+)
+async def test_arguments_with_defaults_keep_them(world: World, factory: Any, expected: str) -> None:
+    await world.host.register_factory("greeter", factory, expected_class=Greeter)
+    assert await world.caller.send_message(Text("x"), AgentId("greeter", "k")) == Text(expected)
+
+
 @natsrt_only
-async def test_a_factory_with_one_argument_is_refused(world: World) -> None:
-    with pytest.raises(ValueError, match="0 or 2 arguments"):
-        await world.host.register_factory("counter", lambda one: Counter())
+async def test_a_factory_that_needs_other_arguments_is_refused(world: World) -> None:
+    for factory in (lambda one: Counter(), lambda one, two, three: Counter(), lambda *, one: Counter()):
+        with pytest.raises(ValueError, match="0 or 2 arguments"):
+            await world.host.register_factory("counter", factory)
     await world.host.register_factory("counter", Counter)
 
 
