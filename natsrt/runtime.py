@@ -468,6 +468,7 @@ class NatsAgentRuntime(AgentRuntime):
                 raised when the result is awaited, or by the first send.
         """
         if self._session is not None:
+            _in_its_loop(self._session)
             raise RuntimeError("Runtime is already started")
         self._abort.clear()
         self._stopped.clear()
@@ -498,9 +499,10 @@ class NatsAgentRuntime(AgentRuntime):
         """
         if self._session is None:
             raise RuntimeError("Runtime is not started")
+        session = _in_its_loop(self._session)
         if self._stopping is None:
-            self._stopping = asyncio.ensure_future(self._stop(self._session))
-        self._session.exempt(asyncio.current_task(), current_chain.get())
+            self._stopping = asyncio.ensure_future(self._stop(session))
+        session.exempt(asyncio.current_task(), current_chain.get())
         await asyncio.shield(self._stopping)
 
     async def _stop(self, session: Session) -> None:
@@ -563,6 +565,7 @@ class NatsAgentRuntime(AgentRuntime):
         """
         raised: list[BaseException] = []
         if self._session is not None:
+            _in_its_loop(self._session)
             try:
                 await self.stop()
             except Exception as error:
@@ -589,11 +592,13 @@ class NatsAgentRuntime(AgentRuntime):
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _running(self) -> Session:
-        if self._session is None:
+        """Return the session, for a use in the present event loop. Raises RuntimeError while stopped."""
+        session = self._session
+        if session is None:
             if (failure := self._start_failure()) is not None:
                 raise failure
             raise RuntimeError("Runtime is not started: call start() first")
-        return self._session
+        return _in_its_loop(session)
 
     def _start_failure(self) -> BaseException | None:
         """The error with which the last start failed; None if it did not fail."""
@@ -608,6 +613,7 @@ class NatsAgentRuntime(AgentRuntime):
     async def _settled(self) -> Session | None:
         """Return the session, after waiting for a start that is under way; None while stopped."""
         if self._session is not None:
+            _in_its_loop(self._session)
             await self._await_start()
         return self._session
 
@@ -665,6 +671,23 @@ def create_distributed_runtime(
     there.
     """
     return NatsAgentRuntime(broker_url, name=instance_id, tracer_provider=tracer_provider)
+
+
+def _in_its_loop(session: Session) -> Session:
+    """Return ``session`` if the present code runs in its event loop. Raises RuntimeError if not.
+
+    From another loop, its futures would only be noticed when its own loop happens to wake up.
+    """
+    if session.loop is asyncio._get_running_loop():
+        return session
+    if session.loop.is_closed():
+        raise RuntimeError(
+            "the event loop in which this runtime was started is closed, as after asyncio.run: start a new runtime"
+        )
+    raise RuntimeError(
+        "this runtime runs in another event loop: use asyncio.run_coroutine_threadsafe(coroutine, loop), with the loop "
+        "in which it was started"
+    )
 
 
 def _log_failure(starting: asyncio.Future[None]) -> None:

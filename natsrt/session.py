@@ -69,6 +69,8 @@ class Session:
             metadata={"worker_id": self.worker_id, "namespace": options.namespace, "pid": str(os.getpid())},
             endpoints=self.incoming.subscriptions,
         )
+        self.loop = asyncio.get_running_loop()
+        """The event loop in which everything of this session runs."""
         self.membership = Membership(
             program, self.network, self.incoming, self._services, name=self.name, worker_id=self.worker_id
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
+from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubscription, message_handler
 
 from natsrt import NatsAgentRuntime, NatsrtError, ServerUnreachable
 from natsrt.embedded import EmbeddedServer
@@ -198,3 +200,56 @@ async def test_a_program_that_does_not_await_the_start_works_too(server: Embedde
     assert await runtime.send_message(Text("a"), SHOUTER) == Text("A")
     await runtime.stop_when_idle()
     await runtime.close()
+
+
+USES: dict[str, Callable[[NatsAgentRuntime], Awaitable[Any]]] = {
+    "send_message": lambda runtime: runtime.send_message(Text("a"), SHOUTER),
+    "publish_message": lambda runtime: runtime.publish_message(Text("a"), TopicId("topic", "k")),
+    "add_subscription": lambda runtime: runtime.add_subscription(TypeSubscription("topic", "shouter")),
+    "register_factory": lambda runtime: runtime.register_factory("other", Shouter),
+    "get": lambda runtime: runtime.get("shouter", lazy=False),
+    "agent_save_state": lambda runtime: runtime.agent_save_state(SHOUTER),
+    "save_state": lambda runtime: runtime.save_state(),
+    "stop": lambda runtime: runtime.stop(),
+    "stop_when_idle": lambda runtime: runtime.stop_when_idle(),
+    "close": lambda runtime: runtime.close(),
+    "start": lambda runtime: runtime.start(),
+}
+
+
+def in_another_loop(use: Callable[[NatsAgentRuntime], Awaitable[Any]], runtime: NatsAgentRuntime) -> None:
+    async def go() -> None:
+        await asyncio.wait_for(use(runtime), 2)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("use", USES)
+async def test_a_use_from_another_event_loop_is_refused_at_once_and_changes_nothing(
+    server: EmbeddedServer, namespace: str, use: str
+) -> None:
+    async with NatsAgentRuntime(server.url, namespace=namespace) as runtime:
+        await Shouter.register(runtime, "shouter", Shouter)
+        with pytest.raises(RuntimeError, match="asyncio.run_coroutine_threadsafe"):
+            await asyncio.to_thread(in_another_loop, USES[use], runtime)
+        assert await runtime.send_message(Text("a"), SHOUTER) == Text("A")
+        assert runtime.ready
+
+
+async def test_a_runtime_of_an_event_loop_that_has_ended_says_so(server: EmbeddedServer, namespace: str) -> None:
+    def in_two_loops() -> str:
+        async def started() -> NatsAgentRuntime:
+            runtime = NatsAgentRuntime(server.url, namespace=namespace)
+            await runtime.start()
+            return runtime
+
+        try:
+            in_another_loop(USES["send_message"], asyncio.run(started()))
+        except RuntimeError as error:
+            return str(error)
+        return "no error"
+
+    assert "is closed, as after asyncio.run: start a new runtime" in await asyncio.to_thread(in_two_loops)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # about the connection that the first loop left open
+        gc.collect()
