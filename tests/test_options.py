@@ -202,6 +202,19 @@ def test_an_unknown_setting_names_the_nearest_known_one() -> None:
         load(server="nats://h")
 
 
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ("host_address", "natsrt calls this setting servers"),
+        ("url", "natsrt calls this setting servers"),
+        ("extra_grpc_config", "natsrt does not use gRPC"),
+        ("payload_serialization_format", "natsrt sends all messages as JSON"),
+    ],
+)
+def test_an_argument_of_another_runtime_is_answered_with_what_natsrt_has_for_it(theirs: str, told: str) -> None:
+    assert told in str(refused(**{theirs: "x"}))
+
+
 def test_a_setting_like_no_other_lists_those_that_exist() -> None:
     assert "the settings are servers, name, namespace" in str(refused(zzz=1))
 

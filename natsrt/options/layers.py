@@ -66,10 +66,28 @@ def _check_names(values: Mapping[str, Any], known: Collection[str]) -> None:
             raise ConfigurationError(name, unknown_name(name, known))
 
 
+_ELSEWHERE = {
+    **dict.fromkeys(("host_address", "host", "address", "url", "uri", "base_url"), "servers"),
+    **dict.fromkeys(("bootstrap_servers", "kafka_config"), "servers"),
+    "timeout": "call_timeout",
+    "credentials": "creds",
+}
+"""Arguments of AutoGen's other runtimes and of NATS clients, and what natsrt calls them."""
+_NOT_NEEDED = {
+    "extra_grpc_config": "natsrt does not use gRPC; its limits for messages are those of the NATS server (max_payload)",
+    "payload_serialization_format": "natsrt sends all messages as JSON, and protobuf messages as protobuf",
+}
+"""Arguments of AutoGen's other runtimes that natsrt has no setting for, and why."""
+
+
 def unknown_name(name: str, known: Collection[str]) -> str:
     """The problem text for a ``name`` that is not among the ``known`` names."""
     import difflib
 
+    if (ours := _ELSEWHERE.get(name)) in known:
+        return f"natsrt calls this setting {ours}"
+    if name in _NOT_NEEDED:
+        return f"there is no such setting: {_NOT_NEEDED[name]}"
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
         return f"there is no such setting; did you mean {nearest[0]}?"
