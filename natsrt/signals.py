@@ -25,8 +25,9 @@ class StopSignals(Inherited):
     The first signal sets ``received`` and calls ``first``. Each later one calls ``again``, unless it comes within half
     a second of the one before.
 
-    Children that the process forks get the former handlers. A signal that the process ignores stays ignored, such as
-    SIGHUP under ``nohup``. Blocks may be nested: the innermost one receives the signals.
+    Children that the process forks get the former handlers; SIGINT ends them, without KeyboardInterrupt. A signal that
+    the process ignores stays ignored, such as SIGHUP under ``nohup``. Blocks may be nested: the innermost one receives
+    the signals.
     """
 
     def __init__(
@@ -85,11 +86,16 @@ class StopSignals(Inherited):
     def drop_in_child(self) -> None:
         with contextlib.suppress(ValueError, OSError):
             signal.set_wakeup_fd(-1)
-        # A handler could not raise KeyboardInterrupt from here, so a signal that has come already ends the child.
-        pending = signal.sigpending()
+        for number in self._former:  # a signal that has come already ends the child
+            with contextlib.suppress(ValueError, OSError):
+                signal.signal(number, signal.SIG_DFL)
+
+    def dropped_in_child(self) -> None:
         for number, former in self._former.items():
+            if former is signal.default_int_handler:
+                continue  # KeyboardInterrupt, raised where Python still prepares the child, would be ignored
             with contextlib.suppress(ValueError, OSError, TypeError):
-                signal.signal(number, signal.SIG_DFL if number in pending else former)
+                signal.signal(number, former)
 
 
 def _former(number: signal.Signals) -> Any:

@@ -36,6 +36,10 @@ async def test_calls_between_survivors_go_on_when_the_leader_of_the_agents_recor
     ] == [{}] * 2
 
 
+@pytest.mark.skipif(
+    (3, 12) <= sys.version_info < (3, 12, 9) or (3, 13) <= sys.version_info < (3, 13, 2),
+    reason="asyncio buffers without a limit here (CVE-2024-12254), so that a server that hangs stops nobody",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("leading", [False, True], ids=["a follower", "the leader"])
 async def test_runtimes_with_megabytes_to_send_leave_a_server_that_hangs_within_10_s(leading: bool) -> None:
