@@ -30,6 +30,7 @@ from autogen_core.logging import (
 )
 
 from natsrt.errors import CannotDecode, NatsrtError
+from natsrt.hosting.settlements import clip
 from natsrt.observe import events
 from tests.conformance.conftest import MakeWorld, World, natsrt_only, one_runtime, two_runtimes
 from tests.conformance.samples import Number, Recorder, Text
@@ -300,3 +301,10 @@ async def test_the_bytes_of_what_cannot_be_decoded_stay_with_the_error_where_it_
         await world.caller.send_message(Number(1), AgentId("answerer", "k"))
     assert SECRET.encode() in raised.value.payload
     assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a" * 120, "a" * 120), ("a" * 121, "a" * 117 + "..."), ("", "")], ids=["fits", "long", "empty"]
+)
+def test_a_subject_that_is_too_long_for_a_log_line_is_shortened(text: str, shown: str) -> None:
+    assert clip(text) == shown
