@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 from .exits import Exit
 from .output import note
@@ -40,9 +41,7 @@ def _threads() -> Iterator[str]:
             continue
         if _SHUTDOWN in thread.name:
             continue
-        frame = frames.get(thread.ident or 0)
-        where = "" if frame is None else f" at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-        yield f"thread {thread.name}{where}"
+        yield f"thread {thread.name}{_place(frames.get(thread.ident or 0))}"
 
 
 def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
@@ -53,6 +52,9 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
     for task in tasks:
         if _SHUTDOWN in repr(task.get_coro()):
             continue
-        frames = task.get_stack(limit=1)
-        where = f" at {os.path.basename(frames[0].f_code.co_filename)}:{frames[0].f_lineno}" if frames else ""
-        yield f"task {task.get_name()}{where}"
+        yield f"task {task.get_name()}{_place(next(iter(task.get_stack(limit=1)), None))}"
+
+
+def _place(frame: FrameType | None) -> str:
+    """Where a frame is, to be put after a name; empty if there is none."""
+    return "" if frame is None else f" at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
