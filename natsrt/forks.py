@@ -30,9 +30,6 @@ class Inherited(ABC):
     def drop_in_child(self) -> None:
         """Drop what the child has inherited. Called in the child, in its only thread. It must not raise or block."""
 
-    def dropped_in_child(self) -> None:  # noqa: B027 (most have nothing to do)
-        """Called in the child after all has been dropped, when signals are no longer blocked."""
-
 
 _inherited: weakref.WeakSet[Inherited] = weakref.WeakSet()
 _forking = threading.local()
@@ -72,15 +69,9 @@ def _in_parent() -> None:
 
 
 def _in_child() -> None:
-    dropped = list(_inherited)
-    try:
-        for inherited in dropped:
-            inherited.drop_in_child()
-        _in_parent()
-        for inherited in dropped:
-            inherited.dropped_in_child()
-    except KeyboardInterrupt:  # raised here, Python would ignore it, and the child would go on
-        os._exit(1)
+    for inherited in list(_inherited):
+        inherited.drop_in_child()
+    _in_parent()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

@@ -86,16 +86,11 @@ class StopSignals(Inherited):
     def drop_in_child(self) -> None:
         with contextlib.suppress(ValueError, OSError):
             signal.set_wakeup_fd(-1)
-        for number in self._former:  # a signal that has come already ends the child
-            with contextlib.suppress(ValueError, OSError):
-                signal.signal(number, signal.SIG_DFL)
-
-    def dropped_in_child(self) -> None:
         for number, former in self._former.items():
-            if former is signal.default_int_handler:
-                continue  # KeyboardInterrupt, raised where Python still prepares the child, would be ignored
+            # KeyboardInterrupt, raised while Python still prepares the child, would be ignored.
+            handler = signal.SIG_DFL if former is signal.default_int_handler else former
             with contextlib.suppress(ValueError, OSError, TypeError):
-                signal.signal(number, former)
+                signal.signal(number, handler)
 
 
 def _former(number: signal.Signals) -> Any:
