@@ -31,7 +31,7 @@ LAYERS = (
     ("contexts", "keyed_types"),
     ("wire",),
     ("signals",),
-    ("background", "forks"),
+    ("awaiting", "background", "forks"),
     ("errors", "version"),
 )
 """Folders and modules of natsrt, and the command line, from the top to the bottom.

@@ -262,7 +262,7 @@ class NatsAgentRuntime(AgentRuntime):
             agent = await self._catalog.agent(hosted, id.key)
         else:
             try:
-                agent = await session.operations.instance(hosted, id.key, current_chain.get())
+                agent = await session.operations.instance(hosted, id.key)
             except OwnedElsewhere as owner:
                 raise NotAccessibleError(f"Agent {id} lives on worker {owner.worker_id}.") from None
         if not isinstance(agent, type):
@@ -292,9 +292,7 @@ class NatsAgentRuntime(AgentRuntime):
                 states[str(agent_id)] = dict(await agent.save_state())
             else:
                 try:
-                    states[str(agent_id)] = dict(
-                        await session.operations.state(hosted, agent_id.key, current_chain.get())
-                    )
+                    states[str(agent_id)] = dict(await session.operations.state(hosted, agent_id.key))
                 except OwnedElsewhere:  # it has moved to another worker
                     continue
         return states

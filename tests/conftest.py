@@ -22,6 +22,7 @@ from tests.support.processes import REPOSITORY, Processes, start_tap
 
 FAST = (
     "conformance/",
+    "test_awaiting.py",
     "test_import_directions.py",
     "test_call_watch.py",
     "test_mailbox.py",

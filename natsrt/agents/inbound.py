@@ -16,11 +16,12 @@ from collections.abc import Awaitable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, NamedTuple
 
 from autogen_core import CancellationToken, Subscription, TopicId
 from nats.aio.msg import Msg
 
-from natsrt.agents.chain import chain_of
+from natsrt.agents.chain import Chain, Handler, chain_of
 from natsrt.agents.hosted_type import HostedType
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
@@ -112,7 +113,7 @@ class Inbound:
         "body",
         "call",
         "chain",
-        "handler_id",
+        "handler",
         "key",
         "kind",
         "late",
@@ -141,14 +142,14 @@ class Inbound:
         """The key of its agent. None before it is read, and for an event that is not for an agent on this worker."""
         self.topic: TopicId | None = None
         """The topic of an event. None before it is read, and for other kinds of messages."""
-        self.chain: tuple[str, ...] = ()
+        self.chain: Chain = ()
         """The chain in its envelope. Empty before it is read."""
         self.call: LoggedCall | None = None
         """Its entry in the call log; None for a message that is not settled by a reply."""
         self.task: asyncio.Task[None] | None = None
         """The task that handles it; None before and after that."""
-        self.handler_id = ""
-        """Id of its handler in the mailbox of a keyed agent. Empty for other agents, and before it asks to enter."""
+        self.handler: Handler | None = None
+        """Its handler in the mailbox of a keyed agent. None for other agents, and before it asks to enter."""
         self.token: CancellationToken | None = None
         """The cancellation token that was passed to its handler; None before that."""
         self.waiting = True
@@ -245,10 +246,14 @@ handling: ContextVar[Inbound | None] = ContextVar("natsrt_handling", default=Non
 None otherwise."""
 
 
-def waiting_handler() -> Inbound | None:
-    """Return `handling` if the current task is the task of the handler, else None.
+class Awaiting(NamedTuple):
+    """A task that makes a call for the handler of a message. The handler may await this task, or be it."""
 
-    Only then does the handler wait for everything that the current task awaits.
-    """
+    inbound: Inbound
+    task: asyncio.Task[Any] | None
+
+
+def awaiting() -> Awaiting | None:
+    """What the current code makes calls for; None if that cannot be part of a deadlock."""
     inbound = handling.get()
-    return inbound if inbound is not None and inbound.task is asyncio.current_task() else None
+    return None if inbound is None else Awaiting(inbound, asyncio.current_task())

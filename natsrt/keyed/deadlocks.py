@@ -4,10 +4,11 @@ If ``a`` handles a message and calls ``b``, whose handler calls ``a``, the chain
 calls ``b`` while ``b`` calls ``a``, each in a chain of its own, both calls wait behind handlers that wait for them.
 Such a cycle may lead over any number of agents and workers. No call may hang, so it must be found. Rules:
 
-1. A call waits for a second call if a handler awaits the second call in its own task, and this handler either handles
-   the first call, or is inside the mailbox in which the first call waits. A cycle of such links is a deadlock. Each
-   worker reports only what its own handlers await now, so a call that was given up is in no cycle, even if its message
-   still waits somewhere.
+1. A call waits for a second call if a handler awaits the second call, and this handler either handles the first call,
+   or must end before the first call enters the mailbox in which it waits. A cycle of such links is a deadlock. A
+   handler awaits what its own task awaits, and what it awaits in other tasks, as far as `natsrt.awaiting` can tell that
+   it does not go on earlier. Each worker reports only what its own handlers await now, so a call that was given up is
+   in no cycle, even if its message still waits somewhere.
 2. While calls have waited in mailboxes for over a second, their worker follows the links that start at them, and asks
    all other workers at each step. A link begins once and ends once. So if two rounds in a row find the same cycle, all
    its links existed at the same time between the rounds.
@@ -23,11 +24,13 @@ import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from autogen_core import AgentId
 
-from natsrt.agents.inbound import Inbound
+from natsrt.agents.chain import Chain, Handler
+from natsrt.agents.inbound import Awaiting, Inbound
+from natsrt.awaiting import awaits
 from natsrt.background import end_tasks
 from natsrt.errors import Deadlock
 from natsrt.jetstream.registry.registry import Registry
@@ -80,41 +83,52 @@ class Deadlocks:
         self._searching: asyncio.Task[None] | None = None
         """The task that searches; None while no call waits."""
 
-    async def wait(self, mailbox: Mailbox, agent: AgentId, handler_id: str, inbound: Inbound | None) -> None:
+    async def wait(
+        self, mailbox: Mailbox, agent: AgentId, handler: Handler, chain: Chain, inbound: Inbound | None
+    ) -> None:
         """Wait until the handler has entered the mailbox of ``agent``; then `Mailbox.exit` must follow.
 
-        ``inbound`` is the message that it is for; None if there is none. Raises `Deadlock` if it would wait for ever.
+        ``inbound`` is the message that it is for, with this chain; None if there is none. Raises `Deadlock` if it would
+        wait for ever.
         """
         if inbound is None or inbound.call is None:
-            await mailbox.wait(handler_id)
+            await mailbox.wait(handler, chain)
             return
         call = inbound.call.call_id
         loop = asyncio.get_running_loop()
-        self._waiting[call] = _WaitingCall(mailbox, agent, handler_id, loop.time())
+        self._waiting[call] = _WaitingCall(mailbox, agent, handler.handler_id, loop.time())
         if self._searching is None:
             self._searching = loop.create_task(self._search(), name="natsrt deadlocks")
         try:
-            await mailbox.wait(handler_id)
+            await mailbox.wait(handler, chain)
         finally:
             self._waiting.pop(call, None)  # a plain caller may have used its reply subject twice
 
     def links(self, calls: Collection[str]) -> list[WaitLink]:
         """The links that start at these calls and lead over handlers of this worker."""
-        awaited = {inbound: call for call, inbound in self._calls.awaited()}
-        by_call: dict[str, Inbound] = {}
-        by_handler: dict[str, Inbound] = {}
-        for inbound in list(self._active):
-            if inbound in awaited:
-                by_call[inbound.message.reply] = inbound
-                by_handler[inbound.handler_id] = inbound
+        by_call = {inbound.message.reply: inbound for inbound in self._active}
+        by_handler = {inbound.handler: inbound for inbound in self._active}
+        awaited: dict[Inbound, list[tuple[str, asyncio.Task[Any]]]] = {}
+        for reply, one in self._calls.awaited():
+            if isinstance(one, Awaiting) and one.task is not None:
+                awaited.setdefault(one.inbound, []).append((reply, one.task))
         links: list[WaitLink] = []
         for call in calls:
             if (waiting := self._waiting.get(call)) is not None:
                 agent = str(waiting.agent)[:_NAME_LENGTH]
-                blocking = [by_handler[one] for one in waiting.mailbox.inside if one in by_handler]
+                handlers = waiting.mailbox.keep_out(waiting.handler_id)
+                inbounds = [by_handler[handler] for handler in handlers if handler in by_handler]
             else:
-                agent, blocking = "", [by_call[call]] if call in by_call else []
-            links += [WaitLink(call, awaited[inbound], inbound.handler_id, agent) for inbound in blocking]
+                agent, inbounds = "", [by_call[call]] if call in by_call else []
+                inbounds += [
+                    by_handler[above] for one in inbounds for above in _resumes_after(one) if above in by_handler
+                ]
+            links += [
+                WaitLink(call, reply, inbound.handler.handler_id if inbound.handler else "", agent)
+                for inbound in inbounds
+                for reply, task in awaited.get(inbound, ())
+                if inbound.task is not None and awaits(inbound.task, task, surely=True)
+            ]
         return links
 
     async def _search(self) -> None:
@@ -179,6 +193,12 @@ class Deadlocks:
         """End the search. Harmless when there is none."""
         if self._searching is not None:
             await end_tasks(self._searching)
+
+
+def _resumes_after(inbound: Inbound) -> Sequence[Handler]:
+    """The handlers for which the handler of a message waits, although its own call has ended."""
+    handler = inbound.handler
+    return handler.place.above(handler) if handler is not None and handler.resuming else ()
 
 
 def find_cycles(links: Iterable[WaitLink]) -> list[Cycle]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from autogen_core import Agent, AgentId
 
 from natsrt.agents import control
 from natsrt.agents.catalog import Catalog
-from natsrt.agents.chain import chain_of
+from natsrt.agents.chain import as_call, chain_of, current_chain
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.errors import CannotDecode
 from natsrt.keyed.ownership import Ownership
 from natsrt.keyed.turns import Turns
 from natsrt.wire.envelope import Envelope
+
+T = TypeVar("T")
 
 
 class KeyedOperations:
@@ -26,21 +28,24 @@ class KeyedOperations:
         self._ownership = ownership
         self._catalog = catalog
 
-    async def instance(self, hosted: HostedType, key: str, chain: tuple[str, ...]) -> Agent:
+    async def instance(self, hosted: HostedType, key: str) -> Agent:
         """The live instance, made if there is none. Raises `OwnedElsewhere`, and what making it raises."""
 
         async def live() -> Agent:
             return hosted.live[key]
 
-        return await self._turns.run(hosted, key, chain, live)
+        return await as_call(self._in_turn(hosted, key, live))
 
-    async def state(self, hosted: HostedType, key: str, chain: tuple[str, ...]) -> Mapping[str, Any]:
+    async def state(self, hosted: HostedType, key: str) -> Mapping[str, Any]:
         """What ``save_state`` returns, called in a turn. Raises `OwnedElsewhere`, and what the agent raises."""
 
         async def save() -> Mapping[str, Any]:
             return await hosted.live[key].save_state()
 
-        return await self._turns.run(hosted, key, chain, save)
+        return await as_call(self._in_turn(hosted, key, save))
+
+    async def _in_turn(self, hosted: HostedType, key: str, work: Callable[[], Awaitable[T]]) -> T:
+        return await self._turns.run(hosted, key, current_chain.get(), work)
 
     async def control(self, hosted: HostedType, key: str, inbound: Inbound, body: Envelope) -> Any:
         """Carry out a control message in a turn of the agent. Returns the JSON result.

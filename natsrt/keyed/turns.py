@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from nats.nuid import NUID
 
-from natsrt.agents.chain import current_chain
+from natsrt.agents.chain import Chain, Handler, current_chain, current_handler
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.keyed.deadlocks import Deadlocks
@@ -44,7 +44,7 @@ class Turns:
         self,
         hosted: HostedType,
         key: str,
-        chain: tuple[str, ...],
+        chain: Chain,
         serve: Callable[[], Awaitable[T]],
         *,
         inbound: Inbound | None = None,
@@ -69,23 +69,25 @@ class Turns:
         """
         slot = self._slots.get(hosted, key)
         slot.enter(chain)
-        handler_id = f"{self._id_prefix}{next(self._numbers):x}"
+        handler = Handler(f"{self._id_prefix}{next(self._numbers):x}", asyncio.current_task(), slot.mailbox)
         if inbound is not None:
-            inbound.handler_id = handler_id
+            inbound.handler = handler
         try:
-            if not slot.mailbox.try_enter(handler_id, chain):
-                await self._deadlocks.wait(slot.mailbox, slot.agent_id, handler_id, inbound)
+            if not slot.mailbox.try_enter(handler, chain):
+                await self._deadlocks.wait(slot.mailbox, slot.agent_id, handler, chain, inbound)
             try:
                 agent = slot.agent
                 if agent is None or slot.closing or not self._ownership.is_verified(slot):
                     agent = await self._ownership.activate(slot, chain, claim)
                 if slot.options.concurrency == "concurrent":
-                    slot.mailbox.let_others_in(handler_id)
-                token = current_chain.set((*chain, handler_id))
+                    slot.mailbox.let_others_in(handler)
+                outer_chain = current_chain.set((*chain, handler.handler_id))
+                outer_handler = current_handler.set(handler)
                 try:
                     return await serve()
                 finally:
-                    current_chain.reset(token)
+                    current_handler.reset(outer_handler)
+                    current_chain.reset(outer_chain)
                     slot.handled()
                     if not self._ownership.is_verified(slot):
                         await self._ownership.verify(slot)
@@ -94,7 +96,7 @@ class Turns:
                     if slot.keeps_state and slot.options.save == "message":
                         await self._instances.store(slot)
             finally:
-                slot.mailbox.exit(handler_id)
+                slot.mailbox.exit(handler)
         finally:
             slot.exit(chain, self._loop.time())
             if slot.record is None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from autogen_core import AgentId, TopicId
 from nats.aio.msg import Msg
 
-from natsrt.agents.inbound import waiting_handler
+from natsrt.agents.inbound import awaiting
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, NoLiveWorker, WorkerLost
 from natsrt.observe.metrics import Counters
@@ -73,15 +73,13 @@ class KeyedDelivery:
         else:
             data = message.data
             headers = {name: value for name, value in (message.headers or {}).items() if name in _PLAIN_HEADERS}
-        return await self._calls.call(
-            agent, data, destination=owner, headers=headers or None, awaited_by=waiting_handler()
-        )
+        return await self._calls.call(agent, data, destination=owner, headers=headers or None, awaited_by=awaiting())
 
     async def forward_control(self, agent: AgentId, worker_id: str, body: envelope.Envelope) -> Msg:
         """Send a control message to ``worker_id``, the agent's owner, and return the reply."""
         subject = self._subjects.control_at(agent.type, worker_id)
         data = self._bodies.repack(body, acceptto=self._calls.accept_to)
-        return await self._calls.call(agent, data, subject=subject, awaited_by=waiting_handler())
+        return await self._calls.call(agent, data, subject=subject, awaited_by=awaiting())
 
     async def forward_event(self, agent: AgentId, topic: TopicId, body: envelope.Envelope) -> None:
         """Send an event of another publisher to the agent's owner."""

@@ -187,17 +187,17 @@ class CachedOwner:
     async def _ask(self) -> Location:
         """Ask for the owner. Ask again if, before the answer, another handler joins for which the owner may wait."""
         while True:
-            handlers = self._waiting_handlers()
+            handlers = self._awaitings()
             asking = asyncio.ensure_future(self._locator.locate(self.recipient, handlers))
             try:
-                while not asking.done() and self._waiting_handlers() <= handlers:
+                while not asking.done() and self._awaitings() <= handlers:
                     await asyncio.wait({asking}, timeout=_ASK_AGAIN_AFTER)
                 if asking.done():
                     return asking.result()
             finally:
                 asking.cancel()
 
-    def _waiting_handlers(self) -> set[str]:
+    def _awaitings(self) -> set[str]:
         """The ids of all handlers that wait for one of the waiting messages."""
         return set().union(*self._waiting.values())
 

@@ -28,8 +28,8 @@ from autogen_core.logging import DeliveryStage, MessageKind
 from nats.aio.msg import Msg
 from opentelemetry.trace import SpanKind
 
-from natsrt.agents.chain import chain_attribute, current_chain
-from natsrt.agents.inbound import waiting_handler
+from natsrt.agents.chain import as_call, chain_attribute, current_chain
+from natsrt.agents.inbound import awaiting
 from natsrt.agents.interventions import Interventions
 from natsrt.errors import CallTimeout, CannotDecode
 from natsrt.jetstream.registry.registry import Registry
@@ -103,7 +103,7 @@ class Sender:
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    async def send(
+    def send(
         self,
         message: Any,
         recipient: AgentId,
@@ -112,12 +112,23 @@ class Sender:
         token: CancellationToken | None,
         message_id: str | None,
         reply_type: type[Any] | None = None,
-    ) -> Any:
-        """Call an agent, and return what its handler returned.
+    ) -> Awaitable[Any]:
+        """Call an agent. Await the result to send the call, and to get what the handler returned.
 
         If ``message_id`` is None, a new id is used. ``reply_type`` is the class of the reply; None means that the reply
         names its class.
         """
+        return as_call(self._send(message, recipient, sender, token, message_id, reply_type))
+
+    async def _send(
+        self,
+        message: Any,
+        recipient: AgentId,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+        reply_type: type[Any] | None,
+    ) -> Any:
         self._under_way += 1
         try:
             self._counters.sent += 1
@@ -167,8 +178,8 @@ class Sender:
         """
         encoded = self._serialization.encode(message)
         attributes = self._attributes.message(message_id, sender, encoded, token) + self._attributes.call(recipient)
-        if handlers := current_chain.get():
-            attributes += chain_attribute(handlers)
+        if chain := current_chain.get():
+            attributes += chain_attribute(chain)
         if events.listening():
             events.message(
                 encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
@@ -190,11 +201,14 @@ class Sender:
             reply = await self._exchange(recipient, body, token=token, sent=sent)
             return self._replies.result(reply, type(message), reply_type, recipient)
 
-    async def control(self, recipient: AgentId, subject: str, operation: str, data: Any = None) -> Any:
-        """Send a control operation on an agent to ``subject``. Returns its result as plain JSON values.
+    def control(self, recipient: AgentId, subject: str, operation: str, data: Any = None) -> Awaitable[Any]:
+        """Send a control operation on an agent to ``subject``. Await its result, which is plain JSON values.
 
         Raises `CannotDecode` if ``data`` is not JSON.
         """
+        return as_call(self._control(recipient, subject, operation, data))
+
+    async def _control(self, recipient: AgentId, subject: str, operation: str, data: Any) -> Any:
         try:
             payload = orjson.dumps(data)
         except TypeError as error:
@@ -227,7 +241,7 @@ class Sender:
             destination=self._owners.owner_of(recipient) if subject is None else None,
             sent=sent,
             link=None if token is None else self._link(token),
-            awaited_by=waiting_handler(),
+            awaited_by=awaiting(),
         )
         timeout = self._options.call_timeout
         return call if timeout is None else self._within(timeout, call, recipient)
