@@ -325,7 +325,8 @@ class StateNotSaved(UndeliveredCall):
 class CallTimeout(NatsrtError, TimeoutError):
     """No reply came within ``seconds`` seconds.
 
-    ``setting`` names the limit: ``call_timeout``, or ``plain_timeout`` for a plain NATS responder.
+    ``setting`` names the limit: ``timeout`` if it was an argument, ``call_timeout``, or ``plain_timeout`` for a plain
+    NATS responder.
     """
 
     code = 504

@@ -121,6 +121,7 @@ class NatsAgentRuntime(AgentRuntime):
         cancellation_token: CancellationToken | None = None,
         message_id: str | None = None,
         reply_type: type[Any] | None = None,
+        timeout: float | None = None,
     ) -> Any:
         """Call an agent on any worker, and return what its handler returns.
 
@@ -133,9 +134,16 @@ class NatsAgentRuntime(AgentRuntime):
             message_id: The id of the message. None: a new id.
             reply_type: The class to which the reply is decoded. It is needed for plain NATS responders. None: a reply
                 of an agent names its class; the reply of a plain responder becomes JSON values, text or bytes.
+            timeout: For how many seconds to wait for the result. It also counts while there is no connection, and while
+                intervention handlers run. ``math.inf``: without a limit. None: the setting ``call_timeout``.
+
+        A call whose caller stops waiting is not handled if its handler has not started: after the timeout, when its
+        token is cancelled, or when the task that awaits it is. A handler that runs is not stopped.
 
         Raises:
             asyncio.CancelledError: The token was cancelled.
+            CallTimeout: The timeout has passed. The call may have been handled.
+            ValueError: ``timeout`` is not a number above 0.
             UndeliveredCall: No agent answered. The subclass of the error says why.
             CannotSerialize, MessageTooLarge: The message cannot be sent. Nothing was sent.
             CannotDecode: The reply cannot be read.
@@ -150,6 +158,7 @@ class NatsAgentRuntime(AgentRuntime):
             token=cancellation_token,
             message_id=message_id,
             reply_type=reply_type,
+            timeout=timeout,
         )
 
     async def publish_message(

@@ -20,7 +20,7 @@ from natsrt.keyed.deadlocks import find_cycles
 from natsrt.wire.peer_messages import WaitLink
 from tests.support.processes import eventually
 
-ENDS_WITHIN = 20
+ENDS_WITHIN = 45
 """Seconds; without an end to a deadlock it would be for ever."""
 
 

@@ -18,7 +18,7 @@ import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 
-ENDS_WITHIN = 20
+ENDS_WITHIN = 45
 """Seconds; without an answer it would be for ever."""
 
 

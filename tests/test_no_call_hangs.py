@@ -11,7 +11,15 @@ from typing import Any
 
 import nats
 import pytest
-from autogen_core import AgentId, CancellationToken, MessageContext, TopicId, TypeSubscription
+from autogen_core import (
+    AgentId,
+    CancellationToken,
+    MessageContext,
+    RoutedAgent,
+    TopicId,
+    TypeSubscription,
+    message_handler,
+)
 from nats.aio.msg import Msg
 
 import natsrt
@@ -602,7 +610,7 @@ async def test_cancelling_in_a_handler_ends_the_call_of_its_caller(
         assert token.is_cancelled()
 
 
-async def test_a_cancel_that_arrives_before_its_message_sets_the_token(
+async def test_a_call_whose_cancel_arrives_before_it_is_not_handled(
     server: EmbeddedServer, namespace: str, runtime: NatsAgentRuntime
 ) -> None:
     client = await nats.connect(server.url)
@@ -617,7 +625,30 @@ async def test_a_cancel_that_arrives_before_its_message_sets_the_token(
         reply = await client.request(f"{namespace}.agent.laborer", call, timeout=SOON)
     finally:
         await client.close()
-    assert b'"natsrt.reply"' in reply.data
+    assert b'"natsrt.error"' in reply.data and b"does not wait any more" in reply.data
+
+
+async def test_a_cancel_that_arrives_before_its_event_sets_the_token(server: EmbeddedServer, namespace: str) -> None:
+    seen: asyncio.Queue[bool] = asyncio.Queue()
+
+    class Listener(RoutedAgent):
+        @message_handler
+        async def on_text(self, message: str, ctx: MessageContext) -> None:
+            seen.put_nowait(ctx.cancellation_token.is_cancelled())
+
+    async with running(server.url, namespace) as hosting:
+        await natsrt.register(hosting, Listener, "listener", lambda: Listener("listens"))
+        await hosting.add_subscription(TypeSubscription("news", "listener"))
+        client = await nats.connect(server.url)
+        try:
+            cancel = envelope.encode(envelope.CANCEL, '"id":"c","source":"/"', b'{"cancelid":"early-2"}')
+            await client.publish(f"{namespace}.natsrt.cancel", cancel)
+            event = '"id":"1","source":"/","messagetype":"str","cancelid":"early-2"'
+            await client.publish(f"{namespace}.topic.news.k", envelope.encode(envelope.EVENT, event, b'"early"'))
+            async with asyncio.timeout(SOON):
+                assert await seen.get()
+        finally:
+            await client.close()
 
 
 async def test_stopping_does_not_wait_for_handlers_whose_callers_cancelled(

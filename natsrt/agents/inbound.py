@@ -11,8 +11,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,6 +24,7 @@ from nats.aio.msg import Msg
 
 from natsrt.agents.chain import Chain, Handler, chain_of
 from natsrt.agents.hosted_type import HostedType
+from natsrt.errors import UndeliveredCall
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
 
@@ -83,7 +85,7 @@ subject of calls to its type. The type of the envelope distinguishes them from c
 class LoggedCall:
     """A call in the call log that was received and is not answered yet."""
 
-    __slots__ = ("accept_to", "accepted", "arrived", "call_id")
+    __slots__ = ("accept_to", "accepted", "arrived", "call_id", "on_abandoned", "wanted_until")
 
     def __init__(self, call_id: str, arrived: float) -> None:
         self.call_id = call_id
@@ -95,6 +97,17 @@ class LoggedCall:
         accepted."""
         self.accepted = False
         """True if its caller was told which worker has it."""
+        self.wanted_until = math.inf
+        """Until when its caller waits for the reply, by the event loop's clock. Infinity if the caller set no deadline,
+        minus infinity if it has given the call up."""
+        self.on_abandoned: Callable[[], None] | None = None
+        """Called when its caller gives it up. None if nothing is to be done then, such as while its handler runs."""
+
+    def abandon(self) -> None:
+        """Its caller has given it up."""
+        self.wanted_until = -math.inf
+        if self.on_abandoned is not None:
+            self.on_abandoned()
 
 
 @dataclass(slots=True)
@@ -151,7 +164,7 @@ class Inbound:
         self.handler: Handler | None = None
         """Its handler in the mailbox of a keyed agent. None for other agents, and before it asks to enter."""
         self.token: CancellationToken | None = None
-        """The cancellation token that was passed to its handler; None before that."""
+        """The cancellation token for its handler; None before it is read."""
         self.waiting = True
         """True while its size counts towards the limit of the intake."""
         self.late = False
@@ -171,6 +184,31 @@ class Inbound:
             if kind is EVENT:
                 self.settlement = self.settlement.as_event(self)
         self.settlement.identified(self)
+
+    def cancel(self) -> None:
+        """Cancel the task that handles it, if there is one."""
+        if self.task is not None:
+            self.task.cancel()
+
+    def refuse_unwanted(self) -> None:
+        """Raise `SentBack` if nobody waits for the reply: the deadline has passed, or the caller has given the call up.
+
+        Call it before the handler starts. A handler that runs is not stopped.
+        """
+        call, token = self.call, self.token
+        if call is None:
+            return
+        if call.wanted_until != math.inf and asyncio.get_running_loop().time() >= call.wanted_until:
+            raise self.unwanted()
+        if token is not None and token.is_cancelled():
+            raise self.unwanted()
+
+    def unwanted(self) -> SentBack:
+        """Return the exception for a call that is not handled because nobody waits for its reply."""
+        agent = f"{self.agent_type}/{self.key}"
+        return SentBack(
+            UndeliveredCall(agent, f"the call to {agent} was not handled: its caller does not wait any more")
+        )
 
     @property
     def can_be_sent_back(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 
 import orjson
 
@@ -125,6 +126,12 @@ class CallLog:
     def forget(self, call: LoggedCall) -> None:
         """Remove a call that was refused before it was handled, as if it had never been received."""
         self._running.pop(call.call_id, None)
+
+    def abandoned(self, calls: Iterable[str]) -> None:
+        """The callers of these calls do not wait any more. Those that have not started are not handled."""
+        for call_id in calls:
+            if (call := self._running.get(call_id)) is not None:
+                call.abandon()
 
     def accept_all(self) -> None:
         """Accept every call that is not answered yet. Used before the worker leaves the registry."""

@@ -121,7 +121,7 @@ class Dispatch:
         try:
             if inbound.waiting:
                 self._intake.started(inbound)
-            if inbound.kind is CALL or inbound.kind is EVENT:  # messages to natsrt itself are not counted
+            if back is None and (inbound.kind is CALL or inbound.kind is EVENT):  # those to natsrt itself do not count
                 inbound.route.hosted.counters.record(began, error)
             if error is not None:
                 await self._fail(inbound, error)

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -74,8 +75,8 @@ class Invoker:
     async def handle(self, inbound: Inbound) -> Answer | None:
         """Let an agent of this process handle a call or an event. Returns the answer; None if the sender wants none.
 
-        Raises any exception of the handler, and any error in creating the agent, decoding the message or writing the
-        answer.
+        Raises any exception of the handler, any error in creating the agent, decoding the message or writing the
+        answer, and `SentBack` if the caller does not wait any more.
         """
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
         response = await self._invoke(agent, delivery, inbound)
@@ -128,6 +129,9 @@ class Invoker:
 
     async def _invoke(self, agent: Agent, delivery: Delivery, inbound: Inbound) -> Any:
         message, context = delivery.message, delivery.context
+        inbound.token = context.cancellation_token
+        if inbound.call is not None and (inbound.call.wanted_until != math.inf or "cancelid" in delivery.attributes):
+            inbound.refuse_unwanted()
         if type(message) is UnknownPayload:
             self._counters.unknown_payloads += 1
             if _has_default_unhandled(agent):
@@ -144,7 +148,6 @@ class Invoker:
                 kind=MessageKind.DIRECT if context.is_rpc else MessageKind.PUBLISH,
                 stage=DeliveryStage.DELIVER,
             )
-        inbound.token = context.cancellation_token
         _handling_agent.set(agent.id)
         try:
             if self._telemetry is None or (trace := self._telemetry.continued(delivery.attributes)) is None:

@@ -8,6 +8,8 @@ up the owner again.
 
 from __future__ import annotations
 
+import asyncio
+import math
 from functools import partial
 
 from autogen_core import AgentId
@@ -65,6 +67,8 @@ class KeyedMessages:
         assert key is not None
         if inbound.kind is LOCATE:
             return await self._locate(inbound, key)
+        if inbound.call is not None and inbound.body is not None and "cancelid" in inbound.body.attributes:
+            inbound.token = self._reader.token(inbound.body)  # a cancellation reaches it while it waits
         sent_to_owner = inbound.can_be_sent_back and inbound.route.key is not None
         handle = partial(self._invoker.handle, inbound)
         try:
@@ -101,13 +105,29 @@ class KeyedMessages:
         self._intake.started(inbound)
         topic, body = inbound.topic, inbound.body
         if topic is None:
-            return _as_answer(await self._delivery.forward_call(agent, inbound.message, body))
+            return await self._forward_call(inbound, agent)
         if body is None:  # a plain event is forwarded in an envelope
             delivery = await self._reader.plain_delivery(inbound, agent)
             await self._sender.publish_to(agent, delivery.message, topic, delivery.context.message_id)
         else:
             await self._delivery.forward_event(agent, topic, body)
         return None
+
+    async def _forward_call(self, inbound: Inbound, agent: AgentId) -> Answer:
+        call, timeout = inbound.call, None
+        inbound.refuse_unwanted()
+        if call is not None:
+            if call.wanted_until != math.inf:
+                timeout = call.wanted_until - asyncio.get_running_loop().time()
+            call.on_abandoned = inbound.cancel
+        try:
+            return _as_answer(await self._delivery.forward_call(agent, inbound.message, inbound.body, timeout))
+        except asyncio.CancelledError:
+            inbound.refuse_unwanted()
+            raise
+        finally:
+            if call is not None:
+                call.on_abandoned = None
 
 
 def _as_answer(reply: Msg) -> Answer:

@@ -74,6 +74,9 @@ class PeerAnswers:
             data = None if body is None else body.json()
             if body is None or not isinstance(data, dict):
                 raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
+            if body.type == envelope.ABANDONED:
+                self._call_log.abandoned(envelope.texts(data, "calls", _QUESTION))
+                return
             if not answerable:
                 raise CannotDecode("a message to a worker", "it has no reply subject, or one that is not allowed")
             self._answer(body.type, data, reply)

@@ -221,10 +221,13 @@ class Reader:
             if general is None:
                 raise
             return self.delivery(general, topic)
-        cancel_id = attributes.get("cancelid")
-        token = CancellationToken() if cancel_id is None else self._cancellations.token_of(cancel_id)
-        context = MessageContext(self._sender(body), topic, topic is None, token, message_id)
+        context = MessageContext(self._sender(body), topic, topic is None, self.token(body), message_id)
         return Delivery(message, context, body.payload, type_name, attributes)
+
+    def token(self, body: Envelope) -> CancellationToken:
+        """Return the cancellation token of a message in an envelope: a new one if its sender passed none."""
+        cancel_id = body.attributes.get("cancelid")
+        return CancellationToken() if cancel_id is None else self._cancellations.token_of(cancel_id)
 
     async def plain_delivery(self, inbound: Inbound, agent_id: AgentId) -> Delivery:
         """Return the handler's arguments for a plain body, which is the payload itself.

@@ -109,8 +109,12 @@ class ReplySettlement(Settlement):
 
     def identified(self, inbound: Inbound) -> None:
         body, call = inbound.body, inbound.call
-        accept_to = None if body is None or call is None else body.attributes.get("acceptto")
-        if accept_to is None or call is None:
+        if body is None or call is None:
+            return
+        if "timeout" in body.attributes:
+            call.wanted_until = call.arrived + _seconds(body.attributes["timeout"])
+        accept_to = body.attributes.get("acceptto")
+        if accept_to is None:
             return
         if accept_to not in self._acceptable:
             if not envelope.is_subject(accept_to) or self._subjects.is_reserved(accept_to):
@@ -154,6 +158,13 @@ class ReplySettlement(Settlement):
             await self._connection.publish(reply, answer.body, headers=answer.headers)
         except NatsrtError as error:  # it is in the call log; the caller asks for it when both are connected again
             logger.warning("a reply could not be sent yet: %s", error)
+
+
+def _seconds(timeout: str) -> float:
+    """Read the attribute ``timeout``, which is in milliseconds. Raises `CannotDecode`."""
+    if not (timeout.isascii() and timeout.isdecimal()):
+        raise CannotDecode("an envelope", f"its timeout must be a number of milliseconds, not {clip(timeout)!r}")
+    return int(timeout) / 1000
 
 
 def clip(text: str) -> str:

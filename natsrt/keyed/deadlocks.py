@@ -94,7 +94,9 @@ class Deadlocks:
         if inbound is None or inbound.call is None:
             await mailbox.wait(handler, chain)
             return
-        call = inbound.call.call_id
+        logged = inbound.call
+        logged.on_abandoned = lambda: mailbox.refuse(handler.handler_id, inbound.unwanted())
+        call = logged.call_id
         loop = asyncio.get_running_loop()
         self._waiting[call] = _WaitingCall(mailbox, agent, handler.handler_id, loop.time())
         if self._searching is None:
@@ -102,6 +104,7 @@ class Deadlocks:
         try:
             await mailbox.wait(handler, chain)
         finally:
+            logged.on_abandoned = None
             self._waiting.pop(call, None)  # a plain caller may have used its reply subject twice
 
     def links(self, calls: Collection[str]) -> list[WaitLink]:

@@ -61,6 +61,7 @@ class Turns:
             claim: Whether to claim an agent that is not owned here.
 
         Raises:
+            SentBack: The caller of the message does not wait any more.
             OwnedElsewhere: Another worker owns the agent.
             NotOwned: The agent is not owned here, and ``claim`` is off.
             Deadlock: The turn would never come.
@@ -76,6 +77,8 @@ class Turns:
             if not slot.mailbox.try_enter(handler, chain):
                 await self._deadlocks.wait(slot.mailbox, slot.agent_id, handler, chain, inbound)
             try:
+                if inbound is not None:
+                    inbound.refuse_unwanted()
                 agent = slot.agent
                 if agent is None or slot.closing or not self._ownership.is_verified(slot):
                     agent = await self._ownership.activate(slot, chain, claim)

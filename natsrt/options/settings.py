@@ -130,7 +130,9 @@ class Options(BaseModel):
 
     # Calls and events.
     call_timeout: SecondsOrNone = Field(
-        None, description="Seconds after which a call fails, even if its handler is still working. None: no deadline."
+        None,
+        description="Seconds after which a call fails, even if its handler is still working. None: no deadline. "
+        "send_message(timeout=…) sets another limit for one call.",
     )
     plain_timeout: Seconds = Field(
         60.0, description="Seconds that a call waits for a plain NATS responder if no natsrt worker hosts the type."

@@ -14,6 +14,11 @@ from natsrt.wire.serialization import Encoded
 from natsrt.wire.subjects import encode_text
 
 
+def milliseconds(timeout: float) -> str:
+    """Return the attribute ``timeout`` for a number of seconds."""
+    return str(max(0, round(timeout * 1000)))
+
+
 class MessageAttributes:
     """Writes envelope attributes as JSON text, for `natsrt.wire.envelope.encode`."""
 
@@ -42,9 +47,13 @@ class MessageAttributes:
         attributes = f'"id":{quote(message_id)},"source":{source},{of_type}'
         return attributes if token is None else f'{attributes},"cancelid":"{self._cancellations.id_of(token)}"'
 
-    def call(self, agent: AgentId) -> str:
-        """Return the attributes that a call has in addition to those of `message`, with a leading comma."""
-        return f',"subject":"{encode_text(agent.key)}","acceptto":"{self._calls.accept_to}"'
+    def call(self, agent: AgentId, timeout: float | None = None) -> str:
+        """Return the attributes that a call has in addition to those of `message`, with a leading comma.
+
+        ``timeout`` is for how many seconds its caller waits; None: without a deadline.
+        """
+        attributes = f',"subject":"{encode_text(agent.key)}","acceptto":"{self._calls.accept_to}"'
+        return attributes if timeout is None else f'{attributes},"timeout":"{milliseconds(timeout)}"'
 
     def question(self, agent: AgentId) -> str:
         """Return the attributes of a question or control message about an agent."""

@@ -18,6 +18,7 @@ from natsrt.agents.inbound import awaiting
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, NoLiveWorker, WorkerLost
 from natsrt.observe.metrics import Counters
+from natsrt.sending.attributes import milliseconds
 from natsrt.sending.owner_cache import CachedOwner, OwnerCache
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
@@ -65,11 +66,20 @@ class KeyedDelivery:
 
     # -- forwarding ----------------------------------------------------------------------------------------------
 
-    async def forward_call(self, agent: AgentId, message: Msg, body: envelope.Envelope | None) -> Msg:
-        """Send a call to the agent's owner, and return the reply. ``body`` is None for a plain call."""
+    async def forward_call(
+        self, agent: AgentId, message: Msg, body: envelope.Envelope | None, timeout: float | None
+    ) -> Msg:
+        """Send a call to the agent's owner, and return the reply.
+
+        ``body`` is None for a plain call. ``timeout`` is for how many more seconds the caller waits; None if it set no
+        deadline.
+        """
         owner = self._owners.owner_of(agent)
         if body is not None:
-            data, headers = self._bodies.repack(body, acceptto=self._calls.accept_to), None
+            changes = {"acceptto": self._calls.accept_to}
+            if timeout is not None:
+                changes["timeout"] = milliseconds(timeout)
+            data, headers = self._bodies.repack(body, **changes), None
         else:
             data = message.data
             headers = {name: value for name, value in (message.headers or {}).items() if name in _PLAIN_HEADERS}

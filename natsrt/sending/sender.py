@@ -16,10 +16,11 @@ Each message passes the same steps: the turn and the interventions if needed (`s
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from autogen_core import AgentId, CancellationToken, MessageContext, TopicId
@@ -79,7 +80,7 @@ class Sender:
         self._connection = connection
         self._bodies = bodies
         self._subjects = subjects
-        self._options = options
+        self._call_timeout = _Limit(options.call_timeout, "call_timeout")
         self._calls = calls
         self._serialization = serialization
         self._cancellations = cancellations
@@ -112,13 +113,19 @@ class Sender:
         token: CancellationToken | None,
         message_id: str | None,
         reply_type: type[Any] | None = None,
+        timeout: float | None = None,
     ) -> Awaitable[Any]:
         """Call an agent. Await the result to send the call, and to get what the handler returned.
 
         If ``message_id`` is None, a new id is used. ``reply_type`` is the class of the reply; None means that the reply
-        names its class.
+        names its class. ``timeout`` is a limit in seconds, which may be infinite; None means ``call_timeout``.
+
+        Raises ValueError if ``timeout`` is not a positive number.
         """
-        return as_call(self._send(message, recipient, sender, token, message_id, reply_type))
+        limit = self._call_timeout if timeout is None else _Limit(_checked_timeout(timeout), "timeout")
+        deadline = None if limit.seconds is None else asyncio.get_running_loop().time() + limit.seconds
+        sending = self._send(message, recipient, sender, token, message_id, reply_type, deadline)
+        return as_call(self._within(limit, recipient, sending))
 
     async def _send(
         self,
@@ -128,6 +135,7 @@ class Sender:
         token: CancellationToken | None,
         message_id: str | None,
         reply_type: type[Any] | None,
+        deadline: float | None,
     ) -> Any:
         self._under_way += 1
         try:
@@ -137,8 +145,8 @@ class Sender:
             if token is not None and token.is_cancelled():
                 raise asyncio.CancelledError("the cancellation token was cancelled before the send")
             if self._interventions.handlers or self._queue.waiting or not self._readiness.is_ready:
-                return await self._send_in_turn(message, recipient, sender, token, message_id, reply_type)
-            return await self._call(message, recipient, sender, token, message_id, reply_type)
+                return await self._send_in_turn(message, recipient, sender, token, message_id, reply_type, deadline)
+            return await self._call(message, recipient, sender, token, message_id, reply_type, deadline)
         finally:
             self._under_way -= 1
 
@@ -150,6 +158,7 @@ class Sender:
         token: CancellationToken | None,
         message_id: str,
         reply_type: type[Any] | None,
+        deadline: float | None,
     ) -> Any:
         begun = asyncio.get_running_loop().time()
         async with self._queue.turn(self._link(token)) as turn:
@@ -157,7 +166,7 @@ class Sender:
             if self._interventions.handlers:
                 context = _context(sender, None, token, message_id)
                 message = await turn.intervene(self._interventions.on_send(message, context, recipient))
-            response = await self._call(message, recipient, sender, token, message_id, reply_type, turn.end)
+            response = await self._call(message, recipient, sender, token, message_id, reply_type, deadline, turn.end)
         if self._interventions.handlers:
             response = await self._interventions.on_response(response, recipient, sender)
         return response
@@ -170,14 +179,18 @@ class Sender:
         token: CancellationToken | None,
         message_id: str,
         reply_type: type[Any] | None,
+        deadline: float | None,
         sent: Callable[[], None] | None = None,
     ) -> Any:
         """Send a call, and return the handler's result.
 
-        ``sent`` is called when the call is in the client's buffer, or is waiting for its agent's owner.
+        ``deadline`` is when the caller stops waiting, by the event loop's clock; None: never. ``sent`` is called when
+        the call is in the client's buffer, or is waiting for its agent's owner.
         """
         encoded = self._serialization.encode(message)
-        attributes = self._attributes.message(message_id, sender, encoded, token) + self._attributes.call(recipient)
+        timeout = None if deadline is None else deadline - asyncio.get_running_loop().time()
+        attributes = self._attributes.message(message_id, sender, encoded, token)
+        attributes += self._attributes.call(recipient, timeout)
         if chain := current_chain.get():
             attributes += chain_attribute(chain)
         if events.listening():
@@ -206,7 +219,7 @@ class Sender:
 
         Raises `CannotDecode` if ``data`` is not JSON.
         """
-        return as_call(self._control(recipient, subject, operation, data))
+        return as_call(self._within(self._call_timeout, recipient, self._control(recipient, subject, operation, data)))
 
     async def _control(self, recipient: AgentId, subject: str, operation: str, data: Any) -> Any:
         try:
@@ -230,11 +243,8 @@ class Sender:
         token: CancellationToken | None = None,
         sent: Callable[[], None] | None = None,
     ) -> Awaitable[Msg]:
-        """Send ``body`` to ``subject``, and return the reply. If ``subject`` is None, it is sent to the recipient.
-
-        Raises `CallTimeout` after ``call_timeout`` seconds.
-        """
-        call = self._calls.call(
+        """Send ``body`` to ``subject``, and return the reply. If ``subject`` is None, it is sent to the recipient."""
+        return self._calls.call(
             recipient,
             body,
             subject=subject,
@@ -243,17 +253,19 @@ class Sender:
             link=None if token is None else self._link(token),
             awaited_by=awaiting(),
         )
-        timeout = self._options.call_timeout
-        return call if timeout is None else self._within(timeout, call, recipient)
 
-    async def _within(self, timeout: float, call: Awaitable[Msg], recipient: AgentId) -> Msg:
+    def _within(self, limit: _Limit, recipient: AgentId, sending: Awaitable[Any]) -> Awaitable[Any]:
+        """``sending``, which raises `CallTimeout` when the limit has passed."""
+        return sending if limit.seconds is None else self._limited(limit.seconds, limit.name, recipient, sending)
+
+    async def _limited(self, seconds: float, name: str, recipient: AgentId, sending: Awaitable[Any]) -> Any:
         try:
-            async with asyncio.timeout(timeout) as deadline:
-                return await call
+            async with asyncio.timeout(seconds) as deadline:
+                return await sending
         except TimeoutError:
             if not deadline.expired():
                 raise
-            raise CallTimeout(str(recipient), timeout, "call_timeout") from None
+            raise CallTimeout(str(recipient), seconds, name) from None
 
     def _link(self, token: CancellationToken | None) -> Callable[[asyncio.Future[Any]], None] | None:
         """A function that makes ``token`` cancel a future; None if there is no token."""
@@ -372,6 +384,20 @@ class Sender:
         """Send an event to one keyed agent, on behalf of a publisher that is a plain NATS client."""
         encoded = self._serialization.encode(message)
         await self._delivery.deliver(agent, topic, self._attributes.message(message_id, None, encoded, None), encoded)
+
+
+class _Limit(NamedTuple):
+    """For how long a caller waits, in seconds, and what set this limit. None: without a limit."""
+
+    seconds: float | None
+    name: str
+
+
+def _checked_timeout(timeout: float) -> float | None:
+    """The argument ``timeout``; None if it is infinite. Raises ValueError."""
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise ValueError(f"timeout must be a number of seconds above 0, or math.inf for no limit, not {timeout!r}")
+    return None if timeout == math.inf else timeout
 
 
 def _unhashed(subject: str, topic: TopicId) -> str:

@@ -25,6 +25,7 @@ from nats.aio.msg import Msg
 from natsrt.background import BackgroundTasks, end_tasks
 from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, PermissionDenied, ServerUnreachable, WorkerLost
 from natsrt.options import Options
+from natsrt.transport.abandoned import AbandonedCalls
 from natsrt.transport.call_judgement import AskedWorker, Judge, PendingCall, Verdict
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox, is_nobody
@@ -83,6 +84,7 @@ class CallWatch:
         self._options = options
         self._directory = directory
         self._judge = Judge(options.lost_after)
+        self._abandoned = AbandonedCalls(connection, directory)
         self.pending: dict[str, PendingCall] = {}
         """The calls that have not completed, by their reply subjects, oldest first."""
         self._watched: dict[str, PendingCall] = {}
@@ -110,6 +112,7 @@ class CallWatch:
             await end_tasks(self._watcher)
             self._watcher = None
         await self._checks.wait()
+        await self._abandoned.stop()
         for call in list(self.pending.values()):
             call.fail(stopped(call.recipient, call.accepted_by))
         self._watched.clear()
@@ -137,7 +140,9 @@ class CallWatch:
         self._inbox.receivers[call.reply] = call.receive
 
     def remove(self, call: PendingCall) -> None:
-        """Remove a call that has completed, or whose caller no longer waits for it."""
+        """Remove a call that has completed, or whose caller no longer waits for it, which its worker is told."""
+        if call.future.cancelled():
+            self._abandoned.add(call.reply, call.accepted_by)
         del self.pending[call.reply]
         self._inbox.receivers.pop(call.reply, None)
         self._watched.pop(call.reply, None)
@@ -159,6 +164,8 @@ class CallWatch:
             if call is not None:
                 call.accepted_by = worker_id
                 self._watched.setdefault(call.reply, call)
+            else:
+                self._abandoned.accepted(worker_id, reply)
         self._asked(worker_id).heard()
 
     def _on_answer(self, worker_id: str, message: Msg) -> None:

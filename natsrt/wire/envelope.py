@@ -35,6 +35,7 @@ CANCEL: Final = "natsrt.cancel"
 LOCATE: Final = "natsrt.locate"
 OWNER: Final = "natsrt.owner"
 WAITS: Final = "natsrt.waits"
+ABANDONED: Final = "natsrt.abandoned"
 
 KEY_HEADER: Final = "Natsrt-Key"
 """Header with the key of the agent that a plain body is for. Without it the key is ``default``."""
@@ -58,6 +59,7 @@ TEXTS: Final = frozenset(
         "source",
         "specversion",
         "subject",
+        "timeout",
         "topicsource",
         "topictype",
         "traceparent",
