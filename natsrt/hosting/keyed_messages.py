@@ -22,7 +22,7 @@ from natsrt.hosting.intake import Intake
 from natsrt.hosting.invocation import Invoker
 from natsrt.hosting.reader import Reader
 from natsrt.keyed.operations import KeyedOperations
-from natsrt.keyed.ownership import NotOwned, OwnedElsewhere, Ownership
+from natsrt.keyed.ownership import Declined, NotOwned, OwnedElsewhere, Ownership
 from natsrt.keyed.turns import Turns
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.sender import Sender
@@ -76,6 +76,10 @@ class KeyedMessages:
         except NotOwned:
             agent = AgentId(hosted.agent_type, key)
             raise SentBack(WorkerLost(str(agent), self._worker_id, "it no longer owns the agent")) from None
+        except Declined as declined:
+            if inbound.can_be_sent_back:
+                raise SentBack(declined.error) from None
+            return await self._forward(inbound, AgentId(hosted.agent_type, key))
         except OwnedElsewhere:
             return await self._forward(inbound, AgentId(hosted.agent_type, key))
 
@@ -95,7 +99,10 @@ class KeyedMessages:
         return self._answers.control_reply(result, body, hosted.agent_type, key)
 
     async def _locate(self, inbound: Inbound, key: str) -> Answer | None:
-        location = await self._ownership.locate(inbound.route.hosted, key, inbound.chain)
+        try:
+            location = await self._ownership.locate(inbound.route.hosted, key, inbound.chain)
+        except Declined as declined:
+            raise SentBack(declined.error) from None
         if inbound.body is None or not inbound.settlement.wants_answer:
             return None
         return self._answers.control_reply(location._asdict(), inbound.body, inbound.agent_type, key)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
+from typing import TypeVar
 
 import orjson
 from autogen_core import Agent
@@ -14,10 +16,13 @@ from natsrt.errors import NatsrtError, StateConflict, StateNotSaved
 from natsrt.jetstream.agent_records import AgentRecords, RecordChanged
 from natsrt.jetstream.record import encode_state
 from natsrt.keyed.slots import AgentSlot, keeps_state
+from natsrt.keyed.unmade import NotMade
 from natsrt.observe.metrics import Counters
 from natsrt.transport.connection import Connection
 
 logger = logging.getLogger("natsrt.hosting")
+
+T = TypeVar("T")
 
 _CHANGED = "its stored state was changed elsewhere"
 """Why an instance is dropped whose record has another revision; for the log."""
@@ -47,16 +52,20 @@ class Instances:
         self._counters.state_conflicts += 1
 
     async def load(self, slot: AgentSlot) -> None:
-        """Make the instance, with the state that is stored. Does nothing if the agent is not owned any more."""
+        """Make the instance, with the state that is stored. Does nothing if the agent is not owned any more.
+
+        Raises `NotMade` if the agent's factory or its ``load_state`` raises, `StateConflict`, and the errors of the
+        records.
+        """
         async with slot.saving:
             record = slot.record
             if slot.agent is not None or record is None:
                 return
             try:
-                agent = await self._catalog.agent(slot.hosted, slot.key)
+                agent = await _made(self._catalog.agent(slot.hosted, slot.key))
                 state = await self._records.state(record) if record.has_state and keeps_state(agent) else None
                 if state is not None:
-                    await contained(agent.load_state(orjson.loads(state)))
+                    await _made(contained(agent.load_state(orjson.loads(state))))
             except RecordChanged:
                 await self.drop_lost(slot, _CHANGED)
                 raise self.dropped(slot) from None
@@ -126,6 +135,14 @@ class Instances:
     async def close(self, slot: AgentSlot) -> None:
         """Close the instance of an agent that is still owned here. The next message makes a new one."""
         await close_agent(slot.remove_instance())
+
+
+async def _made(work: Awaitable[T]) -> T:
+    """Await what makes an agent. Raises `NotMade` instead of its exception."""
+    try:
+        return await work
+    except Exception as error:
+        raise NotMade(error) from error
 
 
 async def close_agent(agent: Agent | None) -> None:

@@ -13,7 +13,7 @@ from natsrt.agents.chain import as_call, chain_of, current_chain
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.errors import CannotDecode
-from natsrt.keyed.ownership import Ownership
+from natsrt.keyed.ownership import Declined, Ownership
 from natsrt.keyed.turns import Turns
 from natsrt.wire.envelope import Envelope
 
@@ -45,7 +45,10 @@ class KeyedOperations:
         return await as_call(self._in_turn(hosted, key, save))
 
     async def _in_turn(self, hosted: HostedType, key: str, work: Callable[[], Awaitable[T]]) -> T:
-        return await self._turns.run(hosted, key, current_chain.get(), work)
+        try:
+            return await self._turns.run(hosted, key, current_chain.get(), work)
+        except Declined as declined:
+            raise declined.error from None
 
     async def control(self, hosted: HostedType, key: str, inbound: Inbound, body: Envelope) -> Any:
         """Carry out a control message in a turn of the agent. Returns the JSON result.
@@ -59,7 +62,10 @@ class KeyedOperations:
         async def carry_out() -> Any:
             return await control.carry_out_message(self._catalog, hosted, key, body)
 
-        result = await self._turns.run(hosted, key, chain_of(body), carry_out, inbound=inbound)
+        try:
+            result = await self._turns.run(hosted, key, chain_of(body), carry_out, inbound=inbound)
+        except Declined as declined:
+            raise declined.error from None
         if operation in (control.LOAD_STATE, control.STORE_STATE):
             await self._ownership.store(AgentId(hosted.agent_type, key))
         return result

@@ -29,11 +29,13 @@ from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.keyed.instances import Instances, close_agent
 from natsrt.keyed.releasing import Releasing
 from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, lease
+from natsrt.keyed.unmade import NotMade, UnmadeAgents
 from natsrt.options import Options
 from natsrt.sending.owner_locator import OwnerLocator
 from natsrt.transport.connection import Connection
 from natsrt.transport.peers import Peers
 from natsrt.transport.stall_watch import StallWatch
+from natsrt.wire.failures import class_name
 from natsrt.wire.peer_messages import Claim, Location
 
 logger = logging.getLogger("natsrt.hosting")
@@ -67,6 +69,14 @@ class NotOwned(Exception):
     """This worker does not own the agent, and was not to claim it."""
 
 
+class Declined(Exception):
+    """The agent cannot be made here, because of ``error``. Another worker hosts its type, and may be able to."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        super().__init__(str(error))
+
+
 class Ownership(RegistryListener):
     """The ownership of one worker. A `Listener` of its connection, and of its registry."""
 
@@ -97,6 +107,7 @@ class Ownership(RegistryListener):
         self._slots = slots
         self._instances = instances
         self._releasing = releasing
+        self._unmade = UnmadeAgents()
         self.doubt_epoch = 0
         """Number of times that there was a reason to doubt that what is owned here still is."""
         self._stall_watch = StallWatch(_STALL, self._stalled)
@@ -243,6 +254,7 @@ class Ownership(RegistryListener):
         """Become the owner, and return None; or return the id of the worker that is, or becomes, the owner."""
         if self._slots.must_leave(slot):
             return (await self._locator.locate(slot.agent_id, slot.blocked_handlers)).worker_id
+        self._decline(slot)
         epoch = self.doubt_epoch
         outcome = await self._write_claim(slot)
         if isinstance(outcome, str):
@@ -349,7 +361,8 @@ class Ownership(RegistryListener):
         """Own the agent and make its instance, as far as needed. Returns the instance.
 
         ``chain`` is the chain of the message that needs it. Raises `OwnedElsewhere` if another worker owns the agent;
-        if ``claim`` is off, `NotOwned` if this worker does not.
+        if ``claim`` is off, `NotOwned` if this worker does not; `Declined` if the agent cannot be made here, but
+        possibly on another worker; and what making it raises.
         """
         while True:
             if not claim:
@@ -359,6 +372,35 @@ class Ownership(RegistryListener):
             if (owner := await self._own(slot, chain)) is not None:
                 raise OwnedElsewhere(owner)
             if slot.agent is None:
-                await self._instances.load(slot)
+                await self._load(slot)
             if slot.agent is not None:  # None: the ownership was lost meanwhile
                 return slot.agent
+
+    async def _load(self, slot: AgentSlot) -> None:
+        """Make the instance. If that fails, give the agent up if another worker hosts its type. Raises `Declined`."""
+        self._decline(slot)
+        try:
+            await self._instances.load(slot)
+        except NotMade as failure:
+            self._unmade.failed(slot.agent_id, failure.error, self._loop.time())
+            if not self._others_host(slot):
+                raise failure.error from None
+            logger.warning(
+                "%s cannot be made here (%s) and is left to other workers",
+                slot.agent_id,
+                class_name(type(failure.error)),
+            )
+            if not slot.releasing:
+                self._releasing.release_soon(slot)
+            raise Declined(failure.error) from None
+        self._unmade.made(slot.agent_id)
+
+    def _decline(self, slot: AgentSlot) -> None:
+        """Raise `Declined` if the agent could not be made here lately, and another worker hosts its type."""
+        error = self._unmade.error(slot.agent_id, self._loop.time())
+        if error is not None and self._others_host(slot):
+            raise Declined(error)
+
+    def _others_host(self, slot: AgentSlot) -> bool:
+        """Whether another worker hosts the type, and is not stopping."""
+        return any(one != self._worker_id for one in self._registry.view.workers_hosting(slot.hosted.agent_type))
