@@ -32,11 +32,13 @@ from natsrt.keyed.ownership import Ownership
 from natsrt.keyed.releasing import Releasing
 from natsrt.keyed.slots import AgentSlots
 from natsrt.keyed.turns import Turns
+from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
 from natsrt.sending.attributes import MessageAttributes
 from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.owner_locator import OwnerLocator
 from natsrt.sending.replies import Replies
@@ -88,7 +90,15 @@ class Network:
 class Outgoing:
     """The sending side: calls, events, and the locations of keyed agents."""
 
-    def __init__(self, program: Program, network: Network, *, counters: Counters, telemetry: Telemetry | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        network: Network,
+        *,
+        counters: Counters,
+        event_errors: EventErrors,
+        telemetry: Telemetry | None,
+    ) -> None:
         attributes = MessageAttributes(network.calls, network.cancellations, counters)
         replies = Replies(network.bodies, program.serialization, program.error_types, program.catalog)
         self.locator = OwnerLocator(
@@ -122,6 +132,7 @@ class Outgoing:
             attributes=attributes,
             owners=owners,
             delivery=self.delivery,
+            missing=MissingInstances(network.registry, counters, event_errors),
             counters=counters,
             telemetry=telemetry,
         )
@@ -138,6 +149,7 @@ class Incoming:
         *,
         worker_id: str,
         counters: Counters,
+        event_errors: EventErrors,
         telemetry: Telemetry | None,
     ) -> None:
         options, catalog = program.options, program.catalog
@@ -146,7 +158,7 @@ class Incoming:
         """The messages that are being handled."""
         self.call_log = CallLog(connection, options, worker_id)
         answers = Answers(network.bodies, program.serialization, options, worker_id)
-        self.events = EventSettlement(options, counters)
+        self.events = EventSettlement(event_errors, counters)
         self.intake = Intake(connection, options, counters)
         self.subscriptions = Subscriptions(
             connection=connection,

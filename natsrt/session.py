@@ -19,6 +19,7 @@ from natsrt.assembly import Incoming, Network, Outgoing, Program
 from natsrt.background import end_tasks
 from natsrt.errors import NatsrtError
 from natsrt.membership import Membership
+from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.health import Health
 from natsrt.observe.metrics import Counters
 from natsrt.observe.services import Services, service_name
@@ -51,13 +52,17 @@ class Session:
         self.counters = Counters(program.catalog.counters)
         telemetry = telemetry_for(tracer_provider, self.worker_id)
         self.network = Network(options, self.worker_id)
-        self.outgoing = Outgoing(program, self.network, counters=self.counters, telemetry=telemetry)
+        self.event_errors = EventErrors(options)
+        self.outgoing = Outgoing(
+            program, self.network, counters=self.counters, event_errors=self.event_errors, telemetry=telemetry
+        )
         self.incoming = Incoming(
             program,
             self.network,
             self.outgoing,
             worker_id=self.worker_id,
             counters=self.counters,
+            event_errors=self.event_errors,
             telemetry=telemetry,
         )
         self._services = Services(
@@ -288,4 +293,4 @@ class Session:
     @property
     def event_error(self) -> BaseException | None:
         """The first error of an event handler; None if there was none, or if ``ignore_unhandled_exceptions`` is on."""
-        return self.incoming.events.first_error
+        return self.event_errors.first

@@ -740,14 +740,17 @@ def test_a_users_own_class_may_be_named_like_a_builtin_message() -> None:
     assert serialization.class_of("Image") is cls
 
 
-def test_an_unknown_type_is_an_unknown_payload_unless_the_hint_knows_it() -> None:
-    serialization = Serialization()
+def test_an_unknown_type_is_an_unknown_payload_unless_its_class_was_sent_or_is_offered() -> None:
+    serialization, other = Serialization(), Serialization()
     encoded = serialization.encode(Flat("a", 1))
     assert not serialization.is_known("Flat") and serialization.is_known("str")
     assert (serialization.content_type_of("bytes"), serialization.content_type_of("Flat")) == (BYTES, JSON)
     assert serialization.lookup("Flat") is None and serialization.class_of("Flat") is None
     assert serialization.decode(*encoded) == UnknownPayload("Flat", JSON, encoded.payload)
-    assert serialization.decode(*encoded, hint=lambda: [Shape, Flat]) == Flat("a", 1)
+    unknown = other.decode(*encoded)
+    assert serialization.decode_unregistered(unknown, []) == Flat("a", 1)
+    assert other.decode_unregistered(unknown, [Shape]) is unknown
+    assert other.decode_unregistered(unknown, [Shape, Flat]) == Flat("a", 1)
     assert isinstance(registry(Flat).decode("Flat", "text/plain", b""), UnknownPayload)
     with pytest.raises(CannotSerialize):
         serializer_for(object)

@@ -29,6 +29,7 @@ from natsrt.hosting.intake import Intake
 from natsrt.hosting.reader import Delivery, Reader
 from natsrt.hosting.settlements import clip
 from natsrt.observe import events
+from natsrt.observe.first import FirstIsWarning
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
 from natsrt.wire.subjects import Subjects
@@ -71,6 +72,7 @@ class Invoker:
         self._answers = answers
         self._counters = counters
         self._telemetry = telemetry
+        self._first = FirstIsWarning()
 
     async def handle(self, inbound: Inbound) -> Answer | None:
         """Let an agent of this process handle a call or an event. Returns the answer; None if the sender wants none.
@@ -97,7 +99,7 @@ class Invoker:
         if agent is None or body is None or key in hosted.gates:
             return None
         delivery = self._reader.delivery(body, inbound.topic)
-        if isinstance(delivery.message, UnknownPayload) and hosted.settling:
+        if not delivery.registered and hosted.settling:
             return None
         self._intake.started(inbound)
         return agent, delivery
@@ -132,14 +134,8 @@ class Invoker:
         inbound.token = context.cancellation_token
         if inbound.call is not None and (inbound.call.wanted_until != math.inf or "cancelid" in delivery.attributes):
             inbound.refuse_unwanted()
-        if type(message) is UnknownPayload:
-            self._counters.unknown_payloads += 1
-            if _has_default_unhandled(agent):
-                logger.warning("%s does not know messages of type %s", agent.id, clip(delivery.type_name))
-                if context.is_rpc:
-                    handles = sorted(inbound.route.hosted.handles)
-                    raise UnhandledMessage(str(agent.id), delivery.type_name, handles)
-                return None
+        if not delivery.registered:
+            self._check_unregistered(agent, delivery, inbound)
         if events.listening():
             events.message(
                 delivery.payload,
@@ -157,6 +153,22 @@ class Invoker:
         except BaseException as error:
             events.handler_failed(delivery.payload, agent=agent.id, error=error)
             raise
+
+    def _check_unregistered(self, agent: Agent, delivery: Delivery, inbound: Inbound) -> None:
+        """Log and count a message without a serializer. Raises `UnhandledMessage` for a call that nothing handles.
+
+        An event goes to the agent, as in AutoGen: its ``on_unhandled_message`` logs it, or does what its user wants.
+        """
+        unknown = type(delivery.message) is UnknownPayload
+        self._counters.unknown_payloads += 1
+        if not _has_default_unhandled(agent):
+            return
+        agent_type, type_name = inbound.route.hosted.agent_type, clip(delivery.type_name)
+        if unknown or delivery.context.is_rpc:
+            level = self._first.level(agent_type, type_name)
+            logger.log(level, "%s does not know messages of type %s", agent.id, type_name)
+        if delivery.context.is_rpc:
+            raise UnhandledMessage(str(agent.id), delivery.type_name, sorted(inbound.route.hosted.handles))
 
     def _process_span(
         self, telemetry: Telemetry, trace: Context, agent_id: AgentId, delivery: Delivery, inbound: Inbound

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from autogen_core import AgentId, CancellationToken, MessageContext, Subscription, TopicId
+from autogen_core import AgentId, CancellationToken, MessageContext, Subscription, TopicId, UnknownPayload
 from autogen_core.exceptions import MessageDroppedException
 from nats.aio.msg import Msg
 from nats.nuid import NUID
@@ -44,6 +44,8 @@ class Delivery:
     payload: bytes
     type_name: str
     attributes: dict[str, Any]
+    registered: bool = True
+    """False if there is no serializer for the message's type in this runtime."""
 
 
 class Reader:
@@ -205,7 +207,8 @@ class Reader:
     def delivery(self, body: Envelope, topic: TopicId | None) -> Delivery:
         """Return the handler's arguments for a message in an envelope. ``topic`` is None for a call.
 
-        A message of a type that is unknown here becomes an ``UnknownPayload``.
+        A message of a type that is unknown here becomes an ``UnknownPayload``. Its class may be known although it has
+        no serializer here.
         """
         attributes = body.attributes
         try:
@@ -221,8 +224,11 @@ class Reader:
             if general is None:
                 raise
             return self.delivery(general, topic)
+        registered = type(message) is not UnknownPayload
+        if not registered:
+            message = self._serialization.decode_unregistered(message, self._catalog.produced_here())
         context = MessageContext(self._sender(body), topic, topic is None, self.token(body), message_id)
-        return Delivery(message, context, body.payload, type_name, attributes)
+        return Delivery(message, context, body.payload, type_name, attributes, registered)
 
     def token(self, body: Envelope) -> CancellationToken:
         """Return the cancellation token of a message in an envelope: a new one if its sender passed none."""

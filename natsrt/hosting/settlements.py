@@ -14,8 +14,8 @@ from natsrt.agents.inbound import Answer, Inbound, Settlement
 from natsrt.errors import CannotDecode, NatsrtError, RemoteAgentError
 from natsrt.hosting.answers import Answers
 from natsrt.hosting.call_log import CallLog
+from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
-from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.failures import class_name, traceback_of
@@ -50,15 +50,13 @@ class EventSettlement(Unanswered):
     Unless ``ignore_unhandled_exceptions`` is on, the first failure is also kept, to be raised when the runtime stops.
     """
 
-    def __init__(self, options: Options, counters: Counters) -> None:
-        self._ignores_errors = options.ignore_unhandled_exceptions
+    def __init__(self, errors: EventErrors, counters: Counters) -> None:
+        self._errors = errors
         self._counters = counters
-        self.first_error: BaseException | None = None
-        """The first error of an agent; None if there was none, or if ``ignore_unhandled_exceptions`` is on."""
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
-        if inbound.key is not None and not self._ignores_errors and self.first_error is None:
-            self.first_error = error
+        if inbound.key is not None:
+            self._errors.record(error)
         await super().failed(inbound, error, source)
 
     def refuse_unread(self, inbound: Inbound) -> bool:

@@ -58,7 +58,7 @@ class Health:
     undecodable: int = 0
     """Messages that could not be read."""
     unknown_payloads: int = 0
-    """Messages of a type that this process does not know."""
+    """Messages of a type without a serializer in this process."""
 
     refused_replies: int = 0
     """Calls whose reply subject is not allowed: see ``docs/permissions.md``."""

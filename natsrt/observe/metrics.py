@@ -58,7 +58,7 @@ class Counters:
     undecodable: int = 0
     """Messages that could not be decoded."""
     unknown_payloads: int = 0
-    """Messages of a type that is unknown in this process."""
+    """Messages of a type without a serializer in this process."""
     refused_replies: int = 0
     """Calls whose reply subject is not allowed."""
     state_conflicts: int = 0

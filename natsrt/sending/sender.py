@@ -34,12 +34,14 @@ from natsrt.agents.inbound import awaiting
 from natsrt.agents.interventions import Interventions
 from natsrt.errors import CallTimeout, CannotDecode
 from natsrt.jetstream.registry.registry import Registry
+from natsrt.jetstream.registry.view import NO_TAKERS
 from natsrt.observe import events
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
 from natsrt.sending.attributes import MessageAttributes
 from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.replies import Replies
 from natsrt.sending.send_queue import SendQueue
@@ -74,6 +76,7 @@ class Sender:
         attributes: MessageAttributes,
         owners: OwnerCache,
         delivery: KeyedDelivery,
+        missing: MissingInstances,
         counters: Counters,
         telemetry: Telemetry | None,
     ) -> None:
@@ -91,6 +94,7 @@ class Sender:
         self._attributes = attributes
         self._owners = owners
         self._delivery = delivery
+        self._missing = missing
         self._counters = counters
         self._telemetry = telemetry
         self._queue = SendQueue()
@@ -362,8 +366,11 @@ class Sender:
     ) -> None:
         """Send an event to the keyed agents that are subscribed to it, then to the subject of its topic."""
         more = _unhashed(subject, topic) if "=H" in subject else ""
-        if keyed_types := self._registry.keyed_takers(topic.type):
-            more += await self._delivery.deliver_all(keyed_types, topic, sender, attributes, encoded)
+        if (takers := self._registry.takers(topic.type)) is not NO_TAKERS:
+            if takers.keyed:
+                more += await self._delivery.deliver_all(takers.keyed, topic, sender, attributes, encoded)
+            if takers.instances:
+                self._missing.check(takers.instances, topic, sender)
         body = self._bodies.pack(envelope.EVENT, attributes + more, encoded.payload, encoded.content_type)
         await self._connection.publish(subject, body)
 

@@ -218,6 +218,8 @@ class Serialization:
         self._custom: dict[str, MessageSerializer[Any]] = {}
         self._classes: dict[str, type] = {}
         self._sending: dict[type, MessageSerializer[Any]] = {}
+        self._sent: dict[str, type | None] = {}
+        """The classes that were sent, by type name; None for a name that several of them have."""
         self._replies: dict[tuple[str, str, type | None, type | None], MessageSerializer[Any]] = {}
 
     def add(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
@@ -289,25 +291,30 @@ class Serialization:
             )
         serializer = self._own_serializer(cls) if custom is None else _Guarded(custom)
         self._sending[cls] = serializer
+        if self._sent.setdefault(name, cls) is not cls:
+            self._sent[name] = None
         return serializer
 
-    def decode(
-        self,
-        type_name: str,
-        content_type: str,
-        payload: bytes,
-        hint: Callable[[], Iterable[type]] | None = None,
-    ) -> Any:
-        """Return the message in ``payload``, or an ``UnknownPayload`` if its type is unknown; raises ``CannotDecode``.
+    def decode(self, type_name: str, content_type: str, payload: bytes) -> Any:
+        """Return the message in ``payload``, or an ``UnknownPayload`` if no serializer is registered for its type.
 
-        ``hint`` returns further classes that the message may have. It is called only if the type is not registered.
+        Raises ``CannotDecode``.
         """
         serializer = self.lookup(type_name, content_type)
-        if serializer is None and hint is not None:
-            serializer = self._among(hint(), type_name, content_type)
         if serializer is None:
             return UnknownPayload(type_name, content_type, payload)
         return self._read(serializer, payload)
+
+    def decode_unregistered(self, payload: UnknownPayload, classes: Iterable[type]) -> Any:
+        """Return the message in ``payload`` if this process knows its class without a serializer; else ``payload``.
+
+        Its class is one that was sent from here, if only one with its type name was, or one of ``classes``. Raises
+        ``CannotDecode``.
+        """
+        sent = self._sent.get(payload.type_name)
+        candidates = classes if sent is None else (sent, *classes)
+        serializer = self._among(candidates, payload.type_name, payload.data_content_type)
+        return payload if serializer is None else self._read(serializer, payload.payload)
 
     def _read(self, serializer: MessageSerializer[Any], payload: bytes) -> Any:
         if isinstance(serializer, (_OwnSerializer, _ProtobufSerializer)):  # a tuple: twice as fast as a union

@@ -17,7 +17,7 @@ from natsrt.jetstream.registry.entries import RegistryEntry, SubscriptionEntry, 
 from natsrt.jetstream.registry.follow import Follower
 from natsrt.jetstream.registry.liveness import Liveness
 from natsrt.jetstream.registry.store import BUCKET, KNOWN_TTL, RegistryStore
-from natsrt.jetstream.registry.view import View
+from natsrt.jetstream.registry.view import Takers, View
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.transport.peers import Peers
@@ -146,9 +146,18 @@ class Registry:
         """Whether the type's workers say that it is keyed."""
         return agent_type in self._follower.view.keyed
 
-    def keyed_takers(self, topic_type: str) -> tuple[str, ...]:
-        """The keyed types to which an ordinary subscription gives topics of this type."""
-        return self._follower.view.keyed_takers(topic_type)
+    def takers(self, topic_type: str) -> Takers:
+        """The types that take topics of this type by an ordinary subscription, as far as a publisher must know them."""
+        return self._follower.view.takers(topic_type)
+
+    def instance_keys(self, agent_type: str) -> list[str]:
+        """The keys of the type's registered instances on live workers, in alphabetical order."""
+        view = self._follower.view
+        return sorted(key for key in view.instances.get(agent_type, ()) if view.instance_holders(agent_type, key))
+
+    def has_instance(self, agent_type: str, key: str) -> bool:
+        """Whether a live worker hosts a registered instance with this key."""
+        return bool(self._follower.view.instance_holders(agent_type, key))
 
     def stays(self, worker_id: str) -> bool:
         """Whether a worker is live, and takes new messages."""

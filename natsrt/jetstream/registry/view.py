@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from autogen_core import AgentId
 
@@ -20,7 +20,19 @@ from natsrt.jetstream.registry.entries import (
 )
 
 _REMEMBERED = 32_768
-"""Topic types whose keyed takers are remembered; some megabytes."""
+"""Topic types whose takers are remembered; some megabytes."""
+
+
+class Takers(NamedTuple):
+    """Agent types that take events of one topic type, each in alphabetical order."""
+
+    keyed: tuple[str, ...]
+    """Keyed types."""
+    instances: tuple[str, ...]
+    """Types that exist as registered instances only."""
+
+
+NO_TAKERS: Final = Takers((), ())
 
 
 @dataclass(slots=True)
@@ -38,8 +50,8 @@ class View:
     of_worker: dict[str, set[str]] = field(default_factory=dict)
     keyed: set[str] = field(default_factory=set)
     """The agent types whose workers say that they are keyed."""
-    _takers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """What `keyed_takers` returned since the last change."""
+    _takers: dict[str, Takers] = field(default_factory=dict)
+    """What `takers` returned since the last change."""
 
     def saw(self, revision: int) -> None:
         """A change was seen, whether it can be read or not."""
@@ -167,20 +179,32 @@ class View:
             if NOBODY in declarers or not self.workers.keys().isdisjoint(declarers)
         ]
 
-    def keyed_takers(self, topic_type: str) -> tuple[str, ...]:
-        """The keyed types to which an ordinary subscription gives topics of this type."""
-        if not self.keyed:
-            return ()
+    def takers(self, topic_type: str) -> Takers:
+        """The types that take topics of this type by an ordinary subscription, as far as a publisher must know them."""
+        if not self.keyed and not self.instances:
+            return NO_TAKERS
         takers = self._takers.get(topic_type)
         if takers is None:
             if len(self._takers) >= _REMEMBERED:
                 self._takers.clear()
-            takers = self._takers[topic_type] = tuple(
-                agent_type
-                for agent_type in sorted(self.keyed)
-                if any(rule.matches(topic_type) for rule in self.rules(agent_type))
-            )
+            only_instances = (agent_type for agent_type in self.instances if self._has_instances_only(agent_type))
+            takers = Takers(self._taking(topic_type, self.keyed), self._taking(topic_type, only_instances))
+            self._takers[topic_type] = takers = takers if takers != NO_TAKERS else NO_TAKERS
         return takers
+
+    def _taking(self, topic_type: str, agent_types: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``agent_types`` to which an ordinary subscription gives topics of this type."""
+        return tuple(
+            agent_type
+            for agent_type in sorted(agent_types)
+            if any(rule.matches(topic_type) for rule in self.rules(agent_type))
+        )
+
+    def _has_instances_only(self, agent_type: str) -> bool:
+        """Whether live workers host the type, and all of them as registered instances."""
+        hosts = self.hosts.get(agent_type, {})
+        live = self.live(hosts)
+        return bool(live) and all(hosts[worker_id].instances for worker_id in live)
 
     def revision_of(self, key: str) -> int:
         """The revision of an entry; 0 if it is not there."""
