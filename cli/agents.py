@@ -28,6 +28,7 @@ from .output import as_json as print_json
 from .output import json_option, line, note, table
 from .owner_finder import Survey
 from .placement import rebalance, where
+from .waiting import wait
 
 _LIVE, _NOT_LIVE, _GONE = "live", "no worker", "gone"
 _STYLES = {_LIVE: "green", _NOT_LIVE: "yellow", _GONE: "yellow", "no answer": "red"}
@@ -42,6 +43,7 @@ def agents() -> None:
 
 agents.add_command(where)
 agents.add_command(rebalance)
+agents.add_command(wait)
 
 # -- ls ----------------------------------------------------------------------------------------------------------
 

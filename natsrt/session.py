@@ -81,6 +81,7 @@ class Session:
         self.calls = self.network.calls
         self.records = self.network.records
         self.sender = self.outgoing.sender
+        self.arrivals = self.outgoing.arrivals
         self.intake = self.incoming.intake
         self.dispatch = self.incoming.dispatch
         self.ownership = self.incoming.ownership
@@ -121,6 +122,7 @@ class Session:
             (None, self._finish_handlers),
             (incoming.subscriptions.start, incoming.subscriptions.stop),
             (self.membership.confirm, self._announce_stop),
+            (None, self.outgoing.arrivals.stop),
         )
 
     async def start(self, abort: asyncio.Event) -> None:
