@@ -13,7 +13,7 @@ import orjson
 from nats.aio.msg import Msg
 from nats.nuid import NUID
 
-from natsrt.errors import NoLiveWorker, PermissionDenied, StateUnavailable
+from natsrt.errors import NoLiveWorker
 from natsrt.jetstream.registry.entries import NOBODY, KnownEntry, TypeEntry
 from natsrt.jetstream.registry.view import View
 from natsrt.options import Options
@@ -23,14 +23,15 @@ from natsrt.wire.subjects import Subjects
 
 from .connecting import Connecting, connects
 from .exits import Exit
+from .keyed_counts import LIVE, add_keyed, print_keyed
 from .naming import agent_id, refuse_unknown
 from .output import as_json as print_json
 from .output import json_option, line, note, table
-from .owner_finder import Survey
 from .placement import rebalance, where
+from .waiting import wait
 
-_LIVE, _NOT_LIVE, _GONE = "live", "no worker", "gone"
-_STYLES = {_LIVE: "green", _NOT_LIVE: "yellow", _GONE: "yellow", "no answer": "red"}
+_NOT_LIVE = "no worker"
+_STYLES = {LIVE: "green", _NOT_LIVE: "yellow", "no answer": "red"}
 _PATIENCE = 2.0
 """Seconds to wait for the answers of workers: far more than a round trip, and still a short wait for a person."""
 
@@ -42,20 +43,27 @@ def agents() -> None:
 
 agents.add_command(where)
 agents.add_command(rebalance)
+agents.add_command(wait)
 
 # -- ls ----------------------------------------------------------------------------------------------------------
 
 
 @agents.command()
 @click.argument("agent_type", metavar="[TYPE]", required=False)
+@click.option("--owners", is_flag=True, help="Count the agents of each worker for every keyed type.")
 @click.option("--instances", is_flag=True, help="List live instances and their workers, instead of types.")
 @json_option
 @connects()
-def ls(connecting: Connecting, agent_type: str | None, instances: bool, as_json: bool) -> None:
+def ls(connecting: Connecting, agent_type: str | None, owners: bool, instances: bool, as_json: bool) -> None:
     """List the agent types that live workers host, and those that workers hosted within the last day.
 
-    For keyed types, also show how many agents each worker owns. With --instances, list the agents that have one worker
-    each, keyed or registered as an instance, one per line.
+    For keyed types, also show the number of records: of agents that a worker owns, that have a stored state, or that
+    were released without one within the last two minutes. With TYPE or --owners, show how many agents each worker owns.
+
+    With --instances, list the agents that have one worker each, keyed or registered as an instance, one per line.
+
+    The server counts the records. TYPE, --owners and --instances read each record, which takes long if there are very
+    many.
     """
 
     async def run() -> list[dict[str, Any]]:
@@ -66,8 +74,8 @@ def ls(connecting: Connecting, agent_type: str | None, instances: bool, as_json:
             if instances:
                 return await _instance_rows(runtime, agent_type)
             rows = [row for row in type_rows(view) if agent_type in (None, row["type"])]
-            owned = await _owned(runtime, agent_type)
-            return [{**row, "owned": owned.get(row["type"])} for row in rows]
+            await add_keyed(runtime, rows, owners=owners or agent_type is not None)
+            return rows
 
     rows = asyncio.run(run())
     if as_json:
@@ -78,7 +86,7 @@ def ls(connecting: Connecting, agent_type: str | None, instances: bool, as_json:
         table(("AGENT", "KIND", "WORKER"), [(f"{r['type']}/{r['key']}", r["kind"], r["worker_id"]) for r in rows])
     else:
         print_types(rows)
-        _print_owners(rows)
+        print_keyed(rows)
 
 
 def type_rows(view: View) -> list[dict[str, Any]]:
@@ -113,7 +121,7 @@ def print_types(rows: list[dict[str, Any]]) -> None:
             (
                 row["type"],
                 len(row["workers"]),
-                _LIVE if row["live"] else _NOT_LIVE,
+                LIVE if row["live"] else _NOT_LIVE,
                 ", ".join(row["handles"]),
                 row["subscriptions"],
             )
@@ -121,39 +129,6 @@ def print_types(rows: list[dict[str, Any]]) -> None:
         ],
         _STYLES,
     )
-
-
-async def _owned(runtime: NatsAgentRuntime, agent_type: str | None) -> dict[str, list[dict[str, Any]]]:
-    """How many agents each worker owns, by keyed type. Empty if the records cannot be read."""
-    view = runtime.running.registry.view
-    if not view.keyed:
-        return {}
-    try:
-        survey = await Survey.of(runtime.running.records, agent_type)
-    except (PermissionDenied, StateUnavailable) as error:
-        note(f"natsrt: the owners of keyed agents cannot be read: {error}")
-        return {}
-    if survey.damaged:
-        note(f"natsrt: {len(survey.damaged)} records of keyed agents cannot be read: see `natsrt doctor`")
-    owned: dict[str, list[dict[str, Any]]] = {}
-    for keyed in view.keyed:
-        counts = dict.fromkeys(view.workers_hosting(keyed), 0) | survey.owned.get(keyed, {})
-        owned[keyed] = [
-            {"worker_id": worker_id, "live": worker_id in view.workers, "agents": count}
-            for worker_id, count in sorted(counts.items())
-        ]
-    return owned
-
-
-def _print_owners(rows: list[dict[str, Any]]) -> None:
-    shown = [
-        (row["type"], owner["worker_id"], _LIVE if owner["live"] else _GONE, owner["agents"])
-        for row in rows
-        for owner in row["owned"] or ()
-    ]
-    if shown:
-        line()
-        table(("KEYED TYPE", "OWNER", "STATE", "AGENTS"), shown, _STYLES)
 
 
 async def _instance_rows(runtime: NatsAgentRuntime, agent_type: str | None) -> list[dict[str, Any]]:
@@ -234,7 +209,7 @@ def _type_info(runtime: NatsAgentRuntime, agent_type: str) -> dict[str, Any]:
 
 
 def _print_info(shown: Mapping[str, Any]) -> None:
-    line(f"Agent type {shown['type']}: {_LIVE if shown['live'] else _NOT_LIVE}")
+    line(f"Agent type {shown['type']}: {LIVE if shown['live'] else _NOT_LIVE}")
     line(f"Handles:   {', '.join(shown['handles']) or '-'}")
     line(f"Produces:  {', '.join(shown['produces']) or '-'}")
     if shown["instances"]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
 
 from .exits import Exit, reporting
+from .logs import log_to_stderr
 from .output import OutputClosed
 
 _FLAGS: Mapping[str, tuple[str, str, str]] = {
@@ -96,7 +95,7 @@ def basics(log_level: str = "warning") -> Callable[[Callable[..., Any]], Callabl
         )
         @functools.wraps(command)
         def run(debug: bool, log_level: str, **parameters: Any) -> Any:
-            _log_to_stderr(log_level)
+            log_to_stderr(log_level)
             with reporting(debug):
                 try:
                     return command(log_level=log_level, **parameters)
@@ -128,12 +127,3 @@ def connects(log_level: str = "warning") -> Callable[[Callable[..., Any]], Calla
         return decorated
 
     return decorate
-
-
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    # AutoGen logs every message at INFO. To see that, set the level of its loggers in your own module.
-    for name in ("autogen_core", "watchfiles"):
-        logging.getLogger(name).setLevel(logging.WARNING)

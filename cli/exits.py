@@ -10,6 +10,7 @@ from enum import IntEnum
 import click
 
 from natsrt.errors import (
+    AgentNotServed,
     CallTimeout,
     ConfigurationError,
     JetStreamRequired,
@@ -47,7 +48,7 @@ MEANINGS = {
     Exit.USAGE: "a wrong option, setting, module or name",
     Exit.NOT_CONNECTED: "no server, access denied, or no JetStream or registry",
     Exit.UNKNOWN_AGENT: "the agent is unknown, or no live worker hosts it",
-    Exit.TIMEOUT: "no answer in time",
+    Exit.TIMEOUT: "no answer, or no worker to wait for, in time",
     Exit.REMOTE_ERROR: "the agent answered with an error",
     Exit.PROBLEMS: "problems were found",
     Exit.CUT_SHORT: "a worker stopped before all its handlers had finished",
@@ -71,7 +72,7 @@ _CODES: tuple[tuple[tuple[type[NatsrtError], ...], Exit], ...] = (
         Exit.NOT_CONNECTED,
     ),
     ((UnknownAgentType, UnknownAgent, NoLiveWorker), Exit.UNKNOWN_AGENT),
-    ((CallTimeout, SubscriptionNotServed), Exit.TIMEOUT),
+    ((AgentNotServed, CallTimeout, SubscriptionNotServed), Exit.TIMEOUT),
 )
 
 

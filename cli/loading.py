@@ -3,6 +3,7 @@
 Rules:
 
 - An error names the module, the name, and the line of the user's own code. Frames of natsrt are not shown.
+- Where a module of the user has the name of another one, the error names both files: `natsrt_cli.shadowing`.
 - A callable with one parameter is called with the runtime, and may register any agents. A callable without parameters,
   or an agent class, makes one agent per call. Its first agent, with the key ``default``, is made at the start. So a
   constructor that fails is noticed then, and the class whose subscriptions and message types are registered is known.
@@ -23,10 +24,12 @@ from typing import Any
 from autogen_core import AgentId, AgentInstantiationContext, BaseAgent
 
 import natsrt
+from natsrt.agents.signatures import required_parameters
 from natsrt.registration import register
 from natsrt.runtime import NatsAgentRuntime
 
 from .exits import CommandFailed, Exit, exit_code
+from .shadowing import conflict, conflict_behind, loaded_from, refused_name
 
 _HERE = Path(__file__).resolve().parent
 _NATSRT = Path(inspect.getfile(natsrt)).resolve().parent
@@ -104,15 +107,36 @@ def load(text: str, agent_type: str | None, app_dir: Path) -> Target:
         raise CommandFailed(f"{module_name!r} must be the name of a module, not a path: {meant}:{name}", Exit.USAGE)
     if sys.path[:1] != [str(app_dir)]:
         sys.path.insert(0, str(app_dir))
-    found = _attribute(_module(module_name, app_dir), module_name, name)
-    return Target(text, found, _type_of(found, text, agent_type or name.rpartition(".")[2], agent_type), app_dir)
+    module = _module(module_name, app_dir)
+    try:
+        found = _attribute(module, module_name, name)
+        hosted = _type_of(found, text, agent_type or name.rpartition(".")[2], agent_type)
+    except CommandFailed as error:
+        raise CommandFailed(f"{error}{_not_from(app_dir, module_name)}", error.code) from None
+    return Target(text, found, hosted, app_dir)
+
+
+def _not_from(app_dir: Path, module_name: str) -> str:
+    """For errors about a module's contents: its file, if it is not in ``app_dir``, where the user may expect it."""
+    file = loaded_from(module_name, app_dir)
+    if file is None:
+        return ""
+    advice = f"it is not in {app_dir}; use --app-dir for another directory"
+    return f"\n  {conflict(module_name, app_dir) or f'{module_name!r} was loaded from {file}: {advice}'}"
 
 
 def _module(name: str, app_dir: Path) -> Any:
+    if (refused := refused_name(name, app_dir)) is not None:
+        raise CommandFailed(f"the module {name!r} cannot be used: {refused}", Exit.USAGE)
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            above = error.name.rpartition(".")[0]
+            if above in sys.modules:
+                raise CommandFailed(
+                    f"there is no module {error.name!r}{_not_from(app_dir, above)}", Exit.USAGE
+                ) from None
             missing = f"there is no module {error.name!r} in {app_dir} or among the installed packages"
             raise CommandFailed(f"{missing}; use --app-dir for another directory", Exit.USAGE) from None
         raise CommandFailed(
@@ -143,13 +167,14 @@ def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | 
     is_class = inspect.isclass(found)
     if is_class and not issubclass(found, BaseAgent):
         raise CommandFailed(f"{text} is a class, but not a subclass of autogen_core.BaseAgent", Exit.USAGE)
-    required, first = _parameters(found, text)
+    required = _required(found, text)
     if is_class and required:
         raise CommandFailed(
             f"the agent class {text} needs arguments ({', '.join(required)}): name a function that makes it, "
             f"such as `def factory(): return {found.__name__}(…)`",
             Exit.USAGE,
         )
+    first = next(iter(inspect.signature(found).parameters), None)
     takes_runtime = not is_class and (len(required) == 1 or (not required and first == "runtime"))
     if len(required) > 1:
         raise CommandFailed(
@@ -168,28 +193,32 @@ def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | 
         raise CommandFailed(f"{name!r} is not a valid agent type: choose one with --type", Exit.USAGE) from None
 
 
-def _parameters(found: Callable[..., Any], text: str) -> tuple[list[str], str | None]:
-    """The names of the parameters without a default, and of the first one."""
+def _required(found: Callable[..., Any], text: str) -> list[str]:
+    """The names of the parameters without a default."""
     try:
-        parameters = inspect.signature(found).parameters.values()
+        needed = required_parameters(found)
     except (TypeError, ValueError):
         raise CommandFailed(
             f"the parameters of {text} cannot be read; name a plain function instead", Exit.USAGE
         ) from None
-    ordinary = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [p.name for p in ordinary if p.default is p.empty], ordinary[0].name if ordinary else None
+    named = [parameter.name for parameter in needed if parameter.kind is parameter.KEYWORD_ONLY]
+    if named and not inspect.isclass(found):
+        raise CommandFailed(f"{text} needs the keyword {named[0]}: a factory takes the runtime, or nothing", Exit.USAGE)
+    return [parameter.name for parameter in needed]
 
 
 def _outline(error: BaseException, app_dir: Path) -> str:
-    """Class and text of ``error``, and the last line of the user's own code in its traceback."""
+    """Class and text of ``error``, the last line of the user's own code in its traceback, and what may be behind it."""
     text = "".join(traceback.format_exception_only(error)).strip()
+    behind = conflict_behind(error, app_dir)
+    because = f"\n  {behind}" if behind else ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     own = [f for f in frames if Path(f.filename).is_relative_to(app_dir) and "site-packages" not in f.filename]
     if not (own or frames):
-        return text
+        return f"{text}{because}"
     frame = (own or frames)[-1]
     code = f"\n    {frame.line}" if frame.line else ""
-    return f"{text}\n  {frame.filename}, line {frame.lineno}, in {frame.name}{code}"
+    return f"{text}\n  {frame.filename}, line {frame.lineno}, in {frame.name}{code}{because}"
 
 
 def _is_users(filename: str) -> bool:

@@ -23,6 +23,14 @@ def agent_id(text: str, *, default_key: str | None = None) -> AgentId:
         raise CommandFailed(f"{text!r} is not an agent: {error}", Exit.USAGE) from None
 
 
+def agent_type(text: str) -> str:
+    """The agent type that ``TYPE`` names."""
+    try:
+        return AgentId(text, "default").type
+    except ValueError as error:
+        raise CommandFailed(f"{text!r} is not an agent type: {error}", Exit.USAGE) from None
+
+
 def refuse_unknown(view: View, agent_type: str) -> None:
     """Raise `UnknownAgentType` if the registry does not have the type."""
     if not view.is_known(agent_type):

@@ -22,6 +22,7 @@ from .ending import end_within
 from .exits import CommandFailed, Exit
 from .health import HealthEndpoint, ListenAddress, health_options
 from .loading import Target, load
+from .logs import give_way
 from .output import line, note
 from .server import server_if_none_answers
 from .supervisor import Supervisor, require_watchfiles
@@ -72,6 +73,9 @@ def worker(
     A callable that takes the runtime is called before the runtime starts. If it sends messages, it must first start the
     runtime with `await runtime.start()`.
 
+    If the module configures logging, as with logging.basicConfig, that takes the place of the log on standard error and
+    of --log-level.
+
     With --processes, the first worker answers on --health-port and each other one on the next port.
 
     \b
@@ -83,7 +87,9 @@ def worker(
         with nullcontext() if health is None else HealthEndpoint(health) as endpoint:
             if endpoint is not None:
                 line(f"health: {endpoint.url}")
-            return _run(_host(load(target, agent_type, app_dir), options, embedded, endpoint, ready_fd))
+            loaded = load(target, agent_type, app_dir)
+            give_way()
+            return _run(_host(loaded, options, embedded, endpoint, ready_fd))
     if reload:
         require_watchfiles()
     arguments = [target, "--app-dir", str(app_dir), *connecting.arguments()]
@@ -144,6 +150,7 @@ async def _host(
 
 async def _start(runtime: NatsAgentRuntime, target: Target) -> None:
     await target.register(runtime)
+    give_way()
     if runtime.worker_id is None:
         await runtime.start()
 

@@ -36,6 +36,7 @@ from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
+from natsrt.sending.arrivals import Arrivals
 from natsrt.sending.attributes import MessageAttributes
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.missing_instances import MissingInstances
@@ -50,7 +51,7 @@ from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox
 from natsrt.transport.peers import Peers
-from natsrt.transport.probe import Probe
+from natsrt.transport.probe import CLIENT_NAME, Probe
 from natsrt.transport.readiness import Readiness
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
@@ -74,7 +75,7 @@ class Network:
 
     def __init__(self, options: Options, worker_id: str) -> None:
         self.subjects = Subjects(options.namespace)
-        self.connection = Connection(options, client_name=f"natsrt {worker_id}")
+        self.connection = Connection(options, client_name=f"{CLIENT_NAME}{worker_id}")
         self.readiness = Readiness(self.connection, options)
         self.bodies = Bodies(self.connection)
         self.inbox = Inbox(self.connection, options)
@@ -107,6 +108,15 @@ class Outgoing:
             calls=network.calls,
             replies=replies,
             attributes=attributes,
+        )
+        self.arrivals = Arrivals(
+            connection=network.connection,
+            subjects=network.subjects,
+            options=program.options,
+            registry=network.registry,
+            readiness=network.readiness,
+            peers=network.peers,
+            probe=network.probe,
         )
         owners = OwnerCache(network.subjects, network.registry, self.locator)
         self.delivery = KeyedDelivery(

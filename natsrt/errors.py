@@ -10,6 +10,7 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
     ├── JetStreamRequired           RuntimeError            the server runs without JetStream
     ├── EmbeddedServerError         RuntimeError            the development server did not start
     ├── SubscriptionNotServed       TimeoutError            a worker did not confirm a subscription
+    ├── AgentNotServed              TimeoutError            no live worker served an agent type in time
     ├── UnknownSubscription         LookupError, ValueError no subscription has the id
     ├── RegistryUnavailable         ConnectionError         the registry could not be read or written
     ├── StateUnavailable            ConnectionError         the records of keyed agents could not be read or written
@@ -39,6 +40,7 @@ from collections.abc import Sequence
 from autogen_core.exceptions import CantHandleException, UndeliverableException
 
 __all__ = [
+    "AgentNotServed",
     "AmbiguousAgent",
     "CallTimeout",
     "CannotDecode",
@@ -145,6 +147,21 @@ class SubscriptionNotServed(NatsrtError, TimeoutError):
             f"the subscription of agent type {agent_type!r} is stored, but worker {', '.join(self.workers)} did not "
             f"confirm within {seconds:g} s that it serves it; events may be missed until it does"
         )
+
+
+class AgentNotServed(NatsrtError, TimeoutError):
+    """No live worker served an agent type, or one agent, within ``seconds`` seconds.
+
+    ``agent`` is the agent type, or the agent id as text, ``type/key``. ``reason`` says what was missing at the end.
+    """
+
+    code = 504
+
+    def __init__(self, agent: str, seconds: float, reason: str) -> None:
+        self.agent = agent
+        self.seconds = seconds
+        self.reason = reason
+        super().__init__(f"no live worker served {agent!r} within {seconds:g} s: {reason}")
 
 
 class UnknownSubscription(NatsrtError, LookupError, ValueError):

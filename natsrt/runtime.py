@@ -399,6 +399,37 @@ class NatsAgentRuntime(AgentRuntime):
 
     # -- beyond the protocol -------------------------------------------------------------------------------------
 
+    async def wait_for(self, agent: str | AgentType | AgentId, *, timeout: float | None = None) -> None:
+        """Wait until a live worker serves an agent type, or one agent. A call that is made then reaches a worker.
+
+        The worker has confirmed that it takes new messages for the agent, and that the server has its subscriptions. A
+        worker that is starting or draining, or does not answer, does not count; this runtime itself does.
+
+        An agent type is also served if workers have registered instances of it only. An `AgentId` is served if a worker
+        can create the agent, or has registered this one instance. An agent is not created by this. For a keyed type it
+        makes no difference which worker owns the agent.
+
+        A plain NATS responder on ``agent.<type>`` counts if no worker hosts the type. NATS does not announce such
+        responders, so they are looked for about once a second. It is only known that one is subscribed, not that it
+        answers. A plain responder for the subject of one instance, ``agent.<type>.<key>``, is not noticed.
+
+        Args:
+            agent: The agent type, or the id of one agent.
+            timeout: Seconds to wait, including the rest of a start that is under way. None: wait without a limit.
+
+        Raises:
+            AgentNotServed: The time is up. The error says what was missing.
+            ServerUnreachable: There was no connection for ``offline_timeout`` seconds.
+            PermissionDenied: This user may not ask the workers.
+            RegistryUnavailable: This runtime was stopped.
+            RuntimeError: The runtime is not started.
+            ValueError: ``agent`` is not a valid agent type, or ``timeout`` is not more than 0.
+        """
+        if not isinstance(agent, AgentId):
+            name = agent.type if isinstance(agent, AgentType) else agent
+            agent = AgentId(name, "default").type  # raises if AutoGen does not accept the name
+        await self._running().arrivals.wait_for(agent, timeout)
+
     async def unregister(self, type: str | AgentType, *, keep_subscriptions: bool = False) -> None:
         """Stop hosting an agent type in this runtime, and remove the subscriptions that were added here for it.
 

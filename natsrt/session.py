@@ -86,6 +86,7 @@ class Session:
         self.calls = self.network.calls
         self.records = self.network.records
         self.sender = self.outgoing.sender
+        self.arrivals = self.outgoing.arrivals
         self.intake = self.incoming.intake
         self.dispatch = self.incoming.dispatch
         self.ownership = self.incoming.ownership
@@ -126,6 +127,7 @@ class Session:
             (None, self._finish_handlers),
             (incoming.subscriptions.start, incoming.subscriptions.stop),
             (self.membership.confirm, self._announce_stop),
+            (None, self.outgoing.arrivals.stop),
         )
 
     async def start(self, abort: asyncio.Event) -> None:

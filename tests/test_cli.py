@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,59 @@ async def test_stats_count_messages_and_errors(run: Run, runtime: NatsAgentRunti
     assert (row["requests"], row["errors"], row["last_error"]) == (2, 1, "ValueError")
     assert row["processing_time_ns"] > 0
     assert "ValueError" in (await run("agents", "stats", "clerk")).stdout
+
+
+async def test_wait_ends_when_workers_serve_every_type(
+    run: Run, runtime: NatsAgentRuntime, processes: Processes, server: EmbeddedServer, namespace: str
+) -> None:
+    where = ("--server", server.url, "--namespace", namespace)
+    wait = processes.natsrt("agents", "wait", "clerk", "upper", "single/one", *where)
+    await wait.wait_for_line("clerk is served")
+    await register(runtime, Upper, "upper", Upper)
+    await wait.wait_for_line("upper is served")
+    assert wait.running
+    await runtime.register_agent_instance(Clerk(), AgentId("single", "one"))
+    assert await wait.wait() == 0
+    assert wait.stdout.splitlines() == ["clerk is served", "upper is served", "single/one is served"]
+    assert (await run("send", "upper", '{"text": "hi"}')).code == 0
+
+
+async def test_wait_names_the_types_that_are_missing_when_the_time_is_up(run: Run, runtime: NatsAgentRuntime) -> None:
+    ended = await run("agents", "wait", "wirter", "clerk", "editor", "--timeout", "1500ms")
+    assert ended.code == 5
+    assert ended.stdout == "clerk is served\n"
+    missing = "no worker hosts it; live workers host clerk"
+    assert ended.stderr == f"natsrt: not served within 1.5 s: wirter ({missing}); editor ({missing})\n"
+
+
+@pytest.mark.parametrize("wrong", ["two words", "", "/key"])
+async def test_wait_for_what_is_no_type_is_exit_code_2(run: Run, wrong: str) -> None:
+    ended = await run("agents", "wait", "clerk", wrong)
+    assert ended.code == 2
+    assert f"natsrt: {wrong!r} is not an agent" in ended.stderr
+
+
+async def test_wait_for_nothing_is_exit_code_2(run: Run) -> None:
+    assert (await run("agents", "wait")).code == 2
+
+
+async def test_the_timeout_of_wait_includes_a_server_that_is_not_there_yet(processes: Processes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"nats://127.0.0.1:{port}"
+    assert (await natsrt("agents", "wait", "clerk", "--server", url, "--timeout", "500ms")).code == 3
+    wait = processes.natsrt("agents", "wait", "clerk", "--server", url, "--timeout", "60", "--log-level", "debug")
+    await wait.wait_for_line(f"connecting to {url}")
+    async with EmbeddedServer(port=port), NatsAgentRuntime(url) as late:
+        await register(late, Clerk, "clerk", Clerk)
+        assert await wait.wait(30) == 0
+
+
+async def test_ctrl_c_ends_a_wait_with_exit_code_130(processes: Processes, server: EmbeddedServer) -> None:
+    wait = processes.natsrt("agents", "wait", "nobody", "--server", server.url, "--log-level", "info")
+    await wait.wait_for_line("connected to")
+    wait.interrupt()
+    assert await wait.wait() == 130
 
 
 # -- send --------------------------------------------------------------------------------------------------------

@@ -616,15 +616,23 @@ async def test_agents_ls_shows_how_many_keyed_agents_each_worker_owns(
     await records.claim(agent("orphan"), "gone-1")
     rows = {row["type"]: row for row in (await run("agents", "ls", "--json")).json}
     assert rows["counter"]["keyed"]
+    assert (rows["counter"]["records"], rows["counter"]["owned"]) == (3, None)
+    assert (rows["plain"]["records"], rows["plain"]["owned"]) == (None, None)
+    table = (await run("agents", "ls")).stdout
+    assert re.search(r"counter +3$", table, re.M)
+    assert worker.worker_id not in table
+    rows = {row["type"]: row for row in (await run("agents", "ls", "--owners", "--json")).json}
+    assert rows["counter"]["records"] == 3
     assert rows["counter"]["owned"] == [
         {"worker_id": worker.worker_id, "live": True, "agents": 2},
         {"worker_id": "gone-1", "live": False, "agents": 1},
     ]
     assert not rows["plain"]["keyed"]
     assert rows["plain"]["owned"] is None
-    table = (await run("agents", "ls")).stdout
-    assert re.search(rf"counter +{worker.worker_id} +live +2$", table, re.M)
-    assert re.search(r"counter +gone-1 +gone +1$", table, re.M)
+    for arguments in (("--owners",), ("counter",)):
+        table = (await run("agents", "ls", *arguments)).stdout
+        assert re.search(rf"counter +{worker.worker_id} +live +2$", table, re.M)
+        assert re.search(r"counter +gone-1 +gone +1$", table, re.M)
 
     rows = (await run("agents", "ls", "--instances", "--json")).json
     assert [(row["type"], row["key"], row["kind"], row["worker_id"]) for row in rows] == [
@@ -635,6 +643,35 @@ async def test_agents_ls_shows_how_many_keyed_agents_each_worker_owns(
     assert "counter/a" in (await run("agents", "ls", "counter", "--instances")).stdout
     assert [row["type"] for row in (await run("agents", "ls", "plain", "--json")).json] == ["plain"]
     assert (await run("agents", "ls", "nobody")).code == 4
+
+
+async def test_agents_ls_reads_no_record_and_counts_each_type_for_itself(
+    run: Run, records: AgentRecords, worker: NatsAgentRuntime, server: EmbeddedServer
+) -> None:
+    await worker.register_factory("counter.more", Counting, expected_class=Counting)
+    await worker.register_factory("none", Counting, expected_class=Counting)
+    for number in range(30):
+        await records.claim(agent(f"k{number}"), "gone-1")
+        if number % 3 == 0:
+            await records.claim(AgentId("counter.more", f"k *.{number}"), "gone-1")
+    large = await records.claim(agent("large"), "gone-1")
+    await records.save(large, json.dumps(LARGE).encode())  # its parts are keys, too, and no records
+    client, seen = await nats.connect(server.url), []
+
+    async def see(message: Msg) -> None:
+        seen.append(message.subject)
+
+    try:
+        await client.subscribe("$JS.API.>", cb=see)
+        await client.flush()
+        rows = {row["type"]: row["records"] for row in (await run("agents", "ls", "--json")).json}
+        await client.flush()
+    finally:
+        await client.close()
+    assert rows == {"counter": 31, "counter.more": 10, "none": 0}
+    stream = f"KV_{Subjects(worker.options.namespace).bucket(AGENTS_BUCKET)}"
+    asked = {subject.removesuffix(f".{stream}") for subject in seen if stream in subject}
+    assert asked == {"$JS.API.STREAM.INFO"}
 
 
 PERMISSIONS = """

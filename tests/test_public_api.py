@@ -13,6 +13,7 @@ from natsrt import errors
 from natsrt.wire.failures import ErrorTypes, describe
 
 PUBLIC = [
+    "AgentNotServed",
     "AmbiguousAgent",
     "CallTimeout",
     "CannotDecode",
@@ -58,6 +59,7 @@ SAMPLES: list[errors.NatsrtError] = [
     errors.JetStreamRequired("127.0.0.1:4222"),
     errors.EmbeddedServerError("it did not start"),
     errors.SubscriptionNotServed("chat", ["w-1", "w-2"], 2.0),
+    errors.AgentNotServed("chat", 2.0, "no worker hosts it"),
     errors.UnknownSubscription("id-1"),
     errors.RegistryUnavailable("write to", "no leader"),
     errors.StateUnavailable("write to", "no leader"),

@@ -20,6 +20,7 @@ from autogen_core import (
 
 from natsrt.agents.hosted_type import Factory, HostedType
 from natsrt.agents.message_types import message_types_of, shown_name
+from natsrt.agents.signatures import required_parameters
 from natsrt.errors import CannotSerialize, UnknownAgent
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.observe import events
@@ -235,10 +236,9 @@ def _required(factory: Callable[..., Any]) -> int:
     Raises ValueError if it needs an argument by keyword.
     """
     try:
-        parameters = inspect.signature(factory).parameters.values()
+        needed = required_parameters(factory)
     except (TypeError, ValueError):  # written in C
         return 0
-    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     named = [parameter.name for parameter in needed if parameter.kind is parameter.KEYWORD_ONLY]
     if named:
         raise ValueError(f"Agent factory must take 0 or 2 arguments, but needs the keyword {named[0]}.")

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 import nats.js.errors
+import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
@@ -25,6 +26,9 @@ RETRY_FOR: Final = 10.0
 killed."""
 ANSWER_WITHIN: Final = 2.0
 """Seconds for one attempt. A request that arrives while a cluster elects a leader is never answered."""
+_PAST_ALL_KEYS = 1_000_000_000
+"""The first of the keys that a page of the stream's subjects lists. From there on there are none, so the server sends
+their number only."""
 _NO_MESSAGE = 10037
 """JetStream's error code for a subject without messages."""
 
@@ -42,6 +46,8 @@ class AgentBucket:
         self._name = subjects.bucket(AGENTS_BUCKET)
         self._stream = f"KV_{self._name}"
         self._prefix = f"$KV.{self._name}."
+        self.info_subject = f"$JS.API.STREAM.INFO.{self._stream}"
+        """The subject of requests for what the stream holds."""
         self.requests = BucketRequests(
             connection,
             self._name,
@@ -124,6 +130,18 @@ class AgentBucket:
     def all_headers(self, pattern: str) -> AsyncGenerator[list[Msg], None]:
         """The last message of every key that matches ``pattern``, with its headers only, in pages."""
         return last_messages(self._js, self._stream, self._prefix + pattern, timeout=ANSWER_WITHIN, headers_only=True)
+
+    async def count(self, pattern: str) -> int:
+        """How many keys match ``pattern``, counted by the server.
+
+        Deleted keys count too, for as long as their tombstones stay.
+        """
+        question = orjson.dumps({"subjects_filter": self._prefix + pattern, "offset": _PAST_ALL_KEYS})
+        message = await self._connection.client.request(self.info_subject, question, timeout=ANSWER_WITHIN)
+        answer = orjson.loads(message.data)
+        if "error" in answer:
+            raise nats.js.errors.APIError.from_error(answer["error"])
+        return int(answer.get("total", 0))
 
     async def purge(self, pattern: str, before: int | None) -> None:
         """Delete all messages under keys that match ``pattern``; with ``before`` only those of a lower sequence."""

@@ -188,6 +188,15 @@ class AgentRecords:
             if pages is not None:
                 await pages.aclose()
 
+    async def count(self, agent_type: str) -> int:
+        """How many records there are of one agent type, without reading them.
+
+        A deleted record counts for as long as its tombstone stays: two minutes.
+        """
+        await self.open()
+        request = partial(self._bucket.count, f"a.{encode_token(agent_type)}.*")
+        return await self._bucket.requests.run(READ, request, subject=self._bucket.info_subject)
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     async def _create(self, agent: AgentId, owner: str | None, state: bytes | None) -> Record:

@@ -21,6 +21,9 @@ from natsrt.transport.inbox import Inbox, is_nobody
 TRACE_DEST: Final = "Nats-Trace-Dest"
 TRACE_ONLY: Final = "Nats-Trace-Only"
 
+CLIENT_NAME: Final = "natsrt "
+"""Start of the client names of natsrt's own connections."""
+
 _WAIT = 0.15
 """Seconds to wait for the reports of all servers of a cluster. A single server reports within a millisecond."""
 _CLIENT = 0
@@ -34,8 +37,10 @@ class Probe:
         self._connection = connection
         self._inbox = inbox
 
-    async def responder_exists(self, subject: str) -> bool | None:
+    async def responder_exists(self, subject: str, *, plain: bool = False) -> bool | None:
         """True if ``subject`` has a subscriber that may reply; None if no server reported in time.
+
+        With ``plain``, the subscriptions of natsrt's own runtimes do not count. They are known by their client names.
 
         A server without message tracing does not report. With such a server, plain responders must answer calls within
         ``check_after``. Raises `ServerUnreachable`.
@@ -43,7 +48,7 @@ class Probe:
         found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
         def report(message: Msg) -> None:
-            verdict = False if is_nobody(message) else _verdict(message.data)
+            verdict = False if is_nobody(message) else _verdict(message.data, plain)
             if verdict is not None and not found.done():
                 found.set_result(verdict)
 
@@ -64,8 +69,11 @@ class Probe:
         return await self.responder_exists(subject) is not False
 
 
-def _verdict(report: bytes) -> bool | None:
-    """True if there is a responder; False if there is none; None if another server of the cluster will report."""
+def _verdict(report: bytes, plain: bool) -> bool | None:
+    """True if there is a responder; False if there is none; None if another server of the cluster will report.
+
+    With ``plain``, connections of natsrt's runtimes do not count.
+    """
     try:
         content = orjson.loads(report)
     except orjson.JSONDecodeError:
@@ -79,6 +87,8 @@ def _verdict(report: bytes) -> bool | None:
             continue
         if event.get("kind") != _CLIENT:
             travels_on = True
+            continue
+        if plain and str(event.get("name", "")).startswith(CLIENT_NAME):
             continue
         pattern = str(event.get("sub", ""))
         if event.get("queue") or not ("*" in pattern or pattern.endswith(">")):

@@ -38,6 +38,9 @@ class FollowerOwner(Protocol):
     def rules_changed(self, agent_type: str) -> None:
         """The subscriptions in force for a type may have changed."""
 
+    def view_changed(self) -> None:
+        """The view was replaced, or a change was applied to it."""
+
     def entry_deleted(self, key: str) -> None:
         """An entry was deleted, by whatever runtime."""
 
@@ -169,6 +172,7 @@ class Follower:
             else:
                 still.append((revision, waiter))
         self._waiting = still
+        self._owner.view_changed()
 
     async def shown(self, revision: int) -> None:
         """Wait until the view contains ``revision``. Raises `RegistryUnavailable` when it does not come."""

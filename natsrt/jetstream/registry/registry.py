@@ -37,6 +37,9 @@ class RegistryListener:
     def rules_changed(self, agent_type: str) -> None:
         """The subscriptions in force for a type may have changed."""
 
+    def view_changed(self) -> None:
+        """Anything in the view may have changed."""
+
     def subscription_removed(self, entry: SubscriptionEntry) -> None:
         """Another runtime removed a subscription that this one had declared for nobody."""
 
@@ -121,6 +124,10 @@ class Registry:
     def rules_changed(self, agent_type: str) -> None:
         for listener in self._listeners:
             listener.rules_changed(agent_type)
+
+    def view_changed(self) -> None:
+        for listener in self._listeners:
+            listener.view_changed()
 
     def entry_deleted(self, key: str) -> None:
         removed = self._declared.forget_removed(key)
