@@ -411,7 +411,8 @@ class NatsAgentRuntime(AgentRuntime):
 
         A plain NATS responder on ``agent.<type>`` counts if no worker hosts the type. NATS does not announce such
         responders, so they are looked for about once a second. It is only known that one is subscribed, not that it
-        answers. A plain responder for the subject of one instance, ``agent.<type>.<key>``, is not noticed.
+        answers. This needs the permission to publish to one's own inboxes. A plain responder for the subject of one
+        instance, ``agent.<type>.<key>``, is not noticed.
 
         Args:
             agent: The agent type, or the id of one agent.

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import nats
 import pytest
@@ -13,6 +14,7 @@ from autogen_core import AgentId, AgentType, MessageContext, RoutedAgent, messag
 
 from natsrt import (
     AgentNotServed,
+    JetStreamRequired,
     NatsAgentRuntime,
     RegistryUnavailable,
     ServerUnreachable,
@@ -20,6 +22,7 @@ from natsrt import (
     register,
 )
 from natsrt.embedded import EmbeddedServer
+from natsrt.sending import arrivals
 from tests.support.processes import REPOSITORY, Process, Processes, eventually
 
 FOREIGN = REPOSITORY / "examples" / "without_natsrt.py"
@@ -226,6 +229,29 @@ async def test_a_confirmation_from_a_worker_that_stops_meanwhile_does_not_count(
         await caller.wait_for("writer", timeout=2)
 
 
+async def test_a_worker_in_the_midst_of_unregistering_the_type_does_not_count(
+    server: EmbeddedServer, namespace: str, caller: NatsAgentRuntime
+) -> None:
+    async with NatsAgentRuntime(server.url, namespace=namespace, name="w") as worker:
+        await register(worker, Writer, "writer", Writer)
+        await caller.wait_for("writer", timeout=LONG)
+        worker._catalog.remove("writer")
+        await worker.running.incoming.subscriptions.end("writer")
+        assert caller.running.registry.view.workers_hosting("writer")
+        with pytest.raises(AgentNotServed):
+            await caller.wait_for("writer", timeout=0.5)
+
+
+async def test_a_change_of_the_registry_ends_the_pause_between_two_attempts(
+    server: EmbeddedServer, namespace: str, caller: NatsAgentRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrivals, "_FIRST_PAUSE", 60.0)
+    wait = await waiting(caller, "writer")
+    async with NatsAgentRuntime(server.url, namespace=namespace, name="w") as worker:
+        await register(worker, Writer, "writer", Writer)
+        await wait
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_dead_or_frozen_worker_does_not_count_and_another_one_does(
     server: EmbeddedServer, namespace: str, caller: NatsAgentRuntime, processes: Processes, signum: int
@@ -334,6 +360,17 @@ async def test_a_start_that_fails_ends_the_wait_with_its_error() -> None:
     await asyncio.gather(starting, return_exceptions=True)
 
 
+async def test_a_start_that_fails_after_it_has_connected_ends_the_wait_with_its_error(tmp_path: Path) -> None:
+    config = tmp_path / "nats.conf"
+    config.write_text("max_payload: 1MB\n")
+    async with EmbeddedServer(config=config, port=-1) as bare:
+        runtime = NatsAgentRuntime(bare.url)
+        starting = asyncio.ensure_future(runtime.start())
+        with pytest.raises(JetStreamRequired):
+            await runtime.wait_for("writer")
+        await asyncio.gather(starting, return_exceptions=True)
+
+
 @pytest.mark.parametrize("wrong", ["", "two words", "writer/a", "1+1"])
 async def test_what_autogen_does_not_accept_as_a_type_is_refused(caller: NatsAgentRuntime, wrong: str) -> None:
     with pytest.raises(ValueError, match="type"):
@@ -372,25 +409,26 @@ async def test_a_stop_ends_every_wait_at_once_although_a_handler_runs(caller: Na
 
 
 async def test_many_waits_for_one_type_are_one_task_which_ends_with_the_last_of_them(
-    caller: NatsAgentRuntime,
+    caller: NatsAgentRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arrivals = caller.running.arrivals
+    monkeypatch.setattr(arrivals, "_FIRST_PAUSE", 60.0)
+    watches, tasks = caller.running.arrivals._watches, caller.running.arrivals._tasks
     waits = [asyncio.create_task(caller.wait_for("writer")) for _ in range(1000)]
     short = asyncio.create_task(caller.wait_for("writer", timeout=0.2))
-    await eventually(lambda: len(arrivals._tasks) == 1)
+    await eventually(lambda: len(tasks) == 1)
     for wait in waits[1:]:
         wait.cancel()
     ended = await asyncio.gather(*waits[1:], short, return_exceptions=True)
     assert {type(error) for error in ended} == {asyncio.CancelledError, AgentNotServed}
-    assert len(arrivals._tasks) == 1
+    assert len(tasks) == 1
     await register(caller, Writer, "writer", Writer)
     await waits[0]
-    assert not arrivals._watches
+    assert not watches
     last = asyncio.create_task(caller.wait_for("editor"))
-    await eventually(lambda: len(arrivals._tasks) == 1)
+    await eventually(lambda: len(tasks) == 1)
     last.cancel()
     await asyncio.gather(last, return_exceptions=True)
-    await eventually(lambda: not len(arrivals._tasks) and not arrivals._watches)
+    await eventually(lambda: not len(tasks) and not watches)
 
 
 async def test_an_idle_wait_asks_nothing_of_the_registry_and_looks_about_once_a_second(

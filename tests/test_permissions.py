@@ -17,7 +17,7 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePref
 from autogen_core import event as event_handler
 from nats.aio.client import Client
 
-from natsrt import NatsAgentRuntime, PermissionDenied, register
+from natsrt import AgentNotServed, NatsAgentRuntime, PermissionDenied, register
 from natsrt.embedded import EmbeddedServer
 from tests.support.processes import REPOSITORY, eventually
 
@@ -257,6 +257,31 @@ async def test_a_publisher_that_may_not_call_keyed_agents_loses_their_events_and
         client = await house.client("caller")
         await client.publish(house.subject("topic.inside.s"), b'{"text":"plain"}')  # its worker passes it on
         await eventually(lambda: house.events == [Text("plain")])
+
+
+async def test_a_caller_waits_for_a_type_with_the_documented_permissions_and_is_told_if_it_has_less(
+    build: Builder, space: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with build(space) as house:
+        await house.worker()
+        caller = await house.runtime("caller")
+        for agent_type in ("admin", "public", "listener"):
+            await caller.wait_for(agent_type, timeout=20)
+        with pytest.raises(AgentNotServed):
+            await caller.wait_for("nobody", timeout=1.5)
+        # The server reports to the inbox in the caller's name: without that permission, the caller does without.
+        assert ["_inbox_caller" in text for text in refused(caplog)] == [True]
+    questions = f'"{space}.natsrt.worker.>", ' if space else '"natsrt.worker.>", '
+
+    def without_questions(block: str) -> str:
+        workers, callers = block.split("caller: {")
+        assert questions in callers
+        return f"{workers}caller: {{{callers.replace(questions, '')}"
+
+    async with build(space, without_questions) as house:
+        await house.worker()
+        with pytest.raises(PermissionDenied, match=r"natsrt\.worker\."):
+            await (await house.runtime("caller")).wait_for("admin", timeout=20)
 
 
 async def test_a_caller_may_neither_read_nor_write_state_and_is_told_so(house: House) -> None:

@@ -132,7 +132,7 @@ class Arrivals(RegistryListener):
 
     def _on_denied(self, denied: PermissionDenied) -> None:
         if self._watches:
-            self._denied[denied.subject] = denied
+            self._denied[denied.subject.lower()] = denied  # the client reports subjects in lower case
 
     # -- one watch -----------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class Arrivals(RegistryListener):
         return answer
 
     def _refuse_denied(self, subject: str) -> None:
-        if (denied := self._denied.get(subject)) is not None:
+        if (denied := self._denied.get(subject.lower())) is not None:
             raise denied
 
     async def _first_to_confirm(self, agent_type: str, takers: Sequence[str]) -> str | None:

@@ -15,6 +15,7 @@ import orjson
 from nats.aio.msg import Msg
 from nats.nuid import NUID
 
+from natsrt.errors import PermissionDenied
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox, is_nobody
 
@@ -24,6 +25,8 @@ TRACE_ONLY: Final = "Nats-Trace-Only"
 CLIENT_NAME: Final = "natsrt "
 """Start of the client names of natsrt's own connections."""
 
+_TOKEN = "t-"
+"""Start of the last token of the subjects to which the server reports."""
 _WAIT = 0.15
 """Seconds to wait for the reports of all servers of a cluster. A single server reports within a millisecond."""
 _CLIENT = 0
@@ -36,15 +39,25 @@ class Probe:
     def __init__(self, connection: Connection, inbox: Inbox) -> None:
         self._connection = connection
         self._inbox = inbox
+        self._refused = False
+        """True if this user may not publish to its own inbox, to which the server would report in its name."""
+        connection.on_denied(self._on_denied)
+
+    def _on_denied(self, denied: PermissionDenied) -> None:
+        if denied.subject.lower().startswith(self._inbox.subject(_TOKEN).lower()):
+            self._refused = True
 
     async def responder_exists(self, subject: str, *, plain: bool = False) -> bool | None:
         """True if ``subject`` has a subscriber that may reply; None if no server reported in time.
 
         With ``plain``, the subscriptions of natsrt's own runtimes do not count. They are known by their client names.
 
-        A server without message tracing does not report. With such a server, plain responders must answer calls within
+        A server without message tracing does not report. Nor does one that does not let this user publish to its own
+        inbox; it is asked once only. With such a server, plain responders must answer calls within
         ``check_after``. Raises `ServerUnreachable`.
         """
+        if self._refused:
+            return None
         found: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
         def report(message: Msg) -> None:
@@ -52,7 +65,7 @@ class Probe:
             if verdict is not None and not found.done():
                 found.set_result(verdict)
 
-        reply = self._inbox.subject(f"t-{NUID().next().decode()}")
+        reply = self._inbox.subject(f"{_TOKEN}{NUID().next().decode()}")
         self._inbox.receivers[reply] = report
         try:
             headers = {TRACE_DEST: reply, TRACE_ONLY: "true"}
