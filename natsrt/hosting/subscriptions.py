@@ -30,6 +30,8 @@ from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt.hosting")
 
+_CONNECTED_WITHIN = 10.0
+"""Seconds to wait for a lost connection before a change of the subscriptions fails."""
 SubjectAndGroup = tuple[str, str]
 """The subject and the queue group of a NATS subscription."""
 
@@ -165,10 +167,13 @@ class Subscriptions(RegistryListener):
             logger.exception("serving agent type %s failed", agent_type)
 
     async def _tell(self, served: Collection[_Served]) -> None:
-        """Wait until the server has their subscriptions: one round trip, or nothing if none has changed."""
+        """Wait until the server has their subscriptions: one round trip, or nothing if none has changed.
+
+        A new connection gets them by itself.
+        """
         states = [(one, (one.changes, self._connection.reconnects)) for one in served]
         if any(one.told != state for one, state in states):
-            await self._connection.barrier()
+            await self._connection.round_trip(_CONNECTED_WITHIN)
             for one, state in states:
                 one.told = state
 
