@@ -17,7 +17,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from tests.programs import stalling
 from tests.programs.labor import Work
-from tests.programs.stalling import Keeper
+from tests.programs.stalling import NOTES, Keeper, Note
 from tests.support.calls import ended, running, worker_process
 from tests.support.processes import Processes, eventually
 from tests.support.proxy import Proxy
@@ -85,6 +85,19 @@ async def test_a_restart_of_the_server_during_a_stall_loses_nothing(
         assert await program.wait(timeout=50) == 0, program.describe()
         await eventually(lambda: numbers[-1:] == SCENARIOS[scenario][-1:])
     assert numbers == SCENARIOS[scenario], program.describe()
+
+
+async def test_events_that_arrive_during_a_stall_are_handled_although_the_registry_gives_the_worker_up(
+    server: EmbeddedServer, namespace: str, processes: Processes
+) -> None:
+    async with running(server.url, namespace, heartbeat_interval=0.4, heartbeat_ttl=1.0) as runtime:
+        program = processes.python(PROGRAM, "listens", server.url, namespace, "4.5")
+        await program.wait_for_line("begins", timeout=20)
+        await runtime.publish_message(Note(1), NOTES)
+        await eventually(lambda: not runtime.running.registry.view.workers_hosting("keeper"), timeout=4)
+        await runtime.publish_message(Note(2), NOTES)
+        assert await program.wait(timeout=20) == 0, program.describe()
+    assert "heard 1 2" in program.stdout, program.describe()
 
 
 # -- the connection --------------------------------------------------------------------------------------------------

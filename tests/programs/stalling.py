@@ -139,9 +139,21 @@ async def drains(runtime: NatsAgentRuntime, seconds: float) -> None:
     await runtime.stop()
 
 
+async def listens(runtime: NatsAgentRuntime, seconds: float) -> None:
+    """Gets events during the stall, and tells their numbers."""
+    numbers: list[int] = []
+    await runtime.register_factory("keeper", lambda: Keeper(numbers), expected_class=Keeper)
+    await runtime.add_subscription(TypeSubscription("notes", "keeper"))
+    tell("begins")
+    time.sleep(seconds)
+    await runtime.stop_when_idle()
+    tell("heard", *numbers)
+
+
 async def main(scenario: str, url: str, namespace: str, seconds: str) -> None:
     logging.basicConfig(level=logging.WARNING)
-    runtime = NatsAgentRuntime(url, namespace=namespace)
+    # The registry gives a worker up after a second.
+    runtime = NatsAgentRuntime(url, namespace=namespace, heartbeat_interval=0.4, heartbeat_ttl=1.0)
     await runtime.start()
     tell("started")
     await globals()[scenario](runtime, float(seconds))
