@@ -18,6 +18,7 @@ LAYERS = (
     ("__init__",),
     ("registration",),
     ("runtime",),
+    ("lifecycle",),
     ("session",),
     ("membership",),
     ("assembly",),

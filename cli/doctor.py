@@ -477,7 +477,7 @@ async def _check_server_settings(patient: _Patient, monitor_url: str | None) -> 
         return
     text = f"the server sends messages to a frozen worker for up to {interval * (pings + 1):g} s"
     if interval * (pings + 1) > _LONGEST_EVICTION:
-        advice = "set ping_interval: 1s and ping_max: 2 in nats.conf: calls to a frozen worker fail for that long"
+        advice = "set ping_interval: 3s and ping_max: 2 in nats.conf: calls to a frozen worker fail for that long"
         patient.found("server settings", "warning", text, advice)
     else:
         patient.found("server settings", "ok", text)

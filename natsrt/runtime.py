@@ -7,12 +7,9 @@ A call passes from ``send_message`` through `natsrt.sending.sender`, `natsrt.tra
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from autogen_core import (
     Agent,
@@ -31,18 +28,16 @@ from opentelemetry.trace import TracerProvider
 
 from natsrt.agents import control
 from natsrt.agents.catalog import Catalog
-from natsrt.agents.chain import current_chain
-from natsrt.agents.contained import contained
 from natsrt.agents.declarations import Declarations
 from natsrt.agents.interventions import Interventions
 from natsrt.assembly import Program
-from natsrt.errors import AmbiguousAgent, NatsrtError, SubscriptionNotServed, UnknownSubscription
+from natsrt.errors import AmbiguousAgent, SubscriptionNotServed, UnknownSubscription
 from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
-from natsrt.observe.health import Health
+from natsrt.lifecycle import Lifecycle
 from natsrt.options import Options
 from natsrt.session import Session
-from natsrt.signals import STOP_SIGNALS, StopSignals
+from natsrt.sending.limits import Limit
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
@@ -53,7 +48,7 @@ T = TypeVar("T", bound=Agent)
 _type = type  # `type` is a parameter's name in AutoGen's protocol
 
 
-class NatsAgentRuntime(AgentRuntime):
+class NatsAgentRuntime(Lifecycle, AgentRuntime):
     """Runs AutoGen agents across processes and machines, connected by NATS.
 
     Args:
@@ -88,12 +83,12 @@ class NatsAgentRuntime(AgentRuntime):
         given = {"servers": servers, "name": name, "namespace": namespace, **settings}
         given = {setting: value for setting, value in given.items() if value is not None}
         self._options = Options.load(**given) if options is None else options.replace(**given)
-        self._tracer_provider = tracer_provider
+        self._limit = Limit(self._options.call_timeout, "call_timeout")
         self._serialization = Serialization()
         self._error_types = ErrorTypes()
         self._catalog = Catalog(self, self._serialization)
         self._subscriptions = Declarations(Subjects(self._options.namespace))
-        self._program = Program(
+        program = Program(
             options=self._options,
             catalog=self._catalog,
             serialization=self._serialization,
@@ -101,14 +96,7 @@ class NatsAgentRuntime(AgentRuntime):
             error_types=self._error_types,
             declarations=self._subscriptions,
         )
-        self._session: Session | None = None
-        self._starting: asyncio.Task[None] | None = None
-        self._stopping: asyncio.Task[None] | None = None
-        self._abort = asyncio.Event()
-        self._cut_short = 0
-        self._stopped = asyncio.Event()
-        self._closed: dict[int, Agent] = {}
-        """The live agents that `close` has closed, by ``id()``, because an agent need not be hashable."""
+        super().__init__(program, tracer_provider)
 
     # -- AgentRuntime, in the protocol's order -------------------------------------------------------------------
 
@@ -134,8 +122,8 @@ class NatsAgentRuntime(AgentRuntime):
             message_id: The id of the message. None: a new id.
             reply_type: The class to which the reply is decoded. It is needed for plain NATS responders. None: a reply
                 of an agent names its class; the reply of a plain responder becomes JSON values, text or bytes.
-            timeout: For how many seconds to wait for the result. It also counts while there is no connection, and while
-                intervention handlers run. ``math.inf``: without a limit. None: the setting ``call_timeout``.
+            timeout: For how many seconds to wait for the result. It also counts before the start, while there is no
+                connection, and while intervention handlers run. ``math.inf``: without a limit. None: the setting ``call_timeout``.
 
         A call whose caller stops waiting is not handled if its handler has not started: after the timeout, when its
         token is cancelled, or when the task that awaits it is. A handler that runs is not stopped.
@@ -151,15 +139,17 @@ class NatsAgentRuntime(AgentRuntime):
             Exception: The exception that the handler raised, with its class if that is known here, else
                 `RemoteAgentError`.
         """
-        return await self._running().sender.send(
+        limit = self._limit if timeout is None else Limit.of_argument(timeout)
+        sending = self._way_out().send(
             message,
             recipient,
             sender=sender,
             token=cancellation_token,
             message_id=message_id,
             reply_type=reply_type,
-            timeout=timeout,
+            deadline=limit.deadline(),
         )
+        return await limit.within(recipient, sending)
 
     async def publish_message(
         self,
@@ -186,9 +176,7 @@ class NatsAgentRuntime(AgentRuntime):
             ValueError: The subject of the topic would be too long. Nothing was sent.
             ServerUnreachable: There was no connection for ``offline_timeout`` seconds.
         """
-        await self._running().sender.publish(
-            message, topic_id, sender=sender, token=cancellation_token, message_id=message_id
-        )
+        await self._way_out().publish(message, topic_id, sender=sender, token=cancellation_token, message_id=message_id)
 
     async def register_factory(
         self,
@@ -462,199 +450,7 @@ class NatsAgentRuntime(AgentRuntime):
         """The settings of this runtime."""
         return self._options
 
-    @property
-    def worker_id(self) -> str | None:
-        """The worker id, which is new for each start; None while stopped."""
-        return None if self._session is None else self._session.worker_id
-
-    @property
-    def ready(self) -> bool:
-        """True if the runtime is started, connected, in step with the registry, and not stopping."""
-        return self._session is not None and self._session.ready
-
-    def health(self) -> Health:
-        """Return the current health of this runtime. Never raises, and also works while the runtime is stopped.
-
-        Call it in the runtime's event loop.
-        """
-        if self._session is not None:
-            return self._session.health()
-        if (failure := self._start_failure()) is not None:
-            told = str(failure) if isinstance(failure, NatsrtError) else type(failure).__qualname__
-            return Health.stopped(f"Its start failed: {told}")
-        return Health.stopped("It was stopped." if self._stopped.is_set() else "It was not started.")
-
-    @property
-    def running(self) -> Session:
-        """The parts of a started runtime, for tools. Raises RuntimeError while stopped."""
-        return self._running()
-
-    @property
-    def cut_short(self) -> int:
-        """Number of handlers that the last stop cancelled, because they did not finish within ``drain_timeout`` seconds
-        or before a second signal. 0 if all finished, or before the first stop.
-        """
-        return self._cut_short
-
-    # -- lifecycle -----------------------------------------------------------------------------------------------
-
-    def start(self) -> Awaitable[None]:
-        """Connect and serve. The result may be awaited. Messages that are sent before it completes wait for it.
-
-        Raises:
-            RuntimeError: The runtime is already started.
-            ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable: The start failed. These are
-                raised when the result is awaited, or by the first send.
-        """
-        if self._session is not None:
-            _in_its_loop(self._session)
-            raise RuntimeError("Runtime is already started")
-        self._abort.clear()
-        self._stopped.clear()
-        self._stopping = None
-        self._session = Session(self._program, self._tracer_provider)
-        self._starting = asyncio.ensure_future(self._start(self._session))
-        self._starting.add_done_callback(_log_failure)
-        return self._starting
-
-    async def _start(self, session: Session) -> None:
-        try:
-            await session.start(self._abort)
-        except BaseException:
-            self._session = None
-            self._stopped.set()
-            raise
-
-    async def stop(self) -> None:
-        """Stop accepting messages, finish the accepted ones within ``drain_timeout`` seconds, leave the registry, and
-        disconnect.
-
-        A handler may stop its own runtime. The stop does not wait for this handler, and its reply can no longer be
-        sent.
-
-        Raises:
-            RuntimeError: The runtime is not started.
-            BaseException: The first exception of an event's handler, if ``ignore_unhandled_exceptions`` is off.
-        """
-        if self._session is None:
-            raise RuntimeError("Runtime is not started")
-        session = _in_its_loop(self._session)
-        if self._stopping is None:
-            self._stopping = asyncio.ensure_future(self._stop(session))
-        session.exempt(asyncio.current_task(), current_chain.get())
-        await asyncio.shield(self._stopping)
-
-    async def _stop(self, session: Session) -> None:
-        try:
-            if self._starting is not None:
-                await asyncio.gather(self._starting, return_exceptions=True)
-            if self._session is session:
-                await session.stop(self._options.drain_timeout)
-        finally:
-            self._cut_short = session.cut_short
-            self._session = None
-            self._starting = None
-            self._stopped.set()
-        if session.event_error is not None:
-            raise session.event_error
-
-    async def stop_when_idle(self) -> None:
-        """Stop when nothing is queued, running or awaited in this runtime, before and after a round trip to the server.
-
-        If it is called right after a publish, it waits for that event and for everything that the event causes in this
-        runtime.
-        """
-        session = self._running()
-        await self._await_start()
-        await session.wait_idle()
-        await self.stop()
-
-    async def stop_when_signal(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
-        """Stop the runtime at the first signal. At a second one, cancel the handlers that are still running.
-
-        Signals within half a second are one signal, because terminals and process managers may both send it. The
-        default is SIGTERM, SIGINT and SIGHUP. Processes that handlers fork do not get these signal handlers.
-        """
-        self._running()
-
-        def again() -> None:
-            logger.warning("second signal: cancelling the handlers that are still running")
-            self._abort.set()
-
-        with StopSignals(signals, again=again) as stop:
-            waits = [asyncio.ensure_future(stop.received.wait()), asyncio.ensure_future(self._stopped.wait())]
-            try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                if self._session is not None:
-                    await self.stop()
-            finally:
-                for wait in waits:
-                    wait.cancel()
-
-    async def wait_until_stopped(self) -> None:
-        """Wait until the runtime is stopped. Returns at once if it is not started."""
-        if self._session is not None:
-            await self._stopped.wait()
-
-    async def close(self) -> None:
-        """Stop if running, and close every live agent. Agents that were already closed are not closed again.
-
-        Raises:
-            BaseException: The first exception of the stop and of the agents, after all agents were closed.
-        """
-        raised: list[BaseException] = []
-        if self._session is not None:
-            _in_its_loop(self._session)
-            try:
-                await self.stop()
-            except Exception as error:
-                raised.append(error)
-        closed, self._closed = self._closed, {id(agent): agent for _, agent in self._catalog.live_agents()}
-        for key, agent in self._closed.items():
-            if key not in closed:
-                try:
-                    await contained(agent.close())
-                except Exception as error:
-                    raised.append(error)
-        if raised:
-            raise raised[0]
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     # -- helpers -------------------------------------------------------------------------------------------------
-
-    def _running(self) -> Session:
-        """Return the session, for a use in the present event loop. Raises RuntimeError while stopped."""
-        session = self._session
-        if session is None:
-            if (failure := self._start_failure()) is not None:
-                raise failure
-            raise RuntimeError("Runtime is not started: call start() first")
-        return _in_its_loop(session)
-
-    def _start_failure(self) -> BaseException | None:
-        """The error with which the last start failed; None if it did not fail."""
-        if self._starting is None or not self._starting.done() or self._starting.cancelled():
-            return None
-        return self._starting.exception()
-
-    async def _await_start(self) -> None:
-        if self._starting is not None:
-            await asyncio.shield(self._starting)
-
-    async def _settled(self) -> Session | None:
-        """Return the session, after waiting for a start that is under way; None while stopped."""
-        if self._session is not None:
-            _in_its_loop(self._session)
-            await self._await_start()
-        return self._session
 
     async def _control(self, agent: AgentId, operation: str, data: Any = None) -> Any:
         """Carry out a control operation on an agent, in this process if the agent is here, else on its worker."""
@@ -710,26 +506,3 @@ def create_distributed_runtime(
     there.
     """
     return NatsAgentRuntime(broker_url, name=instance_id, tracer_provider=tracer_provider)
-
-
-def _in_its_loop(session: Session) -> Session:
-    """Return ``session`` if the present code runs in its event loop. Raises RuntimeError if not.
-
-    From another loop, its futures would only be noticed when its own loop happens to wake up.
-    """
-    if session.loop is asyncio._get_running_loop():
-        return session
-    if session.loop.is_closed():
-        raise RuntimeError(
-            "the event loop in which this runtime was started is closed, as after asyncio.run: start a new runtime"
-        )
-    raise RuntimeError(
-        "this runtime runs in another event loop: use asyncio.run_coroutine_threadsafe(coroutine, loop), with the loop "
-        "in which it was started"
-    )
-
-
-def _log_failure(starting: asyncio.Future[None]) -> None:
-    """Log why a start failed, at DEBUG. This also marks its exception as retrieved if the start is not awaited."""
-    if not starting.cancelled() and (error := starting.exception()) is not None:
-        logger.debug("the runtime did not start: %s", error)

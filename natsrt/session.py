@@ -17,7 +17,6 @@ from opentelemetry.trace import TracerProvider
 
 from natsrt.assembly import Incoming, Network, Outgoing, Program
 from natsrt.background import end_tasks
-from natsrt.errors import NatsrtError
 from natsrt.membership import Membership
 from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.health import Health
@@ -253,24 +252,24 @@ class Session:
         """True if nothing is queued, running or awaited in this runtime."""
         return not (self.intake.queued or self.dispatch.running or self.sender.under_way)
 
+    async def is_idle(self) -> bool:
+        """True if nothing is queued, running or awaited here, both before and after a round trip to the server.
+
+        Waits for the connection if it is lost. Raises `ServerUnreachable` after ``offline_timeout`` seconds.
+        """
+        if not self.idle:
+            return False
+        seen = (self.counters.taken_in, self.counters.sent)
+        await self.connection.round_trip(self._options.offline_timeout)
+        await asyncio.sleep(0)
+        return self.idle and seen == (self.counters.taken_in, self.counters.sent)
+
     async def wait_idle(self) -> None:
-        """Wait until nothing is queued, running or awaited here, both before and after a round trip to the server."""
+        """Wait until `is_idle` is true. Raises as it does."""
         pause = 0.001
-        while True:
-            if not self.idle:
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
-                continue
-            pause = 0.001
-            seen = (self.counters.taken_in, self.counters.sent)
-            try:
-                await self.connection.barrier()
-            except NatsrtError:
-                await self.connection.wait_connected(self._options.offline_timeout)
-                continue
-            await asyncio.sleep(0)
-            if self.idle and seen == (self.counters.taken_in, self.counters.sent):
-                return
+        while not await self.is_idle():
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
 
     # -- used by the runtime -------------------------------------------------------------------------------------
 
@@ -292,7 +291,6 @@ class Session:
         self.dispatch.exempt(task)
         self.ownership.exempt(chain)
 
-    @property
-    def event_error(self) -> BaseException | None:
-        """The first error of an event handler; None if there was none, or if ``ignore_unhandled_exceptions`` is on."""
-        return self.event_errors.first
+    def take_event_error(self) -> BaseException | None:
+        """Return the first error of an event, once; None if there was none, or if they are ignored."""
+        return self.event_errors.take()

@@ -24,6 +24,7 @@ from natsrt.errors import CannotDecode
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered
 from natsrt.transport.connection import Connection
+from natsrt.transport.stall_watch import StallWatch
 
 ORDERED, OTHER = 1, 2
 """Subscription ids: with a sink of ours, and with a queue of nats-py's."""
@@ -36,7 +37,7 @@ class Receiver:
         self.unreadable: list[CannotDecode] = []
         self.heard: list[tuple[str, str, bytes, dict[str, str] | None]] = []
         self.messages: list[Msg] = []
-        self.client = NatsClient(self.unreadable.append)
+        self.client = NatsClient(self.unreadable.append, StallWatch(1.0, lambda: None))
         if parser is not None:
             self.client._ps = parser(self.client)
         sink = cast(Any, Ordered(self.hear, self.unreadable.append))

@@ -38,6 +38,7 @@ OUTPUT: dict[str, list[str]] = {
         "        receive topic.shipped.default",
         "          process agent.ledger",
     ],
+    "ask_human.py": ["paper: not ordered", "a piano: not ordered"],
     "group_chat.py": [
         "user: A story about a lighthouse, please.",
         "writer: A lighthouse dreams of trains.",

@@ -73,6 +73,10 @@ class Declarations(RegistryListener):
         """Return the subscriptions of one agent type."""
         return list(self._by_type.get(agent_type, {}).values())
 
+    def rules(self, agent_type: str) -> Iterator[Rule]:
+        """Yield the rules of the subscriptions of one agent type."""
+        return map(Rule.of, self._by_type.get(agent_type, {}).values())
+
     def custom(self, agent_type: str) -> Sequence[Subscription]:
         """Return the subscriptions of one agent type that have a custom class, in the same order in all processes."""
         ranked = self._custom.get(agent_type, {})

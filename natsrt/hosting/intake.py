@@ -14,7 +14,7 @@ from typing import Protocol
 
 from nats.aio.msg import Msg
 
-from natsrt.agents.inbound import EVENT, Inbound, Route
+from natsrt.agents.inbound import CALL, EVENT, Inbound, Route
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode
 from natsrt.observe.metrics import Counters
@@ -54,6 +54,8 @@ class Intake:
         self._counters = counters
         self._consumer: Consumer | None = None
         self._queue: deque[Inbound] = deque()
+        self._held: deque[Inbound] | None = None
+        """The messages that wait for `step`; None while messages start by themselves."""
         self._scheduled = False
         self._warned_at = float("-inf")
         self._stalls = 0
@@ -71,7 +73,7 @@ class Intake:
     @property
     def queued(self) -> int:
         """Number of messages whose handling has not begun."""
-        return len(self._queue)
+        return len(self._queue) + len(self._held or ())
 
     def watch_stalls(self) -> None:
         """Mark messages that may have waited in the socket during a stall as `Inbound.late`.
@@ -127,6 +129,9 @@ class Intake:
         calls, that arrives after a burst of messages does not wait until the whole burst is handled.
         """
         assert self._consumer is not None
+        if self._held is not None:
+            self._put_aside(self._held)
+            return
         queue, start = self._queue, self._consumer.start
         # Above half of the limit, all messages are started at once. Messages that arrive faster than they are handled
         # then wait at the server.
@@ -150,11 +155,44 @@ class Intake:
                 self._counters.dropped_events,
             )
 
+    # -- stepping ------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Let calls and events wait for `step` from now on. Messages to natsrt itself start by themselves."""
+        self._held = deque()
+
+    def step(self) -> bool:
+        """Start the oldest message that waits. Returns False if none does."""
+        if not self._held:
+            return False
+        assert self._consumer is not None
+        self._consumer.start(self._held.popleft())
+        return True
+
+    def release(self) -> None:
+        """Start all that wait, and let messages start by themselves again. Has no effect if they do."""
+        held, self._held = self._held, None
+        if held:
+            self._queue.extendleft(reversed(held))
+            if not self._scheduled:
+                self._scheduled = True
+                self._loop.call_soon(self._drain)
+
+    def _put_aside(self, held: deque[Inbound]) -> None:
+        assert self._consumer is not None
+        while self._queue:
+            inbound = self._queue.popleft()
+            if _is_for_an_agent(inbound):
+                held.append(inbound)
+            else:
+                self._consumer.start(inbound)
+        self._scheduled = False
+
     # -- stalls --------------------------------------------------------------------------------------------------
 
     def _stalled(self) -> None:
         """Called when the process has not run for some time: callers may have sent this worker's calls again."""
-        logger.warning("this worker did not run for some seconds; calls that arrived in that time are sent back")
+        logger.debug("calls that arrived while this worker did not run are sent back")
         self._stalls += 1
         self._tasks.spawn(self._caught_up())
 
@@ -164,6 +202,17 @@ class Intake:
             await self._connection.barrier()
         finally:
             self._stalls -= 1
+
+
+def _is_for_an_agent(inbound: Inbound) -> bool:
+    """True for calls and events, and False for messages to natsrt itself."""
+    if inbound.kind is not CALL:
+        return inbound.kind is EVENT
+    try:
+        body = envelope.decode(inbound.message.data)
+    except CannotDecode:  # reported where the message is read
+        return True
+    return body is None or body.type != envelope.LOCATE
 
 
 def _is_delivered(data: bytes, agent_type: str) -> bool:

@@ -30,6 +30,8 @@ from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt.hosting")
 
+_CONNECTED_WITHIN = 10.0
+"""Seconds to wait for a lost connection before a change of the subscriptions fails."""
 SubjectAndGroup = tuple[str, str]
 """The subject and the queue group of a NATS subscription."""
 
@@ -150,9 +152,15 @@ class Subscriptions(RegistryListener):
         hosted = self._catalog.find(agent_type)
         if hosted is None:
             return
-        hosted.set_rules(self._registry.view.rules(agent_type))
+        hosted.set_rules(self._rules(agent_type))
         if self._active:
             self._tasks.spawn(self._follow(agent_type))
+
+    def _rules(self, agent_type: str) -> Sequence[Rule]:
+        """The rules of the view, then those that this runtime added and others have removed, because they took this
+        worker for dead. It declares them again, and meanwhile no event that it gets is dropped."""
+        rules = dict.fromkeys(self._registry.view.rules(agent_type))
+        return tuple(rules | dict.fromkeys(self._declarations.rules(agent_type)))
 
     async def _follow(self, agent_type: str) -> None:
         hosted = self._catalog.find(agent_type)
@@ -165,10 +173,13 @@ class Subscriptions(RegistryListener):
             logger.exception("serving agent type %s failed", agent_type)
 
     async def _tell(self, served: Collection[_Served]) -> None:
-        """Wait until the server has their subscriptions: one round trip, or nothing if none has changed."""
+        """Wait until the server has their subscriptions: one round trip, or nothing if none has changed.
+
+        A new connection gets them by itself.
+        """
         states = [(one, (one.changes, self._connection.reconnects)) for one in served]
         if any(one.told != state for one, state in states):
-            await self._connection.barrier()
+            await self._connection.round_trip(_CONNECTED_WITHIN)
             for one, state in states:
                 one.told = state
 
@@ -176,7 +187,7 @@ class Subscriptions(RegistryListener):
         """Change the NATS subscriptions of a type according to the view."""
         served = self._served.setdefault(hosted.agent_type, _Served())
         async with served.lock:
-            hosted.set_rules(self._registry.view.rules(hosted.agent_type))
+            hosted.set_rules(self._rules(hosted.agent_type))
             rules = hosted.rules
             custom = self._declarations.custom(hosted.agent_type)
             keys = tuple(hosted.live) if hosted.has_instances_only else (None,)

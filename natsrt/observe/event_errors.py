@@ -10,10 +10,14 @@ class EventErrors:
 
     def __init__(self, options: Options) -> None:
         self._ignored = options.ignore_unhandled_exceptions
-        self.first: BaseException | None = None
-        """The first error; None if there was none, or if ``ignore_unhandled_exceptions`` is on."""
+        self._first: BaseException | None = None
 
     def record(self, error: BaseException) -> None:
         """An event could not be handled, or not be delivered."""
-        if not self._ignored and self.first is None:
-            self.first = error
+        if not self._ignored and self._first is None:
+            self._first = error
+
+    def take(self) -> BaseException | None:
+        """Return the first error, once. None if there was none, or if ``ignore_unhandled_exceptions`` is on."""
+        error, self._first = self._first, None
+        return error

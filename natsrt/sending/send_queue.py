@@ -44,6 +44,12 @@ _intervening_turn: ContextVar[Turn | None] = ContextVar("natsrt_intervening_turn
 """The turn whose intervention runs the current code or started the current task; None outside interventions."""
 
 
+def in_intervention() -> bool:
+    """True if an intervention runs the current code, or has started the current task and still runs."""
+    turn = _intervening_turn.get()
+    return turn is not None and turn.intervening
+
+
 class SendQueue:
     """A first-in, first-out queue of sends. A send that is cancelled leaves the queue at once."""
 

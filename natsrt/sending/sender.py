@@ -16,11 +16,10 @@ Each message passes the same steps: the turn and the interventions if needed (`s
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from autogen_core import AgentId, CancellationToken, MessageContext, TopicId
@@ -32,7 +31,7 @@ from opentelemetry.trace import SpanKind
 from natsrt.agents.chain import as_call, chain_attribute, current_chain
 from natsrt.agents.inbound import awaiting
 from natsrt.agents.interventions import Interventions
-from natsrt.errors import CallTimeout, CannotDecode
+from natsrt.errors import CannotDecode
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.registry.view import NO_TAKERS
 from natsrt.observe import events
@@ -41,6 +40,7 @@ from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
 from natsrt.sending.attributes import MessageAttributes
 from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.limits import Limit
 from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.replies import Replies
@@ -83,7 +83,7 @@ class Sender:
         self._connection = connection
         self._bodies = bodies
         self._subjects = subjects
-        self._call_timeout = _Limit(options.call_timeout, "call_timeout")
+        self._limit = Limit(options.call_timeout, "call_timeout")
         self._calls = calls
         self._serialization = serialization
         self._cancellations = cancellations
@@ -117,19 +117,14 @@ class Sender:
         token: CancellationToken | None,
         message_id: str | None,
         reply_type: type[Any] | None = None,
-        timeout: float | None = None,
+        deadline: float | None = None,
     ) -> Awaitable[Any]:
         """Call an agent. Await the result to send the call, and to get what the handler returned.
 
         If ``message_id`` is None, a new id is used. ``reply_type`` is the class of the reply; None means that the reply
-        names its class. ``timeout`` is a limit in seconds, which may be infinite; None means ``call_timeout``.
-
-        Raises ValueError if ``timeout`` is not a positive number.
+        names its class. ``deadline`` is when the caller stops waiting, by the event loop's clock; None: never.
         """
-        limit = self._call_timeout if timeout is None else _Limit(_checked_timeout(timeout), "timeout")
-        deadline = None if limit.seconds is None else asyncio.get_running_loop().time() + limit.seconds
-        sending = self._send(message, recipient, sender, token, message_id, reply_type, deadline)
-        return as_call(self._within(limit, recipient, sending))
+        return as_call(self._send(message, recipient, sender, token, message_id, reply_type, deadline))
 
     async def _send(
         self,
@@ -223,7 +218,8 @@ class Sender:
 
         Raises `CannotDecode` if ``data`` is not JSON.
         """
-        return as_call(self._within(self._call_timeout, recipient, self._control(recipient, subject, operation, data)))
+        control = self._control(recipient, subject, operation, data)
+        return as_call(self._limit.within(recipient, control))
 
     async def _control(self, recipient: AgentId, subject: str, operation: str, data: Any) -> Any:
         try:
@@ -257,19 +253,6 @@ class Sender:
             link=None if token is None else self._link(token),
             awaited_by=awaiting(),
         )
-
-    def _within(self, limit: _Limit, recipient: AgentId, sending: Awaitable[Any]) -> Awaitable[Any]:
-        """``sending``, which raises `CallTimeout` when the limit has passed."""
-        return sending if limit.seconds is None else self._limited(limit.seconds, limit.name, recipient, sending)
-
-    async def _limited(self, seconds: float, name: str, recipient: AgentId, sending: Awaitable[Any]) -> Any:
-        try:
-            async with asyncio.timeout(seconds) as deadline:
-                return await sending
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise CallTimeout(str(recipient), seconds, name) from None
 
     def _link(self, token: CancellationToken | None) -> Callable[[asyncio.Future[Any]], None] | None:
         """A function that makes ``token`` cancel a future; None if there is no token."""
@@ -391,20 +374,6 @@ class Sender:
         """Send an event to one keyed agent, on behalf of a publisher that is a plain NATS client."""
         encoded = self._serialization.encode(message)
         await self._delivery.deliver(agent, topic, self._attributes.message(message_id, None, encoded, None), encoded)
-
-
-class _Limit(NamedTuple):
-    """For how long a caller waits, in seconds, and what set this limit. None: without a limit."""
-
-    seconds: float | None
-    name: str
-
-
-def _checked_timeout(timeout: float) -> float | None:
-    """The argument ``timeout``; None if it is infinite. Raises ValueError."""
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise ValueError(f"timeout must be a number of seconds above 0, or math.inf for no limit, not {timeout!r}")
-    return None if timeout == math.inf else timeout
 
 
 def _unhashed(subject: str, topic: TopicId) -> str:

@@ -161,7 +161,8 @@ class AskedWorker:
         self.gone_since = None
 
     def reconnected(self, now: float) -> None:
-        """Record a reconnect. The time without an answer counts from now, and the next question is due at once."""
+        """Record a reconnect or a stall. The time without an answer counts from now, and the next question is due at
+        once."""
         self.asked_at = -math.inf
         self.gone_since = None
         if self.silent_since is not None:
@@ -209,6 +210,11 @@ class Judge:
         if asked is None:
             asked = self.asked[worker_id] = AskedWorker()
         return asked
+
+    def reconsider(self, now: float) -> None:
+        """Count the silence of every worker from now: this runtime was disconnected, or its event loop was blocked."""
+        for asked in self.asked.values():
+            asked.reconnected(now)
 
     def is_lost(self, worker_id: str, now: float, settled: bool) -> bool:
         """True if a worker is lost; False if it was never asked. See `AskedWorker.is_lost`."""

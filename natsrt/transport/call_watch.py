@@ -39,6 +39,8 @@ _TICK = 0.05
 with ``check_after``."""
 _ASK_EVERY = 0.5
 """Seconds between two questions to one worker."""
+_STALL = 1.0
+"""Seconds by which a round must be late to mean that the event loop was blocked."""
 _MAX_QUESTIONS = 500
 """Maximum number of calls in one question: about 25 kB, far below the ``max_payload`` of any server."""
 _ANSWER = "an answer about calls"
@@ -124,8 +126,7 @@ class CallWatch:
     def connection_made(self) -> None:
         now = asyncio.get_running_loop().time()
         self._down_since, self._up_since = None, now
-        for asked in self._judge.asked.values():
-            asked.reconnected(now)
+        self._judge.reconsider(now)
         for call in self.pending.values():
             self._watched.setdefault(call.reply, call)
             call.reconnected(now)
@@ -205,8 +206,12 @@ class CallWatch:
             if not self.pending:
                 self._wake.clear()
                 await self._wake.wait()
+            slept_at = loop.time()
             await asyncio.sleep(_TICK)
             now = loop.time()
+            if now - slept_at > _STALL:  # answers that arrived meanwhile are read after this
+                self._judge.reconsider(now)
+                continue
             for call in self.pending.values():  # oldest first
                 if now - call.watched_from < self._options.check_after:
                     break

@@ -10,7 +10,9 @@ Rules:
 2. The connection never gives up. nats-py reconnects automatically, except in three cases: after ``-ERR`` it closes
    permanently; if its read loop has ended, it stays "connected" and receives nothing; if a server hangs while data is
    unsent, it does not reconnect. In these cases the supervisor connects a new client and repeats every subscription.
-3. `barrier` returns only after the server has processed everything that was sent before. nats-py's own ``flush`` does
+3. After a stall of the event loop, the client writes nothing before the server has answered, because the server may
+   have closed the connection meanwhile. What waits is sent after a reconnect, also by a new client.
+4. `barrier` returns only after the server has processed everything that was sent before. nats-py's own ``flush`` does
    not ensure that: it may write its PING ahead of commands that are still queued.
 
 `natsrt.transport.connector` connects and closes clients.
@@ -34,6 +36,7 @@ from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, Serve
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
 from natsrt.transport.connector import Connector, abandon, close_quietly
+from natsrt.transport.stall_watch import StallWatch
 
 logger = logging.getLogger("natsrt.connection")
 
@@ -51,6 +54,13 @@ _SLICE = 0.5
 event loop was blocked counts as one slice only."""
 _PATIENCE = 6
 """Number of slices without any data from the server (3 s) after which a client is replaced."""
+_STALL = 1.0
+"""Seconds for which the event loop must stand still before the connection is in doubt. A server closes a connection
+whose client answers no pings after some seconds at the earliest. A doubt costs one round trip."""
+_LONG_STALL = 2.0
+"""Seconds of a stall from which it is logged as a warning. Handlers must return to the event loop more often."""
+_BETWEEN_TRIPS = 0.05
+"""Seconds between two attempts of a round trip."""
 _SETTLED = 4.0
 """Seconds after a reconnect during which other runtimes may still be reconnecting."""
 
@@ -90,7 +100,8 @@ class Connection:
 
     def __init__(self, options: Options, *, client_name: str) -> None:
         self._options = options
-        self._connector = Connector(options, client_name)
+        self._stall_watch = StallWatch(_STALL, self._stalled)
+        self._connector = Connector(options, client_name, self._stall_watch)
         self._client: NatsClient | None = None
         self._interests: dict[Interest, None] = {}
         self._listeners: list[Listener] = []
@@ -167,11 +178,18 @@ class Connection:
             self._closing = True
             raise
         self._made()
+        self._stall_watch.start()
         self._supervisor = asyncio.create_task(self._supervise(), name="natsrt connection supervisor")
 
     async def close(self) -> None:
-        """Send the queued data, then close. Has no effect if closed."""
+        """Send the queued data, then close. Has no effect if closed.
+
+        Data that was kept back after a stall of the event loop is waited for, for ``connect_timeout`` seconds.
+        """
+        if self._client is not None and self._client.keeps_back:
+            await self._send_rest()
         self._closing = True
+        self._stall_watch.stop()
         self._up.clear()
         for waiter in self._waiting:
             if not waiter.done():
@@ -190,7 +208,7 @@ class Connection:
         Raises `ServerUnreachable` after ``timeout`` seconds, counted from ``begun``, and if the connection is closed.
         If ``timeout`` is None, there is no limit. ``begun`` is a time of the event loop's clock; None means now.
         """
-        if self._up.is_set():
+        if self.connected:
             return
         if self._closing:
             raise self._closed_error()
@@ -205,6 +223,14 @@ class Connection:
             raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._connector.last_error) from None
         finally:
             self._waiting.discard(waiter)
+
+    async def _send_rest(self) -> None:
+        """Wait until the data that was kept back is sent, also if this needs a new connection."""
+        try:
+            async with asyncio.timeout(self._options.connect_timeout):
+                await self.round_trip(None)
+        except (ServerUnreachable, TimeoutError):
+            logger.warning("the server does not answer: messages that were sent last are lost")
 
     def _closed_error(self) -> ServerUnreachable:
         return ServerUnreachable(self._options.safe_servers, 0.0, "the connection is closed")
@@ -274,6 +300,19 @@ class Connection:
         for listener in self._listeners:
             listener.connection_made()
 
+    def _stalled(self) -> None:
+        """The event loop did not run for some time."""
+        if self._client is not None:
+            self._client.doubt()
+        seconds = self._stall_watch.seconds
+        logger.log(
+            logging.WARNING if seconds > _LONG_STALL else logging.DEBUG,
+            "the event loop did not run for %.1f s: something blocked it, as input() and time.sleep() do, or the "
+            "process was suspended; what is sent now waits until the server has answered. Run blocking code with "
+            "asyncio.to_thread",
+            seconds,
+        )
+
     # -- supervision ---------------------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
@@ -324,8 +363,10 @@ class Connection:
     async def _renew(self) -> None:
         """Connect new clients until one succeeds, and repeat every subscription on it."""
         old, self._client = self._client, None
+        unsent: list[bytes] = []
         if old is not None:
             self._connector.discover(old)
+            unsent += old.take_unsent()
             abandon(old)
         while True:
             try:
@@ -334,11 +375,14 @@ class Connection:
                 for interest in list(self._interests):
                     if interest in self._interests:
                         interest.current = await client.listen(interest.subject, interest.queue, interest.future)
+                await client.send_again(unsent)
+                unsent.clear()
                 await client.flush()
             except Exception as error:  # the connection must be restored, whatever the error
                 self._connector.last_error = str(error) or type(error).__name__
                 logger.debug("a new client could not connect: %s", self._connector.last_error)
                 if self._client is not None:
+                    unsent += self._client.take_unsent()
                     abandon(self._client)
                 self._client = None
                 await asyncio.sleep(self._options.reconnect_wait)
@@ -438,3 +482,16 @@ class Connection:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             self._replace.set()
             raise ServerUnreachable(self._options.safe_servers, timeout, str(error) or "no answer") from error
+
+    async def round_trip(self, timeout: float | None) -> None:
+        """Wait for a `barrier`, however often the connection is lost meanwhile.
+
+        Raises `ServerUnreachable` if there is no connection for ``timeout`` seconds, and if the connection is closed.
+        If ``timeout`` is None, there is no limit.
+        """
+        while True:
+            await self.wait_connected(timeout)
+            try:
+                return await self.barrier()
+            except ServerUnreachable:
+                await asyncio.sleep(_BETWEEN_TRIPS)

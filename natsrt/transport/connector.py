@@ -17,6 +17,7 @@ from natsrt.background import BackgroundTasks, end_tasks
 from natsrt.errors import CannotDecode, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient
+from natsrt.transport.stall_watch import StallWatch
 
 logger = logging.getLogger("natsrt.connection")
 
@@ -48,9 +49,10 @@ class ClientOwner(Protocol):
 class Connector:
     """Connects the clients of one connection, one after the other."""
 
-    def __init__(self, options: Options, client_name: str) -> None:
+    def __init__(self, options: Options, client_name: str, stall_watch: StallWatch) -> None:
         self._options = options
         self._name = client_name
+        self._stall_watch = stall_watch
         self.last_error: str | None = None
         """The text of the last error, for the errors of waits that time out; None if there was none."""
         self._discovered: dict[str, None] = {}
@@ -82,7 +84,7 @@ class Connector:
 
         Raises `ServerUnreachable` after ``timeout`` seconds, and `PermissionDenied` if the credentials are refused.
         """
-        client = NatsClient(owner.unreadable)
+        client = NatsClient(owner.unreadable, self._stall_watch)
         settings = self._options.connect_kwargs()
         settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
         settings["servers"] += self._discovered

@@ -29,6 +29,8 @@ class StallWatch:
         self._loop = asyncio.get_running_loop()
         self._looked_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
+        self.seconds = 0.0
+        """Length of the last stall, in seconds; 0 before the first."""
 
     def start(self) -> None:
         """Start watching. Has no effect if started."""
@@ -47,6 +49,7 @@ class StallWatch:
         """Check now instead of at the next beat. Cheap. Has no effect if stopped."""
         now = monotonic()  # the clock of an event loop may not advance while callbacks run; uvloop's does not
         if now - self._looked_at > self._limit:
+            self.seconds = now - self._looked_at
             self._looked_at = now
             self._stalled()
 

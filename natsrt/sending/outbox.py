@@ -1,0 +1,194 @@
+"""What is sent before there is a session to send it: before a runtime is started, and between two steps.
+
+Rules:
+
+1. An event waits here, and `Outbox.publish` returns at once. A call waits here until it is passed on, and then for its
+   reply, as in AutoGen's `SingleThreadedAgentRuntime`.
+2. The order in which messages came is kept: they join the queue of the `Sender` in this order, and while any of them is
+   left here, later messages join them here.
+3. Nothing here runs or holds an event loop. A runtime that is dropped without a start leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextvars import Context, copy_context
+from typing import Any
+
+from autogen_core import AgentId, CancellationToken, TopicId
+
+from natsrt.agents.interventions import Interventions
+from natsrt.background import BackgroundTasks
+from natsrt.errors import CannotSerialize
+from natsrt.options import Options
+from natsrt.sending.sender import Sender
+from natsrt.transport.call_watch import stopped
+from natsrt.transport.readiness import Readiness
+from natsrt.wire.serialization import Serialization
+
+logger = logging.getLogger("natsrt.sending")
+
+_ROUNDS = 1000
+"""Maximum number of turns of the event loop for which messages that come meanwhile wait behind those that are passed
+on. It only matters for a task that sends in every turn."""
+_OVERHEAD = 512
+"""Bytes of memory that a message takes in addition to its data."""
+
+
+class _WaitingEvent:
+    """An event that waits, with the context of its publisher."""
+
+    __slots__ = ("context", "message", "message_id", "sender", "size", "token", "topic")
+
+    def __init__(
+        self,
+        message: Any,
+        topic: TopicId,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+        size: int,
+    ) -> None:
+        self.message = message
+        self.topic = topic
+        self.sender = sender
+        self.token = token
+        self.message_id = message_id
+        self.size = size
+        self.context: Context = copy_context()
+
+
+class _WaitingCall:
+    """A call that waits in the coroutine of its caller until its turn comes."""
+
+    __slots__ = ("recipient", "size", "turn")
+
+    def __init__(self, recipient: AgentId, size: int) -> None:
+        self.recipient = recipient
+        self.size = size
+        self.turn: asyncio.Future[Sender] = asyncio.get_running_loop().create_future()
+
+
+class Outbox:
+    """The messages of one runtime that wait until they can be passed to a `Sender`, at most ``max_pending_bytes``."""
+
+    def __init__(self, options: Options, serialization: Serialization, interventions: Interventions) -> None:
+        self._max_bytes = options.max_pending_bytes
+        self._serialization = serialization
+        self._interventions = interventions
+        self._waiting: dict[_WaitingEvent | _WaitingCall, None] = {}
+        self._bytes = 0
+        self._tasks = BackgroundTasks(logger, "an event that waited for the start was not sent")
+        self.holds = False
+        """True while messages must wait here although there is a session."""
+
+    def __len__(self) -> int:
+        """Return the number of messages that wait."""
+        return len(self._waiting)
+
+    # -- taking messages -----------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        message: Any,
+        topic: TopicId,
+        *,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+    ) -> None:
+        """Let an event wait. Raises `CannotSerialize` if it cannot be sent, and RuntimeError if too much waits."""
+        self._add(_WaitingEvent(message, topic, sender, token, message_id, self._size(message)))
+
+    async def send(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+        reply_type: type[Any] | None = None,
+        deadline: float | None = None,
+    ) -> Any:
+        """Let a call wait, and then make it. Raises as `publish` and `Sender.send` do."""
+        call = _WaitingCall(recipient, self._size(message))
+        self._add(call)
+        if token is not None:
+            token.link_future(call.turn)
+        try:
+            way_out = await call.turn
+        finally:
+            self._remove(call)
+        return await way_out.send(
+            message,
+            recipient,
+            sender=sender,
+            token=token,
+            message_id=message_id,
+            reply_type=reply_type,
+            deadline=deadline,
+        )
+
+    def _size(self, message: Any) -> int:
+        """The bytes that a message takes while it waits. Raises `CannotSerialize` if it cannot be sent."""
+        try:
+            return len(self._serialization.encode(message).payload) + _OVERHEAD
+        except CannotSerialize:
+            if not self._interventions.handlers:  # they may replace it
+                raise
+            return _OVERHEAD
+
+    def _add(self, waiting: _WaitingEvent | _WaitingCall) -> None:
+        if self._bytes + waiting.size > self._max_bytes:
+            raise RuntimeError(
+                f"{len(self._waiting)} messages of {self._bytes} bytes wait for the start of this runtime, and no more "
+                f"than {self._max_bytes} bytes may wait (max_pending_bytes): call start() first"
+            )
+        self._waiting[waiting] = None
+        self._bytes += waiting.size
+
+    def _remove(self, waiting: _WaitingEvent | _WaitingCall) -> None:
+        if waiting in self._waiting:
+            del self._waiting[waiting]
+            self._bytes -= waiting.size
+
+    # -- passing them on -----------------------------------------------------------------------------------------
+
+    async def pass_on(self, sender: Sender, readiness: Readiness) -> None:
+        """Pass everything that waits to ``sender``, in order. Does not wait until it is sent.
+
+        If the start then fails, calls fail with its error, and events wait here for the next start.
+        """
+        for _ in range(_ROUNDS):
+            if not self._waiting:
+                break
+            for waiting in list(self._waiting):
+                self._remove(waiting)
+                if isinstance(waiting, _WaitingEvent):
+                    waiting.context.run(self._tasks.spawn, self._publish(waiting, sender, readiness))
+                elif not waiting.turn.done():
+                    waiting.turn.set_result(sender)
+            await asyncio.sleep(0)  # all of them join the queue of the sender now
+
+    async def _publish(self, event: _WaitingEvent, sender: Sender, readiness: Readiness) -> None:
+        try:
+            await sender.publish(
+                event.message, event.topic, sender=event.sender, token=event.token, message_id=event.message_id
+            )
+        except Exception:
+            if readiness.started:
+                raise
+            self._waiting[event] = None
+            self._bytes += event.size
+
+    def close(self) -> None:
+        """Fail the calls that wait, and drop the events."""
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        events = sum(isinstance(one, _WaitingEvent) for one in waiting)
+        if events:
+            logger.warning("the runtime was closed before it was started: %d events were not sent", events)
+        for one in waiting:
+            if isinstance(one, _WaitingCall) and not one.turn.done() and not one.turn.get_loop().is_closed():
+                one.turn.set_exception(stopped(one.recipient))
