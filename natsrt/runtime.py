@@ -36,8 +36,8 @@ from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.lifecycle import Lifecycle
 from natsrt.options import Options
-from natsrt.session import Session
 from natsrt.sending.limits import Limit
+from natsrt.session import Session
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
@@ -123,7 +123,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             reply_type: The class to which the reply is decoded. It is needed for plain NATS responders. None: a reply
                 of an agent names its class; the reply of a plain responder becomes JSON values, text or bytes.
             timeout: For how many seconds to wait for the result. It also counts before the start, while there is no
-                connection, and while intervention handlers run. ``math.inf``: without a limit. None: the setting ``call_timeout``.
+                connection, and while intervention handlers run. ``math.inf``: without a limit. None: the setting
+                ``call_timeout``.
 
         A call whose caller stops waiting is not handled if its handler has not started: after the timeout, when its
         token is cancelled, or when the task that awaits it is. A handler that runs is not stopped.
