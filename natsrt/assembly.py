@@ -97,6 +97,7 @@ class Outgoing:
             calls=network.calls,
             replies=replies,
             attributes=attributes,
+            peers=network.peers,
         )
         owners = OwnerCache(network.subjects, network.registry, self.locator)
         self.delivery = KeyedDelivery(

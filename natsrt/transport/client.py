@@ -10,6 +10,11 @@ each:
   agent.
 - ``_build_message`` and ``_process_headers`` tolerate subjects that are not UTF-8 and unreadable headers. The server
   delivers both, and in nats-py either ends the read loop without an error.
+- ``_process_err`` keeps what the server says, and leaves it to the server to close the connection. nats-py closes it
+  for good after almost every error, even if the server keeps it open.
+- ``_process_connect_init`` keeps what a server says that does not accept the connection.
+- ``_send_subscribe``, ``_send_unsubscribe``, ``_send_ping`` and ``_process_pong`` log which subscriptions the server
+  has, so that those are known that it refuses.
 - ``_close`` drops unsent data if the socket is already closed. nats-py writes the data to the closed socket, which
   raises TypeError on Python 3.12 and newer.
 """
@@ -18,8 +23,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import nats.errors
 from nats.aio.client import Client
@@ -29,15 +35,28 @@ from nats.protocol.parser import Parser
 
 from natsrt.errors import CannotDecode
 from natsrt.forks import Inherited, drop_in_children, share_nothing
+from natsrt.transport.refusals import ServerError, SubscriptionLog
 
 logger = logging.getLogger("natsrt.connection")
 
+_SAID = re.compile(rb"-ERR\s+'([^\r\n]*)'")
+"""An error in the data from a server."""
 _PONG_AT_LAST = 60
 """Maximum time to wait for the answer to a ping, in seconds. A client that does not answer is replaced long before."""
 
 Sink = Callable[[Msg], None]
 Unreadable = Callable[[CannotDecode], None]
 """Called with an error for each message that cannot be read."""
+
+
+class ClientReports(Protocol):
+    """Receives what a client reports besides nats-py's callbacks. No method may raise or block."""
+
+    def unreadable(self, error: CannotDecode) -> None:
+        """Called when a client received a message that it cannot read."""
+
+    def subscriptions_refused(self, client: NatsClient, subjects: dict[int, str]) -> None:
+        """Called when the server has refused subscriptions because of its limit: ``subjects`` has them by their ids."""
 
 
 class Ordered:
@@ -111,6 +130,10 @@ class _Parser(Parser):
                         sink.set_result(message)
                     at = end
                     continue
+            elif words and words[0] == b"-ERR" and (said := _SAID.match(data, at)):  # nats-py's parser lowers its case
+                await client._process_err(said.group(1).decode(errors="replace"))
+                at = end
+                continue
             await super().parse(data[at:end])
             if life is not self._life:
                 return
@@ -125,10 +148,14 @@ class NatsClient(Client, Inherited):
     read, and ``unreadable`` is called for that message; in nats-py, such a message ends the read loop.
     """
 
-    def __init__(self, unreadable: Unreadable) -> None:
+    def __init__(self, reports: ClientReports) -> None:
         super().__init__()
         self._ps = _Parser(self)
-        self._unreadable = unreadable
+        self._reports = reports
+        self._unreadable = reports.unreadable
+        self._log = SubscriptionLog()
+        self.largest = 0
+        """Bytes of the largest message that was sent, with its headers."""
         self._pings: set[asyncio.Task[float]] = set()
         self._flushing: asyncio.Task[None] | None = None
         self._next_flush: asyncio.Task[None] | None = None
@@ -144,6 +171,12 @@ class NatsClient(Client, Inherited):
         socket = None if stream is None else stream.get_extra_info("socket")
         if socket is not None and socket.fileno() >= 0:
             share_nothing(socket.fileno())
+
+    def limit_payload(self, limit: int | None) -> int:
+        """Send no messages of ``limit`` bytes or more; None: as large as the server says. Returns the maximum size."""
+        if limit is not None:
+            self._max_payload = min(self._max_payload, max(0, limit - 1))
+        return self._max_payload
 
     async def listen(self, subject: str, queue: str, sink: Ordered) -> Subscription:
         """Pass every message on ``subject`` to ``sink``. ``queue`` is the queue group; empty for none.
@@ -179,6 +212,8 @@ class NatsClient(Client, Inherited):
             if self._flusher_task is None or self._flusher_task.done():
                 return False
             flushes.put_nowait(asyncio.get_running_loop().create_future())
+        if size > self.largest:
+            self.largest = size
         command = b"".join((start, payload, b"\r\n"))
         self._pending.append(command)
         self._pending_data_size += len(command)
@@ -206,6 +241,63 @@ class NatsClient(Client, Inherited):
         except (UnicodeDecodeError, IndexError) as error:
             self._unreadable(CannotDecode("a header block", str(error), headers))
             return None
+
+    # -- what the server says ------------------------------------------------------------------------------------
+
+    async def _process_err(self, err_msg: str) -> None:
+        """Report an error of the server. If it closes the connection now, nats-py reconnects."""
+        error = ServerError(err_msg.strip("'"))
+        if error.too_many_subscriptions:
+            self._log.refused()
+        if error.text.lower() == "stale connection":
+            await super()._process_err(error.text.lower())
+            return
+        self._err = error
+        await self._error_cb(error)
+
+    async def _process_connect_init(self) -> None:
+        try:
+            await super()._process_connect_init()
+        except (nats.errors.Error, OSError) as error:
+            said = _SAID.search(f"-ERR {str(error).removeprefix('nats: ')}".encode()) or self._said_at_last()
+            if self._transport is not None:
+                self._transport.close()  # type: ignore[no-untyped-call]
+            if said is None:
+                raise
+            raise ServerError(said.group(1).decode(errors="replace")) from error
+        self._log.restart(self._subs)  # nats-py sends them first, and then what is queued
+        for command in self._pending:
+            if command.startswith(b"SUB "):
+                self._log.begun(int(command.split()[-1]))
+            elif command.startswith(b"UNSUB ") and len(words := command.split()) == 2:
+                self._log.ended(int(words[1]))
+
+    def _said_at_last(self) -> re.Match[bytes] | None:
+        """What a server said before it closed the connection, without a chance to read it."""
+        transport: Any = self._transport
+        reader = getattr(transport, "_io_reader", None)  # None for a WebSocket
+        return None if reader is None else _SAID.search(bytes(reader._buffer))
+
+    async def _send_subscribe(self, sub: Subscription) -> None:
+        self._log.begun(sub._id)
+        await super()._send_subscribe(sub)
+
+    async def _send_unsubscribe(self, sid: int, limit: int = 0) -> None:
+        if limit == 0:
+            self._log.ended(sid)
+        await super()._send_unsubscribe(sid, limit)
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        self._log.ping(after_all=not self._pending)
+        await super()._send_ping(future)
+
+    async def _process_pong(self) -> None:
+        await super()._process_pong()
+        refused = self._log.pong()
+        if refused:
+            self._reports.subscriptions_refused(
+                self, {sid: self._subs[sid]._subject for sid in refused if sid in self._subs}
+            )
 
     async def flush(self, timeout: float = 10) -> None:
         """Wait until the server has processed everything that was sent before. Calls during a flush share the next one.
