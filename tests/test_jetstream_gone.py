@@ -7,12 +7,14 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nats
+import orjson
 import pytest
-from autogen_core import AgentId
+from autogen_core import AgentId, MessageContext, message_handler
 from nats.js import JetStreamContext
 
 import natsrt
@@ -21,6 +23,7 @@ from natsrt.embedded import EmbeddedServer
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged
 from natsrt.keyed import ownership
 from tests.support.processes import eventually
+from tests.support.proxy import Proxy
 from tests.test_keyed import Add, Counting, Hold, Place, Total, agent
 
 LARGE = "x" * 10_000
@@ -90,10 +93,23 @@ async def place(own: EmbeddedServer, namespace: str) -> AsyncIterator[Place]:
         yield Place(own.url, namespace, stack)
 
 
+@dataclass
+class Half:
+    """Half of the change is made, then the gate is waited for."""
+
+
 class Bulky(Counting):
     """Has a state of any size."""
 
     bulk = ""
+
+    @message_handler
+    async def on_half(self, message: Half, ctx: MessageContext) -> int:
+        self.value += 1
+        self.life.gate("half").set()
+        await self.life.gate("other half").wait()
+        self.value += 1
+        return self.value
 
     async def save_state(self) -> Mapping[str, Any]:
         return {"value": self.value, "bulk": self.bulk}
@@ -182,6 +198,31 @@ async def test_an_agent_that_is_busy_meanwhile_stores_what_its_handler_leaves(
 
 
 @pytest.mark.parametrize("bulk", ["", LARGE], ids=["small", "large"])
+async def test_half_of_a_change_is_never_stored(place: Place, storage: Storage, bulk: str) -> None:
+    worker = await bulky(place, "w1", bulk)
+    caller = await place.caller()
+    await caller.send_message(Add(5), agent("k"))
+    held = asyncio.ensure_future(caller.send_message(Half(), agent("k")))
+    await place.life.gate("half").wait()
+    await storage.wipe()
+    record = await eventually(lambda: restored(worker, "k"), timeout=10)
+    assert record.owner == worker.running.worker_id
+    state = await worker.running.records.state(record)
+    assert state is None or orjson.loads(state)["value"] == 5
+    place.life.gate("other half").set()
+    assert await held == 7
+    record = await restored(worker, "k")
+    assert record is not None
+    state = await worker.running.records.state(record)
+    assert state is not None and orjson.loads(state)["value"] == 7
+
+
+async def restored(runtime: NatsAgentRuntime, key: str) -> Record | None:
+    """The record, once the runtime is connected."""
+    return await record_of(runtime, key) if runtime.running.connection.connected else None
+
+
+@pytest.mark.parametrize("bulk", ["", LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("loss", ["bucket deleted", "bucket purged", "records purged"])
 async def test_an_agent_that_is_released_takes_its_state_along(
     place: Place, storage: Storage, loss: str, bulk: str
@@ -223,11 +264,35 @@ async def test_of_two_workers_the_one_that_has_the_agent_keeps_it(place: Place, 
     assert hosted is not None
     location = await second.running.ownership.locate(hosted, "k", ())  # as for a caller that does not know the owner
     assert location.worker_id == first.running.worker_id
+    record = await record_of(second, "k")
+    assert record is not None and record.owner == first.running.worker_id and record.has_state
     assert (await caller.send_message(Add(1), agent("k"))).value == 6
     assert [worker for _, worker in place.life.made] == ["w1"]
     record = await record_of(second, "k")
     assert record is not None and record.owner == first.running.worker_id
     assert conflicts(first, second) == 0
+
+
+async def test_a_worker_that_reconnects_later_than_others_keeps_its_agents(
+    place: Place, storage: Storage, own: EmbeddedServer, namespace: str
+) -> None:
+    async with Proxy(own.url) as proxy, AsyncExitStack() as stack:
+        behind = Place(proxy.url, namespace, stack)
+        behind.life = place.life
+        first = await behind.worker("w1")
+        await first.send_message(Add(5), agent("k"))
+        second = await place.worker("w2")
+        proxy.freeze()
+        await storage.wipe()
+        await eventually(lambda: second.ready, timeout=15)
+        hosted = second._catalog.find("counting")
+        assert hosted is not None
+        locating = asyncio.ensure_future(second.running.ownership.locate(hosted, "k", ()))
+        await asyncio.wait({locating}, timeout=1.0)
+        proxy.thaw()
+        assert (await locating).worker_id == first.running.worker_id
+        assert (await second.send_message(Add(1), agent("k"))).value == 6
+        assert conflicts(first, second) == 0
 
 
 async def test_a_worker_that_is_silent_while_its_record_is_gone_loses_the_agent_to_one_that_claims_it(
