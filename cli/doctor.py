@@ -162,6 +162,8 @@ async def examine(options: Options, monitor_url: str | None, health_urls: Sequen
         if await _check_jetstream(patient):
             await _check_registry(patient)
         await _check_server_settings(patient, monitor_url)
+        if (said := connection.server_error) is not None and not said.lower().startswith("permissions violation"):
+            patient.found("server", "problem", f"it says {said!r}", "see the limits in docs/operations.md")
     finally:
         await connection.close()
     return patient.findings

@@ -21,6 +21,7 @@ from natsrt.errors import (
     ServerUnreachable,
     StateUnavailable,
     SubscriptionNotServed,
+    SubscriptionRefused,
     UnknownAgent,
     UnknownAgentType,
 )
@@ -68,7 +69,14 @@ class CommandFailed(Exception):
 _CODES: tuple[tuple[tuple[type[NatsrtError], ...], Exit], ...] = (
     ((ConfigurationError,), Exit.USAGE),
     (
-        (ServerUnreachable, PermissionDenied, JetStreamRequired, RegistryUnavailable, StateUnavailable),
+        (
+            ServerUnreachable,
+            PermissionDenied,
+            SubscriptionRefused,
+            JetStreamRequired,
+            RegistryUnavailable,
+            StateUnavailable,
+        ),
         Exit.NOT_CONNECTED,
     ),
     ((UnknownAgentType, UnknownAgent, NoLiveWorker), Exit.UNKNOWN_AGENT),

@@ -273,6 +273,10 @@ def judge(url: str) -> list[tuple[Literal["ok", "warning", "problem"], str, str]
     found: list[tuple[Literal["ok", "warning", "problem"], str, str]] = [
         ("ok", f"{who} is ready: {figures}", "") if health.ready else ("warning", f"{who} is not ready. {reasons}", "")
     ]
+    if health.server_error is not None:
+        found.append(
+            ("warning", f"the server says to {who}: {health.server_error!r}", "see docs/operations.md, Limits")
+        )
     if losses:
         found.append(("warning", f"{who} counts {', '.join(losses)}", "see its log"))
     return found

@@ -108,6 +108,7 @@ class Outgoing:
             calls=network.calls,
             replies=replies,
             attributes=attributes,
+            peers=network.peers,
         )
         self.arrivals = Arrivals(
             connection=network.connection,

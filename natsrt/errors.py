@@ -6,7 +6,9 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
     NatsrtError
     ├── ConfigurationError          ValueError              a setting is wrong
     ├── ServerUnreachable           UndeliverableException, ConnectionError
+    │   └── ServerRefused                                   a server answered, and does not accept the connection
     ├── PermissionDenied            UndeliverableException, PermissionError
+    ├── SubscriptionRefused         ConnectionError         the server's limit of subscriptions is reached
     ├── JetStreamRequired           RuntimeError            the server runs without JetStream
     ├── EmbeddedServerError         RuntimeError            the development server did not start
     ├── SubscriptionNotServed       TimeoutError            a worker did not confirm a subscription
@@ -55,11 +57,13 @@ __all__ = [
     "PermissionDenied",
     "RegistryUnavailable",
     "RemoteAgentError",
+    "ServerRefused",
     "ServerUnreachable",
     "StateConflict",
     "StateNotSaved",
     "StateUnavailable",
     "SubscriptionNotServed",
+    "SubscriptionRefused",
     "UndeliveredCall",
     "UnhandledMessage",
     "UnknownAgent",
@@ -106,16 +110,53 @@ class ServerUnreachable(NatsrtError, UndeliverableException, ConnectionError):
         )
 
 
+class ServerRefused(ServerUnreachable):
+    """A server answered, but did not accept the connection for ``seconds`` seconds. ``reason`` is what it said."""
+
+    reason: str
+
+    def __init__(self, servers: Sequence[str], seconds: float, reason: str) -> None:
+        super().__init__(servers, seconds, reason)
+        self.args = (
+            f"the NATS server at {', '.join(self.servers)} does not accept the connection: it says {reason!r}. "
+            "Change its configuration, the limits of the account, or the settings of this program.",
+        )
+
+
 class PermissionDenied(NatsrtError, UndeliverableException, PermissionError):
-    """The server refused the credentials, or does not allow this user the ``operation`` on ``subject``."""
+    """The server refused the credentials, or does not allow this user the ``operation`` on ``subject``.
+
+    ``reason`` is what the server said about the credentials; None if it is about a subject.
+    """
 
     code = 403
 
-    def __init__(self, operation: str, subject: str) -> None:
+    def __init__(self, operation: str, subject: str, reason: str | None = None) -> None:
         self.operation = operation
         self.subject = subject
+        self.reason = reason
+        said = f": it says {reason!r}" if reason else ""
         super().__init__(
-            f"the server does not let this user {operation} {subject!r}; docs/permissions.md lists what natsrt needs"
+            f"the server does not let this user {operation} {subject!r}{said}; "
+            "docs/permissions.md lists what natsrt needs"
+        )
+
+
+class SubscriptionRefused(NatsrtError, ConnectionError):
+    """The server refused a subscription to ``subject``. ``reason`` is what it said.
+
+    A connection has as many subscriptions as ``max_subscriptions`` allows, of the server or of the account.
+    """
+
+    code = 503
+    operation = "subscribe to"
+
+    def __init__(self, subject: str, reason: str) -> None:
+        self.subject = subject
+        self.reason = reason
+        super().__init__(
+            f"the server refuses the subscription to {subject!r}: it says {reason!r}. Raise max_subscriptions of the "
+            "server or of the account, or host less in this process."
         )
 
 

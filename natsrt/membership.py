@@ -88,6 +88,7 @@ class Membership:
             elif outcome is not None:
                 raise outcome
         await self._connection.barrier()
+        self._connection.check()
 
     async def drain(self) -> None:
         """Announce that this worker accepts no new messages. Has no effect if this is not a worker or not connected."""
@@ -111,9 +112,16 @@ class Membership:
             return
         self._joined = True
         self._incoming.intake.watch_stalls()
-        await self._incoming.peer_answers.start()
-        await self._services.start()
-        await self._connection.barrier()
+        try:
+            await self._incoming.peer_answers.start()
+            await self._services.start()
+            await self._connection.barrier()
+            self._connection.check()
+        except BaseException:
+            self._joined = False
+            await self._services.stop()
+            await self._incoming.peer_answers.stop()
+            raise
         await self._registry.join(
             WorkerEntry(self._worker_id, self._name, socket.gethostname(), os.getpid(), time.time(), VERSION)
         )

@@ -206,7 +206,13 @@ class Session:
             return (f"It is draining: it accepts no new messages, and finishes {running} handlers.",)
         starting = () if self.network.readiness.started else ("Its start is not complete.",)
         if not self.connection.connected:
-            return (*starting, f"It is not connected to {', '.join(self._options.safe_servers)}; it keeps trying.")
+            said = f" The server says {self.connection.server_error!r}." if self.connection.refused else ""
+            servers = ", ".join(self._options.safe_servers)
+            return (*starting, f"It is not connected to {servers}; it keeps trying.{said}")
+        if refusals := self.connection.refusals:
+            more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
+            said = f"The server refuses a subscription to {refusals[0].subject!r}{more}"
+            starting = (*starting, f"{said}: it says {self.connection.server_error!r}.")
         return starting if self.registry.synced else (*starting, "It is not in step with the registry.")
 
     def health(self) -> Health:
@@ -223,6 +229,7 @@ class Session:
             server=connection.server if connection.connected else None,
             connected=connection.connected,
             reconnects=connection.reconnects,
+            server_error=connection.server_error,
             in_step=registry.synced,
             workers=len(registry.view.workers),
             agents={hosted.agent_type: len(hosted.live) for hosted in self._program.catalog},

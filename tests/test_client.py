@@ -34,15 +34,27 @@ class Receiver:
     """A client that was never connected, to be fed with what a server would send."""
 
     def __init__(self, parser: type[Parser] | None = None) -> None:
-        self.unreadable: list[CannotDecode] = []
+        self.unreadables: list[CannotDecode] = []
         self.heard: list[tuple[str, str, bytes, dict[str, str] | None]] = []
         self.messages: list[Msg] = []
-        self.client = NatsClient(self.unreadable.append, StallWatch(1.0, lambda: None))
+        self.errors: list[str] = []
+        self.refused: dict[int, str] = {}
+        self.client = NatsClient(self, StallWatch(1.0, lambda: None))
+        self.client._error_cb = self.failed
         if parser is not None:
             self.client._ps = parser(self.client)
-        sink = cast(Any, Ordered(self.hear, self.unreadable.append))
+        sink = cast(Any, Ordered(self.hear, self.unreadable))
         self.client._subs[ORDERED] = Subscription(self.client, ORDERED, "a.>", future=sink)
         self.other = self.client._subs[OTHER] = Subscription(self.client, OTHER, "b.>")
+
+    def unreadable(self, error: CannotDecode) -> None:
+        self.unreadables.append(error)
+
+    def subscriptions_refused(self, client: NatsClient, subjects: dict[int, str]) -> None:
+        self.refused |= subjects
+
+    async def failed(self, error: Exception) -> None:
+        self.errors.append(str(error))
 
     def hear(self, message: Msg) -> None:
         self.messages.append(message)
@@ -148,7 +160,7 @@ async def test_what_is_no_frame_is_a_protocol_error_as_in_nats_py(line: bytes) -
 async def test_a_subject_that_is_not_utf_8_is_reported_and_the_next_message_is_heard() -> None:
     receiver = Receiver()
     await receiver.feed(frame("a.X", ORDERED, b"1").replace(b"X", b"\xff") + frame("a.2", ORDERED, b"2"))
-    assert [error.what for error in receiver.unreadable] == ["a message"]
+    assert [error.what for error in receiver.unreadables] == ["a message"]
     assert receiver.heard == [("a.2", "", b"2", None)]
 
 

@@ -301,18 +301,22 @@ async def test_a_reply_whose_worker_is_disconnected_when_it_is_ready_arrives(
         assert (await ended(call)).result().note == "kept"
 
 
-async def test_a_connection_that_the_server_closes_for_good_is_replaced(
-    own_server: EmbeddedServer, namespace: str, gated: type[_Gated]
+@pytest.mark.parametrize("closes", ["server", "client"])
+async def test_a_connection_that_was_closed_is_made_again(
+    own_server: EmbeddedServer, namespace: str, gated: type[_Gated], closes: str
 ) -> None:
     async with running(own_server.url, namespace, "laborer") as runtime:
         await natsrt.register(runtime, gated, "gated", gated)
         call = asyncio.ensure_future(runtime.send_message(Work("sleep", "kept"), AgentId("gated", "k")))
         await gated.begun.wait()
-        closed = runtime.running.connection.client
-        await closed.publish("s" * 5000, b"")  # a line that is longer than the server takes
-        await eventually(lambda: closed.is_closed)
-        await eventually(lambda: runtime.running.connection.connected, timeout=SOON)
-        assert runtime.running.connection.client is not closed
+        connection = runtime.running.connection
+        closed = connection.client
+        if closes == "server":
+            await closed.publish("s" * 5000, b"")  # a line that is longer than the server takes
+        else:
+            await closed.close()
+        await eventually(lambda: connection.reconnects == 1 and connection.connected, timeout=SOON)
+        assert (connection.client is closed) == (closes == "server")  # nats-py reconnects where the server closes
         gated.go_on.set()
         assert (await ended(call)).result().note == "kept"
         assert (await ended(runtime.send_message(Work("echo", "new"), LABORER))).result().note == "new"

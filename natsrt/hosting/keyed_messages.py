@@ -27,6 +27,7 @@ from natsrt.keyed.turns import Turns
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.sender import Sender
 from natsrt.wire.envelope import Envelope
+from natsrt.wire.peer_messages import says_missing
 
 
 class KeyedMessages:
@@ -99,13 +100,15 @@ class KeyedMessages:
         return self._answers.control_reply(result, body, hosted.agent_type, key)
 
     async def _locate(self, inbound: Inbound, key: str) -> Answer | None:
+        body = inbound.body
+        missing = body is not None and says_missing(body)
         try:
-            location = await self._ownership.locate(inbound.route.hosted, key, inbound.chain)
+            location = await self._ownership.locate(inbound.route.hosted, key, inbound.chain, missing=missing)
         except Declined as declined:
             raise SentBack(declined.error) from None
-        if inbound.body is None or not inbound.settlement.wants_answer:
+        if body is None or not inbound.settlement.wants_answer:
             return None
-        return self._answers.control_reply(location._asdict(), inbound.body, inbound.agent_type, key)
+        return self._answers.control_reply(location._asdict(), body, inbound.agent_type, key)
 
     async def _forward(self, inbound: Inbound, agent: AgentId) -> Answer | None:
         """Send a message to the owner of its agent, because its sender did not know the owner."""

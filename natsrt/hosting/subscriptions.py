@@ -175,13 +175,17 @@ class Subscriptions(RegistryListener):
     async def _tell(self, served: Collection[_Served]) -> None:
         """Wait until the server has their subscriptions: one round trip, or nothing if none has changed.
 
-        A new connection gets them by itself.
+        A new connection gets them by itself. Raises `SubscriptionRefused` or `PermissionDenied` if the server has
+        refused one.
         """
         states = [(one, (one.changes, self._connection.reconnects)) for one in served]
         if any(one.told != state for one, state in states):
             await self._connection.round_trip(_CONNECTED_WITHIN)
             for one, state in states:
                 one.told = state
+        for one in served:
+            for interest in one.interests.values():
+                interest.check()
 
     async def _apply(self, hosted: HostedType) -> _Served:
         """Change the NATS subscriptions of a type according to the view."""

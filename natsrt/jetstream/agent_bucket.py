@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncGenerator
-from typing import Final
+from datetime import datetime
+from typing import Final, Protocol
 
 import nats.js.errors
 import orjson
-from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js import JetStreamContext, api
+from nats.js import api
 
 from natsrt.errors import StateUnavailable
 from natsrt.jetstream.acks import Acks
@@ -19,6 +21,8 @@ from natsrt.jetstream.requests import OPEN, BucketRequests
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
+
+logger = logging.getLogger("natsrt.agents")
 
 AGENTS_BUCKET: Final = "natsrt_agents"
 RETRY_FOR: Final = 10.0
@@ -33,8 +37,19 @@ _NO_MESSAGE = 10037
 """JetStream's error code for a subject without messages."""
 
 
+class BucketListener(Protocol):
+    """Is notified about the bucket. May not raise or block."""
+
+    def bucket_replaced(self) -> None:
+        """Called when the bucket was gone with all its entries, and there is a new one."""
+
+
 class AgentBucket:
     """The bucket of keyed agents in one namespace.
+
+    A bucket that is gone is made again. The revisions of a bucket start at the time at which it is made, in
+    microseconds. So they are higher than all revisions of an earlier bucket, and a write that follows one of those is
+    refused.
 
     Its methods make one attempt and raise what nats-py raises, except `open`. To have them repeated, run them through
     ``requests``.
@@ -55,6 +70,7 @@ class AgentBucket:
             subscribed=(options.inbox_prefix,),
             retry_for=RETRY_FOR,
             patient=True,
+            make_again=self._make_again,
         )
         self._acks = Acks(connection, options.inbox_prefix)
         self.publish = self._acks.publish
@@ -62,8 +78,14 @@ class AgentBucket:
         self._opened: int | None = None
         """The connection's number of reconnects when the bucket was last found; None: not found yet, or in doubt."""
         self._opening = asyncio.Lock()
-        self._context: tuple[Client, JetStreamContext] | None = None
-        """The client and its JetStream context, which is made once per client."""
+        self._created: datetime | None = None
+        """When the bucket that was last found was made; None before."""
+        self._replaced: int | None = None
+        """The connection's number of reconnects when another bucket was found in place of the former; None: never."""
+        self._listeners: list[BucketListener] = []
+
+    def add_listener(self, listener: BucketListener) -> None:
+        self._listeners.append(listener)
 
     def subject(self, key: str) -> str:
         """The subject of a key."""
@@ -77,6 +99,11 @@ class AgentBucket:
     def is_open(self) -> bool:
         """Whether the bucket was found since the last reconnect, and acknowledgements arrive."""
         return self._opened == self._connection.reconnects and self._acks.open
+
+    @property
+    def is_new(self) -> bool:
+        """Whether another bucket was found since the last reconnect in place of the former one."""
+        return self._replaced == self._connection.reconnects
 
     async def open(self) -> None:
         """Make the bucket if it is missing. Returns at once if it was found since the last reconnect.
@@ -97,6 +124,16 @@ class AgentBucket:
         """Let the next `open` look for the bucket again: it may have been deleted."""
         self._opened = None
 
+    async def look(self) -> None:
+        """Look for the bucket once, and make it if it is gone. Raises what nats-py raises."""
+        await self._make_again()
+
+    async def _make_again(self) -> bool:
+        """Make the bucket if it is gone. Returns whether another bucket was found before."""
+        known = self._created
+        await self._ensure()
+        return known is not None and known != self._created
+
     async def _ensure(self) -> None:
         config = api.KeyValueConfig(
             bucket=self._name,
@@ -106,14 +143,14 @@ class AgentBucket:
             replicas=self._options.registry_replicas,
             limit_marker_ttl=MARKER_TTL,
         )
-        await ensure_bucket(self._js, config)
-
-    @property
-    def _js(self) -> JetStreamContext:
-        client = self._connection.client
-        if self._context is None or self._context[0] is not client:
-            self._context = client, client.jetstream(timeout=ANSWER_WITHIN)
-        return self._context[1]
+        js = self._connection.jetstream
+        info = await ensure_bucket(js, config, first_revision=time.time_ns() // 1000)
+        known, self._created = self._created, info.created
+        if known is not None and known != info.created:
+            logger.warning("the bucket %s was gone with all its records, and was made again", self._name)
+            self._replaced = self._connection.reconnects
+            for listener in self._listeners:
+                listener.bucket_replaced()
 
     async def last(self, key: str, *, direct: bool = False) -> api.RawStreamMsg | None:
         """The last message under ``key``; None if there is none.
@@ -121,7 +158,7 @@ class AgentBucket:
         It is read from the stream's leader; with ``direct`` from any replica, which may lag behind.
         """
         try:
-            return await self._js.get_last_msg(self._stream, self._prefix + key, direct=direct)
+            return await self._connection.jetstream.get_last_msg(self._stream, self._prefix + key, direct=direct)
         except nats.js.errors.NotFoundError as error:
             if error.err_code not in (_NO_MESSAGE, None):  # a direct answer has no such code
                 raise
@@ -129,7 +166,8 @@ class AgentBucket:
 
     def all_headers(self, pattern: str) -> AsyncGenerator[list[Msg], None]:
         """The last message of every key that matches ``pattern``, with its headers only, in pages."""
-        return last_messages(self._js, self._stream, self._prefix + pattern, timeout=ANSWER_WITHIN, headers_only=True)
+        js = self._connection.jetstream
+        return last_messages(js, self._stream, self._prefix + pattern, timeout=ANSWER_WITHIN, headers_only=True)
 
     async def count(self, pattern: str) -> int:
         """How many keys match ``pattern``, counted by the server.
@@ -145,4 +183,4 @@ class AgentBucket:
 
     async def purge(self, pattern: str, before: int | None) -> None:
         """Delete all messages under keys that match ``pattern``; with ``before`` only those of a lower sequence."""
-        await self._js.purge_stream(self._stream, seq=before, subject=self._prefix + pattern)
+        await self._connection.jetstream.purge_stream(self._stream, seq=before, subject=self._prefix + pattern)

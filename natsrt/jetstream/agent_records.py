@@ -10,6 +10,8 @@ Rules:
 4. Records are read from the leader of the stream, as a replica may lag behind. Parts never change, so they are read
    from any replica.
 5. A deleted record leaves a tombstone for a while: a claim that was delayed for long must not find the place empty.
+6. A record that is gone without a tombstone, with its bucket or by an operator's hand, is *missing*. Its owner stores
+   it again, unless somebody else claimed the agent meanwhile. Its new revision is higher than the one that was lost.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from nats.aio.msg import Msg
 
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode
-from natsrt.jetstream.agent_bucket import AgentBucket
+from natsrt.jetstream.agent_bucket import AgentBucket, BucketListener
 from natsrt.jetstream.buckets import OPERATION, TTL, is_gone
 from natsrt.jetstream.record import RECORD, Record, Stored, checked, decode_record, encode_head, record_key, sha256
 from natsrt.jetstream.record_writes import Found, RecordChanged, RecordWrites, Refused
@@ -71,11 +73,40 @@ class AgentRecords:
         """Make the bucket if it is missing. Returns at once if it was found since the last reconnect."""
         await self._bucket.open()
 
+    async def look(self) -> None:
+        """Look for the bucket once, and make it if it is gone. Raises what nats-py raises."""
+        await self._bucket.look()
+
+    @property
+    def are_new(self) -> bool:
+        """Whether the bucket was made since the last reconnect, in place of one that was gone."""
+        return self._bucket.is_new
+
+    def add_listener(self, listener: BucketListener) -> None:
+        self._bucket.add_listener(listener)
+
     # -- ownership -----------------------------------------------------------------------------------------------
 
     async def claim(self, agent: AgentId, worker_id: str) -> Record:
         """Become the owner of an agent that has no record. Raises `RecordTaken` if it has one, even without owner."""
         return await self._create(agent, worker_id, None)
+
+    async def restore(self, lost: Record, owner: str | None, state: bytes | None) -> Record:
+        """Store a record again that is missing, with this state; None for none. Returns the new record.
+
+        Raises `RecordTaken` if somebody claimed the agent meanwhile, and `RecordChanged` if natsrt deleted the record.
+        """
+        record = await self._create(lost.agent, owner, state, missing=True)
+        if record.revision > lost.revision:
+            return record
+        # A bucket that something else made: its revisions may be those of workers that still believe in the old one.
+        logger.error(
+            "the record of %s was lost at revision %d, and the bucket is only at revision %d now: stop the workers, "
+            "delete the bucket, and let natsrt make it",
+            lost.agent, lost.revision, record.revision,
+        )  # fmt: skip
+        await self._delete(record)
+        raise RecordChanged(None)
 
     async def take(self, record: Record, worker_id: str) -> Record:
         """Become the owner in place of the present owner, if any; the state stays. Raises `RecordChanged`."""
@@ -199,12 +230,14 @@ class AgentRecords:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    async def _create(self, agent: AgentId, owner: str | None, state: bytes | None) -> Record:
+    async def _create(self, agent: AgentId, owner: str | None, state: bytes | None, *, missing: bool = False) -> Record:
         try:
-            return await self._write(agent, owner, state, base=0, before=None)
+            return await self._write(agent, owner, state, base=0, before=None, missing=missing)
         except Refused as refused:
-            assert refused.found is not None  # a write after revision 0 is refused only if there is a record
-            raise RecordTaken(refused.found.record) from None
+            found = refused.found
+            if found is None or found.gone:
+                raise RecordChanged(None) from None
+            raise RecordTaken(found.record) from None
 
     async def _replace(self, record: Record, owner: str | None, state: bytes | None) -> Record:
         try:
@@ -213,7 +246,14 @@ class AgentRecords:
             raise refused.changed from None
 
     async def _write(
-        self, agent: AgentId, owner: str | None, state: bytes | None, *, base: int, before: Stored | None
+        self,
+        agent: AgentId,
+        owner: str | None,
+        state: bytes | None,
+        *,
+        base: int,
+        before: Stored | None,
+        missing: bool = False,
     ) -> Record:
         """Store a record with a new state after the revision ``base``; 0 for none. ``before`` is the state there."""
         if not self._bucket.is_open:
@@ -232,7 +272,7 @@ class AgentRecords:
             head = encode_head(agent, owner, write, None)
         leaves_parts = before is not None and before.parts > 0 or self._writes.is_unresolved(key)
         try:
-            revision = await self._writes.put(key, write, base, {RECORD: head}, body)
+            revision = await self._writes.put(key, write, base, {RECORD: head}, body, missing=missing)
         except Refused:
             if oldest is not None:
                 self._cleaning.spawn(self._parts.clean(agent, f"{write}.>"))

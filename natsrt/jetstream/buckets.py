@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Final
+from typing import Any, Final
 
 import nats.js.errors
 from nats.aio.msg import Msg
@@ -27,21 +27,36 @@ def is_gone(headers: dict[str, str] | None) -> bool:
     return headers is not None and (OPERATION in headers or MARKER in headers)
 
 
-async def ensure_bucket(js: JetStreamContext, config: api.KeyValueConfig) -> api.StreamInfo:
+async def ensure_bucket(
+    js: JetStreamContext, config: api.KeyValueConfig, *, first_revision: int | None = None
+) -> api.StreamInfo:
     """Make the bucket if it is missing. Returns its stream, which may be configured otherwise if it existed already.
 
-    Raises what nats-py raises.
+    ``first_revision`` is the revision of the first entry of a new bucket; None: 1. Raises what nats-py raises.
     """
     stream = f"KV_{config.bucket}"
     try:
         return await js.stream_info(stream)
     except nats.js.errors.NotFoundError:
         pass
+    maker = js if first_revision is None else _StartsAt(js, first_revision)
     try:
-        await js.create_key_value(config)
+        await maker.create_key_value(config)
     except nats.js.errors.BadRequestError:  # another runtime made it at the same moment
         pass
     return await js.stream_info(stream)
+
+
+class _StartsAt(JetStreamContext):
+    """Makes streams whose first message has a given sequence. nats-py has no such setting for a bucket."""
+
+    def __init__(self, js: JetStreamContext, first_sequence: int) -> None:
+        super().__init__(js._nc, prefix=js._prefix, timeout=js._timeout)
+        self._first_sequence = first_sequence
+
+    async def add_stream(self, config: api.StreamConfig | None = None, **params: Any) -> api.StreamInfo:
+        assert config is not None
+        return await super().add_stream(config.evolve(first_seq=self._first_sequence), **params)
 
 
 async def last_messages(

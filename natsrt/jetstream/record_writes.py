@@ -20,7 +20,7 @@ from nats.js import api
 from natsrt.errors import CannotDecode, MessageTooLarge, StateUnavailable
 from natsrt.jetstream.acks import WrongRevision
 from natsrt.jetstream.agent_bucket import ANSWER_WITHIN, RETRY_FOR, AgentBucket
-from natsrt.jetstream.buckets import is_gone
+from natsrt.jetstream.buckets import MARKER, is_gone
 from natsrt.jetstream.record import OTHER_HEADER_BYTES, RECORD, Record, decode_record, record_key, write_of
 from natsrt.jetstream.requests import READ, WRITE
 from natsrt.transport.connection import HEADER_OVERHEAD, Connection
@@ -47,6 +47,11 @@ class Found(NamedTuple):
     gone: bool
     headers: dict[str, str] | None
     body: bytes
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether natsrt deleted the record, which then is not missing. Other tombstones are of programs without it."""
+        return self.gone and self.headers is not None and (RECORD in self.headers or MARKER in self.headers)
 
     @property
     def record(self) -> Record:
@@ -111,17 +116,20 @@ class RecordWrites:
             return None
         return Found(key, message.seq or 0, is_gone(message.headers), message.headers, message.data or b"")
 
-    async def put(self, key: str, write: str, base: int, headers: dict[str, str], body: bytes) -> int:
+    async def put(
+        self, key: str, write: str, base: int, headers: dict[str, str], body: bytes, *, missing: bool = False
+    ) -> int:
         """Store the message that follows the revision ``base``; 0: none, or a tombstone. Returns its own revision.
 
-        ``write`` is its name, and in the head in ``headers`` too. Raises `Refused` if the record is at another revision
-        that this worker did not store, and `MessageTooLarge`.
+        ``missing``: only if there is no tombstone of natsrt. ``write`` is the message's name, and in the head in
+        ``headers`` too. Raises `Refused` if the record is at another revision that this worker did not store, and
+        `MessageTooLarge`.
         """
         size = HEADER_OVERHEAD + OTHER_HEADER_BYTES + len(headers[RECORD]) + len(body)
         if size > self._connection.max_payload:
             raise MessageTooLarge(size, self._connection.max_payload)
         try:
-            revision = await self._put_after(key, write, base, headers, body)
+            revision = await self._put_after(key, write, base, headers, body, missing)
         except Refused:
             self._unresolved.pop(key, None)
             raise
@@ -139,7 +147,9 @@ class RecordWrites:
             unresolved = self._unresolved[key] = _Unresolved(base, set())
         unresolved.names.add(write)
 
-    async def _put_after(self, key: str, write: str, base: int, headers: dict[str, str], body: bytes) -> int:
+    async def _put_after(
+        self, key: str, write: str, base: int, headers: dict[str, str], body: bytes, missing: bool
+    ) -> int:
         until = asyncio.get_running_loop().time() + RETRY_FOR
         subject = self._bucket.subject(key)
         expected = base
@@ -154,7 +164,7 @@ class RecordWrites:
             name = write_of(found.headers) if found is not None else None
             if name == write:  # an earlier attempt had arrived
                 return present
-            is_vacant = base == 0 and (found is None or found.gone)
+            is_vacant = base == 0 and (found is None or (found.gone and not (missing and found.is_deleted)))
             if present == expected:  # refused because of another write, which has failed by now
                 await asyncio.sleep(_PAUSE)
             elif not is_vacant and not self._is_own(key, base, name):

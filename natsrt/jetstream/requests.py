@@ -11,8 +11,8 @@ from typing import TypeVar
 import nats.errors
 import nats.js.errors
 
-from natsrt.errors import JetStreamRequired, NatsrtError, PermissionDenied
-from natsrt.transport.connection import Connection
+from natsrt.errors import JetStreamRequired, NatsrtError
+from natsrt.transport.connection import Connection, Refusal
 
 OPEN = "open"
 READ = "read"
@@ -27,6 +27,10 @@ _NEEDED = {
 refuses to publish; it reports the refused subject only, and this tells which request it concerns."""
 _OF_THE_ACCOUNT = "$js.api.info"
 """The one subject of `OPEN` that does not name a bucket."""
+_NO_STREAM = 10059
+"""JetStream's error code for a stream that does not exist."""
+_LOOK_FOR_BUCKET = 1.0
+"""Seconds within which it must be known whether the bucket exists, after a request to it has failed."""
 _NO_JETSTREAM = 10039
 """JetStream's error code for "not enabled for this account"."""
 _PAUSE = 0.2
@@ -57,7 +61,7 @@ class _Attempt:
         self.operation = operation
         self.subject = subject
         self.until = until
-        self.denied: PermissionDenied | None = None
+        self.denied: Refusal | None = None
 
     def __enter__(self) -> None:
         pass
@@ -82,7 +86,8 @@ class BucketRequests:
     A request is repeated for ``retry_for`` seconds. If the bucket cannot be reached until then,
     ``unavailable(operation, reason)`` makes the error. ``subscribed`` are the starts of the subjects whose refusal
     makes every request fail: inboxes, a feed. ``patient``: requests also wait that long for a lost connection, and
-    those that were under way are sent again after a reconnect.
+    those that were under way are sent again after a reconnect. ``make_again`` makes the bucket if it is gone, and
+    returns whether it was gone; None: a bucket that is gone is an error.
     """
 
     def __init__(
@@ -94,13 +99,16 @@ class BucketRequests:
         subscribed: tuple[str, ...],
         retry_for: float,
         patient: bool = False,
+        make_again: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._connection = connection
+        self._name = bucket
         self._bucket = bucket.lower()
         self._unavailable = unavailable
         self._subscribed = tuple(subject.lower() for subject in subscribed)
         self._retry_for = retry_for
         self._patient = patient
+        self._make_again = make_again
         self._running: dict[_Attempt, None] = {}
         self._looking: asyncio.TimerHandle | None = None
         connection.on_denied(self._on_denied)
@@ -122,7 +130,7 @@ class BucketRequests:
                 attempt.end()
         self._looking = loop.call_later(_LOOK_EVERY, self._end_late) if self._running else None
 
-    def _on_denied(self, denied: PermissionDenied) -> None:
+    def _on_denied(self, denied: Refusal) -> None:
         refused = denied.subject.lower()
         for attempt in self._running:
             if attempt.denied is None and (refused.startswith(self._subscribed) or self._needs(attempt, refused)):
@@ -164,9 +172,21 @@ class BucketRequests:
                 raise
             except (nats.errors.Error, OSError, TimeoutError) as error:
                 problem = self._problem(attempt, error)
+            if await self._was_gone(operation) and loop.time() <= until:
+                continue
             if loop.time() > until or not (self._patient or self._connection.connected):
                 raise self._unavailable(operation, problem)
             await asyncio.sleep(_PAUSE)
+
+    async def _was_gone(self, operation: str) -> bool:
+        """Make the bucket if it is gone. Returns whether it was."""
+        if self._make_again is None or operation == OPEN or not self._connection.connected:
+            return False
+        try:
+            async with asyncio.timeout(_LOOK_FOR_BUCKET):
+                return await self._make_again()
+        except (NatsrtError, nats.errors.Error, OSError, TimeoutError):  # the next attempt finds out what is wrong
+            return False
 
     async def _attempt(self, attempt: _Attempt, request: Callable[[], Awaitable[T]]) -> T:
         """Run ``request`` once."""
@@ -192,6 +212,8 @@ class BucketRequests:
         if isinstance(error, nats.js.errors.APIError):
             if error.err_code == _NO_JETSTREAM:
                 raise JetStreamRequired(self._connection.server) from None
+            if error.err_code == _NO_STREAM and self._make_again is not None and attempt.operation != OPEN:
+                return f"the bucket {self._name} is gone"
             if error.code is not None and error.code < 500:
                 raise self._unavailable(attempt.operation, error.description or str(error)) from error
             return error.description or str(error)

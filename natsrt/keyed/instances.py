@@ -13,7 +13,7 @@ from autogen_core import Agent
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.contained import contained
 from natsrt.errors import NatsrtError, StateConflict, StateNotSaved
-from natsrt.jetstream.agent_records import AgentRecords, RecordChanged
+from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.record import encode_state
 from natsrt.keyed.slots import AgentSlot, keeps_state
 from natsrt.keyed.unmade import NotMade
@@ -24,8 +24,10 @@ logger = logging.getLogger("natsrt.hosting")
 
 T = TypeVar("T")
 
-_CHANGED = "its stored state was changed elsewhere"
-"""Why an instance is dropped whose record has another revision; for the log."""
+_LOG_AFTER = 0.2
+"""Seconds within which agents that are stored again are logged in one line."""
+_LIST_AT_MOST = 5
+"""Agents that a log line lists by name."""
 
 
 class Instances:
@@ -46,6 +48,8 @@ class Instances:
         self._records = records
         self._loop = asyncio.get_running_loop()
         self._counters = counters
+        self._restored: list[str] = []
+        """The agents that were stored again, and are not logged yet."""
 
     def count_conflict(self) -> None:
         """An instance was dropped because its record was changed elsewhere."""
@@ -66,8 +70,8 @@ class Instances:
                 state = await self._records.state(record) if record.has_state and keeps_state(agent) else None
                 if state is not None:
                     await _made(contained(agent.load_state(orjson.loads(state))))
-            except RecordChanged:
-                await self.drop_lost(slot, _CHANGED)
+            except RecordChanged as changed:
+                await self.drop_lost(slot, changed.present)
                 raise self.dropped(slot) from None
             except BaseException:
                 await close_agent(slot.remove_instance())
@@ -112,15 +116,89 @@ class Instances:
             return
         try:
             slot.saved(await self._records.save(record, state), self._loop.time())
-        except RecordChanged:
-            await self.drop_lost(slot, _CHANGED)
-            raise self.dropped(slot) from None
+        except RecordChanged as changed:
+            if changed.present is not None or not await self._store_again(slot, record, self._worker_id, state):
+                await self.drop_lost(slot, changed.present)
+                raise self.dropped(slot) from None
         except NatsrtError as error:
             raise StateNotSaved(str(slot.agent_id), self._worker_id, str(error)) from error
 
-    async def drop_lost(self, slot: AgentSlot, reason: str) -> None:
-        """Drop the instance because the record is not as this worker wrote it, and count that."""
+    # -- records that are missing --------------------------------------------------------------------------------
+
+    async def restore(self, slot: AgentSlot, owner: str | None) -> bool:
+        """Store the record of an agent again that is missing, with the state that was stored.
+
+        Call it with `AgentSlot.saving` locked. ``owner`` None: the agent has no owner afterwards. Returns False if
+        somebody else claimed the agent meanwhile, or natsrt deleted the record.
+
+        Raises the errors of the records, and what the agent raises.
+        """
+        lost = slot.record
+        return lost is not None and await self._store_again(slot, lost, owner, await self._stored_state(slot, lost))
+
+    async def present(self, slot: AgentSlot, own: Record) -> Record:
+        """The record of an agent that is owned here, stored again if it was missing. Raises `RecordChanged`."""
+        found = await self._records.read(slot.agent_id)
+        if found is None and await self.restore(slot, self._worker_id) and slot.record is not None:
+            return slot.record
+        if found is None or found.owner != self._worker_id or not self._records.follows(found, own):
+            raise RecordChanged(found)
+        return own
+
+    async def _stored_state(self, slot: AgentSlot, lost: Record) -> bytes | None:
+        """The state that was in a missing record; None if there was none, or if it is stored later.
+
+        A large state is not kept in memory, so the present state of the agent takes its place. If a handler is changing
+        that, it is stored after the handler.
+        """
+        if lost.stored is None or lost.body is not None:
+            return lost.body
+        agent = slot.agent
+        if agent is None or not slot.keeps_state:
+            logger.error("the state of %s is lost: %d bytes, which were stored only", slot.agent_id, lost.size)
+            return None
+        if slot.options.save == "message" and slot.mailbox.inside:
+            return None
+        try:
+            return encode_state(await contained(agent.save_state()))
+        except Exception:
+            logger.exception("the state of %s cannot be stored again yet", slot.agent_id)
+            return None
+
+    async def _store_again(self, slot: AgentSlot, lost: Record, owner: str | None, state: bytes | None) -> bool:
+        try:
+            record = await self._records.restore(lost, owner, state)
+        except (RecordTaken, RecordChanged):
+            return False
+        slot.saved(record, self._loop.time())
+        if not self._restored:
+            self._loop.call_later(_LOG_AFTER, self._log_restored)
+        self._restored.append(f"{slot.agent_id} at revision {record.revision}")
+        return True
+
+    def _log_restored(self) -> None:
+        """Log all agents that were stored again at about the same time in one line."""
+        restored, self._restored = self._restored, []
+        more = f" and {len(restored) - _LIST_AT_MOST:,} more" if len(restored) > _LIST_AT_MOST else ""
+        named = ", ".join(restored[:_LIST_AT_MOST])
+        logger.warning(
+            "records that were gone are stored again, with the states that this worker has: %s%s", named, more
+        )
+
+    # -- dropping ------------------------------------------------------------------------------------------------
+
+    async def drop_lost(self, slot: AgentSlot, present: Record | None) -> None:
+        """Drop the instance because its record is not as this worker wrote it, and count that.
+
+        ``present`` is the record now; None if it was deleted.
+        """
         self.count_conflict()
+        if present is None:
+            reason = "its record was deleted"
+        elif present.owner not in (None, self._worker_id):
+            reason = f"worker {present.owner} has taken it over"
+        else:
+            reason = "its stored state was changed elsewhere"
         logger.warning("the instance of %s is dropped: %s", slot.agent_id, reason)
         await self.drop(slot)
 

@@ -58,6 +58,8 @@ class KeyedOperations:
         operation = body.required("operation")
         if operation == control.GIVE_AWAY:
             return await self._give_away(hosted, body.json())
+        if operation == control.ACTIVATE:
+            self._ownership.check_room(hosted.agent_type, key)
 
         async def carry_out() -> Any:
             return await control.carry_out_message(self._catalog, hosted, key, body)

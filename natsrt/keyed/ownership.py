@@ -8,6 +8,9 @@ Rules:
    message.
 3. An owner that does not answer is replaced when the registry no longer lists it, or when the server says that it does
    not listen and that this cannot be a reconnect that all workers go through.
+4. An agent whose record is missing belongs to the worker that has it, which stores the record again. Another worker
+   claims the agent only if nobody listens on the agent's subject.
+5. A worker that cannot subscribe to an agent's subject leaves the agent to other workers.
 
 `natsrt.keyed.turns` handles the messages of what is owned, `natsrt.keyed.instances` makes and stores it,
 `natsrt.keyed.releasing` gives it up.
@@ -17,22 +20,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+import random
+from collections.abc import Callable, Collection
 
+import nats.errors
 from autogen_core import Agent, AgentId
 
 from natsrt.agents.hosted_type import HostedType
 from natsrt.background import BackgroundTasks
-from natsrt.errors import WorkerLost
+from natsrt.errors import NatsrtError, SubscriptionRefused, WorkerLost
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.keyed.instances import Instances, close_agent
 from natsrt.keyed.releasing import Releasing
+from natsrt.keyed.room import Room
 from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, lease
 from natsrt.keyed.unmade import NotMade, UnmadeAgents
 from natsrt.options import Options
 from natsrt.sending.owner_locator import OwnerLocator
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.peers import Peers
 from natsrt.transport.stall_watch import StallWatch
 from natsrt.wire.failures import class_name
@@ -51,6 +57,13 @@ _PAUSE = 0.02
 """Seconds before the record of an agent that another worker claims or releases is read again; doubled each time."""
 _LONGEST_PAUSE = 0.25
 """Seconds of such a pause at most."""
+_LOOK_EVERY = 10.0
+"""Seconds between two looks whether the bucket of the records still exists."""
+_GATHERED = 0.1
+"""Seconds within which refused subscriptions are one reason to verify or release what is owned."""
+_ROOM = 5
+"""Agents that are released when this worker has no room for a subscription to an inbox: reading the registry takes one,
+and a worker has few at the same time."""
 _CLOSE_WITHIN = 1.0
 """Seconds for which a stop waits for the agents that could not be released to close."""
 _AT_ONCE = 64
@@ -77,8 +90,16 @@ class Declined(Exception):
         super().__init__(str(error))
 
 
+class _NoRoom(Exception):
+    """This worker cannot subscribe to the subject of an agent, because of ``refusal``."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        super().__init__(refusal)
+
+
 class Ownership(RegistryListener):
-    """The ownership of one worker. A `Listener` of its connection, and of its registry."""
+    """The ownership of one worker. A `Listener` of its connection, of its registry, and of the records' bucket."""
 
     def __init__(
         self,
@@ -114,8 +135,12 @@ class Ownership(RegistryListener):
         self._tasks = BackgroundTasks(logger, "verifying keyed agents failed")
         self._verifying = asyncio.Semaphore(_AT_ONCE)
         self._started = False
+        self._room = Room(connection)
+        self._refused: asyncio.TimerHandle | None = None
         connection.add_listener(self)
+        connection.on_denied(self._on_denied)
         registry.add_listener(self)
+        records.add_listener(self)
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
@@ -130,6 +155,7 @@ class Ownership(RegistryListener):
                 raise
             self._stall_watch.start()
             self._releasing.start()
+            self._tasks.spawn(self._watch_bucket())
 
     def begin_drain(self) -> None:
         """Claim no more agents."""
@@ -152,6 +178,8 @@ class Ownership(RegistryListener):
     async def stop(self) -> None:
         """Close the agents that were not released, and forget all."""
         self._stall_watch.stop()
+        if self._refused is not None:
+            self._refused.cancel()
         await self._releasing.stop()
         await self._tasks.cancel()
         left = []
@@ -175,6 +203,41 @@ class Ownership(RegistryListener):
     def evicted(self) -> None:
         self.doubt()
 
+    def bucket_replaced(self) -> None:
+        self.doubt()
+
+    def _on_denied(self, denied: Refusal) -> None:
+        """The server may have ended the subscription to an agent's subject, or has no room for one to an inbox."""
+        if isinstance(denied, SubscriptionRefused):
+            needed = denied.subject.startswith(self._options.inbox_prefix)
+            work = self._make_room if needed else None
+        else:
+            work = self.doubt if denied.operation == "subscribe to" else None
+        if work is not None and self._refused is None:
+            self._refused = self._loop.call_later(_GATHERED, self._after_refusals, work)
+
+    def _after_refusals(self, work: Callable[[], None]) -> None:
+        self._refused = None
+        work()
+
+    def _make_room(self) -> None:
+        """Release some agents: what this worker needs to work with the registry and the records comes first."""
+        unused = [slot for slot in self._slots if slot.record is not None and not slot.users and not slot.is_moving]
+        unused.sort(key=lambda slot: slot.used_at)
+        for slot in unused[:_ROOM]:
+            self._releasing.release_soon(slot)
+
+    async def _watch_bucket(self) -> None:
+        """Look for the bucket from time to time: an agent whose state does not change writes nothing to it."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            if not self._connection.connected or not self.owns_some:
+                continue
+            try:
+                await self._records.look()
+            except (NatsrtError, nats.errors.Error, OSError, TimeoutError) as error:
+                logger.debug("looking for the records of keyed agents: %s", error)
+
     def doubt(self) -> None:
         """Other workers may have taken this one for dead: begin to verify every record again.
 
@@ -186,12 +249,16 @@ class Ownership(RegistryListener):
 
     # -- questions -----------------------------------------------------------------------------------------------
 
-    async def locate(self, hosted: HostedType, key: str, chain: Collection[str]) -> Location:
+    async def locate(self, hosted: HostedType, key: str, chain: Collection[str], *, missing: bool = False) -> Location:
         """Where the agent lives, for a message with this chain. This worker claims it if nobody owns it.
 
-        Raises what claiming raises: `WorkerLost`, and the errors of the records.
+        ``missing``: the asker found no record of the agent, so the own one is verified.
+
+        Raises what claiming raises: `WorkerLost`, `SubscriptionRefused`, and the errors of the records.
         """
         slot = self._slots.get(hosted, key)
+        if missing:
+            slot.doubted()
         slot.asked(chain)
         try:
             owner = await self._own(slot, chain, to_stay=True)
@@ -225,6 +292,12 @@ class Ownership(RegistryListener):
         """Release up to ``count`` agents of a type that can move to other workers now. Returns the number released."""
         return await self._releasing.release_some(agent_type, count)
 
+    def check_room(self, agent_type: str, key: str) -> None:
+        """Raise `SubscriptionRefused` or `PermissionDenied` if this worker does not own the agent, and cannot."""
+        slot = self._slots.find(agent_type, key)
+        if (refusal := self._room.refusal) is not None and (slot is None or slot.record is None):
+            raise refusal
+
     @property
     def owns_some(self) -> bool:
         """Whether this worker owns any agent."""
@@ -247,8 +320,24 @@ class Ownership(RegistryListener):
             leaves = slot.closing or (to_stay and slot.releasing and not slot.mailbox.runs_any(chain))
             if slot.record is not None and not leaves:
                 return None
-        async with slot.moving:
-            return None if slot.record is not None else await self._claim(slot)
+        try:
+            async with slot.moving:
+                return None if slot.record is not None else await self._claim(slot)
+        except _NoRoom as declined:
+            return await self._give_elsewhere(slot, declined.refusal)
+
+    async def _give_elsewhere(self, slot: AgentSlot, refusal: Refusal) -> str:
+        """Have another worker own an agent. Returns its id. Raises ``refusal`` if none can."""
+        others = [w for w in self._registry.view.workers_hosting(slot.hosted.agent_type) if w != self._worker_id]
+        random.shuffle(others)
+        for worker_id in others:
+            try:
+                await self._locator.give(slot.agent_id, worker_id)
+            except Exception as error:  # the factory of that worker may raise anything
+                logger.debug("worker %s does not take %s: %s", worker_id, slot.agent_id, error)
+            else:
+                return worker_id
+        raise refusal
 
     async def _claim(self, slot: AgentSlot) -> str | None:
         """Become the owner, and return None; or return the id of the worker that is, or becomes, the owner."""
@@ -266,11 +355,25 @@ class Ownership(RegistryListener):
         except BaseException:
             await self._instances.drop(slot)
             raise
+        if slot.interest is not None and slot.interest.refusal is not None:
+            await self._give_back(slot, outcome, slot.interest.refusal)
+        self._room.accepted()
         if slot.record is None:  # lost meanwhile, before there was a subscription to end
             await self._instances.drop(slot)
         elif self._slots.must_leave(slot):  # since the claim began
             self._releasing.release_soon(slot)
         return None
+
+    async def _give_back(self, slot: AgentSlot, record: Record, refusal: Refusal) -> None:
+        """Give up an agent that was just claimed, and whose subject the server refuses. Raises `_NoRoom`."""
+        await self._instances.drop(slot)
+        self._room.refused(refusal)
+        logger.warning("this worker takes no more keyed agents for now: %s", refusal)
+        try:
+            await self._records.release(record)
+        except (RecordChanged, NatsrtError) as error:
+            logger.debug("%s cannot be given back: %s", slot.agent_id, error)
+        raise _NoRoom(refusal)
 
     async def _write_claim(self, slot: AgentSlot) -> Record | str:
         """Name this worker in the agent's record, and return the record; or return the id of its present owner.
@@ -279,18 +382,23 @@ class Ownership(RegistryListener):
         """
         until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN
         pause = _PAUSE
-        present: Record | None = None
+        present = None if self._room.refusal is None else await self._records.read(slot.agent_id)
         while True:
             try:
                 if present is None:
+                    if (holder := await self._holder(slot, until)) is not None:
+                        return holder
+                    self._require_room()
                     return await self._records.claim(slot.agent_id, self._worker_id)
                 owner = present.owner
                 if owner is None or owner == self._worker_id:
+                    self._require_room()
                     return await self._records.take(present, self._worker_id)
                 claim = await self._ask_owner(owner, slot.agent_id, slot.blocked_handlers)
                 if claim is Claim.HOLDS:
                     return owner
                 if claim is Claim.FREE:
+                    self._require_room()
                     return await self._records.take(present, self._worker_id)
                 if self._loop.time() > until:
                     raise WorkerLost(str(slot.agent_id), owner, "it owns the agent, but is silent")
@@ -301,6 +409,30 @@ class Ownership(RegistryListener):
                 present = taken.record
             except RecordChanged:
                 present = await self._records.read(slot.agent_id)
+
+    def _require_room(self) -> None:
+        """Raise `_NoRoom` if this worker cannot own more agents."""
+        if (refusal := self._room.refusal) is not None:
+            raise _NoRoom(refusal)
+
+    async def _holder(self, slot: AgentSlot, until: float) -> str | None:
+        """The worker that has an agent without a record; None if none has it, or none has answered at ``until``.
+
+        Raises `RecordTaken` if there is a record.
+        """
+        await self._records.open()
+        while self._loop.time() < until:
+            if await self._locator.is_listened_for(slot.agent_id):
+                present = await self._records.read(slot.agent_id)
+                if present is not None:
+                    raise RecordTaken(present)
+                holder = await self._locator.ask_holder(slot.agent_id, _ASK)
+                if holder is not None:
+                    return holder
+            elif self._connection.settled or not self._records.are_new:
+                return None
+            await asyncio.sleep(_LONGEST_PAUSE)  # it is blocked, reconnecting, or about to end its subscription
+        return None
 
     async def _ask_owner(self, owner: str, agent_id: AgentId, chain: Collection[str]) -> Claim:
         """Ask the owner for its claim on the agent: ``FREE`` if it is gone, ``MOVING`` while that is not certain."""
@@ -332,11 +464,14 @@ class Ownership(RegistryListener):
 
     async def _verify(self, slot: AgentSlot, own: Record) -> None:
         epoch = self.doubt_epoch
-        record = await self._records.read(slot.agent_id)
-        if record is None or record.owner != self._worker_id or not self._records.follows(record, own):
-            await self._instances.drop_lost(slot, "it was taken over while this worker was away")
-        else:
-            slot.verified(epoch)
+        try:
+            await self._instances.present(slot, own)
+        except RecordChanged as changed:
+            await self._instances.drop_lost(slot, changed.present)
+            return
+        slot.verified(epoch)
+        if slot.interest is not None and slot.interest.refusal is not None:
+            self._releasing.release_soon(slot)
 
     async def _verify_all(self, epoch: int) -> None:
         async def verify(slot: AgentSlot) -> None:

@@ -17,7 +17,7 @@ from natsrt.agents.catalog import Catalog
 from natsrt.agents.hosted_type import HostedType
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError
-from natsrt.jetstream.agent_records import AgentRecords, RecordChanged
+from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.keyed.instances import Instances
 from natsrt.keyed.slots import (
@@ -131,8 +131,7 @@ class Releasing:
             if slot.options.save != "manual":
                 await self._instances.store(slot)
             if slot.record is not None:
-                await self._instances.close(slot)
-                await self._records.release(slot.record)
+                await self._release_record(slot, slot.record)
         except RecordChanged:
             self._instances.count_conflict()
         except Exception:
@@ -142,6 +141,21 @@ class Releasing:
                 await self._instances.drop(slot)
             raise
         await self._instances.drop(slot)
+
+    async def _release_record(self, slot: AgentSlot, record: Record) -> None:
+        """Close the instance, and write into the record that nobody owns the agent. A missing record is stored again.
+
+        Raises `RecordChanged`.
+        """
+        async with slot.saving:
+            if record.has_state and record.body is None and slot.agent is not None:  # only the instance has the state
+                record = await self._instances.present(slot, record)
+            await self._instances.close(slot)
+            try:
+                await self._records.release(record)
+            except RecordChanged as changed:
+                if changed.present is not None or not record.has_state or not await self._instances.restore(slot, None):
+                    raise
 
     async def _wait_unused(self, slot: AgentSlot) -> None:
         while slot.is_used(self._exempt):

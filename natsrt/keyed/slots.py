@@ -168,6 +168,10 @@ class AgentSlot:
         """The record is still as this worker wrote it. That was read at this doubt epoch."""
         self.verified_epoch = epoch
 
+    def doubted(self) -> None:
+        """The record may have changed, or be gone."""
+        self.verified_epoch = -1
+
     def listening(self, interest: Interest) -> None:
         """This worker has subscribed to the agent's subject."""
         self.interest = interest

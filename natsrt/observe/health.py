@@ -32,6 +32,8 @@ class Health:
     """True if it is connected. If a server hangs, this becomes False within some seconds."""
     reconnects: int = 0
     """How often the connection was lost and restored. A growing count means a bad network or too slow a program."""
+    server_error: str | None = None
+    """The last error that the server sent, as its text; None if it sent none since the runtime was last connected."""
     in_step: bool = False
     """True if the view of the registry is complete and everything that this runtime hosts is stored there."""
     workers: int = 0

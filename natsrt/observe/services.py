@@ -84,7 +84,7 @@ class Services:
         for verb in _VERBS:
             sink = self._sink(verb)
             for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{self._name}", f"$SRV.{verb}.{self._name}.{self._worker_id}"):
-                self._interests.append(await self._connection.subscribe(subject, sink))
+                self._interests.append(await self._connection.subscribe(subject, sink, optional=True))
 
     async def stop(self) -> None:
         for interest in self._interests:

@@ -25,7 +25,7 @@ from natsrt.background import BackgroundTasks, end_tasks
 from natsrt.errors import AgentNotServed, NatsrtError, PermissionDenied, RegistryUnavailable, ServerUnreachable
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.options import Options
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.peers import Peers
 from natsrt.transport.probe import Probe
 from natsrt.transport.readiness import Readiness
@@ -130,8 +130,8 @@ class Arrivals(RegistryListener):
             self._change.set()
             self._change = asyncio.Event()
 
-    def _on_denied(self, denied: PermissionDenied) -> None:
-        if self._watches:
+    def _on_denied(self, denied: Refusal) -> None:
+        if self._watches and isinstance(denied, PermissionDenied):
             self._denied[denied.subject.lower()] = denied  # the client reports subjects in lower case
 
     # -- one watch -----------------------------------------------------------------------------------------------

@@ -23,11 +23,11 @@ from autogen_core import AgentId
 from nats.aio.msg import Msg
 
 from natsrt.background import BackgroundTasks, end_tasks
-from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, PermissionDenied, ServerUnreachable, WorkerLost
+from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, PermissionDenied, WorkerLost
 from natsrt.options import Options
 from natsrt.transport.abandoned import AbandonedCalls
 from natsrt.transport.call_judgement import AskedWorker, Judge, PendingCall, Verdict
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.inbox import Inbox, is_nobody
 from natsrt.transport.probe import Probe
 from natsrt.wire import envelope
@@ -148,7 +148,9 @@ class CallWatch:
         self._inbox.receivers.pop(call.reply, None)
         self._watched.pop(call.reply, None)
 
-    def _denied(self, denied: PermissionDenied) -> None:
+    def _denied(self, denied: Refusal) -> None:
+        if denied.operation == "subscribe to":
+            return
         for call in list(self.pending.values()):
             if call.subject.lower() == denied.subject.lower():
                 call.fail(PermissionDenied(denied.operation, call.subject))
@@ -230,7 +232,7 @@ class CallWatch:
         limit = self._options.offline_timeout
         if limit is not None and now - down_since > limit:
             for call in list(self.pending.values()):
-                call.fail(ServerUnreachable(self._options.safe_servers, limit, "the connection was lost during a call"))
+                call.fail(self._connection.unreachable(limit, "the connection was lost during a call"))
 
     def _judge_all(self, now: float) -> dict[str, list[PendingCall]]:
         """Carry out the verdicts about the watched calls. Returns, for each worker to ask, the calls to ask about."""

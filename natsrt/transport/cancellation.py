@@ -68,7 +68,7 @@ class Cancellations:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._interest = await self._connection.subscribe(self._subject, self._on_cancel)
+        self._interest = await self._connection.subscribe(self._subject, self._on_cancel, optional=True)
         self.connection_made()
 
     async def stop(self) -> None:

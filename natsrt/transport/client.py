@@ -13,7 +13,12 @@ each:
 - ``_build_message`` and ``_process_headers`` tolerate subjects that are not UTF-8 and unreadable headers. The server
   delivers both, and in nats-py either ends the read loop without an error.
 - ``_process_connect_init`` ends the round trips on the connection before. In nats-py they wait for their timeouts, and
-  a reconnect waited for one that shares its flush.
+  a reconnect waited for one that shares its flush. It also keeps what a server says that does not accept the
+  connection.
+- ``_process_err`` keeps what the server says, and leaves it to the server to close the connection. nats-py closes it
+  for good after almost every error, even if the server keeps it open.
+- ``_send_subscribe``, ``_send_unsubscribe``, ``_send_ping`` and ``_process_pong`` log which subscriptions the server
+  has, so that those are known that it refuses.
 - ``_close`` keeps data that cannot be sent, for `NatsClient.take_unsent`. nats-py writes it even to a closed socket,
   which raises TypeError on Python 3.12 and newer.
 """
@@ -22,8 +27,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import nats.errors
 from nats.aio.client import PING_PROTO, Client
@@ -33,10 +39,13 @@ from nats.protocol.parser import Parser
 
 from natsrt.errors import CannotDecode
 from natsrt.forks import Inherited, drop_in_children, share_nothing
+from natsrt.transport.refusals import ServerError, SubscriptionLog
 from natsrt.transport.stall_watch import StallWatch
 
 logger = logging.getLogger("natsrt.connection")
 
+_SAID = re.compile(rb"-ERR\s+'([^\r\n]*)'")
+"""An error in the data from a server."""
 _MESSAGES = (b"PUB ", b"HPUB ")
 """The starts of the protocol's commands that contain a message."""
 _FULL = 0.005
@@ -47,6 +56,16 @@ _PONG_AT_LAST = 60
 Sink = Callable[[Msg], None]
 Unreadable = Callable[[CannotDecode], None]
 """Called with an error for each message that cannot be read."""
+
+
+class ClientReports(Protocol):
+    """Receives what a client reports besides nats-py's callbacks. No method may raise or block."""
+
+    def unreadable(self, error: CannotDecode) -> None:
+        """Called when a client received a message that it cannot read."""
+
+    def subscriptions_refused(self, client: NatsClient, subjects: dict[int, str]) -> None:
+        """Called when the server has refused subscriptions because of its limit: ``subjects`` has them by their ids."""
 
 
 class Ordered:
@@ -120,6 +139,10 @@ class _Parser(Parser):
                         sink.set_result(message)
                     at = end
                     continue
+            elif words and words[0] == b"-ERR" and (said := _SAID.match(data, at)):  # nats-py's parser lowers its case
+                await client._process_err(said.group(1).decode(errors="replace"))
+                at = end
+                continue
             await super().parse(data[at:end])
             if life is not self._life:
                 return
@@ -134,10 +157,14 @@ class NatsClient(Client, Inherited):
     read, and ``unreadable`` is called for that message; in nats-py, such a message ends the read loop.
     """
 
-    def __init__(self, unreadable: Unreadable, stall_watch: StallWatch) -> None:
+    def __init__(self, reports: ClientReports, stall_watch: StallWatch) -> None:
         super().__init__()
         self._ps = _Parser(self)
-        self._unreadable = unreadable
+        self._reports = reports
+        self._unreadable = reports.unreadable
+        self._log = SubscriptionLog()
+        self.largest = 0
+        """Bytes of the largest message that was sent, with its headers."""
         self._stall_watch = stall_watch
         self._doubts = 0
         """Number of times that there was a reason to doubt the connection."""
@@ -162,6 +189,12 @@ class NatsClient(Client, Inherited):
         socket = None if stream is None else stream.get_extra_info("socket")
         if socket is not None and socket.fileno() >= 0:
             share_nothing(socket.fileno())
+
+    def limit_payload(self, limit: int | None) -> int:
+        """Send no messages of ``limit`` bytes or more; None: as large as the server says. Returns the maximum size."""
+        if limit is not None:
+            self._max_payload = min(self._max_payload, max(0, limit - 1))
+        return self._max_payload
 
     async def listen(self, subject: str, queue: str, sink: Ordered) -> Subscription:
         """Pass every message on ``subject`` to ``sink``. ``queue`` is the queue group; empty for none.
@@ -197,6 +230,8 @@ class NatsClient(Client, Inherited):
             if self._flusher_task is None or self._flusher_task.done():
                 return False
             flushes.put_nowait(asyncio.get_running_loop().create_future())
+        if size > self.largest:
+            self.largest = size
         command = b"".join((start, payload, b"\r\n"))
         self._pending.append(command)
         self._pending_data_size += len(command)
@@ -275,13 +310,6 @@ class NatsClient(Client, Inherited):
         await asyncio.wait({pong})
         self._proven = doubts
 
-    async def _process_connect_init(self) -> None:
-        """Begin a connection, as nats-py does. Round trips on the one before end, because no answers will come."""
-        pongs = self._pongs
-        await super()._process_connect_init()
-        for pong in pongs:
-            pong.cancel()
-
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
     ) -> Msg | None:
@@ -302,6 +330,70 @@ class NatsClient(Client, Inherited):
         except (UnicodeDecodeError, IndexError) as error:
             self._unreadable(CannotDecode("a header block", str(error), headers))
             return None
+
+    # -- what the server says ------------------------------------------------------------------------------------
+
+    async def _process_err(self, err_msg: str) -> None:
+        """Report an error of the server. If it closes the connection now, nats-py reconnects."""
+        error = ServerError(err_msg.strip("'"))
+        if error.too_many_subscriptions:
+            self._log.refused()
+        if error.text.lower() == "stale connection":
+            await super()._process_err(error.text.lower())
+            return
+        self._err = error
+        await self._error_cb(error)
+
+    async def _process_connect_init(self) -> None:
+        """Begin a connection, as nats-py does. Round trips on the one before end, because no answers will come.
+
+        Raises `ServerError` if the server does not accept the connection and says why.
+        """
+        pongs = self._pongs
+        try:
+            await super()._process_connect_init()
+        except (nats.errors.Error, OSError) as error:
+            said = _SAID.search(f"-ERR {str(error).removeprefix('nats: ')}".encode()) or self._said_at_last()
+            if self._transport is not None:
+                self._transport.close()  # type: ignore[no-untyped-call]
+            if said is None:
+                raise
+            raise ServerError(said.group(1).decode(errors="replace")) from error
+        for pong in pongs:
+            pong.cancel()
+        self._log.restart(self._subs)  # nats-py sends them first, and then what is queued
+        for command in self._pending:
+            if command.startswith(b"SUB "):
+                self._log.begun(int(command.split()[-1]))
+            elif command.startswith(b"UNSUB ") and len(words := command.split()) == 2:
+                self._log.ended(int(words[1]))
+
+    def _said_at_last(self) -> re.Match[bytes] | None:
+        """What a server said before it closed the connection, without a chance to read it."""
+        transport: Any = self._transport
+        reader = getattr(transport, "_io_reader", None)  # None for a WebSocket
+        return None if reader is None else _SAID.search(bytes(reader._buffer))
+
+    async def _send_subscribe(self, sub: Subscription) -> None:
+        self._log.begun(sub._id)
+        await super()._send_subscribe(sub)
+
+    async def _send_unsubscribe(self, sid: int, limit: int = 0) -> None:
+        if limit == 0:
+            self._log.ended(sid)
+        await super()._send_unsubscribe(sid, limit)
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        self._log.ping(after_all=not self._pending)
+        await super()._send_ping(future)
+
+    async def _process_pong(self) -> None:
+        await super()._process_pong()
+        refused = self._log.pong()
+        if refused:
+            self._reports.subscriptions_refused(
+                self, {sid: self._subs[sid]._subject for sid in refused if sid in self._subs}
+            )
 
     async def flush(self, timeout: float = 10) -> None:
         """Wait until the server has processed everything that was sent before. Calls during a flush share the next one.

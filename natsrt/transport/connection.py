@@ -7,13 +7,15 @@ Rules:
    subscriptions would be lost, because nats-py runs them in one task per subscription. A sink must not block, and may
    raise only `CannotDecode`, for a message that it cannot read; such messages are logged and counted here. Any other
    exception would end nats-py's read loop, so `Ordered` catches and logs it.
-2. The connection never gives up. nats-py reconnects automatically, except in three cases: after ``-ERR`` it closes
-   permanently; if its read loop has ended, it stays "connected" and receives nothing; if a server hangs while data is
-   unsent, it does not reconnect. In these cases the supervisor connects a new client and repeats every subscription.
+2. The connection never gives up. nats-py reconnects automatically, except in three cases: it has closed permanently; if
+   its read loop has ended, it stays "connected" and receives nothing; if a server hangs while data is unsent, it does
+   not reconnect. In these cases the supervisor connects a new client and repeats every subscription.
 3. After a stall of the event loop, the client writes nothing before the server has answered, because the server may
    have closed the connection meanwhile. What waits is sent after a reconnect, also by a new client.
 4. `barrier` returns only after the server has processed everything that was sent before. nats-py's own ``flush`` does
    not ensure that: it may write its PING ahead of commands that are still queued.
+5. The server decides whether an error ends the connection. What it says is kept, and logged once. A subscription that
+   it refuses is known as soon as a `barrier` after it returns: see `Interest.check`. The supervisor tries it again.
 
 `natsrt.transport.connector` connects and closes clients.
 """
@@ -23,27 +25,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 from collections.abc import Awaitable, Callable, Generator
 from typing import Protocol, cast
 
 import nats.errors
-from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js import JetStreamContext
 
 from natsrt.background import end_tasks
-from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, ServerUnreachable
+from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, ServerUnreachable, SubscriptionRefused
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
 from natsrt.transport.connector import Connector, abandon, close_quietly
+from natsrt.transport.interests import Interest, Interests, Refusal, ServerLog
+from natsrt.transport.refusals import ServerError
 from natsrt.transport.stall_watch import StallWatch
+
+__all__ = ["HEADER_OVERHEAD", "Connection", "Interest", "Listener", "Refusal"]
 
 logger = logging.getLogger("natsrt.connection")
 
 HEADER_OVERHEAD = 12
 """Bytes of ``NATS/1.0`` and the line ends around a header block, which the server counts towards ``max_payload``."""
 
-_VIOLATION = re.compile(r"permissions violation for (publish|subscription)\w* to \"?([^\"\s]+)", re.IGNORECASE)
 _WATCH_INTERVAL = 1.0
 """Seconds between two checks whether the server still answers."""
 _ONE_REQUEST = 2.0
@@ -76,18 +79,6 @@ _NO_WAIT = cast(Generator[None, None, None], iter(()))
 _QUEUED = _Queued()
 
 
-class Interest:
-    """A subscription that outlives its client: `Connection` repeats it on every new client."""
-
-    __slots__ = ("current", "future", "queue", "subject")
-
-    def __init__(self, subject: str, queue: str, future: Ordered) -> None:
-        self.subject = subject
-        self.queue = queue
-        self.future = future
-        self.current: NatsSubscription | None = None
-
-
 class Listener(Protocol):
     """Is notified when the connection is lost or made. Neither method may raise or block."""
 
@@ -103,9 +94,12 @@ class Connection:
         self._stall_watch = StallWatch(_STALL, self._stalled)
         self._connector = Connector(options, client_name, self._stall_watch)
         self._client: NatsClient | None = None
-        self._interests: dict[Interest, None] = {}
+        self._jetstream: tuple[NatsClient, JetStreamContext] | None = None
+        """The client and its JetStream context, which is made once per client."""
+        self._interests = Interests()
         self._listeners: list[Listener] = []
-        self._denied: list[Callable[[PermissionDenied], None]] = []
+        self._denied: list[Callable[[Refusal], None]] = []
+        self._server_log = ServerLog()
         self._up = asyncio.Event()
         self._waiting: set[asyncio.Future[None]] = set()
         self._closing = True
@@ -115,6 +109,11 @@ class Connection:
         self._reconnected_at = -math.inf
         self.max_payload = 0
         """Maximum size of a message in bytes, including headers, of the current or last server; 0 before the first."""
+        self._payload_limit: int | None = None
+        """Messages may be smaller than this many bytes. The server does not announce the limit of an account; None as
+        long as no message exceeded it."""
+        self.server_error: str | None = None
+        """The last error that the server sent, as its text; None if there was none since it was last connected."""
         self.undecodable = 0
         """Number of messages that could not be read and were not for a handler, or for which none could be found."""
 
@@ -138,13 +137,16 @@ class Connection:
     def client(self) -> NatsClient:
         """The current client. Do not keep it, because it may be replaced. Raises `ServerUnreachable` if not open."""
         if self._client is None:
-            raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection is not open")
+            raise self.unreachable(0.0, "the connection is not open")
         return self._client
 
     @property
     def jetstream(self) -> JetStreamContext:
         """A JetStream context with a short timeout, for requests that are repeated if they are not answered."""
-        return self.client.jetstream(timeout=min(_ONE_REQUEST, self._options.connect_timeout))
+        client = self.client
+        if self._jetstream is None or self._jetstream[0] is not client:
+            self._jetstream = client, client.jetstream(timeout=min(_ONE_REQUEST, self._options.connect_timeout))
+        return self._jetstream[1]
 
     @property
     def server(self) -> str:
@@ -155,7 +157,35 @@ class Connection:
     def add_listener(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
-    def on_denied(self, callback: Callable[[PermissionDenied], None]) -> None:
+    @property
+    def refusals(self) -> list[Refusal]:
+        """The errors of the subscriptions that the server refuses now, except optional ones."""
+        return self._interests.refusals
+
+    @property
+    def ended_subscriptions(self) -> int:
+        """Number of subscriptions that were ended, so that the server has room for others."""
+        return self._interests.ended
+
+    @property
+    def refused(self) -> bool:
+        """True if the server was reached, and does not accept the connection."""
+        return not self.connected and self._connector.refusal is not None
+
+    def check(self) -> None:
+        """Raise the error of a subscription that the server refuses, if there is one that is not optional."""
+        for refusal in self.refusals:
+            raise refusal
+
+    def unreachable(self, seconds: float, reason: str | None = None) -> ServerUnreachable | PermissionDenied:
+        """The error for an operation that had no connection for ``seconds`` seconds.
+
+        ``reason`` is for a server that cannot be reached; None for the last error. If a server answers and refuses the
+        connection, the error says what the server says.
+        """
+        return self._connector.unreachable(seconds, reason)
+
+    def on_denied(self, callback: Callable[[Refusal], None]) -> None:
         """Call ``callback`` for every publish or subscribe that the server refuses.
 
         `publish` and `subscribe` cannot raise this error, because it arrives later and contains only the subject.
@@ -172,6 +202,8 @@ class Connection:
         """
         self._closing = False
         self._connector.reset()
+        self.server_error = None
+        self._payload_limit = None
         try:
             self._client = await self._connector.connect(self, self._options.connect_timeout)
         except BaseException:
@@ -220,7 +252,7 @@ class Connection:
             async with asyncio.timeout_at(None if timeout is None else begun + timeout):
                 await waiter
         except TimeoutError:
-            raise ServerUnreachable(self._options.safe_servers, timeout or 0.0, self._connector.last_error) from None
+            raise self.unreachable(timeout or 0.0) from None
         finally:
             self._waiting.discard(waiter)
 
@@ -238,20 +270,42 @@ class Connection:
     # -- what the client reports ---------------------------------------------------------------------------------
 
     async def client_error(self, error: Exception) -> None:
-        """Log an error of a client, and report a permission that the server refused. Part of `ClientOwner`."""
-        text = self._connector.note_error(error)
-        if text is None:
-            return
-        if match := _VIOLATION.search(text):
-            operation = "publish to" if match.group(1).lower() == "publish" else "subscribe to"
-            denied = PermissionDenied(operation, match.group(2))
-            logger.warning("%s", denied)
-            for callback in self._denied:
-                callback(denied)
+        """Log an error of a client, and report what the server refused. Part of `ClientOwner`."""
+        self._connector.note_error(error)
+        if isinstance(error, ServerError):
+            self._server_said(error)
         elif self._up.is_set():
-            logger.warning("connection to %s: %s", self.server, text)
+            logger.warning("connection to %s: %s", self.server, self._connector.last_error)
         else:
-            logger.debug("connecting to %s: %s", ", ".join(self._options.safe_servers), text)
+            logger.debug("connecting to %s: %s", ", ".join(self._options.safe_servers), self._connector.last_error)
+
+    def _server_said(self, error: ServerError) -> None:
+        self.server_error = error.text
+        if error.too_large and self._client is not None:
+            self._payload_limit = min(self._payload_limit or self._client.largest, self._client.largest)
+        if (violation := error.violation) is not None:
+            denied = PermissionDenied(violation.operation, violation.subject)
+            self._server_log.log(error, str(denied))
+            if denied.operation == "subscribe to":
+                place = violation.subject, violation.queue
+                refused = [interest for interest in self._interests if (interest.subject, interest.queue) == place]
+                self._interests.refuse(refused, lambda _: denied)
+            self._tell_denied(denied)
+        else:
+            self._server_log.log(error, f"the server {self.server} says: {error.text}")
+
+    def subscriptions_refused(self, client: NatsClient, subjects: dict[int, str]) -> None:
+        """Part of `ClientOwner`."""
+        if self._client is client:
+            reason = self.server_error or "maximum subscriptions exceeded"
+            refused = [i for i in self._interests if i.current is not None and i.current._id in subjects]
+            self._interests.refuse(refused, lambda interest: SubscriptionRefused(interest.subject, reason))
+            for subject in subjects.values():
+                self._tell_denied(SubscriptionRefused(subject, reason))
+
+    def _tell_denied(self, denied: Refusal) -> None:
+        for callback in self._denied:
+            callback(denied)
 
     def unreadable(self, error: CannotDecode) -> None:
         """Count and log a message that could not be read. Part of `ClientOwner`."""
@@ -282,6 +336,7 @@ class Connection:
         if self._up.is_set():
             logger.warning("lost the connection to %s", self.server)
             self._up.clear()
+            self._interests.accept_all()  # they are all sent again on the next connection
             for listener in self._listeners:
                 listener.connection_lost()
 
@@ -291,7 +346,10 @@ class Connection:
         self._made()
 
     def _made(self) -> None:
-        self.max_payload = self.client.max_payload
+        self.max_payload = self.client.limit_payload(self._payload_limit)
+        self._connector.refusal = None
+        if not self._interests.refused:
+            self.server_error = None
         self._up.set()
         for waiter in self._waiting:
             if not waiter.done():
@@ -323,6 +381,7 @@ class Connection:
                     await self._replace.wait()
             except TimeoutError:
                 if await self._answers():
+                    await self._try_refused()
                     continue
             self._replace.clear()
             self._lost()
@@ -349,6 +408,23 @@ class Connection:
             heard = client.stats["in_msgs"]
         return False
 
+    async def _try_refused(self) -> None:
+        """Try the subscriptions again that the server has refused, once in some seconds."""
+        client = self._client
+        if client is None or not self.connected or not (tried := self._interests.take_due()):
+            return
+        try:
+            for interest in tried:
+                if interest.current is not None:
+                    client._remove_sub(interest.current._id)
+                interest.current = await client.listen(interest.subject, interest.queue, interest.future)
+            await client.flush(_ONE_REQUEST)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            logger.debug("trying refused subscriptions again: %s", error)
+        accepted = sum(interest.refusal is None for interest in tried)
+        if accepted:
+            logger.info("the server %s accepts %d subscriptions that it had refused", self.server, accepted)
+
     async def _begins_to_reconnect(self, client: NatsClient) -> bool:
         """True if a disconnected client reports its disconnection in time.
 
@@ -372,7 +448,7 @@ class Connection:
             try:
                 client = await self._connector.connect(self, self._options.connect_timeout)
                 self._client = client
-                for interest in list(self._interests):
+                for interest in self._interests:
                     if interest in self._interests:
                         interest.current = await client.listen(interest.subject, interest.queue, interest.future)
                 await client.send_again(unsent)
@@ -392,16 +468,17 @@ class Connection:
 
     # -- sending and subscribing ---------------------------------------------------------------------------------
 
-    def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> None:
-        """Raise `MessageTooLarge` if the server would close the connection for the size of this message.
+    def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> int:
+        """Return the size of a message in bytes, with its headers.
 
-        Headers count too.
+        Raises `MessageTooLarge` if the server would close the connection for that size.
         """
         size = len(payload)
         if headers:
             size += HEADER_OVERHEAD + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
         if size > self.max_payload:
             raise MessageTooLarge(size, self.max_payload)
+        return size
 
     def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
@@ -421,21 +498,22 @@ class Connection:
         self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None
     ) -> None:
         client = self.client
-        self.check_size(payload, headers)
+        client.largest = max(client.largest, self.check_size(payload, headers))
         try:
             await client.publish(subject, payload, reply, headers)
         except nats.errors.MaxPayloadError:
             raise MessageTooLarge(len(payload), self.max_payload) from None
         except (nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError) as error:
-            raise ServerUnreachable(self._options.safe_servers, 0.0, str(error)) from error
+            raise self.unreachable(0.0, str(error)) from error
 
-    async def subscribe(self, subject: str, sink: Sink, *, queue: str = "") -> Interest:
+    async def subscribe(self, subject: str, sink: Sink, *, queue: str = "", optional: bool = False) -> Interest:
         """Pass every message on ``subject`` to ``sink``, also after reconnects.
 
-        ``queue`` is the queue group; empty for none. The subscription is certain to be in effect after a `barrier`.
+        ``queue`` is the queue group; empty for none. ``optional``: the runtime works without it, so it is ready even if
+        the server refuses it. After a `barrier` the subscription is in effect, unless `Interest.check` raises.
         """
-        interest = Interest(subject, queue, Ordered(sink, self.unreadable))
-        self._interests[interest] = None
+        interest = Interest(subject, queue, Ordered(sink, self.unreadable), optional)
+        self._interests.add(interest)
         if self._client is not None and not self._client.is_closed:
             interest.current = await self._client.listen(subject, queue, interest.future)
         return interest
@@ -445,7 +523,7 @@ class Connection:
 
         Has no effect if it has ended.
         """
-        if self._interests.pop(interest, self) is self:
+        if not self._interests.remove(interest):
             return
         current, interest.current = interest.current, None
         if current is None or self._client is None:
@@ -476,7 +554,7 @@ class Connection:
         finally:
             flushing.cancel()
         if not self.connected or reconnects != self.reconnects:
-            raise ServerUnreachable(self._options.safe_servers, 0.0, "the connection was lost while waiting")
+            raise self.unreachable(0.0, "the connection was lost while waiting")
         try:
             flushing.result()
         except (nats.errors.Error, OSError, TimeoutError) as error:

@@ -14,9 +14,10 @@ import nats.errors
 from nats.aio.client import Client
 
 from natsrt.background import BackgroundTasks, end_tasks
-from natsrt.errors import CannotDecode, PermissionDenied, ServerUnreachable
+from natsrt.errors import PermissionDenied, ServerRefused, ServerUnreachable
 from natsrt.options import Options
-from natsrt.transport.client import NatsClient
+from natsrt.transport.client import ClientReports, NatsClient
+from natsrt.transport.refusals import ServerError
 from natsrt.transport.stall_watch import StallWatch
 
 logger = logging.getLogger("natsrt.connection")
@@ -27,14 +28,15 @@ _ONE_CLOSE = 2.0
 """Maximum time to wait for a client to close, in seconds."""
 
 
-class ClientOwner(Protocol):
+_CUT_OFF = (nats.errors.UnexpectedEOF, ConnectionResetError, BrokenPipeError)
+"""Errors of a connection that the server closes. They say less than what the server said before."""
+
+
+class ClientOwner(ClientReports, Protocol):
     """Receives the reports of the clients that it has connected, including clients that it has replaced."""
 
     async def client_error(self, error: Exception) -> None:
         """Called when a client reports an error, possibly before it is connected."""
-
-    def unreadable(self, error: CannotDecode) -> None:
-        """Called when a client received a message that it cannot read."""
 
     def client_disconnected(self, client: NatsClient) -> None:
         """Called when the client has lost its connection. It reconnects automatically."""
@@ -55,6 +57,9 @@ class Connector:
         self._stall_watch = stall_watch
         self.last_error: str | None = None
         """The text of the last error, for the errors of waits that time out; None if there was none."""
+        self.refusal: ServerError | None = None
+        """Why the server ended the connection, or does not accept it; None if it has not said so since it was last
+        reached."""
         self._discovered: dict[str, None] = {}
         """Servers of the cluster that former clients discovered. A new client may have to connect to one of them."""
         self._refused: asyncio.Future[None] | None = None
@@ -62,7 +67,7 @@ class Connector:
 
     def reset(self) -> None:
         """Forget the last error and the discovered servers."""
-        self.last_error = None
+        self.last_error = self.refusal = None
         self._discovered.clear()
 
     def discover(self, client: NatsClient) -> None:
@@ -70,21 +75,33 @@ class Connector:
         if not any(url.startswith("ws") for url in self._options.servers):  # nats-py would use them as TCP servers
             self._discovered |= dict.fromkeys(url.geturl() for url in client.discovered_servers)
 
-    def note_error(self, error: Exception) -> str | None:
-        """Keep the text of a client's error. Returns it; None if the error says that the credentials were refused."""
-        self.last_error = text = str(error) or type(error).__name__
-        if "authorization violation" in text.lower() or isinstance(error, nats.errors.AuthorizationError):
-            if self._refused is not None and not self._refused.done():
-                self._refused.set_exception(PermissionDenied("connect", "with these credentials"))
-            return None
-        return text
+    def note_error(self, error: Exception) -> None:
+        """Keep an error of a client."""
+        self.last_error = str(error) or type(error).__name__
+        if not isinstance(error, ServerError):
+            if not isinstance(error, _CUT_OFF):
+                self.refusal = None  # the server cannot be reached any more
+            return
+        if error.ends_connection:
+            self.refusal = error
+        if error.refuses_credentials and self._refused is not None and not self._refused.done():
+            self._refused.set_exception(self.unreachable(0.0))
+
+    def unreachable(self, seconds: float, reason: str | None = None) -> ServerUnreachable | PermissionDenied:
+        """See `Connection.unreachable`."""
+        refusal, servers = self.refusal, self._options.safe_servers
+        if refusal is None:
+            return ServerUnreachable(servers, seconds, reason or self.last_error)
+        if refusal.refuses_credentials:
+            return PermissionDenied("connect", "with these credentials", refusal.text)
+        return ServerRefused(servers, seconds, refusal.text)
 
     async def connect(self, owner: ClientOwner, timeout: float) -> NatsClient:
         """Return a new, connected client that reports to ``owner``.
 
         Raises `ServerUnreachable` after ``timeout`` seconds, and `PermissionDenied` if the credentials are refused.
         """
-        client = NatsClient(owner.unreadable, self._stall_watch)
+        client = NatsClient(owner, self._stall_watch)
         settings = self._options.connect_kwargs()
         settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
         settings["servers"] += self._discovered
@@ -106,11 +123,13 @@ class Connector:
             if refused.done():
                 refused.result()
             if not connecting.done():
-                raise ServerUnreachable(self._options.safe_servers, timeout, self.last_error)
+                raise self.unreachable(timeout)
             try:
                 connecting.result()
             except (nats.errors.Error, OSError) as error:
-                raise ServerUnreachable(self._options.safe_servers, timeout, str(error)) from error
+                self.note_error(error)
+                raise self.unreachable(timeout) from error
+            self.refusal = None
             return client
         except BaseException:
             await end_tasks(connecting)

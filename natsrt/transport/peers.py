@@ -48,6 +48,10 @@ class Peers:
         """True if the server has a worker's subscription to the worker's subject, or if no server reported."""
         return await self._probe.listens(self._subjects.worker(worker_id))
 
+    async def has_listener(self, subject: str) -> bool:
+        """True if the server has a subscription to ``subject`` that may answer, or if no server reported."""
+        return await self._probe.listens(subject)
+
     async def serves(self, worker_id: str, agent_type: str, revision: int, timeout: float) -> bool:
         """True if a worker confirms within ``timeout`` seconds that it serves the subscriptions of an agent type.
 

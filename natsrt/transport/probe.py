@@ -15,8 +15,7 @@ import orjson
 from nats.aio.msg import Msg
 from nats.nuid import NUID
 
-from natsrt.errors import PermissionDenied
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.inbox import Inbox, is_nobody
 
 TRACE_DEST: Final = "Nats-Trace-Dest"
@@ -43,7 +42,7 @@ class Probe:
         """True if this user may not publish to its own inbox, to which the server would report in its name."""
         connection.on_denied(self._on_denied)
 
-    def _on_denied(self, denied: PermissionDenied) -> None:
+    def _on_denied(self, denied: Refusal) -> None:
         if denied.subject.lower().startswith(self._inbox.subject(_TOKEN).lower()):
             self._refused = True
 

@@ -6,7 +6,7 @@ The questions and answers are described in docs/PROTOCOL.md.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,6 +23,11 @@ class Claim(Enum):
     """It is claiming or releasing the agent now."""
     FREE = "free"
     """It does not own the agent."""
+
+
+MISSING: Final = b'{"missing":true}'
+"""The data of a question about an agent's location, asked of the worker that listens on the agent's own subject: the
+record of the agent is missing."""
 
 
 class Location(NamedTuple):
@@ -66,6 +71,12 @@ def read_links(answer: Envelope) -> list[WaitLink]:
         return _LINKS.validate_python(answer.json()["waits"])
     except (TypeError, KeyError, ValidationError):
         raise CannotDecode("a worker's answer about waiting calls", "it is not a list of waiting calls") from None
+
+
+def says_missing(question: Envelope) -> bool:
+    """True if a question about an agent's location says that the agent's record is missing. Raises `CannotDecode`."""
+    data = question.json()
+    return isinstance(data, dict) and data.get("missing") is True
 
 
 def read_location(answer: Envelope, agent: Any) -> Location:
