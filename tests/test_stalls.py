@@ -63,6 +63,7 @@ async def test_nothing_that_is_sent_around_a_stall_is_lost_or_comes_twice(
     assert numbers == SCENARIOS[scenario], program.describe()
     said = [line for line in program.stderr.splitlines() if "the event loop did not run for" in line]
     assert said and all("asyncio.to_thread" in line for line in said)
+    assert "Start one with" not in program.stderr  # there is a server
     assert "lost the connection" in program.stderr  # the stall was long enough to test anything
     if scenario == "idle":
         assert float(program.stdout.split("processor")[1]) < 2
@@ -194,6 +195,18 @@ async def test_closing_gives_up_after_connect_timeout_and_says_so(
         await connection.publish(namespace, b"lost")
         await ended(connection.close())
     assert "messages that were sent last are lost" in caplog.text
+
+
+async def test_a_reconnect_does_not_wait_for_a_round_trip_on_the_connection_before(link: Link) -> None:
+    link.proxy.freeze()
+    waiting = asyncio.create_task(link.connection.client.flush())
+    await eventually(lambda: link.connection.client._pongs)
+    link.proxy.cut()
+    await link.proxy.restore()
+    await eventually(lambda: link.connection.reconnects == 1 and link.connection.connected)
+    await asyncio.wait({waiting}, timeout=5)
+    assert waiting.done()
+    assert waiting.exception() is not None
 
 
 async def test_waiting_for_a_connection_always_waits_while_there_is_none(link: Link) -> None:

@@ -7,6 +7,7 @@ answered "busy", so that their callers try another worker, and events are droppe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from functools import partial
@@ -16,7 +17,7 @@ from nats.aio.msg import Msg
 
 from natsrt.agents.inbound import CALL, EVENT, Inbound, Route
 from natsrt.background import BackgroundTasks
-from natsrt.errors import CannotDecode
+from natsrt.errors import CannotDecode, ServerUnreachable
 from natsrt.observe.metrics import Counters
 from natsrt.options import Options
 from natsrt.transport.client import Sink
@@ -197,9 +198,11 @@ class Intake:
         self._tasks.spawn(self._caught_up())
 
     async def _caught_up(self) -> None:
-        """Wait for a round trip to the server. Messages that arrive later were not in the socket during the stall."""
+        """Wait for a round trip to the server, or for the loss of the connection. Messages that arrive later were not
+        in the socket during the stall."""
         try:
-            await self._connection.barrier()
+            with contextlib.suppress(ServerUnreachable):
+                await self._connection.barrier()
         finally:
             self._stalls -= 1
 
