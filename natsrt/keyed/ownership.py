@@ -512,23 +512,29 @@ class Ownership(RegistryListener):
                 return slot.agent
 
     async def _load(self, slot: AgentSlot) -> None:
-        """Make the instance. If that fails, give the agent up if another worker hosts its type. Raises `Declined`."""
-        self._decline(slot)
+        """Make the instance. If it cannot be made, give the agent up if another worker hosts its type.
+
+        Raises `Declined` then.
+        """
         try:
+            self._decline(slot)
             await self._instances.load(slot)
         except NotMade as failure:
             self._unmade.failed(slot.agent_id, failure.error, self._loop.time())
             if not self._others_host(slot):
                 raise failure.error from None
-            logger.warning(
-                "%s cannot be made here (%s) and is left to other workers",
-                slot.agent_id,
-                class_name(type(failure.error)),
-            )
-            if not slot.releasing:
-                self._releasing.release_soon(slot)
+            what = class_name(type(failure.error))
+            logger.warning("%s cannot be made here (%s) and is left to other workers", slot.agent_id, what)
+            self._leave_to_others(slot)
             raise Declined(failure.error) from None
+        except Declined:
+            self._leave_to_others(slot)
+            raise
         self._unmade.made(slot.agent_id)
+
+    def _leave_to_others(self, slot: AgentSlot) -> None:
+        if slot.record is not None and not slot.releasing:
+            self._releasing.release_soon(slot)
 
     def _decline(self, slot: AgentSlot) -> None:
         """Raise `Declined` if the agent could not be made here lately, and another worker hosts its type."""
