@@ -282,14 +282,14 @@ async def test_a_worker_that_reconnects_later_than_others_keeps_its_agents(
         first = await behind.worker("w1")
         await first.send_message(Add(5), agent("k"))
         second = await place.worker("w2")
-        proxy.freeze()
+        proxy.cut()
         await storage.wipe()
         await eventually(lambda: second.ready, timeout=15)
         hosted = second._catalog.find("counting")
         assert hosted is not None
         locating = asyncio.ensure_future(second.running.ownership.locate(hosted, "k", ()))
         await asyncio.wait({locating}, timeout=1.0)
-        proxy.thaw()
+        await proxy.restore()
         assert (await locating).worker_id == first.running.worker_id
         assert (await second.send_message(Add(1), agent("k"))).value == 6
         assert conflicts(first, second) == 0
