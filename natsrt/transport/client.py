@@ -287,6 +287,7 @@ class NatsClient(Client, Inherited):
                     while self._in_doubt:
                         await self._prove()
                     transport.writelines(self._pending)
+                    self._log.written()
                     self._pending, self._pending_data_size, self._kept_back = [], 0, False
                     await transport.drain()  # type: ignore[no-untyped-call]
             except OSError as error:
@@ -305,6 +306,7 @@ class NatsClient(Client, Inherited):
         doubts, self._kept_back = self._doubts, True
         pong = asyncio.get_running_loop().create_future()
         self._pongs.append(pong)
+        self._log.ping()
         self._transport.write(PING_PROTO)
         await self._transport.drain()  # type: ignore[no-untyped-call]
         await asyncio.wait({pong})
@@ -384,7 +386,7 @@ class NatsClient(Client, Inherited):
         await super()._send_unsubscribe(sid, limit)
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        self._log.ping(after_all=not self._pending)
+        self._log.ping()
         await super()._send_ping(future)
 
     async def _process_pong(self) -> None:

@@ -102,37 +102,43 @@ class SubscriptionLog:
         self._held: set[int] = set()
         """The ids of the subscriptions that the server is known to have."""
         self._sent: list[tuple[int, bool]] = []
-        """Ids of subscriptions that were begun (True) or ended (False), and are not answered."""
+        """Ids of subscriptions that were begun (True) or ended (False), and are not answered: written ones first."""
         self._answered = 0
         """Number of entries that were removed from the start of `_sent`."""
+        self._written = 0
+        """Number of entries, of all that there ever were, that are written to the connection."""
         self._pings: deque[int] = deque()
         """For each PING on its way: the number of entries that the server processes before it."""
         self._refusals = 0
 
     def restart(self, sids: Iterable[int]) -> None:
-        """There is a new connection. The subscriptions ``sids`` are sent on it, in this order."""
+        """There is a new connection. The subscriptions ``sids`` are written to it, in this order."""
         self._held.clear()
         self._sent = [(sid, True) for sid in sids]
         self._answered = 0
+        self._written = len(self._sent)
         self._pings.clear()
         self._refusals = 0
 
     def begun(self, sid: int) -> None:
-        """A subscription is sent."""
+        """A subscription is queued."""
         self._sent.append((sid, True))
 
     def ended(self, sid: int) -> None:
-        """The end of a subscription is sent."""
+        """The end of a subscription is queued."""
         self._sent.append((sid, False))
 
     def refused(self) -> None:
         """The server has refused one more subscription."""
         self._refusals += 1
 
-    def ping(self, *, after_all: bool) -> None:
-        """A PING is sent. ``after_all`` is False if it may overtake what is logged."""
-        before = self._pings[-1] if self._pings else self._answered
-        self._pings.append(self._answered + len(self._sent) if after_all else before)
+    def written(self) -> None:
+        """All that was queued is written to the connection."""
+        self._written = self._answered + len(self._sent)
+
+    def ping(self) -> None:
+        """A PING is written. It may overtake what is queued."""
+        self._pings.append(self._written)
 
     def pong(self) -> list[int]:
         """The server has answered the first PING. Returns the ids of the subscriptions that are known to be refused."""
