@@ -315,7 +315,15 @@ async def test_keyed_agents_that_do_not_fit_after_a_reconnect_move_to_another_wo
     await eventually(lambda: caller.running.connection.connected and first.running.connection.connected, timeout=10)
     await place.worker("w2")
     await eventually(lambda: first.ready, timeout=20, message=f"{first.health()}")
-    totals = await asyncio.gather(*(caller.send_message(Add(), agent(key)) for key in keys))
+
+    async def add(key: str) -> Total:
+        try:
+            total: Total = await caller.send_message(Add(), agent(key))
+        except natsrt.StateConflict:  # a release whose acknowledgement found no room; the change was not kept
+            total = await caller.send_message(Add(), agent(key))
+        return total
+
+    totals = await asyncio.gather(*map(add, keys))
     assert [total.value for total in totals] == [2] * len(keys)
     assert {total.worker for total in totals} == {"w1", "w2"}
 
