@@ -64,6 +64,7 @@ class Membership:
         self._worker_id = worker_id
         self._joined = False
         self._joining = asyncio.Lock()
+        self._registry.add_listener(self._declarations)
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
+from autogen_core import (
+    AgentId,
+    ClosureAgent,
+    ClosureContext,
+    MessageContext,
+    RoutedAgent,
+    TypeSubscription,
+    rpc,
+)
 
 import natsrt
 from natsrt import NatsAgentRuntime
@@ -175,6 +183,41 @@ async def test_a_worker_that_was_killed_excludes_nothing(
     await instance(successor, "memory-doomed", "successor")
     async with successor:  # although the entries of the killed one stay for some seconds
         assert await successor.send_message("hi", AgentId("memory-doomed", "k")) == "successor"
+
+
+@pytest.mark.parametrize("before_the_start", [False, True], ids=["after the start", "before the start"])
+async def test_a_second_worker_with_the_closure_type_of_another_one_is_warned_once(
+    server: EmbeddedServer, namespace: str, caplog: pytest.LogCaptureFixture, before_the_start: bool
+) -> None:
+    async def collect(agent: ClosureContext, message: str, ctx: MessageContext) -> None:
+        pass
+
+    async def session(name: str, *types: str) -> NatsAgentRuntime:
+        runtime = NatsAgentRuntime(server.url, namespace=namespace, name=name)
+        if not before_the_start:
+            await runtime.start()
+        for agent_type in types:
+            await ClosureAgent.register_closure(runtime, agent_type, collect)
+            await runtime.add_subscription(TypeSubscription("results", agent_type))
+        await plain(runtime, "ordinary", name)
+        if before_the_start:
+            await runtime.start()
+        return runtime
+
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    first = await session("first", "collect", "unique-1")
+    assert warnings() == []
+    second = await session("second", "collect", "unique-2")
+    (warning,) = warnings()
+    assert f"worker {first.worker_id} hosts the ClosureAgent type 'collect' too" in warning
+    assert "unique name" in warning and "namespace" in warning and "session as the key" in warning
+    await second.close()
+    await first.close()
+    third = await session("third", "collect")
+    assert len(warnings()) == 1
+    await third.close()
 
 
 def test_a_type_on_which_workers_differ_is_what_the_first_one_says() -> None:
