@@ -14,8 +14,8 @@ from nats.aio.msg import Msg
 from nats.nuid import NUID
 
 from natsrt.errors import NoLiveWorker
-from natsrt.jetstream.registry.entries import NOBODY, KnownEntry, TypeEntry
-from natsrt.jetstream.registry.view import View
+from natsrt.jetstream.registry.entries import KnownEntry, TypeEntry
+from natsrt.jetstream.registry.registry import Registry
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.transport.connection import Connection
@@ -68,12 +68,12 @@ def ls(connecting: Connecting, agent_type: str | None, owners: bool, instances: 
 
     async def run() -> list[dict[str, Any]]:
         async with connecting.runtime() as runtime:
-            view = runtime.running.registry.view
+            registry = runtime.running.registry
             if agent_type is not None:
-                refuse_unknown(view, agent_type)
+                await refuse_unknown(registry, agent_type)
             if instances:
                 return await _instance_rows(runtime, agent_type)
-            rows = [row for row in type_rows(view) if agent_type in (None, row["type"])]
+            rows = await type_rows(registry, agent_type)
             await add_keyed(runtime, rows, owners=owners or agent_type is not None)
             return rows
 
@@ -89,15 +89,17 @@ def ls(connecting: Connecting, agent_type: str | None, owners: bool, instances: 
         print_keyed(rows)
 
 
-def type_rows(view: View) -> list[dict[str, Any]]:
-    """The rows of ``agents ls``, one for each agent type."""
+async def type_rows(registry: Registry, only: str | None = None) -> list[dict[str, Any]]:
+    """The rows of ``agents ls``, one for each agent type; only that of one type if it is given."""
+    known = await registry.known(only)
+    view = registry.view
     rows = []
-    for agent_type in sorted({*view.hosts, *view.known}):
+    for agent_type in sorted({*view.hosts, *known}) if only is None else [only]:
         workers = view.workers_hosting(agent_type)
         hosting = [view.hosts[agent_type][worker_id] for worker_id in workers]
         entries: list[TypeEntry | KnownEntry] = [*hosting]
-        if not hosting and agent_type in view.known:
-            entries.append(view.known[agent_type])
+        if not hosting and agent_type in known:
+            entries.append(known[agent_type])
         rows.append(
             {
                 "type": agent_type,
@@ -167,7 +169,7 @@ def info(connecting: Connecting, agent: str, as_json: bool) -> None:
         async with connecting.runtime() as runtime:
             if one is not None:
                 return dict(await runtime.agent_metadata(one))
-            return _type_info(runtime, agent)
+            return await _type_info(runtime, agent)
 
     shown = asyncio.run(run())
     if as_json:
@@ -178,10 +180,11 @@ def info(connecting: Connecting, agent: str, as_json: bool) -> None:
         _print_info(shown)
 
 
-def _type_info(runtime: NatsAgentRuntime, agent_type: str) -> dict[str, Any]:
-    view = runtime.running.registry.view
-    refuse_unknown(view, agent_type)
-    row = next(row for row in type_rows(view) if row["type"] == agent_type)
+async def _type_info(runtime: NatsAgentRuntime, agent_type: str) -> dict[str, Any]:
+    registry = runtime.running.registry
+    await refuse_unknown(registry, agent_type)
+    (row,) = await type_rows(registry, agent_type)
+    view = registry.view
     workers = [view.workers[worker_id] for worker_id in row["workers"]]
     row["workers"] = [
         {
@@ -199,11 +202,12 @@ def _type_info(runtime: NatsAgentRuntime, agent_type: str) -> dict[str, Any]:
         {
             "kind": entry.kind,
             "pattern": entry.pattern,
-            "id": entry.subscription_id,
-            "declared_by": None if entry.declarer == NOBODY else entry.declarer,
+            "id": subscription_id,
+            "declared_by": None if entry.is_shared else entry.declarer,
         }
         for entry in sorted(view.subscriptions(), key=lambda entry: (entry.kind, entry.pattern, entry.declarer))
-        if entry.agent_type == agent_type and (entry.declarer == NOBODY or entry.declarer in view.workers)
+        if entry.agent_type == agent_type and (entry.is_shared or entry.declarer in view.workers)
+        for subscription_id in entry.declared.values()
     ]
     return row
 
@@ -243,7 +247,7 @@ def ping(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
 
     async def run() -> list[dict[str, Any]]:
         async with connecting.runtime() as runtime:
-            expected = _expected(runtime, agent_type)
+            expected = await _expected(runtime, agent_type)
             answers = await gather_answers(runtime.running.connection, runtime.options, "PING", expected)
             workers = runtime.running.registry.view.workers
             return [
@@ -268,13 +272,13 @@ def ping(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
     return Exit.OK if all(row["answered"] for row in rows) else Exit.TIMEOUT
 
 
-def _expected(runtime: NatsAgentRuntime, agent_type: str | None) -> set[str]:
+async def _expected(runtime: NatsAgentRuntime, agent_type: str | None) -> set[str]:
     """Ids of the live workers, or of those that host one type."""
-    view = runtime.running.registry.view
+    registry = runtime.running.registry
     if agent_type is None:
-        return set(view.workers)
-    refuse_unknown(view, agent_type)
-    workers = view.workers_hosting(agent_type)
+        return set(registry.view.workers)
+    await refuse_unknown(registry, agent_type)
+    workers = registry.view.workers_hosting(agent_type)
     if not workers:
         raise NoLiveWorker(agent_type, agent_type)
     return set(workers)
@@ -334,7 +338,7 @@ def stats(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
 
     async def run() -> tuple[list[dict[str, Any]], set[str]]:
         async with connecting.runtime() as runtime:
-            expected = _expected(runtime, agent_type)
+            expected = await _expected(runtime, agent_type)
             answers = await gather_answers(runtime.running.connection, runtime.options, "STATS", expected)
             names = _types_by_subject(runtime)
             rows = [

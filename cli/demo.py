@@ -74,7 +74,7 @@ async def _demo() -> None:
 
         line("\n5. The agent types")
         line("   $ natsrt agents ls")
-        print_types(type_rows(runtime.running.registry.view))
+        print_types(await type_rows(runtime.running.registry))
 
         line("\n6. Stopping the workers, then the server")
         for worker in workers.values():

@@ -348,7 +348,7 @@ async def _check_registry(patient: _Patient) -> None:
                 "registry",
                 "ok",
                 f"{len(registry.view.workers)} live workers, {len(registry.view.hosts)} hosted agent types, "
-                f"{len({*registry.view.known} - {*registry.view.hosts})} known without a worker",
+                f"{len((await registry.known()).keys() - registry.view.hosts.keys())} known without a worker",
             )
             await _check_workers(patient, registry)
             await _check_keyed_agents(patient, registry.view)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autogen_core import AgentId
 
 from natsrt.errors import UnknownAgentType
-from natsrt.jetstream.registry.view import View
+from natsrt.jetstream.registry.registry import Registry
 
 from .exits import CommandFailed, Exit
 
@@ -31,7 +31,7 @@ def agent_type(text: str) -> str:
         raise CommandFailed(f"{text!r} is not an agent type: {error}", Exit.USAGE) from None
 
 
-def refuse_unknown(view: View, agent_type: str) -> None:
+async def refuse_unknown(registry: Registry, agent_type: str) -> None:
     """Raise `UnknownAgentType` if the registry does not have the type."""
-    if not view.is_known(agent_type):
-        raise UnknownAgentType(agent_type, agent_type, sorted({*view.hosts, *view.known}))
+    if not await registry.is_known(agent_type):
+        raise UnknownAgentType(agent_type, agent_type, await registry.some_known())

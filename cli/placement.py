@@ -120,7 +120,7 @@ def rebalance(connecting: Connecting, agent_type: str, as_json: bool) -> int:
 async def _rebalance(connecting: Connecting, agent_type: str) -> list[dict[str, Any]]:
     async with connecting.runtime(call_timeout=connecting.timeout) as runtime:
         registry = runtime.running.registry
-        refuse_unknown(registry.view, agent_type)
+        await refuse_unknown(registry, agent_type)
         workers = sorted(registry.view.workers_hosting(agent_type))
         if not workers:
             raise NoLiveWorker(agent_type, agent_type)

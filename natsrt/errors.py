@@ -256,7 +256,10 @@ class UndeliveredCall(NatsrtError, UndeliverableException):
 
 
 class UnknownAgentType(UndeliveredCall, LookupError):
-    """No worker registered the agent type within the last day. ``known`` lists the registered types."""
+    """No worker hosted the agent type within the last day, or the last one stopped in order more than 15 minutes ago.
+
+    ``known`` lists types that are registered, 20 at most.
+    """
 
     code = 404
 

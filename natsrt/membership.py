@@ -11,9 +11,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from autogen_core import Subscription
+from autogen_core import ClosureAgent, Subscription
 
 from natsrt.agents.hosted_type import HostedType
 from natsrt.assembly import Incoming, Network, Program
@@ -25,12 +26,17 @@ from natsrt.jetstream.registry.entries import (
     RegistryEntry,
     Rule,
     SubscriptionEntry,
+    TypeEntry,
     WorkerEntry,
 )
+from natsrt.jetstream.registry.rivals import Rival, rivals
 from natsrt.observe.services import Services
 from natsrt.version import VERSION
 
 logger = logging.getLogger("natsrt.hosting")
+
+_LOOK_EVERY = 0.02
+"""Seconds between two looks whether another worker has withdrawn what it stored at the same moment."""
 
 
 class Membership:
@@ -57,23 +63,30 @@ class Membership:
         self._name = name
         self._worker_id = worker_id
         self._joined = False
+        self._joining = asyncio.Lock()
+        self._registry.add_listener(self._declarations)
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Announce the hosted types and the subscriptions.
 
-        Raises ValueError if a hosted type is keyed here and not on another worker, or the reverse.
+        Raises ValueError as `host` does.
         """
-        for hosted in self._catalog:
-            self.refuse_mixture(hosted.agent_type, hosted.keyed is not None)
-        if any(True for _ in self._catalog):
+        hosted_types = list(self._catalog)
+        if hosted_types:
+            entries = self._hosted_entries()
+            await self.refuse_rivals(entries)
             await self._join()
-        if any(hosted.keyed for hosted in self._catalog):
+            await self._yield_to_rivals(entries)
+            for hosted in hosted_types:
+                await self._warn_of_shared_closures(hosted)
+        if any(hosted.keyed for hosted in hosted_types):
             await self._incoming.ownership.start()
-        entries = [self._entry(subscription) for subscription in self._declarations]
-        await self._declare(entries)
-        await self._withdraw(self._declarations.unowned.difference(entry.key for entry in entries))
+        subscriptions = [self._entry(subscription) for subscription in self._declarations]
+        await self._declare(subscriptions)
+        stay = {entry.key for entry in subscriptions}
+        await self._withdraw([entry for key, entry in self._declarations.unowned.items() if key not in stay])
 
     async def confirm(self) -> None:
         """Wait until every live worker serves the subscriptions that were added to this runtime before its start.
@@ -108,51 +121,117 @@ class Membership:
 
     async def _join(self) -> None:
         """Become a worker. Has no effect if this already is one."""
-        if self._joined:
-            return
-        self._joined = True
-        self._incoming.intake.watch_stalls()
-        try:
-            await self._incoming.peer_answers.start()
-            await self._services.start()
-            await self._connection.barrier()
-            self._connection.check()
-        except BaseException:
-            self._joined = False
-            await self._services.stop()
-            await self._incoming.peer_answers.stop()
-            raise
-        await self._registry.join(
-            WorkerEntry(self._worker_id, self._name, socket.gethostname(), os.getpid(), time.time(), VERSION)
-        )
-        await self._registry.declare([entry for hosted in self._catalog for entry in hosted.entries(self._worker_id)])
+        async with self._joining:
+            if self._joined:
+                return
+            self._joined = True
+            self._incoming.intake.watch_stalls()
+            try:
+                await self._incoming.peer_answers.start()
+                await self._services.start()
+                await self._connection.barrier()
+                self._connection.check()
+            except BaseException:
+                self._joined = False
+                await self._services.stop()
+                await self._incoming.peer_answers.stop()
+                raise
+            await self._registry.join(
+                WorkerEntry(self._worker_id, self._name, socket.gethostname(), os.getpid(), time.time(), VERSION)
+            )
+            await self._registry.declare(self._hosted_entries())
+
+    def _hosted_entries(self) -> list[RegistryEntry]:
+        """The entries of all hosted types, in the order in which every worker stores them."""
+        ordered = sorted(self._catalog, key=lambda hosted: hosted.agent_type)
+        return [entry for hosted in ordered for entry in hosted.entries(self._worker_id)]
 
     # -- agent types ---------------------------------------------------------------------------------------------
 
-    def refuse_mixture(self, agent_type: str, keyed: bool) -> None:
-        """Raise ValueError if the type is keyed on another worker and not here, or the reverse.
+    async def refuse_rivals(self, entries: Sequence[RegistryEntry]) -> None:
+        """Raise ValueError if a live worker has what excludes one of ``entries``, which this worker wants to store."""
+        gone: set[str] = set()
+        for rival in rivals(self._registry.view, entries):
+            if rival.yields or rival.worker_id in gone:
+                continue
+            if await self._is_there(rival.worker_id):
+                raise ValueError(rival.reason)
+            gone.add(rival.worker_id)
 
-        The workers of one queue group must agree on which of them has an agent.
+    async def refuse_type(self, agent_type: str, *, keyed: bool = False, instance: str | None = None) -> None:
+        """Raise ValueError if a type, or an instance of it, cannot be registered here because of other workers.
+
+        ``instance`` is the key of a registered instance; None for a factory.
         """
-        view = self._registry.view
-        others = [worker_id for worker_id in view.workers_hosting(agent_type) if worker_id != self._worker_id]
-        if any(view.hosts[agent_type][worker_id].keyed != keyed for worker_id in others):
-            there, here = ("not keyed", "keyed") if keyed else ("keyed", "not keyed")
-            raise ValueError(
-                f"The agent type {agent_type!r} is {there} on worker {others[0]}, so it cannot be {here} here."
-            )
+        wanted: list[RegistryEntry] = [
+            TypeEntry(agent_type, self._worker_id, keyed=keyed, instances=instance is not None)
+        ]
+        if instance is not None:
+            wanted.append(InstanceEntry(agent_type, instance, self._worker_id))
+        await self._registry.catch_up()
+        await self.refuse_rivals(wanted)
 
     async def host(self, hosted: HostedType) -> None:
-        """Announce a type, or another instance of a type, that was registered after the start."""
+        """Announce and serve a type, or another instance of a type, that was registered after the start.
+
+        Raises ValueError if another worker announced what excludes it at the same moment, and was first. `abandon`
+        undoes it then.
+        """
+        entries = hosted.entries(self._worker_id)
+        new = [entry for entry in entries if self._registry.view.entry(entry.key) is None]
         await self._join()
+        await self._registry.declare(entries)
+        await self._yield_to_rivals(new)
+        await self._warn_of_shared_closures(hosted)
         if hosted.keyed is not None:
             await self._incoming.ownership.start()
-        await self._registry.declare(hosted.entries(self._worker_id))
         moved = self._declarations.of(hosted.agent_type)
         if moved:  # added before the type was hosted; from now on this worker is their declarer
             await self._declare([self._entry(s) for s in moved])
-            await self._withdraw([self._entry(s, NOBODY).key for s in moved])
+            former = [self._declarations.unowned.get(self._entry(s, NOBODY).key) for s in moved]
+            await self._withdraw([entry for entry in former if entry is not None])
         await self._incoming.subscriptions.serve(hosted.agent_type)
+
+    async def _yield_to_rivals(self, entries: Sequence[RegistryEntry]) -> None:
+        """Look again after ``entries`` were stored: another worker may have stored what excludes them just before.
+
+        Of two workers, the one whose entry was stored later raises ValueError. All workers store entries in one order.
+        So if several of two workers exclude one another, the first of them decides, and the other worker will withdraw
+        all of its own, as one that yields to a third worker will.
+        """
+        found: dict[str, list[Rival]] = {}
+        for rival in rivals(self._registry.view, entries):
+            found.setdefault(rival.worker_id, []).append(rival)
+        for worker_id, theirs in found.items():
+            until = asyncio.get_running_loop().time() + self._options.subscription_timeout
+            while any(rival.came_first for rival in theirs) and await self._is_there(worker_id):
+                decides = theirs[0].came_first and not theirs[0].yields
+                if decides or asyncio.get_running_loop().time() > until:
+                    raise ValueError(next(rival.reason for rival in theirs if rival.came_first))
+                await asyncio.sleep(_LOOK_EVERY)
+                theirs = [rival for rival in rivals(self._registry.view, entries) if rival.worker_id == worker_id]
+
+    async def _is_there(self, worker_id: str) -> bool:
+        """True if a worker that the registry lists listens. If it does not, it is removed unless it comes back."""
+        if await self._peers.listens(worker_id):
+            return True
+        self._registry.suspect(worker_id)
+        return False
+
+    async def _warn_of_shared_closures(self, hosted: HostedType) -> None:
+        """Warn if another worker hosts a type of AutoGen's ClosureAgent, which collects messages for one program."""
+        if hosted.expected_class is None or not issubclass(hosted.expected_class, ClosureAgent):
+            return
+        for worker_id in self._registry.view.workers_hosting(hosted.agent_type):
+            if worker_id != self._worker_id and await self._is_there(worker_id):
+                logger.warning(
+                    "worker %s hosts the ClosureAgent type %r too: each of the two gets a part of its messages. To get "
+                    "all, use a type of a unique name in each runtime, or a namespace for each; or one runtime for all "
+                    "sessions, with the session as the key of the agents",
+                    worker_id,
+                    hosted.agent_type,
+                )
+                return
 
     async def abandon(self, hosted: HostedType, key: str | None = None, *, ended: Sequence[Subscription] = ()) -> None:
         """Stop hosting a type; with ``key``, one instance of it. The registry keeps the message types that it handles.
@@ -160,7 +239,7 @@ class Membership:
         The subscriptions in ``ended`` end with the type. Other subscriptions that this runtime added for it remain,
         without a declarer.
         """
-        entries: list[RegistryEntry] = [e for e in hosted.entries(self._worker_id) if not isinstance(e, KnownEntry)]
+        entries = [e for e in hosted.entries(self._worker_id) if not isinstance(e, KnownEntry)]
         left: Sequence[Subscription] = ()
         if key is not None and len(hosted.live) > 1:
             entries = [e for e in entries if isinstance(e, InstanceEntry) and e.agent_key == key]
@@ -171,7 +250,7 @@ class Membership:
             entries += [self._entry(subscription, self._worker_id) for subscription in (*ended, *left)]
         try:
             await self._declare([self._entry(subscription, NOBODY) for subscription in left])
-            await self._withdraw([entry.key for entry in entries])
+            await self._withdraw(entries)
         except NatsrtError as error:
             logger.warning("registry entries of %s could not be removed: %s", hosted.agent_type, error)
 
@@ -189,7 +268,7 @@ class Membership:
     async def forget(self, subscription: Subscription) -> None:
         """Undo a `subscribe` that failed. If the registry cannot be reached, this is logged."""
         try:
-            await self._withdraw([self._entry(subscription).key])
+            await self._withdraw([self._entry(subscription)])
         except NatsrtError as error:
             logger.warning("an incomplete subscription could not be removed from the registry: %s", error)
 
@@ -200,15 +279,19 @@ class Membership:
         step fails. Raises `SubscriptionNotServed` after ``subscription_timeout`` seconds.
         """
         entry = self._entry(subscription)
-        await self._withdraw([entry.key])
+        await self._withdraw([entry])
         stored(subscription)
         await self._confirm(entry.agent_type)
 
     async def unsubscribe_foreign(self, subscription_id: str) -> bool:
-        """Remove a subscription that a runtime without the agent type added. Returns False if there is none."""
+        """Remove a subscription that a runtime without the agent type added. Returns False if there is none.
+
+        Equal ones that other runtimes added under other ids remain.
+        """
         for entry in list(self._registry.view.subscriptions()):
-            if entry.subscription_id == subscription_id and entry.declarer == NOBODY:
-                await self._withdraw([entry.key])
+            theirs = {runtime: given for runtime, given in entry.declared.items() if given == subscription_id}
+            if entry.is_shared and theirs:
+                await self._withdraw([replace(entry, declarations=theirs)])
                 await self._confirm(entry.agent_type)
                 return True
         return False
@@ -217,15 +300,20 @@ class Membership:
         rule = Rule.of(subscription)
         if declarer is None:
             declarer = self._worker_id if rule.agent_type in self._catalog else NOBODY
-        return SubscriptionEntry(rule.agent_type, rule.kind, rule.pattern, declarer, subscription.id)
+        declarations = {self._worker_id: subscription.id} if declarer == NOBODY else {}
+        return SubscriptionEntry(rule.agent_type, rule.kind, rule.pattern, declarer, subscription.id, declarations)
 
     async def _declare(self, entries: Sequence[SubscriptionEntry]) -> None:
-        self._declarations.unowned.update(entry.key for entry in entries if entry.declarer == NOBODY)
+        unowned = {entry.key: entry for entry in entries if entry.is_shared}
+        if unowned:
+            await self._registry.live_as(self._worker_id)
+        self._declarations.unowned.update(unowned)
         await self._registry.declare(entries)
 
-    async def _withdraw(self, keys: Collection[str]) -> None:
-        await self._registry.withdraw(list(keys))
-        self._declarations.unowned.difference_update(keys)
+    async def _withdraw(self, entries: Sequence[RegistryEntry]) -> None:
+        await self._registry.withdraw(entries)
+        for entry in entries:
+            self._declarations.unowned.pop(entry.key, None)
 
     async def _confirm(self, agent_type: str) -> None:
         """Serve the type according to the current view, and wait until every live worker of the type does so too.

@@ -37,7 +37,6 @@ from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.lifecycle import Lifecycle
 from natsrt.options import Options
 from natsrt.sending.limits import Limit
-from natsrt.session import Session
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
@@ -205,11 +204,13 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         """
         agent_type = type if isinstance(type, AgentType) else AgentType(type)
         session = await self._settled()
-        options = self._keyed_options(agent_type.type, expected_class, keyed)
-        await self._refuse_mixture(session, agent_type.type, instances=False)
+        said = self._options.keyed.get(agent_type.type) if keyed is None else keyed
+        options = _keyed_options(said, expected_class)
         if session is not None:
-            session.membership.refuse_mixture(agent_type.type, options is not None)
-        hosted = self._catalog.add_factory(agent_type.type, agent_factory, expected_class, options)
+            await session.membership.refuse_type(agent_type.type, keyed=options is not None)
+        hosted = self._catalog.add_factory(
+            agent_type.type, agent_factory, expected_class, options, decided=said is not None
+        )
         if session is not None:
             try:
                 await session.membership.host(hosted)
@@ -223,12 +224,12 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
 
         Raises:
             ValueError: The id is in use in this or another runtime, or its type has a factory, or the other instances
-                of its type have another class.
+                of its type have another class; or the class or the type is keyed, which instances cannot be.
         """
+        _refuse_keyed_instance(agent_id.type, _type(agent_instance), self._options.keyed.get(agent_id.type))
         session = await self._settled()
-        await self._refuse_mixture(session, agent_id.type, instances=True)
-        if session is not None and (holders := session.registry.view.instance_holders(agent_id.type, agent_id.key)):
-            raise ValueError(f"Agent with id {agent_id} already exists on worker {holders[0]}.")
+        if session is not None:
+            await session.membership.refuse_type(agent_id.type, instance=agent_id.key)
         hosted = self._catalog.add_instance(agent_instance, agent_id)
         try:
             await agent_instance.bind_id_and_runtime(id=agent_id, runtime=self)
@@ -472,29 +473,6 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             raise LookupError(f"Agent with name {agent.type} not found.")
         return await control.carry_out(await self._catalog.agent(hosted, agent.key), operation, data)
 
-    def _keyed_options(
-        self, agent_type: str, cls: type[Any] | None, keyed: bool | KeyedOptions | None
-    ) -> KeyedOptions | None:
-        """The options of a keyed type, from the argument, else the setting, else the class. None: not keyed."""
-        said_of_class = keyed_options_of(cls)
-        said = self._options.keyed.get(agent_type) if keyed is None else keyed
-        if said is None or said is True:
-            return said_of_class or (KeyedOptions() if said else None)
-        return said or None
-
-    async def _refuse_mixture(self, session: Session | None, agent_type: str, *, instances: bool) -> None:
-        """Raise ValueError if a type would have both a factory and instances on the workers that are live now.
-
-        AutoGen has the same rule for one runtime.
-        """
-        if session is None:
-            return
-        await session.registry.catch_up()
-        view = session.registry.view
-        for worker_id in view.workers_hosting(agent_type):
-            if view.hosts[agent_type][worker_id].instances != instances:
-                raise ValueError("Agent factories and agent instances cannot be registered to the same type.")
-
 
 def create_distributed_runtime(
     broker_url: str | Sequence[str] | None = None,
@@ -507,3 +485,23 @@ def create_distributed_runtime(
     there.
     """
     return NatsAgentRuntime(broker_url, name=instance_id, tracer_provider=tracer_provider)
+
+
+def _keyed_options(said: bool | KeyedOptions | None, cls: type[Any] | None) -> KeyedOptions | None:
+    """The options of a keyed type, from the argument or else the setting ``said``, else the class. None: not keyed."""
+    of_class = keyed_options_of(cls)
+    if said is None or said is True:
+        return of_class or (KeyedOptions() if said else None)
+    return said or None
+
+
+def _refuse_keyed_instance(agent_type: str, cls: type[Agent], said: bool | KeyedOptions | None) -> None:
+    """Raise ValueError if the type of an instance would be keyed, by the setting ``said`` or by its class."""
+    if _keyed_options(said, cls) is None:
+        return
+    why = f"{cls.__name__} is a keyed class" if said is None else f"the setting keyed names the type {agent_type!r}"
+    raise ValueError(
+        f"{why}, and an instance cannot be keyed, because it cannot move to another worker: use "
+        f"register_factory({agent_type!r}, ..., expected_class={cls.__name__}) instead, or, for an agent that stays on "
+        f"this worker, the setting keyed={{{agent_type!r}: False}}"
+    )

@@ -596,7 +596,7 @@ async def test_the_server_keeps_its_data_where_it_is_told(processes: Processes, 
         server = processes.natsrt("server", "--port", "-1", "--data-dir", str(tmp_path / "data"))
         url = (await server.wait_for_line("server ready: ")).removeprefix("server ready: ")
         async with NatsAgentRuntime(url) as runtime:
-            if not runtime.running.registry.view.is_known("upper"):
+            if not await runtime.running.registry.is_known("upper"):
                 await register(runtime, Upper, "upper", Upper)
         server.terminate()
         assert await server.wait() == 0

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import nats
@@ -410,6 +411,46 @@ async def test_a_keyed_class_whose_registration_hides_it_is_refused_at_its_first
     await runtime.register_factory("hidden", lambda: Counting(place.life, "w"))
     with pytest.raises(ValueError, match="expected_class"):
         await runtime.send_message(Add(), AgentId("hidden", "k"))
+
+
+@keyed(save="manual")
+class Amounts(RoutedAgent):
+    """Keyed: returns the amount."""
+
+    @message_handler
+    async def on_add(self, message: Add, ctx: MessageContext) -> int:
+        return message.amount
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["started", "before the start"])
+async def test_an_instance_of_a_keyed_class_or_type_is_refused(place: Place, started: bool) -> None:
+    settings: dict[str, Any] = {"namespace": place.namespace, "keyed": {"named": True, "loose": False}}
+    runtime = NatsAgentRuntime(place.url, **settings)
+    if started:
+        await runtime.start()
+    with pytest.raises(ValueError, match=r"Amounts is a keyed class, .*register_factory\('counting', .*Amounts\)"):
+        await runtime.register_agent_instance(Amounts("keyed"), AgentId("counting", "k"))
+    with pytest.raises(ValueError, match=r"setting keyed names the type 'named', .*register_factory\('named'"):
+        await runtime.register_agent_instance(Relay(), AgentId("named", "k"))
+    # Nothing was registered, and the setting may say that the class does not matter.
+    await runtime.register_agent_instance(Amounts("keyed"), AgentId("loose", "k"))
+    await runtime.register_factory("counting", partial(Amounts, "keyed"), expected_class=Amounts)
+    if not started:
+        await runtime.start()
+    assert await runtime.send_message(Add(1), AgentId("loose", "k")) == 1
+    assert await runtime.send_message(Add(1), AgentId("counting", "k")) == 1
+    assert not await runtime.running.registry.is_known("named")
+    await runtime.close()
+
+
+@pytest.mark.parametrize("by", ["argument", "setting"])
+async def test_a_factory_may_say_without_a_class_that_its_type_is_not_keyed(place: Place, by: str) -> None:
+    settings: dict[str, Any] = {"keyed": {"loose": False}} if by == "setting" else {}
+    async with NatsAgentRuntime(place.url, namespace=place.namespace, **settings) as runtime:
+        keyed = False if by == "argument" else None
+        await runtime.register_factory("loose", lambda: Counting(place.life, "w"), keyed=keyed)
+        assert (await runtime.send_message(Add(1), AgentId("loose", "k"))).value == 1
+        assert not runtime.running.registry.is_keyed("loose")
 
 
 async def test_what_the_argument_says_counts_more_than_the_class(place: Place) -> None:

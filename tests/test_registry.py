@@ -15,6 +15,7 @@ from nats.js.kv import KeyValue
 
 from natsrt import NatsAgentRuntime, NoLiveWorker, UnknownAgentType, register
 from natsrt.embedded import EmbeddedServer
+from natsrt.jetstream.registry.entries import KnownEntry, encode_entry
 from tests.support.processes import REPOSITORY, Process, Processes, eventually
 from tests.support.reading_worker import News, WhatWasRead
 
@@ -171,6 +172,89 @@ async def test_a_type_stays_known_after_its_last_worker_stopped(server: Embedded
         async with NatsAgentRuntime(server.url, namespace=namespace) as newcomer:
             with pytest.raises(NoLiveWorker):
                 await newcomer.send_message("hi", AgentId("echo", "k"))
+
+
+async def test_what_is_known_of_a_type_goes_with_the_last_worker_that_leaves_in_order(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    async def known() -> set[str]:
+        return {key.removeprefix("r.known.") for key in await keys(server, namespace) if key.startswith("r.known.")}
+
+    workers = [NatsAgentRuntime(server.url, namespace=namespace, name=f"w{number}") for number in range(2)]
+    for worker in workers:
+        await worker.start()
+        for agent_type in ("echo", "other"):
+            await register(worker, Echo, agent_type, lambda: Echo([]))
+    await register(workers[0], Echo, "single", lambda: Echo([]))
+    assert await known() == {"echo", "other", "single"}
+    await workers[0].unregister("echo")
+    assert await known() == {"echo", "other", "single"}
+    await workers[1].unregister("echo")
+    assert await known() == {"other", "single"}
+    await workers[0].stop()
+    assert await known() == {"other"}
+    await workers[0].start()
+    assert await known() == {"other", "single"}
+    for _ in range(5):  # whichever is the last
+        await asyncio.gather(*(worker.stop() for worker in workers))
+        assert await known() == set()
+        await asyncio.gather(*(worker.start() for worker in workers))
+        assert await known() == {"other", "single"}
+    await asyncio.gather(*(worker.close() for worker in workers))
+    async with NatsAgentRuntime(server.url, namespace=namespace) as caller:  # as in a deployment that stops all first
+        for agent_type in ("echo", "other", "single"):
+            with pytest.raises(NoLiveWorker):
+                await caller.send_message("hi", AgentId(agent_type, "k"))
+        info = await caller.running.connection.jetstream.stream_info(f"KV_{namespace}_natsrt_registry")
+        assert info.state.messages < 20
+
+
+async def test_a_runtime_reads_what_is_known_of_a_type_only_when_a_call_finds_no_worker(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    worker = NatsAgentRuntime(server.url, namespace=namespace)
+    await register(worker, Echo, "echo", lambda: Echo([]))
+    async with worker, AsyncExitStack() as stack:
+        client = await nats.connect(server.url)
+        stack.push_async_callback(client.close)
+        bucket: KeyValue = await client.jetstream().key_value(f"{namespace}_natsrt_registry")
+        ids = [f"team{number:04}" for number in range(1500)]
+        writes = [bucket.put(f"r.known.{name}", encode_entry(KnownEntry(name, ("Text",)))) for name in ids]
+        await asyncio.gather(*writes)
+        caller = await stack.enter_async_context(NatsAgentRuntime(server.url, namespace=namespace))
+        assert caller.running.connection.client.stats["in_msgs"] < 50
+        for runtime in (worker, caller):
+            assert len(runtime.running.registry.view.entries) < 10
+        assert await caller.send_message("hi", AgentId("echo", "k")) == "hi"
+        with pytest.raises(NoLiveWorker):
+            await caller.send_message("hi", AgentId("team0700", "k"))
+        with pytest.raises(UnknownAgentType) as raised:
+            await caller.send_message("hi", AgentId("team", "k"))
+        assert raised.value.known == sorted(["echo", *ids[:19]])
+        await bucket.purge("r.known.team0700")
+        await client.jetstream().purge_stream(f"KV_{namespace}_natsrt_registry", subject="$KV.*.r.known.team0700")
+        with pytest.raises(UnknownAgentType):
+            await caller.send_message("hi", AgentId("team0700", "k"))
+        assert set(await caller.running.registry.known()) == {"echo", *ids} - {"team0700"}
+
+
+async def test_a_worker_stores_again_what_another_one_withdrew_of_a_type_that_it_hosts(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    worker = NatsAgentRuntime(server.url, namespace=namespace)
+    await register(worker, Echo, "echo", lambda: Echo([]))
+    async with worker:
+        client = await nats.connect(server.url)
+        bucket: KeyValue = await client.jetstream().key_value(f"{namespace}_natsrt_registry")
+        before = (await bucket.get("r.known.echo")).value
+        await bucket.delete("r.known.echo")
+
+        async def stored() -> bool:
+            return "r.known.echo" in await keys(server, namespace)
+
+        await eventually(stored)
+        assert (await bucket.get("r.known.echo")).value == before
+        await client.close()
 
 
 async def test_runtimes_that_create_the_bucket_at_the_same_time_all_start(

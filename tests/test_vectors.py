@@ -1,4 +1,7 @@
-"""Bodies and keyed agents, as tests/vectors/{envelopes,keyed}.json have them. (Others have tests of their own.)"""
+"""Bodies, keyed agents and the registry, as tests/vectors/{envelopes,keyed,registry}.json have them.
+
+Others have tests of their own.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotDecode
 from natsrt.jetstream.record import RECORD, Stored, checked, decode_record, encode_head, parts_key, record_key
-from natsrt.jetstream.registry.entries import TypeEntry, WorkerEntry, decode_entry, encode_entry
+from natsrt.jetstream.registry.entries import SubscriptionEntry, TypeEntry, WorkerEntry, decode_entry, encode_entry
 from natsrt.wire import envelope
 from tests.support.processes import eventually
 
@@ -30,6 +33,7 @@ def vectors(name: str) -> dict[str, Any]:
 
 VECTORS = vectors("envelopes")
 KEYED = vectors("keyed")
+REGISTRY = vectors("registry")
 
 
 def cases(kind: str, of: dict[str, Any] = VECTORS) -> pytest.MarkDecorator:
@@ -203,3 +207,14 @@ async def test_a_worker_answers_what_the_vectors_tell_it_and_leaves_as_the_proto
         assert decode_record("a.counter.one", stored.headers, stored.data, stored.seq or 0).owner is None
     finally:
         await client.close()
+
+
+@cases("entries", REGISTRY)
+def test_entries_of_the_registry_are_read_and_written(case: dict[str, Any]) -> None:
+    entry = decode_entry(case["key"], case["value"].encode())
+    written = json.loads(encode_entry(entry))
+    expected = json.loads(case["value"])
+    assert {name: written[name] for name in expected} == expected
+    if "declarations" in case:
+        assert isinstance(entry, SubscriptionEntry)
+        assert entry.declared == case["declarations"]

@@ -59,9 +59,16 @@ class Catalog:
     # -- registering ---------------------------------------------------------------------------------------------
 
     def add_factory(
-        self, agent_type: str, factory: Factory, expected_class: type[Agent] | None, keyed: KeyedOptions | None = None
+        self,
+        agent_type: str,
+        factory: Factory,
+        expected_class: type[Agent] | None,
+        keyed: KeyedOptions | None = None,
+        *,
+        decided: bool = False,
     ) -> HostedType:
-        """Host a type whose agents ``factory`` creates. If ``keyed`` is None, the type is not keyed.
+        """Host a type whose agents ``factory`` creates. If ``keyed`` is None, the type is not keyed; if ``decided``,
+        not even if the factory creates agents of a keyed class.
 
         Raises ValueError, as AutoGen does, if the type is already hosted, or if the factory does not take 0 or 2
         arguments.
@@ -72,7 +79,7 @@ class Catalog:
         count = _required(factory)
         if count not in (0, 2):
             raise ValueError(f"Agent factory must take 0 or 2 arguments, not {count}.")
-        hosted = HostedType(agent_type, factory, expected_class, keyed, takes_arguments=count == 2)
+        hosted = HostedType(agent_type, factory, expected_class, keyed, decided, takes_arguments=count == 2)
         if expected_class is not None:
             self._register_message_types(hosted, expected_class)
         self._add(hosted)
@@ -223,7 +230,8 @@ def _check_class(hosted: HostedType, agent: Agent) -> None:
         raise ValueError(
             f"Factory registered using the wrong type: expected {expected.__name__}, got {type(agent).__name__}"
         )
-    if expected is None and hosted.keyed is None and keyed_options_of(type(agent)) is not None:
+    undecided = expected is None and hosted.keyed is None and not hosted.decided
+    if undecided and keyed_options_of(type(agent)) is not None:
         raise ValueError(
             f"{type(agent).__name__} is a keyed class, but the type {hosted.agent_type!r} was not registered as keyed: "
             "pass expected_class or keyed to register_factory"

@@ -26,9 +26,9 @@ class Declarations(RegistryListener):
         """Subscriptions of custom classes, which only this process can evaluate, by agent type and rule digest."""
         self._special: dict[str, dict[str, Subscription]] = {}
         """Subscriptions whose ``==`` may compare more than the rule, by agent type and id."""
-        self.unowned: set[str] = set()
-        """Registry keys of subscriptions that were stored while this runtime did not host the type. They remain in the
-        registry after a stop."""
+        self.unowned: dict[str, SubscriptionEntry] = {}
+        """The entries of subscriptions that were stored while this runtime did not host the type, by their keys in the
+        registry. They remain there after a stop."""
 
     def __iter__(self) -> Iterator[Subscription]:
         return iter(list(self._by_id.values()))
@@ -64,7 +64,7 @@ class Declarations(RegistryListener):
 
     def subscription_removed(self, entry: SubscriptionEntry) -> None:
         """Called when another runtime removed a subscription that this one had added without hosting the type."""
-        self.unowned.discard(entry.key)
+        self.unowned.pop(entry.key, None)
         subscription = self._by_id.get(entry.subscription_id)
         if subscription is not None:
             self.remove(subscription)

@@ -10,7 +10,7 @@ from typing import Any
 
 from autogen_core import Agent
 
-from natsrt.jetstream.registry.entries import InstanceEntry, KnownEntry, Rule, TypeEntry
+from natsrt.jetstream.registry.entries import InstanceEntry, KnownEntry, RegistryEntry, Rule, TypeEntry
 from natsrt.keyed_types import KeyedOptions
 from natsrt.observe.metrics import TypeCounters
 
@@ -37,6 +37,8 @@ class HostedType:
     """The class that the factory's agents must have; None for any class."""
     keyed: KeyedOptions | None = None
     """The options of a keyed type; None for other types."""
+    decided: bool = False
+    """True if the argument or the setting ``keyed`` said whether the type is keyed. Its class does not matter then."""
     takes_arguments: bool = False
     """True if the factory takes the runtime and the agent's id as arguments."""
     instance_class: type[Agent] | None = None
@@ -88,10 +90,10 @@ class HostedType:
         """Seconds until `settling` ends; 0.0 if it has ended."""
         return max(0.0, self.registered_at + _SETTLES_WITHIN - time.monotonic())
 
-    def entries(self, worker_id: str) -> list[TypeEntry | KnownEntry | InstanceEntry]:
+    def entries(self, worker_id: str) -> list[RegistryEntry]:
         """The entries of this type in the registry, as hosted by ``worker_id``."""
         handles, produces = tuple(sorted(self.handles)), tuple(sorted(self.produces))
-        entries: list[TypeEntry | KnownEntry | InstanceEntry] = [
+        entries: list[RegistryEntry] = [
             TypeEntry(
                 self.agent_type,
                 worker_id,
@@ -103,7 +105,7 @@ class HostedType:
             KnownEntry(self.agent_type, handles, produces),
         ]
         if self.has_instances_only:
-            entries += [InstanceEntry(self.agent_type, key, worker_id) for key in self.live]
+            entries += [InstanceEntry(self.agent_type, key, worker_id) for key in sorted(self.live)]
         return entries
 
 

@@ -15,7 +15,7 @@ from nats.nuid import NUID
 from natsrt.errors import CannotDecode
 from natsrt.transport.connection import Connection, Interest
 
-_WRONG_REVISION = (10071, 10164)
+WRONG_REVISION = (10071, 10164)
 """JetStream's error codes for a message whose expected last sequence is wrong."""
 
 
@@ -73,6 +73,6 @@ class Acks:
             error = answer["error"]
         except (orjson.JSONDecodeError, TypeError, KeyError) as unreadable:
             raise CannotDecode("an acknowledgement", str(unreadable), message.data) from None
-        if error.get("err_code") in _WRONG_REVISION:
+        if error.get("err_code") in WRONG_REVISION:
             raise WrongRevision
         raise nats.js.errors.APIError.from_error(error)

@@ -60,17 +60,18 @@ class _StartsAt(JetStreamContext):
 
 
 async def last_messages(
-    js: JetStreamContext, stream: str, subject: str, *, timeout: float, headers_only: bool = False
+    js: JetStreamContext, stream: str, *subjects: str, timeout: float, headers_only: bool = False
 ) -> AsyncGenerator[list[Msg], None]:
-    """The last message of every subject that matches, in the order of their sequences, in pages.
+    """The last message of every subject that matches one of ``subjects``, in the order of their sequences, in pages.
 
     A subject that changes meanwhile comes again, later. Ends after the last message that is stored. ``timeout``:
     seconds for one page. Raises what nats-py raises, also if a message was lost on its way.
     """
     subscription = await js.pull_subscribe(
-        subject,
+        subjects[0],
         stream=stream,
         config=api.ConsumerConfig(
+            filter_subjects=list(subjects) if len(subjects) > 1 else None,
             deliver_policy=api.DeliverPolicy.LAST_PER_SUBJECT,
             ack_policy=api.AckPolicy.NONE,
             headers_only=headers_only,

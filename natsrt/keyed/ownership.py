@@ -470,7 +470,7 @@ class Ownership(RegistryListener):
             await self._instances.drop_lost(slot, changed.present)
             return
         slot.verified(epoch)
-        if slot.interest is not None and slot.interest.refusal is not None:
+        if slot.is_deaf:
             self._releasing.release_soon(slot)
 
     async def _verify_all(self, epoch: int) -> None:

@@ -194,7 +194,8 @@ class Releasing:
         for slot in self._slots.of(hosted.agent_type):
             if slot.record is None or slot.is_moving or slot.is_saving:
                 continue
-            if options.idle_timeout is not None and not slot.users and now - slot.used_at > options.idle_timeout:
+            idle = options.idle_timeout is not None and not slot.users and now - slot.used_at > options.idle_timeout
+            if idle or slot.is_deaf:  # an attempt to release a deaf one before may have found no room either
                 yield self.release(slot)
             elif options.rebalance and slot.owned_since < joined and can_move(slot, now):
                 yield self.release(slot)  # the worker that gets its next message claims it

@@ -176,6 +176,11 @@ class AgentSlot:
         """This worker has subscribed to the agent's subject."""
         self.interest = interest
 
+    @property
+    def is_deaf(self) -> bool:
+        """Whether the server refuses the subscription to the agent's subject."""
+        return self.interest is not None and self.interest.refusal is not None
+
     def take_interest(self) -> Interest | None:
         """The subscription to the agent's subject, which the caller ends; None if there is none."""
         interest, self.interest = self.interest, None

@@ -6,12 +6,24 @@ declared is stored again whenever it vanishes: a worker that was frozen, or cut 
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from natsrt.jetstream.registry.entries import NOBODY, KnownEntry, RegistryEntry, SubscriptionEntry, WorkerEntry
-from natsrt.jetstream.registry.follow import Follower
+from natsrt.errors import NatsrtError
+from natsrt.jetstream.registry.entries import (
+    KnownEntry,
+    RegistryEntry,
+    SubscriptionEntry,
+    TypeEntry,
+    WorkerEntry,
+)
+from natsrt.jetstream.registry.follow import Change, Follower
+from natsrt.jetstream.registry.shared import SharedSubscriptions
 from natsrt.jetstream.registry.store import RegistryStore
+
+logger = logging.getLogger("natsrt.registry")
 
 
 class Declared:
@@ -20,15 +32,24 @@ class Declared:
     def __init__(self, store: RegistryStore, follower: Follower) -> None:
         self._store = store
         self._follower = follower
+        self._shared = SharedSubscriptions(store)
         self._own: dict[str, RegistryEntry] = {}
+        self._lost: set[str] = set()
+        """Keys of own entries that the view does not have, and that were deleted."""
         self.worker: WorkerEntry | None = None
         """This runtime as a worker; None while it is none."""
+        self.alive_as: str | None = None
+        """The id under which this runtime has a heartbeat; None if it needs none."""
 
     async def join(self, worker: WorkerEntry) -> None:
         """Become a worker."""
         self.worker = worker
-        await self._store.beat(worker.worker_id)
         await self.declare([worker])
+
+    async def live_as(self, runtime_id: str) -> None:
+        """Have a heartbeat from now on."""
+        self.alive_as = runtime_id
+        await self._store.beat(runtime_id)
 
     async def drain(self) -> None:
         """Announce that this worker takes no new messages: it finishes what it has."""
@@ -37,49 +58,113 @@ class Declared:
             await self.declare([self.worker])
 
     async def leave(self) -> None:
-        """Stop being a worker: what it declared is removed."""
+        """Stop being a worker, and alive. What this runtime declared is removed, except the subscriptions that no
+        worker has to keep alive.
+        """
         worker, self.worker = self.worker, None
-        self._own.clear()
+        alive_as, self.alive_as = self.alive_as, None
+        known = [entry for entry in self._own.values() if isinstance(entry, KnownEntry)]
+        self.clear()
         if worker is not None:
-            await self._store.remove_worker(worker.worker_id, in_order=True)
+            await self._retire(known, await self._store.remove_worker(worker.worker_id, in_order=True))
+        elif alive_as is not None:
+            await self._store.end_heartbeat(alive_as)
 
     async def declare(self, entries: Sequence[RegistryEntry]) -> None:
-        """Store entries as this runtime's own."""
-        revision = await self._store.write(entries)
-        if revision:
-            await self._follower.shown(revision)
+        """Store entries as this runtime's own. Those that are stored already keep their revisions."""
+        await self._write([entry for entry in entries if self._own.get(entry.key) != entry or self._is_missing(entry)])
+
+    async def withdraw(self, entries: Sequence[RegistryEntry]) -> None:
+        """Delete entries, with what is known of types that have no worker left. Other runtimes' declarations stay."""
+        types = {entry.agent_type for entry in entries if isinstance(entry, TypeEntry)}
+        known = [entry for entry in self._own.values() if isinstance(entry, KnownEntry) and entry.agent_type in types]
+        for entry in (*entries, *known):
+            self._own.pop(entry.key, None)
+        shared, others = _parted(entries)
+        removals = (self._shared.remove(entry) for entry in shared)
+        revision = max(await asyncio.gather(self._store.delete([entry.key for entry in others]), *removals))
+        await self._follower.shown(revision)
+        await self._retire(known, revision)
+
+    async def _write(self, entries: Sequence[RegistryEntry]) -> None:
+        shared, others = _parted(entries)
+        additions = (self._shared.add(entry) for entry in shared)
+        await self._follower.shown(max(await asyncio.gather(self._store.write(others), *additions)))
         for entry in entries:
             self._own[entry.key] = entry
+            self._lost.discard(entry.key)
 
-    async def withdraw(self, keys: Sequence[str]) -> None:
-        """Delete entries."""
-        for key in keys:
-            self._own.pop(key, None)
-        revision = await self._store.delete(keys)
-        if revision:
+    async def _retire(self, known: Sequence[KnownEntry], revision: int) -> None:
+        """End what is known of types that have no worker at ``revision``, at which this one does not host them.
+
+        Of several workers that leave at the same time, the one whose deletion is stored last finds no other.
+        """
+        if not known:
+            return
+        try:
             await self._follower.shown(revision)
+            view = self._follower.view
+            await self._store.retire([entry for entry in known if not view.live(view.hosts.get(entry.agent_type, ()))])
+        except NatsrtError as error:
+            logger.debug("%d agent types stay known for a day: %s", len(known), error)
 
     async def confirm_known(self) -> None:
         """Store again what this runtime's types handle, which would be forgotten otherwise."""
-        await self.declare([entry for entry in self._own.values() if isinstance(entry, KnownEntry)])
+        await self._write([entry for entry in self._own.values() if isinstance(entry, KnownEntry)])
 
     async def restore(self) -> None:
         """Store again what is missing in the view, the worker itself first."""
-        entries = self._follower.view.entries
-        missing = [entry for key, entry in self._own.items() if key not in entries or entries[key][1] != entry]
-        if self.worker is not None:
-            await self._store.beat(self.worker.worker_id)
-        await self.declare(sorted(missing, key=lambda entry: not isinstance(entry, WorkerEntry)))
+        if self.alive_as is not None:
+            await self._store.beat(self.alive_as)
+        missing = [entry for entry in self._own.values() if self._is_missing(entry)]
+        await self._write(sorted(missing, key=lambda entry: not isinstance(entry, WorkerEntry)))
 
-    def forget_removed(self, key: str) -> SubscriptionEntry | None:
-        """Another runtime may have removed a subscription that nobody has to keep alive. Returns it if it was declared
-        here, and does not declare it again; None for every other entry."""
-        own = self._own.get(key)
-        if isinstance(own, SubscriptionEntry) and own.declarer == NOBODY:
-            del self._own[key]
-            return own
-        return None
+    def _is_missing(self, entry: RegistryEntry) -> bool:
+        """True if an own entry is not stored, by the present view, or is not certain to be."""
+        if isinstance(entry, KnownEntry):  # the view does not have it; what lost the type may have lost this too
+            worker_id = "" if self.worker is None else self.worker.worker_id
+            return entry.key in self._lost or worker_id not in self._follower.view.hosts.get(entry.agent_type, ())
+        present = self._follower.view.entry(entry.key)
+        if isinstance(entry, SubscriptionEntry) and isinstance(present, SubscriptionEntry) and entry.is_shared:
+            return not present.includes(entry)
+        return present != entry
+
+    # -- what other runtimes change --------------------------------------------------------------------------------
+
+    def ended(self, change: Change) -> SubscriptionEntry | None:
+        """The subscription without a declarer that this runtime declared and another one removed by ``change``. It is
+        not declared again. None if the change is another one.
+        """
+        own = self._own.get(change.key)
+        if not isinstance(own, SubscriptionEntry) or not own.is_shared or self._overwrites(change):
+            return None
+        before, after = change.before, change.after
+        was_there = change.deletes or (isinstance(before, SubscriptionEntry) and before.includes(own))
+        if not was_there or (isinstance(after, SubscriptionEntry) and after.includes(own)):
+            return None
+        del self._own[change.key]
+        return own
+
+    def undone(self, change: Change) -> bool:
+        """True if ``change`` took away what this runtime has to store again with `restore`."""
+        own = self._own.get(change.key)
+        if isinstance(own, KnownEntry) and change.deletes:  # by a worker that did not see yet that this one hosts it
+            self._lost.add(change.key)
+            return True
+        return isinstance(own, SubscriptionEntry) and own.is_shared and self._overwrites(change)
+
+    def _overwrites(self, change: Change) -> bool:
+        """True if a runtime that knows nothing of other runtimes' declarations stored its own."""
+        return isinstance(change.after, SubscriptionEntry) and not change.after.declarations
 
     def clear(self) -> None:
         """Forget what was declared, without removing it."""
         self._own.clear()
+        self._lost.clear()
+
+
+def _parted(entries: Sequence[RegistryEntry]) -> tuple[list[SubscriptionEntry], list[RegistryEntry]]:
+    """The entries that several runtimes may declare, and the others."""
+    shared = [entry for entry in entries if isinstance(entry, SubscriptionEntry) and entry.is_shared]
+    keys = {entry.key for entry in shared}
+    return shared, [entry for entry in entries if entry.key not in keys]

@@ -7,9 +7,10 @@ Keys of the bucket (each part is a token as in `natsrt.wire.subjects`):
                                                         for nothing
 ``r.type.<agent type>.<worker_id>``                     the worker hosts the type
 ``r.instance.<agent type>.<key>.<worker_id>``           the worker hosts this one registered instance
-``r.subscription.<agent type>.<pattern>.<declarer>``    a subscription; the declarer is a worker id, or ``-`` for a
-                                                        runtime that does not host the type
-``r.known.<agent type>``                                what the type handles; outlives its workers
+``r.subscription.<agent type>.<pattern>.<declarer>``    a subscription; the declarer is a worker id, or ``-`` for
+                                                        runtimes that do not host the type
+``r.known.<agent type>``                                what the type handles; outlives workers that are killed. Read
+                                                        only when somebody asks for the type
 ``hb.<worker_id>``                                      the worker's heartbeat: outside the feed, expires by itself
 ======================================================= =============================================================
 """
@@ -17,7 +18,8 @@ Keys of the bucket (each part is a token as in `natsrt.wire.subjects`):
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import orjson
@@ -29,6 +31,8 @@ from natsrt.wire.subjects import Subjects, encode_token, plain_prefix
 
 FEED: Final = "r"
 HEARTBEAT: Final = "hb"
+KNOWN: Final = f"{FEED}.known."
+"""Start of the keys of the types that are known."""
 NOBODY: Final = "-"
 """The declarer of a subscription that no worker has to keep alive."""
 
@@ -96,13 +100,32 @@ class KnownEntry:
 
 @dataclass(frozen=True, slots=True)
 class SubscriptionEntry:
-    """A subscription of an agent type. ``subscription_id`` is the id under which it can be removed."""
+    """A subscription of an agent type. ``subscription_id`` is the id under which it can be removed.
+
+    If it has no declarer, runtimes that do not host the type declared it, and share the entry. ``declarations`` are
+    their subscription ids, by runtime; the last one is also the ``subscription_id``.
+    """
 
     agent_type: str
     kind: RuleKind
     pattern: str
     declarer: str
     subscription_id: str
+    declarations: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_shared(self) -> bool:
+        """True if no worker has to keep it alive, so that several runtimes may have declared it."""
+        return self.declarer == NOBODY
+
+    @property
+    def declared(self) -> Mapping[str, str]:
+        """`declarations`, also of an entry that a runtime stored which does not know them."""
+        return self.declarations or {NOBODY: self.subscription_id}
+
+    def includes(self, other: SubscriptionEntry) -> bool:
+        """True if every declaration of ``other``, an entry of the same rule, is among those of this one."""
+        return other.declared.items() <= self.declared.items()
 
     @property
     def rule(self) -> Rule:

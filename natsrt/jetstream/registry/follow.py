@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Protocol
 
 import nats.errors
@@ -19,7 +20,7 @@ from nats.aio.msg import Msg
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError, RegistryUnavailable
 from natsrt.jetstream.buckets import is_gone
-from natsrt.jetstream.registry.entries import FEED, HEARTBEAT, decode_entry
+from natsrt.jetstream.registry.entries import FEED, HEARTBEAT, RegistryEntry, decode_entry
 from natsrt.jetstream.registry.store import IN_ORDER, LEFT, RegistryStore
 from natsrt.jetstream.registry.view import View
 from natsrt.options import Options
@@ -32,6 +33,19 @@ _LONGEST_PAUSE = 5.0
 """Seconds between two attempts to read a snapshot at most."""
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of the registry, as it was applied to the view."""
+
+    key: str
+    deletes: bool
+    """True for a deletion."""
+    before: RegistryEntry | None
+    """The entry in the view before the change; None if there was none."""
+    after: RegistryEntry | None
+    """The entry in the view after the change, which may be a newer one; None if there is none."""
+
+
 class FollowerOwner(Protocol):
     """What acts on the changes that a follower sees."""
 
@@ -41,8 +55,8 @@ class FollowerOwner(Protocol):
     def view_changed(self) -> None:
         """The view was replaced, or a change was applied to it."""
 
-    def entry_deleted(self, key: str) -> None:
-        """An entry was deleted, by whatever runtime."""
+    def entry_changed(self, change: Change) -> None:
+        """An entry was stored or deleted, by whatever runtime."""
 
     def workers_without_heartbeat(self, worker_ids: Collection[str]) -> None:
         """A snapshot has entries of these workers, and no heartbeat."""
@@ -152,14 +166,15 @@ class Follower:
             self._wake()
 
     def _change(self, key: str, revision: int, headers: dict[str, str], value: bytes) -> None:
-        if is_gone(headers):
+        before, deletes, touched = self.view.entry(key), is_gone(headers), set[str]()
+        if deletes:
             workers = len(self.view.workers)
             touched = self.view.delete(key, revision)
             if len(self.view.workers) < workers and headers.get(LEFT) != IN_ORDER:
                 self.departed_at = asyncio.get_running_loop().time()
-            self._owner.entry_deleted(key)
         else:
             touched = self.view.put(key, revision, decode_entry(key, value))
+        self._owner.entry_changed(Change(key, deletes, before, self.view.entry(key)))
         for agent_type in touched:
             self._owner.rules_changed(agent_type)
 
@@ -213,8 +228,9 @@ class Follower:
             self._owner.rules_changed(agent_type)
         self._wake()
 
-    async def _load(self, pages: AsyncGenerator[list[Msg], None]) -> None:
+    async def _load(self, complete_to: int, pages: AsyncGenerator[list[Msg], None]) -> None:
         view, alive = View(), set[str]()
+        view.saw(complete_to)
         async with aclosing(pages):
             async for page in pages:
                 for message in page:

@@ -16,7 +16,6 @@ import nats.errors
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, PermissionDenied
 from natsrt.jetstream.registry.declare import Declared
-from natsrt.jetstream.registry.entries import WorkerEntry
 from natsrt.jetstream.registry.follow import Follower
 from natsrt.jetstream.registry.store import RegistryStore
 from natsrt.options import Options
@@ -60,27 +59,24 @@ class Liveness:
     async def stop(self) -> None:
         await self._tasks.cancel()
 
-    def keep_alive(self, worker: WorkerEntry) -> None:
-        """Send heartbeats until the worker is another one, or none."""
-        self._tasks.spawn(self._heartbeats(worker.worker_id))
+    def keep_alive(self, runtime_id: str) -> None:
+        """Send heartbeats until this runtime leaves."""
+        self._tasks.spawn(self._heartbeats(runtime_id))
 
     def suspect(self, worker_id: str) -> None:
         """A worker may be dead: find out, and remove it then."""
         if self._peers is not None:
             self._tasks.spawn(self._remove_if_dead(worker_id))
 
-    def _is_worker(self, worker_id: str) -> bool:
-        return self._declared.worker is not None and self._declared.worker.worker_id == worker_id
-
-    async def _heartbeats(self, worker_id: str) -> None:
+    async def _heartbeats(self, runtime_id: str) -> None:
         loop = asyncio.get_running_loop()
         known_since = loop.time()
-        while self._is_worker(worker_id):
+        while self._declared.alive_as == runtime_id:
             await asyncio.sleep(self._options.heartbeat_interval)
-            if not self._connection.connected or not self._is_worker(worker_id):
+            if not self._connection.connected or self._declared.alive_as != runtime_id:
                 continue
             try:
-                await self._store.beat(worker_id)
+                await self._store.beat(runtime_id)
                 now = loop.time()
                 if now - known_since > _KNOWN_REFRESH:
                     known_since = now

@@ -13,17 +13,17 @@ from autogen_core import AgentId
 
 from natsrt.errors import NatsrtError, NoLiveWorker, UnknownAgent, UnknownAgentType
 from natsrt.jetstream.registry.declare import Declared
-from natsrt.jetstream.registry.entries import RegistryEntry, SubscriptionEntry, WorkerEntry
-from natsrt.jetstream.registry.follow import Follower
+from natsrt.jetstream.registry.entries import KnownEntry, RegistryEntry, SubscriptionEntry, WorkerEntry
+from natsrt.jetstream.registry.follow import Change, Follower
 from natsrt.jetstream.registry.liveness import Liveness
-from natsrt.jetstream.registry.store import BUCKET, KNOWN_TTL, RegistryStore
+from natsrt.jetstream.registry.store import BUCKET, DELETED_TTL, KNOWN_TTL, RegistryStore
 from natsrt.jetstream.registry.view import Takers, View
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.transport.peers import Peers
 from natsrt.wire.subjects import Subjects
 
-__all__ = ["BUCKET", "KNOWN_TTL", "Registry", "RegistryListener"]
+__all__ = ["BUCKET", "DELETED_TTL", "KNOWN_TTL", "Registry", "RegistryListener"]
 
 logger = logging.getLogger("natsrt.registry")
 
@@ -100,8 +100,15 @@ class Registry:
 
     async def join(self, worker: WorkerEntry) -> None:
         """Become a worker: stored, kept alive by heartbeats, removed by others when those end."""
+        await self.live_as(worker.worker_id)
         await self._declared.join(worker)
-        self._liveness.keep_alive(worker)
+
+    async def live_as(self, runtime_id: str) -> None:
+        """Have heartbeats under this id from now on, as workers have, and runtimes that declare a subscription without
+        hosting its type. Has no effect if it has them."""
+        if self._declared.alive_as != runtime_id:
+            await self._declared.live_as(runtime_id)
+            self._liveness.keep_alive(runtime_id)
 
     async def drain(self) -> None:
         """Announce that this worker takes no new messages: it finishes what it has."""
@@ -115,9 +122,9 @@ class Registry:
         """Store ``entries`` as this runtime's own; they are stored again whenever they vanish."""
         await self._declared.declare(entries)
 
-    async def withdraw(self, keys: Sequence[str]) -> None:
-        """Delete entries."""
-        await self._declared.withdraw(keys)
+    async def withdraw(self, entries: Sequence[RegistryEntry]) -> None:
+        """Delete entries, with what is known of types that have no worker left. Other runtimes' declarations stay."""
+        await self._declared.withdraw(entries)
 
     # -- what the follower sees (FollowerOwner) ------------------------------------------------------------------
 
@@ -129,13 +136,15 @@ class Registry:
         for listener in self._listeners:
             listener.view_changed()
 
-    def entry_deleted(self, key: str) -> None:
-        removed = self._declared.forget_removed(key)
+    def entry_changed(self, change: Change) -> None:
+        removed = self._declared.ended(change)
         if removed is not None:
             for listener in self._listeners:
                 listener.subscription_removed(removed)
+        if self._declared.undone(change) and self._follower.is_open:
+            self._follower.resync()
         worker = self._declared.worker
-        if worker is not None and key == worker.key and self._follower.is_open:
+        if worker is not None and change.deletes and change.key == worker.key and self._follower.is_open:
             for listener in self._listeners:
                 listener.evicted()
             self._follower.resync()
@@ -195,10 +204,23 @@ class Registry:
         if self.view.workers_hosting(recipient.type):
             keys = sorted(self.view.instances.get(recipient.type, ()))
             return UnknownAgent(name, [f"{recipient.type}/{key}" for key in keys[:_LIST_AT_MOST]])
-        if self.view.is_known(recipient.type):
+        if await self.is_known(recipient.type):
             return NoLiveWorker(name, recipient.type)
-        known = sorted({*self.view.known, *self.view.hosts})
-        return UnknownAgentType(name, recipient.type, known[:_LIST_AT_MOST])
+        return UnknownAgentType(name, recipient.type, await self.some_known())
+
+    async def is_known(self, agent_type: str) -> bool:
+        """True if a worker hosts the type, or hosted it lately. Reads the bucket if none does now."""
+        return agent_type in self.view.hosts or await self._store.is_known(agent_type)
+
+    async def some_known(self) -> list[str]:
+        """The names of types that are known, in their order, 20 at most; those that workers host first."""
+        hosted = sorted(self.view.hosts)[:_LIST_AT_MOST]
+        others = await self._store.some_known(_LIST_AT_MOST) if len(hosted) < _LIST_AT_MOST else []
+        return sorted([*hosted, *sorted({*others} - {*hosted})][:_LIST_AT_MOST])
+
+    async def known(self, agent_type: str | None = None) -> dict[str, KnownEntry]:
+        """What is known of the types that workers host or hosted lately, or of one type. It is read from the bucket."""
+        return await self._store.known(agent_type)
 
     def suspect(self, worker_id: str) -> None:
         if worker_id in self.view.workers:

@@ -45,7 +45,6 @@ class View:
     workers: dict[str, WorkerEntry] = field(default_factory=dict)
     hosts: dict[str, dict[str, TypeEntry]] = field(default_factory=dict)
     instances: dict[str, dict[str, dict[str, InstanceEntry]]] = field(default_factory=dict)
-    known: dict[str, KnownEntry] = field(default_factory=dict)
     declared: dict[str, dict[Rule, dict[str, SubscriptionEntry]]] = field(default_factory=dict)
     of_worker: dict[str, set[str]] = field(default_factory=dict)
     keyed: set[str] = field(default_factory=set)
@@ -59,10 +58,13 @@ class View:
         self._takers.clear()
 
     def put(self, key: str, revision: int, entry: RegistryEntry) -> set[str]:
-        """Apply one change; an older revision changes nothing. Returns the agent types whose subscriptions changed."""
+        """Apply one change; an older revision changes nothing. Returns the agent types whose subscriptions changed.
+
+        What is known of types is not kept: they may be many, and only a call that finds no worker asks for one.
+        """
         self.saw(revision)
         present = self.entries.get(key)
-        if present is not None and present[0] >= revision:
+        if isinstance(entry, KnownEntry) or (present is not None and present[0] >= revision):
             return set()
         self.entries[key] = (revision, entry)
         match entry:
@@ -71,18 +73,17 @@ class View:
                 return self._types_of(entry.worker_id) if present is None else set()
             case TypeEntry():
                 self.hosts.setdefault(entry.agent_type, {})[entry.worker_id] = entry
-                (self.keyed.add if entry.keyed else self.keyed.discard)(entry.agent_type)
+                if len(self.hosts[entry.agent_type]) == 1 or entry.keyed != (entry.agent_type in self.keyed):
+                    self._decide_keyed(entry.agent_type)
                 self.of_worker.setdefault(entry.worker_id, set()).add(key)
             case InstanceEntry():
                 keys = self.instances.setdefault(entry.agent_type, {})
                 keys.setdefault(entry.agent_key, {})[entry.worker_id] = entry
                 self.of_worker.setdefault(entry.worker_id, set()).add(key)
-            case KnownEntry():
-                self.known[entry.agent_type] = entry
             case SubscriptionEntry():
                 rules = self.declared.setdefault(entry.agent_type, {})
                 rules.setdefault(entry.rule, {})[entry.declarer] = entry
-                if entry.declarer != NOBODY:
+                if not entry.is_shared:
                     self.of_worker.setdefault(entry.declarer, set()).add(key)
                 return {entry.agent_type}
         return set()
@@ -104,8 +105,7 @@ class View:
                 return touched
             case TypeEntry():
                 _remove(self.hosts, entry.agent_type, entry.worker_id)
-                if entry.agent_type not in self.hosts:
-                    self.keyed.discard(entry.agent_type)
+                self._decide_keyed(entry.agent_type)
                 self._disown(entry.worker_id, key)
             case InstanceEntry():
                 keys = self.instances.get(entry.agent_type, {})
@@ -113,8 +113,6 @@ class View:
                 if not keys:
                     self.instances.pop(entry.agent_type, None)
                 self._disown(entry.worker_id, key)
-            case KnownEntry():
-                self.known.pop(entry.agent_type, None)
             case SubscriptionEntry():
                 rules = self.declared.get(entry.agent_type, {})
                 _remove(rules, entry.rule, entry.declarer)
@@ -128,6 +126,14 @@ class View:
         owned = self.of_worker.get(worker_id)
         if owned is not None:
             owned.discard(key)
+
+    def _decide_keyed(self, agent_type: str) -> None:
+        """Find out whether a type is keyed. If its workers differ, the first one is right, and the others withdraw."""
+        hosting = self.hosts.get(agent_type, {}).values()
+        keyed = any(entry.keyed for entry in hosting)
+        if keyed and not all(entry.keyed for entry in hosting):
+            keyed = min(hosting, key=lambda entry: self.revision_of(entry.key)).keyed
+        (self.keyed.add if keyed else self.keyed.discard)(agent_type)
 
     def _types_of(self, worker_id: str) -> set[str]:
         types = set()
@@ -168,9 +174,6 @@ class View:
         keys = self.instances.get(agent_type)
         return self.live(keys.get(key, ())) if keys else []
 
-    def is_known(self, agent_type: str) -> bool:
-        return agent_type in self.known or bool(self.hosts.get(agent_type))
-
     def rules(self, agent_type: str) -> list[Rule]:
         """The subscriptions in force for the type: those with a live declarer, or with none needed."""
         return [
@@ -210,6 +213,11 @@ class View:
         """The revision of an entry; 0 if it is not there."""
         present = self.entries.get(key)
         return present[0] if present is not None else 0
+
+    def entry(self, key: str) -> RegistryEntry | None:
+        """The entry with this key; None if it is not there."""
+        present = self.entries.get(key)
+        return present[1] if present is not None else None
 
     def subscriptions(self) -> Iterator[SubscriptionEntry]:
         for rules in self.declared.values():
