@@ -18,7 +18,7 @@ import orjson
 from autogen_core import AgentId
 from nats.aio.msg import Msg
 
-from natsrt.errors import NatsrtError, NoLiveWorker, PermissionDenied
+from natsrt.errors import NatsrtError, NoLiveWorker, PermissionDenied, ServerUnreachable
 from natsrt.options import Options
 from natsrt.transport.call_watch import CallWatch
 from natsrt.transport.calls import Calls
@@ -64,6 +64,9 @@ class Network:
 
     def on_denied(self, callback: Callable[[PermissionDenied], None]) -> None:
         self._denied = callback
+
+    def unreachable(self, seconds: float, reason: str | None = None) -> ServerUnreachable:
+        return ServerUnreachable(["nats://virtual"], seconds, reason)
 
     async def subscribe(self, subject: str, sink: Callable[[Msg], None]) -> str:
         self._sink = sink
