@@ -25,12 +25,13 @@ from natsrt.hosting.settlements import EventSettlement, ReplySettlement
 from natsrt.hosting.subscriptions import Subscriptions
 from natsrt.jetstream.agent_records import AgentRecords
 from natsrt.jetstream.registry.registry import Registry
+from natsrt.keyed.claiming import Claiming
 from natsrt.keyed.deadlocks import Deadlocks
 from natsrt.keyed.instances import Instances
 from natsrt.keyed.operations import KeyedOperations
 from natsrt.keyed.ownership import Ownership
 from natsrt.keyed.releasing import Releasing
-from natsrt.keyed.slots import AgentSlots
+from natsrt.keyed.slots import AgentSlots, Doubts
 from natsrt.keyed.turns import Turns
 from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
@@ -197,26 +198,40 @@ class Incoming:
         instances = Instances(
             connection=connection, worker_id=worker_id, catalog=catalog, records=network.records, counters=counters
         )
+        releasing = Releasing(
+            connection=connection,
+            catalog=catalog,
+            registry=registry,
+            records=network.records,
+            slots=slots,
+            instances=instances,
+            subjects=self.subscriptions,
+        )
+        doubts = Doubts()
         self.ownership = Ownership(
             connection=connection,
             options=options,
             worker_id=worker_id,
             registry=registry,
-            peers=network.peers,
             records=network.records,
-            subjects=self.subscriptions,
-            locator=outgoing.locator,
             slots=slots,
             instances=instances,
-            releasing=Releasing(
+            releasing=releasing,
+            claiming=Claiming(
                 connection=connection,
-                catalog=catalog,
+                options=options,
+                worker_id=worker_id,
                 registry=registry,
+                peers=network.peers,
                 records=network.records,
+                subjects=self.subscriptions,
+                locator=outgoing.locator,
                 slots=slots,
                 instances=instances,
-                subjects=self.subscriptions,
+                releasing=releasing,
+                doubts=doubts,
             ),
+            doubts=doubts,
         )
         self.turns = Turns(slots, self.ownership, instances, self.deadlocks)
         self.operations = KeyedOperations(self.turns, self.ownership, catalog)

@@ -134,7 +134,8 @@ async def test_an_agent_that_is_lost_while_it_is_claimed_leaves_no_subscription_
     owner = await place.worker("w1")
     caller = await place.caller()
     ownership = owner.running.ownership
-    listen, subscribed = ownership._subjects.listen, list[Interest]()
+    claiming = ownership._claiming
+    listen, subscribed = claiming._subjects.listen, list[Interest]()
 
     async def listen_late(hosted: Any, key: str) -> Interest:
         if not subscribed:
@@ -146,7 +147,7 @@ async def test_an_agent_that_is_lost_while_it_is_claimed_leaves_no_subscription_
         subscribed.append(await listen(hosted, key))
         return subscribed[-1]
 
-    ownership._subjects.listen = listen_late  # type: ignore[method-assign]
+    claiming._subjects.listen = listen_late  # type: ignore[method-assign]
     assert (await caller.send_message(Add(1), agent("k"))).value == 1
     assert (await caller.send_message(Add(1), agent("k"))).value == 2
     assert len(subscribed) == 2

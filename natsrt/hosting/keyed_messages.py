@@ -21,8 +21,9 @@ from natsrt.hosting.answers import Answers
 from natsrt.hosting.intake import Intake
 from natsrt.hosting.invocation import Invoker
 from natsrt.hosting.reader import Reader
+from natsrt.keyed.claiming import CannotOwn
 from natsrt.keyed.operations import KeyedOperations
-from natsrt.keyed.ownership import Declined, NotOwned, OwnedElsewhere, Ownership
+from natsrt.keyed.ownership import NotOwned, OwnedElsewhere, Ownership
 from natsrt.keyed.turns import Turns
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.sender import Sender
@@ -77,9 +78,9 @@ class KeyedMessages:
         except NotOwned:
             agent = AgentId(hosted.agent_type, key)
             raise SentBack(WorkerLost(str(agent), self._worker_id, "it no longer owns the agent")) from None
-        except Declined as declined:
+        except CannotOwn as cannot:
             if inbound.can_be_sent_back:
-                raise SentBack(declined.error) from None
+                raise SentBack(cannot.error) from None
             return await self._forward(inbound, AgentId(hosted.agent_type, key))
         except OwnedElsewhere:
             return await self._forward(inbound, AgentId(hosted.agent_type, key))
@@ -102,10 +103,7 @@ class KeyedMessages:
     async def _locate(self, inbound: Inbound, key: str) -> Answer | None:
         body = inbound.body
         missing = body is not None and says_missing(body)
-        try:
-            location = await self._ownership.locate(inbound.route.hosted, key, inbound.chain, missing=missing)
-        except Declined as declined:
-            raise SentBack(declined.error) from None
+        location = await self._ownership.locate(inbound.route.hosted, key, inbound.chain, missing=missing)
         if body is None or not inbound.settlement.wants_answer:
             return None
         return self._answers.control_reply(location._asdict(), body, inbound.agent_type, key)

@@ -13,7 +13,8 @@ from natsrt.agents.chain import as_call, chain_of, current_chain
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import Inbound
 from natsrt.errors import CannotDecode
-from natsrt.keyed.ownership import Declined, Ownership
+from natsrt.keyed.claiming import CannotOwn
+from natsrt.keyed.ownership import Ownership
 from natsrt.keyed.turns import Turns
 from natsrt.wire.envelope import Envelope
 
@@ -47,8 +48,8 @@ class KeyedOperations:
     async def _in_turn(self, hosted: HostedType, key: str, work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await self._turns.run(hosted, key, current_chain.get(), work)
-        except Declined as declined:
-            raise declined.error from None
+        except CannotOwn as cannot:
+            raise cannot.error from None
 
     async def control(self, hosted: HostedType, key: str, inbound: Inbound, body: Envelope) -> Any:
         """Carry out a control message in a turn of the agent. Returns the JSON result.
@@ -59,15 +60,15 @@ class KeyedOperations:
         if operation == control.GIVE_AWAY:
             return await self._give_away(hosted, body.json())
         if operation == control.ACTIVATE:
-            self._ownership.check_room(hosted.agent_type, key)
+            self._ownership.check_able(AgentId(hosted.agent_type, key))
 
         async def carry_out() -> Any:
             return await control.carry_out_message(self._catalog, hosted, key, body)
 
         try:
             result = await self._turns.run(hosted, key, chain_of(body), carry_out, inbound=inbound)
-        except Declined as declined:
-            raise declined.error from None
+        except CannotOwn as cannot:
+            raise cannot.error from None
         if operation in (control.LOAD_STATE, control.STORE_STATE):
             await self._ownership.store(AgentId(hosted.agent_type, key))
         return result

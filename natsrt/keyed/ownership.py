@@ -1,4 +1,4 @@
-"""Who owns keyed agents: claiming them, verifying that they are still owned here, and telling others.
+"""Who owns keyed agents: verifying that they are still owned here, telling others, and making what is owned live.
 
 Rules:
 
@@ -6,21 +6,15 @@ Rules:
    lost the ownership, frozen or cut off, cannot store anything any more: it drops its instance.
 2. A worker that was blocked, disconnected or taken for dead verifies its records again before it handles or answers a
    message.
-3. An owner that does not answer is replaced when the registry no longer lists it, or when the server says that it does
-   not listen and that this cannot be a reconnect that all workers go through.
-4. An agent whose record is missing belongs to the worker that has it, which stores the record again. Another worker
-   claims the agent only if nobody listens on the agent's subject.
-5. A worker that cannot subscribe to an agent's subject leaves the agent to other workers.
 
-`natsrt.keyed.turns` handles the messages of what is owned, `natsrt.keyed.instances` makes and stores it,
-`natsrt.keyed.releasing` gives it up.
+`natsrt.keyed.claiming` claims agents, `natsrt.keyed.turns` handles the messages of what is owned,
+`natsrt.keyed.instances` makes and stores it, `natsrt.keyed.releasing` gives it up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Collection
 
 import nats.errors
@@ -28,18 +22,16 @@ from autogen_core import Agent, AgentId
 
 from natsrt.agents.hosted_type import HostedType
 from natsrt.background import BackgroundTasks
-from natsrt.errors import NatsrtError, SubscriptionRefused, WorkerLost
-from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
+from natsrt.errors import NatsrtError, SubscriptionRefused
+from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
+from natsrt.keyed.claiming import CannotOwn, Claiming
 from natsrt.keyed.instances import Instances, close_agent
 from natsrt.keyed.releasing import Releasing
-from natsrt.keyed.room import Room
-from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, lease
-from natsrt.keyed.unmade import NotMade, UnmadeAgents
+from natsrt.keyed.slots import AgentSlot, AgentSlots, Doubts, lease
+from natsrt.keyed.unmade import NotMade
 from natsrt.options import Options
-from natsrt.sending.owner_locator import OwnerLocator
 from natsrt.transport.connection import Connection, Refusal
-from natsrt.transport.peers import Peers
 from natsrt.transport.stall_watch import StallWatch
 from natsrt.wire.failures import class_name
 from natsrt.wire.peer_messages import Claim, Location
@@ -49,14 +41,6 @@ logger = logging.getLogger("natsrt.hosting")
 _STALL = 2.0
 """Seconds for which the event loop must stand still before this worker verifies what it owns: other workers may have
 taken it for dead meanwhile."""
-_MOVES_WITHIN = 4.0
-"""Seconds beyond `Options.lost_after` for which the end of another worker's claim or release is waited for."""
-_ASK = 0.5
-"""Seconds within which the owner that a record names must answer. docs/PROTOCOL.md fixes this time."""
-_PAUSE = 0.02
-"""Seconds before the record of an agent that another worker claims or releases is read again; doubled each time."""
-_LONGEST_PAUSE = 0.25
-"""Seconds of such a pause at most."""
 _LOOK_EVERY = 10.0
 """Seconds between two looks whether the bucket of the records still exists."""
 _GATHERED = 0.1
@@ -82,22 +66,6 @@ class NotOwned(Exception):
     """This worker does not own the agent, and was not to claim it."""
 
 
-class Declined(Exception):
-    """The agent cannot be made here, because of ``error``. Another worker hosts its type, and may be able to."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-        super().__init__(str(error))
-
-
-class _NoRoom(Exception):
-    """This worker cannot subscribe to the subject of an agent, because of ``refusal``."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        self.refusal = refusal
-        super().__init__(refusal)
-
-
 class Ownership(RegistryListener):
     """The ownership of one worker. A `Listener` of its connection, of its registry, and of the records' bucket."""
 
@@ -108,34 +76,27 @@ class Ownership(RegistryListener):
         options: Options,
         worker_id: str,
         registry: Registry,
-        peers: Peers,
         records: AgentRecords,
-        subjects: AgentSubjects,
-        locator: OwnerLocator,
         slots: AgentSlots,
         instances: Instances,
         releasing: Releasing,
+        claiming: Claiming,
+        doubts: Doubts,
     ) -> None:
         self._connection = connection
         self._options = options
         self._worker_id = worker_id
-        self._registry = registry
-        self._peers = peers
         self._records = records
-        self._subjects = subjects
-        self._locator = locator
         self._loop = asyncio.get_running_loop()
         self._slots = slots
         self._instances = instances
         self._releasing = releasing
-        self._unmade = UnmadeAgents()
-        self.doubt_epoch = 0
-        """Number of times that there was a reason to doubt that what is owned here still is."""
+        self._claiming = claiming
+        self._doubts = doubts
         self._stall_watch = StallWatch(_STALL, self._stalled)
         self._tasks = BackgroundTasks(logger, "verifying keyed agents failed")
         self._verifying = asyncio.Semaphore(_AT_ONCE)
         self._started = False
-        self._room = Room(connection)
         self._refused: asyncio.TimerHandle | None = None
         connection.add_listener(self)
         connection.on_denied(self._on_denied)
@@ -195,7 +156,7 @@ class Ownership(RegistryListener):
             closing.cancel()
 
     def connection_lost(self) -> None:
-        self.doubt_epoch += 1
+        self._doubts.epoch += 1
 
     def connection_made(self) -> None:
         self.doubt()
@@ -243,9 +204,9 @@ class Ownership(RegistryListener):
 
         Until an agent is verified, this worker may receive messages that are for its new owner.
         """
-        self.doubt_epoch += 1
+        self._doubts.epoch += 1
         if self._started:
-            self._tasks.spawn(self._verify_all(self.doubt_epoch))
+            self._tasks.spawn(self._verify_all(self._doubts.epoch))
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -292,11 +253,9 @@ class Ownership(RegistryListener):
         """Release up to ``count`` agents of a type that can move to other workers now. Returns the number released."""
         return await self._releasing.release_some(agent_type, count)
 
-    def check_room(self, agent_type: str, key: str) -> None:
-        """Raise `SubscriptionRefused` or `PermissionDenied` if this worker does not own the agent, and cannot."""
-        slot = self._slots.find(agent_type, key)
-        if (refusal := self._room.refusal) is not None and (slot is None or slot.record is None):
-            raise refusal
+    def check_able(self, agent_id: AgentId) -> None:
+        """Raise the error because of which this worker cannot own an agent that it does not own now, if any."""
+        self._claiming.check(agent_id)
 
     @property
     def owns_some(self) -> bool:
@@ -320,150 +279,24 @@ class Ownership(RegistryListener):
             leaves = slot.closing or (to_stay and slot.releasing and not slot.mailbox.runs_any(chain))
             if slot.record is not None and not leaves:
                 return None
-        try:
-            async with slot.moving:
-                return None if slot.record is not None else await self._claim(slot)
-        except _NoRoom as declined:
-            return await self._give_elsewhere(slot, declined.refusal)
-
-    async def _give_elsewhere(self, slot: AgentSlot, refusal: Refusal) -> str:
-        """Have another worker own an agent. Returns its id. Raises ``refusal`` if none can."""
-        others = [w for w in self._registry.view.workers_hosting(slot.hosted.agent_type) if w != self._worker_id]
-        random.shuffle(others)
-        for worker_id in others:
-            try:
-                await self._locator.give(slot.agent_id, worker_id)
-            except Exception as error:  # the factory of that worker may raise anything
-                logger.debug("worker %s does not take %s: %s", worker_id, slot.agent_id, error)
-            else:
-                return worker_id
-        raise refusal
-
-    async def _claim(self, slot: AgentSlot) -> str | None:
-        """Become the owner, and return None; or return the id of the worker that is, or becomes, the owner."""
-        if self._slots.must_leave(slot):
-            return (await self._locator.locate(slot.agent_id, slot.blocked_handlers)).worker_id
-        self._decline(slot)
-        epoch = self.doubt_epoch
-        outcome = await self._write_claim(slot)
-        if isinstance(outcome, str):
-            return outcome
-        slot.own(outcome, epoch, self._loop.time())
-        try:
-            slot.listening(await self._subjects.listen(slot.hosted, slot.key))
-            await self._connection.barrier()
-        except BaseException:
-            await self._instances.drop(slot)
-            raise
-        if slot.interest is not None and slot.interest.refusal is not None:
-            await self._give_back(slot, outcome, slot.interest.refusal)
-        self._room.accepted()
-        if slot.record is None:  # lost meanwhile, before there was a subscription to end
-            await self._instances.drop(slot)
-        elif self._slots.must_leave(slot):  # since the claim began
-            self._releasing.release_soon(slot)
-        return None
-
-    async def _give_back(self, slot: AgentSlot, record: Record, refusal: Refusal) -> None:
-        """Give up an agent that was just claimed, and whose subject the server refuses. Raises `_NoRoom`."""
-        await self._instances.drop(slot)
-        self._room.refused(refusal)
-        logger.warning("this worker takes no more keyed agents for now: %s", refusal)
-        try:
-            await self._records.release(record)
-        except (RecordChanged, NatsrtError) as error:
-            logger.debug("%s cannot be given back: %s", slot.agent_id, error)
-        raise _NoRoom(refusal)
-
-    async def _write_claim(self, slot: AgentSlot) -> Record | str:
-        """Name this worker in the agent's record, and return the record; or return the id of its present owner.
-
-        Raises `WorkerLost` if the owner does not answer, and is not known to be gone either.
-        """
-        until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN
-        pause = _PAUSE
-        present = None if self._room.refusal is None else await self._records.read(slot.agent_id)
-        while True:
-            try:
-                if present is None:
-                    if (holder := await self._holder(slot, until)) is not None:
-                        return holder
-                    self._require_room()
-                    return await self._records.claim(slot.agent_id, self._worker_id)
-                owner = present.owner
-                if owner is None or owner == self._worker_id:
-                    self._require_room()
-                    return await self._records.take(present, self._worker_id)
-                claim = await self._ask_owner(owner, slot.agent_id, slot.blocked_handlers)
-                if claim is Claim.HOLDS:
-                    return owner
-                if claim is Claim.FREE:
-                    self._require_room()
-                    return await self._records.take(present, self._worker_id)
-                if self._loop.time() > until:
-                    raise WorkerLost(str(slot.agent_id), owner, "it owns the agent, but is silent")
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
-                present = await self._records.read(slot.agent_id)
-            except RecordTaken as taken:
-                present = taken.record
-            except RecordChanged:
-                present = await self._records.read(slot.agent_id)
-
-    def _require_room(self) -> None:
-        """Raise `_NoRoom` if this worker cannot own more agents."""
-        if (refusal := self._room.refusal) is not None:
-            raise _NoRoom(refusal)
-
-    async def _holder(self, slot: AgentSlot, until: float) -> str | None:
-        """The worker that has an agent without a record; None if none has it, or none has answered at ``until``.
-
-        Raises `RecordTaken` if there is a record.
-        """
-        await self._records.open()
-        while self._loop.time() < until:
-            if await self._locator.is_listened_for(slot.agent_id):
-                present = await self._records.read(slot.agent_id)
-                if present is not None:
-                    raise RecordTaken(present)
-                holder = await self._locator.ask_holder(slot.agent_id, _ASK)
-                if holder is not None:
-                    return holder
-            elif self._connection.settled or not self._records.are_new:
-                return None
-            await asyncio.sleep(_LONGEST_PAUSE)  # it is blocked, reconnecting, or about to end its subscription
-        return None
-
-    async def _ask_owner(self, owner: str, agent_id: AgentId, chain: Collection[str]) -> Claim:
-        """Ask the owner for its claim on the agent: ``FREE`` if it is gone, ``MOVING`` while that is not certain."""
-        claim = await self._peers.claim(owner, agent_id, chain, _ASK)
-        if claim is not None:
-            return claim
-        if not self._registry.lists(owner):
-            await self._registry.catch_up()
-            if not self._registry.lists(owner):
-                return Claim.FREE
-        if await self._peers.listens(owner):
-            return Claim.MOVING
-        self._registry.suspect(owner)
-        return Claim.FREE if self._connection.settled else Claim.MOVING
+        return await self._claiming.own(slot)
 
     # -- verifying -----------------------------------------------------------------------------------------------
 
     def is_verified(self, slot: AgentSlot) -> bool:
         """Whether this worker owns the agent, and there was no reason to doubt that since it was last verified."""
         self._stall_watch.look()
-        return slot.record is not None and slot.verified_epoch == self.doubt_epoch
+        return slot.record is not None and slot.verified_epoch == self._doubts.epoch
 
     async def verify(self, slot: AgentSlot) -> None:
         """Read the record if the ownership is in doubt. Drops the instance if another worker has changed the record."""
         if slot.record is not None and not self.is_verified(slot):
             async with slot.saving:
-                if slot.record is not None and slot.verified_epoch != self.doubt_epoch:
+                if slot.record is not None and slot.verified_epoch != self._doubts.epoch:
                     await self._verify(slot, slot.record)
 
     async def _verify(self, slot: AgentSlot, own: Record) -> None:
-        epoch = self.doubt_epoch
+        epoch = self._doubts.epoch
         try:
             await self._instances.present(slot, own)
         except RecordChanged as changed:
@@ -476,7 +309,7 @@ class Ownership(RegistryListener):
     async def _verify_all(self, epoch: int) -> None:
         async def verify(slot: AgentSlot) -> None:
             async with self._verifying:
-                if epoch == self.doubt_epoch:
+                if epoch == self._doubts.epoch:
                     await self.verify(slot)
                     self._slots.forget_unused(slot)
 
@@ -490,14 +323,14 @@ class Ownership(RegistryListener):
         A worker that was taken for dead loses its connection or its registry entry, too. Then `doubt` verifies all at
         once.
         """
-        self.doubt_epoch += 1
+        self._doubts.epoch += 1
 
     async def activate(self, slot: AgentSlot, chain: Collection[str], claim: bool) -> Agent:
         """Own the agent and make its instance, as far as needed. Returns the instance.
 
         ``chain`` is the chain of the message that needs it. Raises `OwnedElsewhere` if another worker owns the agent;
-        if ``claim`` is off, `NotOwned` if this worker does not; `Declined` if the agent cannot be made here, but
-        possibly on another worker; and what making it raises.
+        if ``claim`` is off, `NotOwned` if this worker does not; `CannotOwn` if the agent cannot be made here,
+        but possibly on another worker; and what making it raises.
         """
         while True:
             if not claim:
@@ -514,34 +347,24 @@ class Ownership(RegistryListener):
     async def _load(self, slot: AgentSlot) -> None:
         """Make the instance. If it cannot be made, give the agent up if another worker hosts its type.
 
-        Raises `Declined` then.
+        Raises `CannotOwn` then.
         """
         try:
-            self._decline(slot)
+            self._claiming.require_made(slot.agent_id)
             await self._instances.load(slot)
         except NotMade as failure:
-            self._unmade.failed(slot.agent_id, failure.error, self._loop.time())
-            if not self._others_host(slot):
+            self._claiming.unmade.failed(slot.agent_id, failure.error, self._loop.time())
+            if not self._claiming.others_host(slot.hosted.agent_type):
                 raise failure.error from None
             what = class_name(type(failure.error))
             logger.warning("%s cannot be made here (%s) and is left to other workers", slot.agent_id, what)
             self._leave_to_others(slot)
-            raise Declined(failure.error) from None
-        except Declined:
+            raise CannotOwn(failure.error) from None
+        except CannotOwn:
             self._leave_to_others(slot)
             raise
-        self._unmade.made(slot.agent_id)
+        self._claiming.unmade.made(slot.agent_id)
 
     def _leave_to_others(self, slot: AgentSlot) -> None:
         if slot.record is not None and not slot.releasing:
             self._releasing.release_soon(slot)
-
-    def _decline(self, slot: AgentSlot) -> None:
-        """Raise `Declined` if the agent could not be made here lately, and another worker hosts its type."""
-        error = self._unmade.error(slot.agent_id, self._loop.time())
-        if error is not None and self._others_host(slot):
-            raise Declined(error)
-
-    def _others_host(self, slot: AgentSlot) -> bool:
-        """Whether another worker hosts the type, and is not stopping."""
-        return any(one != self._worker_id for one in self._registry.view.workers_hosting(slot.hosted.agent_type))

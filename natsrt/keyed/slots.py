@@ -35,6 +35,14 @@ class AgentSubjects(Protocol):
         """Take in what is sent to one keyed agent, until the interest is unsubscribed."""
 
 
+class Doubts:
+    """Reasons to doubt that what this worker owns is still owned here."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        """Number of times that there was such a reason."""
+
+
 class AgentSlot:
     """What this worker keeps for one keyed agent that it owns, or is finding out about."""
 
@@ -88,7 +96,7 @@ class AgentSlot:
         self.interest: Interest | None = None
         """The subscription to the agent's subject; None while there is none."""
         self.verified_epoch = -1
-        """Value of `Ownership.doubt_epoch` when the record was last verified; a different value means: verify again."""
+        """Value of `Doubts.epoch` when the record was last verified; a different value means: verify again."""
         self.owned_since = now
         """The event loop's time of the last claim."""
         # instance

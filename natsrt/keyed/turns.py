@@ -63,7 +63,7 @@ class Turns:
         Raises:
             SentBack: The caller of the message does not wait any more.
             OwnedElsewhere: Another worker owns the agent.
-            Declined: The agent cannot be made here, but possibly on another worker.
+            CannotOwn: The agent cannot be made here, but possibly on another worker.
             NotOwned: The agent is not owned here, and ``claim`` is off.
             Deadlock: The turn would never come.
             StateConflict, StateNotSaved: The agent was taken over meanwhile, or its state could not be stored.
