@@ -122,10 +122,11 @@ async def test_of_two_starts_at_the_same_moment_that_exclude_each_other_one_succ
         types = [f"type{number}-{letter}" for letter in "abcd"]
         a = NatsAgentRuntime(server.url, namespace=namespace, name="a")
         b = NatsAgentRuntime(server.url, namespace=namespace, name="b")
-        for position, agent_type in enumerate(types):  # each is the one or the other in turns
-            one, other = (first, second) if position % 2 else (second, first)
-            await one(a, agent_type, "a")
-            await other(b, agent_type, "b")
+        kinds = [(first, second) if position % 2 else (second, first) for position in range(len(types))]
+        for agent_type, (kind, _) in zip(types, kinds, strict=True):
+            await kind(a, agent_type, "a")
+        for agent_type, (_, kind) in reversed(list(zip(types, kinds, strict=True))):
+            await kind(b, agent_type, "b")
         ended = await asyncio.gather(a.start(), b.start(), return_exceptions=True)
         failures = [error for error in ended if error is not None]
         assert [type(error) for error in failures] == [ValueError], ended
@@ -137,6 +138,16 @@ async def test_of_two_starts_at_the_same_moment_that_exclude_each_other_one_succ
         await winner.close()
         async with loser:
             await is_the_only_one(server, namespace, loser, types[0])
+
+
+async def test_a_start_stores_types_in_the_order_of_their_names(server: EmbeddedServer, namespace: str) -> None:
+    runtime = NatsAgentRuntime(server.url, namespace=namespace)
+    names = [f"type{number:02}" for number in range(40)]
+    for agent_type in reversed(names):
+        await plain(runtime, agent_type, "x")
+    async with runtime:
+        view = runtime.running.registry.view
+        assert sorted(names, key=lambda name: view.revision_of(f"r.type.{name}.{runtime.worker_id}")) == names
 
 
 async def test_of_three_registrations_at_the_same_moment_those_count_that_agree_with_the_first(
@@ -168,8 +179,12 @@ async def test_a_start_is_refused_where_another_worker_hosts_what_excludes_it(
             await first(a, f"type{number}", "a")
             b = NatsAgentRuntime(server.url, namespace=namespace, name="b")
             await second(b, f"type{number}", "b")
+            await a.running.registry.catch_up()
+            before = a.running.registry.view.applied
             with pytest.raises(ValueError, match=reason):
                 await b.start()
+            await a.running.registry.catch_up()
+            assert a.running.registry.view.applied == before  # nothing was stored
             await is_the_only_one(server, namespace, a, f"type{number}")
 
 
