@@ -270,7 +270,7 @@ async def test_a_caller_waits_for_a_type_with_the_documented_permissions_and_is_
         with pytest.raises(AgentNotServed):
             await caller.wait_for("nobody", timeout=1.5)
         # The server reports to the inbox in the caller's name: without that permission, the caller does without.
-        assert ["_inbox_caller" in text for text in refused(caplog)] == [True]
+        assert ["_INBOX_caller" in text for text in refused(caplog)] == [True]
     questions = f'"{space}.natsrt.worker.>", ' if space else '"natsrt.worker.>", '
 
     def without_questions(block: str) -> str:

@@ -216,7 +216,7 @@ class Reader:
         except KeyError as missing:
             raise CannotDecode("an envelope", f"the attribute {missing} is missing") from None
         try:
-            message = self._serialization.decode(
+            message, registered = self._decoded(
                 type_name, attributes.get("datacontenttype", envelope.JSON_CONTENT), body.payload
             )
         except CannotDecode:
@@ -224,9 +224,6 @@ class Reader:
             if general is None:
                 raise
             return self.delivery(general, topic)
-        registered = type(message) is not UnknownPayload
-        if not registered:
-            message = self._serialization.decode_unregistered(message, self._catalog.produced_here())
         context = MessageContext(self._sender(body), topic, topic is None, self.token(body), message_id)
         return Delivery(message, context, body.payload, type_name, attributes, registered)
 
@@ -242,12 +239,12 @@ class Reader:
         ``MessageDroppedException`` for a call and `EventDropped` for an event.
         """
         hosted, topic = inbound.route.hosted, inbound.topic
-        headers, payload = inbound.message.headers or {}, inbound.message.data
+        headers, payload, registered = inbound.message.headers or {}, inbound.message.data, True
         type_name = headers.get(TYPE_HEADER)
         if type_name is not None:
             await self._catalog.wait_for_serializer(hosted, type_name)
             content_type = self._serialization.content_type_of(type_name)
-            message = self._serialization.decode(type_name, content_type, payload)
+            message, registered = self._decoded(type_name, content_type, payload)
         elif self._infer_types:
             message = self._serialization.infer(payload, list(hosted.handles.values()))
         else:
@@ -272,7 +269,15 @@ class Reader:
                     message = await self._interventions.on_publish(message, context)
                 except MessageDroppedException:
                     raise EventDropped from None
-        return Delivery(message, context, payload, type_name or type(message).__name__, {"id": context.message_id})
+        attributes = {"id": context.message_id}
+        return Delivery(message, context, payload, type_name or type(message).__name__, attributes, registered)
+
+    def _decoded(self, type_name: str, content_type: str, payload: bytes) -> tuple[Any, bool]:
+        """Return a message, and whether there is a serializer for its type. Raises `CannotDecode`."""
+        message = self._serialization.decode(type_name, content_type, payload)
+        if type(message) is not UnknownPayload:
+            return message, True
+        return self._serialization.decode_unregistered(message, self._catalog.produced_here()), False
 
 
 def _remember(known: dict[str, _T], text: str, value: _T) -> None:
