@@ -2,7 +2,8 @@
 
 asyncio has no public way to ask this before Python 3.14. But a future knows what to call when it is done, so the
 question can be followed from the awaited task to those that wait for it: over ``await task``, ``gather``, ``wait``,
-``wait_for``, ``shield``, ``as_completed``, task groups (those of AnyIO too), and threads that wait for a coroutine.
+``wait_for``, ``shield``, ``as_completed``, task groups (those of AnyIO too), and threads of an executor that are
+blocked until a coroutine has ended.
 
 Waiting that goes over anything else, such as an `asyncio.Event` or an `asyncio.Queue` of the user's own, is not seen.
 """
@@ -11,16 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
+from types import FrameType
 from typing import Any
 
 AnyFuture = asyncio.Future[Any]
 
-_THREAD_HAS_ENDED = "_chain_future.<locals>._call_check_cancel"
-"""The callback of a future that asyncio completes when a thread has ended."""
 _ONE_OF_SEVERAL = "_wait.<locals>._on_completion"
 """The callback that `asyncio.wait` adds to each future that it waits for."""
+_AS_COMPLETED = "as_completed.<locals>._on_completion"
+"""The callback that `asyncio.as_completed` adds to each future, before Python 3.13."""
 
 
 def awaits(waiter: asyncio.Task[Any], awaited: asyncio.Task[Any], *, surely: bool = False) -> bool:
@@ -64,6 +67,8 @@ def _parts_of(callback: Any, surely: bool) -> Iterable[Any]:
     cells = getattr(function, "__closure__", None) or ()
     values = dict(zip(function.__code__.co_freevars if cells else (), map(_content, cells), strict=True))
     if surely and function.__qualname__ == _ONE_OF_SEVERAL and values.get("return_when") == asyncio.FIRST_COMPLETED:
+        return values.values() if values.get("counter") == 1 else ()
+    if surely and function.__qualname__ == _AS_COMPLETED and len(values.get("todo", ())) > 1:
         return ()
     return values.values()
 
@@ -82,20 +87,34 @@ def _futures_of(part: Any, surely: bool) -> Iterator[AnyFuture]:
     if asyncio.isfuture(part):
         yield part
     elif isinstance(part, concurrent.futures.Future):
-        if part._condition._waiters:  # type: ignore[attr-defined]  # a thread is blocked until it is done
-            yield from _suspended_by_threads()
+        yield from _completed_by(part, surely)
+        for job in _blocked_jobs(part):
+            yield from _completed_by(job, surely)
     elif isinstance(group_ended := getattr(part, "_on_completed_fut", None), asyncio.Future):
         yield group_ended
-    elif not surely:
-        queue = part if isinstance(part, asyncio.Queue) else getattr(part, "_done", None)  # of as_completed
-        if isinstance(queue, asyncio.Queue):
-            yield from queue._getters  # type: ignore[attr-defined]
+    elif isinstance(part, asyncio.Queue):
+        yield from part._getters  # type: ignore[attr-defined]
+    elif isinstance(queue := getattr(part, "_done", None), asyncio.Queue) and (not surely or len(part._todo) == 1):
+        yield from queue._getters  # type: ignore[attr-defined]  # of as_completed, from Python 3.13 on
 
 
-def _suspended_by_threads() -> Iterator[AnyFuture]:
-    """The futures of all tasks that are suspended until a thread has ended. Which thread it is cannot be found out."""
-    for task in asyncio.all_tasks():
-        future: AnyFuture | None = getattr(task, "_fut_waiter", None)
-        for callback, _context in getattr(future, "_callbacks", None) or ():
-            if future is not None and getattr(callback, "__qualname__", "") == _THREAD_HAS_ENDED:
-                yield future
+def _completed_by(future: concurrent.futures.Future[Any], surely: bool) -> Iterator[AnyFuture]:
+    """The futures of event loops that are completed when a future of threads is."""
+    for callback in future._done_callbacks:  # type: ignore[attr-defined]
+        for part in _parts_of(callback, surely):
+            if asyncio.isfuture(part) and not isinstance(part, asyncio.Task):
+                yield part
+
+
+def _blocked_jobs(future: concurrent.futures.Future[Any]) -> Iterator[concurrent.futures.Future[Any]]:
+    """The futures of the jobs of executors that are blocked, in their threads, until ``future`` is done."""
+    for frame in sys._current_frames().values():
+        is_blocked = False
+        at: FrameType | None = frame
+        while at is not None:
+            owner = at.f_locals.get("self") if at.f_code.co_name in ("result", "exception", "run") else None
+            is_blocked |= owner is future
+            job = getattr(owner, "future", None)
+            if is_blocked and at.f_code.co_name == "run" and isinstance(job, concurrent.futures.Future):
+                yield job
+            at = at.f_back

@@ -136,9 +136,9 @@ class PermissionDenied(NatsrtError, UndeliverableException, PermissionError):
         self.subject = subject
         self.reason = reason
         said = f": it says {reason!r}" if reason else ""
+        what = subject if operation == "connect" else repr(subject)
         super().__init__(
-            f"the server does not let this user {operation} {subject!r}{said}; "
-            "docs/permissions.md lists what natsrt needs"
+            f"the server does not let this user {operation} {what}{said}; docs/permissions.md lists what natsrt needs"
         )
 
 

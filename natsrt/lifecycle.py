@@ -199,7 +199,7 @@ class Lifecycle:
         """Stop when ``condition()`` is true. It is called at once, and then every second.
 
         Also returns when the runtime is stopped by other means. Raises the exception of ``condition``, and does not
-        stop then.
+        stop then; and the error of a start that fails meanwhile.
         """
         self._started()
         while not condition():
@@ -208,15 +208,18 @@ class Lifecycle:
                     await self._stopped.wait()
             except TimeoutError:
                 continue
-            return
+            break
         if self._session is not None:
             await self.stop()
+        self._raise_start_failure()
 
     async def stop_when_signal(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> None:
         """Stop the runtime at the first signal. At a second one, cancel the handlers that are still running.
 
         Signals within half a second are one signal, because terminals and process managers may both send it. The
         default is SIGTERM, SIGINT and SIGHUP. Processes that handlers fork do not get these signal handlers.
+
+        Raises the error of a start that fails meanwhile, and those of `stop`.
         """
         self._started()
 
@@ -230,14 +233,19 @@ class Lifecycle:
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if self._session is not None:
                     await self.stop()
+                self._raise_start_failure()
             finally:
                 for wait in waits:
                     wait.cancel()
 
     async def wait_until_stopped(self) -> None:
-        """Wait until the runtime is stopped. Returns at once if it is not started."""
+        """Wait until the runtime is stopped. Returns at once if it is not started.
+
+        Raises the error of a start that fails meanwhile.
+        """
         if self._session is not None:
             await self._stopped.wait()
+            self._raise_start_failure()
 
     async def close(self) -> None:
         """Stop if running, and close every live agent. Agents that were already closed are not closed again.
@@ -306,7 +314,7 @@ class Lifecycle:
         taken_in = session.counters.taken_in
         while self._session is session:
             if self._stepping:
-                await self._pass_on(session, hold=True)
+                await self._send_what_waits(session)
                 if session.intake.step():
                     break
             elif session.counters.taken_in != taken_in:
@@ -316,6 +324,15 @@ class Lifecycle:
             if idle:
                 break
         await asyncio.sleep(0)  # the handler begins
+
+    async def _send_what_waits(self, session: Session) -> None:
+        """Send the messages of the outbox, and wait until those for this runtime have come in, so that they count."""
+        if not len(self._outbox):
+            return
+        await self._pass_on(session, hold=True)
+        await self._outbox.sent()
+        await session.connection.round_trip(self._program.options.offline_timeout)
+        await asyncio.sleep(0)
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -348,6 +365,11 @@ class Lifecycle:
         if self._starting is None or not self._starting.done() or self._starting.cancelled():
             return None
         return self._starting.exception()
+
+    def _raise_start_failure(self) -> None:
+        """Raise the error of the start, if it failed and nobody else was told."""
+        if (failure := self._start_failure()) is not None:
+            raise failure
 
     async def _await_start(self) -> None:
         if self._starting is not None:

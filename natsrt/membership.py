@@ -100,7 +100,7 @@ class Membership:
                 logger.warning("%s", outcome)
             elif outcome is not None:
                 raise outcome
-        await self._connection.barrier()
+        await self._connection.round_trip(self._options.offline_timeout)
         self._connection.check()
 
     async def drain(self) -> None:
@@ -129,7 +129,7 @@ class Membership:
             try:
                 await self._incoming.peer_answers.start()
                 await self._services.start()
-                await self._connection.barrier()
+                await self._connection.round_trip(self._options.offline_timeout)
                 self._connection.check()
             except BaseException:
                 self._joined = False

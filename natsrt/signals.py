@@ -23,7 +23,7 @@ class StopSignals(Inherited):
     """Handles signals that ask this process to stop, as long as its ``with`` block runs in an event loop.
 
     The first signal sets ``received`` and calls ``first``. Each later one calls ``again``, unless it comes within half
-    a second of the one before.
+    a second of one that counted.
 
     Children that the process forks get the former handlers; SIGINT ends them, without KeyboardInterrupt. A signal that
     the process ignores stays ignored, such as SIGHUP under ``nohup``. Blocks may be nested: the innermost one receives
@@ -42,7 +42,8 @@ class StopSignals(Inherited):
         self._again = again
         self._wanted = signals
         self._former: dict[signal.Signals, Any] = {}
-        self._last = float("-inf")
+        self._counted = float("-inf")
+        """When the last signal that counted came, by the event loop's clock."""
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -71,12 +72,13 @@ class StopSignals(Inherited):
     def receive(self) -> None:
         """Act as if one of the signals had come."""
         now = self._loop.time()
-        is_same = now - self._last < _ONE_REQUEST
-        self._last = now
+        if now - self._counted < _ONE_REQUEST:
+            return
+        self._counted = now
         if not self.received.is_set():
             self.received.set()
             self._first()
-        elif not is_same:
+        else:
             self._again()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -98,13 +99,52 @@ async def in_a_gathered_thread(task: Task) -> None:
     await asyncio.gather(in_a_thread(task), asyncio.sleep(0))
 
 
-async def waited_for_the_first(task: Task) -> None:
+def blocks_until_it_ends(task: Task) -> Callable[[], None]:
+    loop = asyncio.get_running_loop()
+    return lambda: asyncio.run_coroutine_threadsafe(itself(task), loop).result()
+
+
+async def in_an_executor(task: Task) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, blocks_until_it_ends(task))
+
+
+async def in_gathered_executors(task: Task) -> None:
+    loop = asyncio.get_running_loop()
+    await asyncio.gather(loop.run_in_executor(None, blocks_until_it_ends(task)), asyncio.sleep(0))
+
+
+async def in_an_executor_with_a_limit(task: Task) -> None:
+    await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(None, blocks_until_it_ends(task)), 30)
+
+
+async def in_an_executor_of_its_own(task: Task) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        await asyncio.wrap_future(pool.submit(blocks_until_it_ends(task)))
+
+
+async def wrapped(task: Task) -> None:
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(itself(task), asyncio.get_running_loop()))
+
+
+async def the_only_one_of_several(task: Task) -> None:
     await asyncio.wait([task], return_when=asyncio.FIRST_COMPLETED)
 
 
-async def as_completed(task: Task) -> None:
-    for first in asyncio.as_completed([task]):
+async def the_last_one_as_completed(task: Task) -> None:
+    for first in asyncio.as_completed([task, asyncio.create_task(asyncio.sleep(0))]):
         await first
+
+
+async def waited_for_the_first(task: Task) -> None:
+    never = asyncio.get_running_loop().create_future()
+    await asyncio.wait([task, never], return_when=asyncio.FIRST_COMPLETED)
+
+
+async def as_completed(task: Task) -> None:
+    never = asyncio.get_running_loop().create_future()
+    for first in asyncio.as_completed([task, never]):
+        await first
+        return
 
 
 FOR_SURE: list[Way] = [
@@ -126,6 +166,13 @@ FOR_SURE: list[Way] = [
     in_an_anyio_group,
     in_a_thread,
     in_a_gathered_thread,
+    in_an_executor,
+    in_gathered_executors,
+    in_an_executor_with_a_limit,
+    in_an_executor_of_its_own,
+    wrapped,
+    the_only_one_of_several,
+    the_last_one_as_completed,
 ]
 FOR_ONE_OF_SEVERAL: list[Way] = [waited_for_the_first, as_completed]
 
@@ -160,12 +207,20 @@ async def a_thread_that_waits_for_nobody(task: Task, until: asyncio.Event) -> No
     await asyncio.to_thread(lambda: asyncio.run_coroutine_threadsafe(until.wait(), loop).result())
 
 
+async def another_thread(task: Task, until: asyncio.Event) -> None:
+    background = asyncio.create_task(asyncio.to_thread(blocks_until_it_ends(task)))
+    loop = asyncio.get_running_loop()
+    await asyncio.to_thread(lambda: asyncio.run_coroutine_threadsafe(until.wait(), loop).result())
+    await background
+
+
 NOT: list[Callable[[Task, asyncio.Event], Awaitable[Any]]] = [
     nothing,
     another_task,
     only_cancels,
     the_body_of_a_group,
     a_thread_that_waits_for_nobody,
+    another_thread,
 ]
 
 
@@ -178,7 +233,8 @@ async def test_a_task_that_waits_for_another_one_is_found(way: Way) -> None:
     end = asyncio.Event()
     awaited: Task = asyncio.create_task(end.wait())
     waiter = asyncio.create_task(_run(way(awaited)))
-    await eventually(lambda: awaits(waiter, awaited))
+    await eventually(lambda: awaits(waiter, awaited, surely=way in FOR_SURE))
+    assert awaits(waiter, awaited)
     assert awaits(waiter, awaited, surely=True) is (way in FOR_SURE)
     assert not awaits(awaited, waiter)
     bystander = asyncio.create_task(end.wait())

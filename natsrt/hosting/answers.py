@@ -13,7 +13,7 @@ from natsrt.options import Options
 from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
-from natsrt.wire.failures import describe
+from natsrt.wire.failures import Failure, describe, describe_shortly
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import encode_text
 
@@ -75,25 +75,28 @@ class Answers:
         return Answer(self._bodies.pack(envelope.REPLY, attributes, payload))
 
     def failure(self, error: BaseException, body: Envelope | None, source: str, *, refused: bool = False) -> Answer:
-        """Return the answer that reports ``error`` to the caller. If it would be too large, report that instead.
+        """Return the answer that reports ``error`` to the caller. If it would be too large, it is cut.
 
         ``body`` is the envelope of the call, None for a plain call. ``source`` names the agent as in an envelope's
         ``source``. ``refused`` is True if the call was not handled and can be sent again.
         """
         plain, call_id = body is None, _id_of(body)
         try:
-            return self._failure(error, plain, source, call_id, self._with_tracebacks, refused)
-        except MessageTooLarge as too_large:  # without the parts that may be long: traceback, names from the message
-            return self._failure(too_large, plain, envelope.NO_AGENT, "-", False, False)
+            return self._failure(
+                describe(error, with_traceback=self._with_tracebacks, refused=refused), plain, source, call_id
+            )
+        except MessageTooLarge:
+            pass
+        try:
+            return self._failure(describe_shortly(error, refused=refused), plain, source, call_id)
+        except MessageTooLarge as too_large:  # without the names from the message, which may be long too
+            return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-")
 
     def not_for_an_agent(self, error: BaseException) -> Answer:
         """Return the answer that reports ``error`` to the sender of a message that is not for an agent."""
-        return self._failure(error, False, envelope.NO_AGENT, "-", self._with_tracebacks, False)
+        return self._failure(describe(error, with_traceback=self._with_tracebacks), False, envelope.NO_AGENT, "-")
 
-    def _failure(
-        self, error: BaseException, plain: bool, source: str, call_id: str, with_traceback: bool, refused: bool
-    ) -> Answer:
-        failure = describe(error, with_traceback=with_traceback, refused=refused)
+    def _failure(self, failure: Failure, plain: bool, source: str, call_id: str) -> Answer:
         if plain:
             return Answer(self._bodies.pack_plain(failure.payload, failure.headers), failure.headers)
         attributes = self._attributes(call_id, source)

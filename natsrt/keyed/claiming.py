@@ -19,7 +19,7 @@ from collections.abc import Collection
 
 from autogen_core import AgentId
 
-from natsrt.errors import NatsrtError, WorkerLost
+from natsrt.errors import NatsrtError, SubscriptionRefused, WorkerLost
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.keyed.instances import Instances
@@ -112,9 +112,8 @@ class Claiming:
         slot = self._slots.find(agent_id.type, agent_id.key)
         if slot is not None and slot.record is not None:
             return
-        if (refusal := self._room.refusal) is not None:
-            raise refusal
         try:
+            self._require_room(agent_id)
             self.require_made(agent_id)
         except CannotOwn as cannot:
             raise cannot.error from None
@@ -144,7 +143,7 @@ class Claiming:
         slot.own(outcome, epoch, self._loop.time())
         try:
             slot.listening(await self._subjects.listen(slot.hosted, slot.key))
-            await self._connection.barrier()
+            await self._connection.round_trip(self._options.offline_timeout)
         except BaseException:
             await self._instances.drop(slot)
             raise
@@ -181,17 +180,17 @@ class Claiming:
                 if present is None:
                     if (holder := await self._holder(slot, until)) is not None:
                         return holder
-                    self._require_room()
+                    self._require_room(slot.agent_id)
                     return await self._records.claim(slot.agent_id, self._worker_id)
                 owner = present.owner
                 if owner is None or owner == self._worker_id:
-                    self._require_room()
+                    self._require_room(slot.agent_id)
                     return await self._records.take(present, self._worker_id)
                 claim = await self._ask_owner(owner, slot.agent_id, slot.blocked_handlers)
                 if claim is Claim.HOLDS:
                     return owner
                 if claim is Claim.FREE:
-                    self._require_room()
+                    self._require_room(slot.agent_id)
                     return await self._records.take(present, self._worker_id)
                 if self._loop.time() > until:
                     raise WorkerLost(str(slot.agent_id), owner, "it owns the agent, but is silent")
@@ -203,9 +202,11 @@ class Claiming:
             except RecordChanged:
                 present = await self._records.read(slot.agent_id)
 
-    def _require_room(self) -> None:
+    def _require_room(self, agent_id: AgentId) -> None:
         """Raise `CannotOwn` if the server allows no more subscriptions."""
         if (refusal := self._room.refusal) is not None:
+            if isinstance(refusal, SubscriptionRefused):
+                refusal = SubscriptionRefused(self._locator.subject_of(agent_id), refusal.reason)
             raise CannotOwn(refusal)
 
     async def _holder(self, slot: AgentSlot, until: float) -> str | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
 from collections.abc import Sequence
 
@@ -25,6 +24,7 @@ from natsrt.background import BackgroundTasks, end_tasks
 from natsrt.errors import AgentNotServed, NatsrtError, PermissionDenied, RegistryUnavailable, ServerUnreachable
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.options import Options
+from natsrt.sending.limits import Limit
 from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.peers import Peers
 from natsrt.transport.probe import Probe
@@ -100,14 +100,14 @@ class Arrivals(RegistryListener):
 
     async def wait_for(self, agent: str | AgentId, timeout: float | None) -> None:
         """Do what `NatsAgentRuntime.wait_for` describes. ``agent`` is a valid agent type or an agent id."""
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be more than 0 seconds, or None for no limit, not {timeout!r}")
+        if timeout is not None:
+            timeout = Limit.of_argument(timeout).seconds
         if self._stopped:
             raise _stopped()
         watch = self._watches.get(agent) or self._begin(agent)
         watch.waiting += 1
         try:
-            await asyncio.wait({watch.outcome}, timeout=None if timeout == math.inf else timeout)
+            await asyncio.wait({watch.outcome}, timeout=timeout)
             if not watch.outcome.done():
                 assert timeout is not None
                 raise AgentNotServed(str(agent), timeout, self._missing(watch))

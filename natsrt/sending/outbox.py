@@ -20,10 +20,9 @@ from autogen_core import AgentId, CancellationToken, TopicId
 
 from natsrt.agents.interventions import Interventions
 from natsrt.background import BackgroundTasks
-from natsrt.errors import CannotSerialize
+from natsrt.errors import CannotSerialize, UndeliveredCall
 from natsrt.options import Options
 from natsrt.sending.sender import Sender
-from natsrt.transport.call_watch import stopped
 from natsrt.transport.readiness import Readiness
 from natsrt.wire.serialization import Serialization
 
@@ -172,6 +171,10 @@ class Outbox:
                     waiting.turn.set_result(sender)
             await asyncio.sleep(0)  # all of them join the queue of the sender now
 
+    async def sent(self) -> None:
+        """Wait until the events that were passed on are sent."""
+        await self._tasks.wait()
+
     async def _publish(self, event: _WaitingEvent, sender: Sender, readiness: Readiness) -> None:
         try:
             await sender.publish(
@@ -191,4 +194,6 @@ class Outbox:
             logger.warning("the runtime was closed before it was started: %d events were not sent", events)
         for one in waiting:
             if isinstance(one, _WaitingCall) and not one.turn.done() and not one.turn.get_loop().is_closed():
-                one.turn.set_exception(stopped(one.recipient))
+                agent = str(one.recipient)
+                text = f"the runtime was closed before it was started: the call to {agent} was not sent"
+                one.turn.set_exception(UndeliveredCall(agent, text))

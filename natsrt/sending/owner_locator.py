@@ -61,6 +61,10 @@ class OwnerLocator:
         )
         return read_location(self._replies.answered(await self._ask(agent, question), agent), agent)
 
+    def subject_of(self, agent: AgentId) -> str:
+        """The agent's own subject, on which its owner listens."""
+        return self._subjects.instance(agent.type, agent.key)
+
     async def is_listened_for(self, agent: AgentId) -> bool:
         """Whether a worker listens on the agent's own subject, as its owner does."""
         return await self._peers.has_listener(self._subjects.instance(agent.type, agent.key))

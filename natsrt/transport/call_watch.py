@@ -114,9 +114,11 @@ class CallWatch:
             await end_tasks(self._watcher)
             self._watcher = None
         await self._checks.wait()
-        await self._abandoned.stop()
         for call in list(self.pending.values()):
+            if not call.future.done():
+                self._abandoned.add(call.reply, call.accepted_by)
             call.fail(stopped(call.recipient, call.accepted_by))
+        await self._abandoned.stop()
         self._watched.clear()
         self._judge.asked.clear()
 

@@ -30,6 +30,8 @@ CANCELLED: Final = 499
 BUSY: Final = 429
 """The code of a refusal: the call was not started, and its caller sends it again."""
 _MAX_TEXT = 16_384  # characters, for the text and for the traceback
+_SHORT = 1000
+"""Characters of the text of an exception that is too large to be sent."""
 
 T = TypeVar("T")
 
@@ -164,6 +166,21 @@ def describe(exception: BaseException, *, with_traceback: bool, refused: bool = 
         data["args"], data["fields"] = args, fields
     if with_traceback and (trace := _traceback(exception)):
         data["traceback"] = _carried(trace)[-_MAX_TEXT:]
+    return Failure(orjson.dumps(data), code, text)
+
+
+def describe_shortly(exception: BaseException, *, refused: bool = False) -> Failure:
+    """Do what `describe` does for an exception that is too large to be sent: its text is cut, and most else left out.
+
+    The class can still be rebuilt if the exception has one argument, and it is text.
+    """
+    text = _text(exception)
+    if len(text) > _SHORT:
+        text = f"{text[:_SHORT]}… ({len(text):,} characters)"
+    code = BUSY if refused else _read(lambda: _code(exception), 500)
+    data: dict[str, Any] = {"type": qualified_name(type(exception)), "message": text, "code": code}
+    if _read(lambda: len(exception.args) == 1 and isinstance(exception.args[0], str), False):
+        data["args"], data["fields"] = [text], {}
     return Failure(orjson.dumps(data), code, text)
 
 
