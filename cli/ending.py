@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from .exits import Exit
 from .output import note
@@ -16,19 +18,23 @@ _SHUTDOWN = "shutdown"
 """Part of the names of asyncio's own thread and task that wait for the threads of its executor."""
 
 
-def end_within(seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+def end_within(seconds: float, loop: asyncio.AbstractEventLoop) -> threading.Timer:
     """End this process with `Exit.STUCK` if it has not ended by itself in ``seconds`` seconds.
+
+    Returns the timer, which may be cancelled.
 
     A line on standard error then names the threads and tasks that were left.
     """
     timer = threading.Timer(seconds, _end, (seconds, loop))
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def _end(seconds: float, loop: asyncio.AbstractEventLoop) -> None:
-    left = [*_threads(), *_tasks(loop)]
-    note(f"still running {seconds:g} s after the stop: {', '.join(left) or 'something unknown'}; ending the process")
+    left = [*_threads(), *_tasks(loop), *_children()]
+    what = ", ".join(left) or "what runs at the exit (atexit)"
+    note(f"still running {seconds:g} s after the stop: {what}; ending the process")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(Exit.STUCK)
@@ -52,7 +58,25 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
     for task in tasks:
         if _SHUTDOWN in repr(task.get_coro()):
             continue
-        yield f"task {task.get_name()}{_place(next(iter(task.get_stack(limit=1)), None))}"
+        yield f"task {task.get_name()}{_place(_innermost(task))}"
+
+
+def _innermost(task: asyncio.Task[Any]) -> FrameType | None:
+    """Where a task waits: the innermost frame of its coroutines that is not in asyncio; None if there is none."""
+    found: FrameType | None = None
+    coroutine: Any = task.get_coro()
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        if not frame.f_code.co_filename.startswith(os.path.dirname(asyncio.__file__)):
+            found = frame
+        coroutine = getattr(coroutine, "cr_await", None)
+    return found
+
+
+def _children() -> Iterator[str]:
+    """The processes of ``multiprocessing`` that this one waits for at its end."""
+    for child in multiprocessing.active_children():
+        if not child.daemon:
+            yield f"process {child.name} ({child.pid})"
 
 
 def _place(frame: FrameType | None) -> str:

@@ -145,6 +145,7 @@ class Supervisor:
             os.close(worker.ready_pipe)
             del self._workers[index]
             if self._stopping.is_set():
+                self._note_end(code)
                 return
             if worker.replaced:
                 deaths = failed_starts = 0
@@ -162,6 +163,11 @@ class Supervisor:
             pause = min(_FIRST_PAUSE * 2 ** max(0, deaths - 1), _LONGEST_PAUSE)
             note(f"worker process {worker.process.pid} {_how(code)}; another one starts in {pause:g} s")
             await self._either(self._changed, pause)
+
+    def _note_end(self, code: int) -> None:
+        """A worker has ended with ``code`` at the stop. If it did not end as it should, nor does the supervisor."""
+        if code in (Exit.CUT_SHORT, Exit.STUCK):
+            self._exit = max(self._exit, Exit(code))
 
     def _is_hopeless(self, code: int, failed_starts: int) -> bool:
         """True if a worker that ended with ``code`` should not be started again."""

@@ -144,8 +144,22 @@ async def _host(
                     asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
                 await _serve(runtime)
         finally:
-            await runtime.close()
+            await _close(runtime)
     return Exit.CUT_SHORT if runtime.cut_short else Exit.OK
+
+
+async def _close(runtime: NatsAgentRuntime) -> None:
+    """Stop, and close the agents. If these do not close within ``drain_timeout`` and some seconds, end the process."""
+    if runtime.worker_id is not None:
+        try:
+            await runtime.stop()
+        except RuntimeError:  # it has stopped meanwhile
+            pass
+    ending = end_within(runtime.options.drain_timeout + _END_WITHIN, asyncio.get_running_loop())
+    try:
+        await runtime.close()
+    finally:
+        ending.cancel()
 
 
 async def _start(runtime: NatsAgentRuntime, target: Target) -> None:

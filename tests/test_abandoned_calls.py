@@ -259,3 +259,19 @@ async def test_an_infinite_timeout_overrides_the_setting(place: Place) -> None:
     assert await call == Work(0)
     with suppress(natsrt.CallTimeout):
         await hasty.send_message(Work(1), AgentId("keyed", "a"))
+
+
+@pytest.mark.parametrize("how", ["stop", "close"])
+async def test_a_caller_that_stops_gives_its_calls_up(place: Place, how: str) -> None:
+    worker = await place.runtime("keyed")
+    caller = await place.runtime()
+    agent = AgentId("keyed", "a")
+    calls = [asyncio.ensure_future(caller.send_message(Work(number), agent)) for number in range(5)]
+    await eventually(lambda: place.log.started == [0])
+    await eventually(lambda: all(call.accepted_by for call in caller.running.calls._watch.pending.values()))
+    await getattr(caller, how)()
+    assert all(isinstance(one, natsrt.WorkerLost) for one in await asyncio.gather(*calls, return_exceptions=True))
+    await eventually(lambda: worker.health().handlers_running == 1)
+    place.log.gate.set()
+    await eventually(lambda: worker.health().handlers_running == 0)
+    assert place.log.started == [0]

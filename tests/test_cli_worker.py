@@ -335,6 +335,18 @@ class Stuck(RoutedAgent):
         return "done"
 
 
+class Closing(RoutedAgent):
+    def __init__(self):
+        super().__init__("does not close")
+
+    @rpc
+    async def work(self, message: str, ctx: MessageContext) -> str:
+        return message
+
+    async def close(self):
+        await stubborn()
+
+
 async def stubborn():
     while True:
         try:
@@ -360,6 +372,28 @@ async def test_a_worker_ends_after_its_stop_whatever_goes_on_in_it(
         assert await worker.wait(15) == 9
     (line,) = (line for line in worker.stderr.splitlines() if "still running 3 s after the stop: " in line)
     assert named in line and "shutdown" not in line
+
+
+async def test_a_worker_ends_although_an_agent_does_not_close(
+    start: Start, client: NatsAgentRuntime, app: Path
+) -> None:
+    (app / "stuck.py").write_text(STUCK)
+    worker = start("stuck:Closing", "--type", "stuck", env={"NATSRT_DRAIN_TIMEOUT": "0.5"})
+    await worker.wait_for_line("ready")
+    assert await client.send_message("hello", AgentId("stuck", "k")) == "hello"
+    worker.terminate()
+    assert await worker.wait(15) == 9
+    assert "still running 3.5 s after the stop: task Task-1 at stuck.py:" in worker.stderr
+
+
+async def test_a_supervisor_ends_as_its_workers_end(start: Start, client: NatsAgentRuntime, app: Path) -> None:
+    (app / "stuck.py").write_text(STUCK)
+    worker = start("stuck:Stuck", "--type", "stuck", "--processes", "2", env={"NATSRT_DRAIN_TIMEOUT": "0.5"})
+    await client.wait_for("stuck", timeout=30)
+    async with _running(client.send_message("handler", AgentId("stuck", "k"))):
+        await worker.wait_for_line("waiting")
+        worker.terminate()
+        assert await worker.wait(30) == 9
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -521,7 +555,7 @@ async def test_a_second_signal_to_the_supervisor_stops_all_at_once(start: Start,
         await supervisor.wait_for_line("finishing 1 handlers")
         await asyncio.sleep(0.6)  # signals within half a second are one
         supervisor.terminate()
-        assert await supervisor.wait(20) == 0
+        assert await supervisor.wait(20) == 8
     assert not any(is_alive(pid) for pid in pids)
 
 

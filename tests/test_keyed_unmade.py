@@ -195,6 +195,32 @@ async def test_asking_for_an_agent_that_cannot_be_made_here_raises_its_error(pla
         await sick.runtime.try_get_underlying_agent_instance(AGENTS[0], Sum)
 
 
+async def test_an_agent_that_all_workers_decline_is_back_as_soon_as_one_can_make_it(place: Place) -> None:
+    caller = await place.caller()
+    sites = [await place.site(name, "factory") for name in ("one", "two")]
+    for _ in range(4):  # the pauses of the workers grow to some seconds
+        with pytest.raises(ConnectionError):
+            await caller.send_message(Add(1), AGENTS[0])
+        await asyncio.sleep(0.6)
+    assert sum(site.made for site in sites) <= 12, "they do not try again and again"
+    for site in sites:
+        site.fails = ""
+    assert await caller.send_message(Add(1), AGENTS[0]) == Add(1)
+
+
+def test_an_agent_is_tried_again_although_it_is_declined_but_not_at_once() -> None:
+    unmade, agent = UnmadeAgents(), AGENTS[0]
+    assert not unmade.try_again(agent, 0.0)
+    unmade.failed(agent, ConnectionError(), 10.0)
+    unmade.failed(agent, ConnectionError(), 11.0)
+    assert not unmade.try_again(agent, 11.4)
+    assert unmade.error(agent, 11.4) is not None
+    assert unmade.try_again(agent, 11.5)
+    assert unmade.error(agent, 11.5) is None
+    unmade.failed(agent, ConnectionError(), 11.6)
+    assert unmade.error(agent, 15.5) is not None and unmade.error(agent, 15.6) is None
+
+
 def test_an_agent_is_declined_for_a_while_that_grows() -> None:
     unmade, agent, error = UnmadeAgents(), AGENTS[0], ConnectionError("no database")
     assert unmade.error(agent, 0.0) is None

@@ -90,12 +90,23 @@ class Claiming:
         """The agents that could not be made here lately."""
 
     async def own(self, slot: AgentSlot) -> str | None:
-        """Own the agent, and return None; or return the id of the worker that owns it."""
+        """Own the agent, and return None; or return the id of the worker that owns it.
+
+        If no other worker can own an agent that could not be made here lately, it is tried here again.
+        """
         try:
-            async with slot.moving:
-                return None if slot.record is not None else await self._claim(slot)
+            return await self._own_here(slot)
         except CannotOwn as cannot:
-            return await self._give_elsewhere(slot, cannot.error)
+            try:
+                return await self._give_elsewhere(slot, cannot.error)
+            except Exception:
+                if not self.unmade.try_again(slot.agent_id, self._loop.time()):
+                    raise
+        return await self._own_here(slot)
+
+    async def _own_here(self, slot: AgentSlot) -> str | None:
+        async with slot.moving:
+            return None if slot.record is not None else await self._claim(slot)
 
     def others_host(self, agent_type: str) -> bool:
         """Whether another worker hosts the type, and is not stopping."""

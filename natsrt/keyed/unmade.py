@@ -2,7 +2,7 @@
 
 Its database may be down here, or its state may have been stored by a version of its class that this worker does not
 have. The worker then gives the agent up, and declines to claim it for a while, which doubles with each failure. It
-tries again at once if no other worker hosts the type.
+tries again at once if no other worker can own the agent.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from autogen_core import AgentId
 _FIRST_PAUSE = 1.0
 """Seconds for which an agent is declined after its first failure."""
 _LONGEST_PAUSE = 60.0
+_MOMENT = 0.5
+"""Seconds between two attempts to make an agent that all workers decline."""
 _REMEMBER_AT_MOST = 10_000
 """Agents that are remembered at most. The oldest are dropped first."""
 
@@ -46,6 +48,17 @@ class UnmadeAgents:
         self._failures[agent_id] = _Failure(error.with_traceback(None), now + pause, pause)
         if len(self._failures) > _REMEMBER_AT_MOST:
             self._failures.popitem(last=False)
+
+    def try_again(self, agent_id: AgentId, now: float) -> bool:
+        """Decline the agent no more. Returns False if it was not to be declined, or has failed a moment ago.
+
+        If it fails again, the pause is the next longer one all the same.
+        """
+        failure = self._failures.get(agent_id)
+        if failure is None or now - (failure.until - failure.pause) < _MOMENT:
+            return False
+        self._failures[agent_id] = failure._replace(until=now)
+        return True
 
     def made(self, agent_id: AgentId) -> None:
         """The agent was made and loaded."""

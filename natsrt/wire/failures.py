@@ -176,7 +176,7 @@ def describe_shortly(exception: BaseException, *, refused: bool = False) -> Fail
     """
     text = _text(exception)
     if len(text) > _SHORT:
-        text = f"{text[:_SHORT]}… ({len(text):,} characters)"
+        text = f"{text[:_SHORT]}…"
     code = BUSY if refused else _read(lambda: _code(exception), 500)
     data: dict[str, Any] = {"type": qualified_name(type(exception)), "message": text, "code": code}
     if _read(lambda: len(exception.args) == 1 and isinstance(exception.args[0], str), False):

@@ -500,3 +500,31 @@ async def test_stop_when_finishes_the_handlers_that_run(make_runtime: MakeRuntim
     release.set()
     await stopping
     assert await call == Text("a")
+
+
+async def test_what_is_published_between_two_steps_counts_until_it_is_handled(make: Make) -> None:
+    runtime, seen = make(), list[Seen]()
+    await NewsRecorder.register(runtime, "recorder", lambda: NewsRecorder(seen))
+    for number in range(12):
+        await runtime.publish_message(Text(str(number)), NEWS)
+        if number % 3 == 2:
+            await runtime.process_next()
+    while runtime.unprocessed_messages_count:
+        await runtime.process_next()
+    await asyncio.sleep(0.1)
+    assert contents(seen) == [str(number) for number in range(12)]
+
+
+@pytest.mark.parametrize("way", ["stop_when_signal", "stop_when", "wait_until_stopped"])
+async def test_a_start_that_is_not_awaited_and_fails_is_raised_by_what_waits_for_the_end(
+    way: str,
+) -> None:
+    runtime = NatsAgentRuntime("nats://127.0.0.1:9", connect_timeout=0.3)
+    runtime.start()  # type: ignore[unused-coroutine]
+    waits = {
+        "stop_when_signal": runtime.stop_when_signal,
+        "stop_when": lambda: runtime.stop_when(lambda: False),
+        "wait_until_stopped": runtime.wait_until_stopped,
+    }
+    with pytest.raises(ServerUnreachable):
+        await waits[way]()

@@ -225,3 +225,18 @@ async def test_a_handler_works_again_after_it_has_raised(world: World) -> None:
     with pytest.raises(ValueError, match="once"):
         await world.caller.send_message(Text("a"), AgentId("once", "k"))
     assert await world.caller.send_message(Text("b"), AgentId("once", "k")) == Text("b")
+
+
+@pytest.mark.parametrize("error", [ConnectionError, KeyError, RuntimeError])
+async def test_an_exception_with_a_long_text_keeps_its_class(world: World, error: type[Exception]) -> None:
+    class Raiser(RoutedAgent):
+        @message_handler
+        async def on_text(self, message: Text, ctx: MessageContext) -> None:
+            raise error("<html>" + 2_000_000 * "x")
+
+    await Raiser.register(world.host, "raiser", lambda: Raiser("raises"))
+    with pytest.raises(error, match="<html>xxx") as raised:
+        await world.caller.send_message(Text("a"), AgentId("raiser", "k"))
+    if world.is_natsrt:
+        text = str(raised.value)
+        assert "x…" in text and len(text) < 1100
