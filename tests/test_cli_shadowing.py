@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import calendar
-import sched
+import json
 import queue
 import statistics
 from email import __file__ as email
@@ -110,8 +110,8 @@ HIDES = "has the same name as"
             {"statistics": ""},
             (HIDES, statistics.__file__),
         ),
-        ("import sched\ncsv.mine", {"sched": "mine = 1"}, ("was loaded from", sched.__file__)),
-        ("from sched import mine", {"sched": "mine = 1"}, ("was loaded from", sched.__file__)),
+        ("import json\njson.mine", {"json": "mine = 1"}, ("was loaded from", json.__file__)),
+        ("from json import mine", {"json": "mine = 1"}, ("was loaded from", json.__file__)),
     ],
 )
 @pytest.mark.parametrize("place", ["import", "factory"])
