@@ -7,9 +7,10 @@ import logging
 import os
 import random
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubscription, message_handler
@@ -382,7 +383,15 @@ async def test_credentials_that_become_wrong_are_permission_denied_until_they_ar
     await place.life.gate("gate began").wait()
     configured.reload(users(user="another"))
     await eventually(lambda: "Authorization Violation" in " ".join(caller.health().reasons), timeout=10)
-    for call in (held, caller.send_message(Add(), agent("k")), caller.publish_message(Add(), TopicId("numbers", "k"))):
+    work: list[Awaitable[Any]] = [
+        held,
+        caller.send_message(Add(), agent("k")),
+        caller.publish_message(Add(), TopicId("numbers", "k")),
+        caller.register_factory("plain", Plain),
+        caller.add_subscription(TypeSubscription("topic", "counting")),
+        caller.wait_for("counting", timeout=20),
+    ]
+    for call in work:
         with pytest.raises(natsrt.PermissionDenied) as denied:
             await call
         assert "Authorization Violation" in str(denied.value)

@@ -175,6 +175,8 @@ class BucketRequests:
             if await self._was_gone(operation) and loop.time() <= until:
                 continue
             if loop.time() > until or not (self._patient or self._connection.connected):
+                if self._connection.refused:  # the server does not accept the connection, and says why
+                    raise self._connection.unreachable(0.0)
                 raise self._unavailable(operation, problem)
             await asyncio.sleep(_PAUSE)
 
