@@ -254,6 +254,7 @@ async def took(call: asyncio.Task[Msg]) -> float:
     return now() - begun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tapped", [False, True])
 def test_a_handler_that_works_for_an_hour_is_not_cut_off(tapped: bool) -> None:
     async def test(world: World) -> None:

@@ -551,6 +551,7 @@ async def test_close_closes_every_agent_once(make_runtime: MakeRuntime) -> None:
     assert [agent.closed for agent in (*made, instance)] == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 async def test_close_closes_an_agent_whose_address_a_closed_one_had_before(make_runtime: MakeRuntime) -> None:
     closed: list[int] = []
 
