@@ -355,8 +355,7 @@ class Lifecycle:
         """Return the session, for a use in the present event loop. Raises RuntimeError while stopped."""
         session = self._session
         if session is None:
-            if (failure := self._start_failure()) is not None:
-                raise failure
+            self._raise_start_failure()
             raise RuntimeError("Runtime is not started: call start() first")
         return _in_its_loop(session)
 
@@ -367,7 +366,7 @@ class Lifecycle:
         return self._starting.exception()
 
     def _raise_start_failure(self) -> None:
-        """Raise the error of the start, if it failed and nobody else was told."""
+        """Raise the error with which the last start failed, if it did."""
         if (failure := self._start_failure()) is not None:
             raise failure
 

@@ -192,7 +192,9 @@ class View:
                 self._takers.clear()
             only_instances = (agent_type for agent_type in self.instances if self._has_instances_only(agent_type))
             takers = Takers(self._taking(topic_type, self.keyed), self._taking(topic_type, only_instances))
-            self._takers[topic_type] = takers = takers if takers != NO_TAKERS else NO_TAKERS
+            if takers == NO_TAKERS:
+                takers = NO_TAKERS  # publishers compare with `is`
+            self._takers[topic_type] = takers
         return takers
 
     def _taking(self, topic_type: str, agent_types: Iterable[str]) -> tuple[str, ...]:
