@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from natsrt.background import end_tasks
 from natsrt.errors import NatsrtError
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
@@ -131,7 +132,9 @@ async def _host(
     target: Target, options: Options, embedded: bool, endpoint: HealthEndpoint | None, ready_fd: int | None
 ) -> int:
     async with AsyncExitStack() as stack:
-        stop = stack.enter_context(StopSignals()).received  # until the runtime handles signals itself
+        loop = asyncio.get_running_loop()
+        signals = StopSignals(again=lambda: end_within(0, loop))  # until the runtime handles signals itself
+        stop = stack.enter_context(signals).received
         if embedded:
             await stack.enter_async_context(server_if_none_answers(options))
         runtime = NatsAgentRuntime(options=options)
@@ -181,9 +184,11 @@ async def _started(runtime: NatsAgentRuntime, target: Target, stop: asyncio.Even
             starting.result()
         return starting.done()
     finally:
-        starting.cancel()
-        stopped.cancel()
-        await asyncio.gather(starting, stopped, return_exceptions=True)
+        ending = end_within(_END_WITHIN, asyncio.get_running_loop())
+        try:
+            await end_tasks(starting, stopped)
+        finally:
+            ending.cancel()
 
 
 def _announce(runtime: NatsAgentRuntime, ready_fd: int | None) -> None:

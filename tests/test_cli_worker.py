@@ -347,6 +347,11 @@ class Closing(RoutedAgent):
         await stubborn()
 
 
+async def register_agents(runtime):
+    print("registering", flush=True)
+    await stubborn()
+
+
 async def stubborn():
     while True:
         try:
@@ -384,6 +389,26 @@ async def test_a_worker_ends_although_an_agent_does_not_close(
     worker.terminate()
     assert await worker.wait(15) == 9
     assert "still running 3.5 s after the stop: task Task-1 at stuck.py:" in worker.stderr
+
+
+async def test_a_worker_ends_although_its_target_never_ends_registering(start: Start, app: Path) -> None:
+    (app / "stuck.py").write_text(STUCK)
+    worker = start("stuck:register_agents")
+    await worker.wait_for_line("registering")
+    worker.terminate()
+    assert await worker.wait(15) == 9
+    assert "still running 3 s after the stop: " in worker.stderr and " at stuck.py:" in worker.stderr
+
+
+async def test_a_second_signal_ends_a_start_at_once(start: Start, app: Path) -> None:
+    (app / "stuck.py").write_text(STUCK)
+    worker = start("stuck:register_agents", env={"NATSRT_DRAIN_TIMEOUT": "60"})
+    await worker.wait_for_line("registering")
+    worker.terminate()
+    await asyncio.sleep(0.6)  # signals within half a second are one
+    worker.terminate()
+    assert await worker.wait(15) == 9
+    assert "still running 0 s after the stop: " in worker.stderr
 
 
 async def test_a_supervisor_ends_as_its_workers_end(start: Start, client: NatsAgentRuntime, app: Path) -> None:

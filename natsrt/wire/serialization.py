@@ -39,6 +39,7 @@ from pydantic_core import PydanticSerializationError
 from natsrt.errors import CannotDecode, CannotSerialize
 from natsrt.wire.codecs import Codec, RawBytesCodec, Refused, Unreadable
 from natsrt.wire.compiler import Codecs
+from natsrt.wire.known_classes import in_this_process
 from natsrt.wire.model_codec import pydantic_refusal
 
 __all__ = ["BYTES", "JSON", "PROTOBUF", "Encoded", "Serialization", "serializer_for", "type_name_of"]
@@ -218,8 +219,6 @@ class Serialization:
         self._custom: dict[str, MessageSerializer[Any]] = {}
         self._classes: dict[str, type] = {}
         self._sending: dict[type, MessageSerializer[Any]] = {}
-        self._sent: dict[str, type | None] = {}
-        """The classes that were sent, by type name; None for a name that several of them have."""
         self._replies: dict[tuple[str, str, type | None, type | None], MessageSerializer[Any]] = {}
 
     def add(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
@@ -251,7 +250,9 @@ class Serialization:
         name.
         """
         serializer = self._own_serializer(cls)
-        self._claim(serializer.type_name, typing.get_origin(cls) or cls)
+        named = typing.get_origin(cls) or cls
+        self._claim(serializer.type_name, named)
+        in_this_process.add(serializer.type_name, named)
         key = (serializer.type_name, serializer.data_content_type)
         if isinstance(self._registered.get(key), _OwnSerializer | _ProtobufSerializer | None):
             self._registered[key] = serializer
@@ -291,8 +292,7 @@ class Serialization:
             )
         serializer = self._own_serializer(cls) if custom is None else _Guarded(custom)
         self._sending[cls] = serializer
-        if self._sent.setdefault(name, cls) is not cls:
-            self._sent[name] = None
+        in_this_process.add(name, cls)
         return serializer
 
     def decode(self, type_name: str, content_type: str, payload: bytes) -> Any:
@@ -308,11 +308,11 @@ class Serialization:
     def decode_unregistered(self, payload: UnknownPayload, classes: Iterable[type]) -> Any:
         """Return the message in ``payload`` if this process knows its class without a serializer; else ``payload``.
 
-        Its class is one that was sent from here, if only one with its type name was, or one of ``classes``. Raises
-        ``CannotDecode``.
+        Its class is the only one with this type name that runtimes of this process have sent or registered, or one of
+        ``classes``. Raises ``CannotDecode``.
         """
-        sent = self._sent.get(payload.type_name)
-        candidates = classes if sent is None else (sent, *classes)
+        known = in_this_process.only(payload.type_name)
+        candidates = classes if known is None else (known, *classes)
         serializer = self._among(candidates, payload.type_name, payload.data_content_type)
         return payload if serializer is None else self._read(serializer, payload.payload)
 

@@ -9,11 +9,14 @@ server, and with AutoGen's `SingleThreadedAgentRuntime`, whose behaviour natsrt'
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import nats
 import pytest
 from autogen_core import AgentRuntime, SingleThreadedAgentRuntime
+from nats.aio.client import Client
 
 import natsrt
 from natsrt import NatsAgentRuntime
@@ -114,3 +117,13 @@ async def register(runtime: AgentRuntime, cls: type[Any], agent_type: str, facto
         await natsrt.register(runtime, cls, agent_type, factory)
     else:
         await runtime.register_factory(agent_type, factory, expected_class=cls)
+
+
+@asynccontextmanager
+async def plain_client(server: EmbeddedServer) -> AsyncIterator[Client]:
+    """A client of nats-py, as a participant without natsrt uses it."""
+    client = await nats.connect(server.url)
+    try:
+        yield client
+    finally:
+        await client.close()

@@ -6,13 +6,15 @@ import asyncio
 import math
 from typing import Any
 
+import orjson
 import PIL.Image
 import pytest
 from autogen_core import AgentId, Image, MessageContext, RoutedAgent, UnknownPayload, message_handler
 from google.protobuf import struct_pb2, wrappers_pb2
 
+from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotSerialize, UnhandledMessage, UnknownAgentType
-from tests.conformance.conftest import MakeWorld, World, natsrt_only, register
+from tests.conformance.conftest import MakeWorld, World, natsrt_only, plain_client, register
 from tests.conformance.samples import Circle, Drawing, Line, Number, Point, Recorder, Seen, Shape, Text
 
 ECHO = AgentId("echo", "k")
@@ -151,17 +153,17 @@ async def test_a_type_that_the_receiver_does_not_know_is_a_typed_error_to_the_ca
 
 
 @natsrt_only
-async def test_a_type_that_the_receiver_does_not_know_reaches_on_unhandled_message_with_its_payload(
-    world: World,
+async def test_a_call_of_a_type_that_only_another_process_knows_reaches_on_unhandled_message_with_its_body(
+    world: World, server: EmbeddedServer, namespace: str
 ) -> None:
     seen: list[Seen] = []
     await _WithUnknownHandler.register(world.host, "recorder", lambda: _WithUnknownHandler(seen))
-    reply = await world.caller.send_message(Number(1), AgentId("recorder", "k"))
-    if world.is_remote:
-        assert reply == Text("unhandled UnknownPayload")
-        assert seen[0].message == UnknownPayload("Number", "application/json", b'{"value":1}')
-    else:  # it knows the class, because it has sent it
-        assert (reply, seen[0].message) == (Text("unhandled Number"), Number(1))
+    await world.caller.wait_for("recorder")
+    async with plain_client(server) as client:
+        named = {"Natsrt-Type": "Foreign"}
+        reply = await client.request(f"{namespace}.agent.recorder", b'{"value":1}', timeout=5, headers=named)
+    assert orjson.loads(reply.data) == {"content": "unhandled UnknownPayload"}
+    assert seen[0].message == UnknownPayload("Foreign", "application/json", b'{"value":1}')
 
 
 async def test_a_known_type_without_a_handler_reaches_on_unhandled_message(world: World) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-import nats
 import orjson
 import pytest
 from autogen_core import (
@@ -21,10 +18,9 @@ from autogen_core import (
     type_subscription,
 )
 from autogen_core.exceptions import MessageDroppedException
-from nats.aio.client import Client
 
 from natsrt.embedded import EmbeddedServer
-from tests.conformance.conftest import MakeRuntime, MakeWorld, natsrt_only
+from tests.conformance.conftest import MakeRuntime, MakeWorld, natsrt_only, plain_client
 from tests.conformance.samples import Counter, Number, Recorder, Seen, Text, contents
 
 RECORDER = AgentId("recorder", "k")
@@ -320,15 +316,6 @@ async def test_a_cancelled_sender_does_not_hold_up_the_line(make_world: MakeWorl
 
 
 # -- plain messages from the wire ------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def plain_client(server: EmbeddedServer) -> AsyncIterator[Client]:
-    client = await nats.connect(server.url)
-    try:
-        yield client
-    finally:
-        await client.close()
 
 
 async def test_plain_messages_pass_the_handlers_of_the_worker_that_receives_them(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ from autogen_core import (
 )
 from autogen_core.logging import DeliveryStage, MessageEvent
 
+from natsrt.embedded import EmbeddedServer
 from natsrt.errors import UnhandledMessage, UnknownAgent
 from natsrt.observe.first import FirstIsWarning
 from natsrt.wire.serialization import Serialization
-from tests.conformance.conftest import MakeWorld, World, natsrt_only
+from tests.conformance.conftest import MakeWorld, World, natsrt_only, plain_client
 from tests.conformance.samples import Number, Recorder, Text
 
 NEWS = TopicId("news", "k")
@@ -49,6 +51,21 @@ class Keeper(Quiet):
 
     async def on_unhandled_message(self, message: Any, ctx: MessageContext) -> None:
         self.kept.append(message)
+
+
+@dataclass
+class Rare:
+    """No other test has a class of this name."""
+
+    value: int
+
+
+async def publish_foreign(server: EmbeddedServer, namespace: str, body: bytes, times: int = 1) -> None:
+    """Publish events of a type that no class in this process has."""
+    async with plain_client(server) as client:
+        for _ in range(times):
+            await client.publish(f"{namespace}.topic.news.k", body, headers={"Natsrt-Type": "Foreign"})
+        await client.flush()
 
 
 @pytest.fixture
@@ -78,11 +95,23 @@ async def test_on_unhandled_message_gets_the_object_where_its_class_is_known(wor
         kept = []
 
     await Own.register(world.host, "keeper", Own)
-    await world.caller.publish_message(Number(3), NEWS)
+    await world.caller.publish_message(Rare(3), NEWS)
     await world.idle()
-    assert Own.kept == (
-        [UnknownPayload("Number", "application/json", b'{"value":3}')] if world.is_remote else [Number(3)]
-    )
+    assert Own.kept == [Rare(3)]
+
+
+@natsrt_only
+async def test_on_unhandled_message_gets_what_another_process_sent_with_its_type_and_body(
+    world: World, server: EmbeddedServer, namespace: str
+) -> None:
+    @type_subscription("news")
+    class Own(Keeper):
+        kept = []
+
+    await Own.register(world.host, "keeper", Own)
+    await publish_foreign(server, namespace, b'{"value":3}')
+    await world.idle()
+    assert Own.kept == [UnknownPayload("Foreign", "application/json", b'{"value":3}')]
 
 
 async def test_an_object_that_another_agents_handler_returns_is_known(world: World) -> None:
@@ -103,11 +132,10 @@ async def test_an_object_that_another_agents_handler_returns_is_known(world: Wor
 
 
 async def test_events_without_a_handler_are_no_warning_each(world: World, lines: list[logging.LogRecord]) -> None:
-    seen: list[Any] = []
     await Quiet.register(world.host, "quiet", Quiet)
     await Quiet.register(world.host, "other", Quiet)
     for n in range(20):
-        await world.caller.publish_message(Number(n), NEWS)
+        await world.caller.publish_message(Rare(n), NEWS)
     await world.idle()
     unhandled = [one for one in lines if one.name == "autogen_core" and "Unhandled message" in one.getMessage()]
     assert [one.levelno for one in unhandled] == [logging.INFO] * 40
@@ -117,13 +145,20 @@ async def test_events_without_a_handler_are_no_warning_each(world: World, lines:
         if isinstance(one.msg, MessageEvent) and one.msg.kwargs["delivery_stage"] == str(DeliveryStage.DELIVER)
     ]
     assert len(delivered) == 40
-    warned = of_natsrt(lines, logging.WARNING)
-    if world.is_remote:  # the class may be missing by mistake, so each agent type says it once
-        assert len(warned) == 2 and all("does not know messages of type Number" in text for text in warned)
-        assert sum("does not know messages" in text for text in of_natsrt(lines, logging.DEBUG)) == 38
-    else:
-        assert warned == []
-    assert seen == []
+    assert of_natsrt(lines, logging.WARNING) == []
+
+
+@natsrt_only
+async def test_events_of_an_unknown_type_are_one_warning_for_each_agent_type(
+    world: World, server: EmbeddedServer, namespace: str, lines: list[logging.LogRecord]
+) -> None:
+    await Quiet.register(world.host, "quiet", Quiet)
+    await Quiet.register(world.host, "other", Quiet)
+    await publish_foreign(server, namespace, b"{}", times=20)
+    await world.idle()
+    warned = of_natsrt(lines, logging.WARNING)  # the class may be missing by mistake
+    assert len(warned) == 2 and all("does not know messages of type Foreign" in text for text in warned)
+    assert sum("does not know messages" in text for text in of_natsrt(lines, logging.DEBUG)) == 38
 
 
 @natsrt_only
@@ -180,23 +215,29 @@ async def test_an_event_for_an_instance_that_does_not_exist_is_otherwise_only_co
     assert [one.message for one in seen] == [Text("c")]
 
 
-def test_a_type_name_of_two_classes_that_were_sent_is_unknown() -> None:
-    @dataclass
-    class Twin:
-        n: int
+def class_of(module: str, name: str) -> type:
+    return make_dataclass(name, [("n", int)], namespace={"__module__": module})
 
-    first, serialization = Twin, Serialization()
 
-    @dataclass
-    class Twin:  # type: ignore[no-redef]
-        n: int
+def test_a_class_is_known_in_the_whole_process_while_only_one_has_its_name() -> None:
+    first, receiver = class_of("first", "Twin"), Serialization()
+    unknown = receiver.decode(*Serialization().encode(first(1)))
+    assert receiver.decode_unregistered(unknown, ()) == first(1)
+    second, other = class_of("second", "Twin"), Serialization()
+    other.add_class(second)
+    assert receiver.decode_unregistered(unknown, ()) is unknown
+    assert receiver.decode_unregistered(unknown, [second]) == second(1)
+    del second, other, receiver
+    gc.collect()
+    assert Serialization().decode_unregistered(unknown, ()) == first(1)
 
-    encoded = serialization.encode(first(1))
-    unknown = serialization.decode(*encoded)
-    assert serialization.decode_unregistered(unknown, ()) == first(1)
-    serialization.encode(Twin(1))
-    assert serialization.decode_unregistered(unknown, ()) is unknown
-    assert serialization.decode_unregistered(unknown, [Twin]) == Twin(1)
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_former_one() -> None:
+    former, receiver = class_of("notebook", "Cell"), Serialization()
+    unknown = receiver.decode(*Serialization().encode(former(1)))
+    again = class_of("notebook", "Cell")
+    Serialization().encode(again(1))
+    assert receiver.decode_unregistered(unknown, ()) == again(1)
 
 
 def test_the_first_line_about_a_subject_is_a_warning() -> None:
