@@ -216,7 +216,9 @@ async def test_an_event_for_an_instance_that_does_not_exist_is_otherwise_only_co
 
 
 def class_of(module: str, name: str) -> type:
-    return make_dataclass(name, [("n", int)], namespace={"__module__": module})
+    made = make_dataclass(name, [("n", int)])
+    made.__module__ = module  # an argument of make_dataclass since Python 3.12 only
+    return made
 
 
 def test_a_class_is_known_in_the_whole_process_while_only_one_has_its_name() -> None:
