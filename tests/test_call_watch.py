@@ -296,6 +296,29 @@ def test_a_frozen_worker_is_lost_after_lost_after() -> None:
     in_world(test, lost_after=LOST_AFTER)
 
 
+def test_a_blocked_event_loop_is_not_silence_of_a_worker_and_the_watch_goes_on() -> None:
+    async def test(world: World) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, virtual_time.VirtualTimeLoop)
+        worker = world.workers.start(lambda: 60.0)
+        call = world.call()
+        await asyncio.sleep(2.0)
+        worker.freeze()
+        questions = len(world.network.published)
+        while len(world.network.published) == questions:
+            await asyncio.sleep(0.001)
+        loop.block(3 * LOST_AFTER)
+        await asyncio.sleep(0.3)  # until what has arrived meanwhile is read
+        worker.thaw()
+        await asyncio.sleep(1.0)
+        assert not call.done()
+        worker.freeze()
+        assert LOST_AFTER <= await took(call) < LOST_AFTER + 1.0
+        assert isinstance(call.exception(), WorkerLost)
+
+    in_world(test, lost_after=LOST_AFTER)
+
+
 def test_a_call_that_a_frozen_worker_never_took_is_lost_when_all_others_are_ruled_out() -> None:
     async def test(world: World) -> None:
         worker, other = world.workers.start(), world.workers.start()

@@ -35,6 +35,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.now
 
+    def block(self, seconds: float) -> None:
+        """Let time pass as code does that blocks the event loop."""
+        self._virtual.now += seconds
+
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``, run in a virtual-time loop of its own."""
