@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Coroutine
 from typing import Any
+from unittest.mock import Mock
 
 import orjson
 import pytest
@@ -456,9 +457,11 @@ def test_a_lost_reply_is_sent_again() -> None:
     in_world(test)
 
 
-def test_a_reply_that_was_lost_with_the_connection_is_asked_for_when_it_is_back() -> None:
+@pytest.mark.parametrize("check_after", [0.5, 60.0])
+def test_a_reply_that_was_lost_with_the_connection_is_asked_for_when_it_is_back(check_after: float) -> None:
     async def test(world: World) -> None:
         worker = world.workers.start(lambda: 2.0)
+        worker.accepts = check_after < 2.0
         call = world.call()
         await asyncio.sleep(1.9)
         world.network.lose()
@@ -466,6 +469,23 @@ def test_a_reply_that_was_lost_with_the_connection_is_asked_for_when_it_is_back(
         world.network.come_back()
         assert await took(call) < 0.2
         assert call.result().data == b"1" and worker.handled[b"1"] == 1
+
+    in_world(test, check_after=check_after)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), ServerUnreachable(["nats://virtual"], 1.0)])
+def test_a_round_of_the_watch_that_fails_is_not_the_last_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        worker = world.workers.start(lambda: 60.0)
+        call, read = world.call(), world.workers.workers_of
+        await asyncio.sleep(1.0)
+        monkeypatch.setattr(world.workers, "workers_of", Mock(side_effect=error))
+        await asyncio.sleep(1.0)
+        monkeypatch.setattr(world.workers, "workers_of", read)
+        worker.kill()
+        worker.listens = False
+        assert await took(call) < 5.0
+        assert isinstance(call.exception(), WorkerLost)
 
     in_world(test)
 
