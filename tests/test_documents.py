@@ -39,7 +39,7 @@ PATH = re.compile(
 )
 """What looks like a path in this repository."""
 
-EXAMPLE_FILES = {"hello.py", "news.py", "natsrt.toml", "natsrt.yaml"}
+EXAMPLE_FILES = {"counter.py", "hello.py", "news.py", "natsrt.toml", "natsrt.yaml"}
 """Files that the documents tell the reader to make."""
 
 
@@ -84,8 +84,9 @@ def test_generated_parts_are_up_to_date(name: str) -> None:
 
 
 def test_the_first_commands_of_the_readme_are_those_that_ci_runs() -> None:
-    demo, tests = [block.text.strip() for block in blocks("sh") if block.path == README]
+    demo, activation, tests = [block.text.strip() for block in blocks("sh") if block.path == README]
     assert demo == "python3.11 -m venv .venv && .venv/bin/pip install -q '.[server]' && .venv/bin/natsrt demo"
+    assert activation == ". .venv/bin/activate"
     assert tests == "python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2"
     ci = (REPOSITORY / ".ci" / "run").read_text("utf-8")
     assert "pip install -q '.[server]'" in ci and "/bin/natsrt demo" in ci
