@@ -518,7 +518,7 @@ async def test_the_runtime_stops_when_its_teams_are_idle(server: EmbeddedServer,
         await runtime.stop_when_idle()
 
 
-async def test_a_stop_ends_a_run(server: EmbeddedServer, namespace: str) -> None:
+async def test_a_stop_cancels_the_agents_of_a_run(server: EmbeddedServer, namespace: str) -> None:
     runtime = NatsAgentRuntime(server.url, namespace=namespace, drain_timeout=0.2)
     await runtime.start()
     patient = Patient()
@@ -526,6 +526,7 @@ async def test_a_stop_ends_a_run(server: EmbeddedServer, namespace: str) -> None
     await eventually(lambda: "works" in patient.events)
     await runtime.stop()
     assert patient.events == ["works", "cancelled"]
+    assert not run.done()  # it waits for AgentChat's own queue, so the program must cancel it
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
