@@ -205,7 +205,9 @@ def _check_payload(patient: _Patient) -> None:
     size = patient.connection.max_payload
     text = f"the largest message is {size:,} bytes"
     if size < _RECOMMENDED_PAYLOAD:
-        patient.found("max_payload", "warning", text, "set max_payload: 1MB in nats.conf, nats-server's own default")
+        patient.found(
+            "max_payload", "warning", text, "set max_payload in nats.conf: 8MB, or at least 1MB, nats-server's default"
+        )
     elif size > _WARNED_PAYLOAD:
         advice = "nats-server advises against more than 8MB: a large message delays all others of its connection"
         patient.found("max_payload", "warning", text, advice)

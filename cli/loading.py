@@ -24,6 +24,7 @@ from typing import Any
 from autogen_core import AgentId, AgentInstantiationContext, BaseAgent
 
 import natsrt
+from natsrt.agents.message_types import explain_refused_types
 from natsrt.agents.signatures import required_parameters
 from natsrt.registration import register
 from natsrt.runtime import NatsAgentRuntime
@@ -86,6 +87,7 @@ class Target:
         except Exception as error:
             if exit_code(error) is Exit.NOT_CONNECTED:
                 raise
+            explain_refused_types(error)
             raise CommandFailed(f"{self.text} {what}: {_outline(error, self.app_dir)}") from error
 
 

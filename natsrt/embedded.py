@@ -44,7 +44,8 @@ __all__ = ["DEVELOPMENT_SETTINGS", "EmbeddedServer", "ProcessGroupGuard", "find_
 logger = logging.getLogger(__name__)
 
 DEVELOPMENT_SETTINGS = """\
-max_payload: 1MB
+max_payload: 8MB
+max_pending: 256MB
 ping_interval: 3s
 ping_max: 2
 write_deadline: 10s

@@ -458,7 +458,8 @@ class MessageTooLarge(NatsrtError, ValueError):
         self.size = size
         self.max_payload = max_payload
         super().__init__(
-            f"the message has {size:,} bytes, but the server accepts at most {max_payload:,} (its max_payload setting)"
+            f"the message has {size:,} bytes, but the server accepts at most {max_payload:,}: raise max_payload in the "
+            "server's configuration (8MB is the most that it advises), or send less in one message"
         )
 
 

@@ -22,6 +22,7 @@ from opentelemetry.trace import TracerProvider
 
 from natsrt.agents.chain import current_chain
 from natsrt.agents.contained import contained
+from natsrt.agents.message_types import explain_refused_types
 from natsrt.assembly import Program
 from natsrt.errors import NatsrtError
 from natsrt.observe.health import Health
@@ -279,6 +280,8 @@ class Lifecycle:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            explain_refused_types(error)
         await self.close()
 
     # -- stepping ------------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ async def test_a_state_for_a_live_agent_that_is_too_large_for_a_message_is_refus
     run: Run, records: AgentRecords, worker: NatsAgentRuntime, tmp_path: Path
 ) -> None:
     await worker.send_message(1, agent("k"))
-    (tmp_path / "state.json").write_text(json.dumps({"value": 70, **LARGE}))
+    (tmp_path / "state.json").write_text(json.dumps({"value": 70, "text": "x" * 9_000_000}))
     ended = await run("state", "set", "counter/k", str(tmp_path / "state.json"))
     assert ended.code == 1
     assert "max_payload" in ended.stderr

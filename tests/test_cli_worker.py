@@ -225,6 +225,7 @@ BROKEN = {
     "raising:makes_nothing": (2, "raising:makes_nothing returned NoneType, not an agent"),
     "raising:takes_two": (2, "raising:takes_two takes 2 arguments (a, b)"),
     "raising:registers_twice": (1, "Agent with type echo already exists."),
+    "raising:registers_as_autogen": (1, "natsrt.register(runtime, Echo, …) does\n"),
 }
 
 MODULES = {
@@ -261,6 +262,9 @@ def takes_two(a, b):
 async def registers_twice(runtime):
     await natsrt.register(runtime, Echo, "echo", Echo)
     await natsrt.register(runtime, Echo, "echo", Echo)
+
+async def registers_as_autogen(runtime):
+    await Echo.register(runtime, "echo", Echo)
 """,
 }
 

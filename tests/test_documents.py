@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -16,6 +20,7 @@ import orjson
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
 from natsrt_cli import natsrt as command_line
+from natsrt_cli.exits import Exit
 
 import natsrt
 from natsrt import NatsAgentRuntime, Options, errors
@@ -34,7 +39,7 @@ PATH = re.compile(
 )
 """What looks like a path in this repository."""
 
-EXAMPLE_FILES = {"hello.py", "news.py", "natsrt.toml", "natsrt.yaml"}
+EXAMPLE_FILES = {"counter.py", "hello.py", "news.py", "natsrt.toml", "natsrt.yaml"}
 """Files that the documents tell the reader to make."""
 
 
@@ -79,8 +84,9 @@ def test_generated_parts_are_up_to_date(name: str) -> None:
 
 
 def test_the_first_commands_of_the_readme_are_those_that_ci_runs() -> None:
-    demo, tests = [block.text.strip() for block in blocks("sh") if block.path == README]
+    demo, activation, tests = [block.text.strip() for block in blocks("sh") if block.path == README]
     assert demo == "python3.11 -m venv .venv && .venv/bin/pip install -q '.[server]' && .venv/bin/natsrt demo"
+    assert activation == ". .venv/bin/activate"
     assert tests == "python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2"
     ci = (REPOSITORY / ".ci" / "run").read_text("utf-8")
     assert "pip install -q '.[server]'" in ci and "/bin/natsrt demo" in ci
@@ -119,10 +125,37 @@ def test_settings_files_in_documents_load(block: Block, tmp_path: Path) -> None:
 
 
 def test_every_fenced_block_has_a_language_that_is_checked_here() -> None:
-    checked = {"python", "json", "toml", "yaml", "console"}
+    checked = {"python", "json", "toml", "yaml", "console", "ini"}
     for document in documents():
         for language in re.findall(r"^ *```(\w+)", document.read_text("utf-8"), re.MULTILINE):
             assert language in checked | {"sh", "diff", "text", "conf"}, shown(document)
+
+
+@pytest.mark.parametrize("block", blocks("ini"), ids=named)
+def test_units_in_documents_are_units_of_systemd(block: Block, tmp_path: Path) -> None:
+    """They start natsrt with options that exist, and leave a worker the time that it needs."""
+    unit = configparser.RawConfigParser(strict=False)
+    unit.read_string(block.text)
+    service = unit["Service"]
+    for setting in ("ExecStart", "ExecStartPost"):
+        program, command, *arguments = shlex.split(service[setting])
+        tool = COMMANDS[command]
+        if isinstance(tool, click.Group):
+            tool = tool.commands[arguments.pop(0)]
+        tool.make_context(command, arguments)  # raises if it does not understand them
+        assert program == service["WorkingDirectory"] + "/.venv/bin/natsrt"
+    assert int(service["TimeoutStopSec"]) > Options().drain_timeout + 10  # for states, and threads that go on
+    assert int(service["RestartPreventExitStatus"]) == Exit.USAGE
+    if (verify := shutil.which("systemd-analyze")) is None:
+        pytest.skip("systemd-analyze is not installed, so the unit itself is not verified")
+    program = tmp_path / ".venv" / "bin" / "natsrt"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    path = tmp_path / block.remark
+    path.write_text(block.text.replace(service["WorkingDirectory"], str(tmp_path)), "utf-8")
+    ended = subprocess.run([verify, "verify", path], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

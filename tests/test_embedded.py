@@ -96,7 +96,8 @@ async def test_the_development_settings_are_in_force(own_server: EmbeddedServer)
     shown = json.loads(await asyncio.to_thread(lambda: urllib.request.urlopen(f"{own_server.monitor_url}/varz").read()))
     assert shown["ping_interval"] == 3_000_000_000
     assert shown["ping_max"] == 2
-    assert shown["max_payload"] == 1024 * 1024
+    assert shown["max_payload"] == 8 * 1024 * 1024
+    assert shown["max_pending"] == 256 * 1024 * 1024
     assert shown["host"] == "127.0.0.1"
     assert shown["feature_flags"]["js_ack_fc_v2"] is False
 

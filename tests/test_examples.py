@@ -38,6 +38,17 @@ OUTPUT: dict[str, list[str]] = {
         "        receive topic.shipped.default",
         "          process agent.ledger",
     ],
+    "fastapi_service.py": [
+        'GET /shout/hello: 200 {"text":"HELLO"}',
+        'GET /ask/nobody: 404 {"error":"UnknownAgentType"}',
+        'GET /readyz: 200 {"ready":true,"reasons":[]}',
+    ],
+    "agent_chat.py": [
+        "user: How many lamps are there?",
+        "clerk: 7 pieces of lamp",
+        "buyer: That is enough. DONE",
+        "stopped: Text 'DONE' mentioned",
+    ],
     "ask_human.py": ["paper: not ordered", "a piano: not ordered"],
     "group_chat.py": [
         "user: A story about a lighthouse, please.",
@@ -55,9 +66,18 @@ OUTPUT: dict[str, list[str]] = {
     ],
 }
 
+NEEDS = {
+    "agent_chat.py": ["autogen_agentchat", "autogen_ext"],
+    "fastapi_service.py": ["fastapi", "uvicorn", "httpx"],
+    "group_chat.py": ["autogen_ext"],
+}
+"""What examples import beside natsrt and its dependencies."""
+
 
 @pytest.mark.parametrize("name", OUTPUT)
 async def test_the_example_runs_and_prints_what_it_should(name: str, processes: Processes, tmp_path: Path) -> None:
+    for module in NEEDS.get(name, []):
+        pytest.importorskip(module, reason=f"{name} needs {module}: pip install 'natsrt[examples]'")
     # An empty variable counts as not set. It starts elsewhere, so that nothing depends on the current directory.
     example = processes.python(EXAMPLES / name, env={"NATS_URL": ""}, cwd=tmp_path)
     assert await example.wait(timeout=50) == 0, example.describe()

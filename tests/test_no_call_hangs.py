@@ -230,6 +230,8 @@ async def test_a_message_is_sent_up_to_the_limit_and_refused_beyond_it(runtime: 
 
     too_large = await failure(call(connection.max_payload))
     assert isinstance(too_large, natsrt.MessageTooLarge)
+    sizes = f"{too_large.size:,} bytes, but the server accepts at most {connection.max_payload:,}"
+    assert sizes in str(too_large) and "raise max_payload" in str(too_large)
     longest = 2 * connection.max_payload - too_large.size
     sent = connection.client.stats["out_msgs"]
     error = await failure(call(longest + 1))

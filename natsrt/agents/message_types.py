@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
+from types import FrameType
 from typing import Any, NamedTuple
 
 from autogen_core import RoutedAgent
 
-from natsrt.wire.serialization import type_name_of
+from natsrt.errors import CannotSerialize
+from natsrt.wire.serialization import serializer_for, type_name_of
 
 
 class MessageTypes(NamedTuple):
@@ -40,3 +43,35 @@ def _without_any_type(message_type: Any) -> type[Any]:
 def shown_name(message_type: type[Any]) -> str:
     """Return the name of a message type in the registry and in errors."""
     return "Any" if message_type is object else type_name_of(message_type)
+
+
+def explain_refused_types(error: BaseException) -> None:
+    """Add a note to the error of an ``Agent.register`` that refuses a message type which natsrt accepts.
+
+    AutoGen's ``register`` looks for its own serializers, which exist for few types. Any other error stays as it is.
+    """
+    refused = next(
+        (frame.f_locals["cls"] for frame, _ in traceback.walk_tb(error.__traceback__) if _looks_for_serializers(frame)),
+        None,
+    )
+    if refused is None or not _all_travel(message_types_of(refused).handled):
+        return
+    name = refused.__name__
+    note = f"AutoGen's {name}.register does not accept this message type; natsrt.register(runtime, {name}, …) does"
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def _all_travel(types: list[type[Any]]) -> bool:
+    try:
+        for message_type in types:
+            if message_type is not object:
+                serializer_for(message_type)
+    except CannotSerialize:
+        return False
+    return True
+
+
+def _looks_for_serializers(frame: FrameType) -> bool:
+    own = frame.f_code.co_name == "_handles_types" and "cls" in frame.f_locals
+    return own and str(frame.f_globals.get("__name__")).startswith("autogen_core.")

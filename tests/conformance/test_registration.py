@@ -24,7 +24,7 @@ from autogen_core.exceptions import NotAccessibleError
 
 import natsrt
 from natsrt.errors import CannotSerialize, UnknownAgent, UnknownAgentType
-from tests.conformance.conftest import World, natsrt_only, two_runtimes
+from tests.conformance.conftest import MakeRuntime, World, natsrt_only, two_runtimes
 from tests.conformance.samples import Counter, Number, Recorder, Seen, Text, contents
 
 
@@ -215,6 +215,32 @@ async def test_a_handler_for_what_cannot_travel_is_refused(world: World) -> None
         await natsrt.register(world.host, agent, "agent", lambda: agent("a"))
     with pytest.raises(UnknownAgentType):
         await world.caller.send_message(Text("a"), AgentId("agent", "k"))
+
+
+@pytest.mark.parametrize(
+    "types",
+    [(int,), (_message_class("Nesting", number=Number),), (Text, str), (Any,)],
+    ids=["int", "nested", "str", "Any"],
+)
+async def test_what_only_autogens_register_refuses_is_explained(make_runtime: MakeRuntime, types: Any) -> None:
+    agent = _agent_for(*types)
+    with pytest.raises(ValueError) as raised:
+        async with make_runtime() as runtime:
+            await agent.register(runtime, "agent", lambda: agent("a"))
+    (note,) = raised.value.__notes__
+    assert note == (
+        "AutoGen's Agent.register does not accept this message type; natsrt.register(runtime, Agent, …) does"
+    )
+    async with make_runtime() as runtime:
+        await natsrt.register(runtime, agent, "agent", lambda: agent("a"))
+
+
+async def test_what_natsrt_refuses_too_is_not_explained(make_runtime: MakeRuntime) -> None:
+    agent = _agent_for(NoMessage)
+    with pytest.raises(ValueError, match="No serializers") as raised:
+        async with make_runtime() as runtime:
+            await agent.register(runtime, "agent", lambda: agent("a"))
+    assert not hasattr(raised.value, "__notes__")
 
 
 @natsrt_only
