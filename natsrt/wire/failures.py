@@ -141,7 +141,7 @@ class ErrorTypes:
             data = orjson.loads(payload)
             name, message = str(data["type"]), str(data["message"])
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            return RemoteAgentError("unknown", text)
+            data, name, message = {}, "unknown", text
         trace = data.get("traceback")
         remote = Remote(agent, worker_id, trace if isinstance(trace, str) else None)
         if data.get("code") == CANCELLED:
