@@ -406,7 +406,8 @@ def _check_entries(patient: _Patient, view: View) -> None:
     unreadable = sorted(view.unreadable.items())
     for key, problem in unreadable[:_LIST_AT_MOST]:
         advice = (
-            "every runtime ignores it: the program that wrote it must write what docs/PROTOCOL.md says, see Registry"
+            "every natsrt program ignores it: correct the program that wrote it (docs/PROTOCOL.md, Registry), or "
+            f"delete it with `nats kv del {patient.subjects.bucket(BUCKET)} {key}`"
         )
         patient.found("registry entry", "problem", f"{key}: {problem}", advice)
     if (more := len(unreadable) - _LIST_AT_MOST) > 0:
