@@ -479,6 +479,15 @@ def test_data_of_any_kind_is_an_exception_of_its_class_or_a_remote_agent_error(d
         assert got.natsrt_remote is not None  # type: ignore[attr-defined]
 
 
+def test_the_positions_of_a_unicode_error_are_never_outside_of_its_object() -> None:
+    for start, end in ((-5, -4), (-1, 0), (2**62, 2**62 + 1)):
+        args = ["utf-8", {"$type": "bytes", "value": "/w=="}, start, end, "x"]
+        body = orjson.dumps({"type": "builtins.UnicodeDecodeError", "message": "no lamps", "args": args})
+        got: Any = ErrorTypes().rebuild(body, agent=None, worker_id=None)
+        assert type(got) is UnicodeDecodeError
+        assert (got.object, got.start, got.end, got.reason) == (b"", 0, 0, "no lamps")
+
+
 def test_data_that_is_nested_very_deeply_is_read() -> None:
     body = b'{"type":"builtins.ValueError","message":"x","cause":' * 300 + b"null" + b"}" * 300
     got = ErrorTypes().rebuild(body, agent=None, worker_id=None)

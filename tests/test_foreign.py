@@ -18,7 +18,7 @@ from nats.aio.msg import Msg
 from nats.js.kv import KeyValue
 
 import natsrt
-from natsrt import CannotDecode, NatsAgentRuntime, NoLiveWorker, RemoteAgentError
+from natsrt import CannotDecode, NatsAgentRuntime, NoLiveWorker, RemoteAgentError, WorkerLost
 from natsrt.embedded import EmbeddedServer
 from tests.support.cli import Ended
 from tests.support.cli import natsrt as command
@@ -148,6 +148,23 @@ async def test_it_answers_calls(runtime: NatsAgentRuntime, page: Process) -> Non
 
 async def test_a_call_of_more_than_two_seconds_is_answered(runtime: NatsAgentRuntime, page: Process) -> None:
     assert await runtime.send_message(Order("wait", 3.0), SHOP, reply_type=Receipt) == Receipt("waited")
+
+
+async def test_a_worker_need_not_accept_calls(start: Start, runtime: NatsAgentRuntime) -> None:
+    await start("page", "--no-acceptance")
+    assert await runtime.send_message(Order("wait", 3.0), SHOP, reply_type=Receipt) == Receipt("waited")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "within"), [("--no-subject", 6.0), ("--mute", 20.0)])
+async def test_a_worker_that_does_not_answer_questions_loses_calls_that_take_long(
+    start: Start, runtime: NatsAgentRuntime, option: str, within: float
+) -> None:
+    await start("page", option)
+    assert await runtime.send_message(Order("hello"), SHOP, reply_type=Receipt) == Receipt("HELLO")
+    async with asyncio.timeout(within):
+        with pytest.raises(WorkerLost):
+            await runtime.send_message(Order("wait", 60.0), SHOP)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A worker and a caller written from docs/PROTOCOL.md alone: a NATS client and JSON, and nothing of natsrt.
 
-Run it: python participant.py URL NAMESPACE NAME [--service]
+Run it: python participant.py URL NAMESPACE NAME [--service] [--no-subject | --mute] [--no-acceptance]
+
+The last three leave a duty out: its own subject, the answers there, and accepting calls.
 
 It hosts the agent type `shop`, which takes Order {do, …}. Requests on `NAMESPACE.commands.NAME` have it call an agent,
 {"call": TYPE, "key": KEY, "type": MESSAGE_TYPE, "data": …, "attributes": {}}, or leave, {"leave": true}.
@@ -58,7 +60,8 @@ class Worker:
     async def start(self) -> None:
         n = self.namespace
         await self.client.subscribe(f"{n}.natsrt.registry.>", cb=self.registry.on_change)
-        await self.client.subscribe(f"{n}.natsrt.worker.{self.id}", cb=self.on_question)
+        if "--no-subject" not in sys.argv:
+            await self.client.subscribe(f"{n}.natsrt.worker.{self.id}", cb=self.on_question)
         await self.client.subscribe(f"{n}.natsrt.cancel", cb=self.on_cancel)
         await self.client.subscribe(f"{n}.agent.{TYPE}", queue=TYPE, cb=self.on_call)
         await self.caller.start()
@@ -163,6 +166,8 @@ class Worker:
     # -- questions ----------------------------------------------------------------------------------------------
 
     async def on_question(self, message: Msg) -> None:
+        if "--mute" in sys.argv:
+            return
         body = json.loads(message.data)
         data = body["data"]
         if body["type"] == "natsrt.abandoned":
@@ -210,7 +215,7 @@ class Worker:
             return
         body = json.loads(message.data)
         self.running[message.reply] = self.spawn(self.answer(message.reply, body))
-        if "acceptto" in body:
+        if "acceptto" in body and "--no-acceptance" not in sys.argv:
             self.spawn(self.accept_if_slow(message.reply, body["acceptto"]))
 
     async def accept_if_slow(self, call: str, accept_to: str) -> None:
