@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import click
-import orjson
-from nats.aio.msg import Msg
-from nats.nuid import NUID
 
 from natsrt.errors import NoLiveWorker
 from natsrt.jetstream.registry.entries import KnownEntry, TypeEntry
 from natsrt.jetstream.registry.registry import Registry
-from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
-from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
 
+from .asking import WorkerAnswer, gather_answers
 from .connecting import Connecting, connects
 from .exits import Exit
 from .keyed_counts import LIVE, add_keyed, print_keyed
@@ -32,8 +27,6 @@ from .waiting import wait
 
 _NOT_LIVE = "no worker"
 _STYLES = {LIVE: "green", _NOT_LIVE: "yellow", "no answer": "red"}
-_PATIENCE = 2.0
-"""Seconds to wait for the answers of workers: far more than a round trip, and still a short wait for a person."""
 
 
 @click.group()
@@ -248,14 +241,14 @@ def ping(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
     async def run() -> list[dict[str, Any]]:
         async with connecting.runtime() as runtime:
             expected = await _expected(runtime, agent_type)
-            answers = await gather_answers(runtime.running.connection, runtime.options, "PING", expected)
+            answers = await _answers(runtime, "PING", expected)
             workers = runtime.running.registry.view.workers
             return [
                 {
                     "worker_id": worker_id,
                     "name": workers[worker_id].name if worker_id in workers else None,
                     "answered": worker_id in answers,
-                    "round_trip_ms": answers[worker_id]["round_trip_ms"] if worker_id in answers else None,
+                    "round_trip_ms": answers[worker_id].round_trip_ms if worker_id in answers else None,
                 }
                 for worker_id in sorted(expected)
             ]
@@ -284,43 +277,9 @@ async def _expected(runtime: NatsAgentRuntime, agent_type: str | None) -> set[st
     return set(workers)
 
 
-async def gather_answers(
-    connection: Connection, options: Options, verb: str, expected: Collection[str]
-) -> dict[str, dict[str, Any]]:
-    """The answers of the ``expected`` workers to ``$SRV.<verb>``, by worker id, with ``round_trip_ms`` added.
-
-    Answers of services other than natsrt workers are ignored. A worker that did not answer in time is missing.
-    """
-    inbox = f"{options.inbox_prefix}.{NUID().next().decode()}"
-    answers: dict[str, dict[str, Any]] = {}
-    complete = asyncio.Event()
-    asked = time.perf_counter()
-
-    def take(message: Msg) -> None:
-        try:
-            answer = orjson.loads(message.data)
-            worker_id = answer["metadata"]["worker_id"]
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            return
-        if worker_id in expected and worker_id not in answers:
-            answers[worker_id] = {**answer, "round_trip_ms": (time.perf_counter() - asked) * 1000}
-            if len(answers) == len(expected):
-                complete.set()
-
-    if not expected:
-        return answers
-    interest = await connection.subscribe(inbox, take)
-    try:
-        await connection.barrier()
-        asked = time.perf_counter()
-        await connection.publish(f"$SRV.{verb}", b"", reply=inbox)
-        async with asyncio.timeout(min(_PATIENCE, options.connect_timeout)):
-            await complete.wait()
-    except TimeoutError:
-        pass
-    finally:
-        await connection.unsubscribe(interest)
-    return answers
+async def _answers(runtime: NatsAgentRuntime, verb: str, expected: Collection[str]) -> dict[str, WorkerAnswer]:
+    options = runtime.options
+    return await gather_answers(runtime.running.connection, Subjects(options.namespace), options, verb, expected)
 
 
 # -- stats -------------------------------------------------------------------------------------------------------
@@ -336,28 +295,29 @@ def stats(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
     Exits with 5 if a worker does not answer.
     """
 
-    async def run() -> tuple[list[dict[str, Any]], set[str]]:
+    async def run() -> tuple[list[dict[str, Any]], set[str], set[str]]:
         async with connecting.runtime() as runtime:
             expected = await _expected(runtime, agent_type)
-            answers = await gather_answers(runtime.running.connection, runtime.options, "STATS", expected)
+            answers = await _answers(runtime, "STATS", expected)
             names = _types_by_subject(runtime)
             rows = [
                 {
-                    "type": names.get(endpoint["subject"], endpoint["name"]),
+                    "type": names.get(endpoint.get("subject", ""), endpoint.get("name", "-")),
                     "worker_id": worker_id,
-                    "requests": endpoint["num_requests"],
-                    "errors": endpoint["num_errors"],
-                    "last_error": endpoint["last_error"],
-                    "processing_time_ns": endpoint["processing_time"],
-                    "average_processing_time_ns": endpoint["average_processing_time"],
+                    "requests": endpoint.get("num_requests") or 0,
+                    "errors": endpoint.get("num_errors") or 0,
+                    "last_error": endpoint.get("last_error") or "",
+                    "processing_time_ns": endpoint.get("processing_time") or 0,
+                    "average_processing_time_ns": endpoint.get("average_processing_time") or 0,
                 }
                 for worker_id, answer in answers.items()
-                for endpoint in answer["endpoints"]
+                for endpoint in answer.endpoints
             ]
             wanted = [row for row in rows if agent_type is None or row["type"] == agent_type]
-            return sorted(wanted, key=lambda row: (row["type"], row["worker_id"])), expected - set(answers)
+            uncounted = {worker_id for worker_id, answer in answers.items() if not answer.is_service}
+            return sorted(wanted, key=lambda row: (row["type"], row["worker_id"])), expected - set(answers), uncounted
 
-    rows, silent = asyncio.run(run())
+    rows, silent, uncounted = asyncio.run(run())
     if as_json:
         print_json(rows)
     elif rows:
@@ -377,6 +337,8 @@ def stats(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
         )
     else:
         note("there is nothing to show")
+    for worker_id in sorted(uncounted):
+        note(f"worker {worker_id} has no statistics: it is not a NATS service")
     for worker_id in sorted(silent):
         note(f"worker {worker_id} did not answer")
     return Exit.TIMEOUT if silent else Exit.OK

@@ -36,7 +36,7 @@ from natsrt.transport.probe import TRACE_DEST, TRACE_ONLY
 from natsrt.version import VERSION
 from natsrt.wire.subjects import Subjects
 
-from .agents import gather_answers
+from .asking import gather_answers
 from .connecting import Connecting, connects
 from .exits import Exit
 from .health import judge, read_json
@@ -352,6 +352,7 @@ async def _check_registry(patient: _Patient) -> None:
                 f"{len(registry.view.workers)} live workers, {len(registry.view.hosts)} hosted agent types, "
                 f"{len((await registry.known()).keys() - registry.view.hosts.keys())} known without a worker",
             )
+            _check_entries(patient, registry.view)
             await _check_workers(patient, registry)
             await _check_keyed_agents(patient, registry.view)
     except NatsrtError as error:
@@ -402,11 +403,24 @@ async def _open_registry(patient: _Patient) -> AsyncIterator[Registry]:
         await registry.close()
 
 
+def _check_entries(patient: _Patient, view: View) -> None:
+    """Name the entries that cannot be read. Everybody ignores them."""
+    unreadable = sorted(view.unreadable.items())
+    for key, problem in unreadable[:_LIST_AT_MOST]:
+        advice = (
+            "every natsrt program ignores it: correct the program that wrote it (docs/PROTOCOL.md, Registry), or "
+            f"delete it with `nats kv del {patient.subjects.bucket(BUCKET)} {key}`"
+        )
+        patient.found("registry entry", "problem", f"{key}: {problem}", advice)
+    if (more := len(unreadable) - _LIST_AT_MOST) > 0:
+        patient.found("registry entry", "problem", f"{more} more entries cannot be read")
+
+
 async def _check_workers(patient: _Patient, registry: Registry) -> None:
     workers = dict(registry.view.workers)
     if not workers:
         return
-    answers = await gather_answers(patient.connection, patient.options, "PING", workers)
+    answers = await gather_answers(patient.connection, patient.subjects, patient.options, "PING", workers)
     healthy = 0
     for worker_id, worker in sorted(workers.items()):
         beats, answered = await registry.has_heartbeat(worker_id), worker_id in answers
@@ -423,7 +437,7 @@ def _diagnosis(worker: WorkerEntry, beats: bool, answered: bool) -> tuple[Level,
         advice = f"allow its user to publish to $KV.….{HEARTBEAT}.>, and see its log"
         return "problem", f"{who} answers, but sends no heartbeat", advice
     if beats:
-        advice = "it stopped, froze or was killed a moment ago, or may not subscribe to $SRV.PING; try again in 10 s"
+        advice = "it stopped, froze or was killed a moment ago, or may not subscribe to its subject; try again in 10 s"
         return "warning", f"{who} has a heartbeat, but does not answer", advice
     return "warning", f"{who} is stale: no heartbeat and no answer", "any natsrt program removes its entries"
 

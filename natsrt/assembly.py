@@ -169,7 +169,7 @@ class Incoming:
         self.active: set[Inbound] = set()
         """The messages that are being handled."""
         self.call_log = CallLog(connection, options, worker_id)
-        answers = Answers(network.bodies, program.serialization, options, worker_id)
+        answers = Answers(network.bodies, program.serialization, program.error_types, options, worker_id)
         self.events = EventSettlement(event_errors, counters)
         self.intake = Intake(connection, options, counters)
         self.subscriptions = Subscriptions(

@@ -439,13 +439,23 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         if self._session is not None:
             await self._session.membership.abandon(hosted, ended=ended)
 
-    def add_error_type(self, cls: type[BaseException]) -> None:
+    def add_error_type(self, cls: type[BaseException], name: str | None = None) -> None:
         """Raise exceptions of ``cls`` from remote handlers as ``cls`` instead of as `RemoteAgentError`.
 
-        They are rebuilt from their ``args`` and ``__dict__``, without calling the class. Raises TypeError if ``cls`` is
-        not an exception class that a call can raise.
+        They are rebuilt from their arguments and attributes, without calling the class. An argument or attribute that
+        JSON cannot represent arrives as its ``repr``.
+
+        Args:
+            cls: The exception class.
+            name: A name that does not depend on Python, such as ``shop.OutOfStock``, for workers and callers in other
+                languages. This runtime sends such exceptions under it, and recognises them by it and by the name of the
+                class. None: the name of the class, with its module.
+
+        Raises:
+            TypeError: ``cls`` is not an exception class that a call can raise.
+            ValueError: ``name`` is empty, or the name of another class.
         """
-        self._error_types.add(cls)
+        self._error_types.add(cls, name)
 
     @property
     def options(self) -> Options:

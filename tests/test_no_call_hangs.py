@@ -118,7 +118,7 @@ async def test_plain_replies_arrive_as_they_are(runtime: NatsAgentRuntime, name:
         ("unserializable", natsrt.CannotSerialize),
         ("sabotage", natsrt.RemoteAgentError),
         ("look_up", LookupError),
-        ("surrogate_error", natsrt.RemoteAgentError),
+        ("surrogate_error", ValueError),
         ("unprintable_error", natsrt.RemoteAgentError),
         ("unprintable_field", natsrt.RemoteAgentError),
         ("leave", natsrt.RemoteAgentError),

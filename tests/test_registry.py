@@ -370,3 +370,48 @@ async def test_a_change_of_a_kind_that_this_version_does_not_know_is_ignored(
                 await late.send_message("hi", AgentId("unheard-of", "k"))
             assert await late.send_message("hi", AgentId("echo", "k")) == "hi"
         await client.close()
+
+
+async def test_an_entry_that_lacks_a_field_is_named_with_the_field_and_breaks_no_other(
+    server: EmbeddedServer, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = b'{"worker_id":"other","name":"other","pid":7,"started":1,"version":"1"}'
+    worker = NatsAgentRuntime(server.url, namespace=namespace)
+    await register(worker, Echo, "echo", lambda: Echo([]))
+    async with worker, NatsAgentRuntime(server.url, namespace=namespace) as caller:
+        client = await nats.connect(server.url)
+        bucket: KeyValue = await client.jetstream().key_value(f"{namespace}_natsrt_registry")
+        revision = await bucket.put("r.worker.other", entry)
+        await caller.running.registry._follower.shown(revision)
+        text = "the registry entry 'r.worker.other': the field 'hostname' is missing"
+        assert text in caplog.text
+        caplog.clear()
+        async with NatsAgentRuntime(server.url, namespace=namespace) as late:
+            assert text in caplog.text
+            for runtime in (caller, late):
+                view = runtime.running.registry.view
+                assert view.unreadable == {"r.worker.other": "the field 'hostname' is missing"}
+                assert list(view.workers) == [worker.worker_id]
+                assert await runtime.send_message("hi", AgentId("echo", "k")) == "hi"
+            whole = entry.replace(b'"pid"', b'"hostname":"h","pid"')
+            revision = await bucket.put("r.worker.other", whole)
+            await late.running.registry._follower.shown(revision)
+            assert late.running.registry.view.unreadable == {}
+            assert "other" in late.running.registry.view.workers
+        await client.close()
+
+
+async def test_a_shared_subscription_that_cannot_be_read_is_replaced(server: EmbeddedServer, namespace: str) -> None:
+    async with (
+        NatsAgentRuntime(server.url, namespace=namespace) as adder,
+        NatsAgentRuntime(server.url, namespace=namespace) as other,
+    ):
+        subscription = TypeSubscription("news", "echo")
+        await adder.add_subscription(subscription)
+        (key,) = [key for key in await keys(server, namespace) if key.startswith("r.subscription.")]
+        client = await nats.connect(server.url)
+        bucket: KeyValue = await client.jetstream().key_value(f"{namespace}_natsrt_registry")
+        await bucket.put(key, b'{"agent_type":"echo"}')
+        await other.add_subscription(TypeSubscription("news", "echo"))
+        await eventually(lambda: [rule.pattern for rule in other.running.registry.view.rules("echo")] == ["news"])
+        await client.close()

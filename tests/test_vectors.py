@@ -1,4 +1,4 @@
-"""Bodies, keyed agents and the registry, as tests/vectors/{envelopes,keyed,registry}.json have them.
+"""Bodies, keyed agents, the registry, errors and workers: tests/vectors/{envelopes,keyed,registry,errors,worker}.json.
 
 Others have tests of their own.
 """
@@ -23,6 +23,8 @@ from natsrt.errors import CannotDecode
 from natsrt.jetstream.record import RECORD, Stored, checked, decode_record, encode_head, parts_key, record_key
 from natsrt.jetstream.registry.entries import SubscriptionEntry, TypeEntry, WorkerEntry, decode_entry, encode_entry
 from natsrt.wire import envelope
+from natsrt.wire.exception_parts import qualified_name
+from natsrt.wire.failures import ErrorTypes, is_refusal
 from tests.support.processes import eventually
 
 
@@ -34,6 +36,8 @@ def vectors(name: str) -> dict[str, Any]:
 VECTORS = vectors("envelopes")
 KEYED = vectors("keyed")
 REGISTRY = vectors("registry")
+ERRORS = vectors("errors")
+WORKER = vectors("worker")
 
 
 def cases(kind: str, of: dict[str, Any] = VECTORS) -> pytest.MarkDecorator:
@@ -84,7 +88,7 @@ def test_broken_bodies_of_ours_are_refused_and_never_plain(case: dict[str, Any])
     assert raised.value.payload == bytes_of(case, "body")
 
 
-@pytest.mark.parametrize("name", ["subjects", "messages", "envelopes", "keyed"])
+@pytest.mark.parametrize("name", ["subjects", "messages", "envelopes", "keyed", "registry", "errors", "worker"])
 def test_every_file_of_vectors_says_what_it_is_about(name: str) -> None:
     assert vectors(name)["about"]
 
@@ -218,3 +222,106 @@ def test_entries_of_the_registry_are_read_and_written(case: dict[str, Any]) -> N
     if "declarations" in case:
         assert isinstance(entry, SubscriptionEntry)
         assert entry.declared == case["declarations"]
+
+
+@cases("required", REGISTRY)
+def test_an_entry_without_a_required_field_is_refused_and_the_field_is_named(case: dict[str, Any]) -> None:
+    fields = json.loads(case["value"])
+    assert decode_entry(case["key"], case["value"].encode()).key == case["key"]
+    for name in fields:
+        rest = {other: value for other, value in fields.items() if other != name}
+        with pytest.raises(CannotDecode, match=f"the field '{name}' is missing"):
+            decode_entry(case["key"], json.dumps(rest).encode())
+
+
+async def test_changes_of_the_registry_arrive_on_the_subjects_of_the_vectors(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    async with NatsAgentRuntime(server.url, namespace=namespace):
+        client = await nats.connect(server.url)
+        changes: list[Msg] = []
+
+        async def on_change(message: Msg) -> None:
+            changes.append(message)
+
+        try:
+            await client.subscribe(f"{namespace}.natsrt.registry.>", cb=on_change)
+            for number, case in enumerate(REGISTRY["feed"], 1):
+                key = f"$KV.{namespace}_natsrt_registry.{case['key']}"
+                ack = await client.jetstream().publish(key, b"{}")
+                await eventually(lambda number=number: len(changes) == number)  # type: ignore[misc]
+                inside = case["subject"].removeprefix(f"{case['namespace']}." if "namespace" in case else "")
+                assert changes[-1].subject == f"{namespace}.{inside}"
+                assert (changes[-1].headers or {})["Nats-Sequence"] == str(ack.seq)
+        finally:
+            await client.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+@cases("known", ERRORS)
+def test_errors_are_rebuilt_as_the_vectors_say(case: dict[str, Any]) -> None:
+    got = ErrorTypes().rebuild(json.dumps(case["data"]).encode(), agent="shop/default", worker_id="w-1")
+    assert qualified_name(type(got)) == case["class"]
+    assert case["arguments"] is None or list(got.args) == case["arguments"]
+    assert {name: getattr(got, name) for name in case.get("fields", {})} == case.get("fields", {})
+    cause = got.__cause__
+    assert (None if cause is None else qualified_name(type(cause))) == case.get("cause")
+    members = got.exceptions if isinstance(got, BaseExceptionGroup) else ()
+    assert [qualified_name(type(member)) for member in members] == case.get("exceptions", [])
+    assert got.__notes__[:-1] == case.get("notes", [])  # the last one says where it was raised
+
+
+@cases("busy", ERRORS)
+def test_refusals_are_recognised_as_the_vectors_say(case: dict[str, Any]) -> None:
+    assert is_refusal(case["headers"], case["body"].encode()) is case["refused"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A worker
+
+
+@dataclass
+class Text:
+    text: str
+
+
+class Upper(RoutedAgent):
+    def __init__(self) -> None:
+        super().__init__("writes in upper case")
+
+    @message_handler
+    async def on_text(self, message: Text, ctx: MessageContext) -> Text:
+        return Text(message.text.upper())
+
+
+def contains(whole: Any, part: Any) -> bool:
+    """True if all members of ``part`` are in ``whole`` and equal, at any depth."""
+    if isinstance(part, dict) and isinstance(whole, dict):
+        return all(name in whole and contains(whole[name], value) for name, value in part.items())
+    return bool(whole == part)
+
+
+async def test_a_worker_answers_as_the_vectors_say(server: EmbeddedServer, namespace: str) -> None:
+    runtime = NatsAgentRuntime(server.url, namespace=namespace)
+    await natsrt.register(runtime, Upper, "upper", Upper)
+    client = await nats.connect(server.url)
+    answers = await client.subscribe("_INBOX.vectors.*")
+    try:
+        async with runtime:
+            for number, case in enumerate(WORKER["conversation"]):
+                filled = {
+                    name: json.loads(json.dumps(case[name]).replace("<worker>", str(runtime.worker_id)))
+                    for name in ("subject", "body", "answer")
+                }
+                reply = f"_INBOX.vectors.{number}"
+                await client.publish(f"{namespace}.{filled['subject']}", filled["body"].encode(), reply=reply)
+                if filled["answer"] is None:
+                    continue  # an answer would come before the next one, and be another one than is expected
+                message = await answers.next_msg(timeout=5)
+                assert message.subject == reply, case["name"]
+                assert contains(json.loads(message.data), filled["answer"]), (case["name"], message.data)
+    finally:
+        await client.close()

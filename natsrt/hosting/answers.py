@@ -13,7 +13,7 @@ from natsrt.options import Options
 from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
-from natsrt.wire.failures import Failure, describe, describe_shortly
+from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Failure, describe
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import encode_text
 
@@ -29,9 +29,17 @@ _LONGEST = 1024
 class Answers:
     """Writes the answers of one worker."""
 
-    def __init__(self, bodies: Bodies, serialization: Serialization, options: Options, worker_id: str) -> None:
+    def __init__(
+        self,
+        bodies: Bodies,
+        serialization: Serialization,
+        error_types: ErrorTypes,
+        options: Options,
+        worker_id: str,
+    ) -> None:
         self._bodies = bodies
         self._serialization = serialization
+        self._error_types = error_types
         self._with_tracebacks = options.send_tracebacks
         self._worker_attribute = envelope.attribute(WORKER_EXTENSION, worker_id)
         self._constant: dict[tuple[str, str, str], str] = {}
@@ -81,20 +89,27 @@ class Answers:
         ``source``. ``refused`` is True if the call was not handled and can be sent again.
         """
         plain, call_id = body is None, _id_of(body)
-        try:
-            return self._failure(
-                describe(error, with_traceback=self._with_tracebacks, refused=refused), plain, source, call_id
+        too_large: MessageTooLarge | None = None
+        for limits in (FULL, SHORT, SHORTEST):
+            failure = describe(
+                error,
+                with_traceback=self._with_tracebacks and limits is not SHORTEST,
+                refused=refused,
+                types=self._error_types,
+                limits=limits,
             )
-        except MessageTooLarge:
-            pass
-        try:
-            return self._failure(describe_shortly(error, refused=refused), plain, source, call_id)
-        except MessageTooLarge as too_large:  # without the names from the message, which may be long too
-            return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-")
+            try:
+                return self._failure(failure, plain, source, call_id)
+            except MessageTooLarge as refusal:
+                too_large = refusal
+        assert too_large is not None
+        # Without the names from the message, which may be long too.
+        return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-")
 
     def not_for_an_agent(self, error: BaseException) -> Answer:
         """Return the answer that reports ``error`` to the sender of a message that is not for an agent."""
-        return self._failure(describe(error, with_traceback=self._with_tracebacks), False, envelope.NO_AGENT, "-")
+        failure = describe(error, with_traceback=self._with_tracebacks, types=self._error_types)
+        return self._failure(failure, False, envelope.NO_AGENT, "-")
 
     def _failure(self, failure: Failure, plain: bool, source: str, call_id: str) -> Answer:
         if plain:

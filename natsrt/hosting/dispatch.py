@@ -32,7 +32,7 @@ from natsrt.hosting.keyed_messages import KeyedMessages
 from natsrt.hosting.reader import Reader
 from natsrt.observe.metrics import Counters
 from natsrt.transport.bodies import Bodies
-from natsrt.wire.failures import class_name
+from natsrt.wire.exception_parts import class_name
 
 logger = logging.getLogger("natsrt.hosting")
 

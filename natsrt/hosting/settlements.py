@@ -18,7 +18,8 @@ from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
-from natsrt.wire.failures import class_name, traceback_of
+from natsrt.wire.exception_parts import class_name
+from natsrt.wire.failures import traceback_of
 from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt.hosting")

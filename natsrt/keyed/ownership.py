@@ -33,7 +33,7 @@ from natsrt.keyed.unmade import NotMade
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.stall_watch import StallWatch
-from natsrt.wire.failures import class_name
+from natsrt.wire.exception_parts import class_name
 from natsrt.wire.peer_messages import Claim, Location
 
 logger = logging.getLogger("natsrt.hosting")

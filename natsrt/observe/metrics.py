@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from natsrt.wire.failures import class_name
+from natsrt.wire.exception_parts import class_name
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, S
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from natsrt.wire.envelope import attribute
-from natsrt.wire.failures import class_name
+from natsrt.wire.exception_parts import class_name
 
 _DISABLE = "AUTOGEN_DISABLE_RUNTIME_TRACING"
 _propagator = TraceContextTextMapPropagator()

@@ -25,7 +25,7 @@ from natsrt.transport.calls import Calls
 from natsrt.transport.inbox import Inbox
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, attribute
-from natsrt.wire.failures import class_name
+from natsrt.wire.exception_parts import class_name
 from natsrt.wire.serialization import Encoded
 from natsrt.wire.subjects import Subjects, encode_text
 

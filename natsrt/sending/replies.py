@@ -14,8 +14,9 @@ from natsrt.errors import CannotDecode
 from natsrt.observe import events
 from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
+from natsrt.wire.envelope import TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes
-from natsrt.wire.serialization import Serialization
+from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization
 
 
 class Replies:
@@ -36,7 +37,7 @@ class Replies:
         """
         body = self._bodies.unpack(reply.data)
         if body is None:
-            return self._plain_result(reply, reply_type, recipient)
+            return self._plain_result(reply, sent, reply_type, recipient)
         self._check(body, reply, recipient)
         type_name = body.required("messagetype")
         try:
@@ -51,11 +52,7 @@ class Replies:
                 type_name, general.content_type, general.payload, self._catalog.produced_here, sent, reply_type
             )
         if isinstance(result, UnknownPayload):
-            raise CannotDecode(
-                f"the reply of {recipient}",
-                f"its type {type_name!r} is unknown here; add its serializer with runtime.add_message_serializer",
-                body.payload,
-            )
+            raise _unknown_type(recipient, type_name, body.payload)
         if events.listening():
             events.message(
                 body.payload, sender=recipient, receiver=None, kind=MessageKind.RESPOND, stage=DeliveryStage.DELIVER
@@ -86,13 +83,20 @@ class Replies:
             text = f"{text} ({headers[SERVICE_ERROR_CODE]})" if SERVICE_ERROR_CODE in headers else text
             raise self._error_types.rebuild(reply.data, agent=str(recipient), worker_id=None, text=text)
 
-    def _plain_result(self, reply: Msg, reply_type: type[Any] | None, recipient: AgentId) -> Any:
+    def _plain_result(self, reply: Msg, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId) -> Any:
         """Return the reply of a plain NATS client.
 
-        It is decoded as ``reply_type`` if that is given. Otherwise the result is JSON values, text or bytes, the first
-        that fits.
+        It is decoded as the type that its header names, else as ``reply_type`` if that is given. Otherwise the result
+        is JSON values, text or bytes, the first that fits.
         """
         self._raise_service_error(reply, recipient)
+        type_name = (reply.headers or {}).get(TYPE_HEADER)
+        if type_name is not None:
+            result = self._of_type(type_name, reply.data, sent, reply_type)
+            if not isinstance(result, UnknownPayload):
+                return result
+            if reply_type is None:
+                raise _unknown_type(recipient, type_name, reply.data)
         if reply_type is not None:
             return self._serialization.infer(reply.data, [reply_type])
         try:
@@ -103,3 +107,25 @@ class Replies:
             return reply.data.decode()
         except UnicodeDecodeError:
             return reply.data
+
+    def _of_type(self, type_name: str, payload: bytes, sent: type[Any], reply_type: type[Any] | None) -> Any:
+        """Return a plain body of a type, in the content type in which that type can be read.
+
+        The result is an ``UnknownPayload`` if the type is unknown.
+        """
+        result: Any = None
+        for content_type in dict.fromkeys((self._serialization.content_type_of(type_name), JSON, PROTOBUF, BYTES)):
+            result = self._serialization.reply(
+                type_name, content_type, payload, self._catalog.produced_here, sent, reply_type
+            )
+            if not isinstance(result, UnknownPayload):
+                break
+        return result
+
+
+def _unknown_type(recipient: AgentId, type_name: str, payload: bytes) -> CannotDecode:
+    return CannotDecode(
+        f"the reply of {recipient}",
+        f"its type {type_name!r} is unknown here; add its serializer with runtime.add_message_serializer",
+        payload,
+    )

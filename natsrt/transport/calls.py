@@ -28,7 +28,7 @@ from natsrt.transport.call_judgement import PendingCall
 from natsrt.transport.call_watch import CallWatch, Directory, NeverReceived, stopped
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox, is_nobody
-from natsrt.wire.failures import BUSY, SERVICE_ERROR_CODE
+from natsrt.wire.failures import is_refusal
 
 _RESENDS = 3
 """How often a call that was lost on its way is sent again. Each attempt takes about a second, so all attempts together
@@ -41,7 +41,6 @@ _NOBODY_PAUSE = 0.25
 _BUSY_PAUSE = 0.05
 """Maximum pause between two attempts if a worker is busy, in seconds. It is short because a queue group selects a
 worker at random, so it may take several attempts to reach one that has room."""
-_BUSY = str(BUSY)
 
 Link = Callable[[asyncio.Future[Any]], None]
 """Cancels a future when the caller's cancellation token is cancelled."""
@@ -201,10 +200,11 @@ class Calls:
                 continue
             finally:
                 self._watch.remove(call)
-            if reply.headers is None:
+            refused = is_refusal(reply.headers, reply.data)
+            if not refused and reply.headers is None:
                 return reply
             attempts = attempts or Attempts(self._options)
-            if (pause := await self._pause(reply, recipient, destination, attempts)) is None:
+            if (pause := await self._pause(reply, refused, recipient, destination, attempts)) is None:
                 return reply
             await asyncio.sleep(pause)
 
@@ -230,7 +230,7 @@ class Calls:
         return call
 
     async def _pause(
-        self, reply: Msg, recipient: AgentId, destination: Destination | None, attempts: Attempts
+        self, reply: Msg, refused: bool, recipient: AgentId, destination: Destination | None, attempts: Attempts
     ) -> float | None:
         """Return the seconds after which to send the call again; None if ``reply`` is the result.
 
@@ -250,8 +250,7 @@ class Calls:
             if pause is None:
                 raise WorkerLost(str(recipient), workers[0] if workers else None, "it does not listen")
             return pause
-        assert reply.headers is not None
-        if reply.headers.get(SERVICE_ERROR_CODE) != _BUSY or (pause := attempts.busy(now)) is None:
+        if not refused or (pause := attempts.busy(now)) is None:
             return None
         if destination is not None:  # its owner may have refused because it no longer owns the agent
             destination.lost()

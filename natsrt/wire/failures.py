@@ -10,16 +10,29 @@ from __future__ import annotations
 import asyncio
 import builtins
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import orjson
 from autogen_core import exceptions as autogen_exceptions
 
 from natsrt import errors
 from natsrt.errors import NatsrtError, RemoteAgentError
+from natsrt.wire import envelope
+from natsrt.wire.exception_parts import (
+    build,
+    build_group,
+    carried,
+    class_name,
+    cut,
+    encode_args,
+    encode_value,
+    fields_of,
+    qualified_name,
+    read,
+)
 
 SERVICE_ERROR: Final = "Nats-Service-Error"
 """Header with an error's text, as the NATS service protocol defines it (ADR-32)."""
@@ -29,13 +42,17 @@ SERVICE_ERROR_CODE: Final = "Nats-Service-Error-Code"
 CANCELLED: Final = 499
 BUSY: Final = 429
 """The code of a refusal: the call was not started, and its caller sends it again."""
-_MAX_TEXT = 16_384  # characters, for the text and for the traceback
-_SHORT = 1000
-"""Characters of the text of an exception that is too large to be sent."""
+_BUSY_HEADER: Final = str(BUSY)
+_REPLY_START: Final = b'{"specversion":"1.0","type":"natsrt.reply",'
+"""How natsrt's own replies start. They are not searched for errors."""
+_ERROR_BYTES: Final = envelope.ERROR.encode()
+_MAX_DEPTH: Final = 20
+"""How deep causes and members of groups are nested at most; deeper ones are left out."""
 
-T = TypeVar("T")
-
-_TRACEBACK = BaseException.__dict__["__traceback__"]
+_TRACEBACK, _NOTES = BaseException.__dict__["__traceback__"], "__notes__"
+_CAUSE, _CONTEXT = BaseException.__dict__["__cause__"], BaseException.__dict__["__context__"]
+_SUPPRESSED = BaseException.__dict__["__suppress_context__"]
+_MEMBERS = BaseExceptionGroup.__dict__["exceptions"]
 _TOOL_AGENT: Final = "autogen_core.tool_agent"
 _FORBIDDEN = (StopIteration, StopAsyncIteration, GeneratorExit)
 
@@ -52,25 +69,19 @@ class Remote:
     traceback: str | None
 
 
-_NAME, _MODULE = type.__dict__["__qualname__"], type.__dict__["__module__"]
-
-
-def class_name(cls: type) -> str:
-    """The qualified name of a class, even if its metaclass has attributes that raise."""
-    return str(_NAME.__get__(cls))
-
-
-def qualified_name(cls: type[BaseException]) -> str:
-    return f"{_MODULE.__get__(cls)}.{class_name(cls)}"
-
-
 class ErrorTypes:
     """The exception classes that a runtime may rebuild: Python's, AutoGen's, natsrt's, and those that were added."""
 
     def __init__(self) -> None:
         self._classes: dict[str, type[BaseException]] = {}
+        self._names: dict[type[BaseException], str] = {}
+        """The names that were given to classes."""
         for module in (builtins, autogen_exceptions, errors):
             self._know(module, Exception)
+        self._classes[qualified_name(BaseExceptionGroup)] = BaseExceptionGroup
+        for name in errors.__all__:
+            self._classes[f"natsrt.{name}"] = getattr(errors, name)
+        self._reserved = frozenset(self._classes)
 
     def _know(self, module: ModuleType, base: type[BaseException]) -> None:
         for value in vars(module).values():
@@ -86,11 +97,33 @@ class ErrorTypes:
             self._know(tool_agent, tool_agent.ToolException)
         return self._classes.get(name)
 
-    def add(self, cls: type[BaseException]) -> None:
-        """Allow exceptions of ``cls`` to be rebuilt. Raises TypeError if a call cannot raise such an exception."""
+    def add(self, cls: type[BaseException], name: str | None = None) -> None:
+        """Allow exceptions of ``cls`` to be rebuilt, under the name of the class and under ``name``.
+
+        Exceptions of this class are sent under ``name``; None: under the name of the class. Raises TypeError if a call
+        cannot raise such an exception, and ValueError if ``name`` is empty or the name of another class.
+        """
         if not (isinstance(cls, type) and issubclass(cls, BaseException)) or issubclass(cls, _FORBIDDEN):
             raise TypeError(f"{cls!r} is not an exception class that a call can raise")
-        self._classes[qualified_name(cls)] = cls
+        own = qualified_name(cls)
+        if name is None:
+            self._names.pop(cls, None)
+        else:
+            self._claim(cls, own, name)
+        self._classes[own] = cls
+
+    def _claim(self, cls: type[BaseException], own: str, name: str) -> None:
+        if not isinstance(name, str) or not name or carried(name) != name:
+            raise ValueError(f"the name of an exception class must be text that is not empty, not {name!r}")
+        known = self._classes.get(name)
+        if known not in (None, cls) and (name in self._reserved or qualified_name(known) != own):
+            raise ValueError(f"{name!r} is the name of {known!r}; give {cls!r} another name")
+        self._classes[name] = cls
+        self._names[cls] = name
+
+    def name_of(self, cls: type[BaseException]) -> str:
+        """The name under which exceptions of ``cls`` are sent."""
+        return self._names.get(cls) or qualified_name(cls)
 
     def rebuild(
         self,
@@ -108,33 +141,64 @@ class ErrorTypes:
             data = orjson.loads(payload)
             name, message = str(data["type"]), str(data["message"])
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            return RemoteAgentError("unknown", text)
+            data, name, message = {}, "unknown", text
         trace = data.get("traceback")
         remote = Remote(agent, worker_id, trace if isinstance(trace, str) else None)
-        exception = self._rebuild(name, message, data)
-        try:
-            exception.natsrt_remote = remote  # type: ignore[attr-defined]
-            where = f"raised by agent {agent} on worker {worker_id}"
-            exception.add_note(f"{where}\n{remote.traceback}" if remote.traceback else where)
-        except (AttributeError, TypeError):
-            pass
+        if data.get("code") == CANCELLED:
+            exception: BaseException = asyncio.CancelledError(message)
+        else:
+            exception = self._rebuild(name, message, data, remote, 0)
+        read(lambda: setattr(exception, "natsrt_remote", remote), None)
+        read(lambda: exception.add_note(_where(remote)), None)
         return exception
 
-    def _rebuild(self, name: str, message: str, data: dict[str, Any]) -> BaseException:
-        if data.get("code") == CANCELLED:
-            return asyncio.CancelledError(message)
-        cls = self._find(name)
-        args, fields = data.get("args"), data.get("fields")
-        if cls is None or not isinstance(args, list) or not isinstance(fields, dict):
-            return RemoteAgentError(name, message)
+    def _rebuild(self, name: str, message: str, data: dict[str, Any], remote: Remote, depth: int) -> BaseException:
+        cls, args, fields = self._find(name), data.get("args"), data.get("fields")
+        members = self._members(data, remote, depth)
+        exception: BaseException | None = None
         try:
-            exception = cls.__new__(cls, *args)
-            exception.args = tuple(args)
-            exception.__dict__.update(fields)
-            str(exception)
-        except Exception:  # __new__ and __str__ of the class may raise anything
-            return RemoteAgentError(name, message)
+            if cls is not None and issubclass(cls, BaseExceptionGroup):
+                exception = build_group(cls, message, args, fields, members)
+            elif cls is not None:
+                exception = build(cls, message, args, fields)
+        except Exception:  # __str__ of the class may raise anything
+            exception = None
+        if exception is None:
+            exception = RemoteAgentError(name, message)
+            if members:
+                _CAUSE.__set__(exception, build_group(BaseExceptionGroup, message, args, None, members))
+        cause, context = (self._related(data.get(of), remote, depth) for of in ("cause", "context"))
+        if cause is not None:
+            _CAUSE.__set__(exception, cause)
+        elif context is not None:
+            _CONTEXT.__set__(exception, context)
+        notes = data.get("notes")
+        for note in notes if isinstance(notes, list) else ():
+            read(lambda note=note: exception.add_note(note), None)  # type: ignore[misc]
         return exception
+
+    def _related(self, data: Any, remote: Remote, depth: int) -> BaseException | None:
+        """A cause, a context or the member of a group; None if it cannot be read, or is nested too deeply."""
+        if not isinstance(data, dict) or "type" not in data or "message" not in data or depth >= _MAX_DEPTH:
+            return None
+        exception = self._rebuild(str(data["type"]), str(data["message"]), data, remote, depth + 1)
+        own = Remote(remote.agent, remote.worker_id, None)
+        read(lambda: setattr(exception, "natsrt_remote", own), None)
+        return exception
+
+    def _members(self, data: dict[str, Any], remote: Remote, depth: int) -> list[BaseException]:
+        sent = data.get("exceptions")
+        members = (self._related(member, remote, depth) for member in (sent if isinstance(sent, list) else ()))
+        return [member for member in members if member is not None]
+
+
+def _where(remote: Remote) -> str:
+    """The note that says where a rebuilt exception was raised."""
+    where = f"raised by agent {remote.agent} on worker {remote.worker_id}"
+    return f"{where}\n{remote.traceback}" if remote.traceback else where
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,37 +215,113 @@ class Failure:
         return {SERVICE_ERROR: line.encode("ascii", "replace").decode()[:512], SERVICE_ERROR_CODE: str(self.code)}
 
 
-def describe(exception: BaseException, *, with_traceback: bool, refused: bool = False) -> Failure:
-    """Return ``exception`` as data. Arguments and fields are sent only if JSON represents all of them exactly.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of an exception is sent. ``text`` and ``value`` are in characters.
 
-    ``refused`` is True if the call was not started, so that its caller may send it again. Never raises, because the
-    caller must get an answer: a part of the exception that cannot be read is left out.
+    ``text`` is for the text, the traceback and each note, and ``value`` for each argument and field. ``values`` is the
+    maximum number of arguments, of fields and of notes, and ``exceptions`` that of causes and members of groups.
     """
-    text = _text(exception)
-    code = BUSY if refused else _read(lambda: _code(exception), 500)
-    data: dict[str, Any] = {"type": qualified_name(type(exception)), "message": text, "code": code}
-    args = _read(lambda: _exact(list(exception.args)), None)
-    fields = _read(lambda: _exact({k: v for k, v in _fields(exception).items() if not k.startswith("__")}), None)
-    if args is not None and fields is not None:
-        data["args"], data["fields"] = args, fields
+
+    text: int
+    value: int
+    values: int
+    exceptions: int
+
+
+FULL: Final = Limits(text=16_384, value=1_048_576, values=1000, exceptions=100)
+SHORT: Final = Limits(text=1000, value=1000, values=20, exceptions=10)
+SHORTEST: Final = Limits(text=200, value=100, values=5, exceptions=1)
+"""For servers with a very low ``max_payload``."""
+
+_STANDARD: Final = ErrorTypes()
+
+
+def describe(
+    exception: BaseException,
+    *,
+    with_traceback: bool,
+    refused: bool = False,
+    types: ErrorTypes = _STANDARD,
+    limits: Limits = FULL,
+) -> Failure:
+    """Return ``exception`` as data. A value that JSON cannot represent exactly is sent as its ``repr``.
+
+    ``refused`` is True if the call was not started, so that its caller may send it again. ``types`` has the names of
+    classes; ``limits`` says what is cut. Never raises, because the caller must get an answer: a part of the exception
+    that cannot be read is left out.
+    """
+    data = _Writer(types, limits).data(exception, 0)
+    text = data["message"]
+    code = BUSY if refused else read(lambda: _code(exception), 500)
+    data["code"] = code
     if with_traceback and (trace := _traceback(exception)):
-        data["traceback"] = _carried(trace)[-_MAX_TEXT:]
+        data["traceback"] = carried(trace)[-limits.text :]
     return Failure(orjson.dumps(data), code, text)
 
 
-def describe_shortly(exception: BaseException, *, refused: bool = False) -> Failure:
-    """Do what `describe` does for an exception that is too large to be sent: its text is cut, and most else left out.
+class _Writer:
+    """Writes one exception, and those that belong to it."""
 
-    The class can still be rebuilt if the exception has one argument, and it is text.
-    """
-    text = _text(exception)
-    if len(text) > _SHORT:
-        text = f"{text[:_SHORT]}…"
-    code = BUSY if refused else _read(lambda: _code(exception), 500)
-    data: dict[str, Any] = {"type": qualified_name(type(exception)), "message": text, "code": code}
-    if _read(lambda: len(exception.args) == 1 and isinstance(exception.args[0], str), False):
-        data["args"], data["fields"] = [text], {}
-    return Failure(orjson.dumps(data), code, text)
+    def __init__(self, types: ErrorTypes, limits: Limits) -> None:
+        self._types, self._limits = types, limits
+        self._left = limits.exceptions
+        """How many more exceptions may be written."""
+
+    def data(self, exception: BaseException, depth: int) -> dict[str, Any]:
+        """An exception with what belongs to it, as JSON. Never raises."""
+        limits = self._limits
+        data: dict[str, Any] = {
+            "type": self._types.name_of(type(exception)),
+            "message": _text(exception, limits.text),
+            "args": encode_args(exception, limits.value, limits.values),
+            "fields": self._fields(exception),
+        }
+        notes = _notes(exception)[: limits.values]
+        if issubclass(type(exception), BaseExceptionGroup):
+            members = _MEMBERS.__get__(exception)
+            data["exceptions"] = self._written(members, depth)
+            if missing := len(members) - len(data["exceptions"]):
+                notes.append(f"{missing} more exceptions of this group were not sent")
+        if notes:
+            data["notes"] = [carried(cut(note, limits.text)) for note in notes]
+        cause = _CAUSE.__get__(exception)
+        context = None if _SUPPRESSED.__get__(exception) else _CONTEXT.__get__(exception)
+        for name, related in (("cause", cause), ("context", context if cause is None else None)):
+            if related is not None and (written := self._written((related,), depth)):
+                data[name] = written[0]
+        return data
+
+    def _fields(self, exception: BaseException) -> dict[str, Any]:
+        limits, nothing = self._limits, dict[str, Any]()
+        fields = list(read(lambda: fields_of(exception), nothing).items())[: limits.values]
+        return {carried(cut(name, limits.value)): encode_value(value, limits.value) for name, value in fields}
+
+    def _written(self, exceptions: Sequence[BaseException], depth: int) -> list[dict[str, Any]]:
+        """Those of the exceptions for which there is room."""
+        written = []
+        for exception in exceptions if depth < _MAX_DEPTH else ():
+            if self._left <= 0:
+                break
+            self._left -= 1
+            written.append(self.data(exception, depth + 1))
+        return written
+
+
+def is_refusal(headers: Mapping[str, str] | None, body: bytes) -> bool:
+    """True if a reply says, in its headers or in its body, that the call was not started."""
+    if headers is None:
+        if body.startswith(_REPLY_START) or _ERROR_BYTES not in body:
+            return False
+    elif headers.get(SERVICE_ERROR_CODE) == _BUSY_HEADER:
+        return True
+    plain = headers is not None and SERVICE_ERROR in headers
+    try:
+        whole = orjson.loads(body)
+        error = whole["data"] if whole.get("type") == envelope.ERROR else whole if plain else {}
+        return bool(error["code"] == BUSY)
+    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
+        return False
 
 
 def traceback_of(exception: BaseException) -> TracebackType | None:
@@ -195,37 +335,28 @@ def _traceback(exception: BaseException) -> str:
     trace = traceback_of(exception)
     if trace is None:
         return ""
-    return _read(
+    return read(
         lambda: "".join(traceback.format_exception(exception)),
         "".join([*traceback.format_tb(trace), class_name(type(exception))]),
     )
 
 
-def _read(read: Callable[[], T], default: T) -> T:
-    """What ``read`` returns; ``default`` if it raises. An exception's class can make any attribute raise anything."""
-    try:
-        return read()
-    except BaseException:
-        return default
-
-
-def _text(exception: BaseException) -> str:
+def _text(exception: BaseException, longest: int) -> str:
     def text() -> str:
         found = str(exception)
-        if not found and (fields := _fields(exception)):
+        if not found and (fields := fields_of(exception)):
             found = ", ".join(f"{name}={value!r}" for name, value in fields.items() if not name.startswith("_"))
-        return _carried(found)[:_MAX_TEXT]
+        return carried(cut(found, longest))
 
-    return _read(text, "(the text of the exception could not be created)")
-
-
-def _carried(text: str) -> str:
-    """``text`` with each character that UTF-8 cannot encode replaced."""
-    return text.encode("utf-8", "replace").decode()
+    return read(text, "(the text of the exception could not be created)")
 
 
-def _fields(exception: BaseException) -> dict[str, Any]:
-    return {str(k): v for k, v in vars(exception).items() if k not in ("__notes__", "natsrt_remote", "payload")}
+def _notes(exception: BaseException) -> list[str]:
+    """The notes of an exception, without the one that says where it was raised."""
+    remote = read(lambda: getattr(exception, "natsrt_remote", None), None)
+    own = _where(remote) if isinstance(remote, Remote) else None
+    notes = read(lambda: vars(exception).get(_NOTES), None)
+    return [note for note in notes if isinstance(note, str) and note != own] if isinstance(notes, list) else []
 
 
 def _code(exception: BaseException) -> int:
@@ -234,11 +365,3 @@ def _code(exception: BaseException) -> int:
     if not isinstance(exception, NatsrtError):
         return 500
     return 503 if exception.code == BUSY else int(exception.code)  # BUSY: of a call that the handler made
-
-
-def _exact(value: Any) -> Any:
-    """``value`` if JSON represents it exactly, else None."""
-    try:
-        return value if orjson.loads(orjson.dumps(value)) == value else None
-    except (TypeError, ValueError, RecursionError):
-        return None

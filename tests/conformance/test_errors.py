@@ -66,10 +66,6 @@ async def call_raiser(world: World, error: BaseException) -> BaseException:
 )
 async def test_an_exception_of_python_or_autogen_keeps_its_type_and_text(world: World, error: Exception) -> None:
     got = await call_raiser(world, error)
-    if isinstance(error, UnicodeDecodeError) and world.is_natsrt:  # its bytes are not JSON, so it cannot be rebuilt
-        assert isinstance(got, RemoteAgentError)
-        assert got.error_type == "builtins.UnicodeDecodeError"
-        return
     assert type(got) is type(error)
     assert str(got) == str(error)
     assert got.args == error.args
@@ -144,11 +140,32 @@ async def test_a_cancelled_error_raised_by_a_handler_is_one_at_the_caller(world:
     assert type(await call_raiser(world, asyncio.CancelledError())) is asyncio.CancelledError
 
 
-@natsrt_only
-async def test_an_exception_group_is_answered(world: World) -> None:
+async def test_an_exception_group_arrives_with_its_members(world: World) -> None:
     got = await call_raiser(world, ExceptionGroup("several", [ValueError("a"), KeyError("b")]))
-    assert isinstance(got, RemoteAgentError)
-    assert got.error_type == "builtins.ExceptionGroup"
+    assert isinstance(got, ExceptionGroup)
+    assert str(got) == "several (2 sub-exceptions)"
+    assert [(type(each), each.args) for each in got.exceptions] == [(ValueError, ("a",)), (KeyError, ("b",))]
+
+
+async def test_a_cause_and_the_attributes_of_a_built_in_exception_arrive(world: World) -> None:
+    error = FileNotFoundError(2, "No such file or directory", "no/such/file")
+    error.__cause__ = ModuleNotFoundError("No module named 'lamps'", name="lamps")
+    got = await call_raiser(world, error)
+    assert isinstance(got, FileNotFoundError)
+    assert (got.filename, str(got)) == ("no/such/file", "[Errno 2] No such file or directory: 'no/such/file'")
+    assert isinstance(got.__cause__, ModuleNotFoundError)
+    assert got.__cause__.name == "lamps"
+
+
+@natsrt_only
+async def test_an_exception_is_sent_and_known_under_the_name_that_both_sides_gave_its_class(world: World) -> None:
+    world.host.add_error_type(OwnError, name="shop.OwnError")
+    got: Any = await call_raiser(world, OwnError(code=7, why="no reason"))
+    if world.caller is not world.host:
+        assert (type(got), got.error_type) == (RemoteAgentError, "shop.OwnError")
+    world.caller.add_error_type(OwnError, name="shop.OwnError")
+    with pytest.raises(OwnError, match="no reason"):
+        await world.caller.send_message(Text("x"), RAISER)
 
 
 @natsrt_only
@@ -225,6 +242,21 @@ async def test_a_handler_works_again_after_it_has_raised(world: World) -> None:
     with pytest.raises(ValueError, match="once"):
         await world.caller.send_message(Text("a"), AgentId("once", "k"))
     assert await world.caller.send_message(Text("b"), AgentId("once", "k")) == Text("b")
+
+
+@natsrt_only
+@pytest.mark.parametrize("kind", ["group", "cause", "field"])
+async def test_an_exception_with_much_in_it_keeps_its_class(world: World, kind: str) -> None:
+    huge = 2_000_000 * "x"
+    errors: dict[str, Any] = {
+        "group": ExceptionGroup("several", [ValueError(huge), KeyError(huge)]),
+        "cause": ValueError("short"),
+        "field": ValueError("short"),
+    }
+    errors["cause"].__cause__ = KeyError(huge)
+    errors["field"].order = huge
+    got = await call_raiser(world, errors[kind])
+    assert type(got) is type(errors[kind])
 
 
 @pytest.mark.parametrize("error", [ConnectionError, KeyError, RuntimeError])

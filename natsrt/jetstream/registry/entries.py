@@ -217,7 +217,16 @@ def decode_entry(key: str, value: bytes) -> RegistryEntry:
         if entry.key != key:
             raise ValueError(f"its fields belong under {entry.key!r}")
     except ValidationError as error:
-        raise CannotDecode(f"the registry entry {key!r}", error.errors()[0]["msg"], value) from None
+        problems = (_problem(one["type"], one["loc"], one["msg"]) for one in error.errors(include_input=False))
+        raise CannotDecode(f"the registry entry {key!r}", "; ".join(problems), value) from None
     except ValueError as error:
         raise CannotDecode(f"the registry entry {key!r}", str(error), value) from None
     return entry
+
+
+def _problem(kind: str, place: tuple[int | str, ...], text: str) -> str:
+    """What is wrong with one field of an entry, or with the whole entry if ``place`` is empty."""
+    if not place:
+        return text
+    name = repr(".".join(map(str, place)))
+    return f"the field {name} is missing" if kind == "missing" else f"the field {name}: {text}"

@@ -173,7 +173,7 @@ class Follower:
             if len(self.view.workers) < workers and headers.get(LEFT) != IN_ORDER:
                 self.departed_at = asyncio.get_running_loop().time()
         else:
-            touched = self.view.put(key, revision, decode_entry(key, value))
+            touched = self.view.put(key, revision, self._decoded(self.view, key, value))
         self._owner.entry_changed(Change(key, deletes, before, self.view.entry(key)))
         for agent_type in touched:
             self._owner.rules_changed(agent_type)
@@ -239,6 +239,15 @@ class Follower:
         self._owner.workers_without_heartbeat({*view.workers, *view.of_worker} - alive)
         self.view = view
 
+    @staticmethod
+    def _decoded(view: View, key: str, value: bytes) -> RegistryEntry:
+        """The entry under ``key``. Raises `CannotDecode`, and the view then knows why the entry counts for nothing."""
+        try:
+            return decode_entry(key, value)
+        except CannotDecode as error:
+            view.unreadable[key] = error.reason
+            raise
+
     def _load_one(self, message: Msg, view: View, alive: set[str]) -> None:
         key, gone = message.subject[len(self._store.prefix) :], is_gone(message.headers)
         revision = message.metadata.sequence.stream
@@ -249,7 +258,7 @@ class Follower:
             view.delete(key, revision)
         else:
             try:
-                view.put(key, revision, decode_entry(key, message.data))
+                view.put(key, revision, self._decoded(view, key, message.data))
             except CannotDecode as error:
                 view.saw(revision)
                 logger.warning("%s", error)

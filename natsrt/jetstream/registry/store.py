@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -29,6 +30,8 @@ from natsrt.jetstream.requests import OPEN, READ, WRITE, BucketRequests
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
+
+logger = logging.getLogger("natsrt.registry")
 
 BUCKET = "natsrt_registry"
 KNOWN_TTL = 36 * 3600
@@ -196,12 +199,20 @@ class RegistryStore:
         return last_messages(js, self._stream, *subjects, timeout=timeout)
 
     async def present(self, key: str) -> tuple[int, RegistryEntry | None]:
-        """The revision of the last message of a key, 0 if there is none, and its entry, None if it was deleted."""
+        """The revision of the last message of a key, 0 if there is none, and its entry, None if it was deleted.
+
+        An entry that cannot be read counts as deleted: whoever declares it next replaces it.
+        """
         message = await self._requests.run(READ, partial(self._last, key))
         if message is None:
             return 0, None
-        gone = is_gone(message.headers)
-        return message.seq or 0, None if gone else decode_entry(key, message.data or b"")
+        if is_gone(message.headers):
+            return message.seq or 0, None
+        try:
+            return message.seq or 0, decode_entry(key, message.data or b"")
+        except CannotDecode as error:
+            logger.warning("%s", error)
+            return message.seq or 0, None
 
     # -- what is known ---------------------------------------------------------------------------------------------
 

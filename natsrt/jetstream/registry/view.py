@@ -47,6 +47,8 @@ class View:
     instances: dict[str, dict[str, dict[str, InstanceEntry]]] = field(default_factory=dict)
     declared: dict[str, dict[Rule, dict[str, SubscriptionEntry]]] = field(default_factory=dict)
     of_worker: dict[str, set[str]] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Why entries count for nothing, by key: they lack a field, for example."""
     keyed: set[str] = field(default_factory=set)
     """The agent types whose workers say that they are keyed."""
     _takers: dict[str, Takers] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class View:
         What is known of types is not kept: they may be many, and only a call that finds no worker asks for one.
         """
         self.saw(revision)
+        self.unreadable.pop(key, None)
         present = self.entries.get(key)
         if isinstance(entry, KnownEntry) or (present is not None and present[0] >= revision):
             return set()
@@ -91,6 +94,7 @@ class View:
     def delete(self, key: str, revision: int) -> set[str]:
         """Apply a deletion. A worker's takes everything it declared along."""
         self.saw(revision)
+        self.unreadable.pop(key, None)
         present = self.entries.get(key)
         if present is None or present[0] >= revision:
             return set()
