@@ -207,13 +207,20 @@ def encode_entry(entry: RegistryEntry) -> bytes:
 
 
 def decode_entry(key: str, value: bytes) -> RegistryEntry:
-    """The entry under ``key``. Unknown fields are ignored, so that a newer runtime can add some."""
+    """The entry under ``key``; raises `CannotDecode`.
+
+    Unknown fields are ignored, so that a newer runtime can add some. A field that is null is missing: some languages
+    write an empty list so.
+    """
     kind = key.split(".", 2)[1] if "." in key else ""
     reader = _READERS.get(kind)
     if reader is None:
         raise CannotDecode("a registry entry", f"unknown kind of key {key!r}")
     try:
-        entry: RegistryEntry = reader.validate_json(value)
+        tree = orjson.loads(value)
+        if isinstance(tree, dict):
+            tree = {name: item for name, item in tree.items() if item is not None}
+        entry: RegistryEntry = reader.validate_python(tree)
         if entry.key != key:
             raise ValueError(f"its fields belong under {entry.key!r}")
     except ValidationError as error:
