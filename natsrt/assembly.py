@@ -102,7 +102,7 @@ class Outgoing:
         telemetry: Telemetry | None,
     ) -> None:
         attributes = MessageAttributes(network.calls, network.cancellations, counters)
-        replies = Replies(network.bodies, program.serialization, program.error_types, program.catalog)
+        replies = Replies(network.bodies, program.serialization, program.error_types)
         self.locator = OwnerLocator(
             bodies=network.bodies,
             subjects=network.subjects,

@@ -380,8 +380,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
     def add_message_serializer(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
         """Add serializers. AutoGen's standard serializers are replaced by natsrt's, which keep nested types.
 
-        Raises:
-            ValueError: Two different classes have the same type name.
+        Several classes may have the same type name. A serializer replaces one that was added for the same class (or a
+        former definition of it, with the same module and qualified name) and content type.
         """
         serializers = list(serializer) if isinstance(serializer, Sequence) else [serializer]
         self._serialization.add(serializers)

@@ -7,11 +7,14 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import gc
 import ipaddress
 import json
+import sys
 import traceback
 import types
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -38,7 +41,9 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from natsrt.errors import CannotDecode, CannotSerialize
-from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization, serializer_for, type_name_of
+from natsrt.wire.known_classes import KnownClasses, NamedClasses, in_this_process
+from natsrt.wire.message_classes import type_name_of
+from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization, serializer_for
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "messages.json").read_text())
 T = TypeVar("T")
@@ -240,13 +245,13 @@ def vector_values() -> dict[str, Any]:
         ),
         "root_model_with_the_reserved_key": Names({"$type": 1}),
         "circle": Circle("c", 1.0),
-        "list_with_unknown_class": [{"$type": "Nobody", "n": 1}],
     }
 
 
 VECTOR_CLASSES = (Circle, Square, Drawing, Holder, Names)
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("vector", VECTORS["written"], ids=lambda vector: vector["name"])
 def test_messages_are_written_and_read_as_the_vectors_say(vector: dict[str, Any]) -> None:
     value = vector_values()[vector["name"]]
@@ -347,14 +352,14 @@ def test_an_annotation_that_means_nothing_is_refused() -> None:
         registry().encode(cls(1))
 
 
-def test_a_protocol_takes_registered_classes_that_have_no_relation_to_it() -> None:
+def test_a_protocol_takes_known_classes_that_have_no_relation_to_it() -> None:
     @dataclasses.dataclass
     class Uses:
         thing: HasArea
 
-    assert_same(Uses(Concrete(1.0)), Concrete)
-    with pytest.raises(CannotDecode):
-        round_trip(Uses(Concrete(1.0)))
+    assert_same(Uses(Concrete(1.0)))
+    with pytest.raises(CannotDecode, match="Nowhere"):
+        registry(Uses).decode("Uses", JSON, b'{"thing":{"$type":"Nowhere","size":1}}')
 
 
 def test_pydantic_dataclasses_are_messages_too() -> None:
@@ -554,8 +559,8 @@ def test_plain_values_come_back(value: Any) -> None:
 
 
 def test_bytes_travel_as_they_are_and_none_as_null() -> None:
-    assert registry().encode(b"\xff") == ("bytes", BYTES, b"\xff")
-    assert registry().encode(None) == ("None", JSON, b"null")
+    assert registry().encode(b"\xff") == ("bytes", BYTES, b"\xff", None)
+    assert registry().encode(None) == ("None", JSON, b"null", None)
 
 
 class Text(str):
@@ -654,7 +659,7 @@ def test_protobuf_messages_have_autogens_bytes() -> None:
     message = duration_pb2.Duration(seconds=5)
     encoded = registry().encode(message)
     [autogens] = try_get_known_serializers_for_type(duration_pb2.Duration)
-    assert encoded == ("google.protobuf.Duration", PROTOBUF, autogens.serialize(message))
+    assert encoded == ("google.protobuf.Duration", PROTOBUF, autogens.serialize(message), None)
     assert round_trip(message) == message
     serialization = registry(duration_pb2.Duration)
     for payload in (b"\xff\xff", any_pb2.Any().SerializeToString(), b"x"):
@@ -690,9 +695,9 @@ def test_a_custom_serializer_gets_exactly_its_bytes_whatever_is_registered_besid
             if later:
                 serialization.add_class(Flat)
                 serialization.add(try_get_known_serializers_for_type(Flat))
-            assert serialization.encode(Flat("abc", 0)) == ("Flat", custom.data_content_type, b"cba")
-            assert serialization.decode("Flat", custom.data_content_type, b"cba") == Flat("abc", 0)
-            assert serialization.lookup("Flat", custom.data_content_type) is custom
+            content_type = custom.data_content_type
+            assert serialization.encode(Flat("abc", 0)) == ("Flat", content_type, b"cba", f"{__name__}.Flat")
+            assert serialization.decode("Flat", content_type, b"cba") == Flat("abc", 0)
 
 
 def test_what_a_custom_serializer_raises_is_ours_and_keeps_the_cause() -> None:
@@ -714,25 +719,6 @@ def test_autogens_standard_serializers_are_replaced_for_they_lose_nested_types()
     assert serialization.class_of("Holder") is Holder and serialization.class_of("Flat") is Flat
 
 
-def test_two_classes_with_one_name_are_an_error_when_the_second_is_registered() -> None:
-    other = dataclasses.make_dataclass("Flat", [("n", int)])
-    other.__module__ = "elsewhere"  # Python 3.12 and newer set it to the module that calls make_dataclass
-    serialization = registry(Flat, Flat)
-    with pytest.raises(ValueError, match=rf"{__name__}\.Flat.*elsewhere\.Flat"):
-        serialization.add_class(other)
-    with pytest.raises(ValueError):
-        serialization.add(serializer_for(other))
-    with pytest.raises(CannotSerialize, match=r"elsewhere\.Flat"):
-        serialization.encode(other(1))
-    unbound = Serialization()
-    unbound.add(Reversed())
-    assert unbound.class_of("Flat") is None
-    unbound.decode("Flat", JSON, b"cba")
-    assert unbound.class_of("Flat") is Flat
-    with pytest.raises(ValueError):
-        unbound.add_class(other)
-
-
 def test_a_users_own_class_may_be_named_like_a_builtin_message() -> None:
     cls = dataclasses.make_dataclass("Image", [("url", str)])
     serialization = registry(cls)
@@ -745,14 +731,15 @@ def test_an_unknown_type_is_an_unknown_payload_unless_its_class_was_sent_or_is_o
     encoded = serialization.encode(Flat("a", 1))
     assert not serialization.is_known("Flat") and serialization.is_known("str")
     assert (serialization.content_type_of("bytes"), serialization.content_type_of("Flat")) == (BYTES, JSON)
-    assert serialization.lookup("Flat") is None and serialization.class_of("Flat") is None
+    assert serialization.class_of("Flat") is None
     assert serialization.decode(*encoded) == UnknownPayload("Flat", JSON, encoded.payload)
     unknown = other.decode(*encoded)
-    assert serialization.decode_unregistered(unknown, []) == Flat("a", 1)
-    assert other.decode_unregistered(unknown, [Shape]) == Flat("a", 1)  # sent from this process
+    assert serialization.decode_unregistered(unknown) == Flat("a", 1)
+    assert other.decode_unregistered(unknown) == Flat("a", 1)  # sent from this process
     foreign = UnknownPayload("Foreign", JSON, b"{}")
-    assert other.decode_unregistered(foreign, [Shape]) is foreign
-    assert other.decode_unregistered(foreign, [Shape, dataclasses.make_dataclass("Foreign", [])]) is not foreign
+    assert other.decode_unregistered(foreign) is foreign
+    other.add_produced(dataclasses.make_dataclass("Foreign", []))
+    assert other.decode_unregistered(foreign) is not foreign
     assert isinstance(registry(Flat).decode("Flat", "text/plain", b""), UnknownPayload)
     with pytest.raises(CannotSerialize):
         serializer_for(object)
@@ -763,15 +750,255 @@ def test_a_reply_is_found_by_registration_then_produced_types_then_the_module_of
     class LocalReply:
         n: int
 
+    def reply(name: str, payload: bytes, sent: type | None = None) -> Any:
+        return serialization.reply(name, JSON, payload, None, sent)
+
     serialization = registry(Shape)
-    assert serialization.reply("Shape", JSON, b'{"name":"a"}', list, None) == Shape("a")
-    assert serialization.reply("LocalReply", JSON, b'{"n":1}', lambda: [LocalReply], Flat) == LocalReply(1)
-    assert serialization.reply("Concrete", JSON, b'{"size":1}', list, Flat) == Concrete(1.0)
-    assert serialization.reply("str", JSON, b'"a"', list, None) == "a"
-    serialization = registry(Shape)
+    assert reply("Shape", b'{"name":"a"}') == Shape("a")
+    assert reply("Concrete", b'{"size":1}', Flat) == Concrete(1.0)
+    assert reply("str", b'"a"') == "a"
     for name in ("LocalReply", "Path", "Role", "registry", "json"):
-        assert isinstance(serialization.reply(name, JSON, b"{}", list, Flat), UnknownPayload)
-    assert isinstance(serialization.reply("Flat", JSON, b"{}", list, dict), UnknownPayload)
+        assert isinstance(reply(name, b"{}", Flat), UnknownPayload)
+    serialization.add_produced(LocalReply)
+    assert reply("LocalReply", b'{"n":1}', Flat) == LocalReply(1)
+    assert isinstance(reply("Nowhere", b"{}", dict), UnknownPayload)
+
+
+# Classes of one name, and classes that are defined again
+
+
+def item(module: str, *fields: tuple[str, Any], name: str = "Item", **namespace: Any) -> Any:
+    """A dataclass that seems to be defined in ``module``."""
+    return dataclasses.make_dataclass(name, fields or [("name", str)], namespace={**namespace, "__module__": module})
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that knows no class of any other test."""
+    monkeypatch.setattr(in_this_process, "_classes", {})
+
+
+def handling(*classes: Any) -> NamedClasses:
+    handled = NamedClasses()
+    for cls in classes:
+        handled.add(cls.__name__, cls)
+    return handled
+
+
+@pytest.mark.usefixtures("alone")
+def test_several_classes_of_one_name_are_written_and_read_as_the_vectors_say() -> None:
+    vectors = VECTORS["several_classes"]
+    classes = {f"{module}.Item": item(module) for module in ("orders", "payments")}
+    alone = vectors["alone"]
+    assert json.loads(Serialization().encode([classes["orders.Item"]("a")]).payload) == alone["data"]
+    for vector in vectors["written"]:
+        values = [classes[name]("a") for name in vector["classes"]]
+        serialization = registry(*classes.values())
+        assert json.loads(serialization.encode(values).payload) == vector["data"]
+        assert serialization.decode(vector["messagetype"], JSON, orjson.dumps(vector["data"])) == values
+    for vector in vectors["unreadable"]:
+        with pytest.raises(CannotDecode, match=r"orders\.Item and payments\.Item.*\$class"):
+            registry(*classes.values()).decode(vector["messagetype"], JSON, orjson.dumps(vector["data"]))
+
+
+def test_the_full_name_decides_between_classes_of_one_name() -> None:
+    first, second = item("orders"), item("payments")
+    serialization = registry(first, second)
+    for cls in (first, second):
+        encoded = serialization.encode(cls("a"))
+        assert (encoded.type_name, encoded.class_name) == ("Item", f"{cls.__module__}.Item")
+        assert type(serialization.decode(*encoded)) is cls
+        assert type(serialization.decode(f"{cls.__module__}.Item", JSON, encoded.payload)) is cls
+        assert type(serialization.decode(*encoded, handling(first))) is cls
+        assert type(serialization.reply(*encoded, None, second)) is cls
+        assert serialization.is_known(f"{cls.__module__}.Item")
+    assert serialization.content_type_of("orders.Item") == JSON
+
+
+def test_without_a_full_name_the_agents_handlers_decide_and_then_the_fields() -> None:
+    first, second = item("orders"), item("payments")
+    serialization = registry(first, second, item("others", ("other", int)))
+    for name in (None, "nowhere.Item"):  # a class of the sender's own, by which it means the same
+        for cls in (first, second):
+            assert type(serialization.decode("Item", JSON, b'{"name":"a"}', name, handling(cls))) is cls
+        assert serialization.decode("Item", JSON, b'{"other":1}', name).other == 1
+        for handled in (handling(), handling(first, second)):
+            with pytest.raises(CannotDecode, match=r"orders\.Item and.*payments\.Item.*messageclass") as raised:
+                serialization.decode("Item", JSON, b'{"name":"a"}', name, handled)
+            assert raised.value.payload == b'{"name":"a"}'
+        assert type(serialization.reply("Item", JSON, b'{"name":"a"}', name, None, second)) is second
+    with pytest.raises(CannotDecode, match="fits none of the classes"):
+        serialization.decode("Item", JSON, b'{"neither":1}')
+
+
+def test_a_class_that_this_process_knows_is_not_read_as_another_one_of_its_name() -> None:
+    first, second = item("orders"), item("payments")
+    encoded = registry().encode(second("a"))
+    receiver = registry(first)
+    unknown = receiver.decode(*encoded, handling(first))
+    assert unknown == UnknownPayload("Item", JSON, encoded.payload)
+    assert receiver.decode_unregistered(unknown, "payments.Item") == second("a")
+
+
+def test_plain_values_and_protobuf_messages_have_no_full_name() -> None:
+    for message in ("a", [1], None, duration_pb2.Duration(seconds=1)):
+        assert registry().encode(message).class_name is None
+    assert registry().encode(Outer.Inner("a")).class_name == f"{__name__}.Outer.Inner"
+
+
+class Outer:
+    @dataclasses.dataclass
+    class Inner:
+        name: str
+
+
+def test_nested_classes_of_one_name_keep_their_class() -> None:
+    first, second = item("orders"), item("payments", name="Item")
+    either = dataclasses.make_dataclass("Either", [("value", first | second), ("many", list[first | second])])  # type: ignore[valid-type]
+    base = dataclasses.make_dataclass("Base", [("name", str)])
+    subs = [item(module, ("name", str), name="Sub") for module in ("orders", "payments")]
+    family = [dataclasses.make_dataclass("Sub", [("n", int)], bases=(base,), namespace={"__module__": m}) for m in "ab"]
+    holder = dataclasses.make_dataclass("HoldsBase", [("value", base)])
+    model = type("Roots", (BaseModel,), {"__annotations__": {"value": Any}, "__module__": __name__})
+    roots = [type("Root", (RootModel[list[int]],), {"__module__": module}) for module in ("orders", "payments")]
+    for cls in (first, second):
+        assert_same(either(cls("a"), [first("b"), second("c")]))
+        assert_same({"k": [HoldsAny(value=cls("a"))]})
+        assert_same(model(value=[cls("a")]))
+    for cls in family:
+        assert_same(holder(cls("a", 1)))
+    for cls in (*subs, *roots):
+        assert_same([cls([1]) if cls in roots else cls("a")])
+
+
+def test_a_name_means_the_class_in_the_module_of_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its sender means it, which knows no other class of this name."""
+    modules = {name: types.ModuleType(name) for name in ("shop_a", "shop_b")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        for cls in (item(name), item(name, ("items", list[Any]), name="Batch")):
+            setattr(module, cls.__name__, cls)
+    serialization = registry(*(vars(module)["Batch"] for module in modules.values()))
+    for name, module in modules.items():
+        back = serialization.decode("Batch", JSON, b'{"items":[{"$type":"Item","name":"a"}]}', f"{name}.Batch")
+        assert type(back.items[0]) is module.Item
+
+
+def test_a_field_with_a_reserved_name_is_refused_only_where_the_class_must_be_named() -> None:
+    class Open(BaseModel):
+        model_config = ConfigDict(extra="allow")
+
+    message = Open(**{"$class": "a"})
+    assert repr(round_trip(message)) == repr(message)
+    with pytest.raises(CannotSerialize, match=r"\$class"):
+        registry().encode([message])
+
+
+def test_the_last_definition_of_a_class_is_written_and_read() -> None:
+    for again in range(3):
+        serialization = registry() if not again else serialization  # noqa: F821
+        cls = item("notebook", ("n", int), *[(f"more{n}", int) for n in range(again)])
+        message = cls(*range(again + 1))
+        serialization.add_class(cls)
+        assert serialization.class_of("Item") is cls
+        for back in (serialization.decode(*serialization.encode(message)), round_trip([message])[0]):
+            assert type(back) is cls and back == message
+
+
+def test_former_definitions_are_read_where_an_agent_handles_them() -> None:
+    former, later = item("notebook"), item("notebook")
+    serialization = registry(former)
+    serialization.add_class(later)
+    encoded = serialization.encode(later("a"))
+    for _ in range(2):
+        assert type(serialization.decode(*encoded, handling(former))) is former
+        assert type(serialization.decode(*encoded, handling(later))) is later
+        assert type(serialization.decode(*encoded)) is later
+        assert type(serialization.reply(*encoded, None)) is later
+
+
+def test_a_former_definition_does_not_come_back() -> None:
+    known, former, later = KnownClasses(), item("notebook"), item("notebook")
+    assert [known.add("Item", cls) for cls in (former, later, former)] == [False, True, False]
+    assert known.named("Item") == [later] and known.find("Item", "notebook.Item") is later
+
+
+def test_what_a_module_has_under_the_name_is_the_last_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if nobody has sent or registered it yet."""
+    module = types.ModuleType("cells")
+    monkeypatch.setitem(sys.modules, "cells", module)
+    former, module.Item = item("cells"), item("cells")  # type: ignore[attr-defined]
+    assert type(registry(former).reply("Item", JSON, b'{"name":"a"}', None, None)) is module.Item
+
+
+@pytest.mark.parametrize("kind", ["registered", "sent", "nested", "declared", "model", "custom", "received"])
+def test_former_definitions_are_forgotten(kind: str) -> None:
+    serialization = registry(Flat)
+    alive: weakref.WeakSet[type] = weakref.WeakSet()
+    for number in range(200):
+        cls = item("notebook", ("name", str), name=f"Cell{kind}")
+        if kind == "model":
+            cls = type("CellModel", (BaseModel,), {"__annotations__": {"name": str}, "__module__": "notebook"})
+        message = cls(name=str(number))
+        alive.add(cls)
+        if kind == "registered":
+            serialization.add_class(cls)
+        elif kind == "custom":
+            serialization.add(Own(cls))
+        elif kind == "nested":
+            message = HoldsAny(value=[message])
+        elif kind == "declared":
+            message = item("notebook", ("value", list[cls] | None), name="Holds")([message])  # type: ignore[valid-type]
+        encoded = serialization.encode(message)
+        if kind == "received":
+            assert type(serialization.decode_unregistered(serialization.decode(*encoded), encoded.class_name)) is cls
+            assert type(serialization.reply(*encoded, cls, cls)) is cls
+        elif kind != "declared":
+            assert serialization.reply(*encoded, None) == message
+        del cls, message
+    gc.collect()
+    assert len(alive) <= 20
+
+
+class Own:
+    """A serializer of the user's own for any class with a name."""
+
+    data_content_type = JSON
+
+    def __init__(self, cls: Any) -> None:
+        self.cls, self.type_name = cls, cls.__name__
+
+    def serialize(self, message: Any) -> bytes:
+        return orjson.dumps(message.name)
+
+    def deserialize(self, payload: bytes) -> Any:
+        return self.cls(orjson.loads(payload))
+
+
+def test_serializers_of_ones_own_are_told_apart_by_their_classes() -> None:
+    first, second, third = item("orders"), item("payments"), item("others")
+    serialization = registry(third)
+    for cls in (first, second):
+        serialization.add(Own(cls))
+    for cls, payload in ((first, b'"a"'), (second, b'"a"'), (third, b'{"name":"a"}')):
+        encoded = serialization.encode(cls("a"))
+        assert encoded.payload == payload and type(serialization.decode(*encoded)) is cls
+    later = item("orders")
+    serialization.add(Own(later))
+    assert type(serialization.decode(*serialization.encode(later("a")))) is later
+
+
+def test_a_serializer_without_a_class_belongs_to_the_class_that_is_used_first() -> None:
+    other = item("elsewhere", ("n", int), name="Flat")
+    serialization = Serialization()
+    serialization.add(Reversed())
+    assert serialization.class_of("Flat") is None
+    assert serialization.decode("Flat", JSON, b"cba", "sender.Flat") == Flat("abc", 0)
+    assert serialization.class_of("Flat") is Flat
+    serialization.add_class(other)
+    assert serialization.encode(other(1)).payload == b'{"n":1}'
+    assert serialization.decode(*serialization.encode(other(1))) == other(1)
+    assert serialization.decode(*serialization.encode(Flat("abc", 0))) == Flat("abc", 0)
 
 
 # Plain bodies
@@ -958,8 +1185,10 @@ def test_nothing_is_imported_by_a_name_from_the_wire(monkeypatch: pytest.MonkeyP
     serialization = registry(Flat)
     monkeypatch.setattr("builtins.__import__", refuse)
     try:
-        reply = serialization.reply("antigravity", JSON, b"{}", list, Flat)
-        note = serialization.decode("list", JSON, b'[{"$type":"os.system","value":1}]')
+        reply = serialization.reply("antigravity", JSON, b"{}", "antigravity.geohash", Flat)
+        message = serialization.decode("antigravity", JSON, b"{}", "antigravity.geohash")
+        with pytest.raises(CannotDecode):
+            serialization.decode("list", JSON, b'[{"$type":"system","$class":"os.system","value":1}]')
     finally:
         monkeypatch.undo()
-    assert isinstance(reply, UnknownPayload) and note == [{"$type": "os.system", "value": 1}]
+    assert isinstance(reply, UnknownPayload) and isinstance(message, UnknownPayload)

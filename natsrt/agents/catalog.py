@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from autogen_core import (
@@ -25,7 +25,9 @@ from natsrt.errors import CannotSerialize, UnknownAgent
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.observe import events
 from natsrt.observe.metrics import TypeCounters
-from natsrt.wire.serialization import Serialization, type_name_of
+from natsrt.wire.known_classes import NamedClasses
+from natsrt.wire.message_classes import type_name_of
+from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import encode_token
 
 logger = logging.getLogger("natsrt.hosting")
@@ -128,52 +130,51 @@ class Catalog:
     # -- message types -------------------------------------------------------------------------------------------
 
     def _register_message_types(self, hosted: HostedType, cls: type[Any]) -> None:
-        """Add the message types of an agent class to ``hosted``, and register their serializers.
-
-        Raises ValueError, and registers none of them, if two classes have the same type name.
-        """
-        if cls in hosted.registered_classes:
+        """Add the message types of an agent class to ``hosted``, and register their serializers."""
+        if cls in hosted.handled_by:
             return
         handled, produced = message_types_of(cls)
-        self._serialization.refuse_clashes(message_type for message_type in handled if message_type is not object)
+        own = hosted.handled_by[cls] = NamedClasses()
         for message_type, serializers in getattr(cls, "internal_extra_handles_types", ()):
             self._serialization.add(serializers)
-            hosted.handles[type_name_of(message_type)] = message_type
+            own.add(type_name_of(message_type), message_type)
         for message_type in handled:
             if message_type is not object:
                 try:
                     self._serialization.add_class(message_type)
                 except CannotSerialize as error:  # the user may still add a serializer for it
                     logger.debug("%s handles %s: %s", cls.__qualname__, message_type, error)
-            hosted.handles[shown_name(message_type)] = message_type
+            own.add(shown_name(message_type), message_type)
+        for message_type in own:
+            hosted.handles.add(shown_name(message_type), message_type)
         for message_type in produced:
-            hosted.produces[shown_name(message_type)] = message_type
-        hosted.registered_classes.add(cls)
+            self._serialization.add_produced(message_type)
+            hosted.produces.add(shown_name(message_type), message_type)
+        hosted.forget_unused_classes()
 
     def serializers_added(self, serializers: Sequence[MessageSerializer[Any]]) -> None:
         """Continue messages that wait for these serializers. Call it after the serializers were added."""
         self._closures = [hosted for hosted in self._closures if hosted.settling]
         for hosted in self._closures:
             for serializer in serializers:
-                cls = self._serialization.class_of(serializer.type_name)
+                cls = getattr(serializer, "cls", None) or self._serialization.class_of(serializer.type_name)
                 if cls is not None:
-                    hosted.handles.setdefault(serializer.type_name, cls)
+                    for handled in (hosted.handles, *hosted.handled_by.values()):
+                        handled.add(serializer.type_name, cls)
         self._serializers_changed.set()
         self._serializers_changed = asyncio.Event()
 
-    async def wait_for_serializer(self, hosted: HostedType, type_name: str) -> None:
-        """Wait until ``type_name`` is known, or the registration of ``hosted`` has settled."""
-        while not self._serialization.is_known(type_name) and hosted.settling:
+    async def wait_for_serializer(self, hosted: HostedType, type_name: str, class_name: str | None = None) -> None:
+        """Wait until a message type is known, or the registration of ``hosted`` has settled.
+
+        ``class_name`` is the full name of its class, None if the message does not say it.
+        """
+        while hosted.settling and not self._serialization.is_known(type_name, class_name, hosted.handles):
             try:
                 async with asyncio.timeout(hosted.settles_in):
                     await self._serializers_changed.wait()
             except TimeoutError:
                 return
-
-    def produced_here(self) -> Iterable[type[Any]]:
-        """The message types that the handlers of all hosted types return."""
-        for hosted in self._types.values():
-            yield from hosted.produces.values()
 
     # -- agents --------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from autogen_core import Agent
 from natsrt.jetstream.registry.entries import InstanceEntry, KnownEntry, RegistryEntry, Rule, TypeEntry
 from natsrt.keyed_types import KeyedOptions
 from natsrt.observe.metrics import TypeCounters
+from natsrt.wire.known_classes import NamedClasses
+from natsrt.wire.message_classes import full_name
 
 Factory = Callable[[], Any]
 
@@ -47,12 +49,13 @@ class HostedType:
     """The agents that exist, by key."""
     gates: dict[str, Gate] = field(default_factory=dict)
     """The gates at which messages wait, by the key of their agent."""
-    handles: dict[str, type[Any]] = field(default_factory=dict)
-    """The message types that its handlers accept, by name."""
-    produces: dict[str, type[Any]] = field(default_factory=dict)
-    """The message types that its handlers return, by name."""
-    registered_classes: set[type[Any]] = field(default_factory=set)
-    """The agent classes whose message types are in `handles` and `produces`."""
+    handles: NamedClasses = field(default_factory=NamedClasses)
+    """The message types that its handlers accept."""
+    produces: NamedClasses = field(default_factory=NamedClasses)
+    """The message types that its handlers return."""
+    handled_by: dict[type[Any], NamedClasses] = field(default_factory=dict)
+    """The message types that agents of each class handle. A class that was defined again may be in use beside the later
+    one; each handles the message classes that it was defined with."""
     rules: tuple[Rule, ...] = ()
     """The subscriptions that the registry lists for the type."""
     matches: dict[str, bool] = field(default_factory=dict)
@@ -75,6 +78,14 @@ class HostedType:
             matches = self.matches[topic_type] = any(rule.matches(topic_type) for rule in self.rules)
         return matches
 
+    def forget_unused_classes(self) -> None:
+        """Drop the message types of agent classes that were defined again and have no agents any more."""
+        used = {self.expected_class, *map(type, self.live.values())}
+        latest = {full_name(cls): cls for cls in self.handled_by}
+        for cls in list(self.handled_by):
+            if cls not in used and latest[full_name(cls)] is not cls:
+                del self.handled_by[cls]
+
     @property
     def has_instances_only(self) -> bool:
         """True if the type has no factory: only its registered instances exist."""
@@ -92,7 +103,7 @@ class HostedType:
 
     def entries(self, worker_id: str) -> list[RegistryEntry]:
         """The entries of this type in the registry, as hosted by ``worker_id``."""
-        handles, produces = tuple(sorted(self.handles)), tuple(sorted(self.produces))
+        handles, produces = self.handles.names, self.produces.names
         entries: list[RegistryEntry] = [
             TypeEntry(
                 self.agent_type,

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from autogen_core import RoutedAgent
 
 from natsrt.errors import CannotSerialize
-from natsrt.wire.serialization import serializer_for, type_name_of
+from natsrt.wire.message_classes import type_name_of
+from natsrt.wire.serialization import serializer_for
 
 
 class MessageTypes(NamedTuple):

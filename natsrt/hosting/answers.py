@@ -42,7 +42,7 @@ class Answers:
         self._error_types = error_types
         self._with_tracebacks = options.send_tracebacks
         self._worker_attribute = envelope.attribute(WORKER_EXTENSION, worker_id)
-        self._constant: dict[tuple[str, str, str], str] = {}
+        self._constant: dict[tuple[str, str, str, str | None], str] = {}
         """The attributes that are the same in all replies of one message type from one agent."""
 
     def reply(
@@ -64,9 +64,9 @@ class Answers:
             )
         if body is None:
             return Answer(self._bodies.pack_plain(encoded.payload))
-        constant = self._constant.get((agent_type, key, encoded.type_name))
+        constant = self._constant.get((agent_type, key, encoded.type_name, encoded.class_name))
         if constant is None:
-            constant = self._remember(agent_type, key, encoded.type_name)
+            constant = self._remember(agent_type, key, encoded.type_name, encoded.class_name)
         attributes = f'"id":{quote(_id_of(body) + "-r")},{constant}'
         return Answer(self._bodies.pack(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
 
@@ -118,13 +118,13 @@ class Answers:
         body = self._bodies.pack(envelope.ERROR, attributes, failure.payload, headers=failure.headers)
         return Answer(body, failure.headers)
 
-    def _remember(self, agent_type: str, key: str, type_name: str) -> str:
+    def _remember(self, agent_type: str, key: str, type_name: str, class_name: str | None) -> str:
         source = f"{agent_type}/{encode_text(key)}"
-        constant = f"{self._from(source)},{envelope.attribute('messagetype', type_name)}"
+        constant = f"{self._from(source)},{envelope.message_names(type_name, class_name)}"
         if len(constant) <= _LONGEST:
             if len(self._constant) >= _REMEMBERED:
                 self._constant.clear()
-            self._constant[agent_type, key, type_name] = constant
+            self._constant[agent_type, key, type_name, class_name] = constant
         return constant
 
     def _attributes(self, call_id: str, source: str) -> str:

@@ -32,6 +32,7 @@ from natsrt.observe import events
 from natsrt.observe.first import FirstIsWarning
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
+from natsrt.wire.known_classes import NO_CLASSES
 from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt.hosting")
@@ -98,7 +99,7 @@ class Invoker:
         agent = hosted.live.get(key)
         if agent is None or body is None or key in hosted.gates:
             return None
-        delivery = self._reader.delivery(body, inbound.topic)
+        delivery = self._reader.delivery(body, inbound.topic, hosted.handled_by.get(type(agent), NO_CLASSES))
         if not delivery.registered and hosted.settling:
             return None
         self._intake.started(inbound)
@@ -115,11 +116,14 @@ class Invoker:
         try:
             async with gate.lock:
                 agent = await self._catalog.agent(hosted, key)
+                handled = hosted.handled_by.get(type(agent), NO_CLASSES)
                 if body is None:
-                    delivery = await self._reader.plain_delivery(inbound, AgentId(hosted.agent_type, key))
+                    delivery = await self._reader.plain_delivery(inbound, AgentId(hosted.agent_type, key), handled)
                 else:
-                    await self._catalog.wait_for_serializer(hosted, body.required("messagetype"))
-                    delivery = self._reader.delivery(body, inbound.topic)
+                    await self._catalog.wait_for_serializer(
+                        hosted, body.required("messagetype"), body.text("messageclass")
+                    )
+                    delivery = self._reader.delivery(body, inbound.topic, handled)
                 self._intake.started(inbound)
                 return agent, delivery
         finally:
@@ -168,7 +172,7 @@ class Invoker:
             level = self._first.level(agent_type, type_name)
             logger.log(level, "%s does not know messages of type %s", agent.id, type_name)
         if delivery.context.is_rpc:
-            raise UnhandledMessage(str(agent.id), delivery.type_name, sorted(inbound.route.hosted.handles))
+            raise UnhandledMessage(str(agent.id), delivery.type_name, list(inbound.route.hosted.handles.names))
 
     def _process_span(
         self, telemetry: Telemetry, trace: Context, agent_id: AgentId, delivery: Delivery, inbound: Inbound

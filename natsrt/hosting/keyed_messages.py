@@ -115,7 +115,7 @@ class KeyedMessages:
         if topic is None:
             return await self._forward_call(inbound, agent)
         if body is None:  # a plain event is forwarded in an envelope
-            delivery = await self._reader.plain_delivery(inbound, agent)
+            delivery = await self._reader.plain_delivery(inbound, agent, inbound.route.hosted.handles)
             await self._sender.publish_to(agent, delivery.message, topic, delivery.context.message_id)
         else:
             await self._delivery.forward_event(agent, topic, body)

@@ -24,6 +24,7 @@ from natsrt.options import Options
 from natsrt.transport.cancellation import Cancellations
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, Envelope
+from natsrt.wire.known_classes import NamedClasses
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects, decode_token, encode_text
 
@@ -204,9 +205,10 @@ class Reader:
             _remember(self._senders, source, sender)
         return sender
 
-    def delivery(self, body: Envelope, topic: TopicId | None) -> Delivery:
-        """Return the handler's arguments for a message in an envelope. ``topic`` is None for a call.
+    def delivery(self, body: Envelope, topic: TopicId | None, handled: NamedClasses) -> Delivery:
+        """Return the handler's arguments for a message in an envelope.
 
+        ``topic`` is None for a call. ``handled`` are the message types that the agent handles.
         A message of a type that is unknown here becomes an ``UnknownPayload``. Its class may be known although it has
         no serializer here.
         """
@@ -217,13 +219,17 @@ class Reader:
             raise CannotDecode("an envelope", f"the attribute {missing} is missing") from None
         try:
             message, registered = self._decoded(
-                type_name, attributes.get("datacontenttype", envelope.JSON_CONTENT), body.payload
+                type_name,
+                attributes.get("datacontenttype", envelope.JSON_CONTENT),
+                body.payload,
+                attributes.get("messageclass"),
+                handled,
             )
         except CannotDecode:
             general = body.general()
             if general is None:
                 raise
-            return self.delivery(general, topic)
+            return self.delivery(general, topic, handled)
         context = MessageContext(self._sender(body), topic, topic is None, self.token(body), message_id)
         return Delivery(message, context, body.payload, type_name, attributes, registered)
 
@@ -232,9 +238,10 @@ class Reader:
         cancel_id = body.attributes.get("cancelid")
         return CancellationToken() if cancel_id is None else self._cancellations.token_of(cancel_id)
 
-    async def plain_delivery(self, inbound: Inbound, agent_id: AgentId) -> Delivery:
+    async def plain_delivery(self, inbound: Inbound, agent_id: AgentId, handled: NamedClasses) -> Delivery:
         """Return the handler's arguments for a plain body, which is the payload itself.
 
+        ``handled`` are the message types that the agent handles.
         Also raises any exception of an intervention handler. If one drops the message, this is
         ``MessageDroppedException`` for a call and `EventDropped` for an event.
         """
@@ -244,14 +251,14 @@ class Reader:
         if type_name is not None:
             await self._catalog.wait_for_serializer(hosted, type_name)
             content_type = self._serialization.content_type_of(type_name)
-            message, registered = self._decoded(type_name, content_type, payload)
+            message, registered = self._decoded(type_name, content_type, payload, None, handled)
         elif self._infer_types:
-            message = self._serialization.infer(payload, list(hosted.handles.values()))
+            message = self._serialization.infer(payload, list(handled))
         else:
             raise CannotDecode(
                 "a plain body",
                 f"type inference is off: set the header {TYPE_HEADER} to the message type, "
-                f"one of {', '.join(sorted(hosted.handles)) or 'none'}",
+                f"one of {', '.join(hosted.handles.names) or 'none'}",
                 payload,
             )
         context = MessageContext(
@@ -272,12 +279,14 @@ class Reader:
         attributes = {"id": context.message_id}
         return Delivery(message, context, payload, type_name or type(message).__name__, attributes, registered)
 
-    def _decoded(self, type_name: str, content_type: str, payload: bytes) -> tuple[Any, bool]:
+    def _decoded(
+        self, type_name: str, content_type: str, payload: bytes, class_name: str | None, handled: NamedClasses
+    ) -> tuple[Any, bool]:
         """Return a message, and whether there is a serializer for its type. Raises `CannotDecode`."""
-        message = self._serialization.decode(type_name, content_type, payload)
+        message = self._serialization.decode(type_name, content_type, payload, class_name, handled)
         if type(message) is not UnknownPayload:
             return message, True
-        return self._serialization.decode_unregistered(message, self._catalog.produced_here()), False
+        return self._serialization.decode_unregistered(message, class_name), False
 
 
 def _remember(known: dict[str, _T], text: str, value: _T) -> None:

@@ -254,7 +254,7 @@ class Subscriptions(RegistryListener):
                 queue_group=self._subjects.queue(hosted.agent_type),
                 metadata={
                     "agent_type": hosted.agent_type,
-                    "handles": ", ".join(sorted(hosted.handles)),
+                    "handles": ", ".join(hosted.handles.names),
                     "live_agents": str(len(hosted.live)),
                 },
                 counters=hosted.counters,

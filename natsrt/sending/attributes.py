@@ -9,7 +9,7 @@ from natsrt.observe.metrics import Counters
 from natsrt.transport.calls import Calls
 from natsrt.transport.cancellation import Cancellations
 from natsrt.wire import envelope
-from natsrt.wire.envelope import attribute, quote
+from natsrt.wire.envelope import attribute, message_names, quote
 from natsrt.wire.serialization import Encoded
 from natsrt.wire.subjects import encode_text
 
@@ -27,7 +27,7 @@ class MessageAttributes:
         self._cancellations = cancellations
         self._counters = counters
         self._id_prefix = NUID().next().decode()
-        self._of_types: dict[str, str] = {}
+        self._of_types: dict[tuple[str, str | None], str] = {}
 
     def next_id(self) -> str:
         """Return a new message id. `Counters.sent` must have been increased for the message before."""
@@ -36,14 +36,15 @@ class MessageAttributes:
     def message(
         self, message_id: str, sender: AgentId | None, encoded: Encoded, token: CancellationToken | None
     ) -> str:
-        """Return the attributes that both calls and events have: id, source, message type, and the id of ``token``.
+        """Return the attributes that both calls and events have: id, source, class, and the id of ``token``.
 
         ``sender`` is None if no agent sends the message. ``token`` is None if there is no cancellation token.
         """
         source = '"/"' if sender is None else quote(f"{sender.type}/{encode_text(sender.key)}")
-        of_type = self._of_types.get(encoded.type_name)
+        named = encoded.type_name, encoded.class_name
+        of_type = self._of_types.get(named)
         if of_type is None:
-            of_type = self._of_types[encoded.type_name] = attribute("messagetype", encoded.type_name)
+            of_type = self._of_types[named] = message_names(*named)
         attributes = f'"id":{quote(message_id)},"source":{source},{of_type}'
         return attributes if token is None else f'{attributes},"cancelid":"{self._cancellations.id_of(token)}"'
 

@@ -9,7 +9,6 @@ from autogen_core import AgentId, UnknownPayload
 from autogen_core.logging import DeliveryStage, MessageKind
 from nats.aio.msg import Msg
 
-from natsrt.agents.catalog import Catalog
 from natsrt.errors import CannotDecode
 from natsrt.observe import events
 from natsrt.transport.bodies import Bodies
@@ -22,11 +21,10 @@ from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization
 class Replies:
     """Reads the replies that one runtime receives. Raises the error that a reply reports, and `CannotDecode`."""
 
-    def __init__(self, bodies: Bodies, serialization: Serialization, error_types: ErrorTypes, catalog: Catalog) -> None:
+    def __init__(self, bodies: Bodies, serialization: Serialization, error_types: ErrorTypes) -> None:
         self._bodies = bodies
         self._serialization = serialization
         self._error_types = error_types
-        self._catalog = catalog
 
     def result(self, reply: Msg, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId) -> Any:
         """Return the result of a call, for ``send_message``.
@@ -42,14 +40,14 @@ class Replies:
         type_name = body.required("messagetype")
         try:
             result = self._serialization.reply(
-                type_name, body.content_type, body.payload, self._catalog.produced_here, sent, reply_type
+                type_name, body.content_type, body.payload, body.text("messageclass"), sent, reply_type
             )
         except CannotDecode:
             general = body.general()
             if general is None:
                 raise
             result = self._serialization.reply(
-                type_name, general.content_type, general.payload, self._catalog.produced_here, sent, reply_type
+                type_name, general.content_type, general.payload, general.text("messageclass"), sent, reply_type
             )
         if isinstance(result, UnknownPayload):
             raise _unknown_type(recipient, type_name, body.payload)
@@ -111,21 +109,21 @@ class Replies:
     def _of_type(self, type_name: str, payload: bytes, sent: type[Any], reply_type: type[Any] | None) -> Any:
         """Return a plain body of a type, in the content type in which that type can be read.
 
-        The result is an ``UnknownPayload`` if the type is unknown.
+        The type may also be the full name of a class. The result is an ``UnknownPayload`` if the type is unknown.
         """
         result: Any = None
-        for content_type in dict.fromkeys((self._serialization.content_type_of(type_name), JSON, PROTOBUF, BYTES)):
-            result = self._serialization.reply(
-                type_name, content_type, payload, self._catalog.produced_here, sent, reply_type
-            )
-            if not isinstance(result, UnknownPayload):
-                break
+        for name, class_name in ((type_name, None), (type_name.rpartition(".")[2], type_name)):
+            for content_type in dict.fromkeys((self._serialization.content_type_of(name), JSON, PROTOBUF, BYTES)):
+                result = self._serialization.reply(name, content_type, payload, class_name, sent, reply_type)
+                if not isinstance(result, UnknownPayload):
+                    return result
         return result
 
 
 def _unknown_type(recipient: AgentId, type_name: str, payload: bytes) -> CannotDecode:
     return CannotDecode(
         f"the reply of {recipient}",
-        f"its type {type_name!r} is unknown here; add its serializer with runtime.add_message_serializer",
+        f"its type {type_name!r} is unknown here; add its serializer with runtime.add_message_serializer, "
+        "or pass its class as reply_type",
         payload,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from autogen_core import Image
 
-from natsrt.wire.codecs import TYPE_KEY, Codec, CodecCompiler, PlainCheck, Refused, Unreadable, misfit
+from natsrt.wire.codecs import CLASS_KEY, TYPE_KEY, Codec, CodecCompiler, PlainCheck, Refused, Unreadable, misfit
 
 
 class ClassCodec(Codec):
@@ -46,13 +46,15 @@ class ClassCodec(Codec):
     def mark(self, tree: Any) -> dict[str, Any]:
         if type(tree) is not dict:
             raise Refused(f'the serializer of {self.name} does not write a JSON object, so it cannot have "{TYPE_KEY}"')
-        if TYPE_KEY in tree:
-            raise Refused(f'a field of {self.name} has the reserved name "{TYPE_KEY}"')
+        for key in (TYPE_KEY, CLASS_KEY):
+            if key in tree:
+                raise Refused(f'a field of {self.name} has the reserved name "{key}"')
         return {TYPE_KEY: self.name, **tree}
 
     def decode_marked(self, tree: dict[str, Any]) -> Any:
         fields = tree.copy()
         del fields[TYPE_KEY]
+        fields.pop(CLASS_KEY, None)
         return self.decode_fields(fields)
 
     def encode_fields(self, value: Any) -> Any:

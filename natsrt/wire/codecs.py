@@ -27,6 +27,9 @@ from pydantic_core import to_json
 TYPE_KEY = "$type"
 """The reserved key that names the class of a polymorphic value."""
 
+CLASS_KEY = "$class"
+"""The key after ``TYPE_KEY`` with the full name of the class, where the writer knows several classes of its name."""
+
 VALUE_KEY = "value"
 """The key next to ``TYPE_KEY`` that holds the tree of a value which cannot carry ``TYPE_KEY`` itself."""
 
@@ -150,7 +153,7 @@ class Codec:
 
     def unwrap(self, tree: dict[str, Any]) -> Any:
         """Return the part under ``VALUE_KEY`` of a tree made by ``mark``; raises ``Unreadable``."""
-        if len(tree) != 2 or VALUE_KEY not in tree:
+        if len(tree) - (CLASS_KEY in tree) != 2 or VALUE_KEY not in tree:
             raise Unreadable(f'a marked {self.name} has exactly the keys "{TYPE_KEY}" and "{VALUE_KEY}"')
         return tree[VALUE_KEY]
 
@@ -189,8 +192,11 @@ class CodecCompiler(ABC):
         """
 
     @abstractmethod
-    def decode_marked(self, tree: dict[str, Any], base: type) -> Any:
-        """Return the value of a tree that names its class; ``base`` is the declared class. Raises ``Unreadable``."""
+    def decode_marked(self, tree: dict[str, Any], base: type | None) -> Any:
+        """Return the value of a tree that names its class; raises ``Unreadable``.
+
+        ``base`` is the declared class; None if ``Any`` is declared.
+        """
 
 
 class ExactCodec(Codec):

@@ -15,12 +15,17 @@ read back equal and of the same type is refused before it is sent.
   ``datetime`` in ``datetime | str``) is wrapped: ``{"$type": "datetime", "value": ...}``. In a union the JSON types
   themselves (``str``, ``int``, ``float``, ``bool``, ``list``, ``dict``) stay unmarked, and the other members of that
   JSON kind are marked.
-* **A name is looked up** among the declared class and its subclasses, the union's members, and the registered classes
-  that fit the declared type. Nothing is imported. Any other name is unreadable, except where ``Any`` is declared: there
-  an object with an unknown ``"$type"`` is read as a dict, unchanged.
+* **A name is looked up** among the declared class and its subclasses, the union's members, and where
+  ``natsrt.wire.class_finder`` finds classes that fit the declared type. Nothing is imported. Any other name is
+  unreadable.
+* **Several classes of one name.** Where the writer knows another class of the name, ``"$class"`` follows ``"$type"``,
+  with the full name of the class: ``{"$type": "Item", "$class": "orders.messages.Item", ...}``. A reader takes the
+  class with this full name if it knows it. Otherwise, of several classes of the name, it takes the one that can read
+  the object and knows all its fields; if that does not decide, the object is unreadable.
 * **A user's dict with a key** ``"$type"`` is wrapped as ``{"$type": "dict", "value": {...}}`` wherever a class would
   also be possible, as in ``Any``. Where a dict is declared (``dict[str, int]``, a message of type ``dict``) it is
-  written unchanged. A class with a field named ``"$type"`` cannot be sent.
+  written unchanged. A class with a field named ``"$type"`` cannot be sent, nor can an object that has a field
+  ``"$class"`` where its class must be named.
 * ``Any`` accepts only JSON values, dataclasses, Pydantic models and images. A tuple, for example, would be read back as
   a list.
 * Scalars are written as follows: bytes in base64; ``datetime``, ``date`` and ``time`` in ISO 8601; ``Decimal`` and
@@ -38,10 +43,11 @@ import collections.abc
 import dataclasses
 import enum
 import math
+import re
 import types
 import typing
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from autogen_core import Image
@@ -49,8 +55,10 @@ from pydantic import BaseModel
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from natsrt.wire.class_codec import ClassCodec, ImageCodec
+from natsrt.wire.class_finder import ClassFinder
 from natsrt.wire.codecs import (
     ALL_KINDS,
+    CLASS_KEY,
     NULL,
     TYPE_KEY,
     VALUE_KEY,
@@ -73,6 +81,8 @@ from natsrt.wire.codecs import (
     wrong_type,
 )
 from natsrt.wire.dataclass_codec import DataclassCodec
+from natsrt.wire.known_classes import KnownClasses, in_this_process
+from natsrt.wire.message_classes import full_name, type_name_of
 from natsrt.wire.model_codec import ModelCodec
 
 __all__ = ["AnyCodec", "Codecs"]
@@ -117,11 +127,9 @@ class AnyCodec(Codec):
         if type(tree) is not dict:
             return tree
         if TYPE_KEY in tree:
-            name = tree[TYPE_KEY]
-            if name == "dict" and len(tree) == 2 and type(tree.get(VALUE_KEY)) is dict:
-                tree = tree[VALUE_KEY]
-            elif type(name) is str and (cls := self._codecs.lookup(name)) is not None:
-                return self._codecs.of(cls).decode_marked(tree)
+            if tree[TYPE_KEY] != "dict" or len(tree) != 2 or type(tree.get(VALUE_KEY)) is not dict:
+                return self._codecs.decode_marked(tree, None)
+            tree = tree[VALUE_KEY]
         return {key: self.decode(item) for key, item in tree.items()}
 
 
@@ -158,9 +166,12 @@ class UnionCodec(Codec):
         self._members = members
         classes = [member.cls for member in members]
         self._by_class = {member.cls: member for member in members if classes.count(member.cls) == 1}
-        self._by_name = {member.name: member for member in members}
-        if len(self._by_name) != len(members):
-            raise Refused(f"two members of the union {self.name} have the same name")
+        self._by_name: dict[str, list[Codec]] = {}
+        for member in members:
+            self._by_name.setdefault(member.name, []).append(member)
+        for name, namesakes in self._by_name.items():
+            if len({full_name(member.base) for member in namesakes if member.base is not None}) != len(namesakes) > 1:
+                raise Refused(f"two members of the union {self.name} have the same name, {name}")
         self._unmarked: set[str] = set()
         self._by_kind: dict[type, list[Codec]] = {}
         for kind in ALL_KINDS:
@@ -194,7 +205,10 @@ class UnionCodec(Codec):
         has_mark = type(tree) is dict and TYPE_KEY in tree
         if has_mark and not member.natural:
             return tree
-        return tree if member.name in self._unmarked and not has_mark else member.mark(tree)
+        if member.name in self._unmarked and not has_mark:
+            return tree
+        marked = member.mark(tree)
+        return marked if len(self._by_name[member.name]) == 1 else _with_class(marked, member.base)
 
     def decode(self, tree: Any) -> Any:
         if type(tree) is dict and TYPE_KEY in tree:
@@ -220,14 +234,20 @@ class UnionCodec(Codec):
         return values[0]
 
     def _decode_marked(self, tree: dict[str, Any]) -> Any:
-        name = tree[TYPE_KEY]
-        if type(name) is str:
-            if name in self._by_name:
-                return self._by_name[name].decode_marked(tree)
-            for member in self._members:
-                if member.base is not None and (cls := self._codecs.find(name, member.base)) is not None:
-                    return self._codecs.of(cls).decode_marked(tree)
-        raise Unreadable(f'"{TYPE_KEY}" does not name a class that fits {self.name}')
+        name, class_name = tree[TYPE_KEY], tree.get(CLASS_KEY)
+        named = self._by_name.get(name, []) if type(name) is str else []
+        if len(named) == 1 and class_name is None:
+            return named[0].decode_marked(tree)
+        bases = [member.base for member in self._members if member.base is not None]
+        found = [cls for base in bases if (cls := self._codecs.find(tree, base)) is not None]
+        exact = [cls for cls in found if full_name(cls) == class_name]
+        if len(named) == 1 and not exact:
+            return named[0].decode_marked(tree)
+        if named and not exact:
+            found = list(self._codecs.fitting([member.base for member in named if member.base is not None], tree))
+        if not found:
+            raise self._codecs.no_class(tree, self.name)
+        return self._codecs.of((exact or found)[0]).decode_marked(tree)
 
 
 _ABSTRACT: dict[Any, tuple[type, ...]] = {
@@ -242,20 +262,43 @@ _ABSTRACT: dict[Any, tuple[type, ...]] = {
 
 
 class Codecs(CodecCompiler):
-    """The codecs of one registry of classes. Each is compiled when it is first used.
+    """The codecs of one runtime. Each is compiled when it is first used.
 
-    ``lookup`` returns the registered class of a type name, None if there is none. With ``strict``, a tree with an
-    unknown field, at any depth, is unreadable.
+    ``finder`` finds the classes that trees name; None: among those that the process knows. With ``strict``, a tree with
+    an unknown field, at any depth, is unreadable.
     """
 
-    def __init__(self, lookup: Callable[[str], type | None] = lambda name: None, *, strict: bool = False) -> None:
-        self.lookup = lookup
+    def __init__(self, finder: ClassFinder | None = None, *, strict: bool = False) -> None:
+        self.finder = finder or ClassFinder()
         self.strict = strict
+        self.redefined = 0
+        """How many classes have taken the place of former definitions of themselves."""
+        self._met = KnownClasses()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all that was compiled, and the classes that it refers to."""
+        self._strictly: Codecs | None = None
+        self._named: dict[Any, Any] = {}
+        self._named_version = -1
         self._compiled: dict[Any, Codec] = {float: FloatCodec()}
         self._compiled.update({cls: ExactCodec(cls) for cls in (str, int, bool, NULL)})
         self._compiled.update({codec.cls: codec for codec in text_codecs()})
         self.any = self._compiled[Any] = self._compiled[object] = AnyCodec(self)
         self._families: dict[type, _Family] = {}
+
+    @property
+    def strictly(self) -> Codecs:
+        """The codecs of the same runtime to which a tree with an unknown field is unreadable."""
+        if self._strictly is None:
+            self._strictly = self if self.strict else Codecs(self.finder, strict=True)
+        return self._strictly
+
+    def met(self, cls: type) -> None:
+        """Note that values of ``cls`` can be sent."""
+        name = type_name_of(cls)
+        in_this_process.add(name, cls)
+        self.redefined += self._met.add(name, cls)
 
     def of(self, hint: Any) -> Codec:
         """Return the codec of a type annotation; raises ``Refused`` if its values cannot be sent."""
@@ -345,33 +388,129 @@ class Codecs(CodecCompiler):
             return OptionalCodec(rest[0])
         return UnionCodec(members, self)
 
-    def find(self, name: str, base: type) -> type | None:
-        """Return the class that ``"$type": name`` means where ``base`` is declared, None if there is none.
+    # -- names of classes ----------------------------------------------------------------------------------------
 
-        If one class is defined several times (the same module and qualified name), the last definition is used. If
-        different classes have the name, the registered one is used.
+    def find(self, tree: dict[str, Any], base: type | None) -> type | None:
+        """Return the class that a tree names where ``base`` is declared (None: ``Any``); None if there is none.
+
+        Raises ``Unreadable`` if several classes have the name, and the tree does not decide.
         """
+        name, class_name = tree[TYPE_KEY], tree.get(CLASS_KEY)
+        if type(name) is not str:
+            return None
+        found = self._classes_named(name, class_name if type(class_name) is str else None, base)
+        if len(found) > 1:
+            found = self.fitting(found, tree)
+        return found[0] if found else None
+
+    def fitting(self, classes: Sequence[type], tree: dict[str, Any]) -> Sequence[type]:
+        """Return the one of several classes that can read a tree and knows all its fields. Raises ``Unreadable``."""
+        fitting = [cls for cls in classes if self._fits_strictly(cls, tree)]
+        if len(fitting) != 1:
+            names = " and ".join(sorted(map(full_name, classes)))
+            raise Unreadable(f'"{TYPE_KEY}" is the name of {names}; "{CLASS_KEY}" must name one')
+        return fitting
+
+    def _fits_strictly(self, cls: type, tree: dict[str, Any]) -> bool:
+        try:
+            self.strictly.of(cls).decode_marked(tree)
+        except (Refused, Unreadable):
+            return False
+        return True
+
+    def _classes_named(self, name: str, class_name: str | None, base: type | None) -> Sequence[type]:
+        """The classes that a name, and perhaps a full name, may mean where ``base`` is declared."""
+        if base is not None:
+            family = self._family(base)
+            only = family.only.get(name)
+            if only is not None and class_name is None:
+                return (only,)
+            related = self._namesakes(family, name)
+            if class_name is None and len(related) == 1:
+                return tuple(related.values())
+            return self._seek(name, class_name, base, related)
+        key = (name, class_name, self.finder.scope)
+        known: Sequence[type] | None = self._cache().get(key)
+        if known is None:
+            known = self._named[key] = self._seek(name, class_name, None, {})
+        return known
+
+    def _seek(self, name: str, class_name: str | None, base: type | None, related: dict[str, type]) -> Sequence[type]:
+        steps = [
+            {full_name(cls): cls for cls in step if self._may_be(cls, base)}
+            for step in self.finder.steps(name, self.finder.scope)
+        ]
+        for step in (related, *steps):
+            if class_name in step:
+                return (step[class_name],)
+        if related:
+            steps = [*({one: related[one] for one in step if one in related} for step in steps), related]
+        return tuple(next((step for step in steps if step), {}).values())
+
+    def _may_be(self, cls: Any, base: type | None) -> bool:
+        return isinstance(cls, type) and (base is None or _fits(cls, base)) and self.is_structured(cls)
+
+    def _family(self, base: type) -> _Family:
         family = self._families.get(base)
         if family is None or not family.is_current():
             family = self._families[base] = _Family(base)
-        only = family.only.get(name)
-        if only is not None:
-            return only
+        return family
+
+    def _namesakes(self, family: _Family, name: str) -> dict[str, type]:
+        """The structured classes of a family with this name, by full name. The last definition of each counts."""
         namesakes = [cls for cls in family.classes() if cls.__name__ == name]
-        named = {(cls.__module__, cls.__qualname__): cls for cls in namesakes if self.is_structured(cls)}
+        named = {full_name(cls): cls for cls in namesakes if self.is_structured(cls)}
         if len(namesakes) == len(named) == 1:
             family.only[name] = namesakes[0]
-        if len(named) == 1:
-            return next(iter(named.values()))
-        registered = self.lookup(name)
-        return registered if registered is not None and _fits(registered, base) else None
+        return named
+
+    def _cache(self) -> dict[Any, Any]:
+        """What was found by name, as far as it still holds."""
+        if self._named_version != self.finder.version or len(self._named) > _NAMES_CACHED:
+            self._named = {}
+            self._named_version = self.finder.version
+        return self._named
+
+    def _has_namesakes(self, cls: type, name: str, base: type | None) -> bool:
+        """True if a reader that knows what is known here needs more than the name to find ``cls``."""
+        if base is not None:
+            family = self._family(base)
+            if family.only.get(name) is cls:
+                return False
+            related = self._namesakes(family, name)
+            if full_name(cls) in related:
+                return len(related) > 1
+        key = (cls, self.finder.scope)
+        known: bool | None = self._cache().get(key)
+        if known is None:
+            others = (full_name(other) for step in self.finder.steps(name, self.finder.scope) for other in step)
+            known = self._named[key] = any(other != full_name(cls) for other in others)
+        return known
+
+    def no_class(self, tree: dict[str, Any], declared: str) -> Unreadable:
+        """The error of a tree that names no class which fits the declared type."""
+        name = tree[TYPE_KEY]
+        if type(name) is not str or not _CLASS_NAME.fullmatch(name):
+            return Unreadable(f'"{TYPE_KEY}" does not name a class that fits {declared}')
+        return Unreadable(
+            f'"{TYPE_KEY}" names {name}, but no class of this name that fits {declared} is known here; add its '
+            f"serializer with runtime.add_message_serializer, or pass the class as reply_type (a dictionary with a key "
+            f'"{TYPE_KEY}" is written {{"{TYPE_KEY}": "dict", "{VALUE_KEY}": ...}})'
+        )
+
+    # -- classes -------------------------------------------------------------------------------------------------
 
     def class_codec(self, cls: type) -> ClassCodec | None:
         """Return the codec of a dataclass, a Pydantic model or ``Image``, None for other classes.
 
         Raises ``Refused`` if values of the class cannot be sent.
         """
-        codec = self._compiled.get(cls) or _class_codec(cls, cls, (), self)
+        codec = self._compiled.get(cls)
+        if codec is None:
+            redefined = self.redefined
+            codec = _class_codec(cls, cls, (), self)
+            if self.redefined != redefined:  # whatever refers to the former definition would keep it alive
+                self.forget()
         return codec if isinstance(codec, ClassCodec) else None
 
     def is_structured(self, cls: type) -> bool:
@@ -392,20 +531,31 @@ class Codecs(CodecCompiler):
         if codec is None:
             wanted = "declared Any" if base is None else f"declared {base.__name__}"
             raise Refused(f"{wanted}, but {value_of_type(cls)} would not be read back unchanged")
-        if base is not None and self.find(codec.name, base) not in (cls, None):
-            raise Refused(f"several subclasses of {base.__name__} are named {codec.name}")
-        return codec.mark(codec.encode(value))
+        tree = codec.mark(codec.encode(value))
+        return _with_class(tree, cls) if self._has_namesakes(cls, codec.name, base) else tree
 
-    def decode_marked(self, tree: dict[str, Any], base: type) -> Any:
-        """Return the value of a tree that names its class; ``base`` is the declared class. Raises ``Unreadable``."""
-        name = tree[TYPE_KEY]
-        cls = self.find(name, base) if type(name) is str else None
+    def decode_marked(self, tree: dict[str, Any], base: type | None) -> Any:
+        """Return the value of a tree that names its class; raises ``Unreadable``.
+
+        ``base`` is the declared class; None if ``Any`` is declared.
+        """
+        cls = self.find(tree, base)
         if cls is None:
-            raise Unreadable(f'"{TYPE_KEY}" does not name a class that fits {base.__name__}')
+            raise self.no_class(tree, "Any" if base is None else base.__name__)
         return self.of(cls).decode_marked(tree)
 
 
-def _class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: CodecCompiler) -> Codec | None:
+_NAMES_CACHED = 4096
+"""Maximum number of names of classes in trees for which the class is cached, since the names come from the wire."""
+_CLASS_NAME = re.compile(r"[A-Za-z_][\w.\[\], |]{0,99}")
+
+
+def _with_class(tree: dict[str, Any], cls: Any) -> dict[str, Any]:
+    """Return the tree of a value that names its class, with the full name of the class."""
+    return {TYPE_KEY: tree[TYPE_KEY], CLASS_KEY: full_name(cls), **tree}
+
+
+def _class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: Codecs) -> Codec | None:
     """Return the codec of ``hint``, which is ``cls`` or ``cls[args]``; None if ``cls`` is not a class with fields.
 
     The codec is stored in ``codecs`` before its fields are compiled, since they may refer to it. Raises ``Refused``.
@@ -427,6 +577,7 @@ def _class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: CodecCompi
     except Refused:
         codecs.forget_since(known)
         raise
+    codecs.met(cls)
     return codec
 
 

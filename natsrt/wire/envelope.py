@@ -54,6 +54,7 @@ TEXTS: Final = frozenset(
         "datacontenttype",
         "id",
         "keyed",
+        "messageclass",
         "messagetype",
         "operation",
         "source",
@@ -189,6 +190,15 @@ def is_subject(text: str) -> bool:
 def attribute(name: str, value: str) -> str:
     """Return one attribute as JSON text. ``name`` is a name that natsrt defines; ``value`` may be any text."""
     return f'"{name}":{quote(value)}'
+
+
+def message_names(type_name: str, class_name: str | None) -> str:
+    """Return the attributes that name the class of a message, as JSON text.
+
+    ``class_name`` is its full name, None if there is none.
+    """
+    names = attribute("messagetype", type_name)
+    return names if class_name is None else f"{names},{attribute('messageclass', class_name)}"
 
 
 def decode(body: bytes) -> Envelope | None:

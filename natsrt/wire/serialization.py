@@ -9,24 +9,24 @@ and None are sent as ``application/json``. ``bytes`` are sent unchanged. Protobu
 natsrt's, and receives exactly the bytes that it wrote. AutoGen's standard serializers, which lose nested types, are
 replaced by natsrt's.
 
+A message names its class twice: by its plain name, and by its full name, which participants in other languages need not
+send. `Serialization.decode` and `Serialization.reply` say how both find the class.
+
 An empty plain body means None if a handler accepts None. Otherwise it is not JSON, so it is the empty ``str`` or
 ``bytes``.
 """
 
 from __future__ import annotations
 
-import sys
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 from autogen_core import (
     JSON_DATA_CONTENT_TYPE,
     PROTOBUF_DATA_CONTENT_TYPE,
-    FunctionCall,
-    Image,
     MessageSerializer,
     UnknownPayload,
     try_get_known_serializers_for_type,
@@ -37,9 +37,21 @@ from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
 from natsrt.errors import CannotDecode, CannotSerialize
+from natsrt.wire.class_finder import ClassFinder, Scope
 from natsrt.wire.codecs import Codec, RawBytesCodec, Refused, Unreadable
 from natsrt.wire.compiler import Codecs
-from natsrt.wire.known_classes import in_this_process
+from natsrt.wire.known_classes import NO_CLASSES, NamedClasses, in_this_process
+from natsrt.wire.message_classes import (
+    BUILTIN_NAMES,
+    PLAIN,
+    builtin_class,
+    full_name,
+    is_message_class,
+    is_plain,
+    is_protobuf,
+    is_structured,
+    type_name_of,
+)
 from natsrt.wire.model_codec import pydantic_refusal
 
 __all__ = ["BYTES", "JSON", "PROTOBUF", "Encoded", "Serialization", "serializer_for", "type_name_of"]
@@ -48,7 +60,8 @@ JSON = JSON_DATA_CONTENT_TYPE
 PROTOBUF = PROTOBUF_DATA_CONTENT_TYPE
 BYTES = "application/octet-stream"
 
-_PLAIN: tuple[type, ...] = (str, int, float, bool, bytes, list, dict, type(None))
+_REMEMBERED = 4096
+"""Maximum numbers of cached serializers of messages and of replies, since the names in the keys come from the wire."""
 
 
 class Encoded(NamedTuple):
@@ -57,20 +70,8 @@ class Encoded(NamedTuple):
     type_name: str
     content_type: str
     payload: bytes
-
-
-def type_name_of(cls: Any) -> str:
-    """Return the name of a message class on the wire.
-
-    As in AutoGen, this is the class's ``__name__``, or the full name of a protobuf message. For NoneType it is
-    ``None``, for a generic alias such as ``list[str]`` the name of its class (``list``), and for ``Any`` it is ``Any``.
-    """
-    cls = typing.get_origin(cls) or cls
-    if cls is type(None):
-        return "None"
-    if _is_protobuf(cls):
-        return str(cls.DESCRIPTOR.full_name)
-    return str(getattr(cls, "__name__", cls))
+    class_name: str | None
+    """The full name of its class; None for plain values and protobuf messages, whose type name says it all."""
 
 
 def serializer_for(cls: type) -> MessageSerializer[Any]:
@@ -81,13 +82,17 @@ def serializer_for(cls: type) -> MessageSerializer[Any]:
 class _OwnSerializer:
     """A ``MessageSerializer`` based on a codec. It raises natsrt's public errors."""
 
-    def __init__(self, cls: type, codec: Codec) -> None:
+    def __init__(self, cls: type, codec: Codec, finder: ClassFinder) -> None:
         self.cls = cls
         self.type_name = type_name_of(cls)
+        self.class_name = None if is_plain(cls) else full_name(cls)
         self.data_content_type = BYTES if cls is bytes else JSON
+        self.scope = Scope(cls if is_structured(cls) else None)
         self._codec = codec
+        self._finder = finder
 
     def serialize(self, message: Any) -> bytes:
+        self._finder.scope = self.scope
         try:
             return self._codec.dumps(message)
         except Refused as fault:
@@ -101,7 +106,9 @@ class _OwnSerializer:
         except Exception as error:
             raise CannotSerialize(self.type_name, f"{type(error).__name__} was raised while writing it") from error
 
-    def deserialize(self, payload: bytes) -> Any:
+    def deserialize(self, payload: bytes, scope: Scope | None = None) -> Any:
+        """Return the message. ``scope`` tells more about it than its class."""
+        self._finder.scope = scope or self.scope
         try:
             return self._codec.loads(payload)
         except Unreadable as fault:
@@ -121,6 +128,7 @@ class _ProtobufSerializer:
     """AutoGen's protobuf serializer. It raises natsrt's public errors."""
 
     data_content_type = PROTOBUF
+    class_name = None
 
     def __init__(self, cls: type[Message]) -> None:
         self.cls = cls
@@ -141,31 +149,23 @@ class _ProtobufSerializer:
             raise CannotDecode(what, "it is not a google.protobuf.Any that contains one", payload) from None
 
 
-def _own_serializer(cls: type, codecs: Codecs) -> MessageSerializer[Any]:
-    if _is_protobuf(cls):
+def _own_serializer(cls: type, codecs: Codecs) -> _OwnSerializer | _ProtobufSerializer:
+    if is_protobuf(cls):
+        in_this_process.add(type_name_of(cls), cls)
         return _ProtobufSerializer(cls)
     if cls is bytes:
-        return _OwnSerializer(cls, RawBytesCodec())
-    if not _is_structured(cls) and (typing.get_origin(cls) or cls) not in _PLAIN:
+        return _OwnSerializer(cls, RawBytesCodec(), codecs.finder)
+    if not is_structured(cls) and not is_plain(cls):
         raise CannotSerialize(
             type_name_of(cls),
             "only dataclasses, Pydantic models, protobuf messages, Image and plain values can be sent",
         )
     try:
-        return _OwnSerializer(cls, codecs.of(cls))
+        return _OwnSerializer(cls, codecs.of(cls), codecs.finder)
     except Refused as fault:
         raise CannotSerialize(type_name_of(cls), str(fault)) from None
     except RecursionError:
         raise CannotSerialize(type_name_of(cls), "its type is nested too deeply") from None
-
-
-def _is_protobuf(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, Message)
-
-
-def _is_structured(cls: Any) -> bool:
-    cls = typing.get_origin(cls) or cls
-    return isinstance(cls, type) and (is_dataclass(cls) or issubclass(cls, BaseModel | Image) and cls is not BaseModel)
 
 
 @dataclass
@@ -186,22 +186,6 @@ _AUTOGEN_STANDARD = tuple(
 )
 
 
-_BUILTIN: dict[str, type] = {type_name_of(cls): cls for cls in (*_PLAIN, Image, FunctionCall)}
-_TOOL_RESULT = "FunctionExecutionResult"
-_BUILTIN_NAMES = frozenset({*_BUILTIN, _TOOL_RESULT})
-"""The type names that can always be received, unless the user has registered a class under one of them."""
-
-
-def _builtin_class(type_name: str) -> type | None:
-    """The class of one of `_BUILTIN_NAMES`; None for any other name."""
-    if type_name == _TOOL_RESULT:
-        # Imported on first use, because it also imports AutoGen's models and tools, which would slow every start.
-        from autogen_core.models import FunctionExecutionResult
-
-        return FunctionExecutionResult
-    return _BUILTIN.get(type_name)
-
-
 class Serialization:
     """The serializers of one runtime.
 
@@ -211,21 +195,27 @@ class Serialization:
     """
 
     def __init__(self) -> None:
-        self._codecs = Codecs(self._message_class)
-        self._strict_codecs = Codecs(self._message_class, strict=True)
-        self._own: dict[type, MessageSerializer[Any]] = {}
-        self._strict: dict[Any, MessageSerializer[Any]] = {}
-        self._registered: dict[tuple[str, str], MessageSerializer[Any]] = {}
-        self._custom: dict[str, MessageSerializer[Any]] = {}
-        self._classes: dict[str, type] = {}
-        self._sending: dict[type, MessageSerializer[Any]] = {}
-        self._replies: dict[tuple[str, str, type | None, type | None], MessageSerializer[Any]] = {}
+        self._finder = ClassFinder()
+        self._codecs = Codecs(self._finder)
+        self._redefined = 0
+        self._version = 0
+        self._custom: list[_Guarded] = []
+        self._added: set[str] = set()
+        """The full names of the classes that natsrt's own serializers may read."""
+        self._own: dict[type, _OwnSerializer | _ProtobufSerializer] = {}
+        self._strict: dict[Any, _OwnSerializer | _ProtobufSerializer] = {}
+        self._sending: dict[type, _Serializer] = {}
+        self._reading: dict[tuple[NamedClasses, str, str, str | None], _Serializer] = {}
+        self._replies: dict[tuple[str, str, str | None, type | None, type | None], tuple[_Serializer, Scope]] = {}
+
+    # -- registering ---------------------------------------------------------------------------------------------
 
     def add(self, serializer: MessageSerializer[Any] | Sequence[MessageSerializer[Any]]) -> None:
-        """Register serializers. Raises ValueError if another class is registered under the same type name.
+        """Register serializers.
 
         The class of a user's serializer is its attribute ``cls``. Without this attribute the class is unknown until the
-        first message.
+        first message. Several classes may have one type name. A serializer of a class takes the place of the former one
+        for the same content type.
         """
         if isinstance(serializer, Sequence):
             for one in serializer:
@@ -235,176 +225,312 @@ class Serialization:
         if isinstance(serializer, (*_AUTOGEN_STANDARD, _OwnSerializer, _ProtobufSerializer)) and cls is not None:
             self.add_class(cls)
             return
-        name = serializer.type_name
+        custom = _Guarded(serializer)
         if isinstance(cls, type):
-            self._claim(name, cls)
-        self._registered[name, serializer.data_content_type] = serializer
-        self._custom[name] = serializer
-        self._sending.clear()
-        self._replies.clear()
+            self._learn(custom, cls)
+        self._custom = [one for one in self._custom if not one.gives_way_to(custom)] + [custom]
+        self._clear()
 
     def add_class(self, cls: type) -> None:
         """Register natsrt's serializer of ``cls``. A user's serializer for the same content type is not replaced.
 
-        Raises ``CannotSerialize`` if there is none, and ValueError if another class is registered under the same type
-        name.
+        A former definition of the class (with the same module and qualified name) is replaced. Raises
+        ``CannotSerialize`` if there is no serializer.
         """
-        serializer = self._own_serializer(cls)
-        named = typing.get_origin(cls) or cls
-        self._claim(serializer.type_name, named)
-        in_this_process.add(serializer.type_name, named)
-        key = (serializer.type_name, serializer.data_content_type)
-        if isinstance(self._registered.get(key), _OwnSerializer | _ProtobufSerializer | None):
-            self._registered[key] = serializer
+        self._finder.register(self._own_serializer(cls).type_name, cls)
+        self._added.add(full_name(cls))
+        self._clear()
+
+    def add_produced(self, cls: type) -> None:
+        """Remember a class that a handler known here returns, so that replies and the values in them are found."""
+        if is_message_class(cls):
+            self._finder.produce(type_name_of(cls), cls)
+
+    def _learn(self, custom: _Guarded, cls: type) -> None:
+        custom.cls, custom.class_name = cls, full_name(cls)
+        self._finder.register(custom.type_name, cls)
+        in_this_process.add(custom.type_name, cls)
+
+    def _clear(self) -> None:
+        """Forget what follows from the classes that are known."""
         self._sending.clear()
+        self._reading.clear()
         self._replies.clear()
 
-    def refuse_clashes(self, classes: Iterable[Any]) -> None:
-        """Raise the ValueError that registering all of ``classes`` would raise. Registers nothing."""
-        names = dict(self._classes)
-        for cls in classes:
-            if (serializer := self._own_or_none(cls)) is not None:
-                self._claim(serializer.type_name, typing.get_origin(cls) or cls, names)
-
-    def _claim(self, name: str, cls: type, names: dict[str, type] | None = None) -> None:
-        known = (self._classes if names is None else names).setdefault(name, cls)
-        if known is not cls:
-            raise ValueError(
-                f"two classes have the message type name {name!r}: {_qualified(known)} is registered, "
-                f"and {_qualified(cls)} cannot be, because a receiver could not distinguish them"
-            )
-
-    def encode(self, message: Any) -> Encoded:
-        """Return ``message`` ready to be sent; raises ``CannotSerialize`` if it cannot be written exactly."""
-        serializer = self._sending.get(type(message)) or self._sender(type(message))
-        return Encoded(serializer.type_name, serializer.data_content_type, serializer.serialize(message))
-
-    def _sender(self, cls: type) -> MessageSerializer[Any]:
-        name = type_name_of(cls)
-        custom = next((c for c in self._custom.values() if getattr(c, "cls", None) is cls), self._custom.get(name))
-        if custom is not None:
-            name = custom.type_name
-            self._classes.setdefault(name, cls)
-        known = self._classes.get(name)
-        if known is not None and known is not cls:
-            raise CannotSerialize(
-                name, f"{_qualified(known)} is registered under this name, and the message is a {_qualified(cls)}"
-            )
-        serializer = self._own_serializer(cls) if custom is None else _Guarded(custom)
-        self._sending[cls] = serializer
-        in_this_process.add(name, cls)
-        return serializer
-
-    def decode(self, type_name: str, content_type: str, payload: bytes) -> Any:
-        """Return the message in ``payload``, or an ``UnknownPayload`` if no serializer is registered for its type.
-
-        Raises ``CannotDecode``.
-        """
-        serializer = self.lookup(type_name, content_type)
-        if serializer is None:
-            return UnknownPayload(type_name, content_type, payload)
-        return self._read(serializer, payload)
-
-    def decode_unregistered(self, payload: UnknownPayload, classes: Iterable[type]) -> Any:
-        """Return the message in ``payload`` if this process knows its class without a serializer; else ``payload``.
-
-        Its class is the only one with this type name that runtimes of this process have sent or registered, or one of
-        ``classes``. Raises ``CannotDecode``.
-        """
-        known = in_this_process.only(payload.type_name)
-        candidates = classes if known is None else (known, *classes)
-        serializer = self._among(candidates, payload.type_name, payload.data_content_type)
-        return payload if serializer is None else self._read(serializer, payload.payload)
-
-    def _read(self, serializer: MessageSerializer[Any], payload: bytes) -> Any:
-        if isinstance(serializer, (_OwnSerializer, _ProtobufSerializer)):  # a tuple: twice as fast as a union
-            return serializer.deserialize(payload)
-        message = _Guarded(serializer).deserialize(payload)
-        self._classes.setdefault(serializer.type_name, type(message))
-        return message
-
-    def lookup(self, type_name: str, content_type: str = JSON) -> MessageSerializer[Any] | None:
-        """Return the serializer that reads messages of this type name, None if there is none."""
-        serializer = self._registered.get((type_name, content_type))
-        if serializer is None and type_name not in self._classes and (cls := _builtin_class(type_name)) is not None:
-            builtin = self._own_serializer(cls)
-            serializer = builtin if builtin.data_content_type == content_type else None
-        return serializer
-
-    def is_known(self, type_name: str) -> bool:
-        """True if messages of this type name can be read in at least one content type."""
-        return type_name in _BUILTIN_NAMES or any(name == type_name for name, _ in self._registered)
-
-    def content_type_of(self, type_name: str) -> str:
-        """Return the content type to assume for a body of which only the type name is known.
-
-        This is JSON if JSON can be read or the type is unknown, else the first registered content type.
-        """
-        known = [content for name, content in self._registered if name == type_name]
-        if type_name in _BUILTIN_NAMES:
-            known.append(BYTES if type_name == "bytes" else JSON)
-        return known[0] if known and JSON not in known else JSON
-
-    def class_of(self, type_name: str) -> type | None:
-        """Return the class of a type name; None if it is unknown.
-
-        It is also None if a serializer without ``cls`` is registered for the name and has not been used yet.
-        """
-        known = self._classes.get(type_name)
-        if known is None and type_name not in self._custom:
-            known = _builtin_class(type_name)
-        return known
-
-    def _message_class(self, type_name: str) -> type | None:
-        """Return the registered class that ``"$type"`` may name; None if there is none."""
-        known = self.class_of(type_name)
-        return known if _is_structured(known) else None
-
-    def _own_serializer(self, cls: type) -> MessageSerializer[Any]:
+    def _own_serializer(self, cls: type) -> _OwnSerializer | _ProtobufSerializer:
         serializer = self._own.get(cls)
         if serializer is None:
-            serializer = self._own[cls] = _own_serializer(cls, self._codecs)
+            serializer = _own_serializer(cls, self._codecs)
+            if self._redefined != self._codecs.redefined:
+                # Whatever was compiled for the former definition would keep it alive.
+                self._redefined = self._codecs.redefined
+                self._codecs.forget()
+                self._own.clear()
+                self._strict.clear()
+                self._clear()
+            self._own[cls] = serializer
         return serializer
 
-    def _among(self, classes: Iterable[type], type_name: str, content_type: str) -> MessageSerializer[Any] | None:
-        for cls in classes:
-            serializer = self._own_or_none(cls) if type_name_of(cls) == type_name else None
-            if serializer is not None and serializer.data_content_type == content_type:
-                return serializer
-        return None
-
-    def _own_or_none(self, cls: type) -> MessageSerializer[Any] | None:
+    def _own_or_none(self, cls: type) -> _OwnSerializer | _ProtobufSerializer | None:
         try:
             return self._own_serializer(cls)
         except CannotSerialize:
             return None
+
+    def _refresh(self) -> None:
+        """Forget what follows from the classes that this process knows."""
+        self._version = in_this_process.version
+        self._reading.clear()
+        self._replies.clear()
+
+    # -- sending -------------------------------------------------------------------------------------------------
+
+    def encode(self, message: Any) -> Encoded:
+        """Return ``message`` ready to be sent; raises ``CannotSerialize`` if it cannot be written exactly."""
+        serializer = self._sending.get(type(message)) or self._sender(type(message))
+        return Encoded(
+            serializer.type_name, serializer.data_content_type, serializer.serialize(message), serializer.class_name
+        )
+
+    def _sender(self, cls: type) -> _Serializer:
+        name = type_name_of(cls)
+        custom = next((one for one in reversed(self._custom) if one.cls is not None and one.is_of(cls)), None)
+        if custom is None:
+            custom = next((one for one in reversed(self._custom) if one.cls is None and one.type_name == name), None)
+        if custom is None:
+            serializer: _Serializer = self._own_serializer(cls)
+        else:
+            serializer = custom
+            self._learn(custom, cls)
+        self._sending[cls] = serializer
+        return serializer
+
+    # -- receiving -----------------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        type_name: str,
+        content_type: str,
+        payload: bytes,
+        class_name: str | None = None,
+        handled: NamedClasses = NO_CLASSES,
+    ) -> Any:
+        """Return the message in ``payload``, or an ``UnknownPayload`` if no serializer is registered for its class.
+
+        ``handled`` are the classes that its agent handles. The class is, among these and the registered ones, the one
+        with the full name ``class_name``. If this is None, or the name of a class that this process does not know, it
+        is the one that the agent handles under ``type_name``, or else the one registered under it; of several, the one
+        that can read the payload and knows all its fields. ``type_name`` may also be a full name. Raises
+        ``CannotDecode``.
+        """
+        if self._version != in_this_process.version:
+            self._refresh()
+        key = handled, type_name, content_type, class_name
+        serializer = self._reading.get(key)
+        if serializer is None:
+            serializer = self._reader(payload, *key)
+            if serializer is None:
+                return UnknownPayload(type_name, content_type, payload)
+        return self._read(serializer, payload)
+
+    def _reader(
+        self, payload: bytes, handled: NamedClasses, type_name: str, content_type: str, class_name: str | None
+    ) -> _Serializer | None:
+        readers = self._serializers(type_name, content_type, self._registered(type_name))
+        own = self._serializers(type_name, content_type, handled.named(type_name))
+        readers.update(own)  # where the agent handles a former definition, that is the one
+        if not readers and (cls := self._of_full_name(type_name, handled)) is not None:
+            return self._reader(payload, handled, type_name_of(cls), content_type, full_name(cls))
+        serializer = readers.get(class_name) or readers.get(None)
+        if serializer is None:
+            if class_name is not None and in_this_process.find(type_name, class_name) is not None:
+                return None  # another class than those
+            serializer = self._only(own or readers, payload, "its attribute messageclass, or in the header Natsrt-Type")
+            if serializer is None or len(own or readers) > 1:
+                return serializer
+        _remember(self._reading, (handled, type_name, content_type, class_name), serializer)
+        return serializer
+
+    def _registered(self, type_name: str) -> list[Any]:
+        """The classes under this type name that can be received: the registered ones, or AutoGen's of this name."""
+        classes = self._finder.registered.named(type_name)
+        if not classes and (cls := builtin_class(type_name)) is not None:
+            classes.append(cls)
+        return classes
+
+    def _of_full_name(self, class_name: str, handled: NamedClasses) -> Any:
+        """The class with this full name that is handled or registered here; None if there is none."""
+        return next((cls for cls in (*handled, *self._finder.registered) if full_name(cls) == class_name), None)
+
+    def _serializers(self, type_name: str, content_type: str, classes: Iterable[Any]) -> dict[str | None, _Serializer]:
+        """The serializers that read messages of this type name and content type as one of ``classes``, by full name.
+
+        If the user has a serializer whose class is not known yet, it is the only one, under None.
+        """
+        customs = [one for one in self._custom if (one.type_name, one.data_content_type) == (type_name, content_type)]
+        found: dict[str | None, _Serializer] = {}
+        for cls in classes:
+            custom = next((one for one in customs if one.is_of(cls)), None)
+            serializer = custom or (self._own_or_none(cls) if self._may_be_own(cls) else None)
+            if serializer is not None and serializer.data_content_type == content_type:
+                found[full_name(cls)] = serializer
+        unused = next((one for one in customs if one.cls is None), None)
+        return found if unused is None else {None: unused}
+
+    def _may_be_own(self, cls: Any) -> bool:
+        """False if only serializers of the user may read the class."""
+        return full_name(cls) in self._added or not any(one.is_of(cls) for one in self._custom)
+
+    def _only(self, readers: Mapping[str | None, _Serializer], payload: bytes, remedy: str) -> _Serializer | None:
+        """The one of several serializers that can read a payload and knows all its fields; None if there are none.
+
+        Raises ``CannotDecode`` if the payload does not decide. ``remedy`` is where its sender can name the class.
+        """
+        if len(readers) < 2:
+            return next(iter(readers.values()), None)
+        fitting = [one for one in readers.values() if self._fits(one, payload)]
+        if len(fitting) == 1:
+            return fitting[0]
+        names = " and ".join(sorted(str(name) for name in readers))
+        problem = f"fits {'several' if fitting else 'none'} of the classes with this name here, {names}"
+        type_name = next(iter(readers.values())).type_name
+        raise CannotDecode(
+            f"a message of type {type_name}", f"it {problem}; its sender must give the full name in {remedy}", payload
+        )
+
+    def _fits(self, serializer: _Serializer, payload: bytes) -> bool:
+        try:
+            if isinstance(serializer, _Guarded):
+                serializer.deserialize(payload)
+            else:
+                self._read_strictly(payload, serializer.cls)
+        except (CannotDecode, CannotSerialize, json_format.ParseError):
+            return False
+        return True
+
+    def decode_unregistered(self, payload: UnknownPayload, class_name: str | None = None) -> Any:
+        """Return the message in ``payload`` if this process knows its class without a serializer; else ``payload``.
+
+        Its class is the one with the full name ``class_name``. If this is None, or not known here, it is the only one
+        with this type name that runtimes of this process have sent or registered, or one that a handler known here
+        returns. Raises ``CannotDecode``.
+        """
+        type_name = payload.type_name
+        known = in_this_process.named(type_name)
+        produced = self._finder.produced.named(type_name)
+        exact = [cls for cls in (*known, *produced) if full_name(cls) == class_name]
+        for classes in (exact[:1], known, produced):
+            readers = self._serializers(type_name, payload.data_content_type, classes)
+            if len(readers) == 1:
+                return self._read(next(iter(readers.values())), payload.payload)
+        return payload
+
+    def _read(self, serializer: _Serializer, payload: bytes, scope: Scope | None = None) -> Any:
+        if isinstance(serializer, _OwnSerializer):
+            return serializer.deserialize(payload, scope)
+        message = serializer.deserialize(payload)
+        if isinstance(serializer, _Guarded) and serializer.cls is None:
+            self._learn(serializer, type(message))
+            self._clear()
+        return message
+
+    def is_known(self, type_name: str, class_name: str | None = None, handled: NamedClasses = NO_CLASSES) -> bool:
+        """True if messages of this class can be read in at least one content type.
+
+        That is so if the class with the full name ``class_name`` is registered, or if the agent whose classes are
+        ``handled`` handles one of this type name. If ``class_name`` is None, any registered class of this type name
+        counts. ``type_name`` may also be a full name.
+        """
+        if type_name in BUILTIN_NAMES or any(one.type_name == type_name and one.cls is None for one in self._custom):
+            return True
+        for classes, wanted in ((handled, None), (self._finder.registered, class_name)):
+            named = classes.named(type_name)
+            if any(self._is_readable(cls) and wanted in (None, full_name(cls)) for cls in named):
+                return True
+        cls = self._of_full_name(type_name, handled)
+        return cls is not None and self._is_readable(cls)
+
+    def _is_readable(self, cls: Any) -> bool:
+        return any(one.is_of(cls) for one in self._custom) or self._own_or_none(cls) is not None
+
+    def content_type_of(self, type_name: str) -> str:
+        """Return the content type to assume for a body of which only the type name is known.
+
+        This is JSON if JSON can be read or the type is unknown, else the first registered content type. ``type_name``
+        may also be a full name.
+        """
+        classes = self._registered(type_name)
+        if not classes and (cls := self._of_full_name(type_name, NO_CLASSES)) is not None:
+            classes, type_name = [cls], type_name_of(cls)
+        known = [one.data_content_type for one in self._custom if one.type_name == type_name]
+        own = (self._own_or_none(cls) for cls in classes if self._may_be_own(cls))
+        known += [one.data_content_type for one in own if one is not None]
+        return known[0] if known and JSON not in known else JSON
+
+    def class_of(self, type_name: str) -> type | None:
+        """Return the class of a type name, the last one registered; None if it is unknown.
+
+        It is also None if a serializer without ``cls`` is registered for the name and has not been used yet.
+        """
+        if any(one.type_name == type_name and one.cls is None for one in self._custom):
+            return None
+        classes = self._registered(type_name)
+        return classes[-1] if classes else None
 
     def reply(
         self,
         type_name: str,
         content_type: str,
         payload: bytes,
-        produced: Callable[[], Iterable[type]],
+        class_name: str | None,
         sent: type | None,
         wanted: type | None = None,
     ) -> Any:
-        """Return the reply in ``payload``, or an ``UnknownPayload`` if its type is unknown; raises ``CannotDecode``.
+        """Return the reply in ``payload``, or an ``UnknownPayload`` if its class is unknown; raises ``CannotDecode``.
 
-        The class of the reply must be registered, or be ``wanted``, or be one of ``produced()`` (the return types of
-        the handlers known here), or be a message class of that name in the module of ``sent``, which is the class of
-        the message that the reply answers. Nothing is imported.
+        ``class_name`` is the full name of its class, None if the reply does not say it. ``sent`` is the class of the
+        message that it answers, and ``wanted`` the class that the caller has asked for. `natsrt.wire.class_finder` says
+        where the class is sought. Of several that one step knows, it is the one that can read the payload and knows all
+        its fields.
         """
-        key = (type_name, content_type, sent, wanted)
-        serializer = self._replies.get(key)
-        if serializer is None:
-            serializer = self.lookup(type_name, content_type)
-            if serializer is None:
-                classes = (*(() if wanted is None else (wanted,)), *produced(), *_neighbours(sent, type_name))
-                serializer = self._among(classes, type_name, content_type)
-            if serializer is None:
+        if self._version != in_this_process.version:
+            self._refresh()
+        key = (type_name, content_type, class_name, sent, wanted)
+        found = self._replies.get(key)
+        if found is None:
+            found = self._reply_reader(payload, *key)
+            if found is None:
                 return UnknownPayload(type_name, content_type, payload)
-            self._replies[key] = serializer
-        return self._read(serializer, payload)
+        return self._read(found[0], payload, found[1])
+
+    def _reply_reader(
+        self,
+        payload: bytes,
+        type_name: str,
+        content_type: str,
+        class_name: str | None,
+        sent: type | None,
+        wanted: type | None,
+    ) -> tuple[_Serializer, Scope] | None:
+        if wanted is not None and is_plain(wanted):
+            self._own_or_none(wanted)  # what it contains is known then
+        steps = [
+            self._serializers(type_name, content_type, [cls for cls in classes if cls in PLAIN or not is_plain(cls)])
+            for classes in self._finder.steps(type_name, Scope(sent=sent, wanted=wanted))
+        ]
+        readers = next((found for found in steps if class_name in found), None)
+        if readers is not None:
+            serializer: _Serializer | None = readers[class_name]
+        else:
+            readers = next((found for found in steps if found), {})
+            serializer = self._only(readers, payload, "the attribute messageclass")
+        if serializer is None:
+            return None
+        own = serializer.scope.own if isinstance(serializer, _OwnSerializer) else None
+        found = serializer, Scope(own, sent, wanted)
+        if len(readers) == 1 or class_name in readers:
+            _remember(self._replies, (type_name, content_type, class_name, sent, wanted), found)
+        return found
 
     def infer(self, payload: bytes, candidates: Sequence[Any]) -> Any:
         """Return the message in a plain body without a type; raises ``CannotDecode``, which names the candidates.
@@ -421,7 +547,7 @@ class Serialization:
             tree = orjson.loads(payload)
         except orjson.JSONDecodeError:
             return self._infer_text(payload, candidates)
-        for tier in (_is_message_class, _is_plain_json, lambda cls: cls is float):
+        for tier in (is_message_class, _is_plain_json, lambda cls: cls is float):
             fitting = self._fitting(payload, [cls for cls in candidates if tier(cls)])
             if len(fitting) > 1:
                 raise _undecided("fits several message types", [cls for cls, _ in fitting], payload)
@@ -453,21 +579,34 @@ class Serialization:
         return fitting
 
     def _read_strictly(self, payload: bytes, cls: Any) -> Any:
-        if _is_protobuf(cls):
+        if is_protobuf(cls):
             return json_format.Parse(payload, cls())
         serializer = self._strict.get(cls)
         if serializer is None:
-            serializer = self._strict[cls] = _own_serializer(cls, self._strict_codecs)
+            serializer = self._strict[cls] = _own_serializer(cls, self._codecs.strictly)
         return serializer.deserialize(payload)
 
 
 class _Guarded:
     """A serializer registered by the user. It raises natsrt's public errors."""
 
+    cls: type | None = None
+    """Its class; None if that is not known yet."""
+    class_name: str | None = None
+    """The full name of its class."""
+
     def __init__(self, serializer: MessageSerializer[Any]) -> None:
         self.type_name = serializer.type_name
         self.data_content_type = serializer.data_content_type
         self._serializer = serializer
+
+    def is_of(self, cls: Any) -> bool:
+        return self.class_name is not None and self.class_name == full_name(cls)
+
+    def gives_way_to(self, other: _Guarded) -> bool:
+        """True if ``other`` is for the same messages."""
+        same_form = (self.type_name, self.data_content_type) == (other.type_name, other.data_content_type)
+        return same_form and (None in (self.cls, other.cls) or self.class_name == other.class_name)
 
     def serialize(self, message: Any) -> bytes:
         try:
@@ -487,26 +626,26 @@ class _Guarded:
             raise CannotDecode(what, f"its serializer raised {type(error).__name__}", payload) from error
 
 
-def _is_message_class(cls: Any) -> bool:
-    return _is_structured(cls) or _is_protobuf(cls)
+_Serializer = _OwnSerializer | _ProtobufSerializer | _Guarded
 
 
 def _is_plain_json(cls: Any) -> bool:
-    cls = typing.get_origin(cls) or cls
-    return cls in _PLAIN and cls not in (bytes, float)
-
-
-def _neighbours(sent: type | None, type_name: str) -> Iterable[type]:
-    """The message class named ``type_name`` in the module that defines ``sent``, if it has been imported."""
-    module = sys.modules.get(sent.__module__) if sent is not None else None
-    found = vars(module).get(type_name.rpartition(".")[2]) if module is not None else None
-    return [found] if isinstance(found, type) and _is_message_class(found) else []
+    return is_plain(cls) and (typing.get_origin(cls) or cls) not in (bytes, float)
 
 
 def _undecided(problem: str, classes: Iterable[Any], payload: bytes) -> CannotDecode:
-    names = ", ".join(sorted(type_name_of(cls) for cls in classes)) or "none"
-    return CannotDecode("a plain body", f"it {problem} ({names}); set the header Natsrt-Type", payload)
+    classes = list(classes)
+    plain = [type_name_of(cls) for cls in classes]
+    names = [name if plain.count(name) == 1 else full_name(cls) for name, cls in zip(plain, classes, strict=True)]
+    listed = ", ".join(sorted(names)) or "none"
+    return CannotDecode("a plain body", f"it {problem} ({listed}); set the header Natsrt-Type", payload)
 
 
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known[key] = value

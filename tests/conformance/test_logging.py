@@ -290,12 +290,21 @@ async def test_the_bytes_of_what_cannot_be_decoded_stay_with_the_error_where_it_
     class Answerer(RoutedAgent):
         @message_handler
         async def on_number(self, message: Number, ctx: MessageContext) -> Any:
-            @dataclass
-            class Nowhere:
-                content: str
+            return Nowhere()
 
-            return Nowhere(SECRET)
+    class Nowhere:
+        """Only its serializer can read and write it, and the caller does not have it."""
 
+    class Writer:
+        cls, type_name, data_content_type = Nowhere, "Nowhere", "application/json"
+
+        def serialize(self, message: Nowhere) -> bytes:
+            return json.dumps(SECRET).encode()
+
+        def deserialize(self, payload: bytes) -> Nowhere:
+            return Nowhere()
+
+    world.host.add_message_serializer(Writer())
     await Answerer.register(world.host, "answerer", lambda: Answerer("answers"))
     with pytest.raises(CannotDecode) as raised:
         await world.caller.send_message(Number(1), AgentId("answerer", "k"))

@@ -181,29 +181,6 @@ def _message_class(name: str, **fields: type) -> type:
     return dataclass(type(name, (), {"__annotations__": fields}))
 
 
-@natsrt_only
-async def test_two_classes_with_one_type_name_are_an_error_when_the_second_is_registered(world: World) -> None:
-    first, second = _message_class("Same", a=int), _message_class("Same", b=str)
-    await natsrt.register(world.host, _agent_for(first), "first", lambda: _agent_for(first)("a"))
-    with pytest.raises(ValueError, match="two classes have the message type name 'Same'"):
-        await natsrt.register(world.host, _agent_for(second), "second", lambda: _agent_for(second)("a"))
-    with pytest.raises(UnknownAgentType):
-        await world.caller.send_message(Text("a"), AgentId("second", "k"))
-    await Recorder.register(world.host, "second", lambda: Recorder([]))
-    assert await world.caller.send_message(Text("a"), AgentId("second", "k")) == Text("k got a")
-
-
-@natsrt_only
-async def test_a_registration_that_fails_claims_no_type_name(world: World) -> None:
-    taken, clash = _message_class("Taken", a=int), _message_class("Taken", b=str)
-    fresh, later = _message_class("Fresh", a=int), _message_class("Fresh", b=str)
-    await natsrt.register(world.host, _agent_for(taken), "first", lambda: _agent_for(taken)("a"))
-    for agent in (_agent_for(fresh, clash), _agent_for(clash, fresh)):
-        with pytest.raises(ValueError, match="Taken"):
-            await natsrt.register(world.host, agent, "second", partial(agent, "a"))
-    await natsrt.register(world.host, _agent_for(later), "second", lambda: _agent_for(later)("a"))
-
-
 class NoMessage:
     pass
 

@@ -222,16 +222,17 @@ def class_of(module: str, name: str) -> type:
 
 
 def test_a_class_is_known_in_the_whole_process_while_only_one_has_its_name() -> None:
-    first, receiver = class_of("first", "Twin"), Serialization()
+    first, receiver = class_of("first", "Sibling"), Serialization()
     unknown = receiver.decode(*Serialization().encode(first(1)))
-    assert receiver.decode_unregistered(unknown, ()) == first(1)
-    second, other = class_of("second", "Twin"), Serialization()
+    assert receiver.decode_unregistered(unknown) == first(1)
+    second, other = class_of("second", "Sibling"), Serialization()
     other.add_class(second)
-    assert receiver.decode_unregistered(unknown, ()) is unknown
-    assert receiver.decode_unregistered(unknown, [second]) == second(1)
+    assert receiver.decode_unregistered(unknown) is unknown
+    assert receiver.decode_unregistered(unknown, "second.Sibling") == second(1)
+    assert receiver.decode_unregistered(unknown, "first.Sibling") == first(1)
     del second, other, receiver
     gc.collect()
-    assert Serialization().decode_unregistered(unknown, ()) == first(1)
+    assert Serialization().decode_unregistered(unknown) == first(1)
 
 
 def test_a_class_that_is_defined_again_takes_the_place_of_the_former_one() -> None:
@@ -239,7 +240,7 @@ def test_a_class_that_is_defined_again_takes_the_place_of_the_former_one() -> No
     unknown = receiver.decode(*Serialization().encode(former(1)))
     again = class_of("notebook", "Cell")
     Serialization().encode(again(1))
-    assert receiver.decode_unregistered(unknown, ()) == again(1)
+    assert receiver.decode_unregistered(unknown) == again(1)
 
 
 def test_the_first_line_about_a_subject_is_a_warning() -> None:
