@@ -15,6 +15,7 @@ from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes
+from natsrt.wire.message_classes import full_name
 from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization
 
 
@@ -111,12 +112,21 @@ class Replies:
 
         The type may also be the full name of a class. The result is an ``UnknownPayload`` if the type is unknown.
         """
+        result = self._of_name(type_name, None, payload, sent, reply_type)
+        if isinstance(result, UnknownPayload):
+            found = self._of_name(type_name.rpartition(".")[2], type_name, payload, sent, reply_type)
+            if full_name(type(found)) == type_name:
+                return found
+        return result
+
+    def _of_name(
+        self, name: str, class_name: str | None, payload: bytes, sent: type[Any], reply_type: type[Any] | None
+    ) -> Any:
         result: Any = None
-        for name, class_name in ((type_name, None), (type_name.rpartition(".")[2], type_name)):
-            for content_type in dict.fromkeys((self._serialization.content_type_of(name), JSON, PROTOBUF, BYTES)):
-                result = self._serialization.reply(name, content_type, payload, class_name, sent, reply_type)
-                if not isinstance(result, UnknownPayload):
-                    return result
+        for content_type in dict.fromkeys((self._serialization.content_type_of(name), JSON, PROTOBUF, BYTES)):
+            result = self._serialization.reply(name, content_type, payload, class_name, sent, reply_type)
+            if not isinstance(result, UnknownPayload):
+                break
         return result
 
 
