@@ -178,7 +178,6 @@ class Incoming:
             catalog=catalog,
             declarations=program.declarations,
             registry=registry,
-            readiness=network.readiness,
             intake=self.intake,
             replies=ReplySettlement(
                 connection=connection,
