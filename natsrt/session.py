@@ -206,9 +206,9 @@ class Session:
             return (f"It is draining: it accepts no new messages, and finishes {running} handlers.",)
         starting = () if self.network.readiness.started else ("Its start is not complete.",)
         if not self.connection.connected:
-            said = f" The server says {self.connection.server_error!r}." if self.connection.refused else ""
             servers = ", ".join(self._options.safe_servers)
-            return (*starting, f"It is not connected to {servers}; it keeps trying.{said}")
+            told = f"It is not connected to {servers}; it keeps trying. {self.connection.why_refused}"
+            return (*starting, told.rstrip())
         if refusals := self.connection.refusals:
             more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
             said = f"The server refuses a subscription to {refusals[0].subject!r}{more}"

@@ -39,6 +39,7 @@ from natsrt.transport.connector import Connector, abandon, close_quietly
 from natsrt.transport.interests import Interest, Interests, Refusal, ServerLog
 from natsrt.transport.refusals import ServerError
 from natsrt.transport.stall_watch import StallWatch
+from natsrt.transport.tls import TlsFailure
 
 __all__ = ["HEADER_OVERHEAD", "Connection", "Interest", "Listener", "Refusal"]
 
@@ -169,8 +170,18 @@ class Connection:
 
     @property
     def refused(self) -> bool:
-        """True if the server was reached, and does not accept the connection."""
+        """True if the server was reached, and does not accept the connection, or TLS fails."""
         return not self.connected and self._connector.refusal is not None
+
+    @property
+    def why_refused(self) -> str:
+        """Why the server does not accept the connection, as a sentence; empty unless `refused`."""
+        refusal = self._connector.refusal
+        if self.connected or refusal is None:
+            return ""
+        return (
+            f"TLS fails: {refusal.text}." if isinstance(refusal, TlsFailure) else f"The server says {refusal.text!r}."
+        )
 
     def check(self) -> None:
         """Raise the error of a subscription that the server refuses, if there is one that is not optional."""
@@ -197,8 +208,8 @@ class Connection:
     async def open(self) -> None:
         """Connect.
 
-        Raises `ServerUnreachable` after ``connect_timeout`` seconds, and `PermissionDenied` if the server refuses the
-        credentials.
+        Raises `ServerUnreachable` after ``connect_timeout`` seconds. Raises `PermissionDenied` at once if the server
+        refuses the credentials, and `TlsFailed` if TLS fails.
         """
         self._closing = False
         self._connector.reset()
@@ -271,9 +282,12 @@ class Connection:
 
     async def client_error(self, error: Exception) -> None:
         """Log an error of a client, and report what the server refused. Part of `ClientOwner`."""
-        self._connector.note_error(error)
+        error = self._connector.note_error(error)
         if isinstance(error, ServerError):
             self._server_said(error)
+        elif isinstance(error, TlsFailure):
+            if self._supervisor is not None:  # before that, `open` raises it
+                self._server_log.log(error, f"no TLS connection to {self.server}: {error.text}")
         elif self._up.is_set():
             logger.warning("connection to %s: %s", self.server, self._connector.last_error)
         else:
