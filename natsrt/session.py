@@ -219,6 +219,7 @@ class Session:
         """Return the health of a started runtime."""
         obstacles, counters = self._obstacles(), self.counters
         connection, registry, intake = self.connection, self.registry, self.intake
+        waiting = self.incoming.places.waiting
         return Health(
             live=True,
             ready=not obstacles,
@@ -235,8 +236,8 @@ class Session:
             agents={hosted.agent_type: len(hosted.live) for hosted in self._program.catalog},
             messages_handled=counters.messages_handled,
             messages_failed=counters.messages_failed,
-            handlers_running=self.dispatch.running,
-            messages_queued=intake.queued,
+            handlers_running=self.dispatch.running - waiting,
+            messages_queued=intake.queued + waiting,
             pending_bytes=intake.pending_bytes,
             max_pending_bytes=self._options.max_pending_bytes,
             dropped_events=counters.dropped_events,
