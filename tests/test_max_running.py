@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -10,6 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import nats
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubscription, event, rpc
 
@@ -189,6 +191,26 @@ async def test_a_call_that_nobody_waits_for_leaves_the_queue(make: Make, name: s
         second.cancel()
     with pytest.raises((asyncio.CancelledError, natsrt.CallTimeout)):
         await second
+    await eventually(lambda: worker.health().messages_queued == 0)
+    life.free.set()
+    assert await first == "first"
+    assert life.started == ["first"]
+
+
+async def test_a_call_of_a_caller_that_is_gone_leaves_the_queue_at_its_deadline(
+    make: Make, server: EmbeddedServer, namespace: str
+) -> None:
+    life = Life()
+    worker = await make(life, {"a": 1})
+    caller = await make()
+    first = asyncio.ensure_future(caller.send_message(Ask("first"), AgentId("a", "k")))
+    await eventually(lambda: life.running["a"] == 1)
+    call = {"specversion": "1.0", "type": "natsrt.call", "id": "1", "source": "/", "subject": "k", "messagetype": "Ask"}
+    body = json.dumps({**call, "timeout": "300", "data": {"text": "second"}}).encode()
+    client = await nats.connect(server.url)
+    await client.publish(f"{namespace}.agent.a", body, reply=client.new_inbox())
+    await client.close()
+    await eventually(lambda: worker.running.counters.taken_in == 2)
     await eventually(lambda: worker.health().messages_queued == 0)
     life.free.set()
     assert await first == "first"
