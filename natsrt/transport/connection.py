@@ -99,7 +99,7 @@ class Connection:
         """The client and its JetStream context, which is made once per client."""
         self._interests = Interests()
         self._listeners: list[Listener] = []
-        self._denied: list[Callable[[Refusal], None]] = []
+        self._denied: list[Callable[[Refusal], bool | None]] = []
         self._server_log = ServerLog()
         self._up = asyncio.Event()
         self._waiting: set[asyncio.Future[None]] = set()
@@ -196,8 +196,10 @@ class Connection:
         """
         return self._connector.unreachable(seconds, reason)
 
-    def on_denied(self, callback: Callable[[Refusal], None]) -> None:
+    def on_denied(self, callback: Callable[[Refusal], bool | None]) -> None:
         """Call ``callback`` for every publish or subscribe that the server refuses.
+
+        It returns True if it has the error raised. Then the error is not logged too.
 
         `publish` and `subscribe` cannot raise this error, because it arrives later and contains only the subject.
         """
@@ -299,12 +301,12 @@ class Connection:
             self._payload_limit = min(self._payload_limit or self._client.largest, self._client.largest)
         if (violation := error.violation) is not None:
             denied = PermissionDenied(violation.operation, violation.subject)
-            self._server_log.log(error, str(denied))
             if denied.operation == "subscribe to":
                 place = violation.subject, violation.queue
                 refused = [interest for interest in self._interests if (interest.subject, interest.queue) == place]
                 self._interests.refuse(refused, lambda _: denied)
-            self._tell_denied(denied)
+            if not self._tell_denied(denied):
+                self._server_log.log(error, str(denied))
         else:
             self._server_log.log(error, f"the server {self.server} says: {error.text}")
 
@@ -317,9 +319,12 @@ class Connection:
             for subject in subjects.values():
                 self._tell_denied(SubscriptionRefused(subject, reason))
 
-    def _tell_denied(self, denied: Refusal) -> None:
+    def _tell_denied(self, denied: Refusal) -> bool:
+        """Returns True if somebody raises the error."""
+        raised = False
         for callback in self._denied:
-            callback(denied)
+            raised |= callback(denied) is True
+        return raised
 
     def unreadable(self, error: CannotDecode) -> None:
         """Count and log a message that could not be read. Part of `ClientOwner`."""

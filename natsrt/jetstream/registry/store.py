@@ -86,8 +86,8 @@ class RegistryStore:
                 raise
             # Only who has found no bucket publishes there.
             problem = (
-                "there is none, because no worker has started yet, and this user may not create it "
-                f"(publish to {denied.subject!r}). Start a worker first"
+                "there is none, because no worker has started yet, and this user may not create it. Start a worker "
+                "first, as a user with a worker's permissions (docs/permissions.md)"
             )
             raise RegistryUnavailable("open", problem) from denied
 
