@@ -20,6 +20,7 @@ from natsrt.hosting.intake import Intake
 from natsrt.hosting.invocation import Invoker
 from natsrt.hosting.keyed_messages import KeyedMessages
 from natsrt.hosting.peer_answers import PeerAnswers
+from natsrt.hosting.places import Places
 from natsrt.hosting.reader import Reader
 from natsrt.hosting.settlements import EventSettlement, ReplySettlement
 from natsrt.hosting.subscriptions import Subscriptions
@@ -172,13 +173,13 @@ class Incoming:
         answers = Answers(network.bodies, program.serialization, program.error_types, options, worker_id)
         self.events = EventSettlement(event_errors, counters)
         self.intake = Intake(connection, options, counters)
+        self.places = Places(options.max_running)
         self.subscriptions = Subscriptions(
             connection=connection,
             subjects=subjects,
             catalog=catalog,
             declarations=program.declarations,
             registry=registry,
-            readiness=network.readiness,
             intake=self.intake,
             replies=ReplySettlement(
                 connection=connection,
@@ -274,6 +275,7 @@ class Incoming:
             answers=answers,
             counters=counters,
             telemetry=telemetry,
+            places=self.places,
         )
         keyed = KeyedMessages(
             worker_id=worker_id,

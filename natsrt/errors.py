@@ -6,7 +6,8 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
     NatsrtError
     ├── ConfigurationError          ValueError              a setting is wrong
     ├── ServerUnreachable           UndeliverableException, ConnectionError
-    │   └── ServerRefused                                   a server answered, and does not accept the connection
+    │   ├── ServerRefused                                   a server answered, and does not accept the connection
+    │   └── TlsFailed                                       no secure connection to the server can be made
     ├── PermissionDenied            UndeliverableException, PermissionError
     ├── SubscriptionRefused         ConnectionError         the server's limit of subscriptions is reached
     ├── JetStreamRequired           RuntimeError            the server runs without JetStream
@@ -64,6 +65,7 @@ __all__ = [
     "StateUnavailable",
     "SubscriptionNotServed",
     "SubscriptionRefused",
+    "TlsFailed",
     "UndeliveredCall",
     "UnhandledMessage",
     "UnknownAgent",
@@ -73,6 +75,8 @@ __all__ = [
     "WorkerLost",
     "WorkerStopped",
 ]
+
+_PERMISSIONS = "docs/permissions.md lists what natsrt needs"
 
 
 class NatsrtError(Exception):
@@ -123,6 +127,16 @@ class ServerRefused(ServerUnreachable):
         )
 
 
+class TlsFailed(ServerUnreachable):
+    """A server answered, but no secure connection to it can be made. ``reason`` says why, and what would be right."""
+
+    reason: str
+
+    def __init__(self, servers: Sequence[str], seconds: float, reason: str) -> None:
+        super().__init__(servers, seconds, reason)
+        self.args = (f"no TLS connection to {', '.join(self.servers)}: {reason}",)
+
+
 class PermissionDenied(NatsrtError, UndeliverableException, PermissionError):
     """The server refused the credentials, or does not allow this user the ``operation`` on ``subject``.
 
@@ -137,9 +151,8 @@ class PermissionDenied(NatsrtError, UndeliverableException, PermissionError):
         self.reason = reason
         said = f": it says {reason!r}" if reason else ""
         what = subject if operation == "connect" else repr(subject)
-        super().__init__(
-            f"the server does not let this user {operation} {what}{said}; docs/permissions.md lists what natsrt needs"
-        )
+        page = "docs/configuration.md says how to give credentials" if operation == "connect" else _PERMISSIONS
+        super().__init__(f"the server does not let this user {operation} {what}{said}; {page}")
 
 
 class SubscriptionRefused(NatsrtError, ConnectionError):

@@ -30,6 +30,7 @@ async def register(
     *,
     skip_class_subscriptions: bool = False,
     skip_direct_message_subscription: bool = False,
+    max_running: int | None = None,
 ) -> AgentType:
     """Register an agent class: its factory, its subscriptions, and one for direct messages, as ``cls.register`` does.
 
@@ -44,13 +45,16 @@ async def register(
         skip_class_subscriptions: True to omit the subscriptions that are declared by decorators of the class.
         skip_direct_message_subscription: True to omit the subscription to topics whose type begins with the type's name
             and a colon, which AutoGen uses for direct messages.
+        max_running: Number of handlers of the type that may run at once in this runtime; further messages wait, in
+            order. None: only the setting ``max_running`` limits them.
 
     Returns:
         The agent type.
 
     Raises:
         CannotSerialize: natsrt cannot serialize a handler's message type.
-        ValueError: The type already exists in this runtime, or a subscription has a prefix that no topic can have.
+        ValueError: The type already exists in this runtime, a subscription has a prefix that no topic can have, or
+            ``max_running`` is not a whole number of at least 1.
     """
     for message_type in message_types_of(cls).handled:
         if message_type is not object:
@@ -62,7 +66,7 @@ async def register(
         subscriptions.append(TypePrefixSubscription(f"{agent_type.type}:", agent_type.type))
     for subscription in subscriptions:
         Rule.of(subscription)  # raises before anything is registered
-    await runtime.register_factory(agent_type, factory, expected_class=cls)
+    await runtime.register_factory(agent_type, factory, expected_class=cls, max_running=max_running)
     added: list[Subscription] = []
     try:
         for subscription in subscriptions:

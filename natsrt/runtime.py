@@ -185,6 +185,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         *,
         expected_class: type[T] | None = None,
         keyed: bool | KeyedOptions | None = None,
+        max_running: int | None = None,
     ) -> AgentType:
         """Host an agent type in this runtime. If other workers host it too, its calls are distributed among them.
 
@@ -196,10 +197,12 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             keyed: True or `KeyedOptions` if each id of the type has one live instance across all workers. False: the
                 type is not keyed. None: the setting ``keyed`` for the type, else the `natsrt.keyed` decorator of the
                 class.
+            max_running: Number of handlers of the type that may run at once in this runtime; further messages wait, in
+                order. None: only the setting ``max_running`` limits them. See docs/configuration.md.
 
         Raises:
-            ValueError: The type already exists in this runtime, or with registered instances on any worker, or it is
-                keyed here and not on another worker or the reverse.
+            ValueError: The type already exists in this runtime, or with registered instances on any worker; it is keyed
+                here and not on another worker or the reverse; or ``max_running`` is not a whole number of at least 1.
             RegistryUnavailable: The registry could not be written. The registration was undone.
         """
         agent_type = type if isinstance(type, AgentType) else AgentType(type)
@@ -209,7 +212,12 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         if session is not None:
             await session.membership.refuse_type(agent_type.type, keyed=options is not None)
         hosted = self._catalog.add_factory(
-            agent_type.type, agent_factory, expected_class, options, decided=said is not None
+            agent_type.type,
+            agent_factory,
+            expected_class,
+            options,
+            decided=said is not None,
+            max_running=max_running,
         )
         if session is not None:
             try:

@@ -206,9 +206,9 @@ class Session:
             return (f"It is draining: it accepts no new messages, and finishes {running} handlers.",)
         starting = () if self.network.readiness.started else ("Its start is not complete.",)
         if not self.connection.connected:
-            said = f" The server says {self.connection.server_error!r}." if self.connection.refused else ""
             servers = ", ".join(self._options.safe_servers)
-            return (*starting, f"It is not connected to {servers}; it keeps trying.{said}")
+            told = f"It is not connected to {servers}; it keeps trying. {self.connection.why_refused}"
+            return (*starting, told.rstrip())
         if refusals := self.connection.refusals:
             more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
             said = f"The server refuses a subscription to {refusals[0].subject!r}{more}"
@@ -219,6 +219,7 @@ class Session:
         """Return the health of a started runtime."""
         obstacles, counters = self._obstacles(), self.counters
         connection, registry, intake = self.connection, self.registry, self.intake
+        waiting = self.incoming.places.waiting
         return Health(
             live=True,
             ready=not obstacles,
@@ -235,8 +236,8 @@ class Session:
             agents={hosted.agent_type: len(hosted.live) for hosted in self._program.catalog},
             messages_handled=counters.messages_handled,
             messages_failed=counters.messages_failed,
-            handlers_running=self.dispatch.running,
-            messages_queued=intake.queued,
+            handlers_running=self.dispatch.running - waiting,
+            messages_queued=intake.queued + waiting,
             pending_bytes=intake.pending_bytes,
             max_pending_bytes=self._options.max_pending_bytes,
             dropped_events=counters.dropped_events,

@@ -17,6 +17,7 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePref
 from autogen_core import event as event_handler
 from nats.aio.client import Client
 
+import natsrt
 from natsrt import AgentNotServed, NatsAgentRuntime, PermissionDenied, register
 from natsrt.embedded import EmbeddedServer
 from tests.support.processes import REPOSITORY, eventually
@@ -438,3 +439,53 @@ def test_the_example_in_nats_conf_is_the_documented_one() -> None:
         return [line.strip() for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
 
     assert lines(documented(REPOSITORY / "nats.conf")) == lines(documented(REPOSITORY / "docs" / "permissions.md"))
+
+
+@pytest.mark.parametrize("agent_type", ["Admin", "aDMIN_2"])
+async def test_a_refusal_names_the_subject_in_its_true_case(
+    build: Builder, agent_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def without(block: str) -> str:
+        allowed = '"agent.public", "topic.>", "natsrt.worker.>", "natsrt.cancel"'
+        return block.replace('"agent.>", "topic.>", "natsrt.worker.>", "natsrt.cancel"', allowed)
+
+    async with build("", without) as house:
+        worker = await house.worker()
+        await worker.register_factory(agent_type, lambda: Echo([]))
+        caller = await house.runtime("caller")
+        with pytest.raises(PermissionDenied) as denied:
+            await caller.send_message(Text("hi"), AgentId(agent_type, "k"))
+        assert denied.value.subject == f"agent.{agent_type}"
+        with pytest.raises(PermissionDenied) as denied:  # a subscription to it is not allowed either
+            await caller.register_factory("More", lambda: Echo([]))
+        assert denied.value.subject.startswith(("natsrt.worker.caller-", "$SRV."))
+        assert denied.value.subject in {line.split("'")[1] for line in refused(caplog)}
+
+
+async def test_a_caller_before_the_first_worker_is_told_that_none_has_started(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(natsrt.RegistryUnavailable, match="no worker has started yet") as early:
+        await house.runtime("caller")
+    assert "Start a worker first" in str(early.value)
+    assert "$JS.API" not in str(early.value) and refused(caplog) == []
+    await house.worker()
+    caller = await house.runtime("caller")
+    assert await caller.send_message(Text("hi"), AgentId("admin", "k")) == Text("hi")
+
+
+async def test_a_worker_that_may_not_make_the_registry_is_told_so_too(build: Builder, space: str) -> None:
+    async with build(space, lambda block: block.replace(', "$JS.API.INFO"', "")) as house:
+        with pytest.raises(natsrt.RegistryUnavailable, match="may not create it") as missing:
+            await house.worker()
+        assert isinstance(missing.value.__cause__, PermissionDenied)
+        assert missing.value.__cause__.subject == "$JS.API.INFO"
+
+
+async def test_a_user_that_may_not_even_look_for_the_registry_is_told_that(build: Builder, space: str) -> None:
+    def blind(block: str) -> str:
+        return re.sub(r"\$JS\.API\.STREAM\.INFO\.KV_(\w*natsrt_registry)", r"nothing.\1", block)
+
+    async with build(space, blind) as house:
+        with pytest.raises(PermissionDenied, match=r"publish to '\$JS.API.STREAM.INFO.KV_"):
+            await house.runtime("caller")

@@ -68,9 +68,10 @@ class Catalog:
         keyed: KeyedOptions | None = None,
         *,
         decided: bool = False,
+        max_running: int | None = None,
     ) -> HostedType:
         """Host a type whose agents ``factory`` creates. If ``keyed`` is None, the type is not keyed; if ``decided``,
-        not even if the factory creates agents of a keyed class.
+        not even if the factory creates agents of a keyed class. ``max_running`` limits its handlers; None: no limit.
 
         Raises ValueError, as AutoGen does, if the type is already hosted, or if the factory does not take 0 or 2
         arguments.
@@ -81,7 +82,15 @@ class Catalog:
         count = _required(factory)
         if count not in (0, 2):
             raise ValueError(f"Agent factory must take 0 or 2 arguments, not {count}.")
-        hosted = HostedType(agent_type, factory, expected_class, keyed, decided, takes_arguments=count == 2)
+        hosted = HostedType(
+            agent_type,
+            factory,
+            expected_class,
+            keyed,
+            decided,
+            takes_arguments=count == 2,
+            max_running=checked_limit(max_running),
+        )
         if expected_class is not None:
             self._register_message_types(hosted, expected_class)
         self._add(hosted)
@@ -222,6 +231,13 @@ class Catalog:
         for hosted in list(self._types.values()):
             for key, agent in list(hosted.live.items()):
                 yield AgentId(hosted.agent_type, key), agent
+
+
+def checked_limit(max_running: int | None) -> int | None:
+    """``max_running``, if it can be the limit of an agent type. Raises ValueError."""
+    if max_running is None or (type(max_running) is int and max_running >= 1):
+        return max_running
+    raise ValueError(f"max_running must be a whole number of at least 1, or None, not {max_running!r}")
 
 
 def _check_class(hosted: HostedType, agent: Agent) -> None:

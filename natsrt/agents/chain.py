@@ -32,6 +32,13 @@ A handler of a keyed agent makes calls with `as_call`, which adds the call.
 """
 
 
+class Caller(Protocol):
+    """Makes the calls of a handler, so that it is known which of them the handler awaits."""
+
+    async def call(self, work: Awaitable[T]) -> T:
+        """Await ``work``, which makes a call. Returns its result."""
+
+
 class Place(Protocol):
     """Where a handler runs: the mailbox of its agent. Handlers that it waits for may run above it."""
 
@@ -107,13 +114,13 @@ class Handler:
         return task is not None and self.task is not None and awaits(self.task, task)
 
 
-current_handler: ContextVar[Handler | None] = ContextVar("natsrt_handler", default=None)
-"""The handler of a keyed agent in which the current code runs, or which started the current task; None if there is
-none."""
+current_handler: ContextVar[Caller | None] = ContextVar("natsrt_handler", default=None)
+"""The handler in which the current code runs, or which started the current task, if it is the handler of a keyed agent
+or has a place (see `natsrt.hosting.places`); None otherwise."""
 
 
 def as_call(work: Awaitable[T]) -> Awaitable[T]:
-    """``work``, which makes one call and awaits it, as a call of the keyed agent's handler that makes it, if any."""
+    """``work``, which makes one call and awaits it, as a call of the `current_handler`, if there is one."""
     handler = current_handler.get()
     return work if handler is None else handler.call(work)
 

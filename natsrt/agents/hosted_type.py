@@ -43,6 +43,8 @@ class HostedType:
     """True if the argument or the setting ``keyed`` said whether the type is keyed. Its class does not matter then."""
     takes_arguments: bool = False
     """True if the factory takes the runtime and the agent's id as arguments."""
+    max_running: int | None = None
+    """Number of its handlers that may run at once on this worker; None: any number."""
     instance_class: type[Agent] | None = None
     """The class of the registered instances; None for a type with a factory."""
     live: dict[str, Agent] = field(default_factory=dict)

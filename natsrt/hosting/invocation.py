@@ -10,8 +10,10 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
+from collections.abc import Awaitable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -21,11 +23,13 @@ from autogen_core.logging import DeliveryStage, MessageKind
 from opentelemetry.context import Context
 
 from natsrt.agents.catalog import Catalog
+from natsrt.agents.chain import current_chain, current_handler
 from natsrt.agents.hosted_type import Gate
 from natsrt.agents.inbound import Answer, Inbound
 from natsrt.errors import UnhandledMessage
 from natsrt.hosting.answers import Answers
 from natsrt.hosting.intake import Intake
+from natsrt.hosting.places import Places
 from natsrt.hosting.reader import Delivery, Reader
 from natsrt.hosting.settlements import clip
 from natsrt.observe import events
@@ -65,7 +69,9 @@ class Invoker:
         answers: Answers,
         counters: Counters,
         telemetry: Telemetry | None,
+        places: Places,
     ) -> None:
+        self._places = places
         self._subjects = subjects
         self._catalog = catalog
         self._reader = reader
@@ -75,12 +81,17 @@ class Invoker:
         self._telemetry = telemetry
         self._first = FirstIsWarning()
 
-    async def handle(self, inbound: Inbound) -> Answer | None:
-        """Let an agent of this process handle a call or an event. Returns the answer; None if the sender wants none.
+    def handle(self, inbound: Inbound) -> Awaitable[Answer | None]:
+        """Let an agent of this process handle a call or an event. Await the answer; None if the sender wants none.
 
         Raises any exception of the handler, any error in creating the agent, decoding the message or writing the
         answer, and `SentBack` if the caller does not wait any more.
         """
+        if self._places.limits_all or inbound.route.hosted.max_running is not None:
+            return self._handle_in_place(inbound)
+        return self._handle(inbound)
+
+    async def _handle(self, inbound: Inbound) -> Answer | None:
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
         response = await self._invoke(agent, delivery, inbound)
         if not inbound.settlement.wants_answer:
@@ -89,6 +100,34 @@ class Invoker:
         return self._answers.reply(
             response, inbound.body, inbound.route.hosted.agent_type, inbound.key, delivery.context.sender
         )
+
+    async def _handle_in_place(self, inbound: Inbound) -> Answer | None:
+        """Do what `handle` does when the handler may start: see `natsrt.hosting.places`.
+
+        A call that nobody waits for any more waits no longer.
+        """
+        hosted, call, loop = inbound.route.hosted, inbound.call, asyncio.get_running_loop()
+        place = self._places.place(hosted, inbound.chain if call is not None else ())
+        expiry: asyncio.TimerHandle | None = None
+        if call is not None:
+            call.on_abandoned = lambda: place.refuse(inbound.unwanted())
+            if call.wanted_until < math.inf:
+                expiry = loop.call_at(call.wanted_until, lambda: place.refuse(inbound.unwanted()))
+        try:
+            await self._places.enter(place, hosted.agent_type)
+        finally:
+            if call is not None:
+                call.on_abandoned = None
+            if expiry is not None:
+                expiry.cancel()
+        outer_chain = current_chain.set((*current_chain.get(), place.handler_id))
+        outer_handler = current_handler.set(place.inside(current_handler.get()))
+        try:
+            return await self._handle(inbound)
+        finally:
+            current_handler.reset(outer_handler)
+            current_chain.reset(outer_chain)
+            self._places.leave(place)
 
     # -- agent and message ---------------------------------------------------------------------------------------
 

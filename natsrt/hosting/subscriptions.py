@@ -25,7 +25,6 @@ from natsrt.jetstream.registry.entries import Rule
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.observe.services import ServiceEndpoint, service_name
 from natsrt.transport.connection import Connection, Interest
-from natsrt.transport.readiness import Readiness
 from natsrt.wire.subjects import Subjects
 
 logger = logging.getLogger("natsrt.hosting")
@@ -76,7 +75,6 @@ class Subscriptions(RegistryListener):
         catalog: Catalog,
         declarations: Declarations,
         registry: Registry,
-        readiness: Readiness,
         intake: Intake,
         replies: ReplySettlement,
         events: EventSettlement,
@@ -89,12 +87,13 @@ class Subscriptions(RegistryListener):
         self._worker_id = worker_id
         self._declarations = declarations
         self._registry = registry
-        self._readiness = readiness
         self._replies = replies
         self._events = events
         self._served: dict[str, _Served] = {}
         self._tasks = BackgroundTasks(logger, "following the registry's subscriptions failed")
         self._active = False
+        self._settled = asyncio.Event()
+        """Set when the types that were hosted before the start are served, or never will be."""
         registry.add_listener(self)
 
     async def start(self) -> None:
@@ -103,10 +102,12 @@ class Subscriptions(RegistryListener):
         for hosted in self._catalog:
             await self._apply(hosted)
         await self._tell(list(self._served.values()))
+        self._settled.set()
 
     async def stop(self) -> None:
         """End all subscriptions. When this returns, every message that the server sent for them has been taken in."""
         self._active = False
+        self._settled.set()
         await self._tasks.cancel()
         interests = [i for served in self._served.values() for i in served.interests.values()]
         self._served.clear()
@@ -119,13 +120,17 @@ class Subscriptions(RegistryListener):
             await self._tell([await self._apply(hosted)])
 
     async def serve_at(self, agent_type: str, revision: int) -> None:
-        """Do what `serve` does, once this runtime has started and its view has reached ``revision``.
+        """Do what `serve` does, once this runtime's own types are served and its view has reached ``revision``.
 
-        Used for a request of another worker.
+        Used for a request of another worker. It does not wait for the end of this runtime's start, because the start
+        waits for other workers in turn: see `natsrt.membership.Membership.confirm`. Returns at once if this runtime
+        stops or its start has failed, because it takes no messages then.
 
-        Raises the error with which the start failed, and `RegistryUnavailable` if the view does not reach ``revision``.
+        Raises `RegistryUnavailable` if the view does not reach ``revision``.
         """
-        await self._readiness.wait_started()
+        await self._settled.wait()
+        if not self._active:
+            return
         await self._registry.shown(revision)
         await self.serve(agent_type)
 

@@ -130,12 +130,14 @@ class BucketRequests:
                 attempt.end()
         self._looking = loop.call_later(_LOOK_EVERY, self._end_late) if self._running else None
 
-    def _on_denied(self, denied: Refusal) -> None:
-        refused = denied.subject.lower()
+    def _on_denied(self, denied: Refusal) -> bool:
+        refused, raised = denied.subject.lower(), False
         for attempt in self._running:
             if attempt.denied is None and (refused.startswith(self._subscribed) or self._needs(attempt, refused)):
                 attempt.denied = denied
                 attempt.end()
+                raised = True
+        return raised
 
     def _needs(self, attempt: _Attempt, refused: str) -> bool:
         if attempt.subject is not None:

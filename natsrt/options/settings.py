@@ -27,6 +27,7 @@ from natsrt.options.values import (
     NO_TYPES,
     TYPE_NAMES,
     Count,
+    CountOrNone,
     File,
     KeyedTypes,
     Seconds,
@@ -172,6 +173,11 @@ class Options(BaseModel):
         6.0,
         description="Seconds after its last heartbeat at which the registry entries of a worker expire. Must be more "
         "than twice heartbeat_interval, and at least 1, the minimum of JetStream.",
+    )
+    max_running: CountOrNone = Field(
+        None,
+        description="Number of handlers that may run at once in a worker; further messages wait, in order. None: any "
+        "number. The argument max_running of register and register_factory limits one agent type.",
     )
     max_pending_bytes: Count = Field(
         64 * MIB,

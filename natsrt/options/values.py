@@ -120,6 +120,7 @@ _KEYED = "must be a table of agent types, each true, false or a table of options
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 SecondsOrNone = Annotated[Seconds | None, BeforeValidator(_none_word)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+CountOrNone = Annotated[Count | None, BeforeValidator(_none_word)]
 Text = Annotated[str, Field(min_length=1)]
 Secret = Annotated[SecretStr, Field(min_length=1)]
 File = Annotated[Path, BeforeValidator(_not_contents), AfterValidator(_readable_file)]
@@ -181,7 +182,9 @@ def configuration_error(error: ValidationError, known: Mapping[str, FieldInfo]) 
     if own_text:
         return ConfigurationError(field, own_text)
     kind, optional = kind_of(known[field])
-    expected = _EXPECTED_OF_FIELD.get(field, _EXPECTED[kind]) + (" or none" if optional and kind is float else "")
+    expected = _EXPECTED_OF_FIELD.get(field, _EXPECTED[kind]) + (
+        " or none" if optional and kind in (float, int) else ""
+    )
     value = first["input"]
     shown = type_of(value) if kind in (SecretStr, tuple) else f"{value!r:.60}"
     if kind is SecretStr and isinstance(value, str):

@@ -14,7 +14,9 @@ each:
   delivers both, and in nats-py either ends the read loop without an error.
 - ``_process_connect_init`` ends the round trips on the connection before. In nats-py they wait for their timeouts, and
   a reconnect waited for one that shares its flush. It also keeps what a server says that does not accept the
-  connection.
+  connection, and finds out whether a server that says nothing waits for a TLS handshake.
+- ``_connect_to_server`` uses `natsrt.transport.tls.Tcp`, which corrects how TLS begins, fails and ends.
+- ``_process_info`` makes sure that ``tls://`` means TLS. nats-py connects without it if the server does not ask for it.
 - ``_process_err`` keeps what the server says, and leaves it to the server to close the connection. nats-py closes it
   for good after almost every error, even if the server keeps it open.
 - ``_send_subscribe``, ``_send_unsubscribe``, ``_send_ping`` and ``_process_pong`` log which subscriptions the server
@@ -28,11 +30,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import nats.errors
-from nats.aio.client import PING_PROTO, Client
+from nats.aio.client import DEFAULT_BUFFER_SIZE, PING_PROTO, Client, Srv
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.protocol.parser import Parser
@@ -41,6 +44,7 @@ from natsrt.errors import CannotDecode
 from natsrt.forks import Inherited, drop_in_children, share_nothing
 from natsrt.transport.refusals import ServerError, SubscriptionLog
 from natsrt.transport.stall_watch import StallWatch
+from natsrt.transport.tls import NO_TLS_OFFERED, TLS_COMES_FIRST, Tcp, TlsFailure, begins_with_tls
 
 logger = logging.getLogger("natsrt.connection")
 
@@ -50,6 +54,8 @@ _MESSAGES = (b"PUB ", b"HPUB ")
 """The starts of the protocol's commands that contain a message."""
 _FULL = 0.005
 """Seconds until the next look at a queue of flushes that is full."""
+_SILENT = 0.5
+"""Seconds after which it is looked into why a server has not said anything on a new connection."""
 _PONG_AT_LAST = 60
 """Maximum time to wait for the answer to a ping, in seconds. A client that does not answer is replaced long before."""
 
@@ -178,6 +184,8 @@ class NatsClient(Client, Inherited):
         self._flushing: asyncio.Task[None] | None = None
         self._next_flush: asyncio.Task[None] | None = None
         self._nothing_waits: asyncio.Queue[Msg] = asyncio.Queue()
+        self._greeted = False
+        """True if the server has sent its INFO on the present connection."""
         drop_in_children(self)
 
     def drop_in_child(self) -> None:
@@ -346,21 +354,61 @@ class NatsClient(Client, Inherited):
         self._err = error
         await self._error_cb(error)
 
+    async def _connect_to_server(self, s: Srv) -> None:
+        if s.uri.scheme in ("ws", "wss"):
+            await super()._connect_to_server(s)
+            return
+        s.last_attempt = time.monotonic()
+        if not self._transport:
+            self._transport = Tcp()
+        await self._transport.connect(
+            s.uri, buffer_size=DEFAULT_BUFFER_SIZE, connect_timeout=self.options["connect_timeout"]
+        )
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """Use the server's INFO, as nats-py does. Raises `TlsFailure` if the URL wants TLS and the server has none."""
+        self._greeted = True
+        server = self._current_server
+        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
+            if not info.get("tls_available"):
+                raise TlsFailure(NO_TLS_OFFERED)
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+    async def _look_for_tls(self) -> bool:
+        """If the server says nothing: True, and the connection is closed, if it waits for a TLS handshake."""
+        await asyncio.sleep(_SILENT)
+        server, transport = self._current_server, self._transport
+        if self._greeted or server is None or transport is None or not isinstance(transport, Tcp):
+            return False
+        host, port = server.uri.hostname, server.uri.port
+        if host is None or port is None or not await begins_with_tls(host, port) or self._greeted:
+            return False
+        transport.close()  # type: ignore[no-untyped-call]
+        return True
+
     async def _process_connect_init(self) -> None:
         """Begin a connection, as nats-py does. Round trips on the one before end, because no answers will come.
 
-        Raises `ServerError` if the server does not accept the connection and says why.
+        Raises `ServerError` if the server does not accept the connection and says why, and `TlsFailure` if it waits for
+        a TLS handshake, or has no TLS although it is to be used.
         """
         pongs = self._pongs
+        self._greeted = self.options["tls_handshake_first"]
+        looking = asyncio.create_task(self._look_for_tls())
         try:
             await super()._process_connect_init()
         except (nats.errors.Error, OSError) as error:
+            if looking.done() and not looking.cancelled() and looking.exception() is None and looking.result():
+                raise TlsFailure(TLS_COMES_FIRST) from error
             said = _SAID.search(f"-ERR {str(error).removeprefix('nats: ')}".encode()) or self._said_at_last()
             if self._transport is not None:
                 self._transport.close()  # type: ignore[no-untyped-call]
             if said is None:
                 raise
             raise ServerError(said.group(1).decode(errors="replace")) from error
+        finally:
+            looking.cancel()
         for pong in pongs:
             pong.cancel()
         self._log.restart(self._subs)  # nats-py sends them first, and then what is queued

@@ -39,6 +39,7 @@ from natsrt.transport.connector import Connector, abandon, close_quietly
 from natsrt.transport.interests import Interest, Interests, Refusal, ServerLog
 from natsrt.transport.refusals import ServerError
 from natsrt.transport.stall_watch import StallWatch
+from natsrt.transport.tls import TlsFailure
 
 __all__ = ["HEADER_OVERHEAD", "Connection", "Interest", "Listener", "Refusal"]
 
@@ -98,7 +99,7 @@ class Connection:
         """The client and its JetStream context, which is made once per client."""
         self._interests = Interests()
         self._listeners: list[Listener] = []
-        self._denied: list[Callable[[Refusal], None]] = []
+        self._denied: list[Callable[[Refusal], bool | None]] = []
         self._server_log = ServerLog()
         self._up = asyncio.Event()
         self._waiting: set[asyncio.Future[None]] = set()
@@ -169,8 +170,18 @@ class Connection:
 
     @property
     def refused(self) -> bool:
-        """True if the server was reached, and does not accept the connection."""
+        """True if the server was reached, and does not accept the connection, or TLS fails."""
         return not self.connected and self._connector.refusal is not None
+
+    @property
+    def why_refused(self) -> str:
+        """Why the server does not accept the connection, as a sentence; empty unless `refused`."""
+        refusal = self._connector.refusal
+        if self.connected or refusal is None:
+            return ""
+        return (
+            f"TLS fails: {refusal.text}." if isinstance(refusal, TlsFailure) else f"The server says {refusal.text!r}."
+        )
 
     def check(self) -> None:
         """Raise the error of a subscription that the server refuses, if there is one that is not optional."""
@@ -185,8 +196,10 @@ class Connection:
         """
         return self._connector.unreachable(seconds, reason)
 
-    def on_denied(self, callback: Callable[[Refusal], None]) -> None:
+    def on_denied(self, callback: Callable[[Refusal], bool | None]) -> None:
         """Call ``callback`` for every publish or subscribe that the server refuses.
+
+        It returns True if it has the error raised. Then the error is not logged too.
 
         `publish` and `subscribe` cannot raise this error, because it arrives later and contains only the subject.
         """
@@ -197,8 +210,8 @@ class Connection:
     async def open(self) -> None:
         """Connect.
 
-        Raises `ServerUnreachable` after ``connect_timeout`` seconds, and `PermissionDenied` if the server refuses the
-        credentials.
+        Raises `ServerUnreachable` after ``connect_timeout`` seconds. Raises `PermissionDenied` at once if the server
+        refuses the credentials, and `TlsFailed` if TLS fails.
         """
         self._closing = False
         self._connector.reset()
@@ -271,9 +284,12 @@ class Connection:
 
     async def client_error(self, error: Exception) -> None:
         """Log an error of a client, and report what the server refused. Part of `ClientOwner`."""
-        self._connector.note_error(error)
+        error = self._connector.note_error(error)
         if isinstance(error, ServerError):
             self._server_said(error)
+        elif isinstance(error, TlsFailure):
+            if self._supervisor is not None:  # before that, `open` raises it
+                self._server_log.log(error, f"no TLS connection to {self.server}: {error.text}")
         elif self._up.is_set():
             logger.warning("connection to %s: %s", self.server, self._connector.last_error)
         else:
@@ -285,12 +301,12 @@ class Connection:
             self._payload_limit = min(self._payload_limit or self._client.largest, self._client.largest)
         if (violation := error.violation) is not None:
             denied = PermissionDenied(violation.operation, violation.subject)
-            self._server_log.log(error, str(denied))
             if denied.operation == "subscribe to":
                 place = violation.subject, violation.queue
                 refused = [interest for interest in self._interests if (interest.subject, interest.queue) == place]
                 self._interests.refuse(refused, lambda _: denied)
-            self._tell_denied(denied)
+            if not self._tell_denied(denied):
+                self._server_log.log(error, str(denied))
         else:
             self._server_log.log(error, f"the server {self.server} says: {error.text}")
 
@@ -303,9 +319,12 @@ class Connection:
             for subject in subjects.values():
                 self._tell_denied(SubscriptionRefused(subject, reason))
 
-    def _tell_denied(self, denied: Refusal) -> None:
+    def _tell_denied(self, denied: Refusal) -> bool:
+        """Returns True if somebody raises the error."""
+        raised = False
         for callback in self._denied:
-            callback(denied)
+            raised |= callback(denied) is True
+        return raised
 
     def unreadable(self, error: CannotDecode) -> None:
         """Count and log a message that could not be read. Part of `ClientOwner`."""

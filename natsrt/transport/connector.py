@@ -14,11 +14,13 @@ import nats.errors
 from nats.aio.client import Client
 
 from natsrt.background import BackgroundTasks, end_tasks
-from natsrt.errors import PermissionDenied, ServerRefused, ServerUnreachable
+from natsrt.errors import PermissionDenied, ServerRefused, ServerUnreachable, TlsFailed
 from natsrt.options import Options
+from natsrt.options.credentials import CREDENTIALS, kinds_in
 from natsrt.transport.client import ClientReports, NatsClient
 from natsrt.transport.refusals import ServerError
 from natsrt.transport.stall_watch import StallWatch
+from natsrt.transport.tls import TlsFailure, tls_failure
 
 logger = logging.getLogger("natsrt.connection")
 
@@ -57,13 +59,17 @@ class Connector:
         self._stall_watch = stall_watch
         self.last_error: str | None = None
         """The text of the last error, for the errors of waits that time out; None if there was none."""
-        self.refusal: ServerError | None = None
-        """Why the server ended the connection, or does not accept it; None if it has not said so since it was last
-        reached."""
+        self.refusal: ServerError | TlsFailure | None = None
+        """Why the server ended the connection or does not accept it, or why TLS fails; None if it has not said so since
+        it was last reached."""
         self._discovered: dict[str, None] = {}
         """Servers of the cluster that former clients discovered. A new client may have to connect to one of them."""
         self._refused: asyncio.Future[None] | None = None
-        """Fails when the server refuses the credentials; None while no client is being connected."""
+        """Fails when the server refuses the credentials, or when TLS fails; None while no client is being connected."""
+        self._connecting: NatsClient | None = None
+        """The client that is being connected; None while none is."""
+        self._tls_failures = 0
+        """Number of attempts in a row that ended with a failure of TLS."""
 
     def reset(self) -> None:
         """Forget the last error and the discovered servers."""
@@ -75,16 +81,30 @@ class Connector:
         if not any(url.startswith("ws") for url in self._options.servers):  # nats-py would use them as TCP servers
             self._discovered |= dict.fromkeys(url.geturl() for url in client.discovered_servers)
 
-    def note_error(self, error: Exception) -> None:
-        """Keep an error of a client."""
+    def note_error(self, error: Exception) -> Exception:
+        """Keep an error of a client. Returns it, as a `TlsFailure` if TLS is its cause."""
+        options = self._options
+        failure = tls_failure(error, tls_first=options.tls_first, certificate=options.tls_cert is not None)
+        error = failure or error
         self.last_error = str(error) or type(error).__name__
-        if not isinstance(error, ServerError):
-            if not isinstance(error, _CUT_OFF):
-                self.refusal = None  # the server cannot be reached any more
-            return
-        if error.ends_connection:
+        self._tls_failures = 0 if failure is None else self._tls_failures + 1
+        if isinstance(error, TlsFailure):
             self.refusal = error
-        if error.refuses_credentials and self._refused is not None and not self._refused.done():
+            # A client tries its servers in turn, so as many failures in a row are of all servers.
+            if self._connecting is not None and self._tls_failures >= len(self._connecting.servers):
+                self._give_up()
+        elif isinstance(error, ServerError):
+            if error.ends_connection:
+                self.refusal = error
+            if error.refuses_credentials:
+                self._give_up()
+        elif not isinstance(error, _CUT_OFF):
+            self.refusal = None  # the server cannot be reached any more
+        return error
+
+    def _give_up(self) -> None:
+        """Let the client that is being connected make no more attempts."""
+        if self._refused is not None and not self._refused.done():
             self._refused.set_exception(self.unreachable(0.0))
 
     def unreachable(self, seconds: float, reason: str | None = None) -> ServerUnreachable | PermissionDenied:
@@ -92,16 +112,24 @@ class Connector:
         refusal, servers = self.refusal, self._options.safe_servers
         if refusal is None:
             return ServerUnreachable(servers, seconds, reason or self.last_error)
+        if isinstance(refusal, TlsFailure):
+            return TlsFailed(servers, seconds, refusal.text)
         if refusal.refuses_credentials:
-            return PermissionDenied("connect", "with these credentials", refusal.text)
+            return PermissionDenied("connect", self._with_credentials(), refusal.text)
         return ServerRefused(servers, seconds, refusal.text)
+
+    def _with_credentials(self) -> str:
+        given = kinds_in({name: getattr(self._options, name) for name in CREDENTIALS})
+        return "with these credentials" if given else "without credentials"
 
     async def connect(self, owner: ClientOwner, timeout: float) -> NatsClient:
         """Return a new, connected client that reports to ``owner``.
 
-        Raises `ServerUnreachable` after ``timeout`` seconds, and `PermissionDenied` if the credentials are refused.
+        Raises `ServerUnreachable` after ``timeout`` seconds. Raises `PermissionDenied` at once if the credentials are
+        refused, and `TlsFailed` if TLS fails with all servers.
         """
-        client = NatsClient(owner, self._stall_watch)
+        client = self._connecting = NatsClient(owner, self._stall_watch)
+        self._tls_failures = 0
         settings = self._options.connect_kwargs()
         settings |= {"name": self._name, "connect_timeout": min(_ONE_ATTEMPT, timeout)}
         settings["servers"] += self._discovered
@@ -136,7 +164,7 @@ class Connector:
             await close_quietly(client)
             raise
         finally:
-            self._refused = None
+            self._refused = self._connecting = None
             refused.cancel()
 
 

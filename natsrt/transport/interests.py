@@ -12,6 +12,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 from natsrt.errors import PermissionDenied, SubscriptionRefused
 from natsrt.transport.client import Ordered
 from natsrt.transport.refusals import ServerError
+from natsrt.transport.tls import TlsFailure
 
 logger = logging.getLogger("natsrt.connection")
 
@@ -118,7 +119,7 @@ class ServerLog:
     def __init__(self) -> None:
         self._logged_at: dict[str, float] = {}
 
-    def log(self, error: ServerError, text: str) -> None:
+    def log(self, error: ServerError | TlsFailure, text: str) -> None:
         """Log ``text`` as a warning, unless that was done a short time ago for an error of this kind."""
         now = asyncio.get_running_loop().time()
         again = now - self._logged_at.get(error.kind, -math.inf) < _SAID_AGAIN_AFTER

@@ -27,8 +27,8 @@ _LINKS_WITHIN = 0.5
 """Maximum time to wait for an answer in `Peers.links`, in seconds. A worker that answers late is asked again in the
 next round."""
 _TAPPED_AFTER = 0.1
-"""Seconds without an answer after which the server is asked whether there is a subscriber. This is needed because a tap
-prevents the "no responders" message."""
+"""Seconds without an answer after which the server is asked whether there is a subscriber. Each further pause is twice
+as long. A tap prevents the "no responders" message, and a subscriber may die before it answers."""
 
 
 class Peers:
@@ -91,10 +91,12 @@ class Peers:
         try:
             await self._connection.publish(subject, body, reply=reply)
             async with asyncio.timeout(timeout):
-                await asyncio.wait({answer}, timeout=_TAPPED_AFTER)
-                if not answer.done() and not await self._probe.listens(subject) and not answer.done():
-                    return None
-                message = await answer
+                pause = _TAPPED_AFTER
+                while not (await asyncio.wait({answer}, timeout=pause))[0]:
+                    if not await self._probe.listens(subject) and not answer.done():
+                        return None
+                    pause *= 2
+                message = answer.result()
         except TimeoutError:
             return None
         finally:

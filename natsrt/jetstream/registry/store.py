@@ -13,7 +13,7 @@ import orjson
 from nats.aio.msg import Msg
 from nats.js import api
 
-from natsrt.errors import CannotDecode, RegistryUnavailable
+from natsrt.errors import CannotDecode, PermissionDenied, RegistryUnavailable
 from natsrt.jetstream.acks import WRONG_REVISION
 from natsrt.jetstream.buckets import MARKER, MARKER_TTL, OPERATION, TTL, ensure_bucket, is_gone, last_messages
 from natsrt.jetstream.registry.entries import (
@@ -45,6 +45,8 @@ _FOLLOWED = tuple(f"{FEED}.{kind}.>" for kind in ("worker", "type", "instance", 
 finds no worker asks for one."""
 _WRITES_AT_ONCE = 256
 """Entries that are written at the same time, so that a runtime with many does not flood JetStream."""
+_ACCOUNT = "$JS.API.INFO"
+"""Where nats-py asks about the account before it makes a bucket."""
 _ONE_BATCH = 2.0
 """Seconds for the next message of a batch."""
 _RETRY_FOR = 5.0
@@ -80,7 +82,17 @@ class RegistryStore:
 
     async def open(self) -> None:
         """Make the bucket if it is missing."""
-        await self._requests.run(OPEN, self._ensure)
+        try:
+            await self._requests.run(OPEN, self._ensure)
+        except PermissionDenied as denied:
+            if denied.subject not in (_ACCOUNT, f"$JS.API.STREAM.CREATE.{self._stream}"):
+                raise
+            # Only who has found no bucket publishes there.
+            problem = (
+                "there is none, because no worker has started yet, and this user may not create it. Start a worker "
+                "first, as a user with a worker's permissions (docs/permissions.md)"
+            )
+            raise RegistryUnavailable("open", problem) from denied
 
     async def _ensure(self) -> None:
         config = api.KeyValueConfig(
