@@ -327,7 +327,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
     async def agent_save_state(self, agent: AgentId) -> Mapping[str, Any]:
         """Return the state of a local or remote agent.
 
-        Raises the same errors as `agent_metadata`, and any exception of the agent.
+        Raises the same errors as `agent_metadata`, any exception of the agent, and `CannotSerialize` if the state of an
+        agent of another process would arrive as something else, such as a tuple, which JSON turns into a list.
         """
         return cast(Mapping[str, Any], await self._control(agent, control.SAVE_STATE))
 

@@ -395,7 +395,6 @@ BROKEN_REPLIES = [
     *broken("natsrt.reply", GOOD),
     *(envelope("natsrt.error", data=data) for data in (None, 5, [], {}, {"type": 5}, {"type": "x", "message": []})),
     envelope("natsrt.error", data={"type": "builtins.StopIteration", "message": "x", "args": [], "fields": {}}),
-    envelope("natsrt.error", data={"type": "builtins.KeyError", "message": "x", "args": 5, "fields": []}),
     envelope("natsrt.error", data={"type": "natsrt.errors.WorkerBusy", "message": "x", "args": [], "fields": {"a": 1}}),
     envelope("natsrt.reply", data={"text": 5}),
     envelope("natsrt.reply", data=GOOD, messagetype="Nothing"),

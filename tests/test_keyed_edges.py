@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from enum import IntFlag
 from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
@@ -419,7 +420,8 @@ class Point:
 
 
 @pytest.mark.parametrize(
-    "value", [(1, 2), Point(1), datetime(2026, 1, 1), uuid4(), {1: 2}, 2**64, float("inf"), "\ud800"]
+    "value",
+    [(1, 2), Point(1), datetime(2026, 1, 1), uuid4(), {1: 2}, 2**64, float("inf"), "\ud800", IntFlag("F", ["A"])(1)],
 )
 def test_a_state_that_would_be_loaded_as_something_else_is_refused_by_name(value: Any) -> None:
     with pytest.raises(natsrt.CannotSerialize, match="holds something under 'place' that"):

@@ -481,8 +481,11 @@ def test_an_agentchat_message_is_left_to_pydantic() -> None:
     assert Codecs().of(TextMessage).plain_check() is not None
 
 
-def test_a_model_with_a_serializer_of_its_own_is_left_to_pydantic() -> None:
-    assert sent(HoldsUpper(held=Upper(text="a")))[1] == HoldsUpper(held=Upper(text="A"))
+def test_a_model_with_a_serializer_of_its_own_is_left_to_pydantic_as_long_as_it_keeps_the_value() -> None:
+    kept = HoldsUpper(held=Upper(text="A"))
+    assert same(sent(kept)[1], kept)
+    with pytest.raises(CannotSerialize, match="held.text: .* would arrive changed"):
+        sent(HoldsUpper(held=Upper(text="a")))
 
 
 def test_a_validator_that_runs_before_gets_what_the_sender_wrote() -> None:

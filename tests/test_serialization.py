@@ -17,7 +17,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 import orjson
 import pytest
@@ -109,6 +109,21 @@ class Holder(BaseModel):
 
 class Names(RootModel[dict[str, int]]):
     pass
+
+
+class Stamp(BaseModel):
+    at: str | datetime.datetime
+    by: uuid.UUID | str
+
+
+class TripOptions(TypedDict):
+    depth: int
+    pet: NotRequired[Shape]
+
+
+@dataclasses.dataclass
+class Trip:
+    options: TripOptions
 
 
 class Abstract(abc.ABC):
@@ -243,12 +258,15 @@ def vector_values() -> dict[str, Any]:
         "model_subclass_keeps_its_type": Holder(
             model=SubModel(x=1, y=2), extra={"$type": "kept", "deep": {"$type": "kept"}}
         ),
+        "a_model_leaves_to_pydantic_what_arrives_as_it_was": Stamp(at="noon", by=uuid.UUID(int=7)),
+        "a_model_marks_what_pydantic_would_confuse": Stamp(at=moment, by=str(uuid.UUID(int=7))),
+        "typed_dicts_are_objects": Trip({"depth": 1, "pet": Circle("c", 1.0)}),
         "root_model_with_the_reserved_key": Names({"$type": 1}),
         "circle": Circle("c", 1.0),
     }
 
 
-VECTOR_CLASSES = (Circle, Square, Drawing, Holder, Names)
+VECTOR_CLASSES = (Circle, Square, Drawing, Holder, Names, Stamp, Trip)
 
 
 @pytest.mark.usefixtures("alone")

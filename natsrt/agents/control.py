@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import orjson
 from autogen_core import Agent
 
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.hosted_type import HostedType
 from natsrt.errors import CannotDecode
+from natsrt.jetstream.record import encode_state
 from natsrt.wire.envelope import Envelope
 
 METADATA: Final = "metadata"
@@ -43,15 +45,24 @@ async def carry_out(agent: Agent, operation: str, data: Any) -> Any:
     return None
 
 
+def encode_data(operation: str, data: Any) -> bytes:
+    """The JSON of what an operation is given: a state for `LOAD_STATE`, else plain JSON values.
+
+    Raises `CannotSerialize` if ``load_state`` would get a value that is not equal to the state.
+    """
+    return encode_state(data) if operation == LOAD_STATE else orjson.dumps(data)
+
+
 async def carry_out_message(catalog: Catalog, hosted: HostedType, key: str, body: Envelope) -> Any:
     """Carry out a control message for an agent, which is created if it does not exist. Returns the JSON result.
 
-    Raises `CannotDecode` for an unknown operation or a state that is not a JSON object, the errors of `Catalog.agent`,
-    and any exception of the agent.
+    Raises `CannotDecode` for an unknown operation or a state that is not a JSON object, `CannotSerialize` if the state
+    of the agent would arrive as something else, the errors of `Catalog.agent`, and any exception of the agent.
     """
     operation, data = body.required("operation"), body.json()
     if operation not in _OPERATIONS:
         raise CannotDecode("a control message", f"its operation must be one of {', '.join(_OPERATIONS)}")
     if operation == LOAD_STATE and not isinstance(data, dict):
         raise CannotDecode("a state", "it must be a JSON object")
-    return await carry_out(await catalog.agent(hosted, key), operation, data)
+    result = await carry_out(await catalog.agent(hosted, key), operation, data)
+    return orjson.Fragment(encode_state(result)) if operation == SAVE_STATE else result

@@ -78,7 +78,7 @@ class Answers:
         try:
             payload = orjson.dumps(result)
         except TypeError as error:
-            raise CannotDecode("a control result", f"an agent's state must be JSON: {error}") from None
+            raise CannotDecode("a control result", f"an agent's metadata must be JSON: {error}") from None
         attributes = self._attributes(_id_of(body), f"{agent_type}/{encode_text(key)}")
         return Answer(self._bodies.pack(envelope.REPLY, attributes, payload))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import marshal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -172,6 +173,8 @@ def _exact_json(tree: dict[str, Any]) -> bytes | None:
     """The JSON of ``tree`` if that reads as an equal value, else None. Runs in compiled code, as every reply waits."""
     try:
         text = orjson.dumps(tree, option=_EXACT)
+        # orjson writes the value of an enum, which may equal the member. marshal knows the built-in types only.
+        marshal.dumps(tree, 2)
         return text if orjson.loads(text) == tree else None
     except (TypeError, ValueError, RecursionError):
         return None

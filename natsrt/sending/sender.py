@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import orjson
 from autogen_core import AgentId, CancellationToken, MessageContext, TopicId
 from autogen_core.exceptions import MessageDroppedException
 from autogen_core.logging import DeliveryStage, MessageKind
@@ -29,9 +28,9 @@ from nats.aio.msg import Msg
 from opentelemetry.trace import SpanKind
 
 from natsrt.agents.chain import as_call, chain_attribute, current_chain
+from natsrt.agents.control import encode_data
 from natsrt.agents.inbound import awaiting
 from natsrt.agents.interventions import Interventions
-from natsrt.errors import CannotDecode
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.registry.view import NO_TAKERS
 from natsrt.observe import events
@@ -216,16 +215,13 @@ class Sender:
     def control(self, recipient: AgentId, subject: str, operation: str, data: Any = None) -> Awaitable[Any]:
         """Send a control operation on an agent to ``subject``. Await its result, which is plain JSON values.
 
-        Raises `CannotDecode` if ``data`` is not JSON.
+        Raises `CannotSerialize` if ``data`` is a state that would arrive as something else.
         """
         control = self._control(recipient, subject, operation, data)
         return as_call(self._limit.within(recipient, control))
 
     async def _control(self, recipient: AgentId, subject: str, operation: str, data: Any) -> Any:
-        try:
-            payload = orjson.dumps(data)
-        except TypeError as error:
-            raise CannotDecode("a state", f"it must be JSON: {error}") from None
+        payload = encode_data(operation, data)
         await self._wait_ready(None, asyncio.get_running_loop().time())
         self._counters.sent += 1
         chain = chain_attribute(current_chain.get())

@@ -93,10 +93,11 @@ class ClassCodec(Codec):
 
     def _is_plain(self, value: Any) -> bool:
         """Whether ``value`` is of exactly this class and holds what its fields declare, at every depth."""
-        if type(value) is not self.cls or self._plain_fields is None:
+        plain_fields = self._plain_fields
+        if type(value) is not self.cls or plain_fields is None:
             return False
         fields = value.__dict__
-        types, checks = self._plain_fields
+        types, checks = plain_fields
         try:
             for name, kinds in types:
                 if type(fields[name]) not in kinds:

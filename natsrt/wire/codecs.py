@@ -12,17 +12,22 @@ import base64
 import datetime
 import decimal
 import enum
+import ipaddress
 import math
+import pathlib
 import typing
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import orjson
-from pydantic import TypeAdapter
+from pydantic import SecretBytes, SecretStr, TypeAdapter
 from pydantic.errors import PydanticUserError
 from pydantic_core import to_json
+
+from natsrt.wire.exactness import NOT_FINITE, difference, unwritable, value_of_type
 
 TYPE_KEY = "$type"
 """The reserved key that names the class of a polymorphic value."""
@@ -67,12 +72,12 @@ class Unreadable(Fault):
     """A tree does not fit the expected type."""
 
 
+class Misdeclared(Refused):
+    """A value is not of the declared type, so that another member of a union may be meant."""
+
+
 def wrong_type(expected: str, value: object) -> Refused:
-    return Refused(f"declared {expected}, but holds {value_of_type(type(value))}")
-
-
-def value_of_type(cls: type) -> str:
-    return "None" if cls is NULL else f"a value of type {cls.__name__}"
+    return Misdeclared(f"declared {expected}, but holds {value_of_type(type(value))}")
 
 
 def misfit(expected: str, tree: object) -> Unreadable:
@@ -88,6 +93,32 @@ _JSON_NAMES = {
     list: "array",
     dict: "object",
 }
+
+
+def remedy_of(value: object) -> str | None:
+    """What a sender can do about a value that Pydantic does not write as it is; None if there is nothing special."""
+    pending, seen = [value], 0
+    while pending and seen < _MOST_PARTS:
+        item, seen = pending.pop(), seen + 1
+        if isinstance(item, SecretStr | SecretBytes):
+            return (
+                f"Pydantic masks {value_of_type(type(item))} in JSON: declare the field as str, "
+                "or give it a serializer that writes get_secret_value()"
+            )
+        if isinstance(item, bytes | bytearray):
+            return (
+                "Pydantic writes bytes as UTF-8 text, and these do not come back: set "
+                'ser_json_bytes="base64" and val_json_bytes="base64" in the model_config'
+            )
+        if isinstance(item, dict):
+            pending.extend((*item, *item.values()))
+        elif isinstance(item, list | tuple | set | frozenset):
+            pending.extend(item)
+    return None
+
+
+_MOST_PARTS = 10_000
+"""So many parts of a value are searched for the reason why it cannot be written: it may contain itself."""
 
 
 PlainCheck = Callable[[Any], bool]
@@ -110,6 +141,10 @@ class Codec:
     scalars: tuple[type, ...] = ()
     natural = False
     polymorphic = False
+
+    def members(self) -> Sequence[Codec]:
+        """The members of a union; for any other type, this codec."""
+        return (self,)
 
     def encode(self, value: Any) -> Any:
         """Return the tree of ``value``; raises ``Refused``."""
@@ -137,7 +172,13 @@ class Codec:
 
     def dumps(self, value: Any) -> bytes:
         """Return ``value`` as a whole payload; raises ``Refused``, or the exception of the JSON writer."""
-        return orjson.dumps(self.encode(value))
+        tree = self.encode(value)
+        try:
+            return orjson.dumps(tree)
+        except orjson.JSONEncodeError:
+            if (flaw := unwritable(value, integers=False)) is None:
+                raise
+            raise Refused(flaw.reason, flaw.path) from None
 
     def loads(self, payload: bytes) -> Any:
         """Return the value of a whole payload; raises ``Unreadable``, or the exception of the JSON reader."""
@@ -165,6 +206,8 @@ class CodecCompiler(ABC):
     """True if a tree with an unknown field is unreadable; False if unknown fields are ignored."""
     any: Codec
     """The codec of ``Any``."""
+    marks_all = False
+    """True while unions name the class of every value, also where their own reader can do without."""
 
     @abstractmethod
     def of(self, hint: Any) -> Codec:
@@ -196,6 +239,18 @@ class CodecCompiler(ABC):
         """Return the value of a tree that names its class; raises ``Unreadable``.
 
         ``base`` is the declared class; None if ``Any`` is declared.
+        """
+
+    @property
+    @abstractmethod
+    def verifying(self) -> bool:
+        """True inside `verification`."""
+
+    @abstractmethod
+    def verification(self) -> AbstractContextManager[None]:
+        """A context in which a value is written and read back.
+
+        Names of classes that are written in it can be read in it: the receiver knows them, or reports that it does not.
         """
 
 
@@ -234,12 +289,13 @@ class FloatCodec(Codec):
     natural = True
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck:
-        return lambda value: type(value) is float and math.isfinite(value)
+        finite = math.isfinite
+        return lambda value: type(value) is float and finite(value)
 
     def encode(self, value: Any) -> float:
         if type(value) is float:
             if not math.isfinite(value):
-                raise Refused("JSON has no NaN and no infinity")
+                raise Refused(NOT_FINITE)
             return value
         if type(value) is not int:
             raise wrong_type("float", value)
@@ -277,7 +333,10 @@ class TextCodec(Codec):
         self._numbers = (int, float) if numbers else ()
 
     def plain_types(self) -> tuple[type, ...]:
-        return () if self.cls is bytes or self.cls is None else (self.cls,)
+        return () if self.cls is bytes or self.cls in _PLAIN_CHECKS else (self.cls,)
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        return _PLAIN_CHECKS.get(self.cls) or super().plain_check(inside)
 
     def encode(self, value: Any) -> str:
         if type(value) is not self.cls:
@@ -293,6 +352,26 @@ class TextCodec(Codec):
             return self._read(tree)
         except (ValueError, ArithmeticError):
             raise Unreadable(f"the text is not a valid {self.name}") from None
+
+
+_DATETIME, _UTC = datetime.datetime, datetime.UTC
+
+
+def _is_plain_datetime(value: Any) -> bool:
+    return type(value) is _DATETIME and ((zone := value.tzinfo) is None or zone is _UTC or _has_whole_minutes(value))
+
+
+def _has_whole_minutes(value: datetime.datetime) -> bool:
+    """Pydantic writes the minutes of an offset, but not its seconds, which historical time zones have."""
+    offset = value.utcoffset()
+    return offset is None or not (offset.seconds % 60 or offset.microseconds)
+
+
+_PLAIN_CHECKS: dict[type, PlainCheck] = {
+    _DATETIME: _is_plain_datetime,
+    datetime.time: lambda value: type(value) is datetime.time and value.tzinfo is None,
+    decimal.Decimal: lambda value: type(value) is decimal.Decimal and value.is_finite(),
+}
 
 
 def text_codecs() -> list[TextCodec]:
@@ -316,7 +395,12 @@ class EnumCodec(Codec):
         self.name = cls.__name__
         values = {type(member.value) for member in cls}
         self._by_value = values in ({str}, {int})
+        self._is_flag = issubclass(cls, enum.Flag)
         self.kinds = frozenset(values if self._by_value else {str})
+
+    def plain_types(self) -> tuple[type, ...]:
+        own_schema = hasattr(self.cls, "__get_pydantic_core_schema__")
+        return (self.cls,) if self._by_value and not self._is_flag and not own_schema else ()
 
     def encode(self, value: Any) -> Any:
         if type(value) is not self.cls:
@@ -348,14 +432,14 @@ class LiteralCodec(Codec):
             raise Refused("two members of a Literal have the same JSON")
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
-        members = frozenset(member for _, member in self._trees)
+        members = frozenset(member for cls, member in self._trees if cls is str)
         return (lambda value: type(value) is str and value in members) if self.kinds == {str} else None
 
     def encode(self, value: Any) -> Any:
         try:
             return self._trees[type(value), value]
         except (KeyError, TypeError):
-            raise Refused("not one of the declared literals") from None
+            raise Misdeclared("not one of the declared literals") from None
 
     def decode(self, tree: Any) -> Any:
         try:
@@ -377,10 +461,10 @@ class ArrayCodec(Codec):
         self._item = item
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
-        check = self._item.plain_check(inside)
-        if self.cls is not list or check is None:
+        cls, check = self.cls, self._item.plain_check(inside)
+        if check is None:
             return None
-        return lambda value: type(value) is list and all(map(check, value))
+        return lambda value: type(value) is cls and all(map(check, typing.cast(Iterable[Any], value)))
 
     def encode(self, value: Any) -> list[Any]:
         if type(value) is not self.cls:
@@ -417,6 +501,16 @@ class TupleCodec(Codec):
         self.name = f"tuple[{','.join(item.name for item in items)}]"
         self.polymorphic = any(item.polymorphic for item in items)
         self._items = items
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        checks = [check for item in self._items if (check := item.plain_check(inside)) is not None]
+        if len(checks) != len(self._items):
+            return None
+        return lambda value: (
+            type(value) is tuple
+            and len(value) == len(checks)
+            and all(check(item) for check, item in zip(checks, value, strict=True))
+        )
 
     def encode(self, value: Any) -> list[Any]:
         if type(value) is not tuple or len(value) != len(self._items):
@@ -457,12 +551,17 @@ class DictCodec(Codec):
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
         check = self._value.plain_check(inside)
-        if self._key is not None or check is None:
+        if check is None:
             return None
-        texts = {str}
-        return lambda value: (
-            type(value) is dict and texts.issuperset(map(type, value)) and all(map(check, value.values()))
-        )
+        if self._key is None:
+            texts = {str}
+            return lambda value: (
+                type(value) is dict and texts.issuperset(map(type, value)) and all(map(check, value.values()))
+            )
+        key_check = self._key.plain_check() if self._key.cls is int or isinstance(self._key, TextCodec) else None
+        if key_check is None:
+            return None
+        return lambda value: type(value) is dict and all(map(key_check, value)) and all(map(check, value.values()))
 
     def encode(self, value: Any) -> dict[str, Any]:
         if type(value) is not dict:
@@ -483,7 +582,10 @@ class DictCodec(Codec):
     def _key_text(self, key: Any) -> str:
         assert self._key is not None
         tree = self._key.encode(key)
-        return tree if self._textual else orjson.dumps(tree).decode()
+        try:
+            return tree if self._textual else orjson.dumps(tree).decode()
+        except orjson.JSONEncodeError:
+            raise Refused("a key is an integer of more than 64 bits, which JSON readers do not agree on") from None
 
     def decode(self, tree: Any) -> dict[Any, Any]:
         if type(tree) is not dict:
@@ -506,6 +608,9 @@ class DictCodec(Codec):
             raise Unreadable(f"the text of a key is not a valid {self._key.name}") from None
 
 
+NONE = ExactCodec(NULL)
+
+
 class OptionalCodec(Codec):
     """``X | None``, the most frequent union."""
 
@@ -515,6 +620,9 @@ class OptionalCodec(Codec):
         self.scalars = (*inner.scalars, NULL) if inner.scalars else ()
         self.polymorphic = inner.polymorphic
         self._inner = inner
+
+    def members(self) -> Sequence[Codec]:
+        return (*self._inner.members(), NONE)
 
     def plain_types(self) -> tuple[type, ...]:
         types = self._inner.plain_types()
@@ -534,6 +642,11 @@ class OptionalCodec(Codec):
 _JSON_SCHEMA_TYPES: dict[Any, type] = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict}
 
 
+_EXACT_IN_PYDANTIC: dict[type | None, tuple[type, ...]] = {
+    cls: (cls,) for cls in (datetime.timedelta, ipaddress.IPv4Address, ipaddress.IPv6Address)
+} | {pathlib.Path: (type(pathlib.Path()),)}
+
+
 class PydanticCodec(Codec):
     """Any other type that Pydantic can write as JSON.
 
@@ -543,22 +656,29 @@ class PydanticCodec(Codec):
     def __init__(self, hint: Any) -> None:
         self._adapter: TypeAdapter[Any] = TypeAdapter(hint)
         self.name = getattr(hint, "__name__", None) or str(hint)
-        self.cls = hint if isinstance(hint, type) and not typing.is_typeddict(hint) else None
+        self.cls = hint if isinstance(hint, type) else None
         try:
             kind = _JSON_SCHEMA_TYPES.get(self._adapter.json_schema(mode="serialization").get("type"))
         except PydanticUserError:
             kind = None
         self.kinds = frozenset({kind}) if kind else ALL_KINDS
 
+    def plain_types(self) -> tuple[type, ...]:
+        return _EXACT_IN_PYDANTIC.get(self.cls, ())
+
     def encode(self, value: Any) -> Any:
+        if self.cls is not None and not isinstance(value, self.cls):
+            raise wrong_type(self.name, value)
+        if isinstance(value, SecretStr | SecretBytes):
+            raise Refused(remedy_of(value) or "")
         try:
             tree = self._adapter.dump_python(value, mode="json", by_alias=True, round_trip=True, warnings="error")
             back = self._adapter.validate_json(to_json(tree))
         except Exception:
             # Pydantic's text quotes the value, which must not reach a log.
             raise Refused(f"Pydantic cannot write this {self.name} as JSON and read it back") from None
-        if type(back) is not type(value) or back != value:
-            raise Refused(f"the JSON of this {self.name} is not read back as an equal value")
+        if (flaw := difference(value, back)) is not None:
+            raise Refused(f"the JSON of this {self.name} is not read back as it was: {flaw.reason}", flaw.path)
         return tree
 
     def decode(self, tree: Any) -> Any:

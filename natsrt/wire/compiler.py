@@ -31,7 +31,9 @@ read back equal and of the same type is refused before it is sent.
 * Scalars are written as follows: bytes in base64; ``datetime``, ``date`` and ``time`` in ISO 8601; ``Decimal`` and
   ``UUID`` as text; enums by value if all their values are str or all are int, else by member name. Dict keys declared
   with these types are written as the same text. A time zone is written as its offset, and ``fold`` is not written. The
-  scalars in a Pydantic model are written by Pydantic.
+  scalars in a Pydantic model are written by Pydantic, except where it would read them back as something else
+  (``model_fields``).
+* A ``TypedDict`` is an object with a member per key. Keys that are not declared are refused.
 * Unknown fields are ignored, so that a newer sender may add some, unless the codecs are ``strict``.
 
 The texts of errors name fields and types, never values.
@@ -47,7 +49,8 @@ import re
 import types
 import typing
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from autogen_core import Image
@@ -59,6 +62,7 @@ from natsrt.wire.class_finder import ClassFinder
 from natsrt.wire.codecs import (
     ALL_KINDS,
     CLASS_KEY,
+    NONE,
     NULL,
     TYPE_KEY,
     VALUE_KEY,
@@ -70,6 +74,7 @@ from natsrt.wire.codecs import (
     ExactCodec,
     FloatCodec,
     LiteralCodec,
+    Misdeclared,
     OptionalCodec,
     PydanticCodec,
     Refused,
@@ -77,13 +82,14 @@ from natsrt.wire.codecs import (
     Unreadable,
     misfit,
     text_codecs,
-    value_of_type,
     wrong_type,
 )
 from natsrt.wire.dataclass_codec import DataclassCodec
+from natsrt.wire.exactness import value_of_type
 from natsrt.wire.known_classes import KnownClasses, in_this_process
 from natsrt.wire.message_classes import full_name, type_name_of
 from natsrt.wire.model_codec import ModelCodec
+from natsrt.wire.typed_dict_codec import TypedDictCodec, is_typed_dict
 
 __all__ = ["AnyCodec", "Codecs"]
 
@@ -183,6 +189,9 @@ class UnionCodec(Codec):
             if all(self._by_kind[kind][0] is member and self._is_clear(kind) for kind in member.kinds):
                 self._unmarked.add(member.name)
 
+    def members(self) -> Sequence[Codec]:
+        return self._members
+
     def _is_clear(self, kind: type) -> bool:
         writers = self._by_kind[kind]
         return len(writers) == 1 or writers[0].natural
@@ -191,21 +200,23 @@ class UnionCodec(Codec):
         member = self._by_class.get(type(value))
         if member is not None:
             return self._marked(member, member.encode(value))
+        faults = []
         for member in self._members:
             if member.base is not None and not _fits(type(value), member.base):
                 continue
             try:
                 tree = member.encode(value)
-            except Refused:
+            except Refused as fault:
+                faults.append((member, fault))
                 continue
             return self._marked(member, tree)
-        raise wrong_type(self.name, value)
+        raise _clearest(faults) or wrong_type(self.name, value)
 
     def _marked(self, member: Codec, tree: Any) -> Any:
         has_mark = type(tree) is dict and TYPE_KEY in tree
         if has_mark and not member.natural:
             return tree
-        if member.name in self._unmarked and not has_mark:
+        if member.name in self._unmarked and not has_mark and not self._codecs.marks_all:
             return tree
         marked = member.mark(tree)
         return marked if len(self._by_name[member.name]) == 1 else _with_class(marked, member.base)
@@ -250,6 +261,17 @@ class UnionCodec(Codec):
         return self._codecs.of((exact or found)[0]).decode_marked(tree)
 
 
+def _clearest(faults: Sequence[tuple[Codec, Refused]]) -> Refused | None:
+    """The reason why no member of a union takes a value, if the value's class means one member.
+
+    Its class is that of one member or below it; or only one member refuses it for another reason than its class. None
+    if several members may be meant.
+    """
+    meant = [fault for member, fault in faults if member.base is not None]
+    meant = meant or [fault for _, fault in faults if not isinstance(fault, Misdeclared)]
+    return meant[0] if meant and len({str(fault) for fault in meant}) == 1 else None
+
+
 _ABSTRACT: dict[Any, tuple[type, ...]] = {
     collections.abc.Sequence: (list, tuple),
     collections.abc.MutableSequence: (list,),
@@ -259,6 +281,12 @@ _ABSTRACT: dict[Any, tuple[type, ...]] = {
     collections.abc.MutableSet: (set,),
 }
 """The concrete classes that a value declared with an abstract collection may have."""
+
+
+def _array_of(cls: Any, args: tuple[Any, ...]) -> Any:
+    if not args:
+        return cls
+    return cls[(args[0], ...)] if cls is tuple else cls[args[0]]
 
 
 class Codecs(CodecCompiler):
@@ -282,10 +310,25 @@ class Codecs(CodecCompiler):
         self._named: dict[Any, Any] = {}
         self._named_version = -1
         self._compiled: dict[Any, Codec] = {float: FloatCodec()}
-        self._compiled.update({cls: ExactCodec(cls) for cls in (str, int, bool, NULL)})
+        self._compiled.update({cls: ExactCodec(cls) for cls in (str, int, bool)})
+        self._compiled[NULL] = NONE
         self._compiled.update({codec.cls: codec for codec in text_codecs()})
         self.any = self._compiled[Any] = self._compiled[object] = AnyCodec(self)
         self._families: dict[type, _Family] = {}
+        self._written: dict[tuple[str, str | None], type | None] | None = None
+        """The classes that were written by name while a value is verified; None for a name that means several."""
+
+    @property
+    def verifying(self) -> bool:
+        return self._written is not None
+
+    @contextmanager
+    def verification(self) -> Iterator[None]:
+        self._written = {}
+        try:
+            yield
+        finally:
+            self._written = None
 
     @property
     def strictly(self) -> Codecs:
@@ -346,8 +389,7 @@ class Codecs(CodecCompiler):
             key, value = args or (str, Any)
             return DictCodec(self.of(key), self.of(value))
         if cls in _ABSTRACT:
-            item = self.of(args[0]) if args else self.any
-            return self._union([ArrayCodec(concrete, item) for concrete in _ABSTRACT[cls]])
+            return self._union([self.of(_array_of(concrete, args)) for concrete in _ABSTRACT[cls]])
         if isinstance(cls, type):
             return self._class(hint, cls, args)
         return self._other(hint)
@@ -378,7 +420,7 @@ class Codecs(CodecCompiler):
         return TupleCodec([self.of(arg) for arg in args if arg != ()])
 
     def _union(self, members: Sequence[Codec]) -> Codec:
-        members = list(dict.fromkeys(members))
+        members = list(dict.fromkeys(inner for member in members for inner in member.members()))
         if self.any in members:
             return self.any
         rest = [member for member in members if member.cls is not NULL]
@@ -398,6 +440,9 @@ class Codecs(CodecCompiler):
         name, class_name = tree[TYPE_KEY], tree.get(CLASS_KEY)
         if type(name) is not str:
             return None
+        written = self._written.get((name, class_name)) if self._written is not None else None
+        if written is not None and self._may_be(written, base):
+            return written
         found = self._classes_named(name, class_name if type(class_name) is str else None, base)
         if len(found) > 1:
             found = self.fitting(found, tree)
@@ -530,9 +575,14 @@ class Codecs(CodecCompiler):
         codec = self.class_codec(cls) if fits else None
         if codec is None:
             wanted = "declared Any" if base is None else f"declared {base.__name__}"
-            raise Refused(f"{wanted}, but {value_of_type(cls)} would not be read back unchanged")
+            raise Misdeclared(f"{wanted}, but {value_of_type(cls)} would not be read back unchanged")
         tree = codec.mark(codec.encode(value))
-        return _with_class(tree, cls) if self._has_namesakes(cls, codec.name, base) else tree
+        if self._has_namesakes(cls, codec.name, base):
+            tree = _with_class(tree, cls)
+        if self._written is not None:
+            key = codec.name, tree.get(CLASS_KEY)
+            self._written[key] = cls if self._written.get(key, cls) is cls else None
+        return tree
 
     def decode_marked(self, tree: dict[str, Any], base: type | None) -> Any:
         """Return the value of a tree that names its class; raises ``Unreadable``.
@@ -560,8 +610,10 @@ def _class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: Codecs) ->
 
     The codec is stored in ``codecs`` before its fields are compiled, since they may refer to it. Raises ``Refused``.
     """
-    codec: ClassCodec
-    if issubclass(cls, BaseModel):
+    codec: ClassCodec | TypedDictCodec
+    if is_typed_dict(cls):
+        codec = TypedDictCodec(cls, codecs)
+    elif issubclass(cls, BaseModel):
         if cls is BaseModel:
             return None
         codec = ModelCodec(cls, codecs)
@@ -631,7 +683,9 @@ class _Family:
 def _bare(hint: Any) -> Any:
     """``hint`` without the wrappers that do not change the type: Annotated, Final, NewType, type aliases."""
     while True:
-        if typing.get_origin(hint) in (typing.Annotated, typing.Final, typing.Required, typing.NotRequired):
+        origin = typing.get_origin(hint)
+        is_wrapper = origin in (typing.Annotated, typing.Final, typing.Required, typing.NotRequired)
+        if is_wrapper or getattr(origin, "_name", None) == "ReadOnly":
             hint = typing.get_args(hint)[0]
         elif isinstance(hint, typing.NewType):
             hint = hint.__supertype__

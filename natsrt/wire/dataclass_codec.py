@@ -38,7 +38,7 @@ class DataclassCodec(ClassCodec):
 
     def compile(self, args: tuple[Any, ...]) -> None:
         parameters = _init_parameters(self.cls)
-        hints = _dataclass_hints(self.cls, args)
+        hints = resolved_hints(self.cls, args)
         self._is_plain_class = not args and _is_read_alike(self.cls, hints, parameters)
         known: dict[str, Codec] = {}
         self._known = known
@@ -168,7 +168,7 @@ def _init_parameters(cls: type) -> dict[str, inspect.Parameter] | None:
     return {name: p for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_POSITIONAL}
 
 
-def _dataclass_hints(cls: type, args: tuple[Any, ...]) -> dict[str, Any]:
+def resolved_hints(cls: type, args: tuple[Any, ...]) -> dict[str, Any]:
     """The annotations of the fields, with names resolved and type arguments filled in. Raises ``Refused``."""
     try:
         hints = typing.get_type_hints(cls, localns=_enclosing_names(cls), include_extras=True)

@@ -1,50 +1,47 @@
 """The codec of Pydantic models.
 
 A model without polymorphic fields is written and read by Pydantic alone. So is a value of a model that contains other
-models, where the result is exact (docs/decisions/0019-plain-models.md). In any other model this module writes and reads
-the polymorphic fields, and Pydantic validates the whole. The model's validators, aliases, strictness and serializers
-apply in all cases. A field with a validator or serializer function in its annotation, or with a ``field_serializer``,
-is always written and read by Pydantic.
+models, where the result is exact (docs/decisions/0019-plain-models.md). In any other model this module writes the
+polymorphic fields, and Pydantic the others; both are read in one validation by Pydantic (``model_reader``). The model's
+validators, aliases, strictness and serializers apply in all cases. A field with a validator or serializer function in
+its annotation, or with a ``field_serializer``, is written and read by Pydantic.
+
+What Pydantic writes may be read back as something else: in unions, by functions of the model, by settings. Where the
+class does not exclude that, what was written is read back and compared (docs/decisions/0029-what-arrives.md).
 """
 
 from __future__ import annotations
 
-import math
-import re
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    PlainSerializer,
-    PlainValidator,
-    RootModel,
-    TypeAdapter,
-    ValidationError,
-    WrapSerializer,
-    WrapValidator,
-)
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
+from pydantic import AliasChoices, BaseModel, RootModel, ValidationError
+from pydantic.errors import PydanticUndefinedAnnotation
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic_core import PydanticSerializationError, SchemaValidator, from_json, to_json
 
 from natsrt.wire.class_codec import ClassCodec, unknown_fields
-from natsrt.wire.codecs import (
-    ALL_KINDS,
-    TYPE_KEY,
-    VALUE_KEY,
-    Codec,
-    Refused,
-    Unreadable,
+from natsrt.wire.codecs import ALL_KINDS, TYPE_KEY, VALUE_KEY, Codec, Fault, Refused, Unreadable
+from natsrt.wire.exactness import difference
+from natsrt.wire.model_fields import (
+    ABSENT,
+    ConstrainedCodec,
+    PydanticField,
+    changes_values,
+    culprit,
+    field_codec,
+    fields_with_serializers,
+    has_mark,
+    is_functional,
+    is_harmless,
+    runs_functions,
+    writes_itself,
 )
+from natsrt.wire.model_reader import Inner, Step, validator_with
 
 _TYPE_KEY_BYTES = TYPE_KEY.encode()
-_FUNCTIONAL = (AfterValidator, BeforeValidator, PlainValidator, WrapValidator, PlainSerializer, WrapSerializer)
+_NO_VALUE = object()
 
 
 class ModelCodec(ClassCodec):
@@ -56,14 +53,13 @@ class ModelCodec(ClassCodec):
         cls, config = self.cls, self.cls.model_config
         self._complete()
         self._serializer = cls.__pydantic_serializer__
-        self._validator = cls.__pydantic_validator__
+        self._validator: SchemaValidator = cls.__pydantic_validator__  # type: ignore[assignment]
         self._root = issubclass(cls, RootModel)
         self.kinds = ALL_KINDS if self._root else frozenset({dict})
         self._extra = config.get("extra") == "allow"
-        self._carries_nan = config.get("ser_json_inf_nan") in ("constants", "strings")
+        self._writes_itself = writes_itself(cls)
         self._compile_keys()
         self._compile_fields()
-        self._adapters: dict[str, TypeAdapter[Any] | None] = {}
         self._written_by_alias = all(
             (field.serialization_alias or name) == self._keys.get(name) or field.exclude
             for name, field in cls.model_fields.items()
@@ -86,38 +82,41 @@ class ModelCodec(ClassCodec):
         by_name = bool(config.get("populate_by_name") or config.get("validate_by_name"))
         by_alias = config.get("validate_by_alias", True)
         self._keys: dict[str, str] = {}
-        self._read_from: dict[str, tuple[str, ...]] = {}
+        read_from: dict[str, tuple[str, ...]] = {}
         for name, field in self.cls.model_fields.items():
             aliases = _aliases(field) if by_alias else []
-            self._read_from[name] = (*aliases, name) if by_name or not aliases else tuple(aliases)
+            read_from[name] = (*aliases, name) if by_name or not aliases else tuple(aliases)
             if field.exclude:
                 continue
             if by_alias and field.validation_alias is not None and not aliases and not by_name:
                 raise Refused("its alias is a path, so Pydantic cannot read back what it writes", name)
-            self._keys[name] = self._read_from[name][0]
+            self._keys[name] = read_from[name][0]
             if self._keys[name] == TYPE_KEY:
                 raise Refused(f'the field name "{TYPE_KEY}" is reserved', name)
-        self._readable = frozenset(key for keys in self._read_from.values() for key in keys)
+        self._readable = frozenset(key for keys in read_from.values() for key in keys)
         self._renamed = {name: key for name, key in self._keys.items() if name != key}
 
     def _compile_fields(self) -> None:
-        """Determine which fields this codec writes and reads itself, and which ones hold plain scalars."""
+        """Determine which fields this codec writes and reads itself, and which ones Pydantic carries exactly."""
         self._special: dict[str, Codec] = {}
         self._known: dict[str, Codec] = {}
-        """The codecs of the fields that have a codec and no serializer or validator functions."""
-        scalars: list[tuple[str, tuple[type, ...]]] = []
-        own = _fields_with_serializers(self.cls)
+        """The codecs of the fields in which Pydantic runs no functions and keeps all values."""
+        self._fields: dict[str, PydanticField] = {}
+        """The fields that Pydantic writes and reads."""
+        own = fields_with_serializers(self.cls)
         for name, field in self.cls.model_fields.items():
-            if field.exclude or name in own or _is_functional(field.annotation, field.metadata):
+            if field.exclude:
                 continue
             codec = self._codec_or_none(field)
-            if codec is not None:
-                self._known[name] = codec
-                if codec.polymorphic:
-                    self._special[name] = codec
-                if codec.scalars:
-                    scalars.append((name, codec.scalars))
-        self._scalars = scalars if len(scalars) + len(self._special) == len(self.cls.model_fields) else None
+            is_own = name in own or is_functional(field.annotation, field.metadata)
+            if codec is not None and not is_own and codec.polymorphic:
+                self._special[name] = self._known[name] = codec
+                continue
+            keeps = codec is not None and not is_own and is_harmless(field.annotation, field.metadata)
+            check = None
+            if codec is not None and keeps and not changes_values(self.cls):
+                self._known[name], check = codec, codec.plain_check((self,))
+            self._fields[name] = PydanticField(self.cls, name, codec, check, self._codecs)
 
     def _can_be_plain(self, inside: tuple[Codec, ...]) -> bool:
         return (
@@ -131,62 +130,93 @@ class ModelCodec(ClassCodec):
 
     def _codec_or_none(self, field: FieldInfo) -> Codec | None:
         try:
-            return self._codecs.of(field.annotation)
+            return field_codec(self.cls, field, self._codecs.of(field.annotation))
         except Refused:
             # Only Pydantic can handle this type, because of the field's metadata or the model's configuration.
             return None
 
-    # Whole payloads use Pydantic's JSON writer and reader, which support integers of any size.
+    # Writing. Whole payloads use Pydantic's JSON writer and reader, which support integers of any size.
 
     def dumps(self, value: Any) -> bytes:
-        if self._is_plain(value):
-            return self._serializer.to_json(value, by_alias=True, round_trip=True, warnings=False)
-        if not self._direct or type(value) is not self.cls:
-            return to_json(self.encode(value), inf_nan_mode="constants")
-        # Pydantic is five times slower if it must refuse values that are not as declared.
-        warnings: Literal["error", False] = not self._is_as_declared(value) and "error"
-        payload: bytes = self._serializer.to_json(
-            value, by_alias=self._written_by_alias, round_trip=True, warnings=warnings
-        )
-        if b"null" in payload:
-            self._check_finite(value)
+        try:
+            if self._is_plain(value):
+                payload = self._serializer.to_json(value, by_alias=True, round_trip=True, warnings=False)
+            elif not self._direct or type(value) is not self.cls or self._doubtful(value):
+                return to_json(self.encode(value), inf_nan_mode="constants")
+            else:
+                payload = self._serializer.to_json(
+                    value, by_alias=self._written_by_alias, round_trip=True, warnings=self._warnings
+                )
+        except PydanticSerializationError as error:
+            raise culprit(self.cls, value, error) from None
+        if self._is_verified:
+            self._verify(value, self.loads, payload)
         return payload
 
-    def _is_as_declared(self, value: BaseModel) -> bool:
-        """True if all fields that are not special are plain scalars and hold values as declared."""
-        if self._scalars is None:
-            return False
+    @functools.cached_property
+    def _is_verified(self) -> bool:
+        """Whether what is written must be read back as a whole, because functions of the classes may change it."""
+        return (
+            self._writes_itself
+            or any(field.exclude and field.is_required() for field in self.cls.model_fields.values())
+            or (self._root and not self._special and self._fields["root"].check is None)
+            or any(field.check is None and not field.is_comparable for field in self._fields.values())
+            or runs_functions(self.cls.__pydantic_core_schema__)
+        )
+
+    @functools.cached_property
+    def _warnings(self) -> Literal["error", False]:
+        """Pydantic is five times slower if it must refuse values that are not as declared."""
+        return "error" if any(field.check is None for field in self._fields.values()) else False
+
+    def _doubtful(self, value: BaseModel) -> list[PydanticField]:
+        """The fields of ``value`` that Pydantic might change, and that can be compared on their own."""
+        if self._writes_itself:
+            return []
         fields = value.__dict__
+        return [
+            field
+            for name, field in self._fields.items()
+            if field.is_comparable and not (field.check is not None and field.check(fields.get(name, _NO_VALUE)))
+        ]
+
+    def _verify(self, value: BaseModel, read: Callable[[Any], Any], written: Any) -> None:
+        """Raise ``Refused`` if ``read`` does not return ``value`` for what was written.
+
+        A model inside another one that is verified is not verified on its own.
+        """
+        if self._codecs.verifying:
+            return
+        with self._codecs.verification():
+            self._compare(value, read, written)
+
+    def _compare(self, value: BaseModel, read: Callable[[Any], Any], written: Any) -> None:
         try:
-            for name, kinds in self._scalars:
-                if type(fields[name]) not in kinds:
-                    return False
-        except KeyError:
-            return False
-        return True
-
-    def loads(self, payload: bytes) -> Any:
-        may_be_direct = self._direct or self._plain_fields is not None
-        if not may_be_direct or self._codecs.strict or _TYPE_KEY_BYTES in payload:
-            return self.decode(from_json(payload))
-        return self._validated(self._validator.validate_json, payload)
-
-    def decode(self, tree: Any) -> Any:
-        if self._root and not (type(tree) is dict and TYPE_KEY in tree):
-            return self.decode_fields(tree)
-        return super().decode(tree)
-
-    def mark(self, tree: Any) -> dict[str, Any]:
-        return {TYPE_KEY: self.name, VALUE_KEY: tree} if self._root else super().mark(tree)
-
-    def decode_marked(self, tree: dict[str, Any]) -> Any:
-        return self.decode_fields(self.unwrap(tree)) if self._root else super().decode_marked(tree)
+            arrived = read(written)
+        except Unreadable as fault:
+            reason = f"{self.name} does not read what it writes ({fault})"
+            raise Refused(f"{reason}; its validators must accept what its serializers write") from None
+        if (flaw := difference(value, arrived)) is not None:
+            advice = "validators and serializers must keep a value that was sent as it is"
+            raise Refused(f"{flaw.reason}; {advice}", flaw.path)
 
     def encode_fields(self, value: Any) -> Any:
-        if self._is_plain(value):
-            return self._serializer.to_python(value, mode="json", by_alias=True, round_trip=True, warnings=False)
-        if self._root:
-            return self._encode_root(value)
+        if not self._is_verified or self._codecs.verifying:
+            return self._written(value)
+        with self._codecs.verification():
+            tree = self._written(value)
+            self._compare(value, self.decode, tree)
+        return tree
+
+    def _written(self, value: Any) -> Any:
+        try:
+            if self._is_plain(value):
+                return self._serializer.to_python(value, mode="json", by_alias=True, round_trip=True, warnings=False)
+            return self._encode_root(value) if self._root else self._encode_model(value)
+        except PydanticSerializationError as error:
+            raise culprit(self.cls, value, error) from None
+
+    def _encode_model(self, value: BaseModel) -> Any:
         tree = self._encode_plain_fields(value)
         if type(tree) is not dict:
             return tree
@@ -206,105 +236,118 @@ class ModelCodec(ClassCodec):
 
     def _encode_plain_fields(self, value: BaseModel) -> Any:
         """Return the fields that Pydantic writes: an object, unless the model's serializer writes something else."""
-        if self._is_as_declared(value):
-            self._check_finite(value)
-            return {self._keys[name]: getattr(value, name) for name, _ in self._scalars or ()}
-        try:
+        doubtful = self._doubtful(value)
+        left = {*self._special, *(field.name for field in doubtful)}
+        tree = {}
+        if len(left) < len(self._fields) + len(self._special):
             tree = self._serializer.to_python(
-                value, mode="json", by_alias=False, round_trip=True, warnings="error", exclude=set(self._special)
+                value, mode="json", by_alias=False, round_trip=True, warnings=self._warnings, exclude=left
             )
-        except PydanticSerializationError as error:
-            raise pydantic_refusal(error) from None
-        self._check_finite(value)
-        if self._renamed and type(tree) is dict:
-            return {self._renamed.get(name, name): item for name, item in tree.items()}
-        return tree
+        if type(tree) is not dict:
+            return tree
+        for field in doubtful:
+            if (item := field.tree(value)) is not ABSENT:
+                tree[field.name] = item
+        return {self._renamed.get(name, name): item for name, item in tree.items()} if self._renamed else tree
 
     def _encode_root(self, value: Any) -> Any:
         if self._special:
             tree = self._special["root"].encode(value.root)
         else:
-            try:
-                tree = self._serializer.to_python(value, mode="json", round_trip=True, warnings="error")
-            except PydanticSerializationError as error:
-                raise pydantic_refusal(error) from None
-            self._check_finite(value)
+            self._fields["root"].check_writable(value)
+            tree = self._serializer.to_python(value, mode="json", round_trip=True, warnings="error")
         return self.mark(tree) if type(tree) is dict and TYPE_KEY in tree else tree
 
-    def _check_finite(self, value: BaseModel) -> None:
-        """Raise ``Refused`` if a field holds NaN or infinity.
+    # Reading
 
-        Unless the model is configured otherwise, Pydantic writes these as null and cannot read them back.
-        """
-        if self._carries_nan:
-            return
-        for name, item in value.__dict__.items():
-            if name not in self._special and any(not math.isfinite(number) for number in _floats(item)):
-                raise Refused("JSON has no NaN and no infinity", name)
+    def loads(self, payload: bytes) -> Any:
+        if not self._codecs.strict and not (_TYPE_KEY_BYTES in payload or self._needs_steps):
+            return self._validated(self._validator, payload)
+        tree = from_json(payload)
+        if self._root or self._codecs.strict or type(tree) is not dict or TYPE_KEY in tree:
+            return self.decode(tree)
+        return self._validated(self._reader(payload), payload)
+
+    @functools.cached_property
+    def _needs_steps(self) -> bool:
+        """Whether fields without class names inside may have to be read by natsrt's codecs."""
+        return (bool(self._special) or self._extra) and self._plain_fields is None
+
+    def decode(self, tree: Any) -> Any:
+        if self._root and not (type(tree) is dict and TYPE_KEY in tree):
+            return self.decode_fields(tree)
+        if type(tree) is not dict and self._writes_itself:
+            return self.decode_fields(tree)
+        return super().decode(tree)
+
+    def mark(self, tree: Any) -> dict[str, Any]:
+        return {TYPE_KEY: self.name, VALUE_KEY: tree} if self._root else super().mark(tree)
+
+    def decode_marked(self, tree: dict[str, Any]) -> Any:
+        return self.decode_fields(self.unwrap(tree)) if self._root else super().decode_marked(tree)
 
     def decode_fields(self, tree: Any) -> Any:
-        if self._root:
-            return self._decode_root(tree)
-        if self._codecs.strict and not self._extra and tree.keys() - self._readable:
-            raise unknown_fields(self.name, tree.keys() - self._readable)
-        if not self._special and not self._extra or self._plain_fields is not None:
-            payload = to_json(tree)
-            if not self._special or _TYPE_KEY_BYTES not in payload:
-                return self._validated(self._validator.validate_json, payload)
-        values = dict(tree)
-        for name, keys in self._read_from.items():
-            for key in keys:
-                if key in tree:
-                    values[key] = self._decode_field(name, tree[key])
-                    break
-        if self._extra:
-            values.update({key: self._codecs.any.decode(tree[key]) for key in tree.keys() - self._readable})
-        return self._validated(self._validator.validate_python, values)
+        is_closed = self._codecs.strict and type(tree) is dict and not self._extra and not self._root
+        if is_closed and (unknown := tree.keys() - self._readable):
+            raise unknown_fields(self.name, unknown)
+        payload = to_json(tree)
+        return self._validated(self._reader(payload), payload)
 
-    def _decode_root(self, tree: Any) -> Any:
-        if self._special:
-            return self._validated(self._validator.validate_python, self._decode_field("root", tree))
-        return self._validated(self._validator.validate_json, to_json(tree))
+    def _reader(self, payload: bytes) -> SchemaValidator:
+        has_steps = _TYPE_KEY_BYTES in payload or self._needs_steps or self._codecs.strict
+        return self._stepwise if has_steps else self._validator
 
-    def _decode_field(self, name: str, tree: Any) -> Any:
-        """Return the value of a field. A tree that the codec cannot read is returned for the model's validators."""
-        special = self._special.get(name)
-        if special is not None:
-            try:
-                return special.decode(tree)
-            except Unreadable as fault:
-                if self._codecs.strict or _TYPE_KEY_BYTES in to_json(tree):
-                    raise fault.under(name) from fault.__cause__
-                return tree
-        adapter = self._adapter(name)
-        if adapter is None:
-            return tree
-        try:
-            return adapter.validate_json(to_json(tree))
-        except ValidationError:
-            return tree
+    @functools.cached_property
+    def _stepwise(self) -> SchemaValidator:
+        """A validator in which natsrt's codecs read the fields that have one, after the validators that run before."""
+        steps: dict[str, Step] = {name: functools.partial(self._read_special, name) for name in self._special}
+        steps.update({name: field.read for name, field in self._fields.items() if field.may_have_mark})
+        if not steps and not self._extra:
+            return self._validator
+        return validator_with(self.cls, steps, self._read_extra if self._extra else None, self._decode_all)
 
-    def _adapter(self, name: str) -> TypeAdapter[Any] | None:
-        """Return an adapter that reads one field as JSON; None if Pydantic cannot make one.
+    def _read_special(self, name: str, tree: Any, inner: Inner) -> Any:
+        """Read a field that a codec writes. Pydantic reads a tree without class names that the codec cannot read.
 
-        It is needed because the other fields are validated as Python values, and a strict model does not accept JSON
-        types there.
+        What the codec has read is as declared. Pydantic looks at it only if there are constraints, since it changes
+        some values on the way: a list that was declared as an ``Iterable``, for example.
         """
-        if name not in self._adapters:
-            field = self.cls.model_fields[name]
-            try:
-                hint: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-                self._adapters[name] = TypeAdapter(hint, config=ConfigDict(**self.cls.model_config))
-            except (PydanticUserError, PydanticSchemaGenerationError):
-                self._adapters[name] = None
-        return self._adapters[name]
+        value = self._decode_special(name, tree)
+        if value is _NO_VALUE:
+            return inner.validate_json(to_json(tree))
+        return inner.validate_python(value) if isinstance(self._special[name], ConstrainedCodec) else value
 
-    def _validated(self, validate: Callable[[Any], Any], data: Any) -> Any:
+    def _read_extra(self, tree: Any, inner: Inner) -> Any:
+        return inner.validate_python(self._codecs.any.decode(tree))
+
+    def _decode_special(self, name: str, tree: Any) -> Any:
+        """Return the value that the codec of a field reads; `_NO_VALUE` if it cannot and the tree has no class name."""
         try:
-            return validate(data)
+            return self._special[name].decode(tree)
+        except Unreadable as fault:
+            if self._codecs.strict or has_mark(tree):
+                raise fault.under(name) from fault.__cause__
+            return _NO_VALUE
+
+    def _decode_all(self, tree: Any) -> Any:
+        """Return an object with the values of the fields that have a codec, for a constructor that reads the others."""
+        if type(tree) is not dict:
+            return tree
+        values = dict(tree)
+        for name in self._special:
+            key = self._keys[name]
+            if key in tree and (value := self._decode_special(name, tree[key])) is not _NO_VALUE:
+                values[key] = value
+        return values
+
+    def _validated(self, validator: SchemaValidator, payload: bytes) -> Any:
+        try:
+            return validator.validate_json(payload)
         except ValidationError as error:
             # The text of a ValidationError quotes the input.
             raise Unreadable(_problems(error, self._readable)) from None
+        except Fault:
+            raise
         except Exception as error:
             raise Unreadable(f"{self.name} does not accept its fields ({type(error).__name__})") from error
 
@@ -315,42 +358,6 @@ def _aliases(field: FieldInfo) -> list[str]:
     if isinstance(alias, AliasChoices):
         return [choice for choice in alias.choices if isinstance(choice, str)]
     return [alias] if isinstance(alias, str) else []
-
-
-def _fields_with_serializers(cls: type[BaseModel]) -> set[str]:
-    decorators = cls.__pydantic_decorators__
-    names = {name for decorator in decorators.field_serializers.values() for name in decorator.info.fields}
-    has_own_schema = any("__get_pydantic_core_schema__" in vars(c) for c in cls.__mro__ if c not in BaseModel.__mro__)
-    return set(cls.model_fields) if decorators.model_serializers or "*" in names or has_own_schema else names
-
-
-def _is_functional(hint: Any, metadata: Sequence[Any] = ()) -> bool:
-    if typing.get_origin(hint) is Annotated:
-        metadata = hint.__metadata__
-    return any(isinstance(item, _FUNCTIONAL) for item in metadata) or any(
-        _is_functional(arg) for arg in typing.get_args(hint)
-    )
-
-
-def _floats(value: Any) -> Iterator[float]:
-    if isinstance(value, float):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _floats(key)
-            yield from _floats(item)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for item in value:
-            yield from _floats(item)
-
-
-_FIELD_NAME = re.compile(r"field_name='(\w+)'")
-
-
-def pydantic_refusal(error: PydanticSerializationError) -> Refused:
-    """Convert an error of a Pydantic serializer. The result names the fields, but does not quote their values."""
-    fields = ", ".join(dict.fromkeys(_FIELD_NAME.findall(str(error))))
-    return Refused(f"Pydantic does not write the value of {fields or 'a field'} as declared")
 
 
 def _problems(error: ValidationError, known: frozenset[str]) -> str:

@@ -52,7 +52,7 @@ from natsrt.wire.message_classes import (
     is_structured,
     type_name_of,
 )
-from natsrt.wire.model_codec import pydantic_refusal
+from natsrt.wire.model_fields import pydantic_refusal
 
 __all__ = ["BYTES", "JSON", "PROTOBUF", "Encoded", "Serialization", "serializer_for", "type_name_of"]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
+import uuid
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from autogen_core import AgentId
 
-from natsrt.errors import AmbiguousAgent, CannotDecode, NoLiveWorker, UnknownAgent, UnknownAgentType
+from natsrt.errors import AmbiguousAgent, CannotSerialize, NoLiveWorker, UnknownAgent, UnknownAgentType
 from tests.conformance.conftest import World, natsrt_only, two_runtimes
 from tests.conformance.samples import Counter, Number, Recorder
 
@@ -85,17 +89,55 @@ async def test_what_an_agent_raises_while_saving_or_loading_reaches_the_caller(w
         await world.caller.agent_load_state(COUNTER, {})
 
 
+class Color(enum.StrEnum):
+    RED = "red"
+
+
+INEXACT = [
+    object(),
+    (1, 2),
+    {1},
+    b"x",
+    {1: "a"},
+    {None: 1},
+    float("nan"),
+    -(2**70),
+    datetime.datetime(2026, 1, 1),
+    uuid.UUID(int=1),
+    Color.RED,
+    Number(1),
+    "\ud800",
+]
+
+
 @two_runtimes
-async def test_a_remote_state_that_is_not_json_is_a_typed_error(world: World) -> None:
+@pytest.mark.parametrize("value", INEXACT, ids=lambda value: type(value).__name__)
+async def test_a_remote_state_that_would_arrive_as_something_else_is_refused(world: World, value: Any) -> None:
     class Odd(Counter):
         async def save_state(self) -> Mapping[str, Any]:
-            return {"odd": object()}
+            return {"count": 1, "odd": [value]}
 
     await world.host.register_factory("counter", Odd)
-    with pytest.raises(CannotDecode, match="must be JSON"):
-        await world.caller.agent_save_state(COUNTER)
-    with pytest.raises(CannotDecode, match="must be JSON"):
-        await world.caller.agent_load_state(COUNTER, {"odd": object()})
+    for ask in (world.caller.agent_save_state, partial(world.caller.agent_load_state, state={"odd": [value]})):
+        with pytest.raises(CannotSerialize, match="under 'odd'"):
+            await ask(COUNTER)
+
+
+async def test_a_state_of_json_values_arrives_as_it_is(world: World) -> None:
+    state = {"list": [1, 1.0, True, None, "\U0001f600", {"deep": [-0.0, 2**63]}], "$type": "Number"}
+    loaded: list[Mapping[str, Any]] = []
+
+    class Keeps(Counter):
+        async def save_state(self) -> Mapping[str, Any]:
+            return MappingProxyType(state)
+
+        async def load_state(self, state: Mapping[str, Any]) -> None:
+            loaded.append(state)
+
+    await world.host.register_factory("counter", Keeps)
+    await world.caller.agent_load_state(COUNTER, MappingProxyType(state))
+    for arrived in (loaded[0], await world.caller.agent_save_state(COUNTER)):
+        assert repr(dict(arrived)) == repr(state)
 
 
 @two_runtimes

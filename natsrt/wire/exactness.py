@@ -1,0 +1,169 @@
+"""Whether a value that was read back is the value that was written: equal, and of the same types at every depth."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import decimal
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+LONE_SURROGATE = "the text has a lone surrogate, which UTF-8 cannot encode"
+NOT_FINITE = "JSON has no NaN and no infinity"
+
+
+class Flaw(NamedTuple):
+    """What is wrong with a part of a value.
+
+    ``path`` says where, such as ``items[].name``; empty for the whole value. ``reason`` names types, never values.
+    """
+
+    path: str
+    reason: str
+
+    def under(self, step: str) -> Flaw:
+        """This flaw, seen from outside: ``step`` is a field name or ``[]``."""
+        dot = "." if self.path and not self.path.startswith("[") else ""
+        return Flaw(f"{step}{dot}{self.path}", self.reason)
+
+
+def difference(sent: object, arrived: object) -> Flaw | None:
+    """Return the first difference between two values; None if they are equal and of the same types at every depth.
+
+    Fields that a model excludes from serialization, private attributes and computed fields are not compared.
+    """
+    cls = type(sent)
+    if type(arrived) is not cls:
+        return Flaw("", f"{value_of_type(cls)} would arrive as {value_of_type(type(arrived))}")
+    if isinstance(sent, dict):
+        return _pairs_differ(sent, arrived)
+    if isinstance(sent, set | frozenset):
+        return _members_differ(sent, arrived)
+    if isinstance(sent, list | tuple | collections.deque):
+        return _items_differ(sent, arrived)
+    if isinstance(sent, BaseModel) or (dataclasses.is_dataclass(cls) and not isinstance(sent, type)):
+        return _fields_differ(sent, arrived)
+    return None if _equal(sent, arrived) else Flaw("", f"{value_of_type(cls)} would arrive changed")
+
+
+def value_of_type(cls: type) -> str:
+    """``cls`` in an error: the value of a type."""
+    return "None" if cls is type(None) else f"a value of type {cls.__name__}"
+
+
+def _pairs_differ(sent: dict[Any, Any], arrived: Any) -> Flaw | None:
+    if len(sent) != len(arrived):
+        return Flaw("", "some of its keys would be lost, or be added")
+    if getattr(sent, "default_factory", None) is not getattr(arrived, "default_factory", None):
+        return Flaw("", f"the default factory of {value_of_type(type(sent))} would be lost")
+    keys = {key: key for key in arrived}
+    for key, item in sent.items():
+        if key not in keys or difference(key, keys[key]) is not None:
+            return Flaw("[]", f"a key, {value_of_type(type(key))}, would arrive as a different one")
+        if (flaw := difference(item, arrived[key])) is not None:
+            return flaw.under("[]")
+    return None
+
+
+def _members_differ(sent: Any, arrived: Any) -> Flaw | None:
+    found = {item: item for item in arrived}
+    for item in sent:
+        if item not in found or difference(item, found[item]) is not None:
+            return Flaw("[]", f"{value_of_type(type(item))} would arrive changed")
+    return None if len(sent) == len(found) else Flaw("", "items would be added")
+
+
+def _items_differ(sent: Any, arrived: Any) -> Flaw | None:
+    if len(sent) != len(arrived):
+        return Flaw("", "items would be lost, or be added")
+    if getattr(sent, "maxlen", None) != getattr(arrived, "maxlen", None):
+        return Flaw("", f"the maximum length of {value_of_type(type(sent))} would be lost")
+    for one, other in zip(sent, arrived, strict=True):
+        if (flaw := difference(one, other)) is not None:
+            return flaw.under("[]")
+    return None
+
+
+def _fields_differ(sent: Any, arrived: Any) -> Flaw | None:
+    missing = object()
+    for name in fields_of(sent):
+        one, other = getattr(sent, name, missing), getattr(arrived, name, missing)
+        if one is missing:
+            return Flaw(name, "the field has no value")
+        if (flaw := difference(one, other)) is not None:
+            return flaw.under(name)
+    return difference(getattr(sent, "model_extra", None), getattr(arrived, "model_extra", None))
+
+
+def fields_of(value: Any) -> Iterable[str]:
+    """The names of the fields of a model or dataclass that are sent."""
+    if isinstance(value, BaseModel):
+        return [name for name, field in type(value).model_fields.items() if not field.exclude]
+    return [field.name for field in dataclasses.fields(value)]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, float):
+        same_sign = math.copysign(1, one) == math.copysign(1, other)
+        return bool(one == other and same_sign) or (math.isnan(one) and math.isnan(other))
+    if isinstance(one, decimal.Decimal):
+        return bool(one.as_tuple() == other.as_tuple())
+    if isinstance(one, datetime.datetime | datetime.time):
+        return bool(one.replace(tzinfo=None) == other.replace(tzinfo=None)) and one.utcoffset() == other.utcoffset()
+    if getattr(type(one), "__eq__") is getattr(object, "__eq__"):  # noqa: B009 (mypy takes them for different)
+        return one is other or _same_attributes(one, other)
+    try:
+        result = one == other
+        return bool(result.all() if hasattr(result, "all") else result)
+    except Exception:
+        return False
+
+
+def _same_attributes(one: Any, other: Any) -> bool:
+    """Whether two objects whose class does not define equality have equal attributes, and have some."""
+    attributes = getattr(one, "__dict__", None)
+    return bool(attributes) and difference(attributes, other.__dict__) is None
+
+
+def unwritable(value: object, *, integers: bool = True) -> Flaw | None:
+    """Return the first part of ``value`` that JSON cannot represent; None if there is none.
+
+    ``integers``: whether integers of more than 64 bits can be written.
+    """
+    if isinstance(value, float):
+        return None if math.isfinite(value) else Flaw("", NOT_FINITE)
+    if isinstance(value, str):
+        return None if value.isascii() or _encodes(value) else Flaw("", LONE_SURROGATE)
+    if isinstance(value, int):
+        small = integers or -(2**63) <= value < 2**64
+        return None if small else Flaw("", "the integer has more than 64 bits, which JSON readers do not agree on")
+    for step, part in _parts(value):
+        if (flaw := unwritable(part, integers=integers)) is not None:
+            return flaw.under(step)
+    return None
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parts(value: Any) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield "[]", key
+            yield "[]", item
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+        for item in value:
+            yield "[]", item
+    elif isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        for name in fields_of(value):
+            yield name, getattr(value, name, None)
+        yield from _parts(getattr(value, "model_extra", None) or {})

@@ -1,0 +1,332 @@
+"""The fields of a Pydantic model that Pydantic writes and reads, and what Pydantic's own code may do to them.
+
+Whether Pydantic carries a field exactly is decided when the class is compiled, as far as the declaration allows. Such a
+field has a ``check`` that costs little. The value of any other field is written, read back and compared before the
+message is sent.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    PlainValidator,
+    SerializeAsAny,
+    Strict,
+    TypeAdapter,
+    WrapSerializer,
+    WrapValidator,
+)
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticSerializationError, to_json
+
+from natsrt.wire.codecs import TYPE_KEY, Codec, CodecCompiler, Fault, PlainCheck, Refused, remedy_of
+from natsrt.wire.exactness import NOT_FINITE, difference, unwritable, value_of_type
+from natsrt.wire.model_reader import Inner, functions_of
+
+ABSENT = object()
+"""The tree of a field that is not written."""
+
+_FUNCTIONAL = (AfterValidator, BeforeValidator, PlainValidator, WrapValidator, PlainSerializer, WrapSerializer)
+_HARMLESS = (Strict, SerializeAsAny)
+"""Metadata of Pydantic that may refuse a value, but not change it."""
+_CHANGING_SETTINGS = frozenset(
+    {
+        "json_encoders",
+        "ser_json_temporal",
+        "ser_json_timedelta",
+        "str_strip_whitespace",
+        "str_to_lower",
+        "str_to_upper",
+        "val_temporal_unit",
+    }
+)
+"""The settings of a model with which Pydantic may change text, dates and times."""
+_NAN_SETTINGS = ("constants", "strings")
+
+
+def changes_values(cls: type[BaseModel]) -> bool:
+    """True if the settings of ``cls`` may change the values of its fields."""
+    return not _CHANGING_SETTINGS.isdisjoint(cls.model_config)
+
+
+def is_functional(hint: Any, metadata: Sequence[Any] = ()) -> bool:
+    """True if an annotation contains a validator or serializer function, at any depth."""
+    return any(isinstance(item, _FUNCTIONAL) for item in _metadata(hint, metadata))
+
+
+def is_harmless(hint: Any, metadata: Sequence[Any] = ()) -> bool:
+    """True if no metadata in an annotation, at any depth, lets Pydantic change a value."""
+    return all(_keeps_values(item) for item in _metadata(hint, metadata))
+
+
+def _metadata(hint: Any, metadata: Sequence[Any]) -> Iterator[Any]:
+    yield from metadata
+    if typing.get_origin(hint) is Annotated:
+        for item in hint.__metadata__:
+            yield from (item, *item.metadata) if isinstance(item, FieldInfo) else (item,)
+    for arg in typing.get_args(hint):
+        yield from _metadata(arg, ())
+
+
+def _keeps_values(item: Any) -> bool:
+    if any(getattr(item, setting, None) for setting in ("strip_whitespace", "to_lower", "to_upper")):
+        return False
+    return isinstance(item, _HARMLESS) or not hasattr(item, "__get_pydantic_core_schema__")
+
+
+def is_constrained(hint: Any, metadata: Sequence[Any] = ()) -> bool:
+    """True if metadata in an annotation, at any depth, may refuse a value."""
+    return any(not isinstance(item, SerializeAsAny | FieldInfo) for item in _metadata(hint, metadata))
+
+
+class ConstrainedCodec(Codec):
+    """The codec of a field whose metadata may refuse values, as ``Field(gt=0)`` does, or change them.
+
+    Such values can be assigned to a model that does not validate assignments, but the receiver would refuse or change
+    them. ``harmless``: the metadata does not change values.
+    """
+
+    def __init__(self, inner: Codec, adapter: TypeAdapter[Any], harmless: bool) -> None:
+        self.name = inner.name
+        self.kinds = inner.kinds
+        self.cls = inner.cls
+        self.polymorphic = inner.polymorphic
+        self._inner = inner
+        self._adapter = adapter
+        self._accepts: PlainCheck = adapter.validator.isinstance_python if harmless else self._keeps
+
+    def _keeps(self, value: Any) -> bool:
+        try:
+            return difference(value, self._adapter.validate_python(value)) is None
+        except Exception:
+            return False
+
+    def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
+        check, accepts = self._inner.plain_check(inside), self._accepts
+        return None if check is None else lambda value: check(value) and accepts(value)
+
+    def encode(self, value: Any) -> Any:
+        tree = self._inner.encode(value)
+        if not self._accepts(value):
+            raise Refused("the value does not meet the constraints that are declared for it")
+        return tree
+
+    def decode(self, tree: Any) -> Any:
+        return self._inner.decode(tree)
+
+
+def field_codec(cls: type[BaseModel], field: FieldInfo, codec: Codec) -> Codec:
+    """The codec of a field: that of its annotation, and its constraints, if it has any."""
+    if not is_constrained(field.annotation, field.metadata):
+        return codec
+    adapter = adapter_of(field, cls)
+    if adapter is None:
+        return codec
+    return ConstrainedCodec(codec, adapter, is_harmless(field.annotation, field.metadata))
+
+
+def fields_with_serializers(cls: type[BaseModel]) -> set[str]:
+    """The names of the fields that are not written as their annotation says, or that a function reads instead."""
+    if writes_itself(cls):
+        return set(cls.model_fields)
+    decorators = cls.__pydantic_decorators__
+    names = {name for decorator in decorators.field_serializers.values() for name in decorator.info.fields}
+    plain = (d for d in decorators.field_validators.values() if d.info.mode == "plain")
+    names.update(name for decorator in plain for name in decorator.info.fields)
+    return set(cls.model_fields) if "*" in names else names
+
+
+def writes_itself(cls: type[BaseModel]) -> bool:
+    """True if functions of ``cls``, and not its fields, determine what is written."""
+    own_schema = any("__get_pydantic_core_schema__" in vars(c) for c in cls.__mro__ if c not in BaseModel.__mro__)
+    return own_schema or bool(cls.__pydantic_decorators__.model_serializers)
+
+
+def runs_functions(schema: Any) -> bool:
+    """True if functions of any class in a core schema run while its values are read, and so may change them."""
+    pending, seen = [schema], set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if node.get("type") in ("model", "dataclass") and _has_functions(node):
+                return True
+            pending.extend(item for key, item in node.items() if key not in ("metadata", "default", "serialization"))
+        elif isinstance(node, list | tuple):
+            pending.extend(node)
+    return False
+
+
+def _has_functions(node: dict[str, Any]) -> bool:
+    if node.get("custom_init"):
+        return True
+    decorators = getattr(node["cls"], "__pydantic_decorators__", None)
+    if decorators is not None and any(
+        getattr(decorators, kind) for kind in ("validators", "field_validators", "root_validators", "model_validators")
+    ):
+        return True
+    if node["type"] == "dataclass":
+        return bool(node.get("post_init"))
+    if decorators is not None and (decorators.field_serializers or decorators.model_serializers):
+        return writes_itself(node["cls"])
+    name = getattr(node["cls"].model_post_init, "__name__", "")
+    return name != "init_private_attributes" and node["cls"].model_post_init is not BaseModel.model_post_init
+
+
+class PydanticField:
+    """A field that Pydantic writes and reads.
+
+    Args:
+        cls: The model.
+        name: The name of the field.
+        codec: The codec of its annotation; None if there is none. A value that Pydantic would change is written by it
+            instead, if that names the value's class.
+        check: Returns True if Pydantic carries a value exactly; None if each value must be compared.
+        codecs: The compiler that made the codec.
+    """
+
+    def __init__(
+        self, cls: type[BaseModel], name: str, codec: Codec | None, check: PlainCheck | None, codecs: CodecCompiler
+    ) -> None:
+        self.name = name
+        self._codecs = codecs
+        self.check = check
+        self._cls = cls
+        self._codec = codec
+        self._adapter = None if functions_of(cls, name) else adapter_of(cls.model_fields[name], cls)
+        self.may_have_mark = codec is not None and check is None
+        """Whether the codec may write it: if the declaration allows several classes, and Pydantic confuses them."""
+        self.is_comparable = self._adapter is not None
+        """Whether the field can be read apart from its model. If not, its validators need the whole model."""
+
+    def tree(self, value: BaseModel) -> Any:
+        """Return the tree of the field, which is read back as it is now. Raises ``Refused``.
+
+        `ABSENT` if the field is not written.
+        """
+        self.check_writable(value)
+        item = self.value_in(value)
+        try:
+            written = self._written(value)
+            if written is ABSENT or difference(item, self._read_back(written)) is None:
+                return written
+        except Exception:
+            # Pydantic's text quotes the value, which must not reach a log. Validators may raise anything.
+            pass
+        return self._tree_by_codec(item)
+
+    def check_writable(self, value: BaseModel) -> None:
+        """Raise ``Refused`` if JSON has no form for a part of the field, which Pydantic would write as another one."""
+        flaw = unwritable(self.value_in(value))
+        if flaw is not None and not (flaw.reason == NOT_FINITE and self._carries_nan):
+            raise Refused(flaw.reason, flaw.path).under(self.name)
+
+    def value_in(self, value: BaseModel) -> Any:
+        try:
+            return value.__dict__[self.name]
+        except KeyError:
+            raise Refused("the field has no value", self.name) from None
+
+    @property
+    def _carries_nan(self) -> bool:
+        return self._cls.model_config.get("ser_json_inf_nan") in _NAN_SETTINGS
+
+    def _written(self, value: BaseModel) -> Any:
+        tree = self._cls.__pydantic_serializer__.to_python(
+            value, mode="json", include={self.name}, by_alias=False, round_trip=True, warnings="error"
+        )
+        return tree.get(self.name, ABSENT)
+
+    def _tree_by_codec(self, item: Any) -> Any:
+        """Return the tree that the codec writes if it names the value's class, so that a reader can tell."""
+        if self._codec is None:
+            raise self.refusal(item)
+        self._codecs.marks_all = True
+        try:
+            tree = self._codec.encode(item)
+            exact = has_mark(tree) and difference(item, self._read_back(tree)) is None
+        except Exception:
+            exact = False
+        finally:
+            self._codecs.marks_all = False
+        if not exact:
+            raise self.refusal(item)
+        return tree
+
+    def refusal(self, item: Any) -> Fault:
+        """What is wrong with the value of the field, which does not arrive as it is."""
+        if (remedy := remedy_of(item)) is not None:
+            return Refused(remedy).under(self.name)
+        try:
+            if self._codec is not None:
+                self._codec.encode(item)
+            found = difference(item, self._read_back(self._written(self._cls.model_construct(**{self.name: item}))))
+            reason = f"Pydantic changes it: {found.reason if found else 'the result depends on the other fields'}"
+        except Refused as fault:
+            return fault.under(self.name)
+        except Exception:
+            reason = f"Pydantic cannot write {value_of_type(type(item))} as declared and read it back"
+        advice = "declare a type that determines the value, or give the field a serializer and a validator that keep it"
+        return Refused(f"{reason}; {advice}", self.name)
+
+    def read(self, tree: Any, inner: Inner) -> Any:
+        """Return the value of a tree that `tree` made; ``inner`` reads the field as Pydantic does.
+
+        Raises ``Unreadable`` or ``ValidationError``.
+        """
+        if self._codec is not None and has_mark(tree):
+            return inner.validate_python(self._codec.decode(tree))
+        return inner.validate_json(to_json(tree))
+
+    def _read_back(self, tree: Any) -> Any:
+        assert self._adapter is not None
+        return self.read(tree, self._adapter)
+
+
+def adapter_of(field: FieldInfo, cls: type[BaseModel]) -> TypeAdapter[Any] | None:
+    """What reads one field apart from its model; None if Pydantic cannot make it."""
+    hint: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    for config in (ConfigDict(**cls.model_config), None):
+        try:
+            return TypeAdapter(hint, config=config)
+        except (PydanticUserError, PydanticSchemaGenerationError):
+            # Types with settings of their own do not take those of the model.
+            continue
+    return None
+
+
+def has_mark(tree: Any) -> bool:
+    """True if ``TYPE_KEY`` occurs in a tree, at any depth."""
+    if type(tree) is dict:
+        return TYPE_KEY in tree or any(map(has_mark, tree.values()))
+    return type(tree) is list and any(map(has_mark, tree))
+
+
+def culprit(cls: type[BaseModel], value: BaseModel, error: PydanticSerializationError) -> Fault:
+    """Convert an error of a model's serializer. The result names the field, but does not quote its value."""
+    if (flaw := unwritable(value)) is not None:
+        return Refused(flaw.reason, flaw.path)
+    for name in cls.model_fields:
+        try:
+            cls.__pydantic_serializer__.to_json(value, include={name}, round_trip=True, warnings="error")
+        except PydanticSerializationError:
+            item = value.__dict__.get(name)
+            reason = remedy_of(item) or f"Pydantic cannot write {value_of_type(type(item))} as declared"
+            return Refused(reason, name)
+    return pydantic_refusal(error)
+
+
+def pydantic_refusal(error: PydanticSerializationError) -> Refused:
+    """The refusal where no field can be named."""
+    return Refused("Pydantic cannot write a value in it as declared")
