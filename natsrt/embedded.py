@@ -41,7 +41,7 @@ from natsrt.errors import EmbeddedServerError
 
 __all__ = ["DEVELOPMENT_SETTINGS", "EmbeddedServer", "ProcessGroupGuard", "find_server_binary", "freeze"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 DEVELOPMENT_SETTINGS = """\
 max_payload: 1MB

@@ -51,6 +51,7 @@ PUBLIC = [
     "create_distributed_runtime",
     "keyed",
     "register",
+    "runtime_of",
 ]
 
 SAMPLES: list[errors.NatsrtError] = [

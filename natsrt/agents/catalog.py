@@ -28,7 +28,7 @@ from natsrt.observe.metrics import TypeCounters
 from natsrt.wire.serialization import Serialization, type_name_of
 from natsrt.wire.subjects import encode_token
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 
 class Catalog:

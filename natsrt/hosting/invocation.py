@@ -34,7 +34,7 @@ from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 
 def _agent_variable() -> ContextVar[AgentId]:

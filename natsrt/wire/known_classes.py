@@ -32,7 +32,7 @@ class KnownClasses:
         return classes[0] if len(classes) == 1 else None
 
 
-in_this_process = KnownClasses()
+in_this_process: KnownClasses = KnownClasses()
 """The classes that runtimes of this process have sent, or have registered to receive.
 
 ``SingleThreadedAgentRuntime`` hands objects over. So an agent whose handlers do not name a class may still expect its

@@ -58,7 +58,7 @@ class ModelCodec(ClassCodec):
         self._serializer = cls.__pydantic_serializer__
         self._validator = cls.__pydantic_validator__
         self._root = issubclass(cls, RootModel)
-        self.kinds = ALL_KINDS if self._root else frozenset({dict})
+        self.kinds: frozenset[type] = ALL_KINDS if self._root else frozenset({dict})
         self._extra = config.get("extra") == "allow"
         self._carries_nan = config.get("ser_json_inf_nan") in ("constants", "strings")
         self._compile_keys()
