@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, Unpack
+from typing import Annotated, Any, NamedTuple, Self, Unpack
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from natsrt.errors import ConfigurationError
 from natsrt.options.arguments import Settings
@@ -47,7 +47,7 @@ class _ContextRead(str):
     """The name of a context whose settings are already merged with the others, so that it is not read again."""
 
 
-class Options(BaseModel):
+class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_default=False):
     """All settings of a runtime; immutable. Times are in seconds, sizes in bytes.
 
     ``Options(…)`` takes settings from its arguments, and from the NATS context that ``context`` names. It reads neither
@@ -57,8 +57,6 @@ class Options(BaseModel):
     Raises:
         ConfigurationError: A setting is unknown, has a value that cannot be used, or contradicts another.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, hide_input_in_errors=True, validate_default=False)
 
     # The server, and this runtime's identity.
     servers: tuple[str, ...] = Field(
