@@ -21,7 +21,7 @@ from setuptools.command.editable_wheel import editable_wheel as setuptools_edita
 
 ROOT = Path(__file__).resolve().parent
 _PATH_FILE = "natsrt-checkout.pth"
-_RELATIVE_LINK = re.compile(r"(?<!!)\[([^\]\[]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
+_RELATIVE_LINK = re.compile(r"\[([^\]\[]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
 class editable_wheel(setuptools_editable_wheel):
