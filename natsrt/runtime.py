@@ -146,8 +146,9 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             cancellation_token: Cancels the call, and cancels the token of the handler in any process. None: the call
                 cannot be cancelled by a token.
             message_id: The id of the message. None: a new id.
-            reply_type: The class to which the reply is decoded. It is needed for plain NATS responders. None: a reply
-                of an agent names its class; the reply of a plain responder becomes JSON values, text or bytes.
+            reply_type: The class to which the reply is decoded, and the type of the result for type checkers. It is
+                needed for plain NATS responders. A reply of an agent names its class, and is of that class. None: the
+                reply of a plain responder becomes JSON values, text or bytes.
             timeout: For how many seconds to wait for the result. It also counts before the start, while there is no
                 connection, and while intervention handlers run. ``math.inf``: without a limit. None: the setting
                 ``call_timeout``.

@@ -642,3 +642,19 @@ async def test_ctrl_c_ends_a_start_in_a_script(processes: Processes, tmp_path: P
     assert await script.wait() != 0
     assert "KeyboardInterrupt" in script.stderr
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("block", ["async with", "with"])
+async def test_a_server_that_does_not_stop_in_time_is_killed_with_a_warning(
+    block: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("natsrt.embedded.STOP_SECONDS", 0.0)
+    server = EmbeddedServer()
+    await server.start()
+    pid = server.pid
+    if block == "with":
+        server.__exit__(None, None, None)
+    else:
+        await server.stop()
+    assert pid is not None and not exists(pid)
+    assert f"nats-server {server.name} did not stop" in caplog.text

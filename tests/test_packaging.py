@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -35,7 +36,10 @@ def build(kind: str, source: Path, target: Path) -> Path:
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an unpacked source distribution."""
     folder = tmp_path_factory.mktemp("distributions")
-    with tarfile.open(build("sdist", REPOSITORY, folder)) as archive:
+    # A copy without what earlier builds left: setuptools adds every file that it had added before.
+    source = folder / "source"
+    shutil.copytree(REPOSITORY, source, ignore=shutil.ignore_patterns(".[!c]*", "*.egg-info", "build", "dist"))
+    with tarfile.open(build("sdist", source, folder)) as archive:
         archive.extractall(folder, filter="data")
     (made,) = folder.glob("natsrt-*/")
     return made
