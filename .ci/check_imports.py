@@ -14,6 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LAYERS = (
+    ("__main__",),
     ("cli", "contrib"),
     ("__init__",),
     ("registration",),

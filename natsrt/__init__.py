@@ -5,7 +5,7 @@ from natsrt.errors import *  # noqa: F403  # the whole tree of exceptions is pub
 from natsrt.observe.health import Health
 from natsrt.options import Options
 from natsrt.registration import register
-from natsrt.runtime import NatsAgentRuntime, create_distributed_runtime
+from natsrt.runtime import NatsAgentRuntime, create_distributed_runtime, runtime_of
 from natsrt.version import VERSION as __version__
 
 # isort: split
@@ -21,5 +21,6 @@ __all__ = [
     "create_distributed_runtime",
     "keyed",
     "register",
+    "runtime_of",
     *errors.__all__,
 ]

@@ -76,18 +76,18 @@ class Network:
     """The connection and the parts that use it: replies, calls, the registry, the records of keyed agents."""
 
     def __init__(self, options: Options, worker_id: str) -> None:
-        self.subjects = Subjects(options.namespace)
-        self.connection = Connection(options, client_name=f"{CLIENT_NAME}{worker_id}")
-        self.readiness = Readiness(self.connection, options)
-        self.bodies = Bodies(self.connection)
-        self.inbox = Inbox(self.connection, options)
-        self.probe = Probe(self.connection, self.inbox)
-        self.peers = Peers(self.connection, self.inbox, self.probe, self.subjects)
-        self.cancellations = Cancellations(self.connection, self.subjects.cancel)
-        self.registry = Registry(self.connection, self.subjects, options, self.peers)
+        self.subjects: Subjects = Subjects(options.namespace)
+        self.connection: Connection = Connection(options, client_name=f"{CLIENT_NAME}{worker_id}")
+        self.readiness: Readiness = Readiness(self.connection, options)
+        self.bodies: Bodies = Bodies(self.connection)
+        self.inbox: Inbox = Inbox(self.connection, options)
+        self.probe: Probe = Probe(self.connection, self.inbox)
+        self.peers: Peers = Peers(self.connection, self.inbox, self.probe, self.subjects)
+        self.cancellations: Cancellations = Cancellations(self.connection, self.subjects.cancel)
+        self.registry: Registry = Registry(self.connection, self.subjects, options, self.peers)
         watch = CallWatch(self.connection, self.inbox, self.probe, options, self.registry)
-        self.calls = Calls(self.connection, self.inbox, watch, options, self.registry)
-        self.records = AgentRecords(self.connection, self.subjects, options)
+        self.calls: Calls = Calls(self.connection, self.inbox, watch, options, self.registry)
+        self.records: AgentRecords = AgentRecords(self.connection, self.subjects, options)
 
 
 class Outgoing:
@@ -104,7 +104,7 @@ class Outgoing:
     ) -> None:
         attributes = MessageAttributes(network.calls, network.cancellations, counters)
         replies = Replies(network.bodies, program.serialization, program.error_types)
-        self.locator = OwnerLocator(
+        self.locator: OwnerLocator = OwnerLocator(
             bodies=network.bodies,
             subjects=network.subjects,
             calls=network.calls,
@@ -112,7 +112,7 @@ class Outgoing:
             attributes=attributes,
             peers=network.peers,
         )
-        self.arrivals = Arrivals(
+        self.arrivals: Arrivals = Arrivals(
             connection=network.connection,
             subjects=network.subjects,
             options=program.options,
@@ -122,7 +122,7 @@ class Outgoing:
             probe=network.probe,
         )
         owners = OwnerCache(network.subjects, network.registry, self.locator)
-        self.delivery = KeyedDelivery(
+        self.delivery: KeyedDelivery = KeyedDelivery(
             owners=owners,
             bodies=network.bodies,
             subjects=network.subjects,
@@ -130,7 +130,7 @@ class Outgoing:
             inbox=network.inbox,
             counters=counters,
         )
-        self.sender = Sender(
+        self.sender: Sender = Sender(
             connection=network.connection,
             bodies=network.bodies,
             subjects=network.subjects,
@@ -169,12 +169,12 @@ class Incoming:
         connection, subjects, registry = network.connection, network.subjects, network.registry
         self.active: set[Inbound] = set()
         """The messages that are being handled."""
-        self.call_log = CallLog(connection, options, worker_id)
+        self.call_log: CallLog = CallLog(connection, options, worker_id)
         answers = Answers(network.bodies, program.serialization, program.error_types, options, worker_id)
-        self.events = EventSettlement(event_errors, counters)
-        self.intake = Intake(connection, options, counters)
-        self.places = Places(options.max_running)
-        self.subscriptions = Subscriptions(
+        self.events: EventSettlement = EventSettlement(event_errors, counters)
+        self.intake: Intake = Intake(connection, options, counters)
+        self.places: Places = Places(options.max_running)
+        self.subscriptions: Subscriptions = Subscriptions(
             connection=connection,
             subjects=subjects,
             catalog=catalog,
@@ -192,7 +192,7 @@ class Incoming:
             events=self.events,
             worker_id=worker_id,
         )
-        self.deadlocks = Deadlocks(
+        self.deadlocks: Deadlocks = Deadlocks(
             active=self.active, calls=network.calls, registry=registry, peers=network.peers, worker_id=worker_id
         )
         slots = AgentSlots(catalog)
@@ -209,7 +209,7 @@ class Incoming:
             subjects=self.subscriptions,
         )
         doubts = Doubts()
-        self.ownership = Ownership(
+        self.ownership: Ownership = Ownership(
             connection=connection,
             options=options,
             worker_id=worker_id,
@@ -234,9 +234,9 @@ class Incoming:
             ),
             doubts=doubts,
         )
-        self.turns = Turns(slots, self.ownership, instances, self.deadlocks)
-        self.operations = KeyedOperations(self.turns, self.ownership, catalog)
-        self.peer_answers = PeerAnswers(
+        self.turns: Turns = Turns(slots, self.ownership, instances, self.deadlocks)
+        self.operations: KeyedOperations = KeyedOperations(self.turns, self.ownership, catalog)
+        self.peer_answers: PeerAnswers = PeerAnswers(
             connection=connection,
             subjects=subjects,
             worker_id=worker_id,
@@ -246,7 +246,7 @@ class Incoming:
             subscriptions=self.subscriptions,
             answers=answers,
         )
-        self.dispatch = self._dispatch(program, network, outgoing, answers, worker_id, counters, telemetry)
+        self.dispatch: Dispatch = self._dispatch(program, network, outgoing, answers, worker_id, counters, telemetry)
 
     def _dispatch(
         self,

@@ -41,7 +41,7 @@ from natsrt.errors import EmbeddedServerError
 
 __all__ = ["DEVELOPMENT_SETTINGS", "EmbeddedServer", "ProcessGroupGuard", "find_server_binary", "freeze"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 DEVELOPMENT_SETTINGS = """\
 max_payload: 8MB
@@ -115,7 +115,7 @@ class ProcessGroupGuard:
 
 
 class EmbeddedServer:
-    """A nats-server with JetStream, which runs during an ``async with`` block.
+    """A nats-server with JetStream, which runs during an ``async with`` block, or a ``with`` block in synchronous code.
 
     Args:
         port: Port for clients. None: a free port that the server chooses, or the one in ``config``. -1: a free port,
@@ -170,6 +170,28 @@ class EmbeddedServer:
         self._log_start = 0
         self._url: str | None = None
         self._monitor_url: str | None = None
+
+    def __enter__(self) -> EmbeddedServer:
+        if _loop_runs_here():
+            raise EmbeddedServerError(
+                "`with EmbeddedServer()` would block the event loop that runs here: use `async with EmbeddedServer()`"
+            )
+        # With a factory, the runner leaves the event loop that this thread has set as it is.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            runner.run(self.start())
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if (process := self._asked_to_end()) is not None:
+                process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._log_late_stop()
+        finally:
+            self._kill_and_reap()
+            self._remove_temporary()
 
     async def __aenter__(self) -> EmbeddedServer:
         await self.start()
@@ -429,17 +451,26 @@ class EmbeddedServer:
         return list(self.data_dir.glob(f"*_{pid}.ports")) if self.data_dir is not None else []
 
     async def _terminate(self) -> None:
-        process = self._process
         try:
-            if process is not None and process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                process.send_signal(signal.SIGCONT)  # a paused server would not act on the other signal
+            if (process := self._asked_to_end()) is not None:
                 async with asyncio.timeout(STOP_SECONDS):
                     await _exit_code(process, _POLL_SECONDS)
         except TimeoutError:
-            logger.warning("nats-server %s did not stop within %g s: killing it", self._name, STOP_SECONDS)
+            self._log_late_stop()
         finally:
             self._kill_and_reap()
+
+    def _asked_to_end(self) -> subprocess.Popen[bytes] | None:
+        """The process, after SIGTERM; None if the server is not running."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return None
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)  # a paused server would not act on the other signal
+        return process
+
+    def _log_late_stop(self) -> None:
+        logger.warning("nats-server %s did not stop within %g s: killing it", self._name, STOP_SECONDS)
 
     def _kill_and_reap(self) -> None:
         if self._process is not None:
@@ -459,6 +490,14 @@ class EmbeddedServer:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary = None
+
+
+def _loop_runs_here() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def find_server_binary() -> Path:

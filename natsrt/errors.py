@@ -39,6 +39,7 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from autogen_core.exceptions import CantHandleException, UndeliverableException
 
@@ -104,7 +105,7 @@ class ServerUnreachable(NatsrtError, UndeliverableException, ConnectionError):
     code = 503
 
     def __init__(self, servers: Sequence[str], seconds: float, reason: str | None = None) -> None:
-        self.servers = list(servers)
+        self.servers: list[str] = list(servers)
         self.seconds = seconds
         self.reason = reason
         because = f": {reason}" if reason else ""
@@ -121,7 +122,7 @@ class ServerRefused(ServerUnreachable):
 
     def __init__(self, servers: Sequence[str], seconds: float, reason: str) -> None:
         super().__init__(servers, seconds, reason)
-        self.args = (
+        self.args: tuple[Any, ...] = (
             f"the NATS server at {', '.join(self.servers)} does not accept the connection: it says {reason!r}. "
             "Change its configuration, the limits of the account, or the settings of this program.",
         )
@@ -195,7 +196,7 @@ class SubscriptionNotServed(NatsrtError, TimeoutError):
 
     def __init__(self, agent_type: str, workers: Sequence[str], seconds: float) -> None:
         self.agent_type = agent_type
-        self.workers = list(workers)
+        self.workers: list[str] = list(workers)
         self.seconds = seconds
         super().__init__(
             f"the subscription of agent type {agent_type!r} is stored, but worker {', '.join(self.workers)} did not "
@@ -230,7 +231,8 @@ class UnknownSubscription(NatsrtError, LookupError, ValueError):
         self.subscription_id = subscription_id
         super().__init__(f"there is no subscription with the id {subscription_id!r} that this runtime may remove")
 
-    __str__ = Exception.__str__
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class RegistryUnavailable(NatsrtError, ConnectionError):
@@ -278,11 +280,12 @@ class UnknownAgentType(UndeliveredCall, LookupError):
 
     def __init__(self, recipient: str, agent_type: str, known: Sequence[str] = ()) -> None:
         self.agent_type = agent_type
-        self.known = list(known)
+        self.known: list[str] = list(known)
         have = f"; registered types: {', '.join(self.known)}" if self.known else "; no type is registered"
         super().__init__(recipient, f"agent type {agent_type!r} is unknown{have}")
 
-    __str__ = Exception.__str__
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class UnknownAgent(UndeliveredCall, LookupError):
@@ -291,11 +294,12 @@ class UnknownAgent(UndeliveredCall, LookupError):
     code = 404
 
     def __init__(self, recipient: str, known: Sequence[str] = ()) -> None:
-        self.known = list(known)
+        self.known: list[str] = list(known)
         have = ", ".join(self.known) or "none"
         super().__init__(recipient, f"there is no agent {recipient}: its type has registered instances only ({have})")
 
-    __str__ = Exception.__str__
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class NoLiveWorker(UndeliveredCall):
@@ -354,7 +358,7 @@ class Deadlock(UndeliveredCall):
     code = 508
 
     def __init__(self, recipient: str, agents: Sequence[str]) -> None:
-        self.agents = list(agents)
+        self.agents: list[str] = list(agents)
         super().__init__(
             recipient,
             f"the call to {recipient} would wait for ever, and was not handled: "
@@ -419,7 +423,7 @@ class AmbiguousAgent(NatsrtError, UndeliverableException):
 
     def __init__(self, recipient: str, workers: Sequence[str]) -> None:
         self.recipient = recipient
-        self.workers = list(workers)
+        self.workers: list[str] = list(workers)
         super().__init__(
             f"{recipient} is not one agent: its type is not keyed and {len(self.workers)} workers host it "
             f"({', '.join(self.workers)})"
@@ -484,7 +488,7 @@ class UnhandledMessage(NatsrtError, CantHandleException):
     def __init__(self, recipient: str, type_name: str, handled: Sequence[str]) -> None:
         self.recipient = recipient
         self.type_name = type_name
-        self.handled = list(handled)
+        self.handled: list[str] = list(handled)
         super().__init__(
             f"{recipient} has no handler for messages of type {type_name!r}; it handles: {', '.join(self.handled)}"
         )

@@ -32,7 +32,7 @@ from natsrt.sending.sender import Sender
 from natsrt.session import Session
 from natsrt.signals import STOP_SIGNALS, StopSignals
 
-logger = logging.getLogger("natsrt")
+logger: logging.Logger = logging.getLogger("natsrt")
 
 _CHECK_PERIOD = 1.0
 """Seconds between two checks of a condition in `Lifecycle.stop_when`, as in AutoGen."""

@@ -33,7 +33,7 @@ from natsrt.jetstream.registry.rivals import Rival, rivals
 from natsrt.observe.services import Services
 from natsrt.version import VERSION
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _LOOK_EVERY = 0.02
 """Seconds between two looks whether another worker has withdrawn what it stored at the same moment."""

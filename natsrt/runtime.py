@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast, overload
 
 from autogen_core import (
     Agent,
@@ -17,6 +17,7 @@ from autogen_core import (
     AgentMetadata,
     AgentRuntime,
     AgentType,
+    BaseAgent,
     CancellationToken,
     InterventionHandler,
     MessageSerializer,
@@ -36,14 +37,16 @@ from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.lifecycle import Lifecycle
 from natsrt.options import Options
+from natsrt.options.arguments import MoreSettings
 from natsrt.sending.limits import Limit
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt")
+logger: logging.Logger = logging.getLogger("natsrt")
 
 T = TypeVar("T", bound=Agent)
+R = TypeVar("R")
 _type = type  # `type` is a parameter's name in AutoGen's protocol
 
 
@@ -77,10 +80,10 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         tracer_provider: TracerProvider | None = None,
         intervention_handlers: Sequence[InterventionHandler] | None = None,
         options: Options | None = None,
-        **settings: Any,
+        **settings: Unpack[MoreSettings],
     ) -> None:
-        given = {"servers": servers, "name": name, "namespace": namespace, **settings}
-        given = {setting: value for setting, value in given.items() if value is not None}
+        said = {"servers": servers, "name": name, "namespace": namespace, **settings}
+        given: dict[str, Any] = {setting: value for setting, value in said.items() if value is not None}
         self._options = Options.load(**given) if options is None else options.replace(**given)
         self._limit = Limit(self._options.call_timeout, "call_timeout")
         self._serialization = Serialization()
@@ -99,6 +102,30 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
 
     # -- AgentRuntime, in the protocol's order -------------------------------------------------------------------
 
+    @overload
+    async def send_message(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None = ...,
+        cancellation_token: CancellationToken | None = ...,
+        message_id: str | None = ...,
+        reply_type: type[R],
+        timeout: float | None = ...,
+    ) -> R: ...
+    @overload
+    async def send_message(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None = ...,
+        cancellation_token: CancellationToken | None = ...,
+        message_id: str | None = ...,
+        reply_type: None = ...,
+        timeout: float | None = ...,
+    ) -> Any: ...
     async def send_message(
         self,
         message: Any,
@@ -119,8 +146,9 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             cancellation_token: Cancels the call, and cancels the token of the handler in any process. None: the call
                 cannot be cancelled by a token.
             message_id: The id of the message. None: a new id.
-            reply_type: The class to which the reply is decoded. It is needed for plain NATS responders. None: a reply
-                of an agent names its class; the reply of a plain responder becomes JSON values, text or bytes.
+            reply_type: The class to which the reply is decoded, and the type of the result for type checkers. It is
+                needed for plain NATS responders. A reply of an agent names its class, and is of that class. None: the
+                reply of a plain responder becomes JSON values, text or bytes.
             timeout: For how many seconds to wait for the result. It also counts before the start, while there is no
                 connection, and while intervention handlers run. ``math.inf``: without a limit. None: the setting
                 ``call_timeout``.
@@ -504,6 +532,20 @@ def create_distributed_runtime(
     there.
     """
     return NatsAgentRuntime(broker_url, name=instance_id, tracer_provider=tracer_provider)
+
+
+def runtime_of(agent: BaseAgent) -> NatsAgentRuntime:
+    """Return the runtime in which an agent runs, for what only `NatsAgentRuntime` has, such as ``store_state``.
+
+    It is ``agent.runtime``, with the type that type checkers need.
+
+    Raises:
+        TypeError: The agent runs in a runtime of another class.
+    """
+    runtime = agent.runtime
+    if isinstance(runtime, NatsAgentRuntime):
+        return runtime
+    raise TypeError(f"agent {agent.id} runs in a {_type(runtime).__name__}, not in a NatsAgentRuntime")
 
 
 def _keyed_options(said: bool | KeyedOptions | None, cls: type[Any] | None) -> KeyedOptions | None:

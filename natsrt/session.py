@@ -17,15 +17,25 @@ from opentelemetry.trace import TracerProvider
 
 from natsrt.assembly import Incoming, Network, Outgoing, Program
 from natsrt.background import end_tasks
+from natsrt.hosting.dispatch import Dispatch
+from natsrt.hosting.intake import Intake
+from natsrt.jetstream.agent_records import AgentRecords
+from natsrt.jetstream.registry.registry import Registry
+from natsrt.keyed.operations import KeyedOperations
+from natsrt.keyed.ownership import Ownership
 from natsrt.membership import Membership
 from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.health import Health
 from natsrt.observe.metrics import Counters
 from natsrt.observe.services import Services, service_name
 from natsrt.observe.telemetry import telemetry_for
+from natsrt.sending.arrivals import Arrivals
+from natsrt.sending.sender import Sender
+from natsrt.transport.calls import Calls
+from natsrt.transport.connection import Connection
 from natsrt.version import VERSION
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _HAND_OVER_WITHIN = 10.0
 """Maximum time to store and release agents after their handlers have ended, in seconds. Writes to JetStream fail for up
@@ -46,16 +56,16 @@ class Session:
     def __init__(self, program: Program, tracer_provider: TracerProvider | None) -> None:
         options = self._options = program.options
         self._program = program
-        self.name = options.name or socket.gethostname() or "worker"
-        self.worker_id = f"{service_name(self.name)[:60]}-{NUID().next().decode()[-10:]}"
-        self.counters = Counters(program.catalog.counters)
+        self.name: str = options.name or socket.gethostname() or "worker"
+        self.worker_id: str = f"{service_name(self.name)[:60]}-{NUID().next().decode()[-10:]}"
+        self.counters: Counters = Counters(program.catalog.counters)
         telemetry = telemetry_for(tracer_provider, self.worker_id)
-        self.network = Network(options, self.worker_id)
-        self.event_errors = EventErrors(options)
-        self.outgoing = Outgoing(
+        self.network: Network = Network(options, self.worker_id)
+        self.event_errors: EventErrors = EventErrors(options)
+        self.outgoing: Outgoing = Outgoing(
             program, self.network, counters=self.counters, event_errors=self.event_errors, telemetry=telemetry
         )
-        self.incoming = Incoming(
+        self.incoming: Incoming = Incoming(
             program,
             self.network,
             self.outgoing,
@@ -73,29 +83,29 @@ class Session:
             metadata={"worker_id": self.worker_id, "namespace": options.namespace, "pid": str(os.getpid())},
             endpoints=self.incoming.subscriptions,
         )
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         """The event loop in which everything of this session runs."""
-        self.membership = Membership(
+        self.membership: Membership = Membership(
             program, self.network, self.incoming, self._services, name=self.name, worker_id=self.worker_id
         )
         # Used by the runtime and its tools. These are attributes, not properties, because `send_message` reads them for
         # every message.
-        self.connection = self.network.connection
-        self.registry = self.network.registry
-        self.calls = self.network.calls
-        self.records = self.network.records
-        self.sender = self.outgoing.sender
-        self.arrivals = self.outgoing.arrivals
-        self.intake = self.incoming.intake
-        self.dispatch = self.incoming.dispatch
-        self.ownership = self.incoming.ownership
-        self.operations = self.incoming.operations
+        self.connection: Connection = self.network.connection
+        self.registry: Registry = self.network.registry
+        self.calls: Calls = self.network.calls
+        self.records: AgentRecords = self.network.records
+        self.sender: Sender = self.outgoing.sender
+        self.arrivals: Arrivals = self.outgoing.arrivals
+        self.intake: Intake = self.incoming.intake
+        self.dispatch: Dispatch = self.incoming.dispatch
+        self.ownership: Ownership = self.incoming.ownership
+        self.operations: KeyedOperations = self.incoming.operations
         self._stack = AsyncExitStack()
         self._began = time.monotonic()
         self._stopping = False
         self._drain_timeout = options.drain_timeout
         self._abort = asyncio.Event()
-        self.cut_short = 0
+        self.cut_short: int = 0
         """Number of handlers that the stop has cancelled."""
 
     # -- lifecycle -----------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class StopSignals(Inherited):
         first: Callable[[], object] = lambda: None,
         again: Callable[[], object] = lambda: None,
     ) -> None:
-        self.received = asyncio.Event()
+        self.received: asyncio.Event = asyncio.Event()
         self._first = first
         self._again = again
         self._wanted = signals

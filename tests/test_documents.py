@@ -35,11 +35,14 @@ _CONTEXT = click.Context(command_line)
 COMMANDS = {name: command_line.get_command(_CONTEXT, name) for name in command_line.list_commands(_CONTEXT)}
 LINK = re.compile(r"(?<!!)\[[^\]\[]*\]\(([^)\s]+)\)")
 PATH = re.compile(
-    r"(?<![\w/.~-])((?:natsrt|cli|docs|tests|examples|benchmarks|\.ci)/[\w./-]*\w(?:\.\w+)?|[\w-]+\.(?:py|md|conf|toml))"
+    r"(?<![\w/.~-])((?:natsrt|cli|docs|tests|examples|benchmarks|\.ci)/[\w./-]*\w(?:\.\w+)?|[\w-]+\.(?:py|md|conf|toml)\b)"
 )
 """What looks like a path in this repository."""
 
-EXAMPLE_FILES = {"counter.py", "hello.py", "news.py", "natsrt.toml", "natsrt.yaml"}
+EXAMPLE_FILES = {
+    *("counter.py", "hello.py", "news.py", "natsrt.toml", "natsrt.yaml"),
+    *(block.remark for block in blocks("python", "toml")),
+}
 """Files that the documents tell the reader to make."""
 
 
@@ -169,11 +172,19 @@ def user_environment(own_server: EmbeddedServer, nats_cli: Path) -> dict[str, st
     return {"NATS_URL": own_server.url, "PATH": os.pathsep.join([*scripts, os.environ["PATH"]]), "COLUMNS": "120"}
 
 
+def write_named_blocks(document: Path, folder: Path) -> None:
+    """The files that a document tells the reader to make: its blocks that have the name of a file."""
+    for block in blocks("python", "toml"):
+        if block.path == document and block.remark:
+            (folder / block.remark).write_text(block.text, "utf-8")
+
+
 @pytest.mark.parametrize("block", blocks("python"), ids=named)
 async def test_python_in_documents_runs(
     block: Block, processes: Processes, tmp_path: Path, user_environment: Mapping[str, str]
 ) -> None:
-    program = tmp_path / "block.py"
+    write_named_blocks(block.path, tmp_path)
+    program = tmp_path / (block.remark or "block.py")
     program.write_text(block.text, "utf-8")
     process = processes.python(program, env=user_environment, cwd=tmp_path)
     assert await process.wait(30) == 0, process.describe()
@@ -221,9 +232,7 @@ CONSOLE = [document for document in documents() if any(block.path == document fo
 async def test_commands_in_documents_print_what_is_shown(
     document: Path, processes: Processes, tmp_path: Path, user_environment: Mapping[str, str]
 ) -> None:
-    for block in blocks("python"):
-        if block.path == document and block.remark:
-            (tmp_path / block.remark).write_text(block.text, "utf-8")
+    write_named_blocks(document, tmp_path)
     for block in blocks("console"):
         if block.path != document:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -506,3 +507,155 @@ async def test_eventually_names_what_did_not_happen() -> None:
 
 def test_the_nats_command_runs(nats_cli: Path) -> None:
     assert subprocess.run([nats_cli, "--version"], capture_output=True, check=False).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without an event loop
+
+
+def greeting(server: EmbeddedServer) -> bytes:
+    with socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0), timeout=5) as connection:
+        return connection.recv(5)
+
+
+def test_a_server_runs_in_synchronous_code() -> None:
+    with EmbeddedServer(http_port=-1) as server:
+        pid, directory = server.pid, server.data_dir
+        assert pid is not None and directory is not None
+        assert greeting(server) == b"INFO "
+        asyncio.run(server.restart(kill=True))
+        assert greeting(server) == b"INFO "
+    assert server.pid is None
+    assert not exists(pid)
+    assert not directory.exists()
+
+
+def test_synchronous_code_keeps_its_own_event_loop() -> None:
+    own = asyncio.new_event_loop()
+    asyncio.set_event_loop(own)
+    try:
+        with EmbeddedServer():
+            pass
+        assert asyncio.get_event_loop_policy().get_event_loop() is own
+    finally:
+        asyncio.set_event_loop(None)
+        own.close()
+
+
+def test_synchronous_code_starts_a_server_in_any_thread() -> None:
+    served: list[bytes] = []
+
+    def serve() -> None:
+        with EmbeddedServer() as server:
+            served.append(greeting(server))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    assert served == [b"INFO "]
+
+
+async def test_synchronous_code_in_an_event_loop_is_told_to_be_asynchronous() -> None:
+    server = EmbeddedServer()
+    with pytest.raises(EmbeddedServerError, match="use `async with EmbeddedServer"), server:
+        pass
+    assert server.pid is None
+
+
+async def test_a_server_of_synchronous_code_can_be_stopped_where_an_event_loop_runs() -> None:
+    with contextlib.ExitStack() as stack:
+        server = await asyncio.to_thread(stack.enter_context, EmbeddedServer())
+        assert server.pid is not None
+    assert server.pid is None
+
+
+@pytest.mark.parametrize("state", ["paused", "dead", "stopped"])
+def test_synchronous_code_leaves_nothing_behind_in_any_state(state: str) -> None:
+    with EmbeddedServer() as server:
+        pid, directory = server.pid, server.data_dir
+        if state == "paused":
+            server.pause()
+        else:
+            asyncio.run(server.kill() if state == "dead" else server.stop())
+    assert pid is not None and not exists(pid)
+    assert directory is not None and not directory.exists()
+
+
+def test_a_failed_start_in_synchronous_code_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(EmbeddedServerError, match="no-such-flag"), EmbeddedServer(extra_args=["--no-such-flag"]):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_block_stops_the_server_and_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError), EmbeddedServer() as server:
+        raise ZeroDivisionError
+    assert server.pid is None
+
+
+IN_A_SCRIPT = """
+import sys, time
+from natsrt.embedded import EmbeddedServer
+
+def main(forgotten):
+    if forgotten:
+        server = EmbeddedServer().__enter__()
+        print(server.pid, flush=True)
+        return
+    with EmbeddedServer() as server:
+        print(server.pid, flush=True)
+        time.sleep(60)
+
+main("forgotten" in sys.argv)
+"""
+
+
+@pytest.mark.parametrize("end", ["forgotten", "interrupted", "killed"])
+async def test_no_server_is_left_by_a_script(end: str, processes: Processes, tmp_path: Path) -> None:
+    script = processes.python(IN_A_SCRIPT, end, env={"TMPDIR": str(tmp_path)})
+    pid = int(await script.wait_for_line(""))
+    if end == "interrupted":
+        script.interrupt()
+    elif end == "killed":
+        script.kill()
+    await script.wait()
+    await eventually(lambda: not exists(pid), message="the server is gone")
+    assert end != "interrupted" or list(tmp_path.glob("natsrt-server-*")) == []
+
+
+STARTS_FOREVER = """
+import sys
+from natsrt.embedded import EmbeddedServer
+with EmbeddedServer(binary=sys.argv[1], ready_timeout=60):
+    pass
+"""
+
+
+async def test_ctrl_c_ends_a_start_in_a_script(processes: Processes, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    binary = fake_server(tmp_path / "fake", listens_on=None)
+    script = processes.python(STARTS_FOREVER, str(binary), env={"TMPDIR": str(temporary)})
+    await eventually(lambda: any(temporary.glob("*/nats-server.log")), timeout=10)
+    await eventually(lambda: "I am running" in next(temporary.glob("*/nats-server.log")).read_text())
+    script.interrupt()
+    assert await script.wait() != 0
+    assert "KeyboardInterrupt" in script.stderr
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("block", ["async with", "with"])
+async def test_a_server_that_does_not_stop_in_time_is_killed_with_a_warning(
+    block: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("natsrt.embedded.STOP_SECONDS", 0.0)
+    server = EmbeddedServer()
+    await server.start()
+    pid = server.pid
+    if block == "with":
+        server.__exit__(None, None, None)
+    else:
+        await server.stop()
+    assert pid is not None and not exists(pid)
+    assert f"nats-server {server.name} did not stop" in caplog.text

@@ -6,6 +6,7 @@ import builtins
 import re
 
 import pytest
+from autogen_core import AgentId, RoutedAgent, SingleThreadedAgentRuntime
 from autogen_core import exceptions as autogen_exceptions
 
 import natsrt
@@ -52,6 +53,7 @@ PUBLIC = [
     "create_distributed_runtime",
     "keyed",
     "register",
+    "runtime_of",
 ]
 
 SAMPLES: list[errors.NatsrtError] = [
@@ -155,3 +157,22 @@ def test_the_bytes_of_a_message_that_could_not_be_decoded_stay_where_they_are() 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
 def test_every_exception_has_a_text_and_shows_no_quotes_of_a_key_error(sample: errors.NatsrtError) -> None:
     assert str(sample) and not str(sample).startswith(("'", '"'))
+
+
+class Inside(RoutedAgent):
+    """An agent without handlers."""
+
+
+async def test_an_agent_has_its_runtime_with_the_methods_that_only_natsrt_has() -> None:
+    runtime = natsrt.NatsAgentRuntime()
+    agent = Inside("an agent")
+    await agent.bind_id_and_runtime(id=AgentId("inside", "k"), runtime=runtime)
+    assert natsrt.runtime_of(agent) is runtime
+
+
+async def test_an_agent_of_another_runtime_is_told_so() -> None:
+    runtime = SingleThreadedAgentRuntime()
+    await Inside.register(runtime, "inside", lambda: Inside("an agent"))
+    agent = await runtime.try_get_underlying_agent_instance(AgentId("inside", "k"), Inside)
+    with pytest.raises(TypeError, match=r"inside/k runs in a SingleThreadedAgentRuntime, not in a NatsAgentRuntime"):
+        natsrt.runtime_of(agent)

@@ -30,7 +30,7 @@ from natsrt.wire.message_classes import type_name_of
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import encode_token
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 
 class Catalog:

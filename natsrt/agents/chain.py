@@ -59,13 +59,13 @@ class Handler:
 
     def __init__(self, handler_id: str, task: asyncio.Task[Any] | None, place: Place) -> None:
         """``task`` is the task that runs it."""
-        self.handler_id = handler_id
-        self.task = task
-        self.place = place
+        self.handler_id: str = handler_id
+        self.task: asyncio.Task[Any] | None = task
+        self.place: Place = place
         self._last = 0
         self._calls: dict[str, asyncio.Task[Any] | None] | None = None
         """The tasks that make calls for it now, by the names of the calls. None until there is one."""
-        self.resuming = 0
+        self.resuming: int = 0
         """Number of its calls that have ended, but wait for the handlers above this one."""
 
     async def call(self, work: Awaitable[T]) -> T:

@@ -131,6 +131,6 @@ class Gate:
     __slots__ = ("lock", "users")
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
+        self.lock: asyncio.Lock = asyncio.Lock()
+        self.users: int = 0
         """Number of messages that wait for the lock or have it."""

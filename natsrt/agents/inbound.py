@@ -88,16 +88,16 @@ class LoggedCall:
     __slots__ = ("accept_to", "accepted", "arrived", "call_id", "on_abandoned", "wanted_until")
 
     def __init__(self, call_id: str, arrived: float) -> None:
-        self.call_id = call_id
+        self.call_id: str = call_id
         """The call's reply subject."""
-        self.arrived = arrived
+        self.arrived: float = arrived
         """When it arrived, in seconds by the event loop's clock."""
         self.accept_to: str | None = None
         """The subject on which to accept it. None until its envelope is read, and for plain calls, which are never
         accepted."""
-        self.accepted = False
+        self.accepted: bool = False
         """True if its caller was told which worker has it."""
-        self.wanted_until = math.inf
+        self.wanted_until: float = math.inf
         """Until when its caller waits for the reply, by the event loop's clock. Infinity if the caller set no deadline,
         minus infinity if it has given the call up."""
         self.on_abandoned: Callable[[], None] | None = None
@@ -141,13 +141,13 @@ class Inbound:
     )
 
     def __init__(self, route: Route, message: Msg, size: int, arrived: float) -> None:
-        self.route = route
-        self.kind = route.kind
-        self.settlement = route.settlement
-        self.message = message
-        self.size = size
+        self.route: Route = route
+        self.kind: InboundKind = route.kind
+        self.settlement: Settlement = route.settlement
+        self.message: Msg = message
+        self.size: int = size
         """Its size in the intake, in bytes."""
-        self.arrived = arrived
+        self.arrived: float = arrived
         """When it arrived, in seconds by the event loop's clock."""
         self.body: Envelope | None = None
         """Its envelope. None before it is read, and for a plain body."""
@@ -165,9 +165,9 @@ class Inbound:
         """Its handler in the mailbox of a keyed agent. None for other agents, and before it asks to enter."""
         self.token: CancellationToken | None = None
         """The cancellation token for its handler; None before it is read."""
-        self.waiting = True
+        self.waiting: bool = True
         """True while its size counts towards the limit of the intake."""
-        self.late = False
+        self.late: bool = False
         """True if it may have waited in the socket while the process did not run."""
 
     def identify(self, address: Address) -> None:

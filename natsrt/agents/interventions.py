@@ -23,7 +23,7 @@ class Interventions:
     """The intervention handlers of one runtime, in their order."""
 
     def __init__(self, handlers: Sequence[InterventionHandler] | None) -> None:
-        self.handlers = tuple(handlers or ())
+        self.handlers: tuple[InterventionHandler, ...] = tuple(handlers or ())
         """AutoGen's handlers, in the order in which they run; empty for none."""
 
     async def on_send(self, message: Any, context: MessageContext, recipient: AgentId) -> Any:

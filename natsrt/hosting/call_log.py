@@ -21,7 +21,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _SWEEP = 0.05
 """Seconds between two checks for calls to accept. It is short compared with ``accept_after``. One timer serves all

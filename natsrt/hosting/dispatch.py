@@ -34,7 +34,7 @@ from natsrt.observe.metrics import Counters
 from natsrt.transport.bodies import Bodies
 from natsrt.wire.exception_parts import class_name
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _LOOK_EVERY = 0.1
 """Seconds between two checks for cancelled calls while a stop waits for handlers."""

@@ -25,7 +25,7 @@ from natsrt.transport.connection import Connection
 from natsrt.transport.stall_watch import StallWatch
 from natsrt.wire import envelope
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _WARN_EVERY = 5.0
 """Minimum time between two warnings that the intake is full, in seconds."""
@@ -64,7 +64,7 @@ class Intake:
         self._tasks = BackgroundTasks(logger, "waiting for the end of a stall failed")
         # Other runtimes consider a worker dead if it has sent no heartbeat for this long, and not before.
         self._stall_watch = StallWatch(options.heartbeat_ttl - options.heartbeat_interval, self._stalled)
-        self.pending_bytes = 0
+        self.pending_bytes: int = 0
         """Bytes of the messages whose handlers have not started."""
 
     def feed(self, consumer: Consumer) -> None:

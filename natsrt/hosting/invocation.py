@@ -39,7 +39,7 @@ from natsrt.observe.telemetry import Telemetry
 from natsrt.wire.known_classes import NO_CLASSES
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 
 def _agent_variable() -> ContextVar[AgentId]:

@@ -23,7 +23,7 @@ from natsrt.transport.connection import Connection, Interest
 from natsrt.wire import envelope
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _QUESTION = "a question to a worker"
 

@@ -22,7 +22,7 @@ from natsrt.wire.exception_parts import class_name
 from natsrt.wire.failures import traceback_of
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _ACCEPTABLE = 4096
 """Maximum number of acceptance subjects that are remembered as valid. There is one for each calling runtime."""

@@ -27,7 +27,7 @@ from natsrt.observe.services import ServiceEndpoint, service_name
 from natsrt.transport.connection import Connection, Interest
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _CONNECTED_WITHIN = 10.0
 """Seconds to wait for a lost connection before a change of the subscriptions fails."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from datetime import datetime
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import nats.js.errors
 import orjson
@@ -22,7 +22,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.agents")
+logger: logging.Logger = logging.getLogger("natsrt.agents")
 
 AGENTS_BUCKET: Final = "natsrt_agents"
 RETRY_FOR: Final = 10.0
@@ -61,9 +61,9 @@ class AgentBucket:
         self._name = subjects.bucket(AGENTS_BUCKET)
         self._stream = f"KV_{self._name}"
         self._prefix = f"$KV.{self._name}."
-        self.info_subject = f"$JS.API.STREAM.INFO.{self._stream}"
+        self.info_subject: str = f"$JS.API.STREAM.INFO.{self._stream}"
         """The subject of requests for what the stream holds."""
-        self.requests = BucketRequests(
+        self.requests: BucketRequests = BucketRequests(
             connection,
             self._name,
             StateUnavailable,
@@ -73,8 +73,6 @@ class AgentBucket:
             make_again=self._make_again,
         )
         self._acks = Acks(connection, options.inbox_prefix)
-        self.publish = self._acks.publish
-        """Publish to the stream: see `Acks.publish`."""
         self._opened: int | None = None
         """The connection's number of reconnects when the bucket was last found; None: not found yet, or in doubt."""
         self._opening = asyncio.Lock()
@@ -94,6 +92,10 @@ class AgentBucket:
     def key(self, subject: str) -> str:
         """The key of a subject."""
         return subject[len(self._prefix) :]
+
+    def publish(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> Coroutine[Any, Any, int]:
+        """Publish to the stream: see `Acks.publish`."""
+        return self._acks.publish(subject, payload, headers)
 
     @property
     def is_open(self) -> bool:

@@ -38,7 +38,7 @@ from natsrt.wire.subjects import Subjects, encode_token
 
 __all__ = ["AgentRecords", "Record", "RecordChanged", "RecordTaken"]
 
-logger = logging.getLogger("natsrt.agents")
+logger: logging.Logger = logging.getLogger("natsrt.agents")
 
 _KEPT_BYTES = 4 * 1024
 """The largest state that stays in memory with the record of its last save, in bytes."""

@@ -17,7 +17,7 @@ from natsrt.jetstream.record import OTHER_HEADER_BYTES, Stored, parts_key
 from natsrt.jetstream.requests import READ, WRITE
 from natsrt.transport.connection import Connection
 
-logger = logging.getLogger("natsrt.agents")
+logger: logging.Logger = logging.getLogger("natsrt.agents")
 
 MAX_BODY_BYTES: Final = 64 * 1024
 """The largest state that is stored in the record itself. The record is written again whenever the owner changes."""

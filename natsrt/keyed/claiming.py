@@ -33,7 +33,7 @@ from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.peers import Peers
 from natsrt.wire.peer_messages import Claim
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _MOVES_WITHIN = 4.0
 """Seconds beyond `Options.lost_after` for which the end of another worker's claim or release is waited for."""
@@ -86,7 +86,7 @@ class Claiming:
         self._doubts = doubts
         self._loop = asyncio.get_running_loop()
         self._room = Room(connection)
-        self.unmade = UnmadeAgents()
+        self.unmade: UnmadeAgents = UnmadeAgents()
         """The agents that could not be made here lately."""
 
     async def own(self, slot: AgentSlot) -> str | None:

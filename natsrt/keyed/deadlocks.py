@@ -39,7 +39,7 @@ from natsrt.transport.calls import Calls
 from natsrt.transport.peers import Peers
 from natsrt.wire.peer_messages import WaitLink
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _SOON = 1.0
 """Seconds that a call waits before its links are followed; also those between two rounds while a cycle is suspected."""

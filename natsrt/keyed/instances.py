@@ -20,7 +20,7 @@ from natsrt.keyed.unmade import NotMade
 from natsrt.observe.metrics import Counters
 from natsrt.transport.connection import Connection
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 T = TypeVar("T")
 

@@ -36,7 +36,7 @@ from natsrt.transport.stall_watch import StallWatch
 from natsrt.wire.exception_parts import class_name
 from natsrt.wire.peer_messages import Claim, Location
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _STALL = 2.0
 """Seconds for which the event loop must stand still before this worker verifies what it owns: other workers may have

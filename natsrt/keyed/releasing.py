@@ -30,7 +30,7 @@ from natsrt.keyed.slots import (
 )
 from natsrt.transport.connection import Connection
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _AT_ONCE = 64
 """Agents that are released at the same time, so that a worker with many does not flood JetStream."""

@@ -74,44 +74,44 @@ class AgentSlot:
     def __init__(self, hosted: HostedType, key: str) -> None:
         assert hosted.keyed is not None
         now = asyncio.get_running_loop().time()
-        self.hosted = hosted
-        self.options = hosted.keyed
-        self.key = key
-        self.agent_id = AgentId(hosted.agent_type, key)
-        self.mailbox = Mailbox()
+        self.hosted: HostedType = hosted
+        self.options: KeyedOptions = hosted.keyed
+        self.key: str = key
+        self.agent_id: AgentId = AgentId(hosted.agent_type, key)
+        self.mailbox: Mailbox = Mailbox()
         self._moving: asyncio.Lock | None = None
         self._saving: asyncio.Lock | None = None
         # use
-        self.users = 0
+        self.users: int = 0
         """Messages that wait or are handled."""
-        self.open_questions = 0
+        self.open_questions: int = 0
         """Questions about the agent's location that are being answered."""
         self.chains: list[Collection[str]] | None = None
         """The chains of these messages and questions, as far as they have one."""
-        self.used_at = now
+        self.used_at: float = now
         """The event loop's time when the last message ended, or the last question was answered."""
         # ownership
         self.record: Record | None = None
         """The record as this worker wrote it last; None while this worker does not own the agent."""
         self.interest: Interest | None = None
         """The subscription to the agent's subject; None while there is none."""
-        self.verified_epoch = -1
+        self.verified_epoch: int = -1
         """Value of `Doubts.epoch` when the record was last verified; a different value means: verify again."""
-        self.owned_since = now
+        self.owned_since: float = now
         """The event loop's time of the last claim."""
         # instance
         self.agent: Agent | None = None
         """The instance, with its state loaded; None while there is none that may get messages."""
-        self.keeps_state = False
+        self.keeps_state: bool = False
         """Whether the instance has a state to be stored."""
-        self.changed = False
+        self.changed: bool = False
         """Whether messages were handled since the last save."""
-        self.saved_at = now
+        self.saved_at: float = now
         """The event loop's time when the instance was made, or its state was last stored."""
         # release
-        self.releasing = False
+        self.releasing: bool = False
         """Whether the agent is being released."""
-        self.closing = False
+        self.closing: bool = False
         """Whether the release has come so far that no message is handled any more: new ones wait for its end."""
         self.use_changed: asyncio.Future[None] | None = None
         """Done when `users` changes, for a release that waits; None while none does."""

@@ -22,7 +22,7 @@ from natsrt.observe.metrics import TypeCounters
 from natsrt.transport.connection import Connection, Interest
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.services")
+logger: logging.Logger = logging.getLogger("natsrt.services")
 
 _VERBS: Final = ("PING", "INFO", "STATS")
 _TYPE: Final = "io.nats.micro.v1.{}_response"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self, Unpack
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from natsrt.errors import ConfigurationError
+from natsrt.options.arguments import Settings
 from natsrt.options.credentials import CREDENTIALS, check_credentials_file, check_seed, kinds_in, seed_in, tls_context
 from natsrt.options.layers import Layer, merged, named_by
 from natsrt.options.servers import check_websocket_package
@@ -47,7 +48,7 @@ class _ContextRead(str):
     """The name of a context whose settings are already merged with the others, so that it is not read again."""
 
 
-class Options(BaseModel):
+class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_default=False):
     """All settings of a runtime; immutable. Times are in seconds, sizes in bytes.
 
     ``Options(…)`` takes settings from its arguments, and from the NATS context that ``context`` names. It reads neither
@@ -57,8 +58,6 @@ class Options(BaseModel):
     Raises:
         ConfigurationError: A setting is unknown, has a value that cannot be used, or contradicts another.
     """
-
-    model_config = ConfigDict(frozen=True, hide_input_in_errors=True, validate_default=False)
 
     # The server, and this runtime's identity.
     servers: tuple[str, ...] = Field(
@@ -204,20 +203,18 @@ class Options(BaseModel):
         True, description="Log exceptions of event handlers. False: stop and stop_when_idle raise them."
     )
 
-    if not TYPE_CHECKING:  # Type checkers see the keyword arguments that Pydantic makes from the fields.
-
-        def __init__(self, **settings: Any) -> None:
-            layers = [Layer(settings, {})]
-            context = settings.get("context")
-            if isinstance(context, str) and context and not isinstance(context, _ContextRead):
-                layers.append(context_layer(context, os.environ))
-            values, origins = merged(layers, type(self).model_fields)
-            with named_by(origins):
-                try:
-                    super().__init__(**values)
-                except ValidationError as error:
-                    raise configuration_error(error, type(self).model_fields) from None
-                _check_together(self)
+    def __init__(self, **settings: Unpack[Settings]) -> None:
+        layers = [Layer(settings, {})]
+        context = settings.get("context")
+        if isinstance(context, str) and context and not isinstance(context, _ContextRead):
+            layers.append(context_layer(context, os.environ))
+        values, origins = merged(layers, type(self).model_fields)
+        with named_by(origins):
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise configuration_error(error, type(self).model_fields) from None
+            _check_together(self)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
@@ -238,7 +235,7 @@ class Options(BaseModel):
         *,
         config: str | os.PathLike[str] | None = None,
         environ: Mapping[str, str] | None = None,
-        **overrides: Any,
+        **overrides: Unpack[Settings],
     ) -> Self:
         """The settings of all sources, with the precedence that `natsrt.options` describes.
 
@@ -275,7 +272,7 @@ class Options(BaseModel):
         with named_by(origins):
             return cls(**values)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Unpack[Settings]) -> Self:
         """A copy of these settings with ``changes``. A credential of another kind replaces the present one.
 
         The context is not read again, so ``context`` itself cannot be changed.

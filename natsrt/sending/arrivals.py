@@ -31,7 +31,7 @@ from natsrt.transport.probe import Probe
 from natsrt.transport.readiness import Readiness
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.calls")
+logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _ANSWER_WITHIN = 1.0
 """Maximum time for a worker to confirm that it serves a type, in seconds. A worker that starts confirms later."""

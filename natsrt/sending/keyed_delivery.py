@@ -29,7 +29,7 @@ from natsrt.wire.exception_parts import class_name
 from natsrt.wire.serialization import Encoded
 from natsrt.wire.subjects import Subjects, encode_text
 
-logger = logging.getLogger("natsrt.hosting")
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _PLAIN_HEADERS = (KEY_HEADER, TYPE_HEADER)
 """The headers of a plain call that are forwarded with it."""

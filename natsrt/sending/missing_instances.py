@@ -17,7 +17,7 @@ from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.first import FirstIsWarning
 from natsrt.observe.metrics import Counters
 
-logger = logging.getLogger("natsrt.sending")
+logger: logging.Logger = logging.getLogger("natsrt.sending")
 
 _SHOWN = 20
 """Maximum number of instances that an error names."""

@@ -26,7 +26,7 @@ from natsrt.sending.sender import Sender
 from natsrt.transport.readiness import Readiness
 from natsrt.wire.serialization import Serialization
 
-logger = logging.getLogger("natsrt.sending")
+logger: logging.Logger = logging.getLogger("natsrt.sending")
 
 _ROUNDS = 1000
 """Maximum number of turns of the event loop for which messages that come meanwhile wait behind those that are passed

@@ -75,9 +75,9 @@ class CachedOwner:
     )
 
     def __init__(self, recipient: AgentId, subject: str, locator: OwnerLocator, lost_owners: LostOwners) -> None:
-        self.recipient = recipient
+        self.recipient: AgentId = recipient
         """The agent."""
-        self.subject = subject
+        self.subject: str = subject
         """The agent's own subject, to which its owner subscribes."""
         self._locator = locator
         self._lost_owners = lost_owners

@@ -22,7 +22,7 @@ from natsrt.wire.envelope import attribute
 from natsrt.wire.peer_messages import MISSING, Location, read_location
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.calls")
+logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _ANSWER_WITHIN = (0.5, 1.0, 2.0)
 """Seconds to wait for an answer to the first, second and third question. Each may reach a different worker of the type.

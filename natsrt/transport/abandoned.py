@@ -17,7 +17,7 @@ from natsrt.background import BackgroundTasks
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 
-logger = logging.getLogger("natsrt.calls")
+logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _REMEMBER = 30.0
 """Seconds for which a call that nobody has accepted is remembered. A worker accepts a call soon after it arrives."""

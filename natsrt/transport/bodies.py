@@ -7,6 +7,8 @@ belongs here too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
@@ -17,6 +19,8 @@ class Bodies:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self.unpack: Callable[[bytes], Envelope | None] = envelope.decode
+        """Return the envelope in a message's data; None for a plain body. Raises `CannotDecode` if it is malformed."""
 
     def pack(
         self,
@@ -49,6 +53,3 @@ class Bodies:
         changed = envelope.rewrite(body, **changes)
         self._connection.check_size(changed)
         return changed
-
-    unpack = staticmethod(envelope.decode)
-    """Return the envelope in a message's data; None for a plain body. Raises `CannotDecode` if it is malformed."""

@@ -78,22 +78,22 @@ class PendingCall:
         now: float,
         awaited_by: object | None = None,
     ) -> None:
-        self.reply = reply
+        self.reply: str = reply
         """The subject of its reply, which is also its id."""
-        self.subject = subject
-        self.recipient = recipient
-        self.future = future
-        self.awaited_by = awaited_by
+        self.subject: str = subject
+        self.recipient: AgentId = recipient
+        self.future: asyncio.Future[Msg] = future
+        self.awaited_by: object | None = awaited_by
         """What waits for the reply, shown by `Calls.awaited`; None: not shown."""
-        self.sent_at = now
-        self.watched_from = now
+        self.sent_at: float = now
+        self.watched_from: float = now
         """The time from which its age counts. It is `sent_at`, or earlier after a reconnect, so that workers are asked
         about the call at once."""
         self.accepted_by: str | None = None
         """The worker that accepted it, or reported it as running; None before that."""
         self.holders: frozenset[str] | None = None
         """All workers that could have received it; None until the directory is certain to list them all."""
-        self.checking = False
+        self.checking: bool = False
         """True while a check against the directory is running."""
         self.plain_until: float | None = None
         """The time by which a plain responder must have answered; None if no plain responder was found."""
@@ -134,7 +134,7 @@ class AskedWorker:
     __slots__ = ("asked_at", "gone_since", "silent_since")
 
     def __init__(self) -> None:
-        self.asked_at = -math.inf
+        self.asked_at: float = -math.inf
         """The time of the last question; minus infinity if the next one is due at once."""
         self.silent_since: float | None = None
         """The time of the first question without an answer; None if every question was answered."""

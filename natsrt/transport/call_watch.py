@@ -32,7 +32,7 @@ from natsrt.transport.inbox import Inbox, is_nobody
 from natsrt.transport.probe import Probe
 from natsrt.wire import envelope
 
-logger = logging.getLogger("natsrt.calls")
+logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _TICK = 0.05
 """Seconds between two rounds while calls are pending. A verdict is late by at most this time, which is short compared
@@ -96,7 +96,7 @@ class CallWatch:
         self._checks = BackgroundTasks(logger, "a check of a call failed")
         self._down_since: float | None = None
         self._up_since = 0.0
-        self.accept_to = ""
+        self.accept_to: str = ""
         """The subject on which workers accept this runtime's calls."""
         connection.add_listener(self)
         connection.on_denied(self._denied)

@@ -119,7 +119,7 @@ class Calls:
         self._options = options
         self._directory = directory
         self._open = False
-        self.accept_to = ""
+        self.accept_to: str = ""
         """The subject on which workers accept this runtime's calls."""
 
     @property

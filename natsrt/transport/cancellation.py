@@ -26,7 +26,7 @@ from natsrt.errors import CannotDecode, NatsrtError
 from natsrt.transport.connection import Connection, Interest
 from natsrt.wire import envelope
 
-logger = logging.getLogger("natsrt.cancellation")
+logger: logging.Logger = logging.getLogger("natsrt.cancellation")
 
 _REMEMBER = 30.0
 """Seconds for which the id of an announced cancellation is kept for messages that arrive later."""

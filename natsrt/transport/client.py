@@ -46,7 +46,7 @@ from natsrt.transport.refusals import ServerError, SubscriptionLog
 from natsrt.transport.stall_watch import StallWatch
 from natsrt.transport.tls import NO_TLS_OFFERED, TLS_COMES_FIRST, Tcp, TlsFailure, begins_with_tls
 
-logger = logging.getLogger("natsrt.connection")
+logger: logging.Logger = logging.getLogger("natsrt.connection")
 
 _SAID = re.compile(rb"-ERR\s+'([^\r\n]*)'")
 """An error in the data from a server."""
@@ -169,7 +169,7 @@ class NatsClient(Client, Inherited):
         self._reports = reports
         self._unreadable = reports.unreadable
         self._log = SubscriptionLog()
-        self.largest = 0
+        self.largest: int = 0
         """Bytes of the largest message that was sent, with its headers."""
         self._stall_watch = stall_watch
         self._doubts = 0

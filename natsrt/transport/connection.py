@@ -43,7 +43,7 @@ from natsrt.transport.tls import TlsFailure
 
 __all__ = ["HEADER_OVERHEAD", "Connection", "Interest", "Listener", "Refusal"]
 
-logger = logging.getLogger("natsrt.connection")
+logger: logging.Logger = logging.getLogger("natsrt.connection")
 
 HEADER_OVERHEAD = 12
 """Bytes of ``NATS/1.0`` and the line ends around a header block, which the server counts towards ``max_payload``."""
@@ -106,16 +106,16 @@ class Connection:
         self._closing = True
         self._supervisor: asyncio.Task[None] | None = None
         self._replace = asyncio.Event()
-        self.reconnects = 0
+        self.reconnects: int = 0
         self._reconnected_at = -math.inf
-        self.max_payload = 0
+        self.max_payload: int = 0
         """Maximum size of a message in bytes, including headers, of the current or last server; 0 before the first."""
         self._payload_limit: int | None = None
         """Messages may be smaller than this many bytes. The server does not announce the limit of an account; None as
         long as no message exceeded it."""
         self.server_error: str | None = None
         """The last error that the server sent, as its text; None if there was none since it was last connected."""
-        self.undecodable = 0
+        self.undecodable: int = 0
         """Number of messages that could not be read and were not for a handler, or for which none could be found."""
 
     # -- state ---------------------------------------------------------------------------------------------------

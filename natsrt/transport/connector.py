@@ -22,7 +22,7 @@ from natsrt.transport.refusals import ServerError
 from natsrt.transport.stall_watch import StallWatch
 from natsrt.transport.tls import TlsFailure, tls_failure
 
-logger = logging.getLogger("natsrt.connection")
+logger: logging.Logger = logging.getLogger("natsrt.connection")
 
 _ONE_ATTEMPT = 2.0
 """Maximum time for one server to accept a connection, in seconds."""

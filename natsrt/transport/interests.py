@@ -14,7 +14,7 @@ from natsrt.transport.client import Ordered
 from natsrt.transport.refusals import ServerError
 from natsrt.transport.tls import TlsFailure
 
-logger = logging.getLogger("natsrt.connection")
+logger: logging.Logger = logging.getLogger("natsrt.connection")
 
 _SAID_AGAIN_AFTER = 60.0
 """Seconds after which an error of the server is logged again if it comes again."""
@@ -33,10 +33,10 @@ class Interest:
     __slots__ = ("current", "future", "optional", "queue", "refusal", "subject")
 
     def __init__(self, subject: str, queue: str, future: Ordered, optional: bool = False) -> None:
-        self.subject = subject
-        self.queue = queue
-        self.future = future
-        self.optional = optional
+        self.subject: str = subject
+        self.queue: str = queue
+        self.future: Ordered = future
+        self.optional: bool = optional
         """Whether the runtime works without it."""
         self.current: NatsSubscription | None = None
         self.refusal: Refusal | None = None
@@ -58,7 +58,7 @@ class Interests:
         self._all: dict[Interest, None] = {}
         self._refused: dict[Interest, None] = {}
         self._refused_at = -math.inf
-        self.ended = 0
+        self.ended: int = 0
         """Number of subscriptions that were ended, so that the server has room for others."""
 
     def __contains__(self, interest: Interest) -> bool:

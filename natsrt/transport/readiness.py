@@ -15,7 +15,7 @@ class Readiness:
         self._connection = connection
         self._offline_timeout = options.offline_timeout
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.started = False
+        self.started: bool = False
         """True if the start has succeeded, and the parts have not been stopped since."""
 
     @property

@@ -29,7 +29,7 @@ class StallWatch:
         self._loop = asyncio.get_running_loop()
         self._looked_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
-        self.seconds = 0.0
+        self.seconds: float = 0.0
         """Length of the last stall, in seconds; 0 before the first."""
 
     def start(self) -> None:

@@ -17,7 +17,7 @@ class ClassCodec(Codec):
     A value whose class is a subclass of the declared one is written with the name of its class.
     """
 
-    kinds = frozenset({dict})
+    kinds: frozenset[type] = frozenset({dict})
     polymorphic = True
     cls: type
     base: type
@@ -25,7 +25,7 @@ class ClassCodec(Codec):
     def __init__(self, cls: type, codecs: CodecCompiler) -> None:
         self.cls = cls
         self.base = cls
-        self.name = cls.__name__
+        self.name: str = cls.__name__
         self._codecs = codecs
 
     def compile(self, args: tuple[Any, ...]) -> None:

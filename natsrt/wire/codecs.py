@@ -50,7 +50,7 @@ class Fault(Exception):
 
     def __init__(self, reason: str, path: str = "") -> None:
         self.reason = reason
-        self.path = path
+        self.path: str = path
         super().__init__(reason)
 
     def under(self, step: str) -> Fault:
@@ -261,9 +261,9 @@ class ExactCodec(Codec):
 
     def __init__(self, cls: type) -> None:
         self.cls: type = cls
-        self.name = "None" if cls is NULL else cls.__name__
-        self.kinds = frozenset({cls})
-        self.scalars = (cls,)
+        self.name: str = "None" if cls is NULL else cls.__name__
+        self.kinds: frozenset[type] = frozenset({cls})
+        self.scalars: tuple[type, ...] = (cls,)
 
     def plain_types(self) -> tuple[type, ...]:
         return self.scalars
@@ -283,9 +283,9 @@ class FloatCodec(Codec):
     """Finite floats. An int in a float field is written as the equal float; it is refused if there is none."""
 
     name = "float"
-    kinds = frozenset({float})
-    cls = float
-    scalars = (float,)
+    kinds: frozenset[type] = frozenset({float})
+    cls: type | None = float
+    scalars: tuple[type, ...] = (float,)
     natural = True
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck:
@@ -321,13 +321,13 @@ class TextCodec(Codec):
     With ``numbers``, a JSON number is read as well: it is converted to text first.
     """
 
-    kinds = frozenset({str})
+    kinds: frozenset[type] = frozenset({str})
 
     def __init__(
         self, cls: type, write: Callable[[Any], str], read: Callable[[str], Any], *, numbers: bool = False
     ) -> None:
         self.cls: type = cls
-        self.name = cls.__name__
+        self.name: str = cls.__name__
         self._write = write
         self._read = read
         self._numbers = (int, float) if numbers else ()
@@ -392,11 +392,11 @@ class EnumCodec(Codec):
 
     def __init__(self, cls: type[enum.Enum]) -> None:
         self.cls: type[enum.Enum] = cls
-        self.name = cls.__name__
+        self.name: str = cls.__name__
         values = {type(member.value) for member in cls}
         self._by_value = values in ({str}, {int})
         self._is_flag = issubclass(cls, enum.Flag)
-        self.kinds = frozenset(values if self._by_value else {str})
+        self.kinds: frozenset[type] = frozenset(values if self._by_value else {str})
 
     def plain_types(self) -> tuple[type, ...]:
         own_schema = hasattr(self.cls, "__get_pydantic_core_schema__")
@@ -427,7 +427,7 @@ class LiteralCodec(Codec):
         self.name = "Literal"
         self._trees = {(type(member), member): codec_of(type(member)).encode(member) for member in members}
         self._members = {(type(tree), tree): key[1] for key, tree in self._trees.items()}
-        self.kinds = frozenset(type(tree) for tree in self._trees.values())
+        self.kinds: frozenset[type] = frozenset(type(tree) for tree in self._trees.values())
         if len(self._members) != len(self._trees):
             raise Refused("two members of a Literal have the same JSON")
 
@@ -451,13 +451,13 @@ class LiteralCodec(Codec):
 class ArrayCodec(Codec):
     """list, set, frozenset and ``tuple[X, ...]``."""
 
-    kinds = frozenset({list})
+    kinds: frozenset[type] = frozenset({list})
 
     def __init__(self, cls: type, item: Codec) -> None:
         self.cls: type = cls
-        self.name = cls.__name__ if item.name == "Any" else f"{cls.__name__}[{item.name}]"
-        self.natural = cls is list
-        self.polymorphic = item.polymorphic
+        self.name: str = cls.__name__ if item.name == "Any" else f"{cls.__name__}[{item.name}]"
+        self.natural: bool = cls is list
+        self.polymorphic: bool = item.polymorphic
         self._item = item
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
@@ -494,12 +494,12 @@ class ArrayCodec(Codec):
 class TupleCodec(Codec):
     """``tuple[A, B, C]``."""
 
-    kinds = frozenset({list})
-    cls = tuple
+    kinds: frozenset[type] = frozenset({list})
+    cls: type | None = tuple
 
     def __init__(self, items: Sequence[Codec]) -> None:
-        self.name = f"tuple[{','.join(item.name for item in items)}]"
-        self.polymorphic = any(item.polymorphic for item in items)
+        self.name: str = f"tuple[{','.join(item.name for item in items)}]"
+        self.polymorphic: bool = any(item.polymorphic for item in items)
         self._items = items
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
@@ -533,8 +533,8 @@ def _step(fault: type[Fault], at: int, turn: Callable[[Any], Any], value: Any) -
 class DictCodec(Codec):
     """``dict[K, V]``. Keys that are not str are written as text."""
 
-    kinds = frozenset({dict})
-    cls = dict
+    kinds: frozenset[type] = frozenset({dict})
+    cls: type | None = dict
     natural = True
 
     def __init__(self, key: Codec, value: Codec) -> None:
@@ -543,8 +543,8 @@ class DictCodec(Codec):
         textual = key.kinds == {str}
         if not textual and not key.kinds <= {int, float, bool}:
             raise Refused(f"keys of type {key.name} cannot be written exactly as text")
-        self.name = "dict" if value.name == "Any" and key.cls is str else f"dict[{key.name},{value.name}]"
-        self.polymorphic = value.polymorphic
+        self.name: str = "dict" if value.name == "Any" and key.cls is str else f"dict[{key.name},{value.name}]"
+        self.polymorphic: bool = value.polymorphic
         self._key = None if isinstance(key, ExactCodec) and textual else key
         self._textual = textual
         self._value = value
@@ -615,10 +615,10 @@ class OptionalCodec(Codec):
     """``X | None``, the most frequent union."""
 
     def __init__(self, inner: Codec) -> None:
-        self.name = f"{inner.name}|None"
-        self.kinds = inner.kinds | {NULL}
-        self.scalars = (*inner.scalars, NULL) if inner.scalars else ()
-        self.polymorphic = inner.polymorphic
+        self.name: str = f"{inner.name}|None"
+        self.kinds: frozenset[type] = inner.kinds | {NULL}
+        self.scalars: tuple[type, ...] = (*inner.scalars, NULL) if inner.scalars else ()
+        self.polymorphic: bool = inner.polymorphic
         self._inner = inner
 
     def members(self) -> Sequence[Codec]:
@@ -655,13 +655,13 @@ class PydanticCodec(Codec):
 
     def __init__(self, hint: Any) -> None:
         self._adapter: TypeAdapter[Any] = TypeAdapter(hint)
-        self.name = getattr(hint, "__name__", None) or str(hint)
-        self.cls = hint if isinstance(hint, type) else None
+        self.name: str = getattr(hint, "__name__", None) or str(hint)
+        self.cls: type | None = hint if isinstance(hint, type) else None
         try:
             kind = _JSON_SCHEMA_TYPES.get(self._adapter.json_schema(mode="serialization").get("type"))
         except PydanticUserError:
             kind = None
-        self.kinds = frozenset({kind}) if kind else ALL_KINDS
+        self.kinds: frozenset[type] = frozenset({kind}) if kind else ALL_KINDS
 
     def plain_types(self) -> tuple[type, ...]:
         return _EXACT_IN_PYDANTIC.get(self.cls, ())
@@ -692,7 +692,7 @@ class RawBytesCodec(Codec):
     """``bytes`` as a whole message: the payload is the value, unchanged."""
 
     name = "bytes"
-    cls = bytes
+    cls: type | None = bytes
 
     def dumps(self, value: Any) -> bytes:
         if type(value) is not bytes:

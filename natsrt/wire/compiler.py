@@ -142,14 +142,14 @@ class AnyCodec(Codec):
 class AbstractCodec(Codec):
     """A declared class that is not a message class (abstract, a Protocol, a mix-in). Every value is marked."""
 
-    kinds = frozenset({dict})
+    kinds: frozenset[type] = frozenset({dict})
     polymorphic = True
 
     base: type
 
     def __init__(self, base: type, codecs: Codecs) -> None:
         self.base = base
-        self.name = base.__name__
+        self.name: str = base.__name__
         self._codecs = codecs
 
     def encode(self, value: Any) -> Any:
@@ -165,9 +165,9 @@ class UnionCodec(Codec):
     """A union. A member stays unmarked if it is natural, or if no other member has the same JSON kind."""
 
     def __init__(self, members: Sequence[Codec], codecs: Codecs) -> None:
-        self.name = "|".join(member.name for member in members)
-        self.kinds = frozenset().union(*(member.kinds for member in members))
-        self.polymorphic = any(member.polymorphic for member in members)
+        self.name: str = "|".join(member.name for member in members)
+        self.kinds: frozenset[type] = frozenset().union(*(member.kinds for member in members))
+        self.polymorphic: bool = any(member.polymorphic for member in members)
         self._codecs = codecs
         self._members = members
         classes = [member.cls for member in members]
@@ -313,7 +313,8 @@ class Codecs(CodecCompiler):
         self._compiled.update({cls: ExactCodec(cls) for cls in (str, int, bool)})
         self._compiled[NULL] = NONE
         self._compiled.update({codec.cls: codec for codec in text_codecs()})
-        self.any = self._compiled[Any] = self._compiled[object] = AnyCodec(self)
+        self.any: Codec = AnyCodec(self)
+        self._compiled[Any] = self._compiled[object] = self.any
         self._families: dict[type, _Family] = {}
         self._written: dict[tuple[str, str | None], type | None] | None = None
         """The classes that were written by name while a value is verified; None for a name that means several."""

@@ -85,7 +85,7 @@ class KnownClasses:
             return None if named is None else named.get(class_name)
 
 
-in_this_process = KnownClasses()
+in_this_process: KnownClasses = KnownClasses()
 """The classes that runtimes of this process have sent, have registered to receive, or have found in such classes.
 
 ``SingleThreadedAgentRuntime`` hands objects over. So an agent whose handlers do not name a class may still expect its

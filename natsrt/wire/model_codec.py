@@ -55,7 +55,7 @@ class ModelCodec(ClassCodec):
         self._serializer = cls.__pydantic_serializer__
         self._validator: SchemaValidator = cls.__pydantic_validator__  # type: ignore[assignment]
         self._root = issubclass(cls, RootModel)
-        self.kinds = ALL_KINDS if self._root else frozenset({dict})
+        self.kinds: frozenset[type] = ALL_KINDS if self._root else frozenset({dict})
         self._extra = config.get("extra") == "allow"
         self._writes_itself = writes_itself(cls)
         self._compile_keys()

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from natsrt_cli.exits import MEANINGS
+from pydantic import SecretStr
 
-from natsrt.options import describe_options
+from natsrt.options import Options, describe_options
+from natsrt.options.values import kind_of
 from tests.support.processes import REPOSITORY
 
 _FENCE = re.compile(r"^( *)```(\w*)(?: ([^\n]*))?\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
@@ -63,18 +65,62 @@ def exit_codes_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+OWN_PARAMETERS = ("servers", "name", "namespace")
+"""The settings that `NatsAgentRuntime` has as its own parameters. A type checker refuses a name that is there twice."""
+
+_ARGUMENTS = {
+    tuple: "str | Sequence[str]",
+    Mapping: "str | Sequence[str] | Mapping[str, bool | KeyedOptions | Mapping[str, Any]]",
+    str: "str",
+    SecretStr: "str | SecretStr",
+    Path: "str | PathLike[str]",
+    float: "float",
+    int: "int",
+    bool: "bool",
+}
+"""What a caller may give for a setting of a type."""
+
+
+def settings_classes() -> str:
+    """`natsrt.options.arguments`: the settings as keyword arguments."""
+    more, own = [], []
+    for field, info in Options.model_fields.items():
+        kind, optional = kind_of(info)
+        none_word = ' | Literal["none"]' if optional and kind is float else ""
+        line = f"    {field}: {_ARGUMENTS[kind]}{none_word} | None"
+        (own if field in OWN_PARAMETERS else more).append(line)
+    return "\n".join(
+        [
+            "class MoreSettings(TypedDict, total=False):",
+            '    """The settings that are not parameters of `natsrt.NatsAgentRuntime` by themselves."""',
+            "",
+            *more,
+            "",
+            "",
+            "class Settings(MoreSettings, total=False):",
+            '    """All settings."""',
+            "",
+            *own,
+            "",
+            "",
+            "",
+        ]
+    )
+
+
 GENERATED: dict[str, tuple[str, Callable[[], str]]] = {
     "docs/configuration.md": ("settings", settings_table),
     "docs/cli.md": ("exit codes", exit_codes_table),
+    "natsrt/options/arguments.py": ("settings", settings_classes),
 }
-"""Documents with a generated part: its name in the marks around it, and what it says."""
+"""Files with a generated part: its name in the marks around it, and what it says."""
 
 
 def with_generated_part(name: str) -> str:
-    """The text of a document with its generated part as the code has it."""
+    """The text of a file with its generated part as the code has it."""
     part, make = GENERATED[name]
     text = (REPOSITORY / name).read_text("utf-8")
-    marks = re.compile(rf"(<!-- {part}: [^>]*-->\n).*?(<!-- end of {part} -->)", re.DOTALL)
+    marks = re.compile(rf"(<!-- {part}: [^>]*-->\n).*?((?:# )?<!-- end of {part} -->)", re.DOTALL)
     written, count = marks.subn(lambda found: found[1] + make() + found[2], text)
     assert count == 1, f"{name} has no place for its {part}"
     return written

@@ -23,7 +23,7 @@ from natsrt.jetstream.registry.follow import Change, Follower
 from natsrt.jetstream.registry.shared import SharedSubscriptions
 from natsrt.jetstream.registry.store import RegistryStore
 
-logger = logging.getLogger("natsrt.registry")
+logger: logging.Logger = logging.getLogger("natsrt.registry")
 
 
 class Declared:

@@ -27,7 +27,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.registry")
+logger: logging.Logger = logging.getLogger("natsrt.registry")
 
 _LONGEST_PAUSE = 5.0
 """Seconds between two attempts to read a snapshot at most."""
@@ -88,9 +88,9 @@ class Follower:
         """How many new snapshots were asked for."""
         self._open = False
         self._synced = asyncio.Event()
-        self.departed_at = float("-inf")
+        self.departed_at: float = float("-inf")
         """The event loop's time at which a worker last left without having answered everything."""
-        self.view = View()
+        self.view: View = View()
         connection.add_listener(self)
 
     @property

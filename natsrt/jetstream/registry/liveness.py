@@ -22,7 +22,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.transport.peers import Peers
 
-logger = logging.getLogger("natsrt.registry")
+logger: logging.Logger = logging.getLogger("natsrt.registry")
 
 _KNOWN_REFRESH = 12 * 3600
 """Seconds between two confirmations of what this worker's types handle: a third of the time for which it stays."""

@@ -25,7 +25,7 @@ from natsrt.wire.subjects import Subjects
 
 __all__ = ["BUCKET", "DELETED_TTL", "KNOWN_TTL", "Registry", "RegistryListener"]
 
-logger = logging.getLogger("natsrt.registry")
+logger: logging.Logger = logging.getLogger("natsrt.registry")
 
 _LIST_AT_MOST = 20
 """Names that an error lists at most."""

@@ -70,7 +70,7 @@ class RegistryStore:
         self._feed = subjects.registry_feed
         self._bucket = subjects.bucket(BUCKET)
         self._stream = f"KV_{self._bucket}"
-        self.prefix = f"$KV.{self._bucket}."
+        self.prefix: str = f"$KV.{self._bucket}."
         """What stands before a key in the subject of its entry."""
         self._requests = BucketRequests(
             connection,
