@@ -32,7 +32,7 @@ LAYERS = (
     ("embedded", "options"),
     ("contexts", "keyed_types"),
     ("wire",),
-    ("signals",),
+    ("listening", "signals"),
     ("awaiting", "background", "forks"),
     ("errors", "version"),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -12,6 +14,8 @@ import click
 from natsrt.version import VERSION
 
 from .exits import MEANINGS, Exit
+from .output import note, written_to_the_end
+from .suggesting import Commands
 
 __all__ = ["main"]
 
@@ -25,13 +29,16 @@ _MODULES: Mapping[str, str] = {
     "send": "messages",
     "server": "server",
     "state": "state",
-    "tail": "messages",
+    "tail": "tail",
     "worker": "worker",
 }
 """Every command, and the module that defines it under the same name."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of writing to a disk that is full or broken."""
 
-class _Commands(click.Group):
+
+class _Commands(Commands):
     """Imports the module of a command only when that command is used, so that each one starts fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -61,10 +68,19 @@ def natsrt() -> None:
 def main() -> NoReturn:
     """The entry point of the command ``natsrt``."""
     try:
-        code = natsrt.main(prog_name="natsrt", standalone_mode=False)
+        code = natsrt.main(prog_name="natsrt", standalone_mode=False) or Exit.OK
     except click.ClickException as error:
-        error.show()
+        error.show(text := io.StringIO())
+        note(text.getvalue().rstrip(), "error")
         code = error.exit_code
     except click.Abort:
         code = Exit.INTERRUPTED
-    sys.exit(code or Exit.OK)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        written_to_the_end()
+        note(f"natsrt: the output cannot be written: {error.strerror}", "error")
+        code = Exit.FAILED
+    if not written_to_the_end() and code == Exit.OK:
+        code = Exit.FAILED
+    sys.exit(code)

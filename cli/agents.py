@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
+import orjson
 
 from natsrt.errors import NoLiveWorker
 from natsrt.jetstream.registry.entries import KnownEntry, TypeEntry
@@ -18,22 +19,26 @@ from natsrt.wire.subjects import Subjects
 from .asking import WorkerAnswer, gather_answers
 from .connecting import Connecting, connects
 from .exits import Exit
-from .keyed_counts import LIVE, add_keyed, print_keyed
+from .forgetting import forget
+from .keyed_counts import LIVE, add_keyed, instance_rows, print_keyed
 from .naming import agent_id, refuse_unknown
 from .output import as_json as print_json
-from .output import json_option, line, note, table
+from .output import begin_again, json_option, line, note, table
 from .placement import rebalance, where
+from .suggesting import Commands
 from .waiting import wait
+from .watch import watch_rows
 
 _NOT_LIVE = "no worker"
 _STYLES = {LIVE: "green", _NOT_LIVE: "yellow", "no answer": "red"}
 
 
-@click.group()
+@click.group(cls=Commands)
 def agents() -> None:
     """Show agent types and the workers that host them."""
 
 
+agents.add_command(forget)
 agents.add_command(where)
 agents.add_command(rebalance)
 agents.add_command(wait)
@@ -45,9 +50,12 @@ agents.add_command(wait)
 @click.argument("agent_type", metavar="[TYPE]", required=False)
 @click.option("--owners", is_flag=True, help="Count the agents of each worker for every keyed type.")
 @click.option("--instances", is_flag=True, help="List live instances and their workers, instead of types.")
+@click.option("--watch", is_flag=True, help="Show the list again each time that it changes, until Ctrl-C.")
 @json_option
 @connects()
-def ls(connecting: Connecting, agent_type: str | None, owners: bool, instances: bool, as_json: bool) -> None:
+def ls(
+    connecting: Connecting, agent_type: str | None, owners: bool, instances: bool, watch: bool, as_json: bool
+) -> None:
     """List the agent types that live workers host, and those that workers hosted within the last day.
 
     For keyed types, also show the number of records: of agents that a worker owns, that have a stored state, or that
@@ -57,20 +65,40 @@ def ls(connecting: Connecting, agent_type: str | None, owners: bool, instances: 
 
     The server counts the records. TYPE, --owners and --instances read each record, which takes long if there are very
     many.
+
+    With --watch, a terminal shows the current list; into a pipe, each list follows the one before, with --json as one
+    line. Changes in the registry are shown at once, those of keyed agents within some seconds.
     """
 
-    async def run() -> list[dict[str, Any]]:
-        async with connecting.runtime() as runtime:
-            registry = runtime.running.registry
-            if agent_type is not None:
-                await refuse_unknown(registry, agent_type)
-            if instances:
-                return await _instance_rows(runtime, agent_type)
-            rows = await type_rows(registry, agent_type)
-            await add_keyed(runtime, rows, owners=owners or agent_type is not None)
-            return rows
+    async def rows(runtime: NatsAgentRuntime) -> list[dict[str, Any]]:
+        registry = runtime.running.registry
+        if agent_type is not None and not watch:
+            await refuse_unknown(registry, agent_type)
+        if instances:
+            return await instance_rows(runtime, agent_type)
+        found = await type_rows(registry, agent_type)
+        await add_keyed(runtime, found, owners=owners or agent_type is not None)
+        return found
 
-    rows = asyncio.run(run())
+    def show(found: list[dict[str, Any]], first: bool) -> None:
+        if as_json:
+            line(orjson.dumps(found).decode())
+        else:
+            begin_again(first)
+            _print_list(found, instances, as_json)
+
+    async def once() -> list[dict[str, Any]]:
+        async with connecting.runtime() as runtime:
+            return await rows(runtime)
+
+    if watch:
+        asyncio.run(watch_rows(connecting, rows, show))
+    else:
+        _print_list(asyncio.run(once()), instances, as_json)
+
+
+def _print_list(rows: list[dict[str, Any]], instances: bool, as_json: bool) -> None:
+    """Print the list of ``agents ls``."""
     if as_json:
         print_json(rows)
     elif not rows:
@@ -124,24 +152,6 @@ def print_types(rows: list[dict[str, Any]]) -> None:
         ],
         _STYLES,
     )
-
-
-async def _instance_rows(runtime: NatsAgentRuntime, agent_type: str | None) -> list[dict[str, Any]]:
-    """The keyed agents that live workers own, and the registered instances."""
-    view = runtime.running.registry.view
-    found = [
-        {"type": hosted, "key": key, "kind": "instance", "worker_id": holder}
-        for hosted, keys in view.instances.items()
-        for key in keys
-        for holder in view.instance_holders(hosted, key)
-        if agent_type in (None, hosted)
-    ]
-    if view.keyed:
-        async for record in runtime.running.records.records(agent_type):
-            if record.owner is not None and record.owner in view.workers:
-                agent = record.agent
-                found.append({"type": agent.type, "key": agent.key, "kind": "keyed", "worker_id": record.owner})
-    return sorted(found, key=lambda row: (row["type"], row["key"], row["worker_id"]))
 
 
 # -- info --------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from natsrt.errors import ConfigurationError
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
 
+from .env_file import env_file_option
 from .exits import Exit, reporting
-from .logs import log_to_stderr
+from .logs import log_options, log_to_stderr
 from .output import OutputClosed
 
 _FLAGS: Mapping[str, tuple[str, str, str]] = {
@@ -35,19 +36,20 @@ _FLAGS: Mapping[str, tuple[str, str, str]] = {
 }
 """The connection settings that have a flag, by field of `Options`: flag, placeholder of its value, help."""
 
-_LEVELS = ("debug", "info", "warning", "error")
-
 
 @dataclass(frozen=True, slots=True)
 class Connecting:
     """The connection options of one command line.
 
     ``given`` has their texts by field of `Options`; ``config`` is the path of a settings file, None for none.
+    ``env_files`` says where the variables stand that ``--env-file`` has added to the environment, by name.
     """
 
     given: Mapping[str, str]
     config: str | None
+    env_files: Mapping[str, str]
     log_level: str
+    log_format: str
 
     @property
     def timeout(self) -> str | None:
@@ -65,14 +67,17 @@ class Connecting:
         except ConfigurationError as error:
             if error.setting in self.given:
                 raise ConfigurationError(_FLAGS[error.setting][0], error.problem) from None
+            if error.setting in self.env_files:
+                named = f"{self.env_files[error.setting]}: {error.setting}"
+                raise ConfigurationError(named, error.problem) from None
             raise
 
     def arguments(self) -> list[str]:
-        """The same options as arguments for another ``natsrt`` command."""
+        """The same options as arguments for another ``natsrt`` command, which inherits this process's environment."""
         arguments = [part for field, value in self.given.items() for part in (_FLAGS[field][0], value)]
         if self.config is not None:
             arguments += ["--config", self.config]
-        return [*arguments, "--log-level", self.log_level]
+        return [*arguments, "--log-level", self.log_level, "--log-format", self.log_format]
 
     @asynccontextmanager
     async def runtime(self, **more: Any) -> AsyncIterator[NatsAgentRuntime]:
@@ -82,23 +87,17 @@ class Connecting:
 
 
 def basics(log_level: str = "warning") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add ``--debug`` and ``--log-level``, log to standard error, and print an error as one line."""
+    """Add ``--debug`` and the options of the log, log to standard error, and print an error as one line."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-        @click.option(
-            "--log-level",
-            type=click.Choice(_LEVELS, case_sensitive=False),
-            default=log_level,
-            show_default=True,
-            help="What to log to standard error.",
-        )
+        @log_options(log_level)
         @functools.wraps(command)
-        def run(debug: bool, log_level: str, **parameters: Any) -> Any:
-            log_to_stderr(log_level)
+        def run(debug: bool, log_level: str, log_format: str, **parameters: Any) -> Any:
+            log_to_stderr(log_level, log_format)
             with reporting(debug):
                 try:
-                    return command(log_level=log_level, **parameters)
+                    return command(log_level=log_level, log_format=log_format, **parameters)
                 except OutputClosed:
                     return Exit.OK
 
@@ -112,12 +111,14 @@ def connects(log_level: str = "warning") -> Callable[[Callable[..., Any]], Calla
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
-        def run(config: str | None, log_level: str, **parameters: Any) -> Any:
+        def run(
+            config: str | None, env_files: Mapping[str, str], log_level: str, log_format: str, **parameters: Any
+        ) -> Any:
             given = {field: parameters.pop(field) for field in _FLAGS}
             given = {field: value for field, value in given.items() if value is not None}
-            return command(Connecting(given, config, log_level), **parameters)
+            return command(Connecting(given, config, env_files, log_level, log_format), **parameters)
 
-        decorated = basics(log_level)(run)
+        decorated = env_file_option(basics(log_level)(run))
         decorated = click.option("--config", metavar="FILE", help="Settings file, TOML or YAML ($NATSRT_CONFIG).")(
             decorated
         )

@@ -31,7 +31,7 @@ _PATIENCE = 30.0
 
 @click.command()
 @basics()
-def demo(log_level: str) -> None:
+def demo(**_: str) -> None:
     """Show what natsrt does, in a few seconds.
 
     Starts a server and two workers, calls both, publishes an event to both, and stops.

@@ -61,6 +61,8 @@ _LONGEST_EVICTION = 10.0
 """Seconds within which a server should drop a frozen client; with natsrt's nats.conf it takes up to 9."""
 _REQUEST_SECONDS = 2.0
 """Seconds to wait for the server's answer to a request."""
+_OPERATOR = "or use an operator's user: see docs/permissions.md"
+"""Advice for checks that need more permissions than workers and callers have."""
 _LIST_AT_MOST = 5
 """Items that a finding lists by name."""
 _NEVER_STORED = {"Nats-Expected-Last-Sequence": str(2**63)}
@@ -222,7 +224,12 @@ async def _check_clock(patient: _Patient) -> None:
     here = (before + time.time()) / 2
     server = (answer or {}).get("server") or {}
     if "time" not in server:
-        patient.found("clock", "skipped", "the server's clock cannot be read", "allow publishing to $SYS.REQ.USER.INFO")
+        patient.found(
+            "clock",
+            "skipped",
+            "the server's clock cannot be read",
+            f"allow publishing to $SYS.REQ.USER.INFO, {_OPERATOR}",
+        )
         return
     offset = datetime.fromisoformat(server["time"]).timestamp() - here
     text = f"the server's clock is {abs(offset):.3f} s {'ahead of' if offset > 0 else 'behind'} this machine's"
@@ -309,9 +316,9 @@ async def _check_jetstream(patient: _Patient) -> bool:
         _found_storage(patient, account)
         return True
     if any(subject.startswith("$js.") for _, subject in patient.denied):
-        patient.found(
-            "JetStream", "problem", "this user may not read its account information", "allow publishing to $JS.API.INFO"
-        )
+        text = "this user may not read its account information; workers and callers need not"
+        patient.found("JetStream", "skipped", text, f"allow publishing to $JS.API.INFO, {_OPERATOR}")
+        return True
     else:
         advice = "start the server with `nats-server -js` or add a `jetstream` block to nats.conf: natsrt keeps its "
         patient.found(
@@ -459,8 +466,8 @@ async def _check_keyed_agents(patient: _Patient, view: View) -> None:
         return
     except (NatsrtError, nats.errors.Error, TimeoutError) as error:
         refused = ", ".join(sorted(subject for _, subject in patient.denied))
-        advice = f"to check them, allow this user to publish to {refused}" if refused else ""
-        patient.found("keyed agents", "warning", f"{bucket} cannot be read: {error}", advice)
+        advice = f"allow this user to publish to {refused}, {_OPERATOR}" if refused else ""
+        patient.found("keyed agents", "skipped" if refused else "warning", f"{bucket} cannot be read: {error}", advice)
         return
     text = f"records: {survey.agents:,}; states: {survey.with_state:,} of {survey.state_bytes:,} bytes in all"
     patient.found("keyed agents", "ok", text)

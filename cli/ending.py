@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from .exits import Exit
-from .output import note
+from .output import note, written_to_the_end
 
 _SHUTDOWN = "shutdown"
 """Part of the names of asyncio's own thread and task that wait for the threads of its executor."""
@@ -35,8 +35,7 @@ def _end(seconds: float, loop: asyncio.AbstractEventLoop) -> None:
     left = [*_threads(), *_tasks(loop), *_children()]
     what = ", ".join(left) or "what runs at the exit (atexit)"
     note(f"still running {seconds:g} s after the stop: {what}; ending the process")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    written_to_the_end()
     os._exit(Exit.STUCK)
 
 

@@ -26,6 +26,8 @@ from natsrt.errors import (
     UnknownAgentType,
 )
 
+from .output import OutputFailed, note
+
 
 class Exit(IntEnum):
     """The exit codes; `MEANINGS` says what each is for."""
@@ -104,15 +106,16 @@ def reporting(debug: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, CommandFailed | NatsrtError) and not is_remote(error):
+        if not isinstance(error, CommandFailed | NatsrtError | OutputFailed) and not is_remote(error):
             raise
         if debug:
-            traceback.print_exception(error)
-        click.echo(f"natsrt: {_text(error)}", err=True)
+            note("".join(traceback.format_exception(error)).rstrip(), "error")
+        note(f"natsrt: {answered(error)}", "error")
         raise click.exceptions.Exit(exit_code(error)) from error
 
 
-def _text(error: Exception) -> str:
+def answered(error: BaseException) -> str:
+    """The text of an error; if an agent answered with it, also which one."""
     remote = getattr(error, "natsrt_remote", None)
     if remote is None:
         return str(error)

@@ -38,6 +38,7 @@ from pydantic import TypeAdapter, ValidationError
 from natsrt.observe.health import Health
 
 from .exits import CommandFailed
+from .ports import PORT
 
 logger = logging.getLogger("natsrt.health")
 
@@ -78,7 +79,7 @@ def health_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @click.option(
         "--health-port",
-        type=click.IntRange(-1, 65535),
+        type=PORT,
         envvar=_PORT_VARIABLE,
         help=f"Answer /livez, /readyz and /healthz over HTTP on this port, -1 for a free one (${_PORT_VARIABLE}).",
     )

@@ -65,3 +65,21 @@ def print_keyed(rows: list[dict[str, Any]]) -> None:
     if owned:
         line()
         table(("KEYED TYPE", "OWNER", "STATE", "AGENTS"), owned, _STYLES)
+
+
+async def instance_rows(runtime: NatsAgentRuntime, agent_type: str | None) -> list[dict[str, Any]]:
+    """The keyed agents that live workers own, and the registered instances."""
+    view = runtime.running.registry.view
+    found = [
+        {"type": hosted, "key": key, "kind": "instance", "worker_id": holder}
+        for hosted, keys in view.instances.items()
+        for key in keys
+        for holder in view.instance_holders(hosted, key)
+        if agent_type in (None, hosted)
+    ]
+    if view.keyed:
+        async for record in runtime.running.records.records(agent_type):
+            if record.owner is not None and record.owner in view.workers:
+                agent = record.agent
+                found.append({"type": agent.type, "key": agent.key, "kind": "keyed", "worker_id": record.owner})
+    return sorted(found, key=lambda row: (row["type"], row["key"], row["worker_id"]))

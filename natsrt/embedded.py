@@ -38,6 +38,7 @@ from typing import IO
 from urllib.parse import SplitResult, urlsplit
 
 from natsrt.errors import EmbeddedServerError
+from natsrt.listening import why_not
 
 __all__ = ["DEVELOPMENT_SETTINGS", "EmbeddedServer", "ProcessGroupGuard", "find_server_binary", "freeze"]
 
@@ -68,6 +69,10 @@ _WAIT_POLL_SECONDS = 0.05
 """Seconds between two looks in ``wait()``, which may last for days."""
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where to connect to a server that listens on every interface."""
+
+
+_LISTEN_FAILED = re.compile(r"listen tcp (\S+):(\d+): bind:")
+"""In the server's log: the address that it could not listen on, which may be from a configuration file."""
 
 
 class ProcessGroupGuard:
@@ -242,6 +247,11 @@ class EmbeddedServer:
             return self._given_log_path
         return self.data_dir / "nats-server.log" if self.data_dir is not None else None
 
+    @property
+    def log_start(self) -> int:
+        """Where in the log file the log of the last start begins, in bytes."""
+        return self._log_start
+
     def last_output(self, lines: int = 10) -> str:
         """The last ``lines`` lines that the server logged since its last start; empty if there is no log file."""
         return "\n".join(self._log_lines()[-lines:])
@@ -398,9 +408,9 @@ class EmbeddedServer:
         problem = "it did not report the address that it listens on"
         while (remaining := deadline - time.monotonic()) > 0:
             if process.poll() is not None:
-                raise EmbeddedServerError(
-                    f"nats-server ended with exit code {process.returncode} before it was ready{self._output()}"
-                )
+                reason = await self._why_it_cannot_listen()
+                ended = f"nats-server ended with exit code {process.returncode} before it was ready"
+                raise EmbeddedServerError(reason or f"{ended}{self._output()}")
             if ports := self._read_ports(process.pid):
                 found, monitor = ports
                 connect_host = _ANY_HOST.get(self._host, self._host)
@@ -427,6 +437,15 @@ class EmbeddedServer:
         raise EmbeddedServerError(
             f"nats-server was not ready within {self._ready_timeout:g} s: {problem}{self._output()}"
         )
+
+    async def _why_it_cannot_listen(self) -> str | None:
+        """Why the server could not listen on one of its ports; None if it could, or if the ports are not known."""
+        places = [(self._host, port) for port in (self._port, self._http_port) if port is not None and port > 0]
+        logged = _LISTEN_FAILED.findall("\n".join(self._log_lines()))
+        for host, port in dict.fromkeys([*places, *((host.strip("[]"), int(port)) for host, port in logged)]):
+            if (reason := await why_not(host, port)) is not None:
+                return reason
+        return None
 
     def _output(self) -> str:
         lines = self._log_lines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -317,6 +318,32 @@ async def test_a_body_that_fits_no_type_names_the_candidates(run: Run, runtime: 
     assert "Ask" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        ('{"qeustion": "why"}', "the nearest is Ask: 'qeustion' is not a field of it, did you mean 'question'?"),
+        ('{"left": 1, "rigth": 2}', "the nearest is Add: 'rigth' is not a field of it, did you mean 'right'?"),
+        ('{"left": 1, "right": "secret"}', "the nearest is Add: right: expected"),
+        ('{"left": 1}', "the nearest is Add: right: the field is missing"),
+    ],
+)
+async def test_a_misspelt_field_is_named_and_the_option_is_that_of_the_command(
+    run: Run, runtime: NatsAgentRuntime, body: str, hint: str
+) -> None:
+    ended = await run("send", "clerk/anna", body)
+    assert ended.code == 6
+    assert hint in ended.stderr
+    assert "name the type with --type-name (answered by clerk/anna)" in ended.stderr
+    assert "Natsrt-Type" not in ended.stderr
+    assert "secret" not in ended.stderr
+
+
+async def test_a_body_that_is_like_several_types_names_none(run: Run, runtime: NatsAgentRuntime) -> None:
+    for body in ('{"unheard": 1}', "[1]", '"text"', "{}"):
+        ended = await run("send", "clerk/anna", body)
+        assert (ended.code, "nearest" in ended.stderr, "--type-name" in ended.stderr) == (6, False, True)
+
+
 async def test_send_to_an_unknown_type_is_exit_code_4(run: Run, runtime: NatsAgentRuntime) -> None:
     ended = await run("send", "nobody/x", "{}")
     assert ended.code == 4
@@ -471,6 +498,58 @@ async def test_tail_refuses_a_prefix_that_no_topic_can_have(run: Run) -> None:
     assert "'news.'" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("topic.news", ["news/a", "news.tech/b", "news.tech.ai/c"]),
+        ("topic.news.", ["news/a", "news.tech/b", "news.tech.ai/c"]),
+        ("topic.news.tech", ["news.tech/b", "news.tech.ai/c"]),
+        ("topic.news.*.*", ["news.tech/b"]),
+        ("topic.news.>", ["news/a", "news.tech/b", "news.tech.ai/c"]),
+        ("topic.", ["news/a", "news.tech/b", "news.tech.ai/c", "newsletter/d", "topic.news/e"]),
+        ("topic.topic.news", ["topic.news/e"]),
+        ("NAMESPACE.topic.news.tech", ["news.tech/b", "news.tech.ai/c"]),
+        ("news.tech/b", ["news.tech/b"]),
+        ("news", ["news/a", "news.tech/b", "news.tech.ai/c", "newsletter/d"]),
+    ],
+)
+async def test_tail_understands_subjects_and_topics(
+    runtime: NatsAgentRuntime,
+    server: EmbeddedServer,
+    namespace: str,
+    processes: Processes,
+    given: str,
+    shown: list[str],
+) -> None:
+    given = given.replace("NAMESPACE", namespace)
+    tail = processes.natsrt("tail", given, "--json", "--server", server.url, "--namespace", namespace)
+    await tail.wait_for_line("listening on")
+    for topic in ("news/a", "news.tech/b", "news.tech.ai/c", "newsletter/d", "topic.news/e", *shown[-1:]):
+        await runtime.publish_message(News("n"), TopicId(*topic.split("/")))
+    await eventually(lambda: len(tail.stdout.splitlines()) > len(shown), 20)
+    tail.terminate()
+    assert await tail.wait() == 0
+    events = [json.loads(line) for line in tail.stdout.splitlines()]
+    assert [f"{event['topic_type']}/{event['topic_source']}" for event in events] == [*shown, shown[-1]]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("agent.upper", "'topic.agent.upper.>'"),
+        ("natsrt.cancel", "shows events"),
+        ("topic.news.>.x", "'>' is no token"),
+        ("topic.ne*", "'ne*' is no token"),
+        ("topic..x", "'' is no token"),
+        (">", "''"),
+    ],
+)
+async def test_tail_refuses_what_has_no_events_and_says_what_would_be_right(given: str, meant: str) -> None:
+    ended = await natsrt("tail", given)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert meant in ended.stderr
+
+
 # -- doctor ------------------------------------------------------------------------------------------------------
 
 
@@ -582,7 +661,7 @@ async def test_doctor_names_a_worker_that_does_not_answer(
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 async def test_the_server_is_ready_when_it_says_so_and_ends_at_a_signal(processes: Processes, signum: int) -> None:
     server = processes.natsrt("server", "--port", "-1", "--http-port", "-1")
-    url = (await server.wait_for_line("server ready: ")).removeprefix("server ready: ")
+    url = (await server.wait_for_line("server ready: ")).split()[2].rstrip(",")
     assert "monitoring: http://127.0.0.1:" in await server.wait_for_line("monitoring: ")
     assert (await natsrt("agents", "ls", "--server", url)).code == 0
     server.send_signal(signum)
@@ -594,14 +673,14 @@ async def test_the_server_is_ready_when_it_says_so_and_ends_at_a_signal(processe
 async def test_the_server_keeps_its_data_where_it_is_told(processes: Processes, tmp_path: Path) -> None:
     for _ in range(2):
         server = processes.natsrt("server", "--port", "-1", "--data-dir", str(tmp_path / "data"))
-        url = (await server.wait_for_line("server ready: ")).removeprefix("server ready: ")
+        url = (await server.wait_for_line("server ready: ")).split()[2].rstrip(",")
         async with NatsAgentRuntime(url) as runtime:
             if not await runtime.running.registry.is_known("upper"):
                 await register(runtime, Upper, "upper", Upper)
         server.terminate()
         assert await server.wait() == 0
     server = processes.natsrt("server", "--port", "-1", "--data-dir", str(tmp_path / "data"))
-    url = (await server.wait_for_line("server ready: ")).removeprefix("server ready: ")
+    url = (await server.wait_for_line("server ready: ")).split()[2].rstrip(",")
     (row,) = (await natsrt("agents", "ls", "--json", "--server", url)).json
     assert (row["type"], row["live"]) == ("upper", False)
 
@@ -614,12 +693,65 @@ async def test_the_server_takes_the_development_configuration(processes: Process
     assert await server.wait() == 0
 
 
-async def test_a_taken_port_or_a_missing_file_is_a_readable_error(server: EmbeddedServer) -> None:
-    port = server.url.rpartition(":")[2]
-    taken = await natsrt("server", "--port", port)
-    assert taken.code == 1
-    assert "natsrt: " in taken.stderr
-    assert "Traceback" not in taken.stderr
+async def test_the_server_says_one_line_and_its_warnings_and_with_verbose_everything(
+    processes: Processes, tmp_path: Path
+) -> None:
+    quiet = processes.natsrt("server", "--port", "0", name="quiet")
+    await quiet.wait_for_line("server ready: ")
+    config = tmp_path / "warned.conf"
+    config.write_text("authorization { users: [{ user: a, password: b }] }\n")
+    where = ("--config", str(config), "--port", "-1", "--data-dir", str(tmp_path / "data"))
+    warned = processes.natsrt("server", *where, name="warned")
+    await warned.wait_for_line("Plaintext passwords detected")
+    verbose = processes.natsrt("server", "--port", "-1", "--verbose", name="verbose")
+    await verbose.wait_for_line("Server is ready")
+    for server in (quiet, warned, verbose):
+        server.terminate()
+        assert await server.wait() == 0
+    assert re.fullmatch(
+        r"server ready: nats://127\.0\.0\.1:\d+ \(temporary data; use --data-dir to keep it\)\n", quiet.stdout
+    )
+    assert quiet.stderr == ""
+    assert f"(data in {tmp_path / 'data'})" in warned.stdout
+    assert [line for line in warned.stderr.splitlines() if "[WRN]" not in line] == []
+    assert "Initiating Shutdown" in verbose.stderr
+
+
+@pytest.mark.parametrize("option", ["--port", "--http-port"])
+async def test_a_port_in_use_says_what_answers_there(server: EmbeddedServer, option: str) -> None:
+    other = ("--port", "-1") if option == "--http-port" else ()
+    taken = server.url.rpartition(":")[2]
+    ended = await natsrt("server", option, taken, *other)
+    assert (ended.code, ended.stdout) == (1, "")
+    assert ended.stderr == f"natsrt: port {taken} is in use, and a NATS server answers there\n"
+
+
+async def test_a_port_in_use_by_something_else_says_so(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as silent:
+        port = other.getsockname()[1]
+        ended = await natsrt("server", "--port", str(port))
+        assert ended.stderr == f"natsrt: port {port} is in use, and a program that is no NATS server answers there\n"
+        config = tmp_path / "nats.conf"
+        config.write_text(f"listen: 127.0.0.1:{port}\n")
+        configured = await natsrt("server", "--config", str(config))
+        assert configured.stderr == ended.stderr
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        ended = await natsrt("server", "--port", str(port))
+        assert f"port {port} is in use, and nothing answers there" in ended.stderr
+
+
+@pytest.mark.parametrize("port", ["99999", "65536", "-2", "http", "4222x", ""])
+@pytest.mark.parametrize(
+    "command", [["server", "--port"], ["server", "--http-port"], ["worker", "x:y", "--health-port"]]
+)
+async def test_what_is_no_port_is_a_range_error(command: list[str], port: str) -> None:
+    ended = await natsrt(*command, port)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert f"{port!r} is not a port: give a number from 1 to 65535, or -1 for a free port" in ended.stderr
+
+
+async def test_a_missing_file_is_a_readable_error() -> None:
     missing = await natsrt("server", "--config", "/no/such.conf")
     assert missing.code == 2
     assert "/no/such.conf" in missing.stderr

@@ -658,6 +658,34 @@ async def test_a_broken_file_is_waited_for(start: Start, client: NatsAgentRuntim
     assert await supervisor.wait(20) == 0
 
 
+@pytest.mark.slow
+async def test_reload_include_restarts_for_other_files_too(start: Start, app: Path) -> None:
+    (app / "prompts" / "deep").mkdir(parents=True)
+    patterns = ("--reload-include", "*.yaml", "--reload-include", "./prompts/")
+    supervisor = start("office:Echo", "--type", "echo", "--reload", *patterns)
+    for number, name in enumerate(("settings.yaml", "prompts/deep/one.txt", "more.py"), 1):
+        await eventually(lambda count=number: supervisor.stdout.count("ready: types") == count, 20)
+        (app / "ignored.txt").write_text(name)
+        (app / name).write_text("# changed")
+        await supervisor.wait_for_line(f"changed: {Path(name).name}; restarting")
+    assert "ignored.txt" not in supervisor.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--reload-include", "*.yaml"), "--reload-include has no effect without --reload"),
+        (("--reload", "--reload-include", "/etc/*"), "'/etc/*' must be a pattern for files below --app-dir"),
+        (("--reload", "--reload-include", "../x"), "'../x' must be a pattern for files below --app-dir"),
+        (("--reload", "--reload-include", ""), "'' must be a pattern for files below --app-dir"),
+    ],
+)
+async def test_a_pattern_that_no_file_can_match_is_refused(start: Start, arguments: tuple[str, ...], text: str) -> None:
+    supervisor = start("office:Echo", "--type", "echo", *arguments)
+    assert await supervisor.wait() == 2
+    assert text in supervisor.stderr
+
+
 async def test_without_watchfiles_reload_names_the_extra(start: Start, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()

@@ -491,6 +491,26 @@ def test_an_empty_file_changes_nothing(name: str, tmp_path: Path) -> None:
         ("x.toml", "\ncall_timeout = -1\n", "{path}, line 2: call_timeout: must be a number of seconds"),
         ("x.toml", f'user = "u"\ncall_timeout = "{SECRET}\n', "{path}: is not valid TOML: "),
         ("x.toml", "[natsrt]\n[natsrt.tls]\nca = 1\n", "{path}: tls: there is no such setting"),
+        (
+            "x.toml",
+            "[tool.natsrt]\nname = 'x'\n",
+            "{path}: [tool]: natsrt's settings must be in the table [natsrt], not in [tool.natsrt]",
+        ),
+        (
+            "x.toml",
+            "[project]\nname = 'x'\n[tool.ruff]\n",
+            "{path}: [project]: natsrt's settings must be in the table [natsrt]",
+        ),
+        (
+            "x.toml",
+            "[nats]\nservers = 'x'\n",
+            "{path}: [nats]: natsrt's settings must be in the table [natsrt]",
+        ),
+        (
+            "x.yaml",
+            "nats:\n  servers: x\n",
+            "{path}: [nats]: natsrt's settings must be in the table [natsrt]",
+        ),
         ("x.toml", "debug = true\n[natsrt]\n", "{path}: debug: must be in a table"),
         ("x.toml", "natsrt = 1\n", "{path}: natsrt: must be a table"),
         ("x.yaml", "a: 1\ncall_timeout: x\n", "{path}, line 1: a: there is no such setting"),

@@ -17,12 +17,17 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePref
 from autogen_core import event as event_handler
 from nats.aio.client import Client
 
-import natsrt
 from natsrt import AgentNotServed, NatsAgentRuntime, PermissionDenied, register
 from natsrt.embedded import EmbeddedServer
+from tests.support.cli import Ended, natsrt
 from tests.support.processes import REPOSITORY, eventually
 
-PASSWORDS = {"WORKER_PASSWORD": "for-workers", "CALLER_PASSWORD": "for-callers", "CLIENT_PASSWORD": "for-clients"}
+PASSWORDS = {
+    "WORKER_PASSWORD": "for-workers",
+    "CALLER_PASSWORD": "for-callers",
+    "CLIENT_PASSWORD": "for-clients",
+    "OPERATOR_PASSWORD": "for-operators",
+}
 Builder = Callable[..., AbstractAsyncContextManager["House"]]
 CONFIG = """
 server_name: "permissions-{name}"
@@ -208,6 +213,53 @@ async def test_the_documented_permissions_are_all_that_workers_and_callers_need(
     with pytest.raises(Exception, match="no worker that hosts it is alive"):
         await caller.send_message(Text("hi"), AgentId("more", "k"))
     assert refused(caplog) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)  # it runs twenty commands
+async def test_the_documented_permissions_are_all_that_operators_need(house: House, tmp_path: Path) -> None:
+    password = PASSWORDS["OPERATOR_PASSWORD"]
+    login = ("--server", house.url, "--user", "operator", "--password", password, "--inbox-prefix", "_INBOX_operator")
+
+    async def run(*arguments: str, code: int = 0, stdin: str | None = None) -> Ended:
+        ended = await natsrt(*arguments, *login, "--namespace", house.space, stdin=stdin)
+        assert (ended.code, "permission" in ended.stderr, "not let" in ended.stderr) == (code, False, False), ended
+        return ended
+
+    worker = await house.worker(keyed=KEYED)
+    await run("send", "admin/x", '{"text": "hi"}', "--type-name", "Text")
+    await run("publish", "inside/s", '{"text": "hi"}')
+    findings = {finding["check"]: finding for finding in (await run("doctor", "--json")).json}
+    assert {check: finding["level"] for check, finding in findings.items()} == {
+        **dict.fromkeys(findings, "ok"),
+        "permission to host": "warning",  # it hosts nothing
+        "server settings": "skipped",  # without --monitor-url
+    }
+    for command in (
+        "ls", "ls admin", "ls --owners", "ls --instances", "ping", "stats", "wait admin", "info admin",
+        "info admin/x", "where admin/x", "rebalance admin",
+    ):  # fmt: skip
+        await run("agents", *command.split())
+    await run("state", "set", "admin/x", "-", stdin='{"secret": "of the agent"}')
+    for command in ("ls", "get admin/x", "get --live admin/x", "export -", "rm --force admin/x"):
+        await run("state", *command.split())
+    await worker.stop()
+    await run("agents", "forget", "admin", "--records")
+    await run("agents", "forget", "public")
+
+
+async def test_doctor_does_not_report_the_permissions_of_operators_as_problems(house: House) -> None:
+    await house.worker(keyed=KEYED)
+    for user in ("worker", "caller"):
+        password = PASSWORDS[f"{user.upper()}_PASSWORD"]
+        login = ("--server", house.url, "--user", user, "--password", password, "--inbox-prefix", f"_INBOX_{user}")
+        ended = await natsrt("doctor", "--json", "--namespace", house.space, *login)
+        assert ended.code == 0
+        levels = {finding["check"]: finding["level"] for finding in ended.json}
+        assert "problem" not in levels.values()
+        assert levels["registry"] == "ok"
+        advice = {finding["advice"] for finding in ended.json if finding["level"] == "skipped"}
+        assert any("an operator's user: see docs/permissions.md" in text for text in advice)
 
 
 KEYED: dict[str, Any] = {"public": {"concurrency": "concurrent"}, "admin": True, "listener": True}

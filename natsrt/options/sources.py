@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,16 @@ Older versions of the CLI do not read ``NATS_TOKEN``.
 
 ENVIRONMENT_PREFIX = "NATSRT_"
 CONFIG_VARIABLE = "NATSRT_CONFIG"
-RESERVED_PREFIXES = ("NATSRT_TEST_", "NATSRT_HEALTH_")
-"""Prefixes of variables that are not settings: those of the tests, and those of ``natsrt worker --health-port``."""
+OTHER_VARIABLES = (
+    CONFIG_VARIABLE,
+    "NATSRT_HEALTH_HOST",
+    "NATSRT_HEALTH_PORT",
+    "NATSRT_LOG_FORMAT",
+    "NATSRT_LOG_LEVEL",
+)
+"""natsrt's variables that are not settings: those of the command line."""
+TESTS_PREFIX = "NATSRT_TEST_"
+"""Prefix of the variables of natsrt's own tests."""
 
 
 def variable_of(field: str) -> str:
@@ -50,9 +58,9 @@ def environment_layers(environ: Mapping[str, str], fields: Iterable[str]) -> lis
     """natsrt's own variables, and below them those of the ``nats`` CLI. As there, an empty variable is not set."""
     ours = {variable_of(field): field for field in fields}
     for variable in environ:
-        is_ours = variable.startswith(ENVIRONMENT_PREFIX) and not variable.startswith(RESERVED_PREFIXES)
-        if is_ours and variable not in ours and variable != CONFIG_VARIABLE:
-            raise ConfigurationError(variable, unknown_name(variable, [*ours, CONFIG_VARIABLE]))
+        is_ours = variable.startswith(ENVIRONMENT_PREFIX) and not variable.startswith(TESTS_PREFIX)
+        if is_ours and variable not in ours and variable not in OTHER_VARIABLES:
+            raise ConfigurationError(variable, unknown_name(variable, [*ours, *OTHER_VARIABLES]))
     if environ.get("NATS_SOCKS_PROXY"):
         raise ConfigurationError("NATS_SOCKS_PROXY", "natsrt cannot connect through a SOCKS proxy")
     return [_variables_layer(names, environ) for names in (ours, NATS_ENVIRONMENT)]
@@ -92,7 +100,7 @@ def context_layer(name: str, environ: Mapping[str, str]) -> Layer:
 
 def file_layer(path: Path, fields: Mapping[str, FieldInfo]) -> Layer:
     """The settings of a TOML or YAML file. Raises `ConfigurationError` for one that cannot be read."""
-    readers: dict[str, Callable[[Path, str], tuple[dict[str, Any], dict[str, int]]]] = {
+    readers: dict[str, Callable[[Path, str, Collection[str]], tuple[dict[str, Any], dict[str, int]]]] = {
         ".toml": _read_toml,
         ".yaml": _read_yaml,
         ".yml": _read_yaml,
@@ -108,7 +116,7 @@ def file_layer(path: Path, fields: Mapping[str, FieldInfo]) -> Layer:
         raise ConfigurationError("config", f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigurationError("config", f"{path} is not UTF-8 text") from None
-    values, lines = read(path, text)
+    values, lines = read(path, text, fields)
     origins = {key: f"{path}, line {lines[key]}: {key}" if key in lines else f"{path}: {key}" for key in values}
     return Layer({key: _beside(path, value, fields.get(key)) for key, value in values.items()}, origins)
 
@@ -120,11 +128,11 @@ def _beside(path: Path, value: Any, info: FieldInfo | None) -> Any:
     return value if looks_like_contents(value) else str(path.resolve().parent / Path(value).expanduser())
 
 
-def _read_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _read_toml(path: Path, text: str, fields: Collection[str]) -> tuple[dict[str, Any], dict[str, int]]:
     import tomllib
 
     try:
-        table = _own_table(path, tomllib.loads(text))
+        table = _own_table(path, tomllib.loads(text), fields)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(str(path), f"is not valid TOML: {error}") from None
     # tomllib has no line numbers. If exactly one line starts with a key, the key is in that line.
@@ -140,7 +148,7 @@ def _read_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     return table, lines
 
 
-def _read_yaml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _read_yaml(path: Path, text: str, fields: Collection[str]) -> tuple[dict[str, Any], dict[str, int]]:
     import yaml
 
     try:
@@ -157,7 +165,7 @@ def _read_yaml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
         return {}, {}
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise ConfigurationError(str(path), "must contain settings, as lines of `name: value`")
-    table = _own_table(path, document)
+    table = _own_table(path, document, fields)
     if table is not document:
         root = next(value for key, value in root.value if key.value == "natsrt")
     lines: dict[str, int] = {}  # Also finds settings that are given twice: PyYAML takes the last one.
@@ -168,8 +176,13 @@ def _read_yaml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     return table, lines
 
 
-def _own_table(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+def _own_table(path: Path, document: dict[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    """The table ``natsrt`` of a document, or the document itself if it has only settings."""
     if "natsrt" not in document:
+        for key, value in document.items():
+            if isinstance(value, dict) and key not in fields:
+                nested = ", not in [tool.natsrt]" if key == "tool" and "natsrt" in value else ""
+                raise ConfigurationError(f"{path}: [{key}]", f"natsrt's settings must be in the table [natsrt]{nested}")
         return document
     for key, value in document.items():
         if not isinstance(value, dict) and not (key == "natsrt" and value is None):

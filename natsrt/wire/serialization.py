@@ -53,8 +53,9 @@ from natsrt.wire.message_classes import (
     type_name_of,
 )
 from natsrt.wire.model_fields import pydantic_refusal
+from natsrt.wire.nearest import misspelt_fields, nearest_class
 
-__all__ = ["BYTES", "JSON", "PROTOBUF", "Encoded", "Serialization", "serializer_for", "type_name_of"]
+__all__ = ["BYTES", "JSON", "NAME_THE_TYPE", "PROTOBUF", "Encoded", "Serialization", "serializer_for", "type_name_of"]
 
 JSON = JSON_DATA_CONTENT_TYPE
 PROTOBUF = PROTOBUF_DATA_CONTENT_TYPE
@@ -557,7 +558,25 @@ class Serialization:
             return tree
         if bytes in candidates:
             return bytes(payload)
-        raise _undecided("fits none of the message types handled here", candidates, payload)
+        near = self._nearest(tree, payload, candidates)
+        raise _undecided("fits none of the message types handled here", candidates, payload, near)
+
+    def _nearest(self, tree: Any, payload: bytes, candidates: Sequence[Any]) -> str:
+        """Why the body does not fit the one class whose fields are most like its own; empty if there is none.
+
+        It names fields and no values.
+        """
+        cls = nearest_class(tree, [cls for cls in candidates if is_message_class(cls)])
+        if cls is None:
+            return ""
+        reason = misspelt_fields(tree, cls)
+        try:
+            self._read_strictly(payload, cls)
+        except (CannotDecode, CannotSerialize) as error:
+            reason = reason or error.reason
+        except json_format.ParseError:  # its text quotes the body
+            pass
+        return f"; the nearest is {type_name_of(cls)}" + (f": {reason}" if reason else "")
 
     def _infer_text(self, payload: bytes, candidates: Sequence[Any]) -> Any:
         if str in candidates:
@@ -633,12 +652,16 @@ def _is_plain_json(cls: Any) -> bool:
     return is_plain(cls) and (typing.get_origin(cls) or cls) not in (bytes, float)
 
 
-def _undecided(problem: str, classes: Iterable[Any], payload: bytes) -> CannotDecode:
+NAME_THE_TYPE = "set the header Natsrt-Type"
+"""What errors advise if the type of a plain body cannot be found out."""
+
+
+def _undecided(problem: str, classes: Iterable[Any], payload: bytes, near: str = "") -> CannotDecode:
     classes = list(classes)
     plain = [type_name_of(cls) for cls in classes]
     names = [name if plain.count(name) == 1 else full_name(cls) for name, cls in zip(plain, classes, strict=True)]
     listed = ", ".join(sorted(names)) or "none"
-    return CannotDecode("a plain body", f"it {problem} ({listed}); set the header Natsrt-Type", payload)
+    return CannotDecode("a plain body", f"it {problem} ({listed}){near}; {NAME_THE_TYPE}", payload)
 
 
 _Key = TypeVar("_Key")

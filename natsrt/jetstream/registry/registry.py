@@ -15,6 +15,7 @@ from natsrt.errors import NatsrtError, NoLiveWorker, UnknownAgent, UnknownAgentT
 from natsrt.jetstream.registry.declare import Declared
 from natsrt.jetstream.registry.entries import KnownEntry, RegistryEntry, SubscriptionEntry, WorkerEntry
 from natsrt.jetstream.registry.follow import Change, Follower
+from natsrt.jetstream.registry.leftovers import Leftovers
 from natsrt.jetstream.registry.liveness import Liveness
 from natsrt.jetstream.registry.store import BUCKET, DELETED_TTL, KNOWN_TTL, RegistryStore
 from natsrt.jetstream.registry.view import Takers, View
@@ -125,6 +126,18 @@ class Registry:
     async def withdraw(self, entries: Sequence[RegistryEntry]) -> None:
         """Delete entries, with what is known of types that have no worker left. Other runtimes' declarations stay."""
         await self._declared.withdraw(entries)
+
+    async def leftovers(self, agent_type: str) -> Leftovers:
+        """What is stored of an agent type now."""
+        await self.catch_up()
+        known = KnownEntry(agent_type) if await self._store.is_known(agent_type) else None
+        return Leftovers.of(agent_type, self.view, known)
+
+    async def forget(self, leftovers: Leftovers) -> None:
+        """Delete entries of an agent type that no live worker hosts. A worker that joins meanwhile keeps its own."""
+        await self._follower.shown(await self._store.delete(leftovers.keys))
+        if leftovers.known is not None:
+            await self._store.forget(leftovers.known)
 
     # -- what the follower sees (FollowerOwner) ------------------------------------------------------------------
 

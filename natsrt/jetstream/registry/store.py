@@ -123,6 +123,14 @@ class RegistryStore:
         """Delete what is known of types whose last worker leaves in order. The deletion keeps the value."""
         await self._in_chunks([partial(self._delete, entry.key, None, encode_entry(entry)) for entry in known])
 
+    async def forget(self, known: KnownEntry) -> None:
+        """Delete what is known of a type, and the mark of the deletion, so that the type is unknown at once.
+
+        The deletion comes first: a worker that hosts the type by now sees it, and stores the entry again.
+        """
+        revision = await self.delete([known.key])
+        await self._requests.run(WRITE, partial(self._purge, self.prefix + known.key, revision + 1))
+
     async def replace(self, entry: SubscriptionEntry, revision: int, *, gone: bool = False) -> int | None:
         """Store an entry, or delete it if ``gone``, if its key is still at ``revision``; 0: if it was never stored.
 
