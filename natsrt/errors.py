@@ -135,7 +135,7 @@ class TlsFailed(ServerUnreachable):
 
     def __init__(self, servers: Sequence[str], seconds: float, reason: str) -> None:
         super().__init__(servers, seconds, reason)
-        self.args = (f"no TLS connection to {', '.join(self.servers)}: {reason}",)
+        self.args: tuple[Any, ...] = (f"no TLS connection to {', '.join(self.servers)}: {reason}",)
 
 
 class PermissionDenied(NatsrtError, UndeliverableException, PermissionError):

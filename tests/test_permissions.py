@@ -17,7 +17,7 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePref
 from autogen_core import event as event_handler
 from nats.aio.client import Client
 
-from natsrt import AgentNotServed, NatsAgentRuntime, PermissionDenied, register
+from natsrt import AgentNotServed, NatsAgentRuntime, PermissionDenied, RegistryUnavailable, register
 from natsrt.embedded import EmbeddedServer
 from tests.support.cli import Ended, natsrt
 from tests.support.processes import REPOSITORY, eventually
@@ -517,7 +517,7 @@ async def test_a_refusal_names_the_subject_in_its_true_case(
 async def test_a_caller_before_the_first_worker_is_told_that_none_has_started(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(natsrt.RegistryUnavailable, match="no worker has started yet") as early:
+    with pytest.raises(RegistryUnavailable, match="no worker has started yet") as early:
         await house.runtime("caller")
     assert "Start a worker first" in str(early.value)
     assert "$JS.API" not in str(early.value) and refused(caplog) == []
@@ -528,7 +528,7 @@ async def test_a_caller_before_the_first_worker_is_told_that_none_has_started(
 
 async def test_a_worker_that_may_not_make_the_registry_is_told_so_too(build: Builder, space: str) -> None:
     async with build(space, lambda block: block.replace(', "$JS.API.INFO"', "")) as house:
-        with pytest.raises(natsrt.RegistryUnavailable, match="may not create it") as missing:
+        with pytest.raises(RegistryUnavailable, match="may not create it") as missing:
             await house.worker()
         assert isinstance(missing.value.__cause__, PermissionDenied)
         assert missing.value.__cause__.subject == "$JS.API.INFO"

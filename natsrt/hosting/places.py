@@ -44,12 +44,12 @@ class Limit:
     __slots__ = ("active", "holders", "maximum", "stuck_since")
 
     def __init__(self, maximum: int) -> None:
-        self.maximum = maximum
+        self.maximum: int = maximum
         self.holders: dict[str, Place] = {}
         """The handlers that have a place, by their ids."""
-        self.active = 0
+        self.active: int = 0
         """Number of them that do not await a call."""
-        self.stuck_since = math.inf
+        self.stuck_since: float = math.inf
         """When the last of them began to await a call. Infinity if one of them does not."""
 
     @property
@@ -92,12 +92,12 @@ class Place:
 
     def __init__(self, places: Places, number: int, handler_id: str, limits: Sequence[Limit], chain: Chain) -> None:
         self._places = places
-        self.number = number
-        self.handler_id = handler_id
-        self.limits = limits
-        self.chain = chain
+        self.number: int = number
+        self.handler_id: str = handler_id
+        self.limits: Sequence[Limit] = limits
+        self.chain: Chain = chain
         """The chain of its message, if the message is a call; empty for an event."""
-        self.awaited = 0
+        self.awaited: int = 0
         """Number of calls that it awaits."""
         self.turn: asyncio.Future[None] | None = None
         """Done when it has entered; None if it did not have to wait."""
@@ -138,7 +138,7 @@ class Places:
         self._id_prefix = f"{PLACE_MARK}{NUID().next().decode()[-8:]}"
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
-        self.limits_all = self._worker is not None
+        self.limits_all: bool = self._worker is not None
         """True if every handler of this worker needs a place."""
 
     @property

@@ -45,10 +45,10 @@ class ClassFinder:
     """The classes that one runtime can find by name."""
 
     def __init__(self) -> None:
-        self.registered = NamedClasses()
-        self.produced = NamedClasses()
+        self.registered: NamedClasses = NamedClasses()
+        self.produced: NamedClasses = NamedClasses()
         """The classes that handlers known here return."""
-        self.scope = Scope()
+        self.scope: Scope = Scope()
         """The scope of the message that is being written or read."""
         self._changes = 0
 

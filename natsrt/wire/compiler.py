@@ -297,9 +297,9 @@ class Codecs(CodecCompiler):
     """
 
     def __init__(self, finder: ClassFinder | None = None, *, strict: bool = False) -> None:
-        self.finder = finder or ClassFinder()
+        self.finder: ClassFinder = finder or ClassFinder()
         self.strict = strict
-        self.redefined = 0
+        self.redefined: int = 0
         """How many classes have taken the place of former definitions of themselves."""
         self._met = KnownClasses()
         self.forget()

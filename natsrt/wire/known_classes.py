@@ -56,7 +56,7 @@ class KnownClasses:
         self._classes: dict[str, weakref.WeakValueDictionary[str, type]] = {}
         self._former: weakref.WeakSet[type] = weakref.WeakSet()
         """Definitions whose place others have taken. They stay in use, but do not come back."""
-        self.version = 0
+        self.version: int = 0
         """Increased by each class that is added."""
 
     def add(self, type_name: str, cls: type) -> bool:

@@ -96,10 +96,10 @@ class ConstrainedCodec(Codec):
     """
 
     def __init__(self, inner: Codec, adapter: TypeAdapter[Any], harmless: bool) -> None:
-        self.name = inner.name
-        self.kinds = inner.kinds
-        self.cls = inner.cls
-        self.polymorphic = inner.polymorphic
+        self.name: str = inner.name
+        self.kinds: frozenset[type] = inner.kinds
+        self.cls: type | None = inner.cls
+        self.polymorphic: bool = inner.polymorphic
         self._inner = inner
         self._adapter = adapter
         self._accepts: PlainCheck = adapter.validator.isinstance_python if harmless else self._keeps
@@ -205,9 +205,9 @@ class PydanticField:
         self._cls = cls
         self._codec = codec
         self._adapter = None if functions_of(cls, name) else adapter_of(cls.model_fields[name], cls)
-        self.may_have_mark = codec is not None and check is None
+        self.may_have_mark: bool = codec is not None and check is None
         """Whether the codec may write it: if the declaration allows several classes, and Pydantic confuses them."""
-        self.is_comparable = self._adapter is not None
+        self.is_comparable: bool = self._adapter is not None
         """Whether the field can be read apart from its model. If not, its validators need the whole model."""
 
     def tree(self, value: BaseModel) -> Any:

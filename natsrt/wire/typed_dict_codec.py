@@ -17,13 +17,13 @@ def is_typed_dict(cls: type) -> bool:
 class TypedDictCodec(Codec):
     """A dict with declared keys. Each key has the codec of its annotation; other keys are refused."""
 
-    kinds = frozenset({dict})
-    cls = dict
-    polymorphic = True
+    kinds: frozenset[type] = frozenset({dict})
+    cls: type = dict
+    polymorphic: bool = True
     """While it is compiled, since it may contain itself."""
 
     def __init__(self, cls: type, codecs: CodecCompiler) -> None:
-        self.name = cls.__name__
+        self.name: str = cls.__name__
         self._class = cls
         self._codecs = codecs
 

@@ -31,7 +31,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
 
-logger = logging.getLogger("natsrt.registry")
+logger: logging.Logger = logging.getLogger("natsrt.registry")
 
 BUCKET = "natsrt_registry"
 KNOWN_TTL = 36 * 3600
