@@ -218,6 +218,36 @@ async def test_a_message_enters_when_the_handler_begins_to_await_its_call() -> N
     assert mailbox.inside == ("outer",)
 
 
+async def test_of_two_messages_that_a_handler_begins_to_await_the_one_that_came_first_enters_first() -> None:
+    stack = Stack()
+    mailbox = stack.mailbox
+    called = asyncio.create_task(stack.call())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(mailbox.wait(stack.inner, stack.chain))
+    await asyncio.sleep(0)
+    assert mailbox.inside == ("outer",)
+
+    async def comes_later() -> None:
+        assert not mailbox.try_enter(stack.late, stack.chain)
+        assert mailbox.inside == ("outer", "inner")
+        await waiting
+        mailbox.exit(stack.inner)
+        stack.handled.set()
+
+    later = asyncio.create_task(comes_later())
+    async with asyncio.timeout(5):
+        await called  # this task is the handler's
+    await later
+
+
+async def test_the_handlers_above_one_are_those_that_entered_after_it() -> None:
+    stack = Stack()
+    mailbox = stack.mailbox
+    assert mailbox.try_enter(stack.inner, ("outer",))
+    assert list(mailbox.above(stack.outer)) == [stack.inner]
+    assert list(mailbox.above(stack.inner)) == list(mailbox.above(stack.late)) == []
+
+
 async def test_a_chain_that_names_no_call_counts_as_awaited_by_the_last_handler_only() -> None:
     stack = Stack()
     mailbox = stack.mailbox

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Collection
 from typing import Any
@@ -180,6 +181,17 @@ async def test_all_that_wait_get_the_error_of_the_locator_and_the_next_message_a
     await sends.start("again")
     assert sends.sent == ["again"]
     assert len(workers.questions) == 2
+
+
+async def test_the_error_of_the_locator_reaches_only_those_that_wait(sends: Sends, workers: Workers) -> None:
+    unseen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context))
+    workers.failure = NoLiveWorker(str(AGENT), AGENT.type)
+    with pytest.raises(NoLiveWorker):
+        await sends.start("first")
+    await asyncio.sleep(0)
+    gc.collect()
+    assert unseen == []
 
 
 async def test_an_owner_that_does_not_listen_is_asked_for_again(sends: Sends, workers: Workers) -> None:
