@@ -153,6 +153,7 @@ async def test_a_foreign_caller_gets_the_answer_of_a_natsrt_agent(
         "source": "echo/k",
         "workerid": runtime.worker_id,
         "messagetype": "Text",
+        "messageclass": "tests.test_without_natsrt.Text",
         "data": {"text": "hi", "pause": 0.0},
     }
 

@@ -48,9 +48,11 @@ async def carry_out(agent: Agent, operation: str, data: Any) -> Any:
 def encode_data(operation: str, data: Any) -> bytes:
     """The JSON of what an operation is given: a state for `LOAD_STATE`, else plain JSON values.
 
-    Raises `CannotSerialize` if ``load_state`` would get a value that is not equal to the state.
+    A state may also be its JSON, as an ``orjson.Fragment``. Raises `CannotSerialize` if ``load_state`` would get a
+    value that is not equal to the state.
     """
-    return encode_state(data) if operation == LOAD_STATE else orjson.dumps(data)
+    is_state = operation == LOAD_STATE and not isinstance(data, orjson.Fragment)
+    return encode_state(data) if is_state else orjson.dumps(data)
 
 
 async def carry_out_message(catalog: Catalog, hosted: HostedType, key: str, body: Envelope) -> Any:

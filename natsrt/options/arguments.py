@@ -52,6 +52,7 @@ class MoreSettings(TypedDict, total=False):
     drain_timeout: float | None
     heartbeat_interval: float | None
     heartbeat_ttl: float | None
+    max_running: int | None
     max_pending_bytes: int | None
     keep_replies: float | None
     keep_replies_bytes: int | None

@@ -26,6 +26,8 @@ __all__ = [
     "type_name_of",
 ]
 
+_MODULE: Any = type.__dict__["__module__"]
+
 PLAIN: tuple[type, ...] = (str, int, float, bool, bytes, list, dict, type(None))
 """The classes whose values are messages without fields."""
 
@@ -105,7 +107,7 @@ def _classes_in(names: typing.Mapping[str, Any], module: str) -> Iterator[type]:
             if issubclass(type(value), type) and value not in seen:  # isinstance() would wake proxies
                 seen.add(value)
                 yield value
-                if value.__module__ == module:
+                if _MODULE.__get__(value) == module:  # a metaclass may have an attribute of this name that raises
                     queue.append(vars(value))
 
 
