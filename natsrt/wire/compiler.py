@@ -48,7 +48,6 @@ import math
 import re
 import types
 import typing
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,33 +61,26 @@ from natsrt.wire.class_finder import ClassFinder
 from natsrt.wire.codecs import (
     ALL_KINDS,
     CLASS_KEY,
-    NONE,
     NULL,
     TYPE_KEY,
     VALUE_KEY,
-    ArrayCodec,
     Codec,
     CodecCompiler,
-    DictCodec,
-    EnumCodec,
-    ExactCodec,
-    FloatCodec,
-    LiteralCodec,
     Misdeclared,
-    OptionalCodec,
-    PydanticCodec,
     Refused,
-    TupleCodec,
     Unreadable,
     misfit,
-    text_codecs,
     wrong_type,
 )
+from natsrt.wire.container_codecs import ArrayCodec, DictCodec, OptionalCodec, TupleCodec
 from natsrt.wire.dataclass_codec import DataclassCodec
 from natsrt.wire.exactness import value_of_type
+from natsrt.wire.families import Family, fits
 from natsrt.wire.known_classes import KnownClasses, in_this_process
 from natsrt.wire.message_classes import full_name, type_name_of
 from natsrt.wire.model_codec import ModelCodec
+from natsrt.wire.pydantic_codec import PydanticCodec
+from natsrt.wire.scalar_codecs import NONE, EnumCodec, ExactCodec, FloatCodec, LiteralCodec, text_codecs
 from natsrt.wire.typed_dict_codec import TypedDictCodec, is_typed_dict
 
 __all__ = ["AnyCodec", "Codecs"]
@@ -202,7 +194,7 @@ class UnionCodec(Codec):
             return self._marked(member, member.encode(value))
         faults = []
         for member in self._members:
-            if member.base is not None and not _fits(type(value), member.base):
+            if member.base is not None and not fits(type(value), member.base):
                 continue
             try:
                 tree = member.encode(value)
@@ -315,7 +307,7 @@ class Codecs(CodecCompiler):
         self._compiled.update({codec.cls: codec for codec in text_codecs()})
         self.any: Codec = AnyCodec(self)
         self._compiled[Any] = self._compiled[object] = self.any
-        self._families: dict[type, _Family] = {}
+        self._families: dict[type, Family] = {}
         self._written: dict[tuple[str, str | None], type | None] | None = None
         """The classes that were written by name while a value is verified; None for a name that means several."""
 
@@ -494,15 +486,15 @@ class Codecs(CodecCompiler):
         return tuple(next((step for step in steps if step), {}).values())
 
     def _may_be(self, cls: Any, base: type | None) -> bool:
-        return isinstance(cls, type) and (base is None or _fits(cls, base)) and self.is_structured(cls)
+        return isinstance(cls, type) and (base is None or fits(cls, base)) and self.is_structured(cls)
 
-    def _family(self, base: type) -> _Family:
+    def _family(self, base: type) -> Family:
         family = self._families.get(base)
         if family is None or not family.is_current():
-            family = self._families[base] = _Family(base)
+            family = self._families[base] = Family(base)
         return family
 
-    def _namesakes(self, family: _Family, name: str) -> dict[str, type]:
+    def _namesakes(self, family: Family, name: str) -> dict[str, type]:
         """The structured classes of a family with this name, by full name. The last definition of each counts."""
         namesakes = [cls for cls in family.classes() if cls.__name__ == name]
         named = {full_name(cls): cls for cls in namesakes if self.is_structured(cls)}
@@ -572,8 +564,7 @@ class Codecs(CodecCompiler):
         ``base`` is the declared class; None if ``Any`` is declared.
         """
         cls = type(value)
-        fits = base is None or _fits(cls, base)
-        codec = self.class_codec(cls) if fits else None
+        codec = self.class_codec(cls) if base is None or fits(cls, base) else None
         if codec is None:
             wanted = "declared Any" if base is None else f"declared {base.__name__}"
             raise Misdeclared(f"{wanted}, but {value_of_type(cls)} would not be read back unchanged")
@@ -632,53 +623,6 @@ def _class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: Codecs) ->
         raise
     codecs.met(cls)
     return codec
-
-
-def _fits(cls: type, base: type) -> bool:
-    try:
-        return issubclass(cls, base)
-    except TypeError:
-        # A Protocol that is not runtime_checkable, or that has data members, cannot be checked: every class fits.
-        return True
-
-
-_subclasses = type.__subclasses__  # of the class itself: a metaclass may have another method of this name
-
-
-class _Family:
-    """A class and all classes below it, at the time of this object's making."""
-
-    __slots__ = ("_members", "_size", "only")
-
-    def __init__(self, base: type) -> None:
-        seen: dict[type, None] = {base: None}
-        queue = [base]
-        size = 0
-        for cls in queue:
-            found: list[type] = _subclasses(cls)
-            size += len(found)
-            for sub in found:
-                if sub not in seen:
-                    seen[sub] = None
-                    queue.append(sub)
-        self._members = [weakref.ref(cls) for cls in queue]
-        self._size = size
-        self.only: dict[str, type] = {}
-        """The structured classes whose names no other class of the family has, as far as they were looked for."""
-
-    def is_current(self) -> bool:
-        """True if no class has been added to the family, and none has gone."""
-        size = 0
-        for member in self._members:
-            cls = member()
-            if cls is None:
-                return False
-            size += len(_subclasses(cls))
-        return size == self._size
-
-    def classes(self) -> Sequence[type]:
-        """The classes, in the order of their definition within each class."""
-        return [cls for member in self._members if (cls := member()) is not None]
 
 
 def _bare(hint: Any) -> Any:

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel
 
 from natsrt.wire.class_codec import ClassCodec, unknown_fields
-from natsrt.wire.codecs import TYPE_KEY, Codec, ExactCodec, Refused, Unreadable
+from natsrt.wire.codecs import TYPE_KEY, Codec, Refused, Unreadable
+from natsrt.wire.scalar_codecs import ExactCodec
 
 _HARMLESS_SETTINGS = frozenset(
     {

@@ -20,25 +20,17 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from autogen_core import (
-    JSON_DATA_CONTENT_TYPE,
-    PROTOBUF_DATA_CONTENT_TYPE,
     MessageSerializer,
     UnknownPayload,
-    try_get_known_serializers_for_type,
 )
-from google.protobuf import any_pb2, json_format  # type: ignore[import-untyped]
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
-from pydantic import BaseModel
-from pydantic_core import PydanticSerializationError
+from google.protobuf import json_format  # type: ignore[import-untyped]
 
 from natsrt.errors import CannotDecode, CannotSerialize
 from natsrt.wire.class_finder import ClassFinder, Scope
-from natsrt.wire.codecs import Codec, RawBytesCodec, Refused, Unreadable
 from natsrt.wire.compiler import Codecs
 from natsrt.wire.known_classes import NO_CLASSES, NamedClasses, in_this_process
 from natsrt.wire.message_classes import (
@@ -49,142 +41,28 @@ from natsrt.wire.message_classes import (
     is_message_class,
     is_plain,
     is_protobuf,
-    is_structured,
     type_name_of,
 )
-from natsrt.wire.model_fields import pydantic_refusal
 from natsrt.wire.nearest import misspelt_fields, nearest_class
+from natsrt.wire.serializers import (
+    AUTOGEN_STANDARD,
+    BYTES,
+    JSON,
+    PROTOBUF,
+    Encoded,
+    OwnSerializer,
+    ProtobufSerializer,
+    Serializer,
+    UsersSerializer,
+    own_serializer,
+    serializer_for,
+)
 
 __all__ = ["BYTES", "JSON", "NAME_THE_TYPE", "PROTOBUF", "Encoded", "Serialization", "serializer_for", "type_name_of"]
 
-JSON = JSON_DATA_CONTENT_TYPE
-PROTOBUF = PROTOBUF_DATA_CONTENT_TYPE
-BYTES = "application/octet-stream"
 
 _REMEMBERED = 4096
 """Maximum numbers of cached serializers of messages and of replies, since the names in the keys come from the wire."""
-
-
-class Encoded(NamedTuple):
-    """A message ready to be sent."""
-
-    type_name: str
-    content_type: str
-    payload: bytes
-    class_name: str | None
-    """The full name of its class; None for plain values and protobuf messages, whose type name says it all."""
-
-
-def serializer_for(cls: type) -> MessageSerializer[Any]:
-    """Return natsrt's serializer of a class; raises ``CannotSerialize`` if there is none."""
-    return _own_serializer(cls, Codecs())
-
-
-class _OwnSerializer:
-    """A ``MessageSerializer`` based on a codec. It raises natsrt's public errors."""
-
-    def __init__(self, cls: type, codec: Codec, finder: ClassFinder) -> None:
-        self.cls = cls
-        self.type_name = type_name_of(cls)
-        self.class_name = None if is_plain(cls) else full_name(cls)
-        self.data_content_type = BYTES if cls is bytes else JSON
-        self.scope = Scope(cls if is_structured(cls) else None)
-        self._codec = codec
-        self._finder = finder
-
-    def serialize(self, message: Any) -> bytes:
-        self._finder.scope = self.scope
-        try:
-            return self._codec.dumps(message)
-        except Refused as fault:
-            raise CannotSerialize(self.type_name, str(fault)) from None
-        except PydanticSerializationError as error:
-            raise CannotSerialize(self.type_name, str(pydantic_refusal(error))) from None
-        except RecursionError:
-            raise CannotSerialize(self.type_name, "it is nested too deeply, or contains itself") from None
-        except orjson.JSONEncodeError as error:
-            raise CannotSerialize(self.type_name, str(error)) from None
-        except Exception as error:
-            raise CannotSerialize(self.type_name, f"{type(error).__name__} was raised while writing it") from error
-
-    def deserialize(self, payload: bytes, scope: Scope | None = None) -> Any:
-        """Return the message. ``scope`` tells more about it than its class."""
-        self._finder.scope = scope or self.scope
-        try:
-            return self._codec.loads(payload)
-        except Unreadable as fault:
-            raise self._cannot_decode(str(fault), payload) from fault.__cause__
-        except RecursionError:
-            raise self._cannot_decode("it is nested too deeply", payload) from None
-        except ValueError:
-            raise self._cannot_decode("it is not JSON", payload) from None
-        except Exception as error:
-            raise self._cannot_decode(f"{type(error).__name__} was raised while reading it", payload) from error
-
-    def _cannot_decode(self, problem: str, payload: bytes) -> CannotDecode:
-        return CannotDecode(f"a message of type {self.type_name}", problem, payload)
-
-
-class _ProtobufSerializer:
-    """AutoGen's protobuf serializer. It raises natsrt's public errors."""
-
-    data_content_type = PROTOBUF
-    class_name = None
-
-    def __init__(self, cls: type[Message]) -> None:
-        self.cls = cls
-        self.type_name = type_name_of(cls)
-        self._serializer: MessageSerializer[Any] = try_get_known_serializers_for_type(cls)[0]
-
-    def serialize(self, message: Any) -> bytes:
-        try:
-            return self._serializer.serialize(message)
-        except Exception as error:
-            raise CannotSerialize(self.type_name, f"protobuf raised {type(error).__name__}") from error
-
-    def deserialize(self, payload: bytes) -> Any:
-        try:
-            return self._serializer.deserialize(payload)
-        except (DecodeError, ValueError):
-            what = f"a message of type {self.type_name}"
-            raise CannotDecode(what, "it is not a google.protobuf.Any that contains one", payload) from None
-
-
-def _own_serializer(cls: type, codecs: Codecs) -> _OwnSerializer | _ProtobufSerializer:
-    if is_protobuf(cls):
-        in_this_process.add(type_name_of(cls), cls)
-        return _ProtobufSerializer(cls)
-    if cls is bytes:
-        return _OwnSerializer(cls, RawBytesCodec(), codecs.finder)
-    if not is_structured(cls) and not is_plain(cls):
-        raise CannotSerialize(
-            type_name_of(cls),
-            "only dataclasses, Pydantic models, protobuf messages, Image and plain values can be sent",
-        )
-    try:
-        return _OwnSerializer(cls, codecs.of(cls), codecs.finder)
-    except Refused as fault:
-        raise CannotSerialize(type_name_of(cls), str(fault)) from None
-    except RecursionError:
-        raise CannotSerialize(type_name_of(cls), "its type is nested too deeply") from None
-
-
-@dataclass
-class _SampleDataclass:
-    pass
-
-
-class _SampleModel(BaseModel):
-    pass
-
-
-_AUTOGEN_STANDARD = tuple(
-    {
-        type(serializer)
-        for sample in (_SampleDataclass, _SampleModel, any_pb2.Any)
-        for serializer in try_get_known_serializers_for_type(sample)
-    }
-)
 
 
 class Serialization:
@@ -200,14 +78,14 @@ class Serialization:
         self._codecs = Codecs(self._finder)
         self._redefined = 0
         self._version = 0
-        self._custom: list[_Guarded] = []
+        self._custom: list[UsersSerializer] = []
         self._added: set[str] = set()
         """The full names of the classes that natsrt's own serializers may read."""
-        self._own: dict[type, _OwnSerializer | _ProtobufSerializer] = {}
-        self._strict: dict[Any, _OwnSerializer | _ProtobufSerializer] = {}
-        self._sending: dict[type, _Serializer] = {}
-        self._reading: dict[tuple[NamedClasses, str, str, str | None], _Serializer] = {}
-        self._replies: dict[tuple[str, str, str | None, type | None, type | None], tuple[_Serializer, Scope]] = {}
+        self._own: dict[type, OwnSerializer | ProtobufSerializer] = {}
+        self._strict: dict[Any, OwnSerializer | ProtobufSerializer] = {}
+        self._sending: dict[type, Serializer] = {}
+        self._reading: dict[tuple[NamedClasses, str, str, str | None], Serializer] = {}
+        self._replies: dict[tuple[str, str, str | None, type | None, type | None], tuple[Serializer, Scope]] = {}
 
     # -- registering ---------------------------------------------------------------------------------------------
 
@@ -223,10 +101,10 @@ class Serialization:
                 self.add(one)
             return
         cls = getattr(serializer, "cls", None)
-        if isinstance(serializer, (*_AUTOGEN_STANDARD, _OwnSerializer, _ProtobufSerializer)) and cls is not None:
+        if isinstance(serializer, (*AUTOGEN_STANDARD, OwnSerializer, ProtobufSerializer)) and cls is not None:
             self.add_class(cls)
             return
-        custom = _Guarded(serializer)
+        custom = UsersSerializer(serializer)
         if isinstance(cls, type):
             self._learn(custom, cls)
         self._custom = [one for one in self._custom if not one.gives_way_to(custom)] + [custom]
@@ -247,7 +125,7 @@ class Serialization:
         if is_message_class(cls):
             self._finder.produce(type_name_of(cls), cls)
 
-    def _learn(self, custom: _Guarded, cls: type) -> None:
+    def _learn(self, custom: UsersSerializer, cls: type) -> None:
         custom.cls, custom.class_name = cls, full_name(cls)
         self._finder.register(custom.type_name, cls)
         in_this_process.add(custom.type_name, cls)
@@ -258,10 +136,10 @@ class Serialization:
         self._reading.clear()
         self._replies.clear()
 
-    def _own_serializer(self, cls: type) -> _OwnSerializer | _ProtobufSerializer:
+    def _own_serializer(self, cls: type) -> OwnSerializer | ProtobufSerializer:
         serializer = self._own.get(cls)
         if serializer is None:
-            serializer = _own_serializer(cls, self._codecs)
+            serializer = own_serializer(cls, self._codecs)
             if self._redefined != self._codecs.redefined:
                 # Whatever was compiled for the former definition would keep it alive.
                 self._redefined = self._codecs.redefined
@@ -272,7 +150,7 @@ class Serialization:
             self._own[cls] = serializer
         return serializer
 
-    def _own_or_none(self, cls: type) -> _OwnSerializer | _ProtobufSerializer | None:
+    def _own_or_none(self, cls: type) -> OwnSerializer | ProtobufSerializer | None:
         try:
             return self._own_serializer(cls)
         except CannotSerialize:
@@ -293,13 +171,13 @@ class Serialization:
             serializer.type_name, serializer.data_content_type, serializer.serialize(message), serializer.class_name
         )
 
-    def _sender(self, cls: type) -> _Serializer:
+    def _sender(self, cls: type) -> Serializer:
         name = type_name_of(cls)
         custom = next((one for one in reversed(self._custom) if one.cls is not None and one.is_of(cls)), None)
         if custom is None:
             custom = next((one for one in reversed(self._custom) if one.cls is None and one.type_name == name), None)
         if custom is None:
-            serializer: _Serializer = self._own_serializer(cls)
+            serializer: Serializer = self._own_serializer(cls)
         else:
             serializer = custom
             self._learn(custom, cls)
@@ -336,7 +214,7 @@ class Serialization:
 
     def _reader(
         self, payload: bytes, handled: NamedClasses, type_name: str, content_type: str, class_name: str | None
-    ) -> _Serializer | None:
+    ) -> Serializer | None:
         readers = self._serializers(type_name, content_type, self._registered(type_name))
         own = self._serializers(type_name, content_type, handled.named(type_name))
         readers.update(own)  # where the agent handles a former definition, that is the one
@@ -363,13 +241,13 @@ class Serialization:
         """The class with this full name that is handled or registered here; None if there is none."""
         return next((cls for cls in (*handled, *self._finder.registered) if full_name(cls) == class_name), None)
 
-    def _serializers(self, type_name: str, content_type: str, classes: Iterable[Any]) -> dict[str | None, _Serializer]:
+    def _serializers(self, type_name: str, content_type: str, classes: Iterable[Any]) -> dict[str | None, Serializer]:
         """The serializers that read messages of this type name and content type as one of ``classes``, by full name.
 
         If the user has a serializer whose class is not known yet, it is the only one, under None.
         """
         customs = [one for one in self._custom if (one.type_name, one.data_content_type) == (type_name, content_type)]
-        found: dict[str | None, _Serializer] = {}
+        found: dict[str | None, Serializer] = {}
         for cls in classes:
             custom = next((one for one in customs if one.is_of(cls)), None)
             serializer = custom or (self._own_or_none(cls) if self._may_be_own(cls) else None)
@@ -382,7 +260,7 @@ class Serialization:
         """False if only serializers of the user may read the class."""
         return full_name(cls) in self._added or not any(one.is_of(cls) for one in self._custom)
 
-    def _only(self, readers: Mapping[str | None, _Serializer], payload: bytes, remedy: str) -> _Serializer | None:
+    def _only(self, readers: Mapping[str | None, Serializer], payload: bytes, remedy: str) -> Serializer | None:
         """The one of several serializers that can read a payload and knows all its fields; None if there are none.
 
         Raises ``CannotDecode`` if the payload does not decide. ``remedy`` is where its sender can name the class.
@@ -399,9 +277,9 @@ class Serialization:
             f"a message of type {type_name}", f"it {problem}; its sender must give the full name in {remedy}", payload
         )
 
-    def _fits(self, serializer: _Serializer, payload: bytes) -> bool:
+    def _fits(self, serializer: Serializer, payload: bytes) -> bool:
         try:
-            if isinstance(serializer, _Guarded):
+            if isinstance(serializer, UsersSerializer):
                 serializer.deserialize(payload)
             else:
                 self._read_strictly(payload, serializer.cls)
@@ -426,11 +304,11 @@ class Serialization:
                 return self._read(next(iter(readers.values())), payload.payload)
         return payload
 
-    def _read(self, serializer: _Serializer, payload: bytes, scope: Scope | None = None) -> Any:
-        if isinstance(serializer, _OwnSerializer):
+    def _read(self, serializer: Serializer, payload: bytes, scope: Scope | None = None) -> Any:
+        if isinstance(serializer, OwnSerializer):
             return serializer.deserialize(payload, scope)
         message = serializer.deserialize(payload)
-        if isinstance(serializer, _Guarded) and serializer.cls is None:
+        if isinstance(serializer, UsersSerializer) and serializer.cls is None:
             self._learn(serializer, type(message))
             self._clear()
         return message
@@ -512,7 +390,7 @@ class Serialization:
         class_name: str | None,
         sent: type | None,
         wanted: type | None,
-    ) -> tuple[_Serializer, Scope] | None:
+    ) -> tuple[Serializer, Scope] | None:
         if wanted is not None and is_plain(wanted):
             self._own_or_none(wanted)  # what it contains is known then
         steps = [
@@ -521,13 +399,13 @@ class Serialization:
         ]
         readers = next((found for found in steps if class_name in found), None)
         if readers is not None:
-            serializer: _Serializer | None = readers[class_name]
+            serializer: Serializer | None = readers[class_name]
         else:
             readers = next((found for found in steps if found), {})
             serializer = self._only(readers, payload, "the attribute messageclass")
         if serializer is None:
             return None
-        own = serializer.scope.own if isinstance(serializer, _OwnSerializer) else None
+        own = serializer.scope.own if isinstance(serializer, OwnSerializer) else None
         found = serializer, Scope(own, sent, wanted)
         if len(readers) == 1 or class_name in readers:
             _remember(self._replies, (type_name, content_type, class_name, sent, wanted), found)
@@ -602,50 +480,8 @@ class Serialization:
             return json_format.Parse(payload, cls())
         serializer = self._strict.get(cls)
         if serializer is None:
-            serializer = self._strict[cls] = _own_serializer(cls, self._codecs.strictly)
+            serializer = self._strict[cls] = own_serializer(cls, self._codecs.strictly)
         return serializer.deserialize(payload)
-
-
-class _Guarded:
-    """A serializer registered by the user. It raises natsrt's public errors."""
-
-    cls: type | None = None
-    """Its class; None if that is not known yet."""
-    class_name: str | None = None
-    """The full name of its class."""
-
-    def __init__(self, serializer: MessageSerializer[Any]) -> None:
-        self.type_name = serializer.type_name
-        self.data_content_type = serializer.data_content_type
-        self._serializer = serializer
-
-    def is_of(self, cls: Any) -> bool:
-        return self.class_name is not None and self.class_name == full_name(cls)
-
-    def gives_way_to(self, other: _Guarded) -> bool:
-        """True if ``other`` is for the same messages."""
-        same_form = (self.type_name, self.data_content_type) == (other.type_name, other.data_content_type)
-        return same_form and (None in (self.cls, other.cls) or self.class_name == other.class_name)
-
-    def serialize(self, message: Any) -> bytes:
-        try:
-            return self._serializer.serialize(message)
-        except CannotSerialize:
-            raise
-        except Exception as error:
-            raise CannotSerialize(self.type_name, f"its serializer raised {type(error).__name__}") from error
-
-    def deserialize(self, payload: bytes) -> Any:
-        try:
-            return self._serializer.deserialize(payload)
-        except CannotDecode:
-            raise
-        except Exception as error:
-            what = f"a message of type {self.type_name}"
-            raise CannotDecode(what, f"its serializer raised {type(error).__name__}", payload) from error
-
-
-_Serializer = _OwnSerializer | _ProtobufSerializer | _Guarded
 
 
 def _is_plain_json(cls: Any) -> bool:
