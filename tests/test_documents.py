@@ -90,7 +90,7 @@ def test_the_first_commands_of_the_readme_are_those_that_ci_runs() -> None:
     demo, activation, tests = [block.text.strip() for block in blocks("sh") if block.path == README]
     assert demo == "python3.11 -m venv .venv && .venv/bin/pip install -q '.[server]' && .venv/bin/natsrt demo"
     assert activation == ". .venv/bin/activate"
-    assert tests == "python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2"
+    assert tests == "python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 3"
     ci = (REPOSITORY / ".ci" / "run").read_text("utf-8")
     assert "pip install -q '.[server]'" in ci and "/bin/natsrt demo" in ci
     assert "pip install -q -e '.[dev" in ci and ".venv/bin/pytest -n 2" in ci
