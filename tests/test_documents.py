@@ -93,7 +93,7 @@ def test_the_first_commands_of_the_readme_are_those_that_ci_runs() -> None:
     assert tests == "python3.11 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 3"
     ci = (REPOSITORY / ".ci" / "run").read_text("utf-8")
     assert "pip install -q '.[server]'" in ci and "/bin/natsrt demo" in ci
-    assert "pip install -q -e '.[dev" in ci and ".venv/bin/pytest -n 2" in ci
+    assert "pip install -q -e '.[dev" in ci and ".venv/bin/pytest -n 3" in ci
 
 
 def test_the_license_is_the_standard_text() -> None:
