@@ -144,7 +144,7 @@ async def test_tls_fails_only_when_it_fails_with_every_server(place: Place, own_
         async with NatsAgentRuntime([f"nats://{address}", own_server.url], **place.ca) as runtime:
             assert runtime.health().server == own_server.url.partition("://")[2]
     runtime = NatsAgentRuntime([f"nats://{address}", "nats://127.0.0.1:1"], connect_timeout=1.0, **place.ca)
-    with pytest.raises(natsrt.ServerUnreachable):
+    with pytest.raises(natsrt.TlsFailed, match="set tls_ca"):  # the only one that answers
         await runtime.start()
 
 
@@ -221,6 +221,14 @@ async def test_missing_credentials_are_told_from_wrong_ones(place: Place, secure
         error = await refused(f"nats://{address}", **(place.ca if secure else {}), **settings)
         assert type(error) is natsrt.PermissionDenied
         assert text in str(error)
+
+
+async def test_a_client_certificate_that_names_no_user_is_named(place: Place) -> None:
+    address = await place.server(USERS + place.certificates.server("server", "verify_and_map: true"))
+    own = {"tls_cert": place.certificates.path("client.pem"), "tls_key": place.certificates.path("client.key")}
+    error = await refused(f"nats://{address}", **place.ca, **own)
+    assert type(error) is natsrt.PermissionDenied
+    assert "connect with the client certificate in tls_cert: " in str(error)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

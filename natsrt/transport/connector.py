@@ -98,9 +98,15 @@ class Connector:
                 self.refusal = error
             if error.refuses_credentials:
                 self._give_up()
-        elif not isinstance(error, _CUT_OFF):
+        elif not isinstance(error, _CUT_OFF) and not self._another_fails():
             self.refusal = None  # the server cannot be reached any more
         return error
+
+    def _another_fails(self) -> bool:
+        """True if a client is being connected to several servers, and TLS fails with one that can be reached."""
+        return (
+            isinstance(self.refusal, TlsFailure) and self._connecting is not None and len(self._connecting.servers) > 1
+        )
 
     def _give_up(self) -> None:
         """Let the client that is being connected make no more attempts."""
@@ -120,7 +126,9 @@ class Connector:
 
     def _with_credentials(self) -> str:
         given = kinds_in({name: getattr(self._options, name) for name in CREDENTIALS})
-        return "with these credentials" if given else "without credentials"
+        if given:
+            return "with these credentials"
+        return "without credentials" if self._options.tls_cert is None else "with the client certificate in tls_cert"
 
     async def connect(self, owner: ClientOwner, timeout: float) -> NatsClient:
         """Return a new, connected client that reports to ``owner``.
