@@ -14,12 +14,14 @@ import enum
 import ipaddress
 import pathlib
 import re
+import time
 import typing
 import uuid
 import zoneinfo
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
+import pydantic.dataclasses
 import pytest
 import typing_extensions
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
@@ -580,6 +582,270 @@ def test_a_model_whose_functions_change_what_was_sent_is_refused_at_every_depth(
 def test_functions_that_keep_what_was_sent_carry_it() -> None:
     for message in (Constructed(n=-1, pets=[Puppy()]), Masked(password="***"), Whole(n=2)):
         check(message, "", may_be_refused=False)
+
+
+@dataclasses.dataclass
+class Hashed:
+    name: str
+    password: str = "pw"
+
+    def __post_init__(self) -> None:
+        self.password = f"hash({self.password})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summed:
+    items: list[str]
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", self.total + len(self.items))
+
+
+@dataclasses.dataclass
+class Grown:
+    items: Any
+
+    def __post_init__(self) -> None:
+        self.items.append(0)
+
+
+@dataclasses.dataclass
+class Arrival:
+    due: float = 0
+    at: int = 0
+
+    def __post_init__(self) -> None:
+        self.at = time.perf_counter_ns()
+
+
+@dataclasses.dataclass
+class Scaled:
+    n: int
+    factor: dataclasses.InitVar[int] = 2
+
+    def __post_init__(self, factor: int) -> None:
+        self.n *= factor
+
+
+@dataclasses.dataclass
+class Widened:
+    n: Any = 1
+    price: float = 1
+
+    def __post_init__(self) -> None:
+        if self.price == 0:
+            self.n = float(self.n)
+
+
+@dataclasses.dataclass
+class Twice:
+    n: int
+
+    def __init__(self, n: int) -> None:
+        self.n = n * 2
+
+
+@dataclasses.dataclass
+class Assigned:
+    n: int
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value + 1)
+
+
+@dataclasses.dataclass
+class Descended(Hashed):
+    pass
+
+
+class Counter:
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return 0 if instance is None else instance._n
+
+    def __set__(self, instance: Any, value: int) -> None:
+        instance._n = value + 1
+
+
+@dataclasses.dataclass
+class Described:
+    n: int = Counter()  # type: ignore[assignment]
+
+
+@dataclasses.dataclass(init=False)
+class Made:
+    n: int = 0
+
+    def __new__(cls, n: int = 0) -> Made:
+        made = super().__new__(cls)
+        made.n = n + 1
+        return made
+
+
+@pydantic.dataclasses.dataclass
+class Validated:
+    n: int
+
+    @field_validator("n")
+    @classmethod
+    def _count(cls, n: int) -> int:
+        return n + 1
+
+
+def widened() -> Widened:
+    message = Widened()
+    message.price = 0
+    return message
+
+
+CHANGING = [
+    Hashed("ada"),
+    Descended("ada"),
+    Summed(["a"]),
+    Grown([]),
+    Arrival(),
+    Scaled(1),
+    widened(),
+    Twice(1),
+    Assigned(1),
+    Described(1),
+    Made(1),
+    Validated(1),
+]
+
+
+@dataclasses.dataclass
+class Wrapped(Generic[T]):
+    """A dataclass that changes nothing."""
+
+    held: T
+
+
+@dataclasses.dataclass
+class Checked(Generic[T]):
+    """A dataclass whose own code changes nothing."""
+
+    held: T
+
+    def __post_init__(self) -> None:
+        if self.held is None:
+            raise ValueError
+
+
+def places_of(message: Any) -> list[Any]:
+    """``message`` on its own and inside others."""
+    cls: Any = type(message)
+    model, in_any = create_model("Model", held=(list[cls], ...)), create_model("InAny", held=(Any, ...))
+    either = dataclasses.make_dataclass("Either", [("held", dict[str, cls | Cat | None])])
+    base = dataclasses.make_dataclass("Base", [("held", object)])
+    return [
+        message,
+        Wrapped(Wrapped([message])),
+        Checked(Wrapped(Checked(message))),
+        model(held=[message]),
+        in_any(held={"a": [message]}),
+        Checked(in_any(held=message)),
+        either({"a": message}),
+        base(message),
+    ]
+
+
+@pytest.mark.parametrize("message", CHANGING, ids=lambda message: type(message).__name__)
+def test_a_dataclass_whose_own_code_changes_what_was_sent_is_refused_at_every_depth(message: Any) -> None:
+    for sent in places_of(message):
+        before = repr(sent)
+        try:
+            arrived = arrives(sent, type(message), Wrapped, Checked)
+        except CannotSerialize as error:
+            assert "changed" in str(error) or "would" in str(error), error
+            if isinstance(sent, Wrapped | Checked):
+                assert f"__post_init__ of {type(message).__name__} " in str(error), error
+            assert repr(sent) == before
+        else:  # Pydantic builds a dataclass that a model declares without its constructor
+            assert type(sent).__name__ == "Model" and difference(sent, arrived) is None
+
+
+@dataclasses.dataclass
+class Tidy:
+    name: str
+    price: float = 0
+    ratios: set[float] = dataclasses.field(default_factory=set)
+    when: datetime.datetime | None = None
+    parts: list[Tidy] = dataclasses.field(default_factory=list)
+    length: int = dataclasses.field(init=False)
+    unset: int = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.name.strip()
+        self.length = len(self.name)
+        self._cache: dict[str, int] = {}
+        if not self.name:
+            raise ValueError
+
+
+@pydantic.dataclasses.dataclass
+class Stripped:
+    name: Annotated[str, StringConstraints(strip_whitespace=True)]
+    parts: list[Spot] = dataclasses.field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Tidy(" a ", 3.5, {1.5}, datetime.datetime(2026, 1, 2, tzinfo=BERLIN), [Tidy("b", 1.0)]),
+        Stripped(" a ", [Spot(1)]),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_a_dataclass_whose_own_code_keeps_what_was_sent_arrives(message: Any) -> None:
+    for sent in places_of(message):
+        assert difference(sent, arrives(sent, type(message), Wrapped, Checked)) is None
+
+
+def test_an_int_in_a_float_field_of_a_dataclass_that_checks_its_fields_arrives_as_the_equal_float() -> None:
+    message = Tidy("a", 3, {1, 2}, parts=[Tidy("b", 1)])
+    for sent in (message, Wrapped([message]), Checked(message)):
+        assert difference(sent, arrives(sent, Tidy, Wrapped), widening=True) is None
+
+
+def test_a_dataclass_that_would_not_accept_its_own_fields_is_refused_before_it_is_sent() -> None:
+    message = Tidy("a")
+    message.name = ""
+    with pytest.raises(CannotSerialize, match=r"Tidy does not accept its fields \(ValueError\)"):
+        arrives(Wrapped([message]), Tidy)
+
+
+@dataclasses.dataclass
+class Attributes(dict[str, int]):
+    source: str = ""
+
+
+@dataclasses.dataclass
+class Lines(list[str]):
+    source: str = ""
+
+
+@dataclasses.dataclass
+class Tagged(str):
+    tag: str = ""
+
+
+class Ordered(collections.OrderedDict[str, int]):
+    pass
+
+
+@dataclasses.dataclass
+class Indexed(Ordered):
+    source: str = ""
+
+
+@pytest.mark.parametrize(
+    "message", [Attributes("a"), Lines("a"), Tagged("a"), Indexed("a")], ids=lambda m: type(m).__name__
+)
+def test_a_dataclass_with_contents_that_are_not_fields_is_refused(message: Any) -> None:
+    for sent in (message, Wrapped(message), Wrapped[Any]([message])):
+        with pytest.raises(CannotSerialize, match="only the fields of a dataclass are sent"):
+            arrives(sent, type(message))
 
 
 class Home(BaseModel):

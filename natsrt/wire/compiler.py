@@ -73,7 +73,7 @@ from natsrt.wire.codecs import (
     wrong_type,
 )
 from natsrt.wire.container_codecs import ArrayCodec, DictCodec, OptionalCodec, TupleCodec
-from natsrt.wire.dataclass_codec import DataclassCodec
+from natsrt.wire.dataclass_codec import dataclass_codec
 from natsrt.wire.exactness import value_of_type
 from natsrt.wire.families import Family, fits
 from natsrt.wire.known_classes import KnownClasses, in_this_process
@@ -610,7 +610,7 @@ def _class_codec(hint: Any, cls: type, args: tuple[Any, ...], codecs: Codecs) ->
             return None
         codec = ModelCodec(cls, codecs)
     elif dataclasses.is_dataclass(cls):
-        codec = DataclassCodec(cls, codecs)
+        codec = dataclass_codec(cls, codecs)
     elif cls is Image:
         return ImageCodec(cls, codecs)
     else:

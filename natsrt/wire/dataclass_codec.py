@@ -2,19 +2,24 @@
 
 To read a dataclass, the class is called with the fields as arguments, as AutoGen does. Fields with ``init=False`` are
 set afterwards.
+
+If the class has code of its own that runs while it is built, such as ``__post_init__``, each value is read back and
+compared before it is sent (docs/decisions/0029-what-arrives.md). The class decides that, so others cost nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 import typing
 from typing import Annotated, Any
 
 from pydantic import BaseModel
 
 from natsrt.wire.class_codec import ClassCodec, unknown_fields
-from natsrt.wire.codecs import TYPE_KEY, Codec, Refused, Unreadable
+from natsrt.wire.codecs import TYPE_KEY, Codec, CodecCompiler, Refused, Unreadable
+from natsrt.wire.exactness import Flaw, difference
 from natsrt.wire.scalar_codecs import ExactCodec
 
 _HARMLESS_SETTINGS = frozenset(
@@ -38,6 +43,11 @@ class DataclassCodec(ClassCodec):
     """A dataclass. Each field has the codec of its annotation."""
 
     def compile(self, args: tuple[Any, ...]) -> None:
+        if (builtin := _builtin_base(self.cls)) is not None:
+            raise Refused(
+                f"{self.name} is a {builtin.__name__}, too, and only the fields of a dataclass are sent; "
+                f"hold the {builtin.__name__} in a field"
+            )
         parameters = _init_parameters(self.cls)
         hints = resolved_hints(self.cls, args)
         self._is_plain_class = not args and _is_read_alike(self.cls, hints, parameters)
@@ -123,6 +133,69 @@ class DataclassCodec(ClassCodec):
         return value
 
 
+class VerifiedDataclassCodec(DataclassCodec):
+    """A dataclass with code of its own that may change a value when it is read.
+
+    Each value is read back before it is sent. One inside another value that is read back is not read on its own.
+    """
+
+    def encode_fields(self, value: Any) -> dict[str, Any]:
+        if self._codecs.verifying:
+            return super().encode_fields(value)
+        with self._codecs.verification():
+            tree = super().encode_fields(value)
+            flaw = self._flaw(value, tree)
+        if flaw is None:
+            return tree
+        super().encode_fields(value)  # raises, with the name of the class, if one inside changes its own values
+        raise Refused(
+            f"{flaw.reason}; the constructor and __post_init__ of {self.name} run again where it arrives, "
+            "and must keep a value that was sent as it is",
+            flaw.path,
+        )
+
+    def _flaw(self, value: Any, tree: dict[str, Any]) -> Flaw | None:
+        try:
+            arrived = self.decode(tree)
+        except Unreadable as fault:
+            return Flaw("", f"{self.name} does not read what it holds ({fault})")
+        flaw = difference(value, arrived)
+        if flaw is None or difference(value, arrived, widening=True) is not None:
+            return flaw
+        # Only an int in a field of floats may arrive as the equal float, and that is written as this float.
+        return None if difference(tree, super().encode_fields(arrived)) is None else flaw
+
+
+def dataclass_codec(cls: type, codecs: CodecCompiler) -> DataclassCodec:
+    """The codec of a dataclass, not yet compiled."""
+    changes = hasattr(cls, "__post_init__") or _has_own_code(cls)
+    return VerifiedDataclassCodec(cls, codecs) if changes else DataclassCodec(cls, codecs)
+
+
+def _has_own_code(cls: Any) -> bool:
+    """Whether code that ``dataclass`` did not generate builds values of ``cls`` and sets or gets their fields."""
+    hooks = (type(cls).__call__, cls.__new__, cls.__init__, cls.__setattr__, cls.__getattribute__)
+    attributes = (inspect.getattr_static(cls, field.name, None) for field in dataclasses.fields(cls))
+    return not all(map(_is_generated, hooks)) or any(
+        hasattr(type(item), "__set__") and not isinstance(item, types.MemberDescriptorType) for item in attributes
+    )
+
+
+def _is_generated(function: Any) -> bool:
+    if isinstance(function, types.WrapperDescriptorType | types.BuiltinFunctionType):
+        return True
+    return "__create_fn__" in getattr(getattr(function, "__code__", None), "co_qualname", "")
+
+
+def _builtin_base(cls: type) -> type | None:
+    """The built-in class, such as dict or str, from which a dataclass inherits contents that are not fields."""
+    for base in cls.__mro__:
+        is_builtin = isinstance(vars(base).get("__new__"), types.BuiltinFunctionType)
+        if is_builtin and base not in (object, typing.Generic) and not issubclass(base, BaseException):
+            return base
+    return None
+
+
 class _NoInstances:
     """Sentinel: no value is an instance of it, so the fast path never applies."""
 
@@ -138,6 +211,7 @@ def _is_read_alike(cls: type, hints: dict[str, Any], parameters: dict[str, inspe
         vars(cls).get("__dataclass_params__") is not None
         and cls.__dataclass_params__.init  # type: ignore[attr-defined]
         and cls.__dictoffset__ != 0
+        and not _has_own_code(cls)
         and not hasattr(cls, "__pydantic_core_schema__")
         and not hasattr(cls, "__pydantic_config__")
         and not hasattr(cls, "__get_pydantic_core_schema__")

@@ -31,22 +31,25 @@ class Flaw(NamedTuple):
         return Flaw(f"{step}{dot}{self.path}", self.reason)
 
 
-def difference(sent: object, arrived: object) -> Flaw | None:
+def difference(sent: object, arrived: object, *, widening: bool = False) -> Flaw | None:
     """Return the first difference between two values; None if they are equal and of the same types at every depth.
 
     Fields that a model excludes from serialization, private attributes and computed fields are not compared.
+    ``widening``: whether an int may arrive as the equal float.
     """
     cls = type(sent)
     if type(arrived) is not cls:
+        if widening and cls is int and type(arrived) is float and sent == arrived:
+            return None
         return Flaw("", f"{value_of_type(cls)} would arrive as {value_of_type(type(arrived))}")
     if isinstance(sent, dict):
-        return _pairs_differ(sent, arrived)
+        return _pairs_differ(sent, arrived, widening)
     if isinstance(sent, set | frozenset):
-        return _members_differ(sent, arrived)
+        return _members_differ(sent, arrived, widening)
     if isinstance(sent, list | tuple | collections.deque):
-        return _items_differ(sent, arrived)
+        return _items_differ(sent, arrived, widening)
     if isinstance(sent, BaseModel) or (dataclasses.is_dataclass(cls) and not isinstance(sent, type)):
-        return _fields_differ(sent, arrived)
+        return _fields_differ(sent, arrived, widening)
     return None if _equal(sent, arrived) else Flaw("", f"{value_of_type(cls)} would arrive changed")
 
 
@@ -55,48 +58,51 @@ def value_of_type(cls: type) -> str:
     return "None" if cls is type(None) else f"a value of type {cls.__name__}"
 
 
-def _pairs_differ(sent: dict[Any, Any], arrived: Any) -> Flaw | None:
+def _pairs_differ(sent: dict[Any, Any], arrived: Any, widening: bool) -> Flaw | None:
     if len(sent) != len(arrived):
         return Flaw("", "some of its keys would be lost, or be added")
     if getattr(sent, "default_factory", None) is not getattr(arrived, "default_factory", None):
         return Flaw("", f"the default factory of {value_of_type(type(sent))} would be lost")
     keys = {key: key for key in arrived}
     for key, item in sent.items():
-        if key not in keys or difference(key, keys[key]) is not None:
+        if key not in keys or difference(key, keys[key], widening=widening) is not None:
             return Flaw("[]", f"a key, {value_of_type(type(key))}, would arrive as a different one")
-        if (flaw := difference(item, arrived[key])) is not None:
+        if (flaw := difference(item, arrived[key], widening=widening)) is not None:
             return flaw.under("[]")
     return None
 
 
-def _members_differ(sent: Any, arrived: Any) -> Flaw | None:
+def _members_differ(sent: Any, arrived: Any, widening: bool) -> Flaw | None:
     found = {item: item for item in arrived}
     for item in sent:
-        if item not in found or difference(item, found[item]) is not None:
+        if item not in found or difference(item, found[item], widening=widening) is not None:
             return Flaw("[]", f"{value_of_type(type(item))} would arrive changed")
     return None if len(sent) == len(found) else Flaw("", "items would be added")
 
 
-def _items_differ(sent: Any, arrived: Any) -> Flaw | None:
+def _items_differ(sent: Any, arrived: Any, widening: bool) -> Flaw | None:
     if len(sent) != len(arrived):
         return Flaw("", "items would be lost, or be added")
     if getattr(sent, "maxlen", None) != getattr(arrived, "maxlen", None):
         return Flaw("", f"the maximum length of {value_of_type(type(sent))} would be lost")
     for one, other in zip(sent, arrived, strict=True):
-        if (flaw := difference(one, other)) is not None:
+        if (flaw := difference(one, other, widening=widening)) is not None:
             return flaw.under("[]")
     return None
 
 
-def _fields_differ(sent: Any, arrived: Any) -> Flaw | None:
+def _fields_differ(sent: Any, arrived: Any, widening: bool) -> Flaw | None:
     missing = object()
     for name in fields_of(sent):
         one, other = getattr(sent, name, missing), getattr(arrived, name, missing)
+        if one is missing is other:
+            continue  # a field with init=False
         if one is missing:
             return Flaw(name, "the field has no value")
-        if (flaw := difference(one, other)) is not None:
+        if (flaw := difference(one, other, widening=widening)) is not None:
             return flaw.under(name)
-    return difference(getattr(sent, "model_extra", None), getattr(arrived, "model_extra", None))
+    extra, other_extra = getattr(sent, "model_extra", None), getattr(arrived, "model_extra", None)
+    return difference(extra, other_extra, widening=widening)
 
 
 def fields_of(value: Any) -> Iterable[str]:
