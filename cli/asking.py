@@ -17,6 +17,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import is_nobody
 from natsrt.wire import envelope
+from natsrt.wire.failures import decode_answer
 from natsrt.wire.subjects import Subjects
 
 _PATIENCE = 2.0
@@ -97,7 +98,7 @@ class _Asking:
     def take_answer(self, message: Msg) -> None:
         """Take the answer to a question on a worker's own subject."""
         try:
-            body = None if is_nobody(message) else envelope.decode(message.data)
+            body = None if is_nobody(message) else decode_answer(message.headers, message.data)
         except CannotDecode:
             return
         if body is not None and body.type == envelope.REPLY:

@@ -27,7 +27,7 @@ from nats.nuid import NUID
 from natsrt.errors import NatsrtError, PermissionDenied
 from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.agent_records import AgentRecords
-from natsrt.jetstream.registry.entries import HEARTBEAT, WorkerEntry
+from natsrt.jetstream.registry.entries import FEED, HEARTBEAT, WorkerEntry
 from natsrt.jetstream.registry.registry import BUCKET, Registry
 from natsrt.jetstream.registry.view import View
 from natsrt.options import Options
@@ -65,6 +65,8 @@ _OPERATOR = "or use an operator's user: see docs/permissions.md"
 """Advice for checks that need more permissions than workers and callers have."""
 _LIST_AT_MOST = 5
 """Items that a finding lists by name."""
+_WORKERS = f"{FEED}.worker."
+"""Start of the keys of workers."""
 _NEVER_STORED = {"Nats-Expected-Last-Sequence": str(2**63)}
 """Headers of a message that every stream refuses, since no stream has such a sequence."""
 
@@ -412,14 +414,16 @@ async def _open_registry(patient: _Patient) -> AsyncIterator[Registry]:
 
 def _check_entries(patient: _Patient, view: View) -> None:
     """Name the entries that cannot be read. Everybody ignores them."""
-    unreadable = sorted(view.unreadable.items())
-    for key, problem in unreadable[:_LIST_AT_MOST]:
+    unreadable = sorted(view.unreadable.items(), key=lambda one: (not one[0].startswith(_WORKERS), one))
+    workers = sum(key.startswith(_WORKERS) for key, _ in unreadable)  # all are listed: nobody sees these workers
+    shown = max(workers, _LIST_AT_MOST)
+    for key, problem in unreadable[:shown]:
         advice = (
             "every natsrt program ignores it: correct the program that wrote it (docs/PROTOCOL.md, Registry), or "
             f"delete it with `nats kv del {patient.subjects.bucket(BUCKET)} {key}`"
         )
         patient.found("registry entry", "problem", f"{key}: {problem}", advice)
-    if (more := len(unreadable) - _LIST_AT_MOST) > 0:
+    if (more := len(unreadable) - shown) > 0:
         patient.found("registry entry", "problem", f"{more} more entries cannot be read")
 
 

@@ -489,8 +489,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
                 class. None: the name of the class, with its module.
 
         Raises:
-            TypeError: ``cls`` is not an exception class that a call can raise.
-            ValueError: ``name`` is empty, or the name of another class.
+            TypeError: ``cls`` is not an exception class that a call can raise, such as ``KeyboardInterrupt``.
+            ValueError: ``name`` is empty, the name of another class, or begins with ``natsrt.``.
         """
         self._error_types.add(cls, name)
 

@@ -17,6 +17,7 @@ from opentelemetry.trace import TracerProvider
 
 from natsrt.assembly import Incoming, Network, Outgoing, Program
 from natsrt.background import end_tasks
+from natsrt.errors import UndeliveredCall
 from natsrt.hosting.dispatch import Dispatch
 from natsrt.hosting.intake import Intake
 from natsrt.jetstream.agent_records import AgentRecords
@@ -299,7 +300,22 @@ class Session:
             return await self.sender.control(agent, subjects.control_at(agent.type, owner), operation, data)
         holders = self.registry.view.instance_holders(agent.type, agent.key)
         subject = subjects.control(agent.type, agent.key if holders else None)
+        if not await self.network.peers.has_listener(subject):
+            await self._check_control(agent, subject)
         return await self.sender.control(agent, subject, operation, data)
+
+    async def _check_control(self, agent: AgentId, subject: str) -> None:
+        """Raise `UndeliveredCall` if the agent's workers are there, though nobody listens on its control subject."""
+        workers = self.registry.view.takers_of(agent)
+        for worker_id in workers:
+            if not await self.network.peers.alive(worker_id):
+                return  # it may be reconnecting, or gone: the call finds out
+        if workers and not await self.network.peers.has_listener(subject):
+            raise UndeliveredCall(
+                str(agent),
+                f"worker {', '.join(workers)} does not answer control messages for {agent} (metadata, state): "
+                f"it is alive, but nobody listens on {subject}",
+            )
 
     def exempt(self, task: asyncio.Task[Any] | None, chain: tuple[str, ...]) -> None:
         """Do not let a stop wait for ``task``, if it is the task of a handler, or for the handlers in ``chain``.

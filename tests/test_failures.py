@@ -134,8 +134,59 @@ def test_a_dictionary_that_looks_like_a_repr_on_the_wire_does_not_become_text() 
     assert sent(LookupError(argument)).args == (repr(argument),)
 
 
-def test_text_that_utf_8_cannot_encode_arrives_without_the_characters() -> None:
-    assert str(sent(ValueError("a\ud800b"))) == "a?b"
+def test_text_that_utf_8_cannot_encode_arrives_with_escapes() -> None:
+    error = ValueError("a\ud800b")
+    error.place = "c\udc80"  # type: ignore[attr-defined]
+    error.add_note("d\udc80")
+    assert json.loads(describe(error, with_traceback=False).payload)["message"] == "a\\ud800b"
+    got = sent(error)
+    assert [repr(argument) for argument in got.args] == [repr("a\ud800b")]
+    assert repr(got.place) == repr("c\udc80")
+    assert got.__notes__[0] == "d\\udc80"
+
+
+UNREADABLE = "the worker sent an error that cannot be read"
+
+
+@pytest.mark.parametrize("more", [{}, {"args": ["no such lamp"]}, {"args": []}], ids=repr)
+@pytest.mark.parametrize("fields", [{"filename": "/f"}, {"filename": "/f", "errno": 2}, {"errno": 2}], ids=repr)
+def test_the_text_of_an_os_error_has_the_message(fields: dict[str, object], more: dict[str, object]) -> None:
+    data = {"type": "builtins.FileNotFoundError", "message": "no such lamp", "fields": fields, **more}
+    got = ErrorTypes().rebuild(json.dumps(data).encode(), agent=None, worker_id=None)
+    assert type(got) is FileNotFoundError
+    assert "no such lamp" in str(got)
+    assert {name: getattr(got, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("payload", "text", "kind", "message"),
+    [
+        (b'{"type":"shop.X"}', None, "shop.X", f"{UNREADABLE} (the data of the error has no 'message')"),
+        (
+            b'{"type":"shop.X","message":null}',
+            "no (418)",
+            "shop.X",
+            "no (418) (the data of the error has no 'message')",
+        ),
+        (b'{"message":"no lamps"}', None, "unknown", "no lamps (the data of the error has no 'type')"),
+        (b"{}", None, "unknown", f"{UNREADABLE} (the data of the error has no 'type' and no 'message')"),
+        (b'{"other":1}', "teapot (418)", "unknown", "teapot (418)"),
+        (b"[]", None, "unknown", UNREADABLE),
+        (b"x", "teapot (418)", "unknown", "teapot (418)"),
+    ],
+)
+def test_what_there_is_of_an_incomplete_error_is_kept(
+    payload: bytes, text: str | None, kind: str, message: str
+) -> None:
+    got = ErrorTypes().rebuild(payload, agent=None, worker_id=None, text=text)
+    assert isinstance(got, errors.RemoteAgentError)
+    assert (got.error_type, got.message) == (kind, message)
+
+
+@pytest.mark.parametrize("cls", [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError])
+def test_a_class_that_ends_something_else_than_a_call_is_refused(cls: type[BaseException]) -> None:
+    with pytest.raises(TypeError, match=cls.__name__):
+        ErrorTypes().add(cls)
 
 
 def test_numbers_and_texts_of_subclasses_arrive_as_equal_values() -> None:
@@ -434,7 +485,15 @@ def test_an_exception_class_can_have_a_name_that_does_not_depend_on_python() -> 
 def test_the_name_of_another_class_cannot_be_given() -> None:
     types = ErrorTypes()
     types.add(Shows, "shop.OutOfStock")
-    for name in ("shop.OutOfStock", "builtins.ValueError", "natsrt.WorkerBusy", "natsrt.errors.WorkerBusy", "", 5):
+    for name in (
+        "shop.OutOfStock",
+        "builtins.ValueError",
+        "natsrt.WorkerBusy",
+        "natsrt.errors.WorkerBusy",
+        "natsrt.Mine",
+        "",
+        5,
+    ):
         with pytest.raises(ValueError, match="name"):
             types.add(Payload, name)  # type: ignore[arg-type]
     assert isinstance(sent(Payload("x"), types), errors.RemoteAgentError)

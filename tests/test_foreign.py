@@ -395,10 +395,29 @@ async def test_the_doctor_names_the_field_that_an_entry_lacks(
     ended = await command("doctor", "--json", "--server", server.url, "--namespace", namespace)
     assert ended.code == 7
     assert [finding["text"] for finding in ended.json if finding["check"] == "registry entry"] == [
-        "r.type.shop.other: the field 'worker_id' is missing",
         "r.worker.other: the field 'pid' is missing",
+        "r.type.shop.other: the field 'worker_id' is missing",
     ]
     assert "1 of 1 have a heartbeat and answer" in [finding["text"] for finding in ended.json]
+
+
+async def test_a_worker_without_control_subjects_is_said_to_have_none(
+    runtime: NatsAgentRuntime, client: Client, namespace: str
+) -> None:
+    async def answer(message: Msg) -> None:
+        body = {"specversion": "1.0", "type": "natsrt.reply", "id": "fate-r", "source": "/"}
+        calls = json.loads(message.data)["data"]["calls"]
+        data = {"worker": "bare", "running": [], "finished": [], "unknown": calls, "remembers": 60}
+        await message.respond(json.dumps({**body, "data": data}).encode())
+
+    await client.subscribe(f"{namespace}.natsrt.worker.bare", cb=answer)
+    bucket: KeyValue = await client.jetstream().key_value(f"{namespace}_natsrt_registry")
+    worker = {"worker_id": "bare", "name": "b", "hostname": "h", "pid": 5, "started": 1, "version": "1"}
+    await bucket.put("r.worker.bare", json.dumps(worker).encode())
+    await bucket.put("r.type.bare.bare", b'{"agent_type":"bare","worker_id":"bare"}')
+    async with asyncio.timeout(3):
+        with pytest.raises(natsrt.UndeliveredCall, match="worker bare does not answer control messages for bare/k"):
+            await runtime.agent_metadata(AgentId("bare", "k"))
 
 
 # -- plain responders --------------------------------------------------------------------------------------------------
@@ -439,6 +458,21 @@ async def test_the_type_that_a_plain_reply_names_is_honoured(
             await call
     else:
         assert await call == expected
+
+
+@pytest.mark.parametrize("name", ["natsrt.StateConflict", "natsrt.errors.StateConflict"])
+async def test_a_plain_responder_reports_an_error_of_natsrt(
+    runtime: NatsAgentRuntime, client: Client, namespace: str, name: str
+) -> None:
+    async def answer(message: Msg) -> None:
+        error = {"Nats-Service-Error": "conflict", "Nats-Service-Error-Code": "500"}
+        await client.publish(message.reply, json.dumps({"type": name, "message": "conflict"}).encode(), headers=error)
+
+    await client.subscribe(f"{namespace}.agent.plain", "plain", cb=answer)
+    await asyncio.sleep(0)
+    await client.flush()
+    with pytest.raises(natsrt.StateConflict, match="conflict"):
+        await runtime.send_message(Order("x"), AgentId("plain", "k"))
 
 
 async def test_a_plain_responder_refuses_a_call_in_its_headers(

@@ -276,7 +276,7 @@ def test_whatever_decodes_is_the_one_spelling_of_its_value(token: str) -> None:
         ("", "the empty name is written '='"),
         ("ab=3d", "the = at position 2 is not followed by two upper-case hex digits"),
         ("a.b", "'.' at position 1"),
-        ("=41", "'A' is written 'A'"),
+        ("=41", "'A' must be written 'A'"),
         ("=FF", "its bytes are not UTF-8"),
         ("=H" + "0" * 64, "it is a hash"),
     ],

@@ -24,7 +24,7 @@ from natsrt.jetstream.record import RECORD, Stored, checked, decode_record, enco
 from natsrt.jetstream.registry.entries import SubscriptionEntry, TypeEntry, WorkerEntry, decode_entry, encode_entry
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
-from natsrt.wire.failures import ErrorTypes, is_refusal
+from natsrt.wire.failures import ErrorTypes, decode_answer, is_refusal
 from tests.support.processes import eventually
 
 
@@ -257,6 +257,37 @@ async def test_changes_of_the_registry_arrive_on_the_subjects_of_the_vectors(
             await client.close()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("r.worker.w", {"pid": "5"}, "'pid' must be a whole number"),
+        ("r.worker.w", {"draining": "no"}, "'draining' must be true or false"),
+        ("r.type.t.w", {"handles": "Text"}, "'handles' must be a list of texts"),
+        ("r.type.t.w", {"agent_type": 5}, "'agent_type' must be a text"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_in_words_of_json(key: str, value: dict[str, Any], problem: str) -> None:
+    whole = {"agent_type": "t", "worker_id": "w", "name": "n", "hostname": "h", "pid": 5, "started": 1, "version": "1"}
+    with pytest.raises(CannotDecode, match=problem):
+        decode_entry(key, json.dumps({**whole, **value}).encode())
+
+
+@pytest.mark.parametrize(("value", "kind"), [(5, "a number"), (True, "a boolean"), ([], "an array"), ({}, "an object")])
+def test_an_attribute_that_is_no_string_is_named_in_words_of_json(value: object, kind: str) -> None:
+    body = {"specversion": "1.0", "type": "natsrt.reply", "id": "1", "source": "/", "messagetype": value, "data": 1}
+    with pytest.raises(CannotDecode, match=f"must be a string, not {kind}"):
+        envelope.decode(json.dumps(body).encode())
+
+
+def test_a_reply_without_messagetype_keeps_its_body() -> None:
+    body = b'{"specversion":"1.0","type":"natsrt.reply","id":"1","source":"/","data":{"text":"a"}}'
+    read = envelope.decode(body)
+    assert read is not None
+    with pytest.raises(CannotDecode) as raised:
+        read.required("messagetype")
+    assert raised.value.payload == body
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 
@@ -277,6 +308,14 @@ def test_errors_are_rebuilt_as_the_vectors_say(case: dict[str, Any]) -> None:
 @cases("busy", ERRORS)
 def test_refusals_are_recognised_as_the_vectors_say(case: dict[str, Any]) -> None:
     assert is_refusal(case["headers"], case["body"].encode()) is case["refused"]
+
+
+@cases("plain", ERRORS)
+def test_plain_errors_are_read_as_the_vectors_say(case: dict[str, Any]) -> None:
+    assert decode_answer(case["headers"], case["body"].encode()) is None
+    got = ErrorTypes().rebuild(case["body"].encode(), agent=None, worker_id=None, text="busy (503)")
+    assert qualified_name(type(got)) == case["class"]
+    assert str(got) == "busy"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from natsrt.hosting.keyed_messages import KeyedMessages
 from natsrt.hosting.reader import Reader
 from natsrt.observe.metrics import Counters
 from natsrt.transport.bodies import Bodies
+from natsrt.wire import envelope
 from natsrt.wire.exception_parts import class_name
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -143,7 +144,7 @@ class Dispatch:
         """
         told = RuntimeError(f"{class_name(type(error))} was raised, and could not be reported")
         with contextlib.suppress(Exception):
-            await inbound.settlement.failed(inbound, told, inbound.route.name)
+            await inbound.settlement.failed(inbound, told, envelope.NO_AGENT)
 
     def _handler_of(self, inbound: Inbound) -> Controls | KeyedMessages | Invoker | None:
         """Return the object that handles a message; None for an event that is not for an agent on this worker.

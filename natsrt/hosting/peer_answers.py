@@ -26,6 +26,7 @@ from natsrt.wire.subjects import Subjects
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _QUESTION = "a question to a worker"
+_QUESTIONS = frozenset((envelope.FATE, envelope.OWNER, envelope.WAITS, envelope.SERVE, envelope.ABANDONED))
 
 
 class PeerAnswers:
@@ -72,6 +73,8 @@ class PeerAnswers:
         try:
             body = envelope.decode(message.data)
             data = None if body is None else body.json()
+            if body is not None and body.type not in _QUESTIONS:
+                raise CannotDecode("a message to a worker", f"unknown type {body.type!r}")
             if body is None or not isinstance(data, dict):
                 raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
             if body.type == envelope.ABANDONED:
@@ -96,13 +99,11 @@ class PeerAnswers:
         elif kind == envelope.WAITS:
             links = self._deadlocks.links(envelope.texts(data, "calls", _QUESTION))
             self._tasks.spawn(self._send(reply, _reply({"waits": [link._asdict() for link in links]})))
-        elif kind == envelope.SERVE:
+        else:  # SERVE
             revision = data.get("revision")
             if not isinstance(revision, int):
                 raise CannotDecode(_QUESTION, "revision must be a number")
             self._tasks.spawn(self._serve(_text(data, "agent_type"), revision, reply))
-        else:
-            raise CannotDecode("a message to a worker", f"unknown type {kind!r}")
 
     async def _serve(self, agent_type: str, revision: int, reply: str) -> None:
         try:

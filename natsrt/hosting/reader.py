@@ -94,16 +94,17 @@ class Reader:
     def source(self, inbound: Inbound) -> tuple[str, str]:
         """Return the agent of a message that failed, as text and as an envelope's ``source``.
 
-        Both are the name of the route if the message is an event, or if its key cannot be read.
+        The text is the name of the route if the message is an event, or if its key cannot be read; the ``source`` is
+        then the one of no agent.
         """
         name = inbound.route.name
         if inbound.kind is EVENT:
-            return name, name
+            return name, envelope.NO_AGENT
         try:
             key = self._key(inbound.route, inbound.message, inbound.body)
             return f"{inbound.agent_type}/{key}", f"{inbound.agent_type}/{encode_text(key)}"
         except ValueError:  # its key cannot be read, which may be what failed
-            return name, name
+            return name, envelope.NO_AGENT
 
     def _other_kind(self, route: Route, body: Envelope) -> InboundKind:
         """Return the kind of a message whose envelope does not have the type that is expected on its subject."""

@@ -20,7 +20,7 @@ from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import class_name
 from natsrt.wire.failures import traceback_of
-from natsrt.wire.subjects import Subjects
+from natsrt.wire.subjects import Subjects, encode_text
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
@@ -136,7 +136,9 @@ class ReplySettlement(Settlement):
 
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
         self._forget(inbound)
-        return self._reply(inbound, self._answers.failure(error, inbound.body, inbound.route.name, refused=True))
+        key = inbound.key
+        source = envelope.NO_AGENT if key is None else f"{inbound.agent_type}/{encode_text(key)}"
+        return self._reply(inbound, self._answers.failure(error, inbound.body, source, refused=True))
 
     def _forget(self, inbound: Inbound) -> None:
         if inbound.call is not None:

@@ -14,7 +14,7 @@ from natsrt.observe import events
 from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import TYPE_HEADER
-from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes
+from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes, decode_answer
 from natsrt.wire.message_classes import full_name
 from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization
 
@@ -34,7 +34,7 @@ class Replies:
         the reply names its class. If the payload cannot be decoded, the result of `Envelope.general` is tried, if there
         is one.
         """
-        body = self._bodies.unpack(reply.data)
+        body = self._unpack(reply)
         if body is None:
             return self._plain_result(reply, sent, reply_type, recipient)
         self._check(body, reply, recipient)
@@ -60,12 +60,16 @@ class Replies:
 
     def answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:
         """Return the envelope of a reply. Raises `CannotDecode` for a plain reply."""
-        body = self._bodies.unpack(reply.data)
+        body = self._unpack(reply)
         if body is None:
             self._raise_service_error(reply, recipient)
             raise CannotDecode(f"the reply of {recipient}", "it is not a natsrt reply", reply.data)
         self._check(body, reply, recipient)
         return body
+
+    def _unpack(self, reply: Msg) -> envelope.Envelope | None:
+        headers = reply.headers
+        return self._bodies.unpack(reply.data) if headers is None else decode_answer(headers, reply.data)
 
     def _check(self, body: envelope.Envelope, reply: Msg, recipient: AgentId) -> None:
         """Raise the error that a reply reports."""

@@ -31,6 +31,7 @@ from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.inbox import Inbox, is_nobody
 from natsrt.transport.probe import Probe
 from natsrt.wire import envelope
+from natsrt.wire.failures import decode_answer
 
 logger: logging.Logger = logging.getLogger("natsrt.calls")
 
@@ -345,7 +346,7 @@ def stopped(recipient: AgentId, worker_id: str | None = None) -> WorkerLost:
 
 
 def _data(message: Msg, kind: str) -> dict[str, Any]:
-    body = envelope.decode(message.data)
+    body = decode_answer(message.headers, message.data)
     data = body.json() if body is not None and body.type == kind else None
     if not isinstance(data, dict):
         raise CannotDecode(_ANSWER, f"expected {kind} with an object as data", message.data)

@@ -18,6 +18,7 @@ from natsrt.transport.inbox import Inbox, is_nobody
 from natsrt.transport.probe import Probe
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
+from natsrt.wire.failures import decode_answer
 from natsrt.wire.peer_messages import Claim, WaitLink, read_claim, read_links
 from natsrt.wire.subjects import Subjects
 
@@ -77,7 +78,7 @@ class Peers:
     async def _ask_worker(self, worker_id: str, kind: str, question: dict[str, Any], timeout: float) -> Envelope | None:
         body = envelope.encode(kind, '"id":"question","source":"/"', orjson.dumps(question))
         reply = await self.ask(self._subjects.worker(worker_id), body, timeout)
-        answer = None if reply is None else envelope.decode(reply.data)
+        answer = None if reply is None else decode_answer(reply.headers, reply.data)
         return answer if answer is not None and answer.type == envelope.REPLY else None
 
     async def ask(self, subject: str, body: bytes, timeout: float) -> Msg | None:

@@ -110,7 +110,7 @@ class Envelope:
         """Return the attribute ``name``, which must be one that natsrt defines. Raises `CannotDecode` if absent."""
         value: str | None = self.attributes.get(name)
         if value is None:
-            raise CannotDecode("an envelope", f"the attribute {name!r} is missing")
+            raise CannotDecode("an envelope", f"the attribute {name!r} is missing", self.body)
         return value
 
     def json(self) -> Any:
@@ -221,8 +221,8 @@ def decode(body: bytes) -> Envelope | None:
                 return Envelope(attributes, body[end + len(_DATA) : -1], body)
             kind = attributes.get("type")
             if isinstance(kind, str) and kind.startswith("natsrt.") and "data_base64" not in attributes:
-                cut = Envelope(_checked(attributes), body[end + len(_DATA) : -1], body)
-                return cut if _NEEDED[kind in _WITH_MESSAGE] <= attributes.keys() else cut.general() or cut
+                cut = Envelope(_checked(attributes, body), body[end + len(_DATA) : -1], body)
+                return cut if _NEEDED[kind in _WITH_MESSAGE] <= cut.attributes.keys() else cut.general() or cut
     elif body.lstrip()[:1] != b"{":
         return None
     return _decode_whole(body)
@@ -248,8 +248,8 @@ def _from_object(whole: Any, body: bytes) -> Envelope | None:
     if whole.get("specversion") != "1.0":
         raise CannotDecode("a natsrt envelope", "its specversion must be '1.0'", body)
     attributes = {name: value for name, value in whole.items() if name not in ("data", "data_base64")}
-    if "data_base64" in whole:
-        if "data" in whole:
+    if whole.get("data_base64") is not None:
+        if whole.get("data") is not None:
             raise CannotDecode("a natsrt envelope", "it has both data and data_base64", body)
         try:
             payload = b64decode(whole["data_base64"], validate=True)
@@ -257,7 +257,7 @@ def _from_object(whole: Any, body: bytes) -> Envelope | None:
             raise CannotDecode("a natsrt envelope", "its data_base64 is not base64", body) from None
     else:
         payload = orjson.dumps(whole.get("data"))
-    return Envelope(_checked(attributes), payload, body)
+    return Envelope(_checked(attributes, body), payload, body)
 
 
 def _all_texts(attributes: dict[str, Any]) -> bool:
@@ -267,8 +267,18 @@ def _all_texts(attributes: dict[str, Any]) -> bool:
     return True
 
 
-def _checked(attributes: dict[str, Any]) -> dict[str, Any]:
-    for name, value in attributes.items():
+def _checked(attributes: dict[str, Any], body: bytes) -> dict[str, Any]:
+    """The attributes without those that are null, which are missing. Raises `CannotDecode` if one is no string."""
+    present = {name: value for name, value in attributes.items() if value is not None}
+    for name, value in present.items():
         if name in TEXTS and not isinstance(value, str):
-            raise CannotDecode("an envelope", f"the attribute {name!r} must be a string, not {type(value).__name__}")
-    return attributes
+            raise CannotDecode("an envelope", f"the attribute {name!r} must be a string, not {json_kind(value)}", body)
+    return present
+
+
+def json_kind(value: Any) -> str:
+    """What a value that was read from JSON is called in JSON."""
+    if value is None:
+        return "null"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
+    return kinds.get(type(value), "an object")

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _NAME, _MODULE = type.__dict__["__qualname__"], type.__dict__["__module__"]
 _ARGS, _DICT = BaseException.__dict__["args"], BaseException.__dict__["__dict__"]
+_STRERROR = OSError.__dict__["strerror"]
 _UNICODE = (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)
 _NOT_FIELDS = (
     vars(AttributeError)["obj"],  # any object of the worker
@@ -61,8 +62,8 @@ def read(get: Callable[[], T], default: T) -> T:
 
 
 def carried(text: str) -> str:
-    """``text`` with each character that UTF-8 cannot encode replaced."""
-    return text.encode("utf-8", "replace").decode()
+    """``text`` with each character that UTF-8 cannot encode written as its escape, such as ``\\udc80``."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def cut(text: str, longest: int) -> str:
@@ -79,7 +80,10 @@ def encode_value(value: Any, longest: int) -> Any:
     Texts that are too long are cut. Never raises.
     """
     if issubclass(type(value), str):
-        return carried(cut(str.__str__(value), longest))
+        text = cut(str.__str__(value), longest)
+        if carried(text) == text:
+            return text
+        return {"$type": _REPR, "value": cut(str.__repr__(text), longest)}  # it has a lone surrogate
     if (exact := read(lambda: _exact(value, longest), None)) is not None or value is None:
         return exact
     text = read(lambda: repr(value), f"<{class_name(type(value))}>")
@@ -179,6 +183,9 @@ def build(cls: type[BaseException], message: str, args: Any, fields: Any) -> Bas
     if not _ARGS.__get__(exception):
         _ARGS.__set__(exception, tuple(args))
     _fill(exception, message, fields)
+    if isinstance(exception, OSError) and exception.strerror is None and message not in str(exception):
+        # Its text is made of the file name, the number and this text.
+        _STRERROR.__set__(exception, message)
     str(exception)
     return exception
 

@@ -46,6 +46,7 @@ _BUSY_HEADER: Final = str(BUSY)
 _REPLY_START: Final = b'{"specversion":"1.0","type":"natsrt.reply",'
 """How natsrt's own replies start. They are not searched for errors."""
 _ERROR_BYTES: Final = envelope.ERROR.encode()
+_UNREADABLE: Final = "the worker sent an error that cannot be read"
 _MAX_DEPTH: Final = 20
 """How deep causes and members of groups are nested at most; deeper ones are left out."""
 
@@ -54,7 +55,15 @@ _CAUSE, _CONTEXT = BaseException.__dict__["__cause__"], BaseException.__dict__["
 _SUPPRESSED = BaseException.__dict__["__suppress_context__"]
 _MEMBERS = BaseExceptionGroup.__dict__["exceptions"]
 _TOOL_AGENT: Final = "autogen_core.tool_agent"
-_FORBIDDEN = (StopIteration, StopAsyncIteration, GeneratorExit)
+_FORBIDDEN = (
+    StopIteration,
+    StopAsyncIteration,
+    GeneratorExit,
+    KeyboardInterrupt,
+    SystemExit,
+    asyncio.CancelledError,  # sent as the code 499
+)
+"""Classes that end something else than a call in the process that gets them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,8 @@ class ErrorTypes:
         """Allow exceptions of ``cls`` to be rebuilt, under the name of the class and under ``name``.
 
         Exceptions of this class are sent under ``name``; None: under the name of the class. Raises TypeError if a call
-        cannot raise such an exception, and ValueError if ``name`` is empty or the name of another class.
+        cannot raise such an exception, and ValueError if ``name`` is empty, the name of another class, or begins with
+        ``natsrt.``.
         """
         if not (isinstance(cls, type) and issubclass(cls, BaseException)) or issubclass(cls, _FORBIDDEN):
             raise TypeError(f"{cls!r} is not an exception class that a call can raise")
@@ -116,6 +126,8 @@ class ErrorTypes:
         if not isinstance(name, str) or not name or carried(name) != name:
             raise ValueError(f"the name of an exception class must be text that is not empty, not {name!r}")
         known = self._classes.get(name)
+        if name.startswith("natsrt.") and known is not cls:
+            raise ValueError(f"{name!r} is not free: names that begin with 'natsrt.' are those of natsrt's own errors")
         if known not in (None, cls) and (name in self._reserved or qualified_name(known) != own):
             raise ValueError(f"{name!r} is the name of {known!r}; give {cls!r} another name")
         self._classes[name] = cls
@@ -131,21 +143,30 @@ class ErrorTypes:
         *,
         agent: str | None,
         worker_id: str | None,
-        text: str = "the worker sent an error that cannot be read",
+        text: str | None = None,
     ) -> BaseException:
         """Return the exception in the data of a ``natsrt.error``.
 
-        Never raises: if the data cannot be read, the result is a `RemoteAgentError` with ``text``.
+        ``text`` is the text in the headers of a plain error. Never raises: if the data cannot be read, the result is a
+        `RemoteAgentError` with ``text``, and if a required member is missing, with those that are there.
         """
         try:
             data = orjson.loads(payload)
-            name, message = str(data["type"]), str(data["message"])
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            data, name, message = {}, "unknown", text
+        except orjson.JSONDecodeError:
+            data = None
+        is_object = isinstance(data, dict)
+        data = data if is_object else {}
+        missing = [member for member in ("type", "message") if data.get(member) is None]
+        name = "unknown" if "type" in missing else str(data["type"])
+        message = str(data["message"]) if "message" not in missing else text or _UNREADABLE
+        if missing and is_object and (text is None or len(missing) == 1):
+            message = f"{message} (the data of the error has no {' and no '.join(map(repr, missing))})"
         trace = data.get("traceback")
         remote = Remote(agent, worker_id, trace if isinstance(trace, str) else None)
-        if data.get("code") == CANCELLED:
-            exception: BaseException = asyncio.CancelledError(message)
+        if missing:
+            exception: BaseException = RemoteAgentError(name, message)
+        elif data.get("code") == CANCELLED:
+            exception = asyncio.CancelledError(message)
         else:
             exception = self._rebuild(name, message, data, remote, 0)
         read(lambda: setattr(exception, "natsrt_remote", remote), None)
@@ -306,6 +327,21 @@ class _Writer:
             self._left -= 1
             written.append(self.data(exception, depth + 1))
         return written
+
+
+def decode_answer(headers: Mapping[str, str] | None, body: bytes) -> envelope.Envelope | None:
+    """Return the envelope of a reply; None for a plain one. Raises `CannotDecode` as `envelope.decode` does.
+
+    The body of a plain error is its data. The ``type`` in it is a class, whose name may begin with ``natsrt.``, too.
+    """
+    if headers and SERVICE_ERROR in headers:
+        try:
+            whole = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            whole = None
+        if isinstance(whole, dict) and whole.get("specversion") is None:
+            return None
+    return envelope.decode(body)
 
 
 def is_refusal(headers: Mapping[str, str] | None, body: bytes) -> bool:

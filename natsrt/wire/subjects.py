@@ -110,7 +110,7 @@ def decode_token(token: str) -> str:
         raise ValueError(f"{_shown(token)} is not an encoded name: its bytes are not UTF-8") from error
     spelling = encode_text(value)
     if spelling != token:
-        raise ValueError(f"{_shown(token)} is not an encoded name: {_shown(value)} is written {_shown(spelling)}")
+        raise ValueError(f"{_shown(token)} is not an encoded name: {_shown(value)} must be written {_shown(spelling)}")
     return value
 
 

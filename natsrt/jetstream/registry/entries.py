@@ -20,11 +20,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import orjson
 from autogen_core import Subscription, TypePrefixSubscription, TypeSubscription
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Strict, TypeAdapter, ValidationError
 
 from natsrt.errors import CannotDecode
 from natsrt.wire.subjects import Subjects, encode_token, plain_prefix
@@ -46,10 +46,10 @@ class WorkerEntry:
     worker_id: str
     name: str
     hostname: str
-    pid: int
-    started: float
+    pid: Annotated[int, Strict()]
+    started: Annotated[float, Strict()]
     version: str
-    draining: bool = False
+    draining: Annotated[bool, Strict()] = False
 
     @property
     def key(self) -> str:
@@ -64,8 +64,8 @@ class TypeEntry:
     worker_id: str
     handles: tuple[str, ...] = ()
     produces: tuple[str, ...] = ()
-    keyed: bool = False
-    instances: bool = False
+    keyed: Annotated[bool, Strict()] = False
+    instances: Annotated[bool, Strict()] = False
 
     @property
     def key(self) -> str:
@@ -231,9 +231,23 @@ def decode_entry(key: str, value: bytes) -> RegistryEntry:
     return entry
 
 
+_MUST_BE: Final = {
+    "string_type": "must be a text",
+    "tuple_type": "must be a list of texts",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "mapping_type": "must be an object",
+}
+"""What a field must be, in the words of JSON, by the kind of the error."""
+
+
 def _problem(kind: str, place: tuple[int | str, ...], text: str) -> str:
     """What is wrong with one field of an entry, or with the whole entry if ``place`` is empty."""
     if not place:
         return text
     name = repr(".".join(map(str, place)))
-    return f"the field {name} is missing" if kind == "missing" else f"the field {name}: {text}"
+    if kind == "missing":
+        return f"the field {name} is missing"
+    return f"the field {name}{f' {_MUST_BE[kind]}' if kind in _MUST_BE else f': {text}'}"
