@@ -33,6 +33,7 @@ from natsrt.agents.declarations import Declarations
 from natsrt.agents.interventions import Interventions
 from natsrt.assembly import Program
 from natsrt.errors import AmbiguousAgent, SubscriptionNotServed, UnknownSubscription
+from natsrt.jetstream.record import check_state
 from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.lifecycle import Lifecycle
@@ -324,10 +325,10 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         for agent_id, agent in self._catalog.live_agents():
             hosted = self._catalog.find(agent_id.type)
             if hosted is None or hosted.keyed is None or session is None:
-                states[str(agent_id)] = dict(await agent.save_state())
+                states[str(agent_id)] = check_state(await agent.save_state())
             else:
                 try:
-                    states[str(agent_id)] = dict(await session.operations.state(hosted, agent_id.key))
+                    states[str(agent_id)] = check_state(await session.operations.state(hosted, agent_id.key))
                 except OwnedElsewhere:  # it has moved to another worker
                     continue
         return states
@@ -338,10 +339,10 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             agent_id = AgentId.from_str(name)
             hosted = self._catalog.find(agent_id.type)
             if hosted is not None and hosted.keyed is not None:
-                await self._control(agent_id, control.LOAD_STATE, dict(agent_state))
+                await self._control(agent_id, control.LOAD_STATE, agent_state)
             elif hosted is not None:
                 agent = await self._catalog.agent(hosted, agent_id.key)
-                await agent.load_state(agent_state)
+                await agent.load_state(check_state(agent_state, control.TO_LOAD))
 
     async def agent_metadata(self, agent: AgentId) -> AgentMetadata:
         """Return the metadata of a local or remote agent.
@@ -356,13 +357,14 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         """Return the state of a local or remote agent.
 
         Raises the same errors as `agent_metadata`, any exception of the agent, and `CannotSerialize` if the state of an
-        agent of another process would arrive as something else, such as a tuple, which JSON turns into a list.
+        agent of another process would arrive as something else, such as a tuple, which JSON turns into a list. A state
+        that is not a ``dict``, or is of a subclass of it, is always refused.
         """
         return cast(Mapping[str, Any], await self._control(agent, control.SAVE_STATE))
 
     async def agent_load_state(self, agent: AgentId, state: Mapping[str, Any]) -> None:
         """Load ``state`` into a local or remote agent. Raises the same errors as `agent_save_state`."""
-        await self._control(agent, control.LOAD_STATE, dict(state))
+        await self._control(agent, control.LOAD_STATE, state)
 
     async def store_state(self, agent: AgentId) -> None:
         """Store the state of a keyed agent of this runtime now, independently of its ``save`` option.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntFlag
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import nats
 import pytest
 from autogen_core import (
     AgentId,
+    BaseAgent,
     MessageContext,
     RoutedAgent,
     TopicId,
@@ -28,6 +29,7 @@ from autogen_core import (
 
 import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime, keyed
+from natsrt.agents.control import LOAD_STATE, encode_data
 from natsrt.embedded import EmbeddedServer
 from natsrt.jetstream.record import encode_state
 from natsrt.keyed.ownership import OwnedElsewhere
@@ -424,15 +426,43 @@ class Point:
     [(1, 2), Point(1), datetime(2026, 1, 1), uuid4(), {1: 2}, 2**64, float("inf"), "\ud800", IntFlag("F", ["A"])(1)],
 )
 def test_a_state_that_would_be_loaded_as_something_else_is_refused_by_name(value: Any) -> None:
-    with pytest.raises(natsrt.CannotSerialize, match="holds something under 'place' that"):
+    what = rf"holds a (value|key) of type {type(value).__name__} under 'place\[\].deep' that"
+    if isinstance(value, dict):
+        what = r"holds a key of type int under 'place\[\].deep' that"
+    with pytest.raises(natsrt.CannotSerialize, match=what):
         encode_state({"name": "x", "place": [{"deep": value}]})
 
 
-@pytest.mark.parametrize(
-    "state", [{}, {"a": [True, 1, 1.5, -0.0, None, 2**63, {"ä": "\U0001f600"}]}, MappingProxyType({"a": 1})]
-)
+@pytest.mark.parametrize("state", [{}, {"a": [True, 1, 1.5, -0.0, None, 2**63, {"ä": "\U0001f600"}]}])
 def test_a_state_of_json_values_comes_back_as_it_is(state: Mapping[str, Any]) -> None:
     assert json.loads(encode_state(state)) == state
+
+
+@pytest.mark.parametrize("state", [None, [["a", 1]], MappingProxyType({"a": 1}), OrderedDict(a=1)], ids=repr)
+async def test_a_state_that_is_not_a_dict_is_refused(state: Any) -> None:
+    with pytest.raises(natsrt.CannotSerialize, match="save_state must return a dict, but returned (None|a value)"):
+        encode_state(state)
+    with pytest.raises(natsrt.CannotSerialize, match="load_state takes a dict, but was given (None|a value)"):
+        encode_data(LOAD_STATE, state)
+
+    class Odd(BaseAgent):
+        async def on_message_impl(self, message: Any, ctx: MessageContext) -> None: ...
+
+        async def save_state(self) -> Mapping[str, Any]:
+            return cast(Mapping[str, Any], state)
+
+        async def load_state(self, state: Mapping[str, Any]) -> None:
+            raise AssertionError
+
+    runtime = NatsAgentRuntime()
+    await natsrt.register(runtime, Odd, "odd", lambda: Odd("odd"))
+    odd = await runtime.get(AgentId("odd", "x"), lazy=False)
+    for attempt in (runtime.agent_save_state(odd), runtime.save_state()):
+        with pytest.raises(natsrt.CannotSerialize, match="save_state must return a dict"):
+            await attempt
+    for attempt in (runtime.agent_load_state(odd, state), runtime.load_state({"odd/x": state})):
+        with pytest.raises(natsrt.CannotSerialize, match="load_state takes a dict"):
+            await attempt
 
 
 def test_a_state_that_contains_itself_is_refused() -> None:

@@ -14,7 +14,7 @@ from autogen_core import Agent
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.hosted_type import HostedType
 from natsrt.errors import CannotDecode
-from natsrt.jetstream.record import encode_state
+from natsrt.jetstream.record import check_state, encode_state
 from natsrt.wire.envelope import Envelope
 
 METADATA: Final = "metadata"
@@ -27,21 +27,25 @@ GIVE_AWAY: Final = "give_away"
 """Release a number of idle agents of the type, so that other workers can claim them. It applies to a worker, not to an
 agent."""
 
+TO_LOAD: Final = "load_state takes a dict, but was given"
+"""How the error begins for a state to load that is something else."""
+
 _OPERATIONS: Final = (METADATA, SAVE_STATE, LOAD_STATE, ACTIVATE, STORE_STATE)
 """The operations on one agent."""
 
 
 async def carry_out(agent: Agent, operation: str, data: Any) -> Any:
-    """Carry out an operation on an agent. Returns its result, None if it has none. Raises any exception of the agent.
+    """Carry out an operation on an agent. Returns its result, None if it has none. Raises any exception of the agent,
+    and `CannotSerialize` if a state is not a ``dict``.
 
     Does nothing for `ACTIVATE`, for which the agent only has to exist, and for `STORE_STATE` (keyed agents only).
     """
     if operation == METADATA:
         return agent.metadata
     if operation == SAVE_STATE:
-        return await agent.save_state()
+        return check_state(await agent.save_state())
     if operation == LOAD_STATE:
-        await agent.load_state(data)
+        await agent.load_state(check_state(data, TO_LOAD))
     return None
 
 
@@ -52,7 +56,7 @@ def encode_data(operation: str, data: Any) -> bytes:
     value that is not equal to the state.
     """
     is_state = operation == LOAD_STATE and not isinstance(data, orjson.Fragment)
-    return encode_state(data) if is_state else orjson.dumps(data)
+    return encode_state(data, TO_LOAD) if is_state else orjson.dumps(data)
 
 
 async def carry_out_message(catalog: Catalog, hosted: HostedType, key: str, body: Envelope) -> Any:

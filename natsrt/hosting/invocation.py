@@ -36,7 +36,8 @@ from natsrt.observe import events
 from natsrt.observe.first import FirstIsWarning
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
-from natsrt.wire.known_classes import NO_CLASSES
+from natsrt.wire.known_classes import NO_CLASSES, NamedClasses
+from natsrt.wire.message_classes import full_name
 from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -211,7 +212,7 @@ class Invoker:
             level = self._first.level(agent_type, type_name)
             logger.log(level, "%s does not know messages of type %s", agent.id, type_name)
         if delivery.context.is_rpc:
-            raise UnhandledMessage(str(agent.id), delivery.type_name, list(inbound.route.hosted.handles.names))
+            raise _unhandled(agent, delivery, inbound.route.hosted.handles)
 
     def _process_span(
         self, telemetry: Telemetry, trace: Context, agent_id: AgentId, delivery: Delivery, inbound: Inbound
@@ -226,6 +227,16 @@ class Invoker:
             size=len(inbound.message.data),
             arrived=inbound.arrived,
         )
+
+
+def _unhandled(agent: Agent, delivery: Delivery, handles: NamedClasses) -> UnhandledMessage:
+    """The error of a message that the agent does not handle. It has full names where the plain ones do not differ."""
+    name, names = delivery.type_name, list(handles.names)
+    class_name = delivery.attributes.get("messageclass")
+    if class_name is not None and (namesakes := handles.named(name)):
+        names = [one for one in names if one != name] + sorted(map(full_name, namesakes))
+        name = class_name
+    return UnhandledMessage(str(agent.id), name, names)
 
 
 def _has_default_unhandled(agent: Agent) -> bool:

@@ -25,6 +25,8 @@ from autogen_core import AgentId
 from pydantic import TypeAdapter, ValidationError
 
 from natsrt.errors import CannotDecode, CannotSerialize
+from natsrt.wire.exactness import value_of_type
+from natsrt.wire.exception_parts import cut
 from natsrt.wire.subjects import encode_token
 
 RECORD: Final = "Natsrt-Record"
@@ -33,6 +35,8 @@ MAX_HEAD_BYTES: Final = 32 * 1024
 """The longest head. JetStream stores headers of 64 KB in all."""
 OTHER_HEADER_BYTES: Final = 256
 """Room for the other headers of a record, in bytes."""
+_LONGEST_PATH: Final = 300
+"""How many characters of a path an error shows."""
 _EXACT: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 """orjson refuses what it would otherwise convert."""
 
@@ -151,25 +155,30 @@ def write_of(headers: Mapping[str, str] | None) -> str | None:
         return None
 
 
-def encode_state(state: Mapping[str, Any]) -> bytes:
+def check_state(state: object, what: str = "save_state must return a dict, but returned") -> dict[str, Any]:
+    """``state``, if it is a ``dict`` and of no subclass. ``what`` begins the text of the `CannotSerialize` if not."""
+    if type(state) is not dict:
+        raise CannotSerialize("dict", f"{what} {value_of_type(type(state))}")
+    return state
+
+
+def encode_state(state: Mapping[str, Any], what: str = "save_state must return a dict, but returned") -> bytes:
     """The JSON of what an agent's ``save_state`` returned.
 
-    Raises `CannotSerialize` if ``load_state`` would get a value that is not equal to it.
+    Raises `CannotSerialize` if ``load_state`` would get a value that is not equal to it. ``what``: see `check_state`.
     """
-    tree = state if type(state) is dict else dict(state)
+    tree = check_state(state, what)
     if (text := _exact_json(tree)) is None:
-        name = next((name for name, value in tree.items() if _exact_json({name: value}) is None), None)
-        where = f" under {name!r}" if isinstance(name, str) else ""
         raise CannotSerialize(
             "dict",
-            f"the agent's state holds something{where} that is not JSON, or that would be a different value after it "
-            "is loaded: a state may hold text, finite numbers, integers of 64 bits, True, False, None, lists, and "
-            "dictionaries with text as keys",
+            f"the agent's state holds {_inexact_part(tree)} that is not JSON, or that would be a different value "
+            "after it is loaded: a state may hold text, finite numbers, integers of 64 bits, True, False, None, lists, "
+            "and dictionaries with text as keys",
         )
     return text
 
 
-def _exact_json(tree: dict[str, Any]) -> bytes | None:
+def _exact_json(tree: Any) -> bytes | None:
     """The JSON of ``tree`` if that reads as an equal value, else None. Runs in compiled code, as every reply waits."""
     try:
         text = orjson.dumps(tree, option=_EXACT)
@@ -178,6 +187,25 @@ def _exact_json(tree: dict[str, Any]) -> bytes | None:
         return text if orjson.loads(text) == tree else None
     except (TypeError, ValueError, RecursionError):
         return None
+
+
+def _inexact_part(tree: dict[Any, Any]) -> str:
+    """The first innermost part of a state that JSON does not carry: its type and its path."""
+    part: Any = tree
+    path, seen = "", set[int]()
+    while type(part) in (dict, list) and id(part) not in seen:
+        seen.add(id(part))
+        if type(part) is dict:
+            if (key := next((key for key in part if _exact_json({key: None}) is None), None)) is not None:
+                return f"a key of type {type(key).__name__}" + (f" under {cut(path, _LONGEST_PATH)!r}" if path else "")
+            steps = ((f".{key}" if path else key, item) for key, item in part.items())
+        else:
+            steps = (("[]", item) for item in part)
+        found = next(((step, item) for step, item in steps if _exact_json(item) is None), None)
+        if found is None:
+            break
+        path, part = path + found[0], found[1]
+    return value_of_type(type(part)) + (f" under {cut(path, _LONGEST_PATH)!r}" if path else "")
 
 
 def sha256(state: bytes) -> str:

@@ -161,8 +161,14 @@ class Instances:
             return None
         try:
             return encode_state(await contained(agent.save_state()))
-        except Exception:
-            logger.exception("the state of %s cannot be stored again yet", slot.agent_id)
+        except Exception as error:
+            known = isinstance(error, NatsrtError)
+            logger.error(
+                "the state of %s cannot be stored again yet: %s",
+                slot.agent_id,
+                error,
+                exc_info=None if known else error,
+            )
             return None
 
     async def _store_again(self, slot: AgentSlot, lost: Record, owner: str | None, state: bytes | None) -> bool:

@@ -51,7 +51,7 @@ class Replies:
                 type_name, general.content_type, general.payload, general.text("messageclass"), sent, reply_type
             )
         if isinstance(result, UnknownPayload):
-            raise _unknown_type(recipient, type_name, body.payload)
+            raise unknown_type(recipient, type_name, body.payload)
         if events.listening():
             events.message(
                 body.payload, sender=recipient, receiver=None, kind=MessageKind.RESPOND, stage=DeliveryStage.DELIVER
@@ -99,7 +99,7 @@ class Replies:
             if not isinstance(result, UnknownPayload):
                 return result
             if reply_type is None:
-                raise _unknown_type(recipient, type_name, reply.data)
+                raise unknown_type(recipient, type_name, reply.data)
         if reply_type is not None:
             return self._serialization.infer(reply.data, [reply_type])
         try:
@@ -134,10 +134,17 @@ class Replies:
         return result
 
 
-def _unknown_type(recipient: AgentId, type_name: str, payload: bytes) -> CannotDecode:
+def unknown_type(recipient: AgentId, type_name: str, payload: bytes) -> CannotDecode:
+    """The error of a reply whose class is not known here."""
+    generic = type_name.partition("[")[0] if type_name.endswith("]") else ""
+    advice = (
+        f"a class with type arguments is not found by its name: pass it as reply_type={type_name}, or have "
+        f"the agent return {generic}(...)"
+        if generic
+        else "add its serializer with runtime.add_message_serializer, or pass its class as reply_type"
+    )
     return CannotDecode(
         f"the reply of {recipient}",
-        f"its type {type_name!r} is unknown here; add its serializer with runtime.add_message_serializer, "
-        "or pass its class as reply_type",
+        f"its type {type_name!r} is unknown here; {advice}",
         payload,
     )

@@ -28,6 +28,8 @@ VALUE_KEY = "value"
 """The key next to ``TYPE_KEY`` that holds the tree of a value which cannot carry ``TYPE_KEY`` itself."""
 
 NULL = type(None)
+_LONGEST_NAME = 60
+"""The longest key of a dictionary that a path names."""
 ALL_KINDS: frozenset[type] = frozenset({NULL, bool, int, float, str, list, dict})
 
 
@@ -43,7 +45,7 @@ class Fault(Exception):
         super().__init__(reason)
 
     def under(self, step: str) -> Fault:
-        """Put ``step`` (a field name, ``[]`` or ``[n]``) before ``path``; returns self."""
+        """Put ``step`` (a field name, a key, ``[]`` or ``[n]``) before ``path``; returns self."""
         if self.path and not self.path.startswith("["):
             step += "."
         self.path = step + self.path
@@ -65,8 +67,24 @@ class Misdeclared(Refused):
     """A value is not of the declared type, so that another member of a union may be meant."""
 
 
+def key_step(key: object) -> str:
+    """The step of a path for a key of a dictionary that is written: the key if it looks like a name, else ``[]``."""
+    return key if type(key) is str and key.isidentifier() and len(key) <= _LONGEST_NAME else "[]"
+
+
 def wrong_type(expected: str, value: object) -> Refused:
-    return Misdeclared(f"declared {expected}, but holds {value_of_type(type(value))}")
+    return Misdeclared(f"declared {expected}, but holds {value_of_type(type(value))}{defined_again(expected, value)}")
+
+
+def defined_again(expected: str, value: object) -> str:
+    """What errors add if a value is of another class than the declared one, but of the same name. Else empty."""
+    name = type(value).__name__
+    if name not in expected.split("|") or type(value).__module__ == "builtins":
+        return ""
+    return (
+        f" that is another class than the declared one: if {name} was defined again, as by a notebook cell that runs "
+        "twice, define the class that declares it again, too"
+    )
 
 
 def misfit(expected: str, tree: object) -> Unreadable:

@@ -36,7 +36,8 @@ read back equal and of the same type is refused before it is sent.
 * A ``TypedDict`` is an object with a member per key. Keys that are not declared are refused.
 * Unknown fields are ignored, so that a newer sender may add some, unless the codecs are ``strict``.
 
-The texts of errors name fields and types, never values.
+The texts of errors name fields and types, never values. Where no type is declared, a path that is written names the
+keys of dictionaries, as far as they look like names.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ from natsrt.wire.codecs import (
     Misdeclared,
     Refused,
     Unreadable,
+    defined_again,
+    key_step,
     misfit,
     wrong_type,
 )
@@ -104,19 +107,23 @@ class AnyCodec(Codec):
             if not math.isfinite(value):
                 raise Refused("JSON has no NaN and no infinity")
             return value
-        try:
-            if cls is list:
+        if cls is dict:
+            return self._encode_dict(value)
+        if cls is list:
+            try:
                 return [self.encode(item) for item in value]
-            if cls is dict:
-                return self._encode_dict(value)
-        except Refused as fault:
-            raise fault.under("[]") from None
+            except Refused as fault:
+                raise fault.under("[]") from None
         return self._codecs.encode_marked(value, None)
 
     def _encode_dict(self, value: dict[Any, Any]) -> dict[str, Any]:
         if not all(type(key) is str for key in value):
             raise Refused("JSON keys are strings, and the declared type specifies no other key type")
-        tree = {key: self.encode(item) for key, item in value.items()}
+        at = None
+        try:
+            tree = {(at := key): self.encode(item) for key, item in value.items()}
+        except Refused as fault:
+            raise fault.under(key_step(at)) from None
         return {TYPE_KEY: "dict", VALUE_KEY: tree} if TYPE_KEY in tree else tree
 
     def decode(self, tree: Any) -> Any:
@@ -567,6 +574,8 @@ class Codecs(CodecCompiler):
         codec = self.class_codec(cls) if base is None or fits(cls, base) else None
         if codec is None:
             wanted = "declared Any" if base is None else f"declared {base.__name__}"
+            if base is not None and (note := defined_again(base.__name__, value)):
+                raise Misdeclared(f"{wanted}, but holds {value_of_type(cls)}{note}")
             raise Misdeclared(f"{wanted}, but {value_of_type(cls)} would not be read back unchanged")
         tree = codec.mark(codec.encode(value))
         if self._has_namesakes(cls, codec.name, base):

@@ -15,6 +15,7 @@ from natsrt.wire.codecs import (
     PlainCheck,
     Refused,
     Unreadable,
+    key_step,
     misfit,
     wrong_type,
 )
@@ -121,6 +122,8 @@ class DictCodec(Codec):
         self._key = None if isinstance(key, ExactCodec) and textual else key
         self._textual = textual
         self._value = value
+        self._named: bool = value.name == "Any"
+        """Whether errors name keys: where nothing is declared, the path says more, and keys are mostly names."""
 
     def plain_check(self, inside: tuple[Codec, ...] = ()) -> PlainCheck | None:
         check = self._value.plain_check(inside)
@@ -139,15 +142,15 @@ class DictCodec(Codec):
     def encode(self, value: Any) -> dict[str, Any]:
         if type(value) is not dict:
             raise wrong_type(self.name, value)
-        encode = self._value.encode
+        encode, at = self._value.encode, None
         try:
             if self._key is None:
                 if not all(type(key) is str for key in value):
                     raise Refused("JSON keys are strings, and the declared type specifies no other key type")
-                return {key: encode(item) for key, item in value.items()}
+                return {(at := key): encode(item) for key, item in value.items()}
             tree = {self._key_text(key): encode(item) for key, item in value.items()}
         except Refused as fault:
-            raise fault.under("[]") from None
+            raise fault.under(key_step(at) if self._named else "[]") from None
         if len(tree) != len(value):
             raise Refused("two keys have the same text")
         return tree

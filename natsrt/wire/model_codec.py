@@ -24,6 +24,7 @@ from pydantic_core import PydanticSerializationError, SchemaValidator, from_json
 from natsrt.wire.class_codec import ClassCodec, unknown_fields
 from natsrt.wire.codecs import ALL_KINDS, TYPE_KEY, VALUE_KEY, Codec, Fault, Refused, Unreadable
 from natsrt.wire.exactness import difference
+from natsrt.wire.exception_parts import cut
 from natsrt.wire.model_fields import (
     ABSENT,
     ConstrainedCodec,
@@ -363,11 +364,14 @@ def _aliases(field: FieldInfo) -> list[str]:
 def _problems(error: ValidationError, known: frozenset[str]) -> str:
     """Return the first five problems of a model that did not validate, as text.
 
-    Keys that are not fields of the model may be user data, so they are replaced by ``*``.
+    Keys that are not fields of the model may be user data, so they are replaced by ``*``. A key that the model forbids
+    is named: without it, nobody could say what is wrong.
     """
     problems = []
     for problem in error.errors(include_url=False, include_context=False, include_input=False)[:5]:
         steps = [str(s) if isinstance(s, int) or s in known else "*" for s in problem["loc"]]
+        if problem["type"] == "extra_forbidden" and steps:
+            steps[-1] = cut(str(problem["loc"][-1]), 60)
         what = "the field is missing" if problem["type"] == "missing" else problem["type"]
         problems.append(f"{'.'.join(steps)}: {what}" if steps else what)
     return "; ".join(problems)

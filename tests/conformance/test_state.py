@@ -7,7 +7,6 @@ import enum
 import uuid
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -119,7 +118,7 @@ async def test_a_remote_state_that_would_arrive_as_something_else_is_refused(wor
 
     await world.host.register_factory("counter", Odd)
     for ask in (world.caller.agent_save_state, partial(world.caller.agent_load_state, state={"odd": [value]})):
-        with pytest.raises(CannotSerialize, match="under 'odd'"):
+        with pytest.raises(CannotSerialize, match=r"of type \w+ under 'odd\[\]"):
             await ask(COUNTER)
 
 
@@ -129,13 +128,13 @@ async def test_a_state_of_json_values_arrives_as_it_is(world: World) -> None:
 
     class Keeps(Counter):
         async def save_state(self) -> Mapping[str, Any]:
-            return MappingProxyType(state)
+            return state
 
         async def load_state(self, state: Mapping[str, Any]) -> None:
             loaded.append(state)
 
     await world.host.register_factory("counter", Keeps)
-    await world.caller.agent_load_state(COUNTER, MappingProxyType(state))
+    await world.caller.agent_load_state(COUNTER, state)
     for arrived in (loaded[0], await world.caller.agent_save_state(COUNTER)):
         assert repr(dict(arrived)) == repr(state)
 
