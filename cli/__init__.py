@@ -14,7 +14,7 @@ import click
 from natsrt.version import VERSION
 
 from .exits import MEANINGS, Exit
-from .output import note, written_to_the_end
+from .output import note, open_closed_streams, written_to_the_end
 from .suggesting import Commands
 
 __all__ = ["main"]
@@ -67,6 +67,7 @@ def natsrt() -> None:
 
 def main() -> NoReturn:
     """The entry point of the command ``natsrt``."""
+    open_closed_streams()
     try:
         code = natsrt.main(prog_name="natsrt", standalone_mode=False) or Exit.OK
     except click.ClickException as error:

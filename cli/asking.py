@@ -14,11 +14,13 @@ from nats.nuid import NUID
 
 from natsrt.errors import CannotDecode
 from natsrt.options import Options
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.inbox import is_nobody
 from natsrt.wire import envelope
 from natsrt.wire.failures import decode_answer
 from natsrt.wire.subjects import Subjects
+
+from .exits import CommandFailed, Exit
 
 _PATIENCE = 2.0
 """Seconds to wait for the answers of workers: far more than a round trip, and still a short wait for a person."""
@@ -45,19 +47,26 @@ async def gather_answers(
     """The answers of the ``expected`` workers to ``$SRV.<verb>`` and to a question on their own subjects, by worker id.
 
     A worker need not be a NATS service, but answers on its own subject. One that did not answer in time is missing.
+
+    Raises `CommandFailed` if this user may not ask, so that an answer that is missing says nothing about a worker.
     """
     if not expected:
         return {}
     asking = _Asking(expected)
+    connection.on_denied(asking.refuse)
     inbox = f"{options.inbox_prefix}.{NUID().next().decode()}"
     service = await connection.subscribe(f"{inbox}.service", asking.take_service)
     peer = await connection.subscribe(f"{inbox}.worker.*", asking.take_answer)
     try:
         await connection.barrier()
+        asking.check(f"{inbox}.service", f"{inbox}.worker.*")
         asking.asked = time.perf_counter()
         await connection.publish(f"$SRV.{verb}", b"", reply=f"{inbox}.service")
         for worker_id in expected:
             await connection.publish(subjects.worker(worker_id), _QUESTION, reply=f"{inbox}.worker.{worker_id}")
+        await connection.barrier()  # the server reports what it refuses before that
+        if verb != "PING" or not asking.refused.isdisjoint(map(subjects.worker, expected)):
+            asking.check(f"$SRV.{verb}")
         async with asyncio.timeout(min(_PATIENCE, options.connect_timeout)):
             await asking.all_answered.wait()
             if verb == "PING":  # nothing more to learn
@@ -69,6 +78,7 @@ async def gather_answers(
     finally:
         await connection.unsubscribe(service)
         await connection.unsubscribe(peer)
+    asking.check(*(subjects.worker(worker_id) for worker_id in expected if worker_id not in asking.answers))
     return asking.answers
 
 
@@ -78,8 +88,21 @@ class _Asking:
     def __init__(self, expected: Collection[str]) -> None:
         self._expected = frozenset(expected)
         self.answers: dict[str, WorkerAnswer] = {}
+        self.refused: set[str] = set()
         self.asked = 0.0
         self.all_answered, self.all_services = asyncio.Event(), asyncio.Event()
+
+    def refuse(self, denied: Refusal) -> bool:
+        """Note a subject that the server refuses. Returns whether `check` is about it, so that it is not logged too."""
+        self.refused.add(denied.subject)
+        return denied.operation == "publish to"
+
+    def check(self, *subjects: str) -> None:
+        """Raise `CommandFailed` if the server refuses one of these subjects."""
+        for subject in subjects:
+            if subject in self.refused:
+                text = f"this user may not ask {subject}; use an operator's user (docs/permissions.md)"
+                raise CommandFailed(text, Exit.NOT_CONNECTED)
 
     def take_service(self, message: Msg) -> None:
         """Take the answer of a service. Its id is the worker's id; other services are ignored."""

@@ -10,12 +10,12 @@ import asyncio
 import logging
 import platform
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import click
 import nats.errors
@@ -24,27 +24,29 @@ import orjson
 from nats.js import api
 from nats.nuid import NUID
 
-from natsrt.errors import NatsrtError, PermissionDenied
+from natsrt.background import end_tasks
+from natsrt.errors import NatsrtError, PermissionDenied, SubscriptionRefused
 from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.agent_records import AgentRecords
 from natsrt.jetstream.registry.entries import FEED, HEARTBEAT, WorkerEntry
 from natsrt.jetstream.registry.registry import BUCKET, Registry
 from natsrt.jetstream.registry.view import View
 from natsrt.options import Options
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.probe import TRACE_DEST, TRACE_ONLY
 from natsrt.version import VERSION
 from natsrt.wire.subjects import Subjects
 
 from .asking import gather_answers
 from .connecting import Connecting, connects
-from .exits import Exit
+from .exits import CommandFailed, Exit
 from .health import judge, read_json
 from .output import as_json as print_json
 from .output import json_option, line, table
 from .owner_finder import Survey
 
 Level = Literal["ok", "warning", "problem", "skipped"]
+T = TypeVar("T")
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red", "skipped": "dim"}
 _OLDEST_SERVER = (2, 11)
@@ -61,6 +63,11 @@ _LONGEST_EVICTION = 10.0
 """Seconds within which a server should drop a frozen client; with natsrt's nats.conf it takes up to 9."""
 _REQUEST_SECONDS = 2.0
 """Seconds to wait for the server's answer to a request."""
+_WITHOUT_JETSTREAM = "the server runs without JetStream, which natsrt needs for its registry"
+_ENABLE_JETSTREAM = (
+    "start the server with `nats-server -js` or add a `jetstream` block to nats.conf: natsrt keeps its registry there; "
+    "if natsrt has its own account, enable it for that"
+)
 _OPERATOR = "or use an operator's user: see docs/permissions.md"
 """Advice for checks that need more permissions than workers and callers have."""
 _LIST_AT_MOST = 5
@@ -90,6 +97,10 @@ class _Patient:
     subjects: Subjects
     findings: list[Finding] = field(default_factory=list)
     denied: set[tuple[str, str]] = field(default_factory=set)
+    refusal: Refusal | None = None
+    no_inbox: Refusal | None = None
+    """The refusal of an inbox: without one, no answer comes."""
+    refused: asyncio.Event = field(default_factory=asyncio.Event)
 
     def found(self, check: str, level: Level, text: str, advice: str = "") -> None:
         self.findings.append(Finding(check, level, text, advice))
@@ -98,12 +109,37 @@ class _Patient:
     def stream(self) -> str:
         return f"KV_{self.subjects.bucket(BUCKET)}"
 
+    def deny(self, denied: Refusal) -> None:
+        """Note what the server refuses."""
+        self.denied.add((denied.operation, denied.subject))
+        if denied.operation == "subscribe to" and denied.subject.startswith(f"{self.options.inbox_prefix}."):
+            self.no_inbox = denied
+        self.refusal = denied
+        self.refused.set()
+
+    async def ask(self, request: Coroutine[Any, Any, T]) -> T:
+        """The result of a request. Raises the server's refusal as soon as it comes, since no answer comes then."""
+        self.denied.clear()
+        self.refused.clear()
+        if self.no_inbox is not None:
+            request.close()
+            self.deny(self.no_inbox)
+            raise self.no_inbox
+        asking, refused = asyncio.ensure_future(request), asyncio.ensure_future(self.refused.wait())
+        try:
+            await asyncio.wait({asking, refused}, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done() and self.refusal is not None:
+                raise self.refusal
+            return await asking
+        finally:
+            await end_tasks(asking, refused)
+
     async def request(self, subject: str) -> dict[str, Any] | None:
         """The JSON object that answers an empty request; None if there is no such answer."""
         try:
-            reply = await self.connection.client.request(subject, b"", timeout=_REQUEST_SECONDS)
+            reply = await self.ask(self.connection.client.request(subject, b"", timeout=_REQUEST_SECONDS))
             answer = orjson.loads(reply.data)
-        except (nats.errors.Error, TimeoutError, orjson.JSONDecodeError):
+        except (NatsrtError, nats.errors.Error, TimeoutError, orjson.JSONDecodeError):
             return None
         return answer if isinstance(answer, dict) else None
 
@@ -145,7 +181,7 @@ async def examine(options: Options, monitor_url: str | None, health_urls: Sequen
     """Run all checks. After a failed check, those that depend on it are skipped."""
     connection = Connection(options, client_name="natsrt doctor")
     patient = _Patient(connection, options, Subjects(options.namespace))
-    connection.on_denied(lambda denied: patient.denied.add((denied.operation, denied.subject.lower())))
+    connection.on_denied(patient.deny)
     for url in health_urls:  # they need no server
         for level, text, advice in await asyncio.to_thread(judge, url):
             patient.found("health", level, text, advice)
@@ -229,8 +265,8 @@ async def _check_clock(patient: _Patient) -> None:
         patient.found(
             "clock",
             "skipped",
-            "the server's clock cannot be read",
-            f"allow publishing to $SYS.REQ.USER.INFO, {_OPERATOR}",
+            f"{'refused: ' if patient.denied else ''}the server's clock cannot be read",
+            f"allow this user to {_refusals(patient) or 'publish to $SYS.REQ.USER.INFO'}, {_OPERATOR}",
         )
         return
     offset = datetime.fromisoformat(server["time"]).timestamp() - here
@@ -297,7 +333,12 @@ async def _refused(patient: _Patient, *, publish: dict[str, dict[str, str]], sub
         for interest in interests:
             await connection.unsubscribe(interest)
     tried = [("publish to", subject) for subject in publish] + [("subscribe to", subject) for subject in subscribe]
-    return [f"{operation} {subject}" for operation, subject in tried if (operation, subject.lower()) in patient.denied]
+    return [f"{operation} {subject}" for operation, subject in tried if (operation, subject) in patient.denied]
+
+
+def _refusals(patient: _Patient) -> str:
+    """What the server has refused since the last request began."""
+    return ", ".join(sorted(f"{operation} {subject}" for operation, subject in patient.denied))
 
 
 # -- JetStream and the registry ----------------------------------------------------------------------------------
@@ -306,29 +347,21 @@ async def _refused(patient: _Patient, *, publish: dict[str, dict[str, str]], sub
 async def _check_jetstream(patient: _Patient) -> bool:
     """Check JetStream. Returns whether it is available."""
     problem: str
-    patient.denied.clear()
     try:
         async with asyncio.timeout(_REQUEST_SECONDS):
-            account = await patient.connection.jetstream.account_info()
+            account = await patient.ask(patient.connection.jetstream.account_info())
+    except (PermissionDenied, SubscriptionRefused):
+        text = "refused: this user may not read its account information; workers and callers need not"
+        patient.found("JetStream", "skipped", text, f"allow this user to {_refusals(patient)}, {_OPERATOR}")
+        return True
     except nats.js.errors.APIError as error:
-        problem = error.description or "JetStream is not enabled"
+        problem = error.description or _WITHOUT_JETSTREAM
     except (nats.errors.Error, TimeoutError) as error:
         problem = str(error) or "JetStream does not answer"
     else:
         _found_storage(patient, account)
         return True
-    if any(subject.startswith("$js.") for _, subject in patient.denied):
-        text = "this user may not read its account information; workers and callers need not"
-        patient.found("JetStream", "skipped", text, f"allow publishing to $JS.API.INFO, {_OPERATOR}")
-        return True
-    else:
-        advice = "start the server with `nats-server -js` or add a `jetstream` block to nats.conf: natsrt keeps its "
-        patient.found(
-            "JetStream",
-            "problem",
-            problem,
-            f"{advice}registry there; if natsrt has its own account, enable it for that",
-        )
+    patient.found("JetStream", "problem", problem, _ENABLE_JETSTREAM)
     return False
 
 
@@ -343,13 +376,15 @@ def _found_storage(patient: _Patient, account: api.AccountInfo) -> None:
 
 async def _check_registry(patient: _Patient) -> None:
     bucket = patient.subjects.bucket(BUCKET)
-    patient.denied.clear()
     try:
-        info = await patient.connection.jetstream.stream_info(patient.stream)
+        info = await patient.ask(patient.connection.jetstream.stream_info(patient.stream))
     except nats.js.errors.NotFoundError:
         patient.found("registry", "ok", f"the bucket {bucket} does not exist yet: the first natsrt program creates it")
         return
-    except (nats.errors.Error, TimeoutError) as error:
+    except nats.js.errors.ServiceUnavailableError as error:
+        patient.found("JetStream", "problem", error.description or _WITHOUT_JETSTREAM, _ENABLE_JETSTREAM)
+        return
+    except (NatsrtError, nats.errors.Error, TimeoutError) as error:
         _found_registry_problem(patient, str(error) or "no answer")
         return
     _check_bucket(patient, bucket, info)
@@ -369,8 +404,9 @@ async def _check_registry(patient: _Patient) -> None:
 
 
 def _found_registry_problem(patient: _Patient, text: str) -> None:
-    refused = ", ".join(sorted(f"{operation} {subject}" for operation, subject in patient.denied))
-    advice = f"allow this user to {refused}" if refused else "see `nats stream info` for it, and the server's log"
+    advice = "see `nats stream info` for it, and the server's log"
+    if patient.denied:
+        advice = f"allow this user to {_refusals(patient)}"
     patient.found("registry", "problem", f"{patient.stream} cannot be read: {text}", advice)
 
 
@@ -431,7 +467,11 @@ async def _check_workers(patient: _Patient, registry: Registry) -> None:
     workers = dict(registry.view.workers)
     if not workers:
         return
-    answers = await gather_answers(patient.connection, patient.subjects, patient.options, "PING", workers)
+    try:
+        answers = await gather_answers(patient.connection, patient.subjects, patient.options, "PING", workers)
+    except CommandFailed as refused:
+        patient.found("workers", "skipped", str(refused))
+        return
     healthy = 0
     for worker_id, worker in sorted(workers.items()):
         beats, answered = await registry.has_heartbeat(worker_id), worker_id in answers
@@ -459,9 +499,8 @@ def _diagnosis(worker: WorkerEntry, beats: bool, answered: bool) -> tuple[Level,
 async def _check_keyed_agents(patient: _Patient, view: View) -> None:
     """Check the owners of keyed agents, and that their records can be read. States, maybe gigabytes, are not read."""
     bucket = patient.subjects.bucket(AGENTS_BUCKET)
-    patient.denied.clear()
     try:
-        await patient.connection.jetstream.stream_info(f"KV_{bucket}")
+        await patient.ask(patient.connection.jetstream.stream_info(f"KV_{bucket}"))
         survey = await Survey.of(AgentRecords(patient.connection, patient.subjects, patient.options))
     except nats.js.errors.NotFoundError:
         if view.keyed:
@@ -469,9 +508,11 @@ async def _check_keyed_agents(patient: _Patient, view: View) -> None:
             patient.found("keyed agents", "problem", text, "restore them from an export with `natsrt state import`")
         return
     except (NatsrtError, nats.errors.Error, TimeoutError) as error:
-        refused = ", ".join(sorted(subject for _, subject in patient.denied))
-        advice = f"allow this user to publish to {refused}, {_OPERATOR}" if refused else ""
-        patient.found("keyed agents", "skipped" if refused else "warning", f"{bucket} cannot be read: {error}", advice)
+        if refused := _refusals(patient):
+            advice = f"allow this user to {refused}, {_OPERATOR}"
+            patient.found("keyed agents", "skipped", f"refused: this user may not read {bucket}", advice)
+        else:
+            patient.found("keyed agents", "warning", f"{bucket} cannot be read: {error}")
         return
     text = f"records: {survey.agents:,}; states: {survey.with_state:,} of {survey.state_bytes:,} bytes in all"
     patient.found("keyed agents", "ok", text)

@@ -119,5 +119,12 @@ async def _publish(connecting: Connecting, topic: TopicId, body: bytes, type_nam
     note(
         f"{shown}, for agent types: {', '.join(takers)}"
         if takers
-        else f"{shown}; no live agent type subscribes to that topic"
+        else f"{shown}; no live agent type subscribes to that topic{_hint(topic.type, runtime.options.namespace)}"
     )
+
+
+def _hint(topic_type: str, namespace: str) -> str:
+    """What was meant by a topic type that is written as a NATS subject; empty if it is not."""
+    subject = topic_type.removeprefix(f"{namespace}.")
+    meant = subject.removeprefix("topic.")
+    return "" if meant == subject else f". The topic type is {topic_type!r}; did you mean {meant!r}?"

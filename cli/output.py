@@ -91,6 +91,13 @@ def shape_notes(shape: Callable[[str, str], str]) -> None:
     _notes = shape
 
 
+def open_closed_streams() -> None:
+    """Open /dev/null for each standard stream that is closed, as standard output is after ``>&-``."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
 def written_to_the_end() -> bool:
     """Write what is left in the buffers. False if not everything that this command printed could be written.
 

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
+import orjson
 
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import EmbeddedServerError
@@ -98,6 +99,8 @@ async def _serve(running: EmbeddedServer, log: ServerLog, data: str) -> int:
             pass_on(missed)
         monitoring = f", monitoring: {running.monitor_url}" if running.monitor_url is not None else ""
         announce(f"server ready: {running.url}{monitoring} ({data})")
+        if await _lacks_jetstream(running.url):
+            note("the configuration enables no JetStream, which natsrt needs: add `jetstream {}` to it", "warning")
         code = await running.wait()
     return code if code >= 0 else 128 - code
 
@@ -131,6 +134,21 @@ async def server_if_none_answers(options: Options) -> AsyncIterator[Options]:
         yield options
     finally:
         await started.stop()
+
+
+async def _lacks_jetstream(url: str) -> bool:
+    """True if the server says in its first line that it has no JetStream. It says nothing if it begins with TLS."""
+    place = urlsplit(url)
+    try:
+        async with asyncio.timeout(_PROBE_SECONDS):
+            reader, writer = await asyncio.open_connection(place.hostname, place.port)
+            try:
+                first, _, info = (await reader.readline()).partition(b" ")
+            finally:
+                writer.close()
+        return first == b"INFO" and not orjson.loads(info).get("jetstream")
+    except (OSError, TimeoutError, ValueError):
+        return False
 
 
 async def _any_answers(options: Options) -> bool:

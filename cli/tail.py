@@ -55,11 +55,11 @@ def _wanted(text: str, subjects: Subjects) -> _Wanted:
     """The events that the argument names: by a prefix of topic types, a topic, or a NATS subject."""
     root = f"{subjects.namespace}." if subjects.namespace else ""
     subject = text.removeprefix(root)
-    first, dot, rest = subject.partition(".")
-    if first in _NO_EVENTS and dot:
+    first, _, rest = subject.partition(".")
+    if first in _NO_EVENTS:
         advice = f"topics whose type starts with {subject!r} are on {f'topic.{subject}.>'!r}"
         raise CommandFailed(f"{text!r} is a subject of {_NO_EVENTS[first]}; {advice}", Exit.USAGE)
-    if first == "topic" and dot:
+    if first == "topic":
         return _Wanted(_on_subject(text, rest, f"{root}topic."))
     try:
         if "/" in text:
@@ -97,7 +97,8 @@ def tail(connecting: Connecting, topics: str, count: int | None, as_json: bool) 
     """Show events as they are published.
 
     Shows the events of all topics whose type starts with PREFIX, until Ctrl-C; with a source, those of one topic. What
-    starts with "topic." is a NATS subject, which may have wildcards; without one, it includes all subjects below it.
+    is "topic" or starts with "topic." is a NATS subject, which may have wildcards; without one, it includes all
+    subjects below it.
 
     \b
     natsrt tail                    all events

@@ -38,6 +38,7 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -282,6 +283,8 @@ class UnknownAgentType(UndeliveredCall, LookupError):
         self.agent_type = agent_type
         self.known: list[str] = list(known)
         have = f"; registered types: {', '.join(self.known)}" if self.known else "; no type is registered"
+        near = difflib.get_close_matches(agent_type, self.known, 1)
+        have = f"; did you mean {near[0]!r}?{have.replace('; r', ' R', 1)}" if near else have
         super().__init__(recipient, f"agent type {agent_type!r} is unknown{have}")
 
     def __str__(self) -> str:
@@ -489,6 +492,8 @@ class UnhandledMessage(NatsrtError, CantHandleException):
         self.recipient = recipient
         self.type_name = type_name
         self.handled: list[str] = list(handled)
+        near = difflib.get_close_matches(type_name, self.handled, 1)
         super().__init__(
             f"{recipient} has no handler for messages of type {type_name!r}; it handles: {', '.join(self.handled)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
         )

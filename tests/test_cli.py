@@ -344,6 +344,33 @@ async def test_a_body_that_is_like_several_types_names_none(run: Run, runtime: N
         assert (ended.code, "nearest" in ended.stderr, "--type-name" in ended.stderr) == (6, False, True)
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ('{"question": "x"', "it begins like JSON, but is not: "),
+        ('["secret", }', "at character 12"),
+        ("", "it is empty"),
+    ],
+)
+async def test_a_body_that_is_empty_or_broken_json_is_called_that(
+    run: Run, runtime: NatsAgentRuntime, body: str, text: str
+) -> None:
+    ended = await run("send", "clerk/anna", body)
+    assert (ended.code, "--type-name" in ended.stderr, "secret" in ended.stderr) == (6, False, False)
+    assert text in ended.stderr
+
+
+async def test_a_misspelt_type_name_names_the_nearest(run: Run, runtime: NatsAgentRuntime) -> None:
+    ended = await run("send", "clerk/x", '{"question": "why"}', "--type-name", "Aks")
+    assert (ended.code, "did you mean 'Ask'?" in ended.stderr) == (6, True), ended
+
+
+async def test_a_misspelt_agent_type_names_the_nearest(run: Run, runtime: NatsAgentRuntime) -> None:
+    ended = await run("send", "clrek/x", "{}")
+    assert ended.code == 4
+    assert "agent type 'clrek' is unknown; did you mean 'clerk'? Registered types: clerk" in ended.stderr
+
+
 async def test_send_to_an_unknown_type_is_exit_code_4(run: Run, runtime: NatsAgentRuntime) -> None:
     ended = await run("send", "nobody/x", "{}")
     assert ended.code == 4
@@ -412,6 +439,11 @@ async def test_publish_reaches_the_subscribed_agents_and_says_so(run: Run, runti
 
 async def test_publish_says_when_nobody_takes_the_topic(run: Run, runtime: NatsAgentRuntime) -> None:
     assert "no live agent type subscribes to that topic" in (await run("publish", "sport/x", "{}")).stderr
+
+
+async def test_publish_to_a_subject_names_the_topic_type_that_may_be_meant(run: Run, runtime: NatsAgentRuntime) -> None:
+    assert "did you mean 'news'?" in (await run("publish", "topic.news", "1")).stderr
+    assert "did you mean" not in (await run("publish", "topics.news", "1")).stderr
 
 
 async def test_publish_refuses_what_is_no_topic(run: Run) -> None:
@@ -507,6 +539,7 @@ async def test_tail_refuses_a_prefix_that_no_topic_can_have(run: Run) -> None:
         ("topic.news.*.*", ["news.tech/b"]),
         ("topic.news.>", ["news/a", "news.tech/b", "news.tech.ai/c"]),
         ("topic.", ["news/a", "news.tech/b", "news.tech.ai/c", "newsletter/d", "topic.news/e"]),
+        ("topic", ["news/a", "news.tech/b", "news.tech.ai/c", "newsletter/d", "topic.news/e"]),
         ("topic.topic.news", ["topic.news/e"]),
         ("NAMESPACE.topic.news.tech", ["news.tech/b", "news.tech.ai/c"]),
         ("news.tech/b", ["news.tech/b"]),
@@ -537,6 +570,7 @@ async def test_tail_understands_subjects_and_topics(
     ("given", "meant"),
     [
         ("agent.upper", "'topic.agent.upper.>'"),
+        ("agent", "'topic.agent.>'"),
         ("natsrt.cancel", "shows events"),
         ("topic.news.>.x", "'>' is no token"),
         ("topic.ne*", "'ne*' is no token"),
@@ -600,6 +634,7 @@ async def test_doctor_says_how_to_enable_jetstream(tmp_path: Path) -> None:
         assert levels(ended)["JetStream"] == "problem"
         assert levels(ended)["max_payload"] == "warning"
         assert "jetstream" in next(f["advice"] for f in ended.json if f["check"] == "JetStream")
+        assert "runs without JetStream" in next(f["text"] for f in ended.json if f["check"] == "JetStream")
         other = await natsrt("agents", "ls", "--server", bare.url)
         assert other.code == 3
         assert "runs without JetStream" in other.stderr
@@ -691,6 +726,21 @@ async def test_the_server_takes_the_development_configuration(processes: Process
     await server.wait_for_line("server ready: ")
     server.terminate()
     assert await server.wait() == 0
+
+
+@pytest.mark.parametrize(("jetstream", "told"), [("", True), ('jetstream { store_dir: "DIR" }\n', False)])
+async def test_a_configuration_without_jetstream_is_named(
+    processes: Processes, tmp_path: Path, jetstream: str, told: bool
+) -> None:
+    config = tmp_path / "server.conf"
+    config.write_text(jetstream.replace("DIR", str(tmp_path / "data")))
+    server = processes.natsrt("server", "--config", str(config), "--port", "-1")
+    await server.wait_for_line("server ready: ")
+    if told:
+        await server.wait_for_line("the configuration enables no JetStream, which natsrt needs")
+    server.terminate()
+    assert await server.wait() == 0
+    assert ("no JetStream" in server.stderr) is told
 
 
 async def test_the_server_says_one_line_and_its_warnings_and_with_verbose_everything(

@@ -36,6 +36,31 @@ def ended(arguments: Sequence[str], *, stdout: int | Path, stderr: int | Path = 
     return done.returncode, (done.stderr or b"").decode()
 
 
+# -- closed streams ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("--help", 0),
+        ("agents ls", 0),
+        ("doctor", 0),
+        ("state export -", 0),
+        ("send nobody/x <&-", 4),
+        (f"doctor {' '.join(NOWHERE)}", 7),
+    ],
+)
+def test_a_closed_standard_output_changes_nothing(
+    server: EmbeddedServer, namespace: str, command: str, code: int
+) -> None:
+    line = f"exec {NATSRT} {command} >&-"
+    login = {"NATS_URL": server.url, "NATSRT_NAMESPACE": namespace}
+    done = subprocess.run(["sh", "-c", line], capture_output=True, env={**os.environ, **login}, timeout=40, check=False)
+    assert (done.returncode, done.stdout, b"Traceback" in done.stderr) == (code, b"", False), done
+    silent = subprocess.run(["sh", "-c", f"{line} 2>&-"], env={**os.environ, **login}, timeout=40, check=False)
+    assert silent.returncode == code
+
+
 # -- output that cannot be written -------------------------------------------------------------------------------
 
 

@@ -846,6 +846,8 @@ def test_certificates_that_cannot_be_used_are_refused(certificate: tuple[Path, P
         Options(tls_ca=bad).connect_kwargs()
     with pytest.raises(ConfigurationError, match=f"tls_cert: {cert} cannot be used with the key {bad}"):
         Options(tls_cert=cert, tls_key=bad).connect_kwargs()
+    with pytest.raises(ConfigurationError, match=f"tls_cert: {cert} contains no private key: give tls_key"):
+        Options(tls_cert=cert).connect_kwargs()
     assert refused(tls_key=key).problem.startswith("is given without tls_cert")
 
 

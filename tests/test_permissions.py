@@ -16,9 +16,11 @@ import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePrefixSubscription, TypeSubscription, rpc
 from autogen_core import event as event_handler
 from nats.aio.client import Client
+from natsrt_cli import doctor
 
 from natsrt import AgentNotServed, NatsAgentRuntime, PermissionDenied, RegistryUnavailable, register
 from natsrt.embedded import EmbeddedServer
+from natsrt.options import Options
 from tests.support.cli import Ended, natsrt
 from tests.support.processes import REPOSITORY, eventually
 
@@ -258,8 +260,60 @@ async def test_doctor_does_not_report_the_permissions_of_operators_as_problems(h
         levels = {finding["check"]: finding["level"] for finding in ended.json}
         assert "problem" not in levels.values()
         assert levels["registry"] == "ok"
-        advice = {finding["advice"] for finding in ended.json if finding["level"] == "skipped"}
+        skipped = {finding["check"]: finding for finding in ended.json if finding["level"] == "skipped"}
+        advice = {finding["advice"] for finding in skipped.values()}
         assert any("an operator's user: see docs/permissions.md" in text for text in advice)
+        assert "refused" in skipped["clock"]["text"]
+        assert "publish to $SYS.REQ.USER.INFO" in skipped["clock"]["advice"]
+        if user == "caller":
+            assert "refused" in skipped["JetStream"]["text"]
+            assert "publish to $JS.API.INFO" in skipped["JetStream"]["advice"]
+            assert "refused" in skipped["keyed agents"]["text"]
+            stream = f"KV_{house.subject('natsrt_agents').replace('.', '_')}"
+            assert f"publish to $JS.API.STREAM.INFO.{stream}" in skipped["keyed agents"]["advice"]
+
+
+@pytest.mark.parametrize(
+    ("user", "prefix", "refused"),
+    [("client", "_INBOX_client", "publish to $JS.API.STREAM.INFO.KV_"), ("caller", "_INBOX", "subscribe to _INBOX.")],
+)
+async def test_doctor_names_what_is_refused_without_waiting_for_an_answer(
+    house: House, monkeypatch: pytest.MonkeyPatch, user: str, prefix: str, refused: str
+) -> None:
+    await house.worker()
+    monkeypatch.setattr(doctor, "_REQUEST_SECONDS", 60.0)
+    options = Options(
+        servers=house.url,
+        namespace=house.space,
+        user=user,
+        password=PASSWORDS[f"{user.upper()}_PASSWORD"],
+        inbox_prefix=prefix,
+        connect_timeout=60.0,
+    )
+    async with asyncio.timeout(4.0):  # JetStream's own timeout is 5 s
+        findings = {finding.check: finding for finding in await doctor.examine(options, None, ())}
+    assert findings["registry"].level == "problem"
+    assert f"allow this user to {refused}" in findings["registry"].advice
+    assert "timeout" not in " ".join(finding.text for finding in findings.values())
+
+
+async def test_a_user_that_may_not_ask_for_statistics_is_told_so_and_nothing_of_workers(build: Builder) -> None:
+    def without(block: str) -> str:
+        return block.replace('"agent.>", "topic.>", "natsrt.worker.>", "natsrt.cancel"', '"agent.>", "natsrt.cancel"')
+
+    login = ("--user", "caller", "--password", PASSWORDS["CALLER_PASSWORD"], "--inbox-prefix", "_INBOX_caller")
+    async with build("") as house:
+        await house.worker()
+        stats = await natsrt("agents", "stats", "--server", house.url, *login)
+        text = "natsrt: this user may not ask $SRV.STATS; use an operator's user (docs/permissions.md)\n"
+        assert (stats.code, stats.stdout) == (3, "")
+        assert stats.stderr == text
+        assert (await natsrt("agents", "ping", "--server", house.url, *login)).code == 0  # it may ask each worker
+    async with build("", without) as house:
+        await house.worker()
+        ping = await natsrt("agents", "ping", "--server", house.url, *login)
+        assert (ping.code, ping.stdout) == (3, "")
+        assert ping.stderr == text.replace("STATS", "PING")
 
 
 KEYED: dict[str, Any] = {"public": {"concurrency": "concurrent"}, "admin": True, "listener": True}

@@ -83,6 +83,10 @@ def tls_context(ca: Path | None, cert: Path | None, key: Path | None) -> ssl.SSL
             # Without a password function, OpenSSL would ask for a password in the terminal.
             context.load_cert_chain(cert, key, password=_no_password)
         except (OSError, ssl.SSLError, _EncryptedKey) as error:
+            if key is None and _has_no_key(cert):
+                raise ConfigurationError(
+                    "tls_cert", f"{cert} contains no private key: give tls_key (--tlskey)"
+                ) from None
             with_key = f" with the key {key}" if key else ""
             raise ConfigurationError("tls_cert", f"{cert} cannot be used{with_key}: {_reason(error)}") from None
     return context
@@ -94,6 +98,15 @@ class _EncryptedKey(Exception):
 
 def _no_password() -> str:
     raise _EncryptedKey("the private key is encrypted; store it without a passphrase")
+
+
+def _has_no_key(cert: Path) -> bool:
+    """Whether a file has a certificate in PEM, and no key."""
+    try:
+        contents = cert.read_bytes()
+    except OSError:
+        return False
+    return b"BEGIN CERTIFICATE" in contents and b"PRIVATE KEY" not in contents
 
 
 def _reason(error: Exception) -> str:

@@ -424,8 +424,8 @@ class Serialization:
             return None
         try:
             tree = orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            return self._infer_text(payload, candidates)
+        except orjson.JSONDecodeError as error:
+            return self._infer_text(payload, candidates, error)
         for tier in (is_message_class, _is_plain_json, lambda cls: cls is float):
             fitting = self._fitting(payload, [cls for cls in candidates if tier(cls)])
             if len(fitting) > 1:
@@ -456,7 +456,7 @@ class Serialization:
             pass
         return f"; the nearest is {type_name_of(cls)}" + (f": {reason}" if reason else "")
 
-    def _infer_text(self, payload: bytes, candidates: Sequence[Any]) -> Any:
+    def _infer_text(self, payload: bytes, candidates: Sequence[Any], error: orjson.JSONDecodeError) -> Any:
         if str in candidates:
             try:
                 return payload.decode()
@@ -464,6 +464,11 @@ class Serialization:
                 pass
         if bytes in candidates:
             return bytes(payload)
+        if not payload.strip():
+            raise CannotDecode("a plain body", "it is empty, which fits no message type handled here", payload)
+        if payload.lstrip().startswith((b"{", b"[", b'"')):
+            reason = f"it begins like JSON, but is not: {error.msg} at character {error.pos + 1}"
+            raise CannotDecode("a plain body", reason, payload)
         raise _undecided("is not JSON and fits none of the message types handled here", candidates, payload)
 
     def _fitting(self, payload: bytes, classes: Sequence[Any]) -> list[tuple[Any, Any]]:
