@@ -492,7 +492,10 @@ class UnhandledMessage(NatsrtError, CantHandleException):
         self.recipient = recipient
         self.type_name = type_name
         self.handled: list[str] = list(handled)
-        near = difflib.get_close_matches(type_name, self.handled, 1)
+        # A class of the same name in another module is no misspelling.
+        plain = type_name.rpartition(".")[2]
+        others = [name for name in self.handled if name.rpartition(".")[2] != plain]
+        near = difflib.get_close_matches(type_name, others, 1)
         super().__init__(
             f"{recipient} has no handler for messages of type {type_name!r}; it handles: {', '.join(self.handled)}"
             + (f"; did you mean {near[0]!r}?" if near else "")

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import inspect
 import ipaddress
 import pathlib
 import re
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import pydantic.dataclasses
+import pydantic_core
 import pytest
 import typing_extensions
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
@@ -36,6 +38,7 @@ from pydantic import (
     ConfigDict,
     Field,
     HttpUrl,
+    Json,
     PlainSerializer,
     PositiveInt,
     RootModel,
@@ -805,7 +808,7 @@ def test_a_dataclass_whose_own_code_keeps_what_was_sent_arrives(message: Any) ->
 def test_an_int_in_a_float_field_of_a_dataclass_that_checks_its_fields_arrives_as_the_equal_float() -> None:
     message = Tidy("a", 3, {1, 2}, parts=[Tidy("b", 1)])
     for sent in (message, Wrapped([message]), Checked(message)):
-        assert difference(sent, arrives(sent, Tidy, Wrapped), widening=True) is None
+        assert difference(sent, arrives(sent, Tidy, Wrapped)) is None
 
 
 def test_a_dataclass_that_would_not_accept_its_own_fields_is_refused_before_it_is_sent() -> None:
@@ -1076,3 +1079,230 @@ async def test_messages_and_replies_arrive_over_a_server_as_they_were(server: Em
         with pytest.raises(CannotSerialize, match="content: Pydantic masks"):
             await caller.send_message(Box[SecretStr](content=SecretStr("hunter2")), AgentId("keeper", "k"))
         assert not kept
+
+
+class Prices(BaseModel):
+    price: float = 0
+    optional: float | None = 0
+    items: list[float] = [0, 0]
+    named: float | str = 0
+    keyed: dict[float, tuple[int, float]] = {1: (1, 2)}
+    several: collections.deque[float] = collections.deque([1])
+    positive: Annotated[float, Field(ge=0)] = 0
+
+
+class CheckedPrices(Prices):
+    @model_validator(mode="after")
+    def same(self) -> CheckedPrices:
+        return self
+
+
+@dataclasses.dataclass
+class Weight:
+    kilos: float = 0
+
+
+class Basket(BaseModel):
+    prices: Prices = Prices()
+    several: dict[str, list[CheckedPrices]] = {"a": [CheckedPrices()]}
+    whatever: Any = CheckedPrices()
+    weight: Weight = Weight()
+    root: RootModel[float] = RootModel[float].model_construct(0)
+
+    @model_validator(mode="after")
+    def same(self) -> Basket:
+        return self
+
+
+@pytest.mark.parametrize("message", [Prices(), CheckedPrices(), Basket(), Basket.model_construct()])
+def test_an_integer_default_of_a_float_arrives_as_the_equal_float_at_every_depth(message: BaseModel) -> None:
+    arrived = arrives(message, CheckedPrices)
+    assert arrived == message
+    prices = arrived.prices if isinstance(message, Basket) else arrived
+    assert [type(item) for item in (prices.price, prices.optional, *prices.items, prices.named)] == [float] * 5
+    assert [(type(key), *map(type, pair)) for key, pair in prices.keyed.items()] == [(float, int, float)]
+
+
+def test_the_equal_float_is_written_without_the_name_of_a_class() -> None:
+    assert b"$type" not in Serialization().encode(Prices()).payload
+
+
+class LeftToRight(BaseModel):
+    number: Annotated[float | int, Field(union_mode="left_to_right")] = 0
+
+
+class TooLarge(BaseModel):
+    number: float = 2**53 + 1
+
+
+class Truth(BaseModel):
+    number: float = True
+
+
+@pytest.mark.parametrize("message", [LeftToRight(), TooLarge(), Truth()])
+def test_an_integer_that_is_not_meant_as_a_float_or_has_no_equal_one_is_refused(message: BaseModel) -> None:
+    with pytest.raises(CannotSerialize, match="number: "):
+        Serialization().encode(message)
+
+
+class Chosen(typing_extensions.TypedDict):
+    color: Color
+
+
+class ByValue(BaseModel):
+    model_config = ConfigDict(use_enum_values=True)
+    color: Color = Color.RED
+
+
+class ListByValue(ByValue):
+    color: list[Color | None] = [Color.RED]  # type: ignore[assignment]
+
+
+class KeyByValue(ByValue):
+    color: dict[Color, int] = {Color.RED: 1}  # type: ignore[assignment]
+
+
+class TypedDictByValue(ByValue):
+    color: Chosen = {"color": Color.RED}  # type: ignore[assignment]
+
+
+class ValidatedByValue(ByValue):
+    model_config = ConfigDict(validate_default=True)
+
+
+@pytest.mark.parametrize("message", [ByValue(), ListByValue(), KeyByValue(), TypedDictByValue()])
+def test_a_member_that_the_receiver_would_replace_by_its_value_is_refused(message: BaseModel) -> None:
+    with pytest.raises(CannotSerialize, match="color"):
+        Serialization().encode(message)
+
+
+def test_the_refusal_of_a_default_that_is_not_validated_names_the_setting() -> None:
+    with pytest.raises(CannotSerialize, match="color: .* set validate_default=True"):
+        Serialization().encode(ByValue())
+
+
+@pytest.mark.parametrize("message", [ByValue(color=Color.RED), ListByValue(color=["red"]), ValidatedByValue()])
+def test_values_of_members_arrive(message: BaseModel) -> None:
+    assert difference(message, arrives(message)) is None
+
+
+def left_out(kind: Any, default: Any, absent: Any) -> BaseModel:
+    """A model with a field that is not written if its value is ``absent``, as it is here."""
+    if "exclude_if" not in inspect.signature(Field).parameters:
+        pytest.skip("this version of Pydantic has no exclude_if")
+    field = Field(default, exclude_if=lambda value: value == absent)
+    made: BaseModel = create_model("LeftOut", count=(kind, field), other=(int, 1))(count=absent)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "default", "absent"), [(int, 5, 0), (list[Dog], [Dog()], []), (int, ..., 0)])
+def test_a_value_that_is_left_out_is_refused_where_the_default_is_another(kind: Any, default: Any, absent: Any) -> None:
+    message = left_out(kind, default, absent)
+    for sent in (message, create_model("Outer", held=(list[type(message)], ...))(held=[message])):  # type: ignore[misc]
+        with pytest.raises(CannotSerialize, match="count: Pydantic leaves the value out"):
+            Serialization().encode(sent)
+
+
+def test_a_value_that_is_left_out_arrives_where_it_is_the_default() -> None:
+    for message in (left_out(int, 0, 0), left_out(list[Dog], [], [])):
+        assert b"count" not in Serialization().encode(message).payload
+        assert difference(message, arrives(message)) is None
+
+
+class AnyRoot(RootModel[Any]):
+    pass
+
+
+class DictRoot(RootModel[dict[str, Any]]):
+    pass
+
+
+class NumbersRoot(RootModel[dict[str, int]]):
+    pass
+
+
+class DogRoot(RootModel[Dog]):
+    pass
+
+
+class UnionRoot(RootModel[Cat | Dog]):
+    pass
+
+
+class RootRoot(RootModel[DogRoot | UnionRoot | AnyRoot]):
+    pass
+
+
+class RootList(RootModel[list[UnionRoot | DictRoot | int]]):
+    pass
+
+
+ROOTS = [
+    AnyRoot(Dog()),
+    AnyRoot(AnyRoot(Puppy(months=1))),
+    AnyRoot({"$type": "Dog", "value": 1}),
+    DictRoot({"$type": "Dog", "n": DictRoot({"$type": 1})}),
+    NumbersRoot({"$type": 1, "value": 2}),
+    DogRoot(Dog()),
+    DogRoot(Puppy(months=1)),
+    UnionRoot(Cat()),
+    UnionRoot(Puppy(months=1)),
+    RootRoot(DogRoot(Puppy(months=1))),
+    RootRoot(UnionRoot(Cat())),
+    RootRoot(AnyRoot({"$type": 1})),
+    RootList([UnionRoot(Dog()), DictRoot({"$type": "x"}), 1]),
+]
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=repr)
+def test_a_root_model_whose_root_carries_the_name_of_a_class_arrives(root: Any) -> None:
+    declared = create_model("Declared", value=(type(root), ...))
+    union = create_model("Union", value=(type(root) | Cat | None, ...))
+    anything = create_model("Anything", value=(Any, ...))
+    data = dataclasses.make_dataclass("Data", [("value", Any), ("declared", type(root))])
+    for message in (root, declared(value=root), union(value=root), anything(value=root), data(root, root)):
+        assert difference(message, arrives(message, *map(type, ROOTS), Cat, Dog, Puppy)) is None
+
+
+class Texts(BaseModel):
+    dogs: Json[list[Dog]]
+    dog: Json[Dog] | None = None
+    several: list[Json[Dog]] = []
+    some: Annotated[Json[list[Dog]], Field(min_length=1)]
+
+
+def test_json_of_models_arrives() -> None:
+    one = Dog().model_dump_json()
+    message = Texts(dogs=f"[{one}]", dog=one, several=[one], some=f"[{one}]")
+    assert difference(message, arrives(message)) is None
+    message.dogs = [Puppy(months=1)]
+    with pytest.raises(CannotSerialize, match="dogs: Pydantic changes it: a value of type Puppy"):
+        Serialization().encode(message)
+
+
+def test_a_field_that_may_be_missing_arrives_in_a_model_and_is_named_in_a_dataclass() -> None:
+    sentinel: Any = getattr(pydantic_core, "MISSING", None)
+    if sentinel is None:
+        pytest.skip("this version of Pydantic has no MISSING")
+    cls = create_model(
+        "Sparse", count=(int | sentinel, sentinel), dog=(Dog | sentinel, sentinel), last=(int | sentinel, 5)
+    )
+    for message in (cls(), cls(count=1, dog=Dog(), last=2)):
+        assert difference(message, arrives(message)) is None
+    with pytest.raises(CannotSerialize, match="last: Pydantic leaves the value out"):
+        Serialization().encode(cls(last=sentinel))
+    data = dataclasses.make_dataclass("SparseData", [("count", int | sentinel)])
+    with pytest.raises(CannotSerialize, match="count: values of type MISSING cannot be sent"):
+        Serialization().encode(data(1))
+
+
+class Unfit:
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        raise ValueError("no schema")
+
+
+def test_a_class_whose_schema_raises_is_refused_by_the_name_of_the_field() -> None:
+    cls = dataclasses.make_dataclass("WithUnfit", [("thing", Unfit)])
+    with pytest.raises(CannotSerialize, match=r"thing: values of type .*Unfit.* cannot be sent \(ValueError\)"):
+        Serialization().encode(cls(Unfit()))

@@ -787,7 +787,9 @@ def test_a_reply_is_found_by_registration_then_produced_types_then_the_module_of
 
 def item(module: str, *fields: tuple[str, Any], name: str = "Item", **namespace: Any) -> Any:
     """A dataclass that seems to be defined in ``module``."""
-    return dataclasses.make_dataclass(name, fields or [("name", str)], namespace={**namespace, "__module__": module})
+    made = dataclasses.make_dataclass(name, fields or [("name", str)], namespace=namespace)
+    made.__module__ = module  # an argument of make_dataclass since Python 3.12 only
+    return made
 
 
 @pytest.fixture
@@ -875,7 +877,9 @@ def test_nested_classes_of_one_name_keep_their_class() -> None:
     either = dataclasses.make_dataclass("Either", [("value", first | second), ("many", list[first | second])])  # type: ignore[valid-type]
     base = dataclasses.make_dataclass("Base", [("name", str)])
     subs = [item(module, ("name", str), name="Sub") for module in ("orders", "payments")]
-    family = [dataclasses.make_dataclass("Sub", [("n", int)], bases=(base,), namespace={"__module__": m}) for m in "ab"]
+    family = [dataclasses.make_dataclass("Sub", [("n", int)], bases=(base,)) for _ in "ab"]
+    for one, module in zip(family, "ab", strict=True):
+        one.__module__ = module
     holder = dataclasses.make_dataclass("HoldsBase", [("value", base)])
     model = type("Roots", (BaseModel,), {"__annotations__": {"value": Any}, "__module__": __name__})
     roots = [type("Root", (RootModel[list[int]],), {"__module__": module}) for module in ("orders", "payments")]

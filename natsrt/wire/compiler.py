@@ -408,6 +408,9 @@ class Codecs(CodecCompiler):
             if isinstance(hint, type):
                 return AbstractCodec(hint, self)
             raise Refused(f"values of type {hint} cannot be sent") from None
+        except Exception as error:
+            # Pydantic has exceptions with other bases, and classes with a schema of their own may raise anything.
+            raise Refused(f"values of type {hint} cannot be sent ({type(error).__name__})") from None
 
     def _type_variable(self, variable: typing.TypeVar) -> Codec:
         if variable.__constraints__:
@@ -577,7 +580,7 @@ class Codecs(CodecCompiler):
             if base is not None and (note := defined_again(base.__name__, value)):
                 raise Misdeclared(f"{wanted}, but holds {value_of_type(cls)}{note}")
             raise Misdeclared(f"{wanted}, but {value_of_type(cls)} would not be read back unchanged")
-        tree = codec.mark(codec.encode(value))
+        tree = codec.mark(codec.encode_fields(value))
         if self._has_namesakes(cls, codec.name, base):
             tree = _with_class(tree, cls)
         if self._written is not None:

@@ -7,6 +7,8 @@ import dataclasses
 import datetime
 import decimal
 import math
+import types
+import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,25 +33,57 @@ class Flaw(NamedTuple):
         return Flaw(f"{step}{dot}{self.path}", self.reason)
 
 
-def difference(sent: object, arrived: object, *, widening: bool = False) -> Flaw | None:
+def difference(sent: object, arrived: object, hint: Any = None) -> Flaw | None:
     """Return the first difference between two values; None if they are equal and of the same types at every depth.
 
-    Fields that a model excludes from serialization, private attributes and computed fields are not compared.
-    ``widening``: whether an int may arrive as the equal float.
+    Fields that a model excludes from serialization, private attributes and computed fields are not compared. If
+    ``hint``, the declared type, has ``float`` where an int was sent, then the equal float is no difference.
     """
+    flaw = _difference(sent, arrived, False)
+    return _difference(sent, arrived, True) if flaw is not None and _declares_float(hint, set()) else flaw
+
+
+def _declares_float(hint: Any, seen: set[int]) -> bool:
+    """True if an int may arrive as a float in a value that is declared as ``hint``."""
+    if hint is float or isinstance(hint, typing.TypeVar):
+        return True
+    if id(hint) in seen:
+        return False
+    seen.add(id(hint))
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and int in args:
+        args = tuple(arg for arg in args if arg is not float)
+    cls = typing.get_origin(hint) or hint
+    alias = getattr(cls, "__supertype__", None) or getattr(cls, "__value__", None)
+    has_fields = isinstance(cls, type) and (hasattr(cls, "__total__") or hasattr(cls, "_fields"))
+    fields = declared_types(cls) if has_fields else {}
+    return any(_declares_float(part, seen) for part in (alias, *args, *fields.values()))
+
+
+def declared_types(cls: Any) -> dict[str, Any]:
+    """The declared types of the fields of a class."""
+    if issubclass(cls, BaseModel):
+        return {name: field.annotation for name, field in cls.model_fields.items()}
+    try:
+        return typing.get_type_hints(cls)
+    except Exception:
+        return {}
+
+
+def _difference(sent: object, arrived: object, floats: bool) -> Flaw | None:
     cls = type(sent)
     if type(arrived) is not cls:
-        if widening and cls is int and type(arrived) is float and sent == arrived:
+        if floats and cls is int and type(arrived) is float and sent == arrived:
             return None
         return Flaw("", f"{value_of_type(cls)} would arrive as {value_of_type(type(arrived))}")
     if isinstance(sent, dict):
-        return _pairs_differ(sent, arrived, widening)
+        return _pairs_differ(sent, arrived, floats)
     if isinstance(sent, set | frozenset):
-        return _members_differ(sent, arrived, widening)
+        return _members_differ(sent, arrived, floats)
     if isinstance(sent, list | tuple | collections.deque):
-        return _items_differ(sent, arrived, widening)
+        return _items_differ(sent, arrived, floats)
     if isinstance(sent, BaseModel) or (dataclasses.is_dataclass(cls) and not isinstance(sent, type)):
-        return _fields_differ(sent, arrived, widening)
+        return _fields_differ(sent, arrived)
     return None if _equal(sent, arrived) else Flaw("", f"{value_of_type(cls)} would arrive changed")
 
 
@@ -58,40 +92,40 @@ def value_of_type(cls: type) -> str:
     return "None" if cls is type(None) else f"a value of type {cls.__name__}"
 
 
-def _pairs_differ(sent: dict[Any, Any], arrived: Any, widening: bool) -> Flaw | None:
+def _pairs_differ(sent: dict[Any, Any], arrived: Any, floats: bool) -> Flaw | None:
     if len(sent) != len(arrived):
         return Flaw("", "some of its keys would be lost, or be added")
     if getattr(sent, "default_factory", None) is not getattr(arrived, "default_factory", None):
         return Flaw("", f"the default factory of {value_of_type(type(sent))} would be lost")
     keys = {key: key for key in arrived}
     for key, item in sent.items():
-        if key not in keys or difference(key, keys[key], widening=widening) is not None:
+        if key not in keys or _difference(key, keys[key], floats) is not None:
             return Flaw("[]", f"a key, {value_of_type(type(key))}, would arrive as a different one")
-        if (flaw := difference(item, arrived[key], widening=widening)) is not None:
+        if (flaw := _difference(item, arrived[key], floats)) is not None:
             return flaw.under("[]")
     return None
 
 
-def _members_differ(sent: Any, arrived: Any, widening: bool) -> Flaw | None:
+def _members_differ(sent: Any, arrived: Any, floats: bool) -> Flaw | None:
     found = {item: item for item in arrived}
     for item in sent:
-        if item not in found or difference(item, found[item], widening=widening) is not None:
+        if item not in found or _difference(item, found[item], floats) is not None:
             return Flaw("[]", f"{value_of_type(type(item))} would arrive changed")
     return None if len(sent) == len(found) else Flaw("", "items would be added")
 
 
-def _items_differ(sent: Any, arrived: Any, widening: bool) -> Flaw | None:
+def _items_differ(sent: Any, arrived: Any, floats: bool) -> Flaw | None:
     if len(sent) != len(arrived):
         return Flaw("", "items would be lost, or be added")
     if getattr(sent, "maxlen", None) != getattr(arrived, "maxlen", None):
         return Flaw("", f"the maximum length of {value_of_type(type(sent))} would be lost")
     for one, other in zip(sent, arrived, strict=True):
-        if (flaw := difference(one, other, widening=widening)) is not None:
+        if (flaw := _difference(one, other, floats)) is not None:
             return flaw.under("[]")
     return None
 
 
-def _fields_differ(sent: Any, arrived: Any, widening: bool) -> Flaw | None:
+def _fields_differ(sent: Any, arrived: Any) -> Flaw | None:
     missing = object()
     for name in fields_of(sent):
         one, other = getattr(sent, name, missing), getattr(arrived, name, missing)
@@ -99,10 +133,11 @@ def _fields_differ(sent: Any, arrived: Any, widening: bool) -> Flaw | None:
             continue  # a field with init=False
         if one is missing:
             return Flaw(name, "the field has no value")
-        if (flaw := difference(one, other, widening=widening)) is not None:
+        flaw = _difference(one, other, False)
+        if flaw is not None and (flaw := difference(one, other, declared_types(type(sent)).get(name))) is not None:
             return flaw.under(name)
     extra, other_extra = getattr(sent, "model_extra", None), getattr(arrived, "model_extra", None)
-    return difference(extra, other_extra, widening=widening)
+    return difference(extra, other_extra)
 
 
 def fields_of(value: Any) -> Iterable[str]:

@@ -36,6 +36,7 @@ from natsrt.wire.model_fields import (
     has_mark,
     is_functional,
     is_harmless,
+    may_be_left_out,
     runs_functions,
     writes_itself,
 )
@@ -76,6 +77,8 @@ class ModelCodec(ClassCodec):
                 self.cls.model_rebuild()
         except PydanticUndefinedAnnotation as error:
             raise Refused(f"the annotations of {self.name} cannot be resolved ({error.name})") from None
+        except Exception as error:
+            raise Refused(f"Pydantic cannot complete {self.name} ({type(error).__name__})") from None
 
     def _compile_keys(self) -> None:
         """Determine the keys from which Pydantic reads each field, and the key under which it is written."""
@@ -109,13 +112,13 @@ class ModelCodec(ClassCodec):
             if field.exclude:
                 continue
             codec = self._codec_or_none(field)
-            is_own = name in own or is_functional(field.annotation, field.metadata)
+            is_own = name in own or is_functional(field.annotation, field.metadata) or may_be_left_out(field)
             if codec is not None and not is_own and codec.polymorphic:
                 self._special[name] = self._known[name] = codec
                 continue
             keeps = codec is not None and not is_own and is_harmless(field.annotation, field.metadata)
             check = None
-            if codec is not None and keeps and not changes_values(self.cls):
+            if codec is not None and keeps and not changes_values(self.cls, field):
                 self._known[name], check = codec, codec.plain_check((self,))
             self._fields[name] = PydanticField(self.cls, name, codec, check, self._codecs)
 
@@ -201,12 +204,17 @@ class ModelCodec(ClassCodec):
             advice = "validators and serializers must keep a value that was sent as it is"
             raise Refused(f"{flaw.reason}; {advice}", flaw.path)
 
+    def encode(self, value: Any) -> Any:
+        tree = super().encode(value)
+        carries_mark = self._root and type(value) is self.cls and type(tree) is dict and TYPE_KEY in tree
+        return self.mark(tree) if carries_mark else tree
+
     def encode_fields(self, value: Any) -> Any:
         if not self._is_verified or self._codecs.verifying:
             return self._written(value)
         with self._codecs.verification():
             tree = self._written(value)
-            self._compare(value, self.decode, tree)
+            self._compare(value, self.decode_fields if self._root else self.decode, tree)
         return tree
 
     def _written(self, value: Any) -> Any:
@@ -253,11 +261,9 @@ class ModelCodec(ClassCodec):
 
     def _encode_root(self, value: Any) -> Any:
         if self._special:
-            tree = self._special["root"].encode(value.root)
-        else:
-            self._fields["root"].check_writable(value)
-            tree = self._serializer.to_python(value, mode="json", round_trip=True, warnings="error")
-        return self.mark(tree) if type(tree) is dict and TYPE_KEY in tree else tree
+            return self._special["root"].encode(value.root)
+        self._fields["root"].check_writable(value)
+        return self._serializer.to_python(value, mode="json", round_trip=True, warnings="error")
 
     # Reading
 

@@ -7,15 +7,18 @@ message is sent.
 
 from __future__ import annotations
 
+import enum
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
+import typing_extensions
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Json,
     PlainSerializer,
     PlainValidator,
     SerializeAsAny,
@@ -24,12 +27,11 @@ from pydantic import (
     WrapSerializer,
     WrapValidator,
 )
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError, to_json
 
 from natsrt.wire.codecs import TYPE_KEY, Codec, CodecCompiler, Fault, PlainCheck, Refused, remedy_of
-from natsrt.wire.exactness import NOT_FINITE, difference, unwritable, value_of_type
+from natsrt.wire.exactness import NOT_FINITE, declared_types, difference, unwritable, value_of_type
 from natsrt.wire.model_reader import Inner, functions_of
 
 ABSENT = object()
@@ -53,14 +55,44 @@ _CHANGING_SETTINGS = frozenset(
 _NAN_SETTINGS = ("constants", "strings")
 
 
-def changes_values(cls: type[BaseModel]) -> bool:
-    """True if the settings of ``cls`` may change the values of its fields."""
+def changes_values(cls: type[BaseModel], field: FieldInfo) -> bool:
+    """True if the settings of ``cls`` may change the values of ``field``."""
+    if cls.model_config.get("use_enum_values") and any(map(_is_enum, _types_in(field.annotation))):
+        return True
     return not _CHANGING_SETTINGS.isdisjoint(cls.model_config)
 
 
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
+def _types_in(hint: Any) -> Iterator[Any]:
+    """All types in an annotation, without type aliases and ``Literal``, whose members Pydantic keeps."""
+    if typing.get_origin(hint) is typing.Literal:
+        return
+    if type(hint).__name__ == "TypeAliasType" or isinstance(hint, typing.NewType):
+        hint = getattr(hint, "__value__", None) or getattr(hint, "__supertype__", None)
+    yield hint
+    parts = declared_types(hint).values() if typing_extensions.is_typeddict(hint) else typing.get_args(hint)
+    for part in parts:
+        yield from _types_in(part)
+
+
+def may_be_left_out(field: FieldInfo) -> bool:
+    """True if a function decides for each value whether it is written: ``exclude_if`` of newer versions of Pydantic."""
+    return getattr(field, "exclude_if", None) is not None
+
+
 def is_functional(hint: Any, metadata: Sequence[Any] = ()) -> bool:
-    """True if an annotation contains a validator or serializer function, at any depth."""
-    return any(isinstance(item, _FUNCTIONAL) for item in _metadata(hint, metadata))
+    """True if an annotation contains a validator or serializer function, at any depth.
+
+    ``Json`` counts as one: Pydantic writes the value as text with JSON in it, and reads only text.
+    """
+    return any(isinstance(item, _FUNCTIONAL) or _is_json(item) for item in _metadata(hint, metadata))
+
+
+def _is_json(item: Any) -> bool:
+    return item is Json or type(item) is Json
 
 
 def is_harmless(hint: Any, metadata: Sequence[Any] = ()) -> bool:
@@ -95,18 +127,19 @@ class ConstrainedCodec(Codec):
     them. ``harmless``: the metadata does not change values.
     """
 
-    def __init__(self, inner: Codec, adapter: TypeAdapter[Any], harmless: bool) -> None:
+    def __init__(self, inner: Codec, adapter: TypeAdapter[Any], hint: Any, harmless: bool) -> None:
         self.name: str = inner.name
         self.kinds: frozenset[type] = inner.kinds
         self.cls: type | None = inner.cls
         self.polymorphic: bool = inner.polymorphic
         self._inner = inner
         self._adapter = adapter
+        self._hint = hint
         self._accepts: PlainCheck = adapter.validator.isinstance_python if harmless else self._keeps
 
     def _keeps(self, value: Any) -> bool:
         try:
-            return difference(value, self._adapter.validate_python(value)) is None
+            return difference(value, self._adapter.validate_python(value), self._hint) is None
         except Exception:
             return False
 
@@ -128,10 +161,12 @@ def field_codec(cls: type[BaseModel], field: FieldInfo, codec: Codec) -> Codec:
     """The codec of a field: that of its annotation, and its constraints, if it has any."""
     if not is_constrained(field.annotation, field.metadata):
         return codec
+    if any(map(_is_json, _metadata(field.annotation, field.metadata))):
+        return codec  # what reads the text of the field does not take its value
     adapter = adapter_of(field, cls)
     if adapter is None:
         return codec
-    return ConstrainedCodec(codec, adapter, is_harmless(field.annotation, field.metadata))
+    return ConstrainedCodec(codec, adapter, field.annotation, is_harmless(field.annotation, field.metadata))
 
 
 def fields_with_serializers(cls: type[BaseModel]) -> set[str]:
@@ -203,6 +238,7 @@ class PydanticField:
         self._codecs = codecs
         self.check = check
         self._cls = cls
+        self._info = cls.model_fields[name]
         self._codec = codec
         self._adapter = None if functions_of(cls, name) else adapter_of(cls.model_fields[name], cls)
         self.may_have_mark: bool = codec is not None and check is None
@@ -217,13 +253,16 @@ class PydanticField:
         """
         self.check_writable(value)
         item = self.value_in(value)
+        written = None
         try:
             written = self._written(value)
-            if written is ABSENT or difference(item, self._read_back(written)) is None:
+            if difference(item, self._read_back(written), self._info.annotation) is None:
                 return written
         except Exception:
             # Pydantic's text quotes the value, which must not reach a log. Validators may raise anything.
             pass
+        if written is ABSENT:  # because the class says so, and a codec is not to send it nevertheless
+            raise self.refusal(item)
         return self._tree_by_codec(item)
 
     def check_writable(self, value: BaseModel) -> None:
@@ -249,20 +288,26 @@ class PydanticField:
         return tree.get(self.name, ABSENT)
 
     def _tree_by_codec(self, item: Any) -> Any:
-        """Return the tree that the codec writes if it names the value's class, so that a reader can tell."""
+        """Return the tree that the codec writes if it names the value's class, so that a reader can tell.
+
+        It need not name one where only an int arrives as the equal float.
+        """
         if self._codec is None:
             raise self.refusal(item)
-        self._codecs.marks_all = True
-        try:
-            tree = self._codec.encode(item)
-            exact = has_mark(tree) and difference(item, self._read_back(tree)) is None
-        except Exception:
-            exact = False
-        finally:
-            self._codecs.marks_all = False
-        if not exact:
-            raise self.refusal(item)
-        return tree
+        for marks_all in (False, True):
+            self._codecs.marks_all = marks_all
+            try:
+                tree = self._codec.encode(item)
+                back = self._read_back(tree)
+                may_be_sent = has_mark(tree) or difference(item, back) is not None
+                if may_be_sent and difference(item, back, self._info.annotation) is None:
+                    return tree
+            except Exception:
+                # As in `tree`.
+                continue
+            finally:
+                self._codecs.marks_all = False
+        raise self.refusal(item)
 
     def refusal(self, item: Any) -> Fault:
         """What is wrong with the value of the field, which does not arrive as it is."""
@@ -271,7 +316,13 @@ class PydanticField:
         try:
             if self._codec is not None:
                 self._codec.encode(item)
-            found = difference(item, self._read_back(self._written(self._cls.model_construct(**{self.name: item}))))
+            written = self._written(self._cls.model_construct(**{self.name: item}))
+            if written is ABSENT:
+                return Refused("Pydantic leaves the value out, and its default is not this value", self.name)
+            found = difference(item, self._read_back(written), self._info.annotation)
+            if found is not None and self._cls.model_config.get("use_enum_values") and not self._validates_default:
+                reason = f"{found.reason}, because of use_enum_values; set validate_default=True in the model_config"
+                return Refused(reason, found.path).under(self.name)
             reason = f"Pydantic changes it: {found.reason if found else 'the result depends on the other fields'}"
         except Refused as fault:
             return fault.under(self.name)
@@ -290,18 +341,28 @@ class PydanticField:
         return inner.validate_json(to_json(tree))
 
     def _read_back(self, tree: Any) -> Any:
+        """The value that a receiver has: the default if the field was not written."""
         assert self._adapter is not None
-        return self.read(tree, self._adapter)
+        if tree is not ABSENT:
+            return self.read(tree, self._adapter)
+        default = self._info.get_default(call_default_factory=True)
+        return self._adapter.validate_python(default) if self._validates_default else default
+
+    @property
+    def _validates_default(self) -> bool:
+        own = self._info.validate_default
+        return bool(self._cls.model_config.get("validate_default") if own is None else own)
 
 
 def adapter_of(field: FieldInfo, cls: type[BaseModel]) -> TypeAdapter[Any] | None:
     """What reads one field apart from its model; None if Pydantic cannot make it."""
     hint: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    for config in (ConfigDict(**cls.model_config), None):
+    own = ConfigDict(**cls.model_config)
+    for config in (own,) if own.get("use_enum_values") else (own, None):
         try:
             return TypeAdapter(hint, config=config)
-        except (PydanticUserError, PydanticSchemaGenerationError):
-            # Types with settings of their own do not take those of the model.
+        except Exception:
+            # Types with settings of their own do not take those of the model; others have a schema only in a model.
             continue
     return None
 

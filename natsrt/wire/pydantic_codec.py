@@ -37,6 +37,7 @@ class PydanticCodec(Codec):
 
     def __init__(self, hint: Any) -> None:
         self._adapter: TypeAdapter[Any] = TypeAdapter(hint)
+        self._hint = hint
         self.name: str = getattr(hint, "__name__", None) or str(hint)
         self.cls: type | None = hint if isinstance(hint, type) else None
         try:
@@ -59,7 +60,7 @@ class PydanticCodec(Codec):
         except Exception:
             # Pydantic's text quotes the value, which must not reach a log.
             raise Refused(f"Pydantic cannot write this {self.name} as JSON and read it back") from None
-        if (flaw := difference(value, back)) is not None:
+        if (flaw := difference(value, back, self._hint)) is not None:
             raise Refused(f"the JSON of this {self.name} is not read back as it was: {flaw.reason}", flaw.path)
         return tree
 

@@ -465,7 +465,7 @@ class Serialization:
         if bytes in candidates:
             return bytes(payload)
         if not payload.strip():
-            raise CannotDecode("a plain body", "it is empty, which fits no message type handled here", payload)
+            raise _undecided("is empty, which fits none of the message types handled here", candidates, payload)
         if payload.lstrip().startswith((b"{", b"[", b'"')):
             reason = f"it begins like JSON, but is not: {error.msg} at character {error.pos + 1}"
             raise CannotDecode("a plain body", reason, payload)

@@ -357,8 +357,9 @@ async def test_a_serializer_of_ones_own_is_for_its_class_only(world: World) -> N
     assert kept == [orders.Request("abc"), payments.Request("abc")]
 
 
-ELSEWHERE = types.SimpleNamespace(Made=make_dataclass("Made", [("n", int)], namespace={"__module__": "elsewhere"}))
+ELSEWHERE = types.SimpleNamespace(Made=make_dataclass("Made", [("n", int)]))
 """Not in the namespace of this module, where it would be found."""
+ELSEWHERE.Made.__module__ = "elsewhere"
 
 
 class Maker(RoutedAgent):
