@@ -81,6 +81,18 @@ __all__ = [
 _PERMISSIONS = "docs/permissions.md lists what natsrt needs"
 
 
+_LONGEST_NAME = 100
+"""Longer names are not compared: they may come from the wire, and comparing them takes long."""
+
+
+def near_names(name: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:
+    """The one of ``known`` that was probably meant by ``name``; empty if there is none.
+
+    ``cutoff`` is how alike the two must be, from 0 to 1.
+    """
+    return difflib.get_close_matches(name, known, 1, cutoff) if len(name) <= _LONGEST_NAME else []
+
+
 class NatsrtError(Exception):
     """Base class of all errors that natsrt itself raises."""
 
@@ -283,7 +295,7 @@ class UnknownAgentType(UndeliveredCall, LookupError):
         self.agent_type = agent_type
         self.known: list[str] = list(known)
         have = f"; registered types: {', '.join(self.known)}" if self.known else "; no type is registered"
-        near = difflib.get_close_matches(agent_type, self.known, 1)
+        near = near_names(agent_type, self.known)
         have = f"; did you mean {near[0]!r}?{have.replace('; r', ' R', 1)}" if near else have
         super().__init__(recipient, f"agent type {agent_type!r} is unknown{have}")
 
@@ -495,7 +507,7 @@ class UnhandledMessage(NatsrtError, CantHandleException):
         # A class of the same name in another module is no misspelling.
         plain = type_name.rpartition(".")[2]
         others = [name for name in self.handled if name.rpartition(".")[2] != plain]
-        near = difflib.get_close_matches(type_name, others, 1)
+        near = near_names(type_name, others)
         super().__init__(
             f"{recipient} has no handler for messages of type {type_name!r}; it handles: {', '.join(self.handled)}"
             + (f"; did you mean {near[0]!r}?" if near else "")

@@ -749,7 +749,7 @@ async def test_the_server_says_one_line_and_its_warnings_and_with_verbose_everyt
     quiet = processes.natsrt("server", "--port", "0", name="quiet")
     await quiet.wait_for_line("server ready: ")
     config = tmp_path / "warned.conf"
-    config.write_text("authorization { users: [{ user: a, password: b }] }\n")
+    config.write_text("jetstream {}\nauthorization { users: [{ user: a, password: b }] }\n")
     where = ("--config", str(config), "--port", "-1", "--data-dir", str(tmp_path / "data"))
     warned = processes.natsrt("server", *where, name="warned")
     await warned.wait_for_line("Plaintext passwords detected")

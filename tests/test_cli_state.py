@@ -704,7 +704,7 @@ async def test_who_may_not_read_the_records_sees_the_types_all_the_same(tmp_path
             ended = await natsrt("doctor", "--json", *guest)
             (found,) = [found for found in ended.json if found["check"] == "keyed agents"]
             assert found["level"] == "skipped"
-            assert "js.api.stream.info.kv_natsrt_agents" in found["advice"]
+            assert "$JS.API.STREAM.INFO.KV_natsrt_agents" in found["advice"]
 
 
 async def test_where_tells_the_owner_without_claiming_anything(

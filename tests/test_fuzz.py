@@ -500,6 +500,7 @@ async def test_names_in_a_call_that_leave_no_room_in_its_answer_do_not_cost_the_
         filled(data=GOOD, messagetype=""),
         filled(data=GOOD, subject="", messagetype="Nothing"),
         json.dumps({"text": 5, "unknown": "x" * 900_000}).encode(),
+        json.dumps({"text": 5, "x" * (target.client.max_payload - 100): 5}).encode(),
     ]
     codes = [
         (answer.headers or {}).get(SERVICE_ERROR_CODE)

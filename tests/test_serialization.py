@@ -1063,7 +1063,6 @@ def test_a_plain_body_is_the_one_candidate_that_fits(body: bytes, candidates: li
         (b"not json", [Flat, dict], "Flat, dict"),
         (b"\xff", [str], "str"),
         (b"5", [str], "str"),
-        (b"", [Flat], "Flat"),
         (b"{}", [], "none"),
     ],
     ids=str,
@@ -1071,6 +1070,11 @@ def test_a_plain_body_is_the_one_candidate_that_fits(body: bytes, candidates: li
 def test_a_plain_body_that_decides_nothing_names_the_candidates(body: bytes, candidates: list[Any], named: str) -> None:
     with pytest.raises(CannotDecode, match=f"\\({named}\\).*Natsrt-Type"):
         registry().infer(body, candidates)
+
+
+def test_an_empty_plain_body_is_called_empty() -> None:
+    with pytest.raises(CannotDecode, match="it is empty, which fits none of Flat, Shape$"):
+        registry().infer(b"", [Shape, Flat])
 
 
 # Properties

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 from pydantic import BaseModel
+
+from natsrt.errors import near_names
 
 _CLOSE = 0.6
 """How alike two names are, from 0 to 1, if one may be meant by the other."""
@@ -33,7 +34,7 @@ def misspelt_fields(tree: dict[str, Any], cls: Any) -> str:
     """Which fields of ``tree`` the class does not have, but one with a similar name; empty if there are none."""
     names = _field_names(cls)
     missing = [name for name in names if name not in tree]
-    pairs = ((key, difflib.get_close_matches(key, missing, 1, _CLOSE)) for key in tree if key not in names)
+    pairs = ((key, near_names(key, missing, _CLOSE)) for key in tree if key not in names)
     return ", ".join(f"{key!r} is not a field of it, did you mean {close[0]!r}?" for key, close in pairs if close)
 
 
@@ -52,5 +53,5 @@ def _likeness(tree: dict[str, Any], names: Sequence[str]) -> float:
         return 0.0
     unknown = tree.keys() - set(names)
     missing = [name for name in names if name not in tree]
-    misspelt = sum(bool(difflib.get_close_matches(key, missing, 1, _CLOSE)) for key in unknown)
+    misspelt = sum(bool(near_names(key, missing, _CLOSE)) for key in unknown)
     return 2 * (len(tree) - len(unknown) + 0.9 * misspelt) / (len(names) + len(tree))

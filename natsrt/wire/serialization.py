@@ -465,7 +465,7 @@ class Serialization:
         if bytes in candidates:
             return bytes(payload)
         if not payload.strip():
-            raise _undecided("is empty, which fits none of the message types handled here", candidates, payload)
+            raise CannotDecode("a plain body", f"it is empty, which fits none of {_listed(candidates)}", payload)
         if payload.lstrip().startswith((b"{", b"[", b'"')):
             reason = f"it begins like JSON, but is not: {error.msg} at character {error.pos + 1}"
             raise CannotDecode("a plain body", reason, payload)
@@ -498,11 +498,15 @@ NAME_THE_TYPE = "set the header Natsrt-Type"
 
 
 def _undecided(problem: str, classes: Iterable[Any], payload: bytes, near: str = "") -> CannotDecode:
+    return CannotDecode("a plain body", f"it {problem} ({_listed(classes)}){near}; {NAME_THE_TYPE}", payload)
+
+
+def _listed(classes: Iterable[Any]) -> str:
+    """The names of message classes, as text; full names where several have the same one."""
     classes = list(classes)
     plain = [type_name_of(cls) for cls in classes]
     names = [name if plain.count(name) == 1 else full_name(cls) for name, cls in zip(plain, classes, strict=True)]
-    listed = ", ".join(sorted(names)) or "none"
-    return CannotDecode("a plain body", f"it {problem} ({listed}){near}; {NAME_THE_TYPE}", payload)
+    return ", ".join(sorted(names)) or "none"
 
 
 _Key = TypeVar("_Key")

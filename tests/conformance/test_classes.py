@@ -357,7 +357,7 @@ async def test_a_serializer_of_ones_own_is_for_its_class_only(world: World) -> N
     assert kept == [orders.Request("abc"), payments.Request("abc")]
 
 
-ELSEWHERE = types.SimpleNamespace(Made=make_dataclass("Made", [("n", int)]))
+ELSEWHERE = types.SimpleNamespace(Made=make_dataclass("OnlyMadeElsewhere", [("n", int)]))
 """Not in the namespace of this module, where it would be found."""
 ELSEWHERE.Made.__module__ = "elsewhere"
 
@@ -375,7 +375,7 @@ async def test_a_class_that_only_a_handler_returns_is_found(
     await register(world.host, Maker, "maker", lambda: Maker("makes"))
     await register(world.host, Echo, "echo", Echo)
     async with plain_client(server) as client:
-        body, headers = b'[{"$type":"Made","n":1}]', {"Natsrt-Type": "list"}
+        body, headers = b'[{"$type":"OnlyMadeElsewhere","n":1}]', {"Natsrt-Type": "list"}
         reply = await client.request(f"{namespace}.agent.echo", body, headers=headers, timeout=5)
     assert orjson.loads(reply.data) == orjson.loads(body)
 
