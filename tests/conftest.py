@@ -24,17 +24,18 @@ FAST = (
     "conformance/",
     "test_awaiting.py",
     "test_import_directions.py",
-    "test_call_watch.py",
     "test_mailbox.py",
     "test_options.py",
     "test_owner_cache.py",
-    "test_plain_models.py",
     "test_public_api.py",
     "test_serialization.py",
     "test_subjects.py",
     "test_vectors.py",
 )
 """Folders and modules of the fast cycle: what covers most in under a minute."""
+
+NOT_FAST = ("conformance/test_classes.py", "conformance/test_lifecycle.py", "conformance/test_unhandled.py")
+"""Modules of these folders that start processes, or wait for a second in many tests."""
 
 
 def pytest_configure() -> None:
@@ -51,7 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     for item in items:
         is_slow = item.get_closest_marker("slow") is not None
-        if not is_slow and item.path.relative_to(tests).as_posix().startswith(FAST):
+        module = item.path.relative_to(tests).as_posix()
+        if not is_slow and module.startswith(FAST) and not module.startswith(NOT_FAST):
             item.add_marker(pytest.mark.fast)
 
 
