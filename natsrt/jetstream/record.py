@@ -35,6 +35,7 @@ MAX_HEAD_BYTES: Final = 32 * 1024
 """The longest head. JetStream stores headers of 64 KB in all."""
 OTHER_HEADER_BYTES: Final = 256
 """Room for the other headers of a record, in bytes."""
+_NO_DICT: Final = "save_state must return a dict, but returned"
 _LONGEST_PATH: Final = 300
 """How many characters of a path an error shows."""
 _EXACT: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
@@ -155,14 +156,14 @@ def write_of(headers: Mapping[str, str] | None) -> str | None:
         return None
 
 
-def check_state(state: object, what: str = "save_state must return a dict, but returned") -> dict[str, Any]:
+def check_state(state: object, what: str = _NO_DICT) -> dict[str, Any]:
     """``state``, if it is a ``dict`` and of no subclass. ``what`` begins the text of the `CannotSerialize` if not."""
     if type(state) is not dict:
         raise CannotSerialize("dict", f"{what} {value_of_type(type(state))}")
     return state
 
 
-def encode_state(state: Mapping[str, Any], what: str = "save_state must return a dict, but returned") -> bytes:
+def encode_state(state: Mapping[str, Any], what: str = _NO_DICT) -> bytes:
     """The JSON of what an agent's ``save_state`` returned.
 
     Raises `CannotSerialize` if ``load_state`` would get a value that is not equal to it. ``what``: see `check_state`.

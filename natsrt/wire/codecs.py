@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 from pydantic import SecretBytes, SecretStr
 
-from natsrt.wire.exactness import unwritable, value_of_type
+from natsrt.wire.exactness import path_under, unwritable, value_of_type
 
 TYPE_KEY = "$type"
 """The reserved key that names the class of a polymorphic value."""
@@ -46,9 +46,7 @@ class Fault(Exception):
 
     def under(self, step: str) -> Fault:
         """Put ``step`` (a field name, a key, ``[]`` or ``[n]``) before ``path``; returns self."""
-        if self.path and not self.path.startswith("["):
-            step += "."
-        self.path = step + self.path
+        self.path = path_under(step, self.path)
         return self
 
     def __str__(self) -> str:

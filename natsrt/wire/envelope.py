@@ -269,11 +269,12 @@ def _all_texts(attributes: dict[str, Any]) -> bool:
 
 def _checked(attributes: dict[str, Any], body: bytes) -> dict[str, Any]:
     """The attributes without those that are null, which are missing. Raises `CannotDecode` if one is no string."""
-    present = {name: value for name, value in attributes.items() if value is not None}
-    for name, value in present.items():
+    if None in attributes.values():  # rare, so most envelopes are not copied
+        attributes = {name: value for name, value in attributes.items() if value is not None}
+    for name, value in attributes.items():
         if name in TEXTS and not isinstance(value, str):
             raise CannotDecode("an envelope", f"the attribute {name!r} must be a string, not {json_kind(value)}", body)
-    return present
+    return attributes
 
 
 def json_kind(value: Any) -> str:

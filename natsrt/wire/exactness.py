@@ -29,8 +29,12 @@ class Flaw(NamedTuple):
 
     def under(self, step: str) -> Flaw:
         """This flaw, seen from outside: ``step`` is a field name or ``[]``."""
-        dot = "." if self.path and not self.path.startswith("[") else ""
-        return Flaw(f"{step}{dot}{self.path}", self.reason)
+        return Flaw(path_under(step, self.path), self.reason)
+
+
+def path_under(step: str, path: str) -> str:
+    """``path`` with ``step``, a field name, a key or ``[]``, before it."""
+    return f"{step}.{path}" if path and not path.startswith("[") else step + path
 
 
 def difference(sent: object, arrived: object, hint: Any = None) -> Flaw | None:
