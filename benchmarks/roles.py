@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import socket
 import statistics
 import time
@@ -40,6 +41,10 @@ class Role(ABC):
     @abstractmethod
     async def stop(self) -> None:
         """Stop gracefully."""
+
+    async def peak_memory(self) -> int:
+        """Return the most resident memory that this process has had, in bytes."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Worker(Role):

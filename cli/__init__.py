@@ -23,13 +23,18 @@ _EXIT_CODES = "\n".join(f"{code:>3}  {code.name.lower()}: {meaning}" for code, m
 
 _MODULES: Mapping[str, str] = {
     "agents": "agents",
+    "auth": "auth",
     "demo": "demo",
+    "dlq": "dlq",
     "doctor": "doctor",
     "publish": "messages",
+    "reminders": "reminders",
+    "replay": "replay",
     "send": "messages",
     "server": "server",
     "state": "state",
     "tail": "tail",
+    "topics": "topics",
     "worker": "worker",
 }
 """Every command, and the module that defines it under the same name."""

@@ -22,10 +22,12 @@ from natsrt.wire.subjects import Subjects
 
 from .exits import CommandFailed, Exit
 
-_PATIENCE = 2.0
-"""Seconds to wait for the answers of workers: far more than a round trip, and still a short wait for a person."""
+_PATIENCE = 4.0
+"""Seconds to wait for the answers of workers, beside the round trip to the server: enough for a worker that is far
+away, and still a short wait for a person."""
 _GRACE = 0.5
-"""Seconds to wait for a worker's answer as a service, after every worker has answered in one way or the other."""
+"""Seconds to wait for a worker's answer as a service, after every worker has answered in one way or the other. A worker
+gives the two answers one after the other."""
 _QUESTION = envelope.encode(envelope.FATE, '"id":"ping","source":"/"', b'{"calls":[]}')
 
 
@@ -67,11 +69,11 @@ async def gather_answers(
         await connection.barrier()  # the server reports what it refuses before that
         if verb != "PING" or not asking.refused.isdisjoint(map(subjects.worker, expected)):
             asking.check(f"$SRV.{verb}")
-        async with asyncio.timeout(min(_PATIENCE, options.connect_timeout)):
+        async with asyncio.timeout(min(_PATIENCE, options.connect_timeout) + connection.rtt.allowance):
             await asking.all_answered.wait()
             if verb == "PING":  # nothing more to learn
                 return asking.answers
-            async with asyncio.timeout(_GRACE):
+            async with asyncio.timeout(_GRACE + connection.rtt.allowance):
                 await asking.all_services.wait()
     except TimeoutError:
         pass
@@ -80,6 +82,35 @@ async def gather_answers(
         await connection.unsubscribe(peer)
     asking.check(*(subjects.worker(worker_id) for worker_id in expected if worker_id not in asking.answers))
     return asking.answers
+
+
+async def other_workers(
+    connection: Connection, subjects: Subjects, options: Options, listed: Collection[str]
+) -> set[str]:
+    """The ids of workers of this namespace that answer, and are not among those that the registry has ``listed``.
+
+    Empty if this user may not ask, or may not receive the answers.
+    """
+    found: set[str] = set()
+
+    def take(message: Msg) -> None:
+        try:
+            said = orjson.loads(message.data)
+            if said["metadata"]["namespace"] == options.namespace and said["metadata"]["worker_id"] == said["id"]:
+                found.add(str(said["id"]))
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            pass  # another service
+
+    inbox = f"{options.inbox_prefix}.{NUID().next().decode()}"
+    interest = await connection.subscribe(inbox, take, optional=True)
+    try:
+        await connection.barrier()
+        await connection.publish("$SRV.PING", b"", reply=inbox)
+        await connection.barrier()
+        await asyncio.sleep(min(_GRACE, options.connect_timeout))
+    finally:
+        await connection.unsubscribe(interest)
+    return found.difference(listed)
 
 
 class _Asking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import click
 
 from natsrt.errors import ConfigurationError
 from natsrt.options import Options
+from natsrt.options.sources import ENVIRONMENT_PREFIX, NATS_ENVIRONMENT
 from natsrt.runtime import NatsAgentRuntime
 
 from .env_file import env_file_option
@@ -30,11 +32,22 @@ _FLAGS: Mapping[str, tuple[str, str, str]] = {
     "tls_ca": ("--tlsca", "FILE", "CA certificates to check the server's certificate with ($NATS_CA)."),
     "tls_cert": ("--tlscert", "FILE", "Client certificate ($NATS_CERT)."),
     "tls_key": ("--tlskey", "FILE", "Private key of the client certificate ($NATS_KEY)."),
+    "tls_first": ("--tlsfirst", "", "Begin with the TLS handshake ($NATSRT_TLS_FIRST)."),
     "namespace": ("--namespace", "NAME", "natsrt namespace ($NATSRT_NAMESPACE)."),
     "inbox_prefix": ("--inbox-prefix", "SUBJECT", "Prefix of reply subjects ($NATSRT_INBOX_PREFIX)."),
+    "jetstream_domain": ("--js-domain", "DOMAIN", "JetStream domain of the registry ($NATSRT_JETSTREAM_DOMAIN)."),
     "connect_timeout": ("--timeout", "DURATION", "How long to wait for answers: 5, 500ms, 1m30s ($NATS_TIMEOUT)."),
 }
-"""The connection settings that have a flag, by field of `Options`: flag, placeholder of its value, help."""
+"""The connection settings that have a flag, by field of `Options`: flag, placeholder of its value, help.
+
+A flag without a placeholder has no value, and sets the field to true.
+"""
+
+_VARIABLES: Mapping[str, list[str]] = {
+    field: [variable for variable, other in NATS_ENVIRONMENT.items() if other == field]
+    for field in NATS_ENVIRONMENT.values()
+}
+"""The variables of the ``nats`` CLI, by field of `Options`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +78,25 @@ class Connecting:
         try:
             return Options.load(config=self.config, **{**self.given, **more})
         except ConfigurationError as error:
-            if error.setting in self.given:
-                raise ConfigurationError(_FLAGS[error.setting][0], error.problem) from None
-            if error.setting in self.env_files:
-                named = f"{self.env_files[error.setting]}: {error.setting}"
-                raise ConfigurationError(named, error.problem) from None
-            raise
+            raise self.named(error) from None
+
+    def named(self, error: ConfigurationError) -> ConfigurationError:
+        """The error, with the setting named as the user gave it: by its flag, or by the place of its variable."""
+        if error.setting in self.given:
+            return ConfigurationError(_FLAGS[error.setting][0], error.problem)
+        # Files are read when the runtime connects; their errors name the field.
+        variables = (ENVIRONMENT_PREFIX + error.setting.upper(), *_VARIABLES.get(error.setting, ()))
+        name = next((variable for variable in variables if os.environ.get(variable)), error.setting)
+        if name in self.env_files:
+            name = f"{self.env_files[name]}: {name}"
+        return error if name == error.setting else ConfigurationError(name, error.problem)
 
     def arguments(self) -> list[str]:
         """The same options as arguments for another ``natsrt`` command, which inherits this process's environment."""
-        arguments = [part for field, value in self.given.items() for part in (_FLAGS[field][0], value)]
+        arguments = []
+        for field, value in self.given.items():
+            flag, metavar, _ = _FLAGS[field]
+            arguments += [flag, value] if metavar else [flag]
         if self.config is not None:
             arguments += ["--config", self.config]
         return [*arguments, "--log-level", self.log_level, "--log-format", self.log_format]
@@ -116,7 +138,11 @@ def connects(log_level: str = "warning") -> Callable[[Callable[..., Any]], Calla
         ) -> Any:
             given = {field: parameters.pop(field) for field in _FLAGS}
             given = {field: value for field, value in given.items() if value is not None}
-            return command(Connecting(given, config, env_files, log_level, log_format), **parameters)
+            connecting = Connecting(given, config, env_files, log_level, log_format)
+            try:
+                return command(connecting, **parameters)
+            except ConfigurationError as error:
+                raise connecting.named(error) from error
 
         decorated = env_file_option(basics(log_level)(run))
         decorated = click.option("--config", metavar="FILE", help="Settings file, TOML or YAML ($NATSRT_CONFIG).")(
@@ -124,7 +150,8 @@ def connects(log_level: str = "warning") -> Callable[[Callable[..., Any]], Calla
         )
         for field, (flag, metavar, text) in reversed(list(_FLAGS.items())):
             names = ("-s", flag) if field == "servers" else (flag,)
-            decorated = click.option(*names, field, metavar=metavar, help=text)(decorated)
+            kind: dict[str, Any] = {"metavar": metavar} if metavar else {"flag_value": "true"}
+            decorated = click.option(*names, field, **kind, help=text)(decorated)
         return decorated
 
     return decorate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from natsrt.errors import (
     RegistryUnavailable,
     ServerUnreachable,
     StateUnavailable,
+    StreamUnavailable,
     SubscriptionNotServed,
     SubscriptionRefused,
+    TlsFailed,
     UnknownAgent,
     UnknownAgentType,
 )
@@ -78,6 +81,7 @@ _CODES: tuple[tuple[tuple[type[NatsrtError], ...], Exit], ...] = (
             JetStreamRequired,
             RegistryUnavailable,
             StateUnavailable,
+            StreamUnavailable,
         ),
         Exit.NOT_CONNECTED,
     ),
@@ -93,6 +97,23 @@ def exit_code(error: BaseException) -> Exit:
     if is_remote(error):
         return Exit.REMOTE_ERROR
     return next((code for classes, code in _CODES if isinstance(error, classes)), Exit.FAILED)
+
+
+_OPTIONS = {
+    "turn tls_first off": "leave --tlsfirst (NATSRT_TLS_FIRST) out",
+    "set tls_first": "use --tlsfirst (NATSRT_TLS_FIRST=true)",
+    "tls_hostname": "NATSRT_TLS_HOSTNAME",
+    "tls_ca": "--tlsca (NATS_CA)",
+    "tls_cert": "--tlscert (NATS_CERT)",
+    "tls_key": "--tlskey (NATS_KEY)",
+}
+"""How errors of TLS name the settings, and how the command line does."""
+_SETTING = re.compile("|".join(rf"\b{words}\b" for words in _OPTIONS))
+
+
+def _with_options(text: str) -> str:
+    """The text of an error of TLS, with the options and variables of the command line in the place of settings."""
+    return _SETTING.sub(lambda found: _OPTIONS[found[0]], text)
 
 
 def is_remote(error: BaseException) -> bool:
@@ -118,7 +139,7 @@ def answered(error: BaseException) -> str:
     """The text of an error; if an agent answered with it, also which one."""
     remote = getattr(error, "natsrt_remote", None)
     if remote is None:
-        return str(error)
+        return _with_options(str(error)) if isinstance(error, TlsFailed | PermissionDenied) else str(error)
     # The text of a NatsrtError says what happened. The text of another class may be a bare value, as with KeyError.
     text = str(error) if isinstance(error, NatsrtError) else f"{type(error).__name__}: {error}"
     worker = f" on worker {remote.worker_id}" if remote.worker_id else ""

@@ -39,6 +39,7 @@ from natsrt.observe.health import Health
 
 from .exits import CommandFailed
 from .ports import PORT
+from .usage import judge_usage
 
 logger = logging.getLogger("natsrt.health")
 
@@ -278,6 +279,9 @@ def judge(url: str) -> list[tuple[Literal["ok", "warning", "problem"], str, str]
         found.append(
             ("warning", f"the server says to {who}: {health.server_error!r}", "see docs/operations.md, Limits")
         )
+    if health.jetstream_full is not None:
+        found.append(("problem", f"JetStream refused a request of {who} a moment ago: {health.jetstream_full}", ""))
+    found += judge_usage(health.jetstream_usage)
     if losses:
         found.append(("warning", f"{who} counts {', '.join(losses)}", "see its log"))
     return found

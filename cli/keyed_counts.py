@@ -26,6 +26,7 @@ async def add_keyed(runtime: NatsAgentRuntime, rows: list[dict[str, Any]], *, ow
     """
     for row in rows:
         row.update(records=None, owned=None)
+    runtime.running.records.only_read()
     keyed = [row for row in rows if row["type"] in runtime.running.registry.view.keyed]
     try:
         for batch in in_batches(keyed, lambda _: 1):
@@ -78,6 +79,7 @@ async def instance_rows(runtime: NatsAgentRuntime, agent_type: str | None) -> li
         if agent_type in (None, hosted)
     ]
     if view.keyed:
+        runtime.running.records.only_read()
         async for record in runtime.running.records.records(agent_type):
             if record.owner is not None and record.owner in view.workers:
                 agent = record.agent

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from datetime import datetime
+from functools import partial
 
 import click
 from autogen_core import AgentId, TopicId
 
 from natsrt.errors import CallTimeout
+from natsrt.transport.connection import Refusal
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, ErrorTypes
+from natsrt.wire.schedules import due_time
 from natsrt.wire.serialization import NAME_THE_TYPE
 from natsrt.wire.subjects import Subjects
 
@@ -18,6 +22,7 @@ from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit, answered
 from .naming import DEFAULT, agent_id, topic_id
 from .output import line, note
+from .times import seconds, time
 
 _type_name = click.option(
     "--type-name",
@@ -84,11 +89,16 @@ async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: 
 @click.argument("topic", metavar="TOPIC_TYPE[/SOURCE]")
 @click.argument("body", required=False)
 @_type_name
+@click.option("--delay", metavar="DURATION", help="Publish it after this time, on a durable topic: 90s, 24h.")
+@click.option("--at", metavar="TIME", help="Publish it at this time, on a durable topic: 2030-01-31T09:00:00Z.")
 @connects()
-def publish(connecting: Connecting, topic: str, body: str | None, type_name: str | None) -> None:
+def publish(
+    connecting: Connecting, topic: str, body: str | None, type_name: str | None, delay: str | None, at: str | None
+) -> None:
     """Publish an event.
 
-    Prints the agent types that receive it to standard error.
+    Prints the agent types that receive it to standard error. With --delay or --at, prints the message id, under which
+    a program can cancel the event.
 
     BODY is the message as JSON; "-", or no BODY with a pipe, reads it from standard input. Without SOURCE, the source
     is "default".
@@ -96,7 +106,23 @@ def publish(connecting: Connecting, topic: str, body: str | None, type_name: str
     \b
     natsrt publish news.tech/server '{"headline": "42"}'
     """
-    asyncio.run(_publish(connecting, topic_id(topic), _body(body), type_name))
+    if delay is not None and at is not None:
+        raise click.UsageError("give --delay or --at, not both")
+    due = due_time(None if delay is None else seconds("--delay", delay), None if at is None else time("--at", at))
+    publishing = _publish if due is None else partial(_publish_later, due)
+    asyncio.run(publishing(connecting, topic_id(topic), _body(body), type_name))
+
+
+async def _publish_later(
+    due: datetime, connecting: Connecting, topic: TopicId, body: bytes, type_name: str | None
+) -> None:
+    async with connecting.runtime() as runtime:
+        try:
+            message_id = await runtime.running.sender.publish_body(body, topic, due, type_name)
+        except ValueError as error:
+            raise CommandFailed(str(error), Exit.USAGE) from None
+    note(f"{len(body):,} bytes will be published on {topic} at {due.isoformat(timespec='seconds')}, with the id:")
+    line(message_id)
 
 
 async def _publish(connecting: Connecting, topic: TopicId, body: bytes, type_name: str | None) -> None:
@@ -106,8 +132,19 @@ async def _publish(connecting: Connecting, topic: TopicId, body: bytes, type_nam
             subject = Subjects(runtime.options.namespace).topic(topic.type, topic.source)
         except ValueError as error:
             raise CommandFailed(str(error), Exit.USAGE) from None
+        refused: list[Refusal] = []
+
+        def note_refusal(denied: Refusal) -> bool:
+            """Whether it is about this event: then it is raised here, and not logged too."""
+            if denied.subject == subject:
+                refused.append(denied)
+            return denied.subject == subject
+
+        running.connection.on_denied(note_refusal)
         await running.connection.publish(subject, body, headers={TYPE_HEADER: type_name} if type_name else None)
         await running.connection.barrier()
+        for denied in refused:
+            raise denied
         view = running.registry.view
         takers = sorted(
             agent_type

@@ -18,8 +18,9 @@ from natsrt.runtime import NatsAgentRuntime
 from natsrt.wire.peer_messages import Claim
 from natsrt.wire.subjects import Subjects
 
-_ANSWER_WITHIN = 2.0
-"""Seconds that an owner has to answer. Far more than a round trip takes, and still a short wait for a person."""
+_ANSWER_WITHIN = 4.0
+"""Seconds that an owner has to answer, beside the round trip to the server: enough for one that is far away, and still
+a short wait for a person."""
 _MOVED_WITHIN = 10.0
 """Seconds that a claim or a release may take; after that the worker counts as silent."""
 _PAUSE = 0.1
@@ -83,7 +84,7 @@ class OwnerFinder:
         """The owner's answer about the agent; if it does not answer, whether it is gone or silent."""
         registry = self._running.registry
         if owner not in self._silent and registry.lists(owner):
-            claim = await self._peers.claim(owner, agent, (), _ANSWER_WITHIN)
+            claim = await self._peers.claim(registry.peer_subject(owner), agent, (), _ANSWER_WITHIN)
             if claim is not None:
                 return claim
             self._silent.add(owner)

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-FREE = -1
+_FREE = -1
 """Stands for a free port that is chosen at the start."""
 
 
 class _Port(click.IntRange):
-    """A TCP port from 1 to 65535. 0 and -1 stand for a free one, and are converted to `FREE`."""
+    """A TCP port from 1 to 65535, or -1 for a free one."""
 
     name = "port"
 
@@ -19,10 +19,10 @@ class _Port(click.IntRange):
         try:
             port = int(value)
         except ValueError:
-            port = FREE - 1
-        if not FREE <= port <= 65535:
+            port = 0
+        if port != _FREE and not 1 <= port <= 65535:
             self.fail(f"{value!r} is not a port: give a number from 1 to 65535, or -1 for a free port", param, ctx)
-        return port or FREE
+        return port
 
 
-PORT = _Port(FREE, 65535)
+PORT = _Port(_FREE, 65535)

@@ -11,10 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
-import orjson
 
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import EmbeddedServerError
+from natsrt.listening import greeting
 from natsrt.options import Options
 
 from .connecting import basics
@@ -98,7 +98,8 @@ async def _serve(running: EmbeddedServer, log: ServerLog, data: str) -> int:
         for missed in early:
             pass_on(missed)
         monitoring = f", monitoring: {running.monitor_url}" if running.monitor_url is not None else ""
-        announce(f"server ready: {running.url}{monitoring} ({data})")
+        tls = "clients need tls_first, " if running.tls_first else ""
+        announce(f"server ready: {running.url}{monitoring} ({tls}{data})")
         if await _lacks_jetstream(running.url):
             note("the configuration enables no JetStream, which natsrt needs: add `jetstream {}` to it", "warning")
         code = await running.wait()
@@ -137,16 +138,13 @@ async def server_if_none_answers(options: Options) -> AsyncIterator[Options]:
 
 
 async def _lacks_jetstream(url: str) -> bool:
-    """True if the server says in its first line that it has no JetStream. It says nothing if it begins with TLS."""
+    """True if the server says in its first line that it has no JetStream. It may say nothing to this client."""
     place = urlsplit(url)
+    assert place.hostname is not None and place.port is not None
     try:
         async with asyncio.timeout(_PROBE_SECONDS):
-            reader, writer = await asyncio.open_connection(place.hostname, place.port)
-            try:
-                first, _, info = (await reader.readline()).partition(b" ")
-            finally:
-                writer.close()
-        return first == b"INFO" and not orjson.loads(info).get("jetstream")
+            greeted = await greeting(place.hostname, place.port)
+        return greeted.info is not None and not greeted.info.get("jetstream")
     except (OSError, TimeoutError, ValueError):
         return False
 

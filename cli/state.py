@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
 import click
 import orjson
@@ -60,6 +61,7 @@ def ls(connecting: Connecting, agent_type: str | None, as_json: bool) -> int:
 
     async def run() -> tuple[list[Record], list[CannotDecode]]:
         async with connecting.runtime() as runtime:
+            runtime.running.records.only_read()
             return await stored_states(runtime.running.records, agent_type)
 
     stored, damaged = asyncio.run(run())
@@ -108,6 +110,7 @@ async def _get(connecting: Connecting, agent: AgentId, live: bool) -> bytes:
         if live:
             return await _get_live(OwnerFinder(runtime), agent)
         records = runtime.running.records
+        records.only_read()
         record = await records.read(agent)
         content = None if record is None else await state_of(records, record)
         if content is None:
@@ -126,9 +129,18 @@ async def _get_live(owners: OwnerFinder, agent: AgentId) -> bytes:
 # -- set ---------------------------------------------------------------------------------------------------------
 
 
+class _StateFile(click.File):
+    """A file to read. The error for JSON in the place of a file name says where JSON may be given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.lstrip().startswith(("{", "[")) and not Path(value).exists():
+            self.fail("give a file, or - and the JSON on standard input", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @state.command("set")
 @click.argument("agent", metavar="TYPE/KEY")
-@click.argument("file", metavar="FILE|-", type=click.File("rb"))
+@click.argument("file", metavar="FILE|-", type=_StateFile("rb"))
 @force_option
 @connects()
 def set_(connecting: Connecting, agent: str, file: IO[bytes], force: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -61,12 +61,19 @@ async def stored_states(records: AgentRecords, agent_type: str | None) -> tuple[
 
 async def state_of(records: AgentRecords, record: Record) -> bytes | None:
     """The present state; None if it was deleted meanwhile. Raises `CannotDecode` if it is damaged."""
+    found = await present_state(records, record)
+    return None if found is None else found[1]
+
+
+async def present_state(records: AgentRecords, record: Record) -> tuple[Record, bytes] | None:
+    """The present record and its state; None if it was deleted meanwhile. Raises `CannotDecode` if it is damaged."""
     present: Record | None = record
     for _ in range(TRIES):
         if present is None:
             return None
         try:
-            return await records.state(present)
+            content = await records.state(present)
+            return None if content is None else (present, content)
         except RecordChanged as changed:
             present = changed.present or await records.read(record.agent)
     refuse_restless(record.agent)
@@ -80,25 +87,42 @@ async def find(owners: OwnerFinder, agent: AgentId, *, force: bool) -> Found:
         raise CommandFailed(f"{error}; --force replaces or removes it") from error
 
 
-async def put(records: AgentRecords, owners: OwnerFinder, agent: AgentId, content: bytes, *, force: bool) -> str | None:
+async def put(
+    records: AgentRecords,
+    owners: OwnerFinder,
+    agent: AgentId,
+    content: bytes,
+    *,
+    force: bool,
+    handled: Mapping[str, int] | None = None,
+) -> str | None:
     """Store a state through the agent's owner, and return the owner's id. Without an owner, write the record: None.
 
-    With ``force`` the record is also written if the owner does not answer or refuses.
+    With ``force`` the record is also written if the owner does not answer or refuses. ``handled`` are the sequences of
+    the last events that count in the state; None: those that are stored stay. An owner keeps its own, so it is not
+    asked to store a state with others.
     """
     for _ in range(TRIES):
         found = await find(owners, agent, force=force)
         if not force:
             refuse_silence(found, "--force stores it without the owner")
-        if found.standing is Standing.HOLDS and found.record is not None and found.record.owner is not None:
-            try:
-                await owners.ask(agent, found.record.owner, LOAD_STATE, orjson.Fragment(content))
-                return found.record.owner
-            except Exception as error:
-                if not force or not is_expected(error):
-                    raise
-                note(f"natsrt: the owner of {agent} did not store it: {error}")
+        held = found.record if found.standing is Standing.HOLDS else None
+        if held is not None and held.owner is not None:
+            if handled is None or handled == held.handled:
+                try:
+                    await owners.ask(agent, held.owner, LOAD_STATE, orjson.Fragment(content))
+                    return held.owner
+                except Exception as error:
+                    if not force or not is_expected(error):
+                        raise
+                    note(f"natsrt: the owner of {agent} did not store it: {error}")
+            elif not force:
+                raise CommandFailed(
+                    f"worker {held.owner} has {agent}, whose state contains other events of streams than this one: "
+                    "stop the worker first, or use --force"
+                )
         try:
-            await records.write_state(agent, content, expected=found.record)
+            await records.write_state(agent, content, expected=found.record, handled=handled)
             return None
         except (RecordChanged, RecordTaken):
             continue

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -15,16 +17,24 @@ import orjson
 from autogen_core import TopicId
 from nats.aio.msg import Msg
 
+from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode
+from natsrt.jetstream.stream_reader import StoredMessage
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import TYPE_HEADER
-from natsrt.wire.subjects import Subjects, plain_prefix
+from natsrt.wire.subjects import Subjects
 
+from .chosen_events import Wanted, wanted
 from .connecting import Connecting, connects
-from .exits import CommandFailed, Exit
-from .naming import topic_id
+from .moments import Moment, iso
 from .output import line, note, printable
+from .stored_events import StoredEvents
+
+logger = logging.getLogger("natsrt.cli")
+
+_Message = Msg | StoredMessage
+_Show = Callable[[_Message | Exception], None]
 
 
 class _Event(NamedTuple):
@@ -36,108 +46,116 @@ class _Event(NamedTuple):
     problem: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Which events are shown: those on ``subjects`` whose topic type starts with ``prefix``."""
-
-    subjects: Sequence[str]
-    prefix: str = ""
-
-
-_NO_EVENTS = {
-    "agent": "calls, which tail does not show: it shows events. For one agent type, see `natsrt agents stats`",
-    "natsrt": "messages between runtimes, which tail does not show: it shows events",
-}
-"""What is sent on subjects that are none of events, by their first token."""
-
-
-def _wanted(text: str, subjects: Subjects) -> _Wanted:
-    """The events that the argument names: by a prefix of topic types, a topic, or a NATS subject."""
-    root = f"{subjects.namespace}." if subjects.namespace else ""
-    subject = text.removeprefix(root)
-    first, _, rest = subject.partition(".")
-    if first in _NO_EVENTS:
-        advice = f"topics whose type starts with {subject!r} are on {f'topic.{subject}.>'!r}"
-        raise CommandFailed(f"{text!r} is a subject of {_NO_EVENTS[first]}; {advice}", Exit.USAGE)
-    if first == "topic":
-        return _Wanted(_on_subject(text, rest, f"{root}topic."))
-    try:
-        if "/" in text:
-            topic = topic_id(text)
-            return _Wanted([subjects.topic(topic.type, topic.source)])
-        prefix = plain_prefix(text)
-        return _Wanted([subjects.prefix_filter(prefix).subject], prefix)
-    except ValueError as error:
-        raise CommandFailed(str(error), Exit.USAGE) from None
-
-
-def _on_subject(text: str, rest: str, trees: str) -> list[str]:
-    """The subjects to subscribe to for one that the user wrote: without a wildcard, also everything below it."""
-    tokens = rest.rstrip(".").split(".") if rest else [">"]
-    last = len(tokens) - 1
-    for index, token in enumerate(tokens):
-        valid = token == "*" or (token == ">" and index == last) or (token and not set(token) & set("*> \t\r\n/"))
-        if not valid:
-            problem = (
-                f"{token!r} is no token of a subject; * stands for one token, and > at the end for all that follow"
-            )
-            raise CommandFailed(f"{text!r} is not a subject: {problem}", Exit.USAGE)
-    subject = trees + ".".join(tokens)
-    if not {"*", ">"}.isdisjoint(tokens):
-        return [subject]
-    return [f"{subject}.>"] if rest.endswith(".") else [subject, f"{subject}.>"]
-
-
 @click.command()
 @click.argument("topics", metavar="[PREFIX|TOPIC/SOURCE|SUBJECT]", default="")
+@click.option(
+    "--since", type=Moment(), help="Begin with the events of durable topics that were stored since then: 1h30m, a time."
+)
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N events.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as one line of JSON.")
 @connects()
-def tail(connecting: Connecting, topics: str, count: int | None, as_json: bool) -> None:
+def tail(connecting: Connecting, topics: str, since: float | None, count: int | None, as_json: bool) -> None:
     """Show events as they are published.
 
     Shows the events of all topics whose type starts with PREFIX, until Ctrl-C; with a source, those of one topic. What
     is "topic" or starts with "topic." is a NATS subject, which may have wildcards; without one, it includes all
     subjects below it.
 
+    With --since, it first shows those that the streams of durable topics have stored since then, and goes on with each
+    one that they store, without a gap and without showing one twice. Events on other topics are shown from now on.
+
     \b
     natsrt tail                    all events
     natsrt tail news.              news.tech, news.sport, …
     natsrt tail news.tech/server   one topic
     natsrt tail 'topic.news.*.*'   as `nats sub` has it
+    natsrt tail orders. --since 1h
     """
-    asyncio.run(_tail(connecting, topics, count, as_json))
+    asyncio.run(_tail(connecting, topics, since, count, as_json))
 
 
-async def _tail(connecting: Connecting, topics: str, count: int | None, as_json: bool) -> None:
-    options = connecting.options()
-    subjects = Subjects(options.namespace)
-    wanted = _wanted(topics, subjects)
-    arrived: asyncio.Queue[Msg | None] = asyncio.Queue()
+async def _tail(connecting: Connecting, topics: str, since: float | None, count: int | None, as_json: bool) -> None:
+    subjects = Subjects(connecting.options().namespace)
+    chosen = wanted(topics, subjects)
+    arrived: asyncio.Queue[_Message | Exception | None] = asyncio.Queue()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, arrived.put_nowait, None)
-    connection = Connection(options, client_name="natsrt tail")
-    denied: list[Exception] = []
-    connection.on_denied(denied.append)
-    await connection.open()
-    try:
-        for subject in wanted.subjects:
-            await connection.subscribe(subject, arrived.put_nowait)
-        await connection.barrier()
-        if denied:
-            raise denied[0]
-        note(f"listening on {' and '.join(wanted.subjects)} at {connection.server}")
+    source = _live(connecting, chosen, arrived.put_nowait)
+    if since is not None:
+        source = _since(connecting, chosen, since, arrived.put_nowait)
+    async with source:
         shown = 0
         while (count is None or shown < count) and (message := await arrived.get()) is not None:
+            if isinstance(message, Exception):
+                raise message
             event = _read(message, subjects)
-            if event.topic is None or event.topic.type.startswith(wanted.prefix):
+            if chosen.includes(message.subject, event.topic):
                 shown += 1
                 line(_json_line(message, event) if as_json else _text_line(message, event))
+
+
+@asynccontextmanager
+async def _live(connecting: Connecting, chosen: Wanted, show: _Show) -> AsyncIterator[None]:
+    """Show what is published from now on."""
+    connection = Connection(connecting.options(), client_name="natsrt tail")
+    await connection.open()
+    try:
+        await _listen(connection, chosen, show)
+        yield
     finally:
         await connection.close()
 
 
-def _read(message: Msg, subjects: Subjects) -> _Event:
+async def _listen(connection: Connection, chosen: Wanted, show: Callable[[Msg], None]) -> None:
+    denied: list[Exception] = []
+    connection.on_denied(denied.append)
+    for subject in chosen.subjects:
+        await connection.subscribe(subject, show)
+    await connection.barrier()
+    if denied:
+        raise denied[0]
+    note(f"listening on {' and '.join(chosen.subjects)} at {connection.server}")
+
+
+@asynccontextmanager
+async def _since(connecting: Connecting, chosen: Wanted, since: float, show: _Show) -> AsyncIterator[None]:
+    """Show what durable topics have stored since then, what they store from now on, and what is published on others."""
+    async with connecting.runtime() as runtime:
+        running = runtime.running
+        subjects, reader, view = running.network.subjects, running.network.reader, running.registry.view
+        tasks = BackgroundTasks(logger, "reading a stream of durable topics failed")
+        streams: dict[str, StoredEvents] = {}
+
+        def follow(stream: str) -> StoredEvents:
+            if stream not in streams:
+                streams[stream] = StoredEvents(reader, stream, chosen.subject(subjects), since)
+                tasks.spawn(run(streams[stream]))
+            return streams[stream]
+
+        async def run(events: StoredEvents) -> None:
+            try:
+                await events.follow(show)
+            except Exception as error:
+                show(error)
+
+        def on_core_copy(message: Msg) -> None:
+            topic = _read(message, subjects).topic
+            stream = None if topic is None else view.durable_stream(topic.type)
+            if stream is None:
+                show(message)
+            else:
+                follow(stream).expect()
+
+        try:
+            await _listen(running.connection, chosen, on_core_copy)
+            for stream in view.durable:
+                follow(stream)
+            yield
+        finally:
+            await tasks.cancel()
+
+
+def _read(message: _Message, subjects: Subjects) -> _Event:
     topic = None
     try:
         body = envelope.decode(message.data)
@@ -154,9 +172,11 @@ def _read(message: Msg, subjects: Subjects) -> _Event:
         return _Event(topic, {}, message.data, str(error))
 
 
-def _json_line(message: Msg, event: _Event) -> str:
+def _json_line(message: _Message, event: _Event) -> str:
     topic = {} if event.topic is None else {"topic_type": event.topic.type, "topic_source": event.topic.source}
     shown: dict[str, Any] = {"subject": message.subject, **topic, **event.fields, "size_bytes": len(message.data)}
+    if isinstance(message, StoredMessage):
+        shown |= {"stream": message.stream, "sequence": message.sequence, "stored_at": iso(message.stored_at)}
     if event.problem is not None:
         shown["problem"] = event.problem
     try:
@@ -166,9 +186,10 @@ def _json_line(message: Msg, event: _Event) -> str:
     return orjson.dumps(shown).decode()
 
 
-def _text_line(message: Msg, event: _Event) -> str:
+def _text_line(message: _Message, event: _Event) -> str:
     where = message.subject if event.topic is None else f"{event.topic.type}/{event.topic.source}"
     what = event.fields.get("message_type") or "(plain)"
     payload = event.payload.decode("utf-8", "backslashreplace")
     shown = f"cannot be read: {event.problem}" if event.problem is not None else " ".join(payload.split("\n"))
-    return printable(f"{datetime.now():%H:%M:%S.%f}"[:-3] + f"  {where}  {what}  {shown}")
+    when = datetime.fromtimestamp(message.stored_at if isinstance(message, StoredMessage) else time.time())
+    return printable(f"{when:%H:%M:%S.%f}"[:-3] + f"  {where}  {what}  {shown}")

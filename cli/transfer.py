@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import click
@@ -18,7 +15,7 @@ from autogen_core import AgentId
 
 from natsrt.errors import CannotDecode
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
-from natsrt.jetstream.record import encode_head
+from natsrt.jetstream.record import advanced, encode_head
 from natsrt.runtime import NatsAgentRuntime
 
 from .connecting import Connecting, connects
@@ -34,12 +31,14 @@ from .storing import (
     in_batches,
     is_expected,
     parsed,
+    present_state,
     put,
     refuse_restless,
     refuse_silence,
     state_of,
     stored_states,
 )
+from .writing import writing
 
 _PROBLEMS_SHOWN = 20
 """Lines with problems that are listed one by one; more would hide the first ones."""
@@ -55,24 +54,28 @@ _STORED, _REPLACED, _UNCHANGED = "stored", "replaced", "unchanged"
 def export(connecting: Connecting, file: str, agent_type: str | None) -> int:
     """Write all stored states as JSON Lines.
 
-    Each line has type, key, saved_at and state; the lines are sorted by type and key. They go to standard output, or to
+    Each line has type, key, saved_at, handled (the last events of streams that count in the state) and state; the lines
+    are sorted by type and key. They go to standard output, or to
     a file that appears when it is complete. A live agent may have a newer state than the stored one.
 
     Exits with 7 if a state cannot be read; such states are named on standard error and left out.
     """
-    try:
-        with _writing(file) as write:
-            return asyncio.run(_export(connecting, agent_type, write))
-    except OSError as error:
-        if is_expected(error):  # some errors of natsrt are OSErrors too
-            raise
-        raise CommandFailed(f"{file}: {error.strerror}") from error
+    with writing(file) as write:
+        count, size, damaged = asyncio.run(_export(connecting, agent_type, write))
+    note(f"exported states: {count:,} of {size:,} bytes in all")
+    for damage in damaged:
+        note(f"natsrt: left out: {damage}")
+    return Exit.PROBLEMS if damaged else Exit.OK
 
 
-async def _export(connecting: Connecting, agent_type: str | None, write: Callable[[bytes], Any]) -> Exit:
+async def _export(
+    connecting: Connecting, agent_type: str | None, write: Callable[[bytes], Any]
+) -> tuple[int, int, list[CannotDecode]]:
+    """Write the states. Returns their number, their size in bytes, and what could not be read."""
     count = size = 0
     async with connecting.runtime() as runtime:
         records = runtime.running.records
+        records.only_read()
         stored, damaged = await stored_states(records, agent_type)
         async for record, content in _contents(records, stored):
             if isinstance(content, CannotDecode):
@@ -80,10 +83,7 @@ async def _export(connecting: Connecting, agent_type: str | None, write: Callabl
             elif content is not None:
                 write(_exported(record, content))
                 count, size = count + 1, size + len(content)
-    note(f"exported states: {count:,} of {size:,} bytes in all")
-    for error in damaged:
-        note(f"natsrt: left out: {error}")
-    return Exit.PROBLEMS if damaged else Exit.OK
+    return count, size, damaged
 
 
 async def _contents(
@@ -91,53 +91,37 @@ async def _contents(
 ) -> AsyncIterator[tuple[Record, bytes | CannotDecode | None]]:
     """The states in order, read in batches. None: the state was deleted meanwhile; an error: it is damaged."""
 
-    async def read(record: Record) -> bytes | CannotDecode | None:
+    async def read(record: Record) -> tuple[Record, bytes | CannotDecode | None]:
         try:
-            content = await state_of(records, record)
-            if content is not None:
-                orjson.loads(content)
-            return content
+            found = await present_state(records, record)
+            if found is not None:
+                orjson.loads(found[1])
+            return found or (record, None)
         except CannotDecode as error:
-            return error
+            return record, error
         except orjson.JSONDecodeError as error:
-            return CannotDecode(f"the state of {record.agent}", str(error))
+            return record, CannotDecode(f"the state of {record.agent}", str(error))
 
     for batch in in_batches(stored, lambda record: record.size):
-        for record, content in zip(batch, await asyncio.gather(*map(read, batch)), strict=True):
-            yield record, content
+        for found in await asyncio.gather(*map(read, batch)):
+            yield found
 
 
 def _exported(record: Record, content: bytes) -> bytes:
     content = content.replace(b"\r", b" ").replace(b"\n", b" ")  # white space only: JSON strings do not contain them
     row = {"type": record.agent.type, "key": record.agent.key, "saved_at": saved_at(record)}
-    return orjson.dumps({**row, "state": orjson.Fragment(content)})
-
-
-@contextmanager
-def _writing(file: str) -> Iterator[Callable[[bytes], Any]]:
-    """A function that writes lines to standard output, a device, a pipe, or a file that is put in place at the end."""
-    if file == "-":
-        yield lambda text: line(text.decode())
-        return
-    path = Path(file)
-    in_place = path.exists() and not path.is_file()
-    target = path if in_place else path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with target.open("wb") as stream:
-            yield lambda text: stream.write(text + b"\n")
-        if not in_place:
-            target.replace(path)
-    finally:
-        if not in_place:
-            target.unlink(missing_ok=True)
+    return orjson.dumps({**row, "handled": dict(record.handled), "state": orjson.Fragment(content)})
 
 
 # -- import ------------------------------------------------------------------------------------------------------
 
 
 class _Row(NamedTuple):
+    """``handled`` are the sequences of the last events that count in the state; None: the line does not say that."""
+
     agent: AgentId
     content: bytes
+    handled: Mapping[str, int] | None
 
 
 @click.command("import")
@@ -157,6 +141,10 @@ def import_(connecting: Connecting, file: IO[bytes], replace: bool, force: bool,
     set`. --force includes --replace. States that are already stored are skipped, so an interrupted import can be run
     again.
 
+    A line with handled also replaces the last events of streams that count as handled, so that exactly the later ones
+    are handled when they come. Without it, those that are stored stay. A worker that has the agent keeps its own: such
+    a line is a conflict then, unless --force is given.
+
     Exits with 7 if there were conflicts.
     """
     with tempfile.TemporaryFile() if not file.seekable() else file as lines:
@@ -172,12 +160,18 @@ def import_(connecting: Connecting, file: IO[bytes], replace: bool, force: bool,
             {
                 "dry_run": dry_run,
                 **{outcome: done.outcomes[outcome] for outcome in (_STORED, _REPLACED, _UNCHANGED)},
+                "behind": done.behind,
                 "conflicts": [
                     {"type": agent.type, "key": agent.key, "problem": problem} for agent, problem in done.conflicts
                 ],
             }
         )
     else:
+        if done.behind:
+            note(
+                f"natsrt: {done.behind:,} of the imported states contain fewer events of streams than those that they "
+                "replaced: the events that are missing were acknowledged, and come again only if they are replayed"
+            )
         if done.conflicts:
             table(("CONFLICT", "PROBLEM"), [(str(agent), problem) for agent, problem in done.conflicts])
             line()
@@ -203,7 +197,16 @@ def _row(value: Any) -> _Row:
         raise ValueError("type and key must be text")
     agent = AgentId(value["type"], value["key"])
     encode_head(agent, None, "", None)
-    return _Row(agent, encoded(value["state"]))
+    return _Row(agent, encoded(value["state"]), _handled(value.get("handled")))
+
+
+def _handled(value: Any) -> Mapping[str, int] | None:
+    """The sequences of a line. Raises ValueError if they are none."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(type(last) is int and 0 < last < 2**63 for last in value.values()):
+        raise ValueError("handled must be a JSON object with sequences: numbers from 1")
+    return advanced({}, value)
 
 
 def _check(lines: IO[bytes]) -> None:
@@ -254,6 +257,8 @@ class _Importing:
         self._dry_run = dry_run
         self.outcomes: Counter[str] = Counter()
         self.conflicts: list[tuple[AgentId, str]] = []
+        self.behind = 0
+        """Number of states that contain fewer events of streams than those that they replaced."""
 
     def __str__(self) -> str:
         counts = [f"{outcome} {self.outcomes[outcome]:,}" for outcome in (_STORED, _REPLACED, _UNCHANGED)]
@@ -272,7 +277,8 @@ class _Importing:
         for _ in range(TRIES):
             found = await find(self._owners, row.agent, force=self._force)
             record = found.record
-            if record is not None and await self._is_there(record, row.content):
+            is_same = record is not None and row.handled in (None, record.handled)
+            if record is not None and is_same and await self._is_there(record, row.content):
                 return _UNCHANGED
             if record is not None and (record.has_state or not found.is_free):
                 if not self._replace:
@@ -280,11 +286,15 @@ class _Importing:
                 if not self._force:
                     refuse_silence(found, "--force stores it without the owner")
                 if not self._dry_run:
-                    await put(self._records, self._owners, row.agent, row.content, force=self._force)
+                    await put(
+                        self._records, self._owners, row.agent, row.content, force=self._force, handled=row.handled
+                    )
+                if row.handled is not None:
+                    self.behind += any(last > row.handled.get(one, 0) for one, last in record.handled.items())
                 return _REPLACED
             try:
                 if not self._dry_run:
-                    await self._records.write_state(row.agent, row.content, expected=record)
+                    await self._records.write_state(row.agent, row.content, expected=record, handled=row.handled)
                 return _STORED
             except (RecordChanged, RecordTaken):
                 continue

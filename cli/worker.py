@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack, nullcontext
@@ -21,20 +20,19 @@ from natsrt.signals import StopSignals
 from .connecting import Connecting, connects
 from .ending import end_within
 from .exits import CommandFailed, Exit
-from .health import HealthEndpoint, ListenAddress, health_options
+from .health import PATIENCE, HealthEndpoint, ListenAddress, health_options
 from .loading import Target, load
 from .logs import give_way, of_runtime, of_supervisor, of_worker
 from .output import announce, note
 from .server import server_if_none_answers
-from .supervisor import Supervisor
+from .supervised import Supervised
+from .supervisor import HANG_TIMEOUT, Supervisor
 from .watching import Watched, checked_patterns, require_watchfiles
 
 _START_GRACE = 2.0
 """Seconds that a start has to complete after a signal, if the worker may already be serving calls."""
 _END_WITHIN = 3.0
 """Seconds after its stop that a worker waits for threads and tasks of its agents."""
-_STOP_MARGIN = 10.0
-"""Seconds after ``drain_timeout`` at which a supervised worker that has not stopped is killed."""
 
 
 @click.command()
@@ -48,6 +46,11 @@ _STOP_MARGIN = 10.0
     help="Directory to import modules from. [default: the current one]",
 )
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many workers to run.")
+@click.option(
+    "--max-running",
+    type=click.IntRange(min=1),
+    help="How many handlers may run at once in a worker. [default: the setting max_running]",
+)
 @click.option("--reload", is_flag=True, help="Restart when a Python file below --app-dir changes.")
 @click.option(
     "--reload-include",
@@ -57,9 +60,16 @@ _STOP_MARGIN = 10.0
     callback=checked_patterns,
     help="With --reload, restart for other files too, such as '*.yaml' or 'prompts/*'. May be given several times.",
 )
+@click.option(
+    "--hang-timeout",
+    type=click.FloatRange(min=PATIENCE),
+    metavar="SECONDS",
+    help="With --processes or --reload, replace a worker whose event loop has not run for this time. "
+    f"[default: {HANG_TIMEOUT:g}]",
+)
 @click.option("--embedded", is_flag=True, help="Start a server, with temporary data, if none answers.")
 @health_options
-@click.option("--ready-fd", type=int, hidden=True)
+@click.option("--supervisor-pipes", type=(int, int), hidden=True)
 @click.option("--worker-number", type=int, hidden=True)
 @connects("info")
 def worker(
@@ -69,11 +79,13 @@ def worker(
     name: str | None,
     app_dir: Path,
     processes: int,
+    max_running: int | None,
     reload: bool,
     included: tuple[str, ...],
+    hang_timeout: float | None,
     embedded: bool,
     health: ListenAddress | None,
-    ready_fd: int | None,
+    supervisor_pipes: tuple[int, int] | None,
     worker_number: int | None,
 ) -> int:
     """Host the agents of a module.
@@ -95,28 +107,33 @@ def worker(
     natsrt worker my_module:register_agents
     natsrt worker my_module:MyAgent --type my_agent --processes 4
     """
+    supervised = None if supervisor_pipes is None else Supervised(*supervisor_pipes)
     if included and not reload:
         raise CommandFailed("--reload-include has no effect without --reload", Exit.USAGE)
+    if hang_timeout is not None and processes == 1 and not reload:
+        raise CommandFailed("--hang-timeout has no effect without --processes or --reload", Exit.USAGE)
     if worker_number is not None:
         of_worker(worker_number)
-    options = connecting.options(name=name)
+    options = connecting.options(name=name, max_running=max_running)
     if processes == 1 and not reload:
         with nullcontext() if health is None else HealthEndpoint(health) as endpoint:
             if endpoint is not None:
                 announce(f"health: {endpoint.url}")
             loaded = load(target, agent_type, app_dir)
             give_way()
-            return _run(_host(loaded, options, embedded, endpoint, ready_fd))
+            return _run(_host(loaded, options, embedded, endpoint, supervised))
     if reload:
         require_watchfiles()
     arguments = [target, "--app-dir", str(app_dir), *connecting.arguments()]
     arguments += ["--type", agent_type] if agent_type is not None else []
     arguments += ["--name", name] if name is not None else []
+    arguments += ["--max-running", str(max_running)] if max_running is not None else []
     supervisor = Supervisor(
         arguments,
         processes,
         watch=Watched(app_dir, included) if reload else None,
-        stop_timeout=options.drain_timeout + _STOP_MARGIN,
+        drain_timeout=options.drain_timeout,
+        hang_timeout=HANG_TIMEOUT if hang_timeout is None else hang_timeout,
         health=health,
     )
     of_supervisor()
@@ -146,7 +163,7 @@ async def _supervise(supervisor: Supervisor, options: Options, embedded: bool) -
 
 
 async def _host(
-    target: Target, options: Options, embedded: bool, endpoint: HealthEndpoint | None, ready_fd: int | None
+    target: Target, options: Options, embedded: bool, endpoint: HealthEndpoint | None, supervised: Supervised | None
 ) -> int:
     async with AsyncExitStack() as stack:
         loop = asyncio.get_running_loop()
@@ -160,7 +177,9 @@ async def _host(
             endpoint.report(runtime.health)
         try:
             if await _started(runtime, target, stop):
-                _announce(runtime, ready_fd)
+                _announce(runtime)
+                if supervised is not None:
+                    supervised.ready()
                 if stop.is_set():  # once the runtime handles signals itself
                     asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
                 await _serve(runtime)
@@ -209,15 +228,12 @@ async def _started(runtime: NatsAgentRuntime, target: Target, stop: asyncio.Even
             ending.cancel()
 
 
-def _announce(runtime: NatsAgentRuntime, ready_fd: int | None) -> None:
+def _announce(runtime: NatsAgentRuntime) -> None:
     hosts = runtime.running.registry.view.hosts
     types = sorted(agent_type for agent_type, workers in hosts.items() if runtime.worker_id in workers)
     if not types:
         note("no agent was registered: this worker hosts nothing")
     announce(f"worker {runtime.worker_id} ready: types {', '.join(types) or 'none'}")
-    if ready_fd is not None:
-        os.write(ready_fd, b"1")
-        os.close(ready_fd)
 
 
 async def _serve(runtime: NatsAgentRuntime) -> None:

@@ -1,10 +1,14 @@
 """AutoGen agents across processes and machines, with NATS as the only infrastructure."""
 
 from natsrt import errors
+from natsrt.agents.current_delivery import DeliveryInfo, current_delivery
+from natsrt.durable_types import DurableTopics
 from natsrt.errors import *  # noqa: F403  # the whole tree of exceptions is public
+from natsrt.jetstream.dead_letter_box import DeadLetter
 from natsrt.observe.health import Health
 from natsrt.options import Options
 from natsrt.registration import register
+from natsrt.reminder_types import Reminder
 from natsrt.runtime import NatsAgentRuntime, create_distributed_runtime, runtime_of
 from natsrt.version import VERSION as __version__
 
@@ -13,12 +17,17 @@ from natsrt.version import VERSION as __version__
 from natsrt.keyed_types import KeyedOptions, keyed
 
 __all__ = [
+    "DeadLetter",
+    "DeliveryInfo",
+    "DurableTopics",
     "Health",
     "KeyedOptions",
     "NatsAgentRuntime",
     "Options",
+    "Reminder",
     "__version__",
     "create_distributed_runtime",
+    "current_delivery",
     "keyed",
     "register",
     "runtime_of",

@@ -13,19 +13,32 @@ from natsrt.agents.declarations import Declarations
 from natsrt.agents.inbound import Inbound
 from natsrt.agents.interventions import Interventions
 from natsrt.hosting.answers import Answers
+from natsrt.hosting.blob_answers import BlobAnswers
 from natsrt.hosting.call_log import CallLog
 from natsrt.hosting.controls import Controls
 from natsrt.hosting.dispatch import Dispatch
+from natsrt.hosting.durable import DurableConsumers
+from natsrt.hosting.durable_settlement import DurableParts
+from natsrt.hosting.feeder import FeederParts
 from natsrt.hosting.intake import Intake
 from natsrt.hosting.invocation import Invoker
 from natsrt.hosting.keyed_messages import KeyedMessages
+from natsrt.hosting.out_of_step import OutOfStep
 from natsrt.hosting.peer_answers import PeerAnswers
 from natsrt.hosting.places import Places
 from natsrt.hosting.reader import Reader
+from natsrt.hosting.reply_subjects import ReplySubjects
 from natsrt.hosting.settlements import EventSettlement, ReplySettlement
 from natsrt.hosting.subscriptions import Subscriptions
+from natsrt.hosting.view_answers import ViewAnswers
 from natsrt.jetstream.agent_records import AgentRecords
+from natsrt.jetstream.blobs import Blobs
+from natsrt.jetstream.dead_letter_box import DeadLetterBox
+from natsrt.jetstream.dead_letters import DeadLetters
+from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.registry.registry import Registry
+from natsrt.jetstream.returned import Returned
+from natsrt.jetstream.stream_reader import StreamReader
 from natsrt.keyed.claiming import Claiming
 from natsrt.keyed.deadlocks import Deadlocks
 from natsrt.keyed.instances import Instances
@@ -77,17 +90,29 @@ class Network:
 
     def __init__(self, options: Options, worker_id: str) -> None:
         self.subjects: Subjects = Subjects(options.namespace)
-        self.connection: Connection = Connection(options, client_name=f"{CLIENT_NAME}{worker_id}")
+        self.connection: Connection = self._new_connection(options, f"{CLIENT_NAME}{worker_id}")
         self.readiness: Readiness = Readiness(self.connection, options)
-        self.bodies: Bodies = Bodies(self.connection)
         self.inbox: Inbox = Inbox(self.connection, options)
         self.probe: Probe = Probe(self.connection, self.inbox)
         self.peers: Peers = Peers(self.connection, self.inbox, self.probe, self.subjects)
-        self.cancellations: Cancellations = Cancellations(self.connection, self.subjects.cancel)
-        self.registry: Registry = Registry(self.connection, self.subjects, options, self.peers)
+        self.cancellations: Cancellations = Cancellations(self.connection, self.inbox, self.subjects)
+        self.registry: Registry = self._new_registry(options)
+        self.blobs: Blobs = Blobs(self.connection, self.subjects, options, self.registry)
+        self.bodies: Bodies = Bodies(self.connection, options, self.blobs)
         watch = CallWatch(self.connection, self.inbox, self.probe, options, self.registry)
         self.calls: Calls = Calls(self.connection, self.inbox, watch, options, self.registry)
         self.records: AgentRecords = AgentRecords(self.connection, self.subjects, options)
+        self.streams: DurableStreams = DurableStreams(self.connection, self.subjects, options, self.registry)
+        self.reader: StreamReader = StreamReader(self.connection, options)
+        self.dead_letter_box: DeadLetterBox = DeadLetterBox(self.subjects, self.reader)
+
+    # These are methods, so that all other parts can be explored without a server: see tests/support/keyed_world.py.
+
+    def _new_connection(self, options: Options, client_name: str) -> Connection:
+        return Connection(options, client_name=client_name)
+
+    def _new_registry(self, options: Options) -> Registry:
+        return Registry(self.connection, self.subjects, options, self.peers)
 
 
 class Outgoing:
@@ -111,6 +136,7 @@ class Outgoing:
             replies=replies,
             attributes=attributes,
             peers=network.peers,
+            rtt=network.connection.rtt,
         )
         self.arrivals: Arrivals = Arrivals(
             connection=network.connection,
@@ -123,11 +149,14 @@ class Outgoing:
         )
         owners = OwnerCache(network.subjects, network.registry, self.locator)
         self.delivery: KeyedDelivery = KeyedDelivery(
+            connection=network.connection,
             owners=owners,
             bodies=network.bodies,
             subjects=network.subjects,
+            options=program.options,
             calls=network.calls,
             inbox=network.inbox,
+            replies=replies,
             counters=counters,
         )
         self.sender: Sender = Sender(
@@ -137,6 +166,8 @@ class Outgoing:
             options=program.options,
             calls=network.calls,
             registry=network.registry,
+            streams=network.streams,
+            dead_letters=network.dead_letter_box,
             readiness=network.readiness,
             serialization=program.serialization,
             cancellations=network.cancellations,
@@ -171,9 +202,43 @@ class Incoming:
         """The messages that are being handled."""
         self.call_log: CallLog = CallLog(connection, options, worker_id)
         answers = Answers(network.bodies, program.serialization, program.error_types, options, worker_id)
+        self.reply_subjects: ReplySubjects = ReplySubjects(subjects, registry)
         self.events: EventSettlement = EventSettlement(event_errors, counters)
         self.intake: Intake = Intake(connection, options, counters)
         self.places: Places = Places(options.max_running)
+        reader = Reader(
+            subjects=network.subjects,
+            catalog=program.catalog,
+            serialization=program.serialization,
+            cancellations=network.cancellations,
+            interventions=program.interventions,
+            declarations=program.declarations,
+            options=program.options,
+        )
+        dead_letters = DeadLetters(connection, subjects, options, program.error_types, network.streams)
+        self.durable: DurableConsumers = DurableConsumers(
+            DurableParts(
+                worker_id=worker_id,
+                connection=connection,
+                options=options,
+                registry=registry,
+                intake=self.intake,
+                dead_letters=dead_letters,
+                box=network.dead_letter_box,
+                returned=Returned(connection, subjects, options),
+                event_errors=event_errors,
+                counters=counters,
+            ),
+            FeederParts(
+                bodies=network.bodies,
+                reader=reader,
+                sender=outgoing.sender,
+                delivery=outgoing.delivery,
+                events=self.events,
+            ),
+            subjects,
+            program.declarations,
+        )
         self.subscriptions: Subscriptions = Subscriptions(
             connection=connection,
             subjects=subjects,
@@ -183,13 +248,14 @@ class Incoming:
             intake=self.intake,
             replies=ReplySettlement(
                 connection=connection,
-                subjects=subjects,
+                reply_subjects=self.reply_subjects,
                 call_log=self.call_log,
                 answers=answers,
                 events=self.events,
                 counters=counters,
             ),
             events=self.events,
+            durable=self.durable,
             worker_id=worker_id,
         )
         self.deadlocks: Deadlocks = Deadlocks(
@@ -245,8 +311,29 @@ class Incoming:
             deadlocks=self.deadlocks,
             subscriptions=self.subscriptions,
             answers=answers,
+            registry=registry,
+            inbox=network.inbox,
+            reply_subjects=self.reply_subjects,
         )
-        self.dispatch: Dispatch = self._dispatch(program, network, outgoing, answers, worker_id, counters, telemetry)
+        self.view_answers: ViewAnswers = ViewAnswers(
+            connection=connection,
+            subjects=subjects,
+            registry=registry,
+            answers=answers,
+            reply_subjects=self.reply_subjects,
+        )
+        self.blob_answers: BlobAnswers = BlobAnswers(
+            connection=connection,
+            subjects=subjects,
+            registry=registry,
+            blobs=network.blobs,
+            options=options,
+            answers=answers,
+            reply_subjects=self.reply_subjects,
+        )
+        self.dispatch: Dispatch = self._dispatch(
+            program, network, outgoing, answers, reader, worker_id, counters, telemetry
+        )
 
     def _dispatch(
         self,
@@ -254,19 +341,11 @@ class Incoming:
         network: Network,
         outgoing: Outgoing,
         answers: Answers,
+        reader: Reader,
         worker_id: str,
         counters: Counters,
         telemetry: Telemetry | None,
     ) -> Dispatch:
-        reader = Reader(
-            subjects=network.subjects,
-            catalog=program.catalog,
-            serialization=program.serialization,
-            cancellations=network.cancellations,
-            interventions=program.interventions,
-            declarations=program.declarations,
-            options=program.options,
-        )
         invoker = Invoker(
             subjects=network.subjects,
             catalog=program.catalog,
@@ -276,6 +355,7 @@ class Incoming:
             counters=counters,
             telemetry=telemetry,
             places=self.places,
+            bodies=network.bodies,
         )
         keyed = KeyedMessages(
             worker_id=worker_id,
@@ -299,4 +379,5 @@ class Incoming:
             controls=Controls(program.catalog, keyed, answers),
             active=self.active,
             counters=counters,
+            out_of_step=OutOfStep(network.registry, self.intake),
         )

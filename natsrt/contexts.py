@@ -22,7 +22,14 @@ from natsrt.errors import ConfigurationError
 
 __all__ = ["Context", "known_contexts", "read_context"]
 
-_TEXTS = {"url": "servers", "user": "user", "password": "password", "token": "token", "inbox_prefix": "inbox_prefix"}
+_TEXTS = {
+    "url": "servers",
+    "user": "user",
+    "password": "password",
+    "token": "token",
+    "inbox_prefix": "inbox_prefix",
+    "jetstream_domain": "jetstream_domain",
+}
 _PATHS = {"creds": "creds", "nkey": "nkey_seed_file", "cert": "tls_cert", "key": "tls_key", "ca": "tls_ca"}
 
 _IMPOSSIBLE = {
@@ -31,8 +38,7 @@ _IMPOSSIBLE = {
     "user_jwt": "natsrt takes a JWT from a credentials file only; name one in `creds`",
     "user_seed": "natsrt takes a JWT's seed from a credentials file only; name one in `creds`",
     "windows_cert_store": "natsrt cannot use the Windows certificate store; name files in `cert`, `key` and `ca`",
-    "jetstream_domain": "natsrt keeps its registry in the JetStream of the account it connects to, not in a domain",
-    "jetstream_api_prefix": "natsrt uses the JetStream of the account it connects to, without an API prefix",
+    "jetstream_api_prefix": "natsrt uses no other API prefix than that of a domain: give `jetstream_domain` instead",
 }
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")

@@ -4,7 +4,8 @@ Rules:
 
 - The server listens on 127.0.0.1 unless another ``host`` is given. (nats-server's own default is every interface.)
 - ``start()`` fails if another server answers on the port. To detect that, the server gets a name, its ports file has
-  the address on which it listens, and the INFO line that a client receives there must have that name.
+  the address on which it listens, and the INFO line that a client receives there must have that name. (A server that
+  begins with TLS, and wants a client certificate then, sends none to this program. It is ready without that check.)
 - No server outlives this program. ``stop()`` ends it in an orderly way. If this program dies without calling it, even
   by ``kill -9``, a guard ends the server (`ProcessGroupGuard`); a temporary directory is then left behind.
 - Ctrl-C in a terminal signals the whole foreground process group. The server is in its own group, so that this program
@@ -38,7 +39,7 @@ from typing import IO
 from urllib.parse import SplitResult, urlsplit
 
 from natsrt.errors import EmbeddedServerError
-from natsrt.listening import why_not
+from natsrt.listening import greeting, why_not
 
 __all__ = ["DEVELOPMENT_SETTINGS", "EmbeddedServer", "ProcessGroupGuard", "find_server_binary", "freeze"]
 
@@ -71,6 +72,8 @@ _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where to connect to a server that listens on every interface."""
 
 
+_SAYS_READY = "Server is ready"
+"""In a line of the server's log that an error does not quote, since it would contradict the error."""
 _LISTEN_FAILED = re.compile(r"listen tcp (\S+):(\d+): bind:")
 """In the server's log: the address that it could not listen on, which may be from a configuration file."""
 
@@ -175,6 +178,7 @@ class EmbeddedServer:
         self._log_start = 0
         self._url: str | None = None
         self._monitor_url: str | None = None
+        self._tls_first = False
 
     def __enter__(self) -> EmbeddedServer:
         if _loop_runs_here():
@@ -222,6 +226,11 @@ class EmbeddedServer:
     def monitor_url(self) -> str | None:
         """Base URL of the HTTP monitoring pages; None without monitoring, and before the first start."""
         return self._monitor_url
+
+    @property
+    def tls_first(self) -> bool:
+        """True if the server begins with the TLS handshake, so that clients need the setting ``tls_first``."""
+        return self._tls_first
 
     @property
     def name(self) -> str:
@@ -417,9 +426,11 @@ class EmbeddedServer:
                 assert found.port is not None
                 try:
                     async with asyncio.timeout(remaining):
-                        name = await _server_name_at(connect_host, found.port)
-                except (OSError, TimeoutError, ValueError) as error:
-                    problem = f"port {found.port} does not answer as a NATS server ({error or type(error).__name__})"
+                        greeted = await greeting(connect_host, found.port)
+                        name = self._name if greeted.info is None else str(greeted.info["server_name"])
+                except (OSError, TimeoutError, ValueError, LookupError) as error:
+                    said = str(error) or type(error).__name__
+                    problem = f"port {found.port} does not answer as a NATS server ({said})"
                 else:
                     if name != self._name:
                         raise EmbeddedServerError(
@@ -427,6 +438,7 @@ class EmbeddedServer:
                             f"not by the one that was started, {self._name!r}{self._output()}"
                         )
                     self._port = found.port
+                    self._tls_first = greeted.tls_first
                     self._url = f"{found.scheme}://{_bracketed(connect_host)}:{found.port}"
                     if monitor is not None and monitor.port is not None:
                         self._monitor_url = f"{monitor.scheme}://{_bracketed(connect_host)}:{monitor.port}"
@@ -435,7 +447,7 @@ class EmbeddedServer:
                     return
             await asyncio.sleep(_POLL_SECONDS)
         raise EmbeddedServerError(
-            f"nats-server was not ready within {self._ready_timeout:g} s: {problem}{self._output()}"
+            f"nats-server was not ready within {self._ready_timeout:g} s: {problem}{self._output(_SAYS_READY)}"
         )
 
     async def _why_it_cannot_listen(self) -> str | None:
@@ -447,8 +459,8 @@ class EmbeddedServer:
                 return reason
         return None
 
-    def _output(self) -> str:
-        lines = self._log_lines()
+    def _output(self, without: str | None = None) -> str:
+        lines = [line for line in self._log_lines() if without is None or without not in line]
         if len(lines) > 2 * _LOG_LINES_IN_ERRORS:
             # nats-server names an unknown flag in its first line, and prints its long help after it.
             lines = [*lines[:_LOG_LINES_IN_ERRORS], "…", *lines[-_LOG_LINES_IN_ERRORS:]]
@@ -571,20 +583,6 @@ async def _exit_code(process: subprocess.Popen[bytes], poll_seconds: float) -> i
     while (code := process.poll()) is None:  # noqa: ASYNC110  (another process ends; no event is set then)
         await asyncio.sleep(poll_seconds)
     return code
-
-
-async def _server_name_at(host: str, port: int) -> str:
-    """The name in the INFO line that a NATS server sends first. Raises ValueError if the first line is another."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        verb, _, fields = (await reader.readline()).partition(b" ")
-        if verb != b"INFO":
-            raise ValueError("the first line is not INFO")
-        return str(json.loads(fields)["server_name"])
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
 
 
 def _bracketed(host: str) -> str:

@@ -5,18 +5,24 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
 
     NatsrtError
     ├── ConfigurationError          ValueError              a setting is wrong
+    │   └── DurableConflict                                 other runtimes declared the durable topics otherwise
     ├── ServerUnreachable           UndeliverableException, ConnectionError
     │   ├── ServerRefused                                   a server answered, and does not accept the connection
     │   └── TlsFailed                                       no secure connection to the server can be made
     ├── PermissionDenied            UndeliverableException, PermissionError
     ├── SubscriptionRefused         ConnectionError         the server's limit of subscriptions is reached
     ├── JetStreamRequired           RuntimeError            the server runs without JetStream
+    ├── ServerTooOld                RuntimeError            the server lacks what a setting needs
     ├── EmbeddedServerError         RuntimeError            the development server did not start
     ├── SubscriptionNotServed       TimeoutError            a worker did not confirm a subscription
     ├── AgentNotServed              TimeoutError            no live worker served an agent type in time
     ├── UnknownSubscription         LookupError, ValueError no subscription has the id
     ├── RegistryUnavailable         ConnectionError         the registry could not be read or written
     ├── StateUnavailable            ConnectionError         the records of keyed agents could not be read or written
+    │   └── JetStreamFull           RegistryUnavailable     a limit of JetStream is reached
+    ├── StreamUnavailable           ConnectionError         a stream could not be used
+    ├── EventNotStored              UndeliverableException  a stream did not confirm an event on a durable topic
+    ├── CannotSchedule              ValueError              a message cannot be published later
     ├── UndeliveredCall             UndeliverableException  no agent answered
     │   ├── UnknownAgentType        LookupError             no worker registered the type within the last day
     │   ├── UnknownAgent            LookupError             the type has registered instances only, and not this one
@@ -32,13 +38,19 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
     ├── RemoteAgentError                                    a handler raised an exception of a class unknown here
     ├── CannotSerialize             ValueError              a value cannot be sent exactly
     ├── CannotDecode                ValueError              a body cannot be read
-    ├── MessageTooLarge             ValueError              the message is larger than the server accepts
-    └── UnhandledMessage            CantHandleException     the agent has no handler for the message's type
+    ├── MessageTooLarge             ValueError              the message is larger than can be sent
+    ├── BlobLost                    LookupError             a payload that was sent by reference is gone
+    ├── BlobDamaged                 ValueError              a payload that was sent by reference is not what was sent
+    ├── UnhandledMessage            CantHandleException     the agent has no handler for the message's type
+    ├── NotSettled                                          no attempt to handle an event came to its end
+    ├── Reject                                              raised by a handler: the event becomes a dead letter
+    └── Retry                                               raised by a handler: the event is tried again later
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,24 +59,35 @@ from autogen_core.exceptions import CantHandleException, UndeliverableException
 __all__ = [
     "AgentNotServed",
     "AmbiguousAgent",
+    "BlobDamaged",
+    "BlobLost",
     "CallTimeout",
     "CannotDecode",
+    "CannotSchedule",
     "CannotSerialize",
     "ConfigurationError",
     "Deadlock",
+    "DurableConflict",
     "EmbeddedServerError",
+    "EventNotStored",
+    "JetStreamFull",
     "JetStreamRequired",
     "MessageTooLarge",
     "NatsrtError",
     "NoLiveWorker",
+    "NotSettled",
     "PermissionDenied",
     "RegistryUnavailable",
+    "Reject",
     "RemoteAgentError",
+    "Retry",
     "ServerRefused",
+    "ServerTooOld",
     "ServerUnreachable",
     "StateConflict",
     "StateNotSaved",
     "StateUnavailable",
+    "StreamUnavailable",
     "SubscriptionNotServed",
     "SubscriptionRefused",
     "TlsFailed",
@@ -110,6 +133,20 @@ class ConfigurationError(NatsrtError, ValueError):
         self.setting = setting
         self.problem = problem
         super().__init__(f"{setting}: {problem}")
+
+
+class DurableConflict(ConfigurationError):
+    """The setting ``durable`` disagrees with what other runtimes have declared for the namespace.
+
+    ``stream`` is the stream that they declared. ``reason`` names both.
+    """
+
+    code = 409
+
+    def __init__(self, stream: str, reason: str) -> None:
+        self.stream = stream
+        self.reason = reason
+        super().__init__("durable", reason)
 
 
 class ServerUnreachable(NatsrtError, UndeliverableException, ConnectionError):
@@ -194,7 +231,22 @@ class JetStreamRequired(NatsrtError, RuntimeError):
         self.server = server
         super().__init__(
             f"the server {server} runs without JetStream, which natsrt needs for its registry. Start it with "
-            "`nats-server -js`, add a `jetstream` block to its configuration, or use `natsrt server`."
+            "`nats-server -js`, add a `jetstream` block to its configuration, or use `natsrt server`. "
+            "On a leaf node, set jetstream_domain to the domain of its hub. If other servers of its cluster have "
+            "JetStream, they cannot be reached now."
+        )
+
+
+class ServerTooOld(NatsrtError, RuntimeError):
+    """The server's ``version`` is older than the one that ``feature`` needs: ``needed``. Both are texts."""
+
+    def __init__(self, feature: str, version: str, needed: str) -> None:
+        self.feature = feature
+        self.version = version
+        self.needed = needed
+        super().__init__(
+            f"{feature} need nats-server {needed} or newer, and the server runs {version}: update it, or remove the "
+            "setting"
         )
 
 
@@ -271,6 +323,72 @@ class StateUnavailable(NatsrtError, ConnectionError):
         self.operation = operation
         self.reason = reason
         super().__init__(f"cannot {operation} the records of keyed agents: {reason}")
+
+
+class StreamUnavailable(NatsrtError, ConnectionError):
+    """A stream, or a consumer of it, could not be made, read or changed, or is not as natsrt needs it.
+
+    ``reason`` says why: it is the text of the server or of the NATS client, or names what is wrong with the stream.
+    ``passing`` is True if the cause may pass by itself, as a server that does not answer.
+    """
+
+    code = 503
+
+    def __init__(self, operation: str, stream: str, reason: str, *, passing: bool = False) -> None:
+        self.operation = operation
+        self.stream = stream
+        self.reason = reason
+        self.passing = passing
+        super().__init__(f"cannot {operation} the stream {stream}: {reason}")
+
+
+class EventNotStored(NatsrtError, UndeliverableException):
+    """The stream of a durable topic did not confirm an event.
+
+    ``topic`` is the topic as text, ``type/source``. ``may_be_stored`` is True if the event may have been stored
+    nevertheless. Publish it again with the same ``message_id``: within two minutes it is then stored once.
+    """
+
+    code = 503
+
+    def __init__(self, topic: str, stream: str, reason: str, *, may_be_stored: bool) -> None:
+        self.topic = topic
+        self.stream = stream
+        self.reason = reason
+        self.may_be_stored = may_be_stored
+        what = "did not confirm" if may_be_stored else "did not store"
+        more = "; it may have been stored" if may_be_stored else ""
+        super().__init__(f"the stream {stream} {what} an event on {topic}: {reason}{more}")
+
+
+class CannotSchedule(NatsrtError, ValueError):
+    """A message cannot be published at a later time.
+
+    ``what`` is the message: an event on a topic, or a reminder. ``reason`` says why, and what would be right.
+    """
+
+    code = 422
+
+    def __init__(self, what: str, reason: str) -> None:
+        self.what = what
+        self.reason = reason
+        super().__init__(f"{what} cannot be published later: {reason}")
+
+
+class JetStreamFull(StateUnavailable, RegistryUnavailable):
+    """JetStream refused a request because a limit is reached: of the account, the server, a bucket, or the disk.
+
+    ``bucket`` is the bucket or stream of the request. ``limit`` is the name of the limit in the server's configuration,
+    such as ``max_file`` or ``max_streams``; ``disk`` if the disk itself is full. ``reason`` says what to do, and has
+    the server's text.
+    """
+
+    def __init__(self, operation: str, bucket: str, limit: str, reason: str) -> None:
+        NatsrtError.__init__(self, f"cannot {operation} {bucket}: {reason}")
+        self.operation = operation
+        self.bucket = bucket
+        self.limit = limit
+        self.reason = reason
 
 
 class UndeliveredCall(NatsrtError, UndeliverableException):
@@ -482,17 +600,57 @@ class CannotDecode(NatsrtError, ValueError):
 
 
 class MessageTooLarge(NatsrtError, ValueError):
-    """The encoded message is too large for the server. ``size`` and ``max_payload`` are in bytes, headers included."""
+    """A message is larger than can be sent, and nothing of it was sent.
+
+    ``size`` is in bytes, of the encoded message with its headers, or of its payload alone. ``max_payload`` is the limit
+    in bytes: the server's ``max_payload``, or the setting ``max_blob_size``. ``reason`` says what the limit is, and why
+    the payload is not sent by reference; None: the limit is the server's, for a message that is never sent otherwise.
+    """
 
     code = 413
 
-    def __init__(self, size: int, max_payload: int) -> None:
+    def __init__(self, size: int, max_payload: int, reason: str | None = None) -> None:
         self.size = size
         self.max_payload = max_payload
-        super().__init__(
-            f"the message has {size:,} bytes, but the server accepts at most {max_payload:,}: raise max_payload in the "
-            "server's configuration (8MB is the most that it advises), or send less in one message"
+        self.reason = reason
+        text = reason or (
+            f"but the server accepts at most {max_payload:,}: raise max_payload in the server's configuration (8MB is "
+            "the most that it advises), or send less in one message"
         )
+        super().__init__(f"the message has {size:,} bytes, {text}")
+
+
+class BlobLost(NatsrtError, LookupError):
+    """A payload that was sent by reference is not there any more, or a part of it is not.
+
+    ``blob_id`` is its id. ``chunk`` is the number of the first chunk that is missing, from 0, and ``chunks`` is how
+    many it has.
+    """
+
+    code = 410
+
+    def __init__(self, blob_id: str, chunk: int, chunks: int) -> None:
+        self.blob_id = blob_id
+        self.chunk = chunk
+        self.chunks = chunks
+        super().__init__(
+            f"the payload was sent by reference, and chunk {chunk} of {chunks} of the blob {blob_id} is gone: it "
+            "expired (blob_ttl), its sender does not wait any more, or somebody deleted it"
+        )
+
+
+class BlobDamaged(NatsrtError, ValueError):
+    """A payload that was sent by reference is not what was sent.
+
+    ``blob_id`` is its id. ``reason`` says what differs.
+    """
+
+    code = 422
+
+    def __init__(self, blob_id: str, reason: str) -> None:
+        self.blob_id = blob_id
+        self.reason = reason
+        super().__init__(f"the payload was sent by reference, and the blob {blob_id} is damaged: {reason}")
 
 
 class UnhandledMessage(NatsrtError, CantHandleException):
@@ -512,3 +670,55 @@ class UnhandledMessage(NatsrtError, CantHandleException):
             f"{recipient} has no handler for messages of type {type_name!r}; it handles: {', '.join(self.handled)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
+
+
+class NotSettled(NatsrtError):
+    """No attempt to handle an event of a durable topic came to its end: its workers died, or were frozen.
+
+    ``attempts`` is their number. It is the error of the event's dead letter, and is not raised.
+    """
+
+    def __init__(self, stream: str, sequence: int, attempts: int) -> None:
+        self.stream = stream
+        self.sequence = sequence
+        self.attempts = attempts
+        super().__init__(
+            f"none of {attempts} attempts to handle event {sequence} of {stream} came to its end: the workers died, or "
+            "were frozen"
+        )
+
+
+class Reject(NatsrtError):
+    """A handler raises this for an event of a durable topic that it will never be able to handle.
+
+    The event becomes a dead letter at once, with ``reason``, and is not tried again. For calls and for other events, it
+    is an exception like any other.
+    """
+
+    code = 422
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Retry(NatsrtError):
+    """A handler raises this for an event of a durable topic that it cannot handle now.
+
+    The event is tried again ``after`` seconds; None: after the delay that follows any other exception. It counts as an
+    attempt, so after the last one the event becomes a dead letter. ``reason`` is for logs and for the dead letter. For
+    calls and for other events, it is an exception like any other.
+
+    Raises:
+        ValueError: ``after`` is negative, not a number or infinite.
+    """
+
+    code = 503
+
+    def __init__(self, after: float | None = None, reason: str = "") -> None:
+        if after is not None and (isinstance(after, bool) or not 0 <= after < math.inf):
+            raise ValueError(f"after must be a number of seconds of at least 0, or None, not {after!r}")
+        self.after = after
+        self.reason = reason
+        when = "later" if after is None else f"in {after:g} s"
+        super().__init__(f"to be tried again {when}{f': {reason}' if reason else ''}")

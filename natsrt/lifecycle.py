@@ -23,9 +23,9 @@ from opentelemetry.trace import TracerProvider
 from natsrt.agents.chain import current_chain
 from natsrt.agents.contained import contained
 from natsrt.agents.message_types import explain_refused_types
-from natsrt.assembly import Program
+from natsrt.assembly import Network, Program
 from natsrt.errors import NatsrtError
-from natsrt.observe.health import Health
+from natsrt.observe.health import Counts, Health
 from natsrt.sending.outbox import Outbox
 from natsrt.sending.send_queue import in_intervention
 from natsrt.sending.sender import Sender
@@ -43,6 +43,9 @@ _PAUSE = 0.005
 class Lifecycle:
     """Starts and stops the sessions of one program."""
 
+    _network: type[Network] = Network
+    """What a session reaches other processes by."""
+
     def __init__(self, program: Program, tracer_provider: TracerProvider | None) -> None:
         self._program = program
         self._tracer_provider = tracer_provider
@@ -54,6 +57,8 @@ class Lifecycle:
         self._stopping: asyncio.Task[None] | None = None
         self._abort = asyncio.Event()
         self._cut_short = 0
+        self._counts = Counts()
+        """What the last session counted; empty before its end."""
         self._stopped = asyncio.Event()
         self._closed: dict[int, Agent] = {}
         """The live agents that `close` has closed, by ``id()``, because an agent need not be hashable."""
@@ -79,8 +84,8 @@ class Lifecycle:
             return self._session.health()
         if (failure := self._start_failure()) is not None:
             told = str(failure) if isinstance(failure, NatsrtError) else type(failure).__qualname__
-            return Health.stopped(f"Its start failed: {told}")
-        return Health.stopped("It was stopped." if self._stopped.is_set() else "It was not started.")
+            return Health.stopped(f"Its start failed: {told}", self._counts)
+        return Health.stopped("It was stopped." if self._stopped.is_set() else "It was not started.", self._counts)
 
     @property
     def running(self) -> Session:
@@ -119,7 +124,7 @@ class Lifecycle:
         self._stopped.clear()
         self._stopping = None
         self._stepping = stepping
-        self._session = session = Session(self._program, self._tracer_provider)
+        self._session = session = Session(self._program, self._tracer_provider, self._network)
         self._outbox.holds = stepping or len(self._outbox) > 0
         if stepping:
             session.intake.hold()
@@ -144,6 +149,7 @@ class Lifecycle:
                 await self._pass_on(session, hold=False)  # it joins the queue of the sender, which waits for the start
             await session.start(self._abort)
         except BaseException:
+            self._counts = session.counts()
             self._session = None
             self._stopped.set()
             raise
@@ -179,6 +185,7 @@ class Lifecycle:
                 await session.stop(self._program.options.drain_timeout)
         finally:
             self._cut_short = session.cut_short
+            self._counts = session.counts()
             self._session = None
             self._starting = None
             self._stopped.set()

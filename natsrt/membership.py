@@ -18,8 +18,11 @@ from autogen_core import ClosureAgent, Subscription
 
 from natsrt.agents.hosted_type import HostedType
 from natsrt.assembly import Incoming, Network, Program
+from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, SubscriptionNotServed
 from natsrt.jetstream.registry.entries import (
+    CANCEL,
+    FEATURES,
     NOBODY,
     InstanceEntry,
     KnownEntry,
@@ -29,8 +32,10 @@ from natsrt.jetstream.registry.entries import (
     TypeEntry,
     WorkerEntry,
 )
+from natsrt.jetstream.registry.registry import RegistryListener
 from natsrt.jetstream.registry.rivals import Rival, rivals
 from natsrt.observe.services import Services
+from natsrt.reminder_types import REMINDER_TOPICS, reminder_prefix
 from natsrt.version import VERSION
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -39,7 +44,7 @@ _LOOK_EVERY = 0.02
 """Seconds between two looks whether another worker has withdrawn what it stored at the same moment."""
 
 
-class Membership:
+class Membership(RegistryListener):
     """The entries of one runtime in the registry, from its start to its stop."""
 
     def __init__(
@@ -57,14 +62,20 @@ class Membership:
         self._declarations = program.declarations
         self._connection = network.connection
         self._registry = network.registry
+        self._streams = network.streams
+        self._inbox = network.inbox
         self._peers = network.peers
+        self._cancellations = network.cancellations
         self._incoming = incoming
         self._services = services
         self._name = name
         self._worker_id = worker_id
         self._joined = False
         self._joining = asyncio.Lock()
+        self._tasks = BackgroundTasks(logger, "listening for cancellations failed")
+        self._registry.on_rejoined(self._rejoined)
         self._registry.add_listener(self._declarations)
+        self._registry.add_listener(self)
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
@@ -85,15 +96,18 @@ class Membership:
             await self._incoming.ownership.start()
         subscriptions = [self._entry(subscription) for subscription in self._declarations]
         await self._declare(subscriptions)
+        await self._learn_promises([hosted.agent_type for hosted in hosted_types])
         stay = {entry.key for entry in subscriptions}
         await self._withdraw([entry for key, entry in self._declarations.unowned.items() if key not in stay])
 
     async def confirm(self) -> None:
-        """Wait until every live worker serves the subscriptions that were added to this runtime before its start.
+        """Wait until every live worker serves the subscriptions that were added to this runtime before its start, and
+        those to topics that it has made durable.
 
         A worker that does not confirm in time is logged.
         """
         agent_types = {self._entry(subscription).agent_type for subscription in self._declarations}
+        agent_types |= self._registry.view.types_taking(self._streams.added)
         confirmations = (self._confirm(agent_type) for agent_type in agent_types)
         for outcome in await asyncio.gather(*confirmations, return_exceptions=True):
             if isinstance(outcome, SubscriptionNotServed):  # a worker that hangs must not prevent the start
@@ -113,11 +127,17 @@ class Membership:
 
     async def stop(self) -> None:
         """Leave the registry. Has no effect if this is not a worker or not connected."""
+        await self._tasks.cancel()
         if self._joined and self._connection.connected:
             try:
                 await self._registry.leave()
             except NatsrtError as error:
                 logger.warning("this worker's registry entries remain until other runtimes remove them: %s", error)
+
+    def view_changed(self) -> None:
+        """Workers of older versions announce cancellations to all only, so a caller must hear those of others, too."""
+        if not self._cancellations.hears_all and not self._registry.view.all_understand(CANCEL):
+            self._tasks.spawn(self._cancellations.listen())
 
     async def _join(self) -> None:
         """Become a worker. Has no effect if this already is one."""
@@ -127,17 +147,28 @@ class Membership:
             self._joined = True
             self._incoming.intake.watch_stalls()
             try:
+                await self._cancellations.listen()
                 await self._incoming.peer_answers.start()
                 await self._services.start()
                 await self._connection.round_trip(self._options.offline_timeout)
                 self._connection.check()
+                self._incoming.view_answers.expect()
             except BaseException:
                 self._joined = False
                 await self._services.stop()
                 await self._incoming.peer_answers.stop()
                 raise
             await self._registry.join(
-                WorkerEntry(self._worker_id, self._name, socket.gethostname(), os.getpid(), time.time(), VERSION)
+                WorkerEntry(
+                    self._worker_id,
+                    self._name,
+                    socket.gethostname(),
+                    os.getpid(),
+                    time.time(),
+                    VERSION,
+                    features=FEATURES,
+                    inbox=self._inbox.root,
+                )
             )
             await self._registry.declare(self._hosted_entries())
 
@@ -190,7 +221,31 @@ class Membership:
             await self._declare([self._entry(s) for s in moved])
             former = [self._declarations.unowned.get(self._entry(s, NOBODY).key) for s in moved]
             await self._withdraw([entry for entry in former if entry is not None])
+        await self._learn_promises([hosted.agent_type])
         await self._incoming.subscriptions.serve(hosted.agent_type)
+
+    async def _rejoined(self) -> None:
+        """This worker may have been out of the registry, and is there again."""
+        await self._learn_promises([hosted.agent_type for hosted in self._catalog])
+
+    async def _learn_promises(self, agent_types: Sequence[str]) -> None:
+        """Make the promises of the other workers of these types about calls that were lost and sent again.
+
+        Call it when the registry lists this worker, and before it takes calls of these types. So a caller either asks
+        this worker for its promise, or has all promises before this worker asks the others.
+        """
+        view = self._registry.view
+        others = {worker_id for agent_type in agent_types for worker_id in view.workers_hosting(agent_type)}
+        asked = [
+            self._peers.withdrawn(self._registry.peer_subject(worker_id)) for worker_id in others - {self._worker_id}
+        ]
+        for promises in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(promises, NatsrtError):
+                logger.debug("could not ask a worker for its promises: %s", promises)
+            elif isinstance(promises, BaseException):
+                raise promises
+            elif promises:
+                self._incoming.call_log.withdrawn.learn(promises, asyncio.get_running_loop().time())
 
     async def _yield_to_rivals(self, entries: Sequence[RegistryEntry]) -> None:
         """Look again after ``entries`` were stored: another worker may have stored what excludes them just before.
@@ -296,6 +351,26 @@ class Membership:
                 return True
         return False
 
+    async def take_reminders(self, agent_type: str) -> None:
+        """Have the workers of an agent type take its reminders, now and later. Once done, it costs nothing.
+
+        Raises `ValueError` if workers of the type cannot take durable events, `SubscriptionNotServed` after
+        ``subscription_timeout`` seconds, `ServerTooOld`, and as `DurableStreams.add`.
+        """
+        hosts = self._registry.view.hosts.get(agent_type, {}).values()
+        if any(entry.instances for entry in hosts):
+            raise ValueError(
+                f"agent type {agent_type!r} has registered instances only, which get no reminders: register a factory"
+            )
+        self._streams.require_version("reminders")
+        await self._streams.add(REMINDER_TOPICS)
+        pattern = reminder_prefix(agent_type)
+        # Of no runtime: it stays, whoever set the reminder and whoever hosts the type.
+        entry = SubscriptionEntry(agent_type, "prefix", pattern, NOBODY, pattern, {NOBODY: pattern})
+        if self._registry.view.entry(entry.key) is None:
+            await self._registry.declare([entry])
+            await self._confirm(agent_type)
+
     def _entry(self, subscription: Subscription, declarer: str | None = None) -> SubscriptionEntry:
         rule = Rule.of(subscription)
         if declarer is None:
@@ -330,7 +405,8 @@ class Membership:
 
     async def _serves(self, worker_id: str, agent_type: str, revision: int) -> bool:
         """True if a worker confirms that it serves the type, or if the worker is gone."""
-        if await self._peers.serves(worker_id, agent_type, revision, self._options.subscription_timeout):
+        subject = self._registry.peer_subject(worker_id)
+        if await self._peers.serves(subject, agent_type, revision, self._options.subscription_timeout):
             return True
         if worker_id not in self._registry.view.workers:
             return True

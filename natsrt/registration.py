@@ -15,6 +15,7 @@ from autogen_core import (
 )
 
 from natsrt.agents.message_types import message_types_of
+from natsrt.jetstream.consumers import START_NOW, Start
 from natsrt.jetstream.registry.entries import Rule
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.wire.serialization import serializer_for
@@ -31,6 +32,7 @@ async def register(
     skip_class_subscriptions: bool = False,
     skip_direct_message_subscription: bool = False,
     max_running: int | None = None,
+    start_from: Start = START_NOW,
 ) -> AgentType:
     """Register an agent class: its factory, its subscriptions, and one for direct messages, as ``cls.register`` does.
 
@@ -47,14 +49,15 @@ async def register(
             and a colon, which AutoGen uses for direct messages.
         max_running: Number of handlers of the type that may run at once in this runtime; further messages wait, in
             order. None: only the setting ``max_running`` limits them.
+        start_from: As in `NatsAgentRuntime.register_factory`.
 
     Returns:
         The agent type.
 
     Raises:
         CannotSerialize: natsrt cannot serialize a handler's message type.
-        ValueError: The type already exists in this runtime, a subscription has a prefix that no topic can have, or
-            ``max_running`` is not a whole number of at least 1.
+        ValueError: The type already exists in this runtime, a subscription has a prefix that no topic can have,
+            ``max_running`` is not a whole number of at least 1, or ``start_from`` is no start.
     """
     for message_type in message_types_of(cls).handled:
         if message_type is not object:
@@ -66,7 +69,9 @@ async def register(
         subscriptions.append(TypePrefixSubscription(f"{agent_type.type}:", agent_type.type))
     for subscription in subscriptions:
         Rule.of(subscription)  # raises before anything is registered
-    await runtime.register_factory(agent_type, factory, expected_class=cls, max_running=max_running)
+    await runtime.register_factory(
+        agent_type, factory, expected_class=cls, max_running=max_running, start_from=start_from
+    )
     added: list[Subscription] = []
     try:
         for subscription in subscriptions:

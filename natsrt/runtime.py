@@ -8,7 +8,8 @@ A call passes from ``send_message`` through `natsrt.sending.sender`, `natsrt.tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar, Unpack, cast, overload
 
 from autogen_core import (
@@ -33,14 +34,18 @@ from natsrt.agents.declarations import Declarations
 from natsrt.agents.interventions import Interventions
 from natsrt.assembly import Program
 from natsrt.errors import AmbiguousAgent, SubscriptionNotServed, UnknownSubscription
+from natsrt.jetstream.consumers import START_NOW, Start
+from natsrt.jetstream.dead_letter_box import DeadLetter
 from natsrt.jetstream.record import check_state
 from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.lifecycle import Lifecycle
 from natsrt.options import Options
 from natsrt.options.arguments import MoreSettings
+from natsrt.reminder_types import Reminder, reminder_topic
 from natsrt.sending.limits import Limit
 from natsrt.wire.failures import ErrorTypes
+from natsrt.wire.schedules import due_time, of_reminder
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
 
@@ -188,24 +193,35 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         sender: AgentId | None = None,
         cancellation_token: CancellationToken | None = None,
         message_id: str | None = None,
+        delay: float | None = None,
+        at: datetime | None = None,
     ) -> None:
         """Publish an event to every agent id to which a subscription maps it, except the publisher itself.
 
-        Core NATS delivers an event only to subscribers that are connected at that moment.
+        Core NATS delivers an event only to subscribers that are connected at that moment. On a durable topic (the
+        setting ``durable``), this returns when the topic's stream has stored the event.
 
         Args:
             message: As in `send_message`.
             topic_id: The topic of the event.
             sender: The agent that publishes the event; None if no agent publishes it. It is not authenticated.
             cancellation_token: The handlers get a copy, which is cancelled with it. None: there is no token.
-            message_id: The id of the message. None: a new id.
+            message_id: The id of the message. None: a new id. On a durable topic, events with one id are one event.
+            delay: Seconds after which the event is published, on a durable topic. None: see ``at``.
+            at: When the event is published, on a durable topic, with a time zone; in the past: at once. None: at once.
 
         Raises:
             CannotSerialize, MessageTooLarge: The message cannot be sent. Nothing was sent.
-            ValueError: The subject of the topic would be too long. Nothing was sent.
+            EventNotStored: The stream of a durable topic did not confirm the event within ``publish_timeout`` seconds.
+            JetStreamFull, PermissionDenied: The event was not stored, or not sent.
+            CannotSchedule, ServerTooOld: The event cannot be published later. Nothing was stored.
+            ValueError: The subject of the topic would be too long, or ``delay`` or ``at`` is wrong. Nothing was sent.
             ServerUnreachable: There was no connection for ``offline_timeout`` seconds.
         """
-        await self._way_out().publish(message, topic_id, sender=sender, token=cancellation_token, message_id=message_id)
+        due = None if delay is None and at is None else due_time(delay, at)
+        await self._way_out().publish(
+            message, topic_id, sender=sender, token=cancellation_token, message_id=message_id, due=due
+        )
 
     async def register_factory(
         self,
@@ -215,6 +231,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         expected_class: type[T] | None = None,
         keyed: bool | KeyedOptions | None = None,
         max_running: int | None = None,
+        start_from: Start = START_NOW,
     ) -> AgentType:
         """Host an agent type in this runtime. If other workers host it too, its calls are distributed among them.
 
@@ -228,10 +245,15 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
                 class.
             max_running: Number of handlers of the type that may run at once in this runtime; further messages wait, in
                 order. None: only the setting ``max_running`` limits them. See docs/configuration.md.
+            start_from: With which events of durable topics the type begins, if no worker has subscribed it to their
+                stream before: ``"now"``, with those that are stored later; ``"all"``, with the oldest one that is
+                stored; a sequence of the stream; or a ``datetime``, with those that were stored then or later (without
+                a zone, it is local time). Later starts of workers go on where the type is, whatever this says.
 
         Raises:
             ValueError: The type already exists in this runtime, or with registered instances on any worker; it is keyed
-                here and not on another worker or the reverse; or ``max_running`` is not a whole number of at least 1.
+                here and not on another worker or the reverse; ``max_running`` is not a whole number of at least 1; or
+                ``start_from`` is none of these.
             RegistryUnavailable: The registry could not be written. The registration was undone.
         """
         agent_type = type if isinstance(type, AgentType) else AgentType(type)
@@ -247,6 +269,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             options,
             decided=said is not None,
             max_running=max_running,
+            start_from=start_from,
         )
         if session is not None:
             try:
@@ -460,6 +483,96 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             agent = AgentId(name, "default").type  # raises if AutoGen does not accept the name
         await self._running().arrivals.wait_for(agent, timeout)
 
+    async def cancel_delayed(self, message_id: str, topic_id: TopicId) -> bool:
+        """Cancel an event that was published with ``delay`` or ``at``, under this id, on this topic.
+
+        Returns True if it was removed before its time. Returns False if it is not there: it was published by now, or
+        cancelled before, or there never was one.
+
+        An event that was cancelled stays cancelled: for two minutes after it was published, an event with the same id
+        is not stored.
+
+        Raises:
+            CannotSchedule: The topic has no delayed events, because it is not durable for example.
+            StreamUnavailable: The stream does not answer. Call it again.
+            PermissionDenied: This user may not remove messages of the stream.
+            RuntimeError: The runtime is not started.
+        """
+        return await self._running().sender.cancel_delayed(message_id, topic_id)
+
+    async def remind(
+        self,
+        agent: AgentId,
+        name: str,
+        message: Any,
+        *,
+        every: float | None = None,
+        cron: str | None = None,
+        timezone: str | None = None,
+        at: datetime | None = None,
+    ) -> None:
+        """Have an agent handle ``message`` at later times, also after restarts of everything.
+
+        One of ``every``, ``cron`` and ``at`` says when. The agent gets the message as an event, with its handler for
+        the message's type, and no sender. It is handled at least once for each time, as events on durable topics are:
+        see docs/durable.md. A reminder of the agent with the same name is replaced.
+
+        Args:
+            agent: The agent. Its type may be hosted by any worker, and need not be hosted now.
+            name: The name of the reminder, among those of the agent: letters, digits and ``_ - . : =``.
+            message: As in `send_message`. It is the same each time.
+            every: The interval in seconds, at least 1. The first time is one interval from now. None: see ``cron``.
+            cron: Six fields: second, minute, hour, day of month, month, day of week. None: see ``at``.
+            timezone: The time zone of ``cron``, such as ``Europe/Berlin``. None: UTC.
+            at: The only time, with a time zone; in the past: at once. None: see ``every``.
+
+        Raises:
+            ValueError: An argument is wrong. Nothing was set.
+            CannotSchedule: The server does not accept the cron line or the time zone. It is a ValueError too.
+            CannotSerialize, MessageTooLarge: The message cannot be sent. Nothing was set.
+            EventNotStored, JetStreamFull: The reminder was not stored. Set it again.
+            ServerTooOld: The server is older than 2.14.
+            SubscriptionNotServed: A worker of the type did not confirm that it takes reminders within
+                ``subscription_timeout`` seconds. Set it again.
+            DurableConflict, StreamUnavailable, RegistryUnavailable, PermissionDenied: The stream of reminders cannot be
+                made or used.
+            RuntimeError: The runtime is not started.
+        """
+        schedule = of_reminder(every, cron, timezone, at)
+        reminder_topic(agent, name)
+        session = self._running()
+        await session.membership.take_reminders(agent.type)
+        await session.sender.remind(agent, name, message, schedule)
+
+    async def forget_reminder(self, agent: AgentId, name: str) -> bool:
+        """Remove a reminder. Returns False if the agent has none with this name.
+
+        What was due before is handled nevertheless.
+
+        Raises:
+            ValueError: No reminder can have this name.
+            StreamUnavailable: The stream does not answer. Call it again.
+            PermissionDenied: This user may not remove messages of the stream.
+            RuntimeError: The runtime is not started.
+        """
+        return await self._running().sender.reminders.forget(agent, name)
+
+    async def reminders(self, agent: AgentId | AgentType | str | None = None) -> list[Reminder]:
+        """Return the reminders that are set, in the order of agents and names.
+
+        Args:
+            agent: Only those of this agent, or of this agent type. None: all.
+
+        Raises:
+            StreamUnavailable: The stream does not answer. Call it again.
+            PermissionDenied: This user may not read the stream.
+            RuntimeError: The runtime is not started.
+        """
+        if isinstance(agent, AgentId):
+            return await self._running().sender.reminders.list(agent.type, agent.key)
+        agent_type = agent.type if isinstance(agent, AgentType) else agent
+        return await self._running().sender.reminders.list(agent_type, None)
+
     async def unregister(self, type: str | AgentType, *, keep_subscriptions: bool = False) -> None:
         """Stop hosting an agent type in this runtime, and remove the subscriptions that were added here for it.
 
@@ -477,6 +590,46 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         self._catalog.remove(agent_type)
         if self._session is not None:
             await self._session.membership.abandon(hosted, ended=ended)
+
+    def dead_letters(
+        self, agent_type: str | AgentType | None = None, *, since: datetime | None = None
+    ) -> AsyncIterator[DeadLetter]:
+        """Return the events of durable topics that could not be handled, the oldest first.
+
+        Those are listed that are there when the iteration begins.
+
+        Args:
+            agent_type: Only those of this agent type. None: of all types.
+            since: Only those that became dead letters then or later; without a zone, it is local time. None: all.
+
+        Raises:
+            StreamUnavailable: JetStream does not answer, or refuses the request.
+            PermissionDenied: This user may not read dead letters.
+            RuntimeError: The runtime is not started.
+        """
+        name = agent_type.type if isinstance(agent_type, AgentType) else agent_type
+        return self._running().dead_letters.read(name, None if since is None else since.timestamp())
+
+    async def redrive(self, dead_letter: DeadLetter) -> None:
+        """Give a dead letter to its agent type again, and remove it. Its attempts begin with 1.
+
+        The event keeps its message id. If this is interrupted after the event was stored, the dead letter is still
+        there; when it is redriven again within two minutes, the event is not stored a second time.
+
+        Raises:
+            EventNotStored: The stream did not confirm the event within ``publish_timeout`` seconds. The dead letter
+                stays.
+            MessageTooLarge: The event does not fit into a message together with the headers that it needs now.
+            JetStreamFull, PermissionDenied, StreamUnavailable: The dead letter stays.
+        """
+        await self._running().sender.again.redrive(dead_letter)
+
+    async def discard(self, dead_letter: DeadLetter) -> bool:
+        """Remove a dead letter for good. Returns False if it was removed before.
+
+        Raises `StreamUnavailable` and `PermissionDenied`. The dead letter then stays.
+        """
+        return await self._running().dead_letters.discard(dead_letter)
 
     def add_error_type(self, cls: type[BaseException], name: str | None = None) -> None:
         """Raise exceptions of ``cls`` from remote handlers as ``cls`` instead of as `RemoteAgentError`.

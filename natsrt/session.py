@@ -21,12 +21,13 @@ from natsrt.errors import UndeliveredCall
 from natsrt.hosting.dispatch import Dispatch
 from natsrt.hosting.intake import Intake
 from natsrt.jetstream.agent_records import AgentRecords
+from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.keyed.operations import KeyedOperations
 from natsrt.keyed.ownership import Ownership
 from natsrt.membership import Membership
 from natsrt.observe.event_errors import EventErrors
-from natsrt.observe.health import Health
+from natsrt.observe.health import Counts, Health
 from natsrt.observe.metrics import Counters
 from natsrt.observe.services import Services, service_name
 from natsrt.observe.telemetry import telemetry_for
@@ -34,6 +35,7 @@ from natsrt.sending.arrivals import Arrivals
 from natsrt.sending.sender import Sender
 from natsrt.transport.calls import Calls
 from natsrt.transport.connection import Connection
+from natsrt.transport.peers import alive_within
 from natsrt.version import VERSION
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -46,7 +48,8 @@ _HEARD_WITHIN = 0.2
 the agents that it owns. Otherwise senders might not notice that an agent's subject has no subscriber, because a tap
 prevents the "no responders" message."""
 _SENT_WITHIN = 1.0
-"""Seconds for which a stop lets events wait for the owners of their agents."""
+"""Seconds for which a stop lets events wait for the owners of their agents before this worker drains, and at least once
+its handlers have ended."""
 _LONGEST_PAUSE = 0.02
 """Maximum time between two checks in `Session.wait_idle`, in seconds."""
 
@@ -54,14 +57,16 @@ _LONGEST_PAUSE = 0.02
 class Session:
     """One run of a runtime. It cannot be started again after it was stopped."""
 
-    def __init__(self, program: Program, tracer_provider: TracerProvider | None) -> None:
+    def __init__(
+        self, program: Program, tracer_provider: TracerProvider | None, network: type[Network] = Network
+    ) -> None:
         options = self._options = program.options
         self._program = program
         self.name: str = options.name or socket.gethostname() or "worker"
         self.worker_id: str = f"{service_name(self.name)[:60]}-{NUID().next().decode()[-10:]}"
         self.counters: Counters = Counters(program.catalog.counters)
         telemetry = telemetry_for(tracer_provider, self.worker_id)
-        self.network: Network = Network(options, self.worker_id)
+        self.network: Network = network(options, self.worker_id)
         self.event_errors: EventErrors = EventErrors(options)
         self.outgoing: Outgoing = Outgoing(
             program, self.network, counters=self.counters, event_errors=self.event_errors, telemetry=telemetry
@@ -77,7 +82,7 @@ class Session:
         )
         self._services = Services(
             self.network.connection,
-            subjects=self.network.subjects,
+            replies=self.incoming.reply_subjects,
             name=self.name,
             worker_id=self.worker_id,
             version=VERSION,
@@ -95,6 +100,7 @@ class Session:
         self.registry: Registry = self.network.registry
         self.calls: Calls = self.network.calls
         self.records: AgentRecords = self.network.records
+        self.dead_letters: DeadLetterBox = self.network.dead_letter_box
         self.sender: Sender = self.outgoing.sender
         self.arrivals: Arrivals = self.outgoing.arrivals
         self.intake: Intake = self.incoming.intake
@@ -105,6 +111,8 @@ class Session:
         self._began = time.monotonic()
         self._stopping = False
         self._drain_timeout = options.drain_timeout
+        self._drain_until = 0.0
+        """When ``drain_timeout`` seconds since the begin of the stop are over, by the event loop's clock."""
         self._abort = asyncio.Event()
         self.cut_short: int = 0
         """Number of handlers that the stop has cancelled."""
@@ -125,20 +133,29 @@ class Session:
             (network.inbox.start, network.inbox.stop),
             (network.cancellations.start, network.cancellations.stop),
             (network.calls.start, network.calls.stop),
-            (network.registry.open, network.registry.close),
+            (self._open_registry, network.registry.close),
+            (None, network.blobs.stop),
             (None, incoming.call_log.stop),
             (None, incoming.peer_answers.stop),
+            (incoming.view_answers.start, incoming.view_answers.stop),
+            (incoming.blob_answers.start, incoming.blob_answers.stop),
             (None, self.outgoing.delivery.stop),
+            (None, self.outgoing.sender.stop),
             (None, incoming.ownership.stop),
             (None, incoming.deadlocks.stop),
             (None, self._services.stop),
             (None, incoming.intake.stop),
             (self.membership.start, self.membership.stop),
+            (None, incoming.durable.close),
             (None, self._finish_handlers),
             (incoming.subscriptions.start, incoming.subscriptions.stop),
             (self.membership.confirm, self._announce_stop),
             (None, self.outgoing.arrivals.stop),
         )
+
+    async def _open_registry(self) -> None:
+        await self.registry.open()
+        await self.network.streams.open()
 
     async def start(self, abort: asyncio.Event) -> None:
         """Connect, read the registry, and serve the hosted agent types. If the start fails, it is undone completely.
@@ -163,12 +180,13 @@ class Session:
 
     async def stop(self, drain_timeout: float) -> None:
         """Stop accepting messages, finish the accepted ones within ``drain_timeout`` seconds, leave the registry, and
-        disconnect.
+        disconnect. Events that wait for the owners of their agents are sent within this time, too.
 
         Every part is stopped, even if another one raises. The exception is raised at the end.
         """
         self._stopping = True
         self._drain_timeout = drain_timeout
+        self._drain_until = self.loop.time() + drain_timeout
         try:
             await self._stack.aclose()
         finally:
@@ -177,7 +195,7 @@ class Session:
 
     async def _announce_stop(self) -> None:
         """The first step of a stop: send the waiting events while this worker still accepts those for its agents."""
-        await self.outgoing.delivery.finish(_SENT_WITHIN)
+        await self.outgoing.delivery.finish(min(_SENT_WITHIN, self._drain_timeout), self._abort)
         logger.info("%s: accepting no more messages", self.worker_id)
         await self.membership.drain()
 
@@ -188,7 +206,7 @@ class Session:
         logger.info("%s: finishing %d handlers", self.worker_id, incoming.dispatch.running)
         incoming.ownership.begin_drain()
         if incoming.ownership.owns_some and self.network.connection.connected:
-            await asyncio.sleep(_HEARD_WITHIN)
+            await asyncio.sleep(_HEARD_WITHIN + self.connection.rtt.allowance)
         handing_over = asyncio.ensure_future(incoming.ownership.drain())
         try:
             self.cut_short = await incoming.dispatch.finish(self._drain_timeout, self._abort)
@@ -201,7 +219,7 @@ class Session:
                 )
         finally:
             await end_tasks(handing_over)
-        await self.outgoing.delivery.finish(_SENT_WITHIN)
+        await self.outgoing.delivery.finish(max(_SENT_WITHIN, self._drain_until - self.loop.time()), self._abort)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -224,11 +242,23 @@ class Session:
             more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
             said = f"The server refuses a subscription to {refusals[0].subject!r}{more}"
             starting = (*starting, f"{said}: it says {self.connection.server_error!r}.")
-        return starting if self.registry.synced else (*starting, "It is not in step with the registry.")
+        if conflict := self.registry.conflict:
+            starting = (*starting, conflict)
+        if problem := self.records.problem:
+            starting = (*starting, f"{problem[0].upper()}{problem[1:]}.")
+        if self.registry.synced:
+            return starting
+        return (*starting, f"It is not in step with the registry. {self.registry.problem}".rstrip())
+
+    @property
+    def _jetstream_full(self) -> str | None:
+        now = self.loop.time()
+        full = self.records.full(now) or self.registry.full(now)
+        return None if full is None else str(full)
 
     def health(self) -> Health:
         """Return the health of a started runtime."""
-        obstacles, counters = self._obstacles(), self.counters
+        obstacles = self._obstacles()
         connection, registry, intake = self.connection, self.registry, self.intake
         waiting = self.incoming.places.waiting
         return Health(
@@ -240,25 +270,38 @@ class Session:
             draining=self._stopping,
             server=connection.server if connection.connected else None,
             connected=connection.connected,
-            reconnects=connection.reconnects,
             server_error=connection.server_error,
+            jetstream_full=self._jetstream_full,
+            dead_letters_kept=self.dead_letters.measured,
+            jetstream_usage=registry.usage | self.records.usage,
             in_step=registry.synced,
             workers=len(registry.view.workers),
+            foreign_registry=str(registry.foreign) if registry.foreign is not None else None,
             agents={hosted.agent_type: len(hosted.live) for hosted in self._program.catalog},
-            messages_handled=counters.messages_handled,
-            messages_failed=counters.messages_failed,
             handlers_running=self.dispatch.running - waiting,
             messages_queued=intake.queued + waiting,
             pending_bytes=intake.pending_bytes,
             max_pending_bytes=self._options.max_pending_bytes,
+            calls_pending=self.calls.pending,
+            sends_under_way=self.sender.under_way,
+            **self.counts(),
+        )
+
+    def counts(self) -> Counts:
+        """Return what was counted since the start of this session. They stay after its end."""
+        counters = self.counters
+        return Counts(
+            reconnects=self.connection.reconnects,
+            messages_handled=counters.messages_handled,
+            messages_failed=counters.messages_failed,
             dropped_events=counters.dropped_events,
             undelivered_events=counters.undelivered_events,
             undecodable=self.undecodable,
             unknown_payloads=counters.unknown_payloads,
             refused_replies=counters.refused_replies,
             state_conflicts=counters.state_conflicts,
-            calls_pending=self.calls.pending,
-            sends_under_way=self.sender.under_way,
+            redelivered=counters.redelivered,
+            dead_letters=counters.dead_letters,
         )
 
     @property
@@ -272,7 +315,8 @@ class Session:
         return not (self.intake.queued or self.dispatch.running or self.sender.under_way)
 
     async def is_idle(self) -> bool:
-        """True if nothing is queued, running or awaited here, both before and after a round trip to the server.
+        """True if nothing is queued, running or awaited here, both before and after a round trip to the server, and no
+        stream has an event of a durable topic that waits to be pulled by an agent type of this runtime.
 
         Waits for the connection if it is lost. Raises `ServerUnreachable` after ``offline_timeout`` seconds.
         """
@@ -281,7 +325,8 @@ class Session:
         seen = (self.counters.taken_in, self.counters.sent)
         await self.connection.round_trip(self._options.offline_timeout)
         await asyncio.sleep(0)
-        return self.idle and seen == (self.counters.taken_in, self.counters.sent)
+        waiting = await self.incoming.durable.has_waiting()
+        return not waiting and self.idle and seen == (self.counters.taken_in, self.counters.sent)
 
     async def wait_idle(self) -> None:
         """Wait until `is_idle` is true. Raises as it does."""
@@ -308,7 +353,7 @@ class Session:
         """Raise `UndeliveredCall` if the agent's workers are there, though nobody listens on its control subject."""
         workers = self.registry.view.takers_of(agent)
         for worker_id in workers:
-            if not await self.network.peers.alive(worker_id):
+            if not await self.network.peers.alive(worker_id, alive_within(self._options)):
                 return  # it may be reconnecting, or gone: the call finds out
         if workers and not await self.network.peers.has_listener(subject):
             raise UndeliveredCall(

@@ -47,12 +47,12 @@ class StopSignals(Inherited):
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        outer = _active[-1]._former if _active else {}
         for number in self._wanted:
-            former = outer[number] if number in outer else _former(number)
+            outer = _handling(number)
+            former = outer._former[number] if outer is not None else _former(number)
             if former is not signal.SIG_IGN:
                 self._former[number] = former
-                self._loop.add_signal_handler(number, self.receive)
+                self._loop.add_signal_handler(number, _received, number)
         _active.append(self)
         drop_in_children(self)
         return self
@@ -63,9 +63,7 @@ class StopSignals(Inherited):
         keep_in_children(self)
         _active.remove(self)
         for number in self._former:
-            if _active and number in _active[-1]._former:
-                self._loop.add_signal_handler(number, _active[-1].receive)
-            else:
+            if _handling(number) is None:
                 self._loop.remove_signal_handler(number)
         self._former.clear()
 
@@ -104,3 +102,17 @@ def _former(number: signal.Signals) -> Any:
 
 _active: list[StopSignals] = []
 """The blocks that run now, the innermost last."""
+
+
+def _handling(number: signal.Signals) -> StopSignals | None:
+    """The innermost block that handles a signal; None if none does."""
+    return next((block for block in reversed(_active) if number in block._former), None)
+
+
+def _received(number: signal.Signals) -> None:
+    """Tell the innermost block that handles the signal.
+
+    It may have begun after the signal came: the event loop calls the handler of a signal some steps later.
+    """
+    if (block := _handling(number)) is not None:
+        block.receive()

@@ -37,12 +37,36 @@ FAST = (
 NOT_FAST = ("conformance/test_classes.py", "conformance/test_lifecycle.py", "conformance/test_unhandled.py")
 """Modules of these folders that start processes, or wait for a second in many tests."""
 
+LONG = (
+    "test_soak.py",
+    "test_benchmarks.py",
+    "test_cli_worker.py",
+    "test_cli_state.py",
+    "test_permission_matrix.py",
+    "test_no_call_hangs.py",
+    "test_far_links.py",
+    "test_deadlocks.py",
+    "test_keyed_chaos.py",
+    "test_permissions.py",
+    "test_documents.py",
+    "test_cli.py",
+    "test_stalls.py",
+    "test_jetstream_full.py",
+    "test_domains.py",
+    "test_chaos_servers.py",
+    "test_cli_output.py",
+    "test_tls.py",
+)
+"""The modules that take longest, most of it waiting. They begin first, so that other tests fill their waits."""
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     """Let the processes that tests start notice Ctrl-C, also when a shell runs the tests in the background.
 
-    Such a shell lets its commands ignore SIGINT, and their children inherit that.
+    Such a shell lets its commands ignore SIGINT, and their children inherit that. Modules begin in the order of `LONG`,
+    not in that of their numbers of tests.
     """
+    config.option.loadscopereorder = False
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
@@ -55,6 +79,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         module = item.path.relative_to(tests).as_posix()
         if not is_slow and module.startswith(FAST) and not module.startswith(NOT_FAST):
             item.add_marker(pytest.mark.fast)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(tests).as_posix(), len(LONG)))
 
 
 # The server and the processes belong to no event loop, so the session's loop may start what each test's loop uses.

@@ -498,12 +498,12 @@ async def test_an_error_before_the_first_speaker_is_raised_by_the_run(runtime: N
             await team.run(task="Begin.")
 
 
-async def test_a_message_that_is_too_large_is_an_error_of_the_run(runtime: NatsAgentRuntime) -> None:
-    limit = runtime.running.connection.max_payload
-    team = RoundRobinGroupChat([assistant("prolix", "x" * limit)], max_turns=1, runtime=runtime)
-    with pytest.raises(RuntimeError, match="MessageTooLarge: the message has .* max_payload"):
-        async with asyncio.timeout(20):
-            await team.run(task="Begin.")
+async def test_a_message_that_is_too_large_is_an_error_of_the_run(server: EmbeddedServer, namespace: str) -> None:
+    async with NatsAgentRuntime(server.url, namespace=namespace, blob_threshold=1000, max_blob_size=100_000) as runtime:
+        team = RoundRobinGroupChat([assistant("prolix", "x" * 100_000)], max_turns=1, runtime=runtime)
+        with pytest.raises(RuntimeError, match="MessageTooLarge: the message has .* max_blob_size"):
+            async with asyncio.timeout(20):
+                await team.run(task="Begin.")
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------

@@ -257,6 +257,16 @@ async def test_names_that_do_not_fit_into_a_record_are_refused(store: Store) -> 
         await store.records.claim(AgentId("counter", "x" * 40_000), "w")
 
 
+async def test_a_state_is_stored_however_long_the_ids_of_lost_copies_are(store: Store) -> None:
+    record = await store.records.claim(AgentId("counter", "x" * 32_000), "w")
+    ids = [f"{number}{'ü' * 500}" for number in range(40)]
+    saved = await store.records.save(record, STATE, ids)
+    assert saved.superseded and saved.superseded == tuple(ids[-len(saved.superseded) :])
+    assert await store.records.read(record.agent) == saved
+    short = [f"_INBOX.a.{number}" for number in range(40)]
+    assert (await store.records.save(saved, STATE, short)).superseded == tuple(short[-32:])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # State
 
@@ -603,6 +613,7 @@ authorization {{
         "$JS.API.STREAM.PURGE.KV_natsrt_agents", "$JS.API.STREAM.MSG.GET.KV_natsrt_agents"
         "$JS.API.DIRECT.GET.KV_natsrt_agents.>", "$JS.API.CONSUMER.CREATE.KV_natsrt_agents.>"
         "$JS.API.CONSUMER.INFO.KV_natsrt_agents.>", "$JS.API.CONSUMER.MSG.NEXT.KV_natsrt_agents.>"
+        "$JS.API.CONSUMER.DELETE.KV_natsrt_agents.>"
       ]
       subscribe: ["_INBOX.>"]
     }} }}

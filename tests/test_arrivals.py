@@ -23,6 +23,7 @@ from natsrt import (
 )
 from natsrt.embedded import EmbeddedServer
 from natsrt.sending import arrivals
+from tests.support.clients import settled
 from tests.support.processes import REPOSITORY, Process, Processes, eventually
 
 FOREIGN = REPOSITORY / "examples" / "without_natsrt.py"
@@ -292,7 +293,7 @@ async def test_plain_responders_count(server: EmbeddedServer, namespace: str, ca
     client = await nats.connect(server.url)
     try:
         await client.subscribe(f"{namespace}.>")  # a tap is not a responder
-        await client.flush()
+        await settled(client)
         with pytest.raises(AgentNotServed):
             await caller.wait_for("writer", timeout=0.5)
         wait = await waiting(caller, AgentId("writer", "a"))
@@ -441,10 +442,10 @@ async def test_an_idle_wait_asks_nothing_of_the_registry_and_looks_about_once_a_
 
     try:
         await client.subscribe("$JS.API.>", cb=see)
-        await client.flush()
+        await settled(client)
         with pytest.raises(AgentNotServed):
             await caller.wait_for("writer", timeout=2)
-        await client.flush()
+        await settled(client)
     finally:
         await client.close()
     assert [subject for subject in seen if namespace in subject and "DIRECT.GET" in subject] == []

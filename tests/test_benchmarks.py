@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.harness import Goal, Runner, Sample, Scenario, Settings, Variant, ratios
-from benchmarks.peers import ALL_PEERS, BARE, OTHERS, Peer
+from benchmarks.peers import ALL_PEERS, BARE, GRPC, HTTP, IN_PROCESS, NATSRT, OTHERS, Peer
 from benchmarks.roles import Role
 from benchmarks.scenarios import all_scenarios
 from benchmarks.setup import Setup
@@ -244,19 +244,26 @@ def test_a_scenario_that_does_not_exist_is_an_error_that_lists_the_others() -> N
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_short_run_measures_every_row_of_every_scenario(tmp_path: Path) -> None:
-    outcome = run("--short", "--json", str(tmp_path / "results.json"))
+    own = [f"--peer={peer.name}" for peer in (BARE, NATSRT, IN_PROCESS)]  # the others: see below
+    outcome = run("--short", *own, "--json", str(tmp_path / "results.json"))
     assert outcome.returncode == 0, outcome.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert [s["name"] for s in results["scenarios"]] == [s.name for s in all_scenarios(short=True)]
     rows = [row for scenario in results["scenarios"] for row in scenario["rows"] if "absent" not in row]
     assert all(row["samples"] for row in rows)
     assert {"bare", "natsrt", "in-process"} <= {row["peer"] for row in rows}
-    assert {row["peer"] for row in rows} <= {*(peer.name for peer in ALL_PEERS), "python", "nats-py kv", "serializers"}
+    assert {row["peer"] for row in rows} <= {
+        *(peer.name for peer in ALL_PEERS),
+        "python",
+        "nats-py kv",
+        "pulls",
+        "serializers",
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("peer", OTHERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", [GRPC, HTTP, *OTHERS], ids=lambda peer: peer.name)
 def test_another_kind_of_runtime_is_measured_beside_natsrt(peer: Peer, tmp_path: Path) -> None:
     if (reason := peer.missing(Setup())) is not None:
         pytest.skip(f"{reason}; it is in the extra bench-others, which is not for development")

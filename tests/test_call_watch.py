@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 from unittest.mock import Mock
@@ -18,17 +17,17 @@ from natsrt.errors import (
     NoLiveWorker,
     PermissionDenied,
     ServerUnreachable,
-    UndeliveredCall,
     WorkerLost,
 )
 from natsrt.options import Options
 from natsrt.transport.call_judgement import AskedWorker, Judge, PendingCall, Verdict
 from natsrt.transport.calls import Attempts
+from natsrt.transport.round_trip_time import RoundTripTime
 from natsrt.wire import envelope
 from tests.support import virtual_time
+from tests.support.call_schedules import LOST_AFTER, any_schedule
 from tests.support.call_world import AGENT, CALLS, World
 
-LOST_AFTER = 12.0
 ALWAYS = 1e9
 
 
@@ -41,7 +40,7 @@ def pending(sent_at: float = 100.0) -> PendingCall:
 
 def judge(*silent: str, since: float = 100.0) -> Judge:
     """A judge; the ``silent`` workers were asked at the time ``since``."""
-    made = Judge(LOST_AFTER)
+    made = Judge(LOST_AFTER, RoundTripTime())
     for worker_id in silent:
         made.worker(worker_id).asked(since)
     return made
@@ -52,7 +51,7 @@ def verdict(
     call: PendingCall,
     *workers: str,
     now: float,
-    all_stayed: bool = True,
+    all_stayed: bool | None = True,
     up_since: float = 0.0,
     settled: bool = True,
 ) -> Verdict:
@@ -105,7 +104,7 @@ async def test_a_call_is_asked_for_at_once_after_a_reconnect() -> None:
     ("answers", "all_stayed", "expected"),
     [
         ({"w1": 2, "w2": 2}, True, Verdict.NEVER_RECEIVED),
-        ({"w1": 2, "w2": 1}, True, Verdict.ASK),
+        ({"w1": 2, "w2": 1}, True, Verdict.WITHDRAW),
         ({"w1": 2}, True, Verdict.ASK),
         ({"w1": 2, "w2": 2}, False, Verdict.ASK),
     ],
@@ -118,6 +117,47 @@ async def test_a_call_was_lost_on_its_way_if_all_say_so_twice_and_nobody_left(
         for _ in range(times):
             call.unknown(worker_id, ALWAYS, 100.6)
     assert verdict(judge(), call, "w1", "w2", now=100.9, all_stayed=all_stayed) is expected
+
+
+async def test_a_call_is_not_sent_again_before_every_worker_has_promised_not_to_handle_it() -> None:
+    call = pending()
+    for worker_id in ("w1", "w2"):
+        for _ in range(2):
+            call.unknown(worker_id, ALWAYS, 100.6, promised=False)
+    made = judge()
+    assert verdict(made, call, "w1", "w2", now=102.0) is Verdict.WITHDRAW
+    call.unknown("w1", ALWAYS, 102.0, promised=True)
+    assert verdict(made, call, "w1", "w2", now=102.0) is Verdict.WITHDRAW
+    call.unknown("w2", ALWAYS, 102.0, promised=True)
+    assert verdict(made, call, "w1", "w2", now=102.0) is Verdict.NEVER_RECEIVED
+    assert verdict(made, call, "w1", "w2", "w3", now=102.0) is not Verdict.NEVER_RECEIVED
+
+
+async def test_a_worker_whose_log_became_incomplete_may_have_handled_the_call_before_its_promise() -> None:
+    call = pending()
+    call.unknown("w1", ALWAYS, 100.6, promised=False)
+    call.unknown("w1", 0.2, 101.1, promised=True)
+    assert verdict(judge(), call, "w1", now=101.1) is Verdict.LOST
+
+
+async def test_it_is_waited_for_the_directory_that_is_read_again() -> None:
+    call, made = pending(), judge()
+    for _ in range(2):
+        call.unknown("w1", ALWAYS, 101.0, promised=True)
+    assert verdict(made, call, "w1", now=101.0, all_stayed=None) is Verdict.WITHDRAW
+    assert verdict(made, call, "w1", now=112.0, all_stayed=None) is Verdict.WITHDRAW
+    assert verdict(made, call, "w1", now=112.0) is Verdict.NEVER_RECEIVED
+    assert verdict(made, call, "w1", now=112.1, all_stayed=None) is Verdict.LOST
+    assert verdict(made, call, "w1", now=112.1, all_stayed=None, up_since=105.0) is Verdict.WITHDRAW
+
+
+async def test_a_worker_that_dies_before_its_promise_may_have_handled_the_call() -> None:
+    call, made = pending(), judge("w2")
+    for worker_id in ("w1", "w2"):
+        for _ in range(2):
+            call.unknown(worker_id, ALWAYS, 100.6, promised=worker_id == "w1")
+    assert verdict(made, call, "w1", "w2", now=112.0) is Verdict.WITHDRAW
+    assert verdict(made, call, "w1", "w2", now=112.1) is Verdict.LOST
 
 
 @pytest.mark.parametrize(("remembers", "expected"), [(6.1, Verdict.NEVER_RECEIVED), (6.0, Verdict.LOST)])
@@ -572,10 +612,70 @@ def test_a_check_that_cannot_read_the_directory_ends_the_call_unless_the_connect
         await asyncio.sleep(0.8)  # it has failed
         assert not retried.done()
         world.workers.unreachable = None
-        await took(retried)
-        assert isinstance(retried.exception(), NoLiveWorker)
+        await took(retried)  # what was sent on the former connection may still arrive
+        assert isinstance(retried.exception(), WorkerLost)
 
     in_world(test, tapped=True)
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_call_that_a_worker_may_have_received_does_not_end_as_one_that_was_not_handled(
+    tapped: bool, lost: bool
+) -> None:
+    async def test(world: World) -> None:
+        worker = world.workers.start(lambda: 12.0)
+        worker.accepts = False
+        call = world.call()
+        await asyncio.sleep(0.1)
+        assert worker.handled[b"1"] == (not lost)
+        worker.freeze()  # a handler blocks its event loop: the server and the registry give it up
+        worker.listens = False
+        world.workers.leave(worker)
+        world.network.loss = 0.0
+        await took(call)
+        with pytest.raises(WorkerLost, match="no worker of its type is left"):
+            await call
+        later = world.call(b"2")
+        assert await took(later) < 0.5
+        assert isinstance(later.exception(), NoLiveWorker)  # sent when nobody was left
+
+    async def begin(world: World) -> None:
+        world.network.loss = float(lost)
+        await test(world)
+
+    in_world(begin, tapped=tapped)
+
+
+def test_a_call_that_a_worker_did_not_answer_before_it_left_in_order_was_not_handled() -> None:
+    async def test(world: World) -> None:
+        worker = world.workers.start()
+        worker.serves = False  # it has ended its subscriptions
+        call = world.call()
+        await asyncio.sleep(0.1)
+        worker.listens = False
+        world.workers.leave(worker, in_order=True)
+        assert await took(call) < 0.5
+        assert isinstance(call.exception(), NoLiveWorker)
+
+    in_world(test, tapped=True)
+
+
+@pytest.mark.parametrize(("later", "expected"), [(True, NoLiveWorker), (False, WorkerLost), (None, WorkerLost)])
+def test_whether_a_worker_has_left_is_waited_for_before_a_call_fails(
+    later: bool | None, expected: type[NatsrtError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(world: World) -> None:
+        monkeypatch.setattr(world.workers, "all_stayed", lambda since: None)
+        call = world.call()
+        await asyncio.sleep(LOST_AFTER - 1.0)
+        assert not call.done()
+        if later is not None:
+            monkeypatch.setattr(world.workers, "all_stayed", lambda since: later)
+        assert await took(call) < (2.5 if later is None else 1.0)
+        assert isinstance(call.exception(), expected)
+
+    in_world(test, tapped=True, lost_after=LOST_AFTER)
 
 
 def test_a_call_that_the_server_does_not_allow_ends_at_once() -> None:
@@ -636,13 +736,32 @@ def test_a_worker_about_which_nothing_is_asked_any_more_starts_afresh() -> None:
     in_world(test, lost_after=LOST_AFTER)
 
 
+def test_a_question_that_was_open_when_its_call_ended_is_not_the_silence_of_a_later_call() -> None:
+    async def test(world: World) -> None:
+        worker = world.workers.start(lambda: 2.0)
+        worker.accepts = False
+        call = world.call()
+        await asyncio.sleep(1.2)
+        world.network.loss = 1.0
+        await asyncio.sleep(0.7)
+        world.network.loss = 0.0
+        assert (await call).data == b"1"
+        await asyncio.sleep(100.0)
+        later = world.call()
+        worker.freeze()
+        await asyncio.sleep(3.0)
+        worker.thaw()
+        assert (await later).data == b"1"
+
+    in_world(test, lost_after=LOST_AFTER, check_after=1.0)
+
+
 def test_an_answer_that_cannot_be_read_is_refused_and_changes_nothing() -> None:
     async def test(world: World) -> None:
         world.workers.start(lambda: 2.0)
         call = world.call()
         await asyncio.sleep(1.0)
-        sink = world.network._sink
-        assert sink is not None
+        sink = world.inbox._on_message
         for kind, data in [
             (envelope.ACCEPTED, {"calls": []}),
             (envelope.ACCEPTED, {"worker": 1, "calls": []}),
@@ -769,76 +888,6 @@ def test_a_call_tells_its_destination_why_it_did_not_arrive() -> None:
 
 # -- random schedules --------------------------------------------------------------------------------------------------
 
-CHAOS = 8.0
-"""Seconds in which workers die, freeze, and come, the connection is lost, and messages are."""
-LONGEST = 10.0
-"""Seconds that a handler takes at most."""
-END = CHAOS + LOST_AFTER + LONGEST + 5.0
-"""Seconds by which every call has ended, also one whose worker dies at the end of the chaos."""
-
-
-async def disturb(world: World, rng: random.Random) -> None:
-    """Do something bad for some seconds."""
-    workers, network = world.workers, world.network
-    what, pause = rng.random(), rng.choice([0.05, 0.3, 1.0, 2.0, 3.0])
-    living = [worker for worker in workers.all if worker.alive]
-    if what < 0.25 and living:
-        worker = rng.choice(living)
-        worker.kill()
-        await asyncio.sleep(rng.choice([0.0, 0.0, pause]))  # its machine, not only its process
-        worker.listens = False
-        await asyncio.sleep(rng.uniform(0.0, 5.0))
-        workers.leave(worker)
-    elif what < 0.45 and living:
-        worker = rng.choice(living)
-        worker.freeze()
-        await asyncio.sleep(pause)
-        worker.thaw()
-    elif what < 0.55 and living:
-        rng.choice(living).forget()
-    elif what < 0.65:
-        workers.start(lambda: handler_time(rng), listed_after=rng.uniform(0.0, 0.5))
-    elif what < 0.8 and network.up:
-        network.lose()
-        await asyncio.sleep(pause)
-        network.come_back()
-    else:
-        network.loss = rng.choice([0.2, 0.5, 1.0])
-        await asyncio.sleep(pause)
-        network.loss = 0.0
-
-
-def handler_time(rng: random.Random) -> float:
-    return rng.choice([0.0, 0.0, 0.1, 0.2, 1.0, 3.0, LONGEST])
-
-
-async def any_schedule(seed: int) -> None:
-    rng = random.Random(seed)
-    world = World(seed, tapped=rng.random() < 0.5, lost_after=LOST_AFTER)
-    async with world.started():
-        for _ in range(rng.randint(1, 3)):
-            worker = world.workers.start(lambda: handler_time(rng))
-            worker.accepts = rng.random() < 0.8
-        begun, calls, bad = now(), list[asyncio.Task[Msg]](), list[asyncio.Task[None]]()
-        while now() < begun + CHAOS:
-            if rng.random() < 0.7:
-                calls.append(world.call(str(len(calls)).encode()))
-            elif rng.random() < 0.3:
-                bad.append(asyncio.ensure_future(disturb(world, rng)))
-            await asyncio.sleep(rng.choice([0.0, 0.0, 0.05, 0.3, 1.0]))
-        await asyncio.wait({*calls}, timeout=END - CHAOS)
-        hanging = [number for number, call in enumerate(calls) if not call.done()]
-        assert not hanging, f"calls that hang: {hanging}"
-        assert world.calls.pending == 0
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        await asyncio.gather(*bad)
-    for number, result in enumerate(results):
-        if isinstance(result, Msg):
-            assert result.data == str(number).encode()
-        else:
-            assert isinstance(result, UndeliveredCall), result
-    assert max(world.workers.handled.values(), default=0) <= 1
-
 
 @pytest.mark.parametrize("group", range(10))
 def test_in_every_schedule_each_call_ends_and_none_is_handled_twice(group: int) -> None:
@@ -846,3 +895,15 @@ def test_in_every_schedule_each_call_ends_and_none_is_handled_twice(group: int) 
     only where nobody has handled it."""
     for seed in range(group * 30, group * 30 + 30):
         virtual_time.run(any_schedule(seed))
+
+
+@pytest.mark.parametrize("group", range(5))
+def test_in_every_schedule_with_stalled_connections_none_is_handled_twice(group: int) -> None:
+    for seed in range(10_000 + group * 30, 10_000 + group * 30 + 30):
+        virtual_time.run(any_schedule(seed, stalls=0.9))
+
+
+def test_where_workers_make_no_promises_the_schedules_find_calls_that_are_handled_twice() -> None:
+    with pytest.raises(AssertionError, match="handled twice"):
+        for seed in range(1000):
+            virtual_time.run(any_schedule(seed, stalls=0.9, old=True))

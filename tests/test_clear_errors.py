@@ -6,6 +6,7 @@ import datetime
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
+import nats
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
 from pydantic import BaseModel, ConfigDict
@@ -104,6 +105,44 @@ class Payments(RoutedAgent):
     @message_handler
     async def pay(self, message: PaymentRequest, ctx: MessageContext) -> str:
         return "payment"
+
+
+@dataclass
+class Basic:
+    n: int
+
+
+@dataclass
+class Special(Basic):
+    z: int = 0
+
+
+class TakesBasic(RoutedAgent):
+    def __init__(self) -> None:
+        super().__init__("handles the base class")
+
+    @message_handler
+    async def basic(self, message: Basic, ctx: MessageContext) -> str:
+        return repr(message)
+
+
+async def test_a_body_that_names_a_class_that_nothing_handles_is_unhandled(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    async with NatsAgentRuntime(server.url, namespace=namespace) as worker:
+        await natsrt.register(worker, TakesBasic, "basic", TakesBasic)
+        client = await nats.connect(server.url)
+        try:
+            data = '{"$type":"Special","n":1,"z":2}'
+            call = '{"specversion":"1.0","type":"natsrt.call","id":"m","source":"/","messagetype":"Basic","data":%s}'
+            for body in (data, call % data):
+                reply = await client.request(f"{namespace}.agent.basic", body.encode(), timeout=5)
+                assert b"natsrt.errors.UnhandledMessage" in reply.data and b"'Special'" in reply.data, reply.data
+            for body in ('{"n":1}', '{"$type":"Basic","n":1}', call % '{"$type":"Basic","n":1}'):
+                reply = await client.request(f"{namespace}.agent.basic", body.encode(), timeout=5)
+                assert b"Basic(n=1)" in reply.data, reply.data
+        finally:
+            await client.close()
 
 
 async def test_classes_with_the_same_name_have_full_names_in_errors(server: EmbeddedServer, namespace: str) -> None:

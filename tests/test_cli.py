@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, event, rpc, type_subscription
+from natsrt_cli.check_connection import judge_server_version
 from natsrt_cli.demo_agents import Headline, Upper
 
 from natsrt import NatsAgentRuntime, register
@@ -342,6 +343,19 @@ async def test_a_body_that_is_like_several_types_names_none(run: Run, runtime: N
     for body in ('{"unheard": 1}', "[1]", '"text"', "{}"):
         ended = await run("send", "clerk/anna", body)
         assert (ended.code, "nearest" in ended.stderr, "--type-name" in ended.stderr) == (6, False, True)
+        assert "; not Add: " in ended.stderr and "; not Ask: " in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [("{}", "text: the field is missing"), ('"hello"', "expected an object"), ("[1]", "expected an object")],
+)
+async def test_a_body_that_does_not_fit_the_only_type_says_why(
+    run: Run, runtime: NatsAgentRuntime, body: str, reason: str
+) -> None:
+    await register(runtime, Upper, "upper", Upper)
+    ended = await run("send", "upper", body)
+    assert (ended.code, f": {reason}; name the type" in ended.stderr) == (6, True), ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -746,7 +760,7 @@ async def test_a_configuration_without_jetstream_is_named(
 async def test_the_server_says_one_line_and_its_warnings_and_with_verbose_everything(
     processes: Processes, tmp_path: Path
 ) -> None:
-    quiet = processes.natsrt("server", "--port", "0", name="quiet")
+    quiet = processes.natsrt("server", "--port", "-1", name="quiet")
     await quiet.wait_for_line("server ready: ")
     config = tmp_path / "warned.conf"
     config.write_text("jetstream {}\nauthorization { users: [{ user: a, password: b }] }\n")
@@ -791,7 +805,7 @@ async def test_a_port_in_use_by_something_else_says_so(tmp_path: Path) -> None:
         assert f"port {port} is in use, and nothing answers there" in ended.stderr
 
 
-@pytest.mark.parametrize("port", ["99999", "65536", "-2", "http", "4222x", ""])
+@pytest.mark.parametrize("port", ["99999", "65536", "-2", "0", "http", "4222x", ""])
 @pytest.mark.parametrize(
     "command", [["server", "--port"], ["server", "--http-port"], ["worker", "x:y", "--health-port"]]
 )
@@ -831,3 +845,19 @@ async def test_the_commands_of_the_demo_work_by_hand(run: Run, runtime: NatsAgen
     assert ended.json == {"text": "AGENTS OVER NATS"}
     ended = await run("publish", "demo.news/demo", json.dumps({"headline": Headline("agents").headline}))
     assert "for agent types: upper" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("server", "level", "told"),
+    [
+        ((2, 10, 29), "problem", "needs 2.11 or later"),
+        ((2, 11, 0), "warning", "before 2.12.6"),
+        ((2, 12, 5), "warning", "Nats-Trace-Dest"),
+        ((2, 12, 6), "ok", ""),
+        ((3, 0, 0), "ok", ""),
+    ],
+)
+def test_doctor_judges_the_version_of_the_server(server: tuple[int, int, int], level: str, told: str) -> None:
+    judged, advice = judge_server_version(server)
+    assert judged == level
+    assert told in advice if told else not advice

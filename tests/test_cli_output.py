@@ -170,7 +170,7 @@ async def test_a_supervisor_that_nobody_reads_replaces_its_workers(server: Embed
         (["agents", "list"], "'natsrt agents ls'"),
         (["state", "exprot"], "'natsrt state export'"),
         (["ping"], "'natsrt agents ping'"),
-        (["ls"], "'natsrt agents ls' or 'natsrt state ls'"),
+        (["ls"], "'natsrt agents ls' or 'natsrt dlq ls'"),
         (["agents", "ls", "--sevrer", "x"], "'--server'"),
         (["send", "a", "b", "--typename", "x"], "'--type-name'"),
         (["--server", "x", "agents", "ls"], "natsrt COMMAND --server"),

@@ -24,6 +24,7 @@ from natsrt.jetstream.record import RECORD
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
 from tests.support.cli import NATSRT, Ended, natsrt
+from tests.support.clients import settled
 from tests.support.processes import Process, Processes, eventually
 
 Run = Callable[..., Awaitable[Ended]]
@@ -448,6 +449,57 @@ async def test_an_import_reports_conflicts_and_replaces_only_when_told(
     assert await worker.send_message(1, agent("live")) == 31
 
 
+async def test_an_import_restores_the_sequences_of_the_events_that_the_state_contains(
+    run: Run, records: AgentRecords, worker: NatsAgentRuntime, tmp_path: Path
+) -> None:
+    async def handled(key: str) -> Mapping[str, int] | None:
+        record = await records.read(agent(key))
+        return None if record is None else record.handled
+
+    for key in ("free", "old"):
+        await records.write_state(agent(key), encoded({"value": 5}), expected=None, handled={"s@1": 5})
+    exported = await run("state", "export")
+    assert [json.loads(row)["handled"] for row in exported.stdout.splitlines()] == [{"s@1": 5}] * 2
+    for key in ("free", "old"):
+        record = await records.read(agent(key))
+        await records.write_state(agent(key), encoded({"value": 7}), expected=record, handled={"s@1": 7, "s@2": 1})
+
+    ended = await run("state", "set", "counter/old", "-", stdin='{"value": 8}')
+    assert (ended.code, await handled("old")) == (0, {"s@1": 7, "s@2": 1}), "a corrected state contains the same events"
+    without = json.dumps({"type": "counter", "key": "old", "state": {"value": 9}})
+    ended = await run("state", "import", "-", "--replace", stdin=without)
+    assert (ended.code, await handled("old")) == (0, {"s@1": 7, "s@2": 1})
+
+    ended = await run("state", "import", "-", "--replace", stdin=exported.stdout)
+    assert (ended.code, ended.stdout) == (0, "stored 0, replaced 2, unchanged 0, conflicts 0\n")
+    assert "2 of the imported states contain fewer events of streams" in ended.stderr
+    assert (await handled("free"), await handled("old")) == ({"s@1": 5}, {"s@1": 5})
+    assert (await run("state", "import", "-", stdin=exported.stdout)).stdout.startswith(
+        "stored 0, replaced 0, unchanged 2"
+    )
+
+    record = await records.read(agent("free"))
+    await records.write_state(agent("free"), encoded({"value": 5}), expected=record, handled={"s@1": 6})
+    ended = await run("state", "import", "-", stdin=exported.stdout)
+    assert ended.code == 7, "the same state with other sequences is another one"
+
+    await worker.send_message(1, agent("free"))
+    ended = await run("state", "import", "-", "--replace", stdin=exported.stdout)
+    assert ended.code == 7
+    assert "whose state contains other events of streams than this one: stop the worker first" in ended.stdout
+    assert await worker.send_message(0, agent("free")) == 6
+    ended = await run("state", "import", "-", "--force", stdin=exported.stdout)
+    assert (ended.code, await handled("free"), await state_in(records, "free")) == (0, {"s@1": 5}, {"value": 5})
+
+
+@pytest.mark.parametrize("wrong", [[], {"s": 0}, {"s": -1}, {"s": "1"}, {"s": True}, {"s": 1.0}, {"s": 2**63}])
+async def test_sequences_that_are_none_import_nothing(run: Run, wrong: Any) -> None:
+    row = json.dumps({"type": "counter", "key": "k", "handled": wrong, "state": {"value": 9}})
+    ended = await run("state", "import", "-", stdin=row)
+    assert ended.code == 2
+    assert "handled must be a JSON object with sequences" in ended.stderr
+
+
 @pytest.mark.slow
 async def test_an_import_past_a_frozen_owner_is_a_conflict_unless_it_is_forced(
     run: Run, records: AgentRecords, caller: NatsAgentRuntime, start_worker: Callable[..., Awaitable[Process]]
@@ -495,6 +547,18 @@ async def test_an_export_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path
     ended = await natsrt("state", "export", "/no/such/directory/file")
     assert ended.code == 1
     assert ended.stderr == "natsrt: /no/such/directory/file: No such file or directory\n"
+
+
+async def test_an_export_that_cannot_be_written_to_the_end_is_no_success(run: Run, records: AgentRecords) -> None:
+    await store(records, "k", {"text": "x"})
+    ended = await run("state", "export", "/dev/full")
+    assert (ended.code, ended.stderr) == (1, "natsrt: /dev/full: No space left on device\n")
+
+
+async def test_json_in_the_place_of_a_file_is_told_where_it_belongs() -> None:
+    ended = await natsrt("state", "set", "counter/A", '{"total":3}')
+    assert ended.code == 2
+    assert "give a file, or - and the JSON on standard input" in ended.stderr
 
 
 async def test_an_export_may_go_to_a_device_and_to_a_reader_that_ends_early(
@@ -557,6 +621,7 @@ async def test_a_state_whose_parts_are_damaged_is_told_and_repaired_by_an_import
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
 async def test_ten_thousand_states_travel(
     run: Run, server: EmbeddedServer, namespace: str, records: AgentRecords, tmp_path: Path
 ) -> None:
@@ -571,8 +636,8 @@ async def test_ten_thousand_states_travel(
     assert ended.code == 0, ended.stderr
     with (tmp_path / "again.jsonl").open() as stream:
         assert [json.loads(line)["state"]["value"] for line in stream] == list(range(MANY))
-    assert len((await run("state", "ls", "--json")).json) == MANY
-    assert len((await run("state", "ls")).stdout.splitlines()) > MANY
+    assert len((await run("state", "ls", "--json", timeout=120)).json) == MANY
+    assert len((await run("state", "ls", timeout=120)).stdout.splitlines()) > MANY
 
 
 @pytest.mark.slow
@@ -594,7 +659,7 @@ async def test_an_import_that_is_interrupted_can_be_run_again(
     # A subscriber sees each record when it is written. A read of a record might wait until all are.
     async with await nats.connect(server.url) as client:
         await client.subscribe(f"$KV.{Subjects(namespace).bucket(AGENTS_BUCKET)}.>", cb=interrupt)
-        await client.flush()
+        await settled(client)
         started.append(processes.natsrt("state", "import", str(file), *where))
         assert await started[0].wait(30) == 130
     there = len((await run("state", "ls", "--json")).json)
@@ -663,9 +728,9 @@ async def test_agents_ls_reads_no_record_and_counts_each_type_for_itself(
 
     try:
         await client.subscribe("$JS.API.>", cb=see)
-        await client.flush()
+        await settled(client)
         rows = {row["type"]: row["records"] for row in (await run("agents", "ls", "--json")).json}
-        await client.flush()
+        await settled(client)
     finally:
         await client.close()
     assert rows == {"counter": 31, "counter.more": 10, "none": 0}

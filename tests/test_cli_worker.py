@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Set
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.support.cli import natsrt
 from tests.support.processes import Process, Processes, eventually
 
 AGENTS = """
-import asyncio, os
+import asyncio, os, time
 from autogen_core import MessageContext, RoutedAgent, event, rpc, type_subscription, TypeSubscription
 
 import natsrt
@@ -36,10 +37,13 @@ class Echo(RoutedAgent):
     @rpc
     async def echo(self, message: str, ctx: MessageContext) -> str:
         if message.startswith("wait"):
-            print("waiting", flush=True)
+            print("waiting in", os.getpid(), flush=True)
             await asyncio.sleep(float(message.split()[1]))
         if message == "die":
             os._exit(9)
+        if message == "block":
+            print("blocking", flush=True)
+            time.sleep(1000)
         return f"{VERSION} {self.id} {os.getpid()} {message}"
 
     @event
@@ -111,6 +115,19 @@ async def pid_of(client: NatsAgentRuntime, agent_type: str = "echo") -> int:
     """The process that answers."""
     reply = await client.send_message("who", AgentId(agent_type, "k"))
     return int(reply.split()[2])
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that ``pid`` has started and that run."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [int(child) for child, parent, state in rows if int(parent) == pid and not state.startswith("Z")]
+
+
+async def _busy(supervisor: Process) -> int:
+    """The worker process that has said that it waits."""
+    line = await supervisor.wait_for_line(re.compile(r"^waiting in \d+"))
+    return int(line.split()[2])
 
 
 def is_alive(pid: int) -> bool:
@@ -529,6 +546,11 @@ async def workers_of(client: NatsAgentRuntime, count: int, without: Set[int] = f
     return await eventually(hosting, 30, f"{count} workers")
 
 
+async def ready(supervisor: Process, count: int) -> None:
+    """Wait until ``count`` workers are ready: a moment after they are registered, and only then can they hang."""
+    await eventually(lambda: supervisor.stdout.count("ready: types") == count, 30, f"{count} workers that are ready")
+
+
 @pytest.mark.slow
 async def test_a_killed_worker_process_is_replaced(start: Start, client: NatsAgentRuntime) -> None:
     supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
@@ -589,11 +611,214 @@ async def test_a_second_signal_to_the_supervisor_stops_all_at_once(start: Start,
 
 
 @pytest.mark.slow
+async def test_a_worker_that_hangs_does_not_hold_up_the_stop_and_the_exit_code_says_so(
+    start: Start, client: NatsAgentRuntime
+) -> None:
+    options = ("--processes", "2", "--hang-timeout", "5")
+    supervisor = start("office:Echo", "--type", "echo", *options, env={"NATSRT_DRAIN_TIMEOUT": "6"})
+    await ready(supervisor, 2)
+    pids = {*await workers_of(client, 2)}
+    async with _running(client.send_message("block", AgentId("echo", "k"))):
+        await supervisor.wait_for_line("blocking")
+        supervisor.terminate()
+        await supervisor.wait_for_line("hangs: its event loop has not run for", 20)
+        assert await supervisor.wait(20) == 8
+    assert "killing it" in supervisor.stderr
+    assert "did not stop in time" not in supervisor.stderr
+    assert not any(is_alive(pid) for pid in pids)
+
+
+@pytest.mark.slow
+async def test_a_worker_that_is_killed_at_a_stop_before_it_is_ready_is_told_in_the_exit_code(
+    start: Start, app: Path
+) -> None:
+    (app / "deaf.py").write_text("import time\nasync def factory(runtime):\n    print('deaf')\n    time.sleep(60)\n")
+    supervisor = start("deaf:factory", "--processes", "2", env={"NATSRT_DRAIN_TIMEOUT": "0.1"})
+    await supervisor.wait_for_line("deaf", 30)
+    supervisor.terminate()
+    assert await supervisor.wait(30) == 8
+    assert "did not stop in time: killing it" in supervisor.stderr
+
+
+@pytest.mark.slow
+async def test_a_worker_that_is_killed_while_it_finishes_its_handlers_counts_as_cut_short(
+    start: Start, client: NatsAgentRuntime
+) -> None:
+    supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
+    await workers_of(client, 2)
+    async with _running(client.send_message("wait 60", AgentId("echo", "k"))):
+        await supervisor.wait_for_line("waiting")
+        busy = await asyncio.wait_for(_busy(supervisor), 5)
+        supervisor.terminate()
+        await supervisor.wait_for_line("finishing 1 handlers")
+        os.kill(busy, signal.SIGKILL)  # as the system does when memory is short
+        assert await supervisor.wait(20) == 8
+
+
+@pytest.mark.slow
 async def test_no_worker_outlives_a_killed_supervisor(start: Start, client: NatsAgentRuntime) -> None:
     supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
     pids = {*await workers_of(client, 2)}
     supervisor.kill()
     await eventually(lambda: not any(is_alive(pid) for pid in pids), 15, "the end of the workers")
+
+
+@pytest.mark.slow
+async def test_a_worker_finishes_what_it_does_when_its_supervisor_and_the_guard_were_killed(
+    start: Start, client: NatsAgentRuntime
+) -> None:
+    supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
+    pids = {*await workers_of(client, 2)}
+    async with _running(client.send_message("wait 1", AgentId("echo", "k"))) as reply:
+        await supervisor.wait_for_line("waiting")
+        (guard,) = {*children_of(supervisor.pid)} - pids
+        os.kill(guard, signal.SIGKILL)
+        supervisor.kill()
+        assert (await reply).endswith("wait 1")
+    await eventually(
+        lambda: not any(is_alive(pid) for pid in pids), 4, "the end of the workers, before they are killed"
+    )
+    assert "the supervisor has ended: stopping" in supervisor.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["its guard was killed too", "the worker has left its group"])
+async def test_a_worker_that_hangs_does_not_outlive_a_killed_supervisor(
+    start: Start, client: NatsAgentRuntime, app: Path, how: str
+) -> None:
+    if how == "the worker has left its group":
+        (app / "office.py").write_text(AGENTS + "\nos.setpgid(0, 0)\n")
+    supervisor = start("office:Echo", "--type", "echo", "--processes", "2")
+    pids = {*await workers_of(client, 2)}
+    async with _running(client.send_message("block", AgentId("echo", "k"))):
+        await supervisor.wait_for_line("blocking")
+        if how == "its guard was killed too":
+            (guard,) = {*children_of(supervisor.pid)} - pids
+            os.kill(guard, signal.SIGKILL)
+        supervisor.kill()
+        await eventually(lambda: not any(is_alive(pid) for pid in pids), 15, "the end of the workers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--processes", "--reload"])
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_a_worker_that_hangs_is_replaced(start: Start, client: NatsAgentRuntime, how: str, frozen: bool) -> None:
+    options = ("--processes", "2") if how == "--processes" else ("--reload",)
+    supervisor = start("office:Echo", "--type", "echo", *options, "--hang-timeout", "5")
+    count = 2 if how == "--processes" else 1
+    await ready(supervisor, count)
+    before = {*await workers_of(client, count)}
+    victim = await pid_of(client)
+    # With a frozen worker, the call must not block the other one, which may get it.
+    async with _running(client.send_message("hello" if frozen else "block", AgentId("echo", "k"))) as call:
+        if frozen:
+            os.kill(victim, signal.SIGSTOP)
+        else:
+            await supervisor.wait_for_line("blocking")
+        hangs = await supervisor.wait_for_line("hangs: its event loop has not run for", 20)
+        victim = int(re.findall(r"worker process (\d+) hangs", hangs)[0])
+        assert victim in before
+        await supervisor.wait_for_line(f"worker process {victim} was ended by SIGKILL; another one starts in", 5)
+        after = await workers_of(client, count, without={victim})
+        assert len(before & {*after}) == count - 1
+        await asyncio.wait({call}, timeout=20)
+    assert supervisor.stderr.count("hangs") == 1
+    supervisor.terminate()
+    assert await supervisor.wait(20) == 0
+    assert not any(is_alive(pid) for pid in {*before, *after})
+
+
+@pytest.mark.slow
+async def test_a_worker_that_works_and_a_factory_that_blocks_do_not_hang(
+    start: Start, client: NatsAgentRuntime, app: Path
+) -> None:
+    (app / "slow.py").write_text(
+        "import time\nimport natsrt\nfrom office import Echo\n"
+        "async def factory(runtime):\n"
+        "    time.sleep(7)\n"
+        "    await natsrt.register(runtime, Echo, 'echo', Echo)\n"
+    )
+    supervisor = start("slow:factory", "--processes", "2", "--hang-timeout", "5")
+    await workers_of(client, 2)
+    assert (await client.send_message("wait 7", AgentId("echo", "k"))).endswith("wait 7")
+    assert "hangs" not in supervisor.stderr
+    supervisor.terminate()
+    assert await supervisor.wait(20) == 0
+
+
+FAILING = """
+import asyncio, os, sys
+import natsrt_cli
+from natsrt_cli import supervisor, watching
+
+start = asyncio.create_subprocess_exec
+
+async def fail(*arguments, **how):
+    asyncio.create_subprocess_exec = start
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+async def watch(self, stop):
+    while not os.path.exists("no more"):
+        await asyncio.sleep(0.1)
+    raise OSError("no more files can be watched")
+    yield
+
+what = sys.argv.pop(1)
+if what == "any exception":
+    supervisor._how = lambda code: 1 / 0
+elif what == "no process":
+    asyncio.create_subprocess_exec = fail
+elif what == "no watch":
+    watching.Watched.changes = watch
+natsrt_cli.main()
+"""
+"""``natsrt``, in which one thing fails."""
+
+
+@pytest.fixture
+def failing(server: EmbeddedServer, namespace: str, processes: Processes, app: Path) -> Start:
+    def start(what: str, *arguments: str) -> Process:
+        target = ("worker", "office:Echo", "--type", "echo", "--server", server.url, "--namespace", namespace)
+        return processes.python(FAILING, what, *target, *arguments, name="supervisor", cwd=app)
+
+    return start
+
+
+@pytest.mark.slow
+async def test_no_worker_outlives_a_supervisor_that_an_exception_ends(failing: Start, client: NatsAgentRuntime) -> None:
+    supervisor = failing("any exception", "--processes", "3")
+    pids = {*await workers_of(client, 3)}
+    async with _running(client.send_message("wait 1", AgentId("echo", "k"))) as reply:
+        await supervisor.wait_for_line("waiting")
+        busy = await asyncio.wait_for(_busy(supervisor), 5)
+        os.kill(min(pids - {busy}), signal.SIGKILL)
+        assert (await reply).endswith("wait 1")  # the others end in order
+    assert await supervisor.wait(20) == 1
+    assert "the supervisor has failed: stopping all workers" in supervisor.stderr
+    assert "ZeroDivisionError" in supervisor.stderr
+    assert not any(is_alive(pid) for pid in pids)
+
+
+@pytest.mark.slow
+async def test_a_worker_that_the_system_cannot_start_is_tried_again(failing: Start, client: NatsAgentRuntime) -> None:
+    supervisor = failing("no process", "--processes", "2")
+    await workers_of(client, 2)
+    line = "a worker process cannot be started: Resource temporarily unavailable; another one starts in 0.2 s"
+    assert line in supervisor.stderr
+    supervisor.terminate()
+    assert await supervisor.wait(20) == 0
+
+
+@pytest.mark.slow
+async def test_files_that_cannot_be_watched_any_more_end_the_supervisor(
+    failing: Start, client: NatsAgentRuntime, app: Path
+) -> None:
+    supervisor = failing("no watch", "--reload")
+    (pid,) = await workers_of(client, 1)
+    (app / "no more").touch()
+    assert await supervisor.wait(30) == 1
+    assert "files can no longer be watched: no more files can be watched; stopping all workers" in supervisor.stderr
+    assert not is_alive(pid)
 
 
 @pytest.mark.slow
@@ -684,6 +909,19 @@ async def test_a_pattern_that_no_file_can_match_is_refused(start: Start, argumen
     supervisor = start("office:Echo", "--type", "echo", *arguments)
     assert await supervisor.wait() == 2
     assert text in supervisor.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--hang-timeout", "60"), "--hang-timeout has no effect without --processes or --reload"),
+        (("--hang-timeout", "1", "--reload"), "1.0 is not in the range x>=5.0"),
+    ],
+)
+async def test_a_hang_timeout_that_cannot_work_is_refused(start: Start, arguments: tuple[str, ...], text: str) -> None:
+    worker = start("office:Echo", "--type", "echo", *arguments)
+    assert await worker.wait() == 2
+    assert text in worker.stderr
 
 
 async def test_without_watchfiles_reload_names_the_extra(start: Start, tmp_path: Path) -> None:

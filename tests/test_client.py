@@ -35,6 +35,7 @@ class Receiver:
 
     def __init__(self, parser: type[Parser] | None = None) -> None:
         self.unreadables: list[CannotDecode] = []
+        self.round_trips: list[float] = []
         self.heard: list[tuple[str, str, bytes, dict[str, str] | None]] = []
         self.messages: list[Msg] = []
         self.errors: list[str] = []
@@ -46,6 +47,9 @@ class Receiver:
         sink = cast(Any, Ordered(self.hear, self.unreadable))
         self.client._subs[ORDERED] = Subscription(self.client, ORDERED, "a.>", future=sink)
         self.other = self.client._subs[OTHER] = Subscription(self.client, OTHER, "b.>")
+
+    def answered(self, seconds: float, *, first: bool) -> None:
+        self.round_trips.append(seconds)
 
     def unreadable(self, error: CannotDecode) -> None:
         self.unreadables.append(error)
@@ -246,6 +250,22 @@ async def test_a_sink_hears_without_a_queue_of_its_own_until_it_is_drained(
     assert heard[100:] == [b"other"]
 
 
+async def test_commands_wait_for_no_server_and_can_be_cancelled(own_server: EmbeddedServer) -> None:
+    connection = Connection(Options(servers=[own_server.url]), client_name="test")
+    await connection.open()
+    client = cast(NatsClient, connection.client)
+    own_server.pause()
+    client.doubt()  # the flusher now waits for the server's answer
+    begun = [asyncio.ensure_future(client.subscribe(f"a.{number}")) for number in range(3000)]
+    await asyncio.wait(begun, timeout=2)
+    assert all(one.done() for one in begun)
+    assert client._flush_queue is not None and client._flush_queue.qsize() <= 1
+    own_server.resume()
+    await connection.barrier()
+    assert not client.keeps_back
+    await connection.close()
+
+
 async def test_many_flushes_at_once_are_few_round_trips_and_each_covers_what_was_sent_before_it(
     connection: Connection, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +315,23 @@ async def test_closing_drops_what_a_closed_socket_cannot_send(connection: Connec
     client._transport.close()  # type: ignore[no-untyped-call]
     await client.close()  # nats-py alone: TypeError on Python 3.12 and newer
     assert client.is_closed and client.pending_data_size == 0
+
+
+async def test_messages_with_some_reply_subjects_are_withdrawn_and_others_are_sent(
+    connection: Connection, namespace: str
+) -> None:
+    client = connection.client
+    heard: list[bytes] = []
+    await connection.subscribe(f"{namespace}.>", lambda message: heard.append(message.data))
+    await connection.barrier()
+    assert client.post(f"{namespace}.a", b"1", "_INBOX.mine.1", {"A": "a"})
+    assert client.post(f"{namespace}.a", b"2", "_INBOX.other.1")
+    assert client.post(f"{namespace}.a", b"3 _INBOX.mine.", "")
+    assert client.post(f"{namespace}.a", b"4", "_INBOX.mine.2")
+    client.withdraw("_INBOX.mine.")
+    assert client.pending_data_size == sum(map(len, client._pending))
+    await connection.barrier()
+    assert heard == [b"2", b"3 _INBOX.mine."]
 
 
 async def test_a_message_that_would_have_to_wait_or_be_refused_is_not_posted(

@@ -20,7 +20,7 @@ from natsrt.keyed.deadlocks import find_cycles
 from natsrt.wire.peer_messages import WaitLink
 from tests.support.processes import eventually
 
-ENDS_WITHIN = 45
+ENDS_WITHIN = 100
 """Seconds; without an end to a deadlock it would be for ever."""
 
 
@@ -194,6 +194,7 @@ async def test_cycles_that_share_nothing_lose_one_call_each(town: Town) -> None:
         assert_one_was_refused(outcomes[2 * pair : 2 * pair + 2], {f"a/{pair}", f"b/{pair}"})
 
 
+@pytest.mark.timeout(150)  # 1,100 calls take 7 s alone, and a minute beside others on two processors
 @pytest.mark.parametrize(("count", "key"), [(1_100, "{}"), (300, "{}" + "long" * 750)])
 async def test_a_cycle_is_found_behind_which_many_calls_wait(town: Town, count: int, key: str) -> None:
     for agent_type in ("a", "b"):
@@ -320,6 +321,12 @@ def test_a_cycle_is_found_among_what_waits_otherwise_whatever_the_order() -> Non
     for _ in range(20):
         random.shuffle(waits)
         assert find_cycles(waits) == [found]
+
+
+def test_a_cycle_is_the_same_value_whatever_waits_for_it() -> None:
+    cycle = ("w1=w2", "w2>w3", "w3=w1")
+    found = {find_cycles(links(*cycle, f"{name}>{into}"))[0] for name in ("a", "x") for into in ("w1", "w2", "w3")}
+    assert len(found) == 1
 
 
 def test_cycles_that_share_no_call_are_all_found() -> None:

@@ -25,6 +25,7 @@ from nats.aio.client import Client
 
 from natsrt.embedded import DEVELOPMENT_SETTINGS, FEATURE_FLAGS, EmbeddedServer, find_server_binary
 from natsrt.errors import EmbeddedServerError
+from tests.support.clients import settled
 from tests.support.processes import REPOSITORY, Process, Processes, eventually
 
 NATS_CONF = REPOSITORY / "nats.conf"
@@ -149,7 +150,7 @@ async def test_a_paused_server_answers_nothing_until_it_is_resumed(own_server: E
             await client.flush(timeout=1)
         own_server.resume()
     async with connected(own_server.url) as client:
-        await client.flush()
+        await settled(client)
 
 
 async def test_a_paused_server_is_stopped_in_order() -> None:
@@ -300,6 +301,19 @@ async def test_a_server_that_does_not_speak_nats_is_not_taken_for_one(tmp_path: 
             await EmbeddedServer(binary=binary, ready_timeout=0.3).start()
 
 
+async def test_a_server_that_says_nothing_is_named_as_such_and_its_log_does_not_contradict(tmp_path: Path) -> None:
+    held: list[asyncio.StreamWriter] = []
+    listener = await asyncio.start_server(lambda _, writer: held.append(writer), "127.0.0.1", 0)
+    async with listener:
+        binary = fake_server(tmp_path / "fake", listens_on=listener.sockets[0].getsockname()[1])
+        binary.write_text(binary.read_text().replace("I am running", "Server is ready"))
+        with pytest.raises(EmbeddedServerError, match=r"does not answer as a NATS server \(TimeoutError\)") as raised:
+            await EmbeddedServer(binary=binary, ready_timeout=0.8).start()
+        for writer in held:
+            writer.close()
+    assert "Server is ready" not in str(raised.value)
+
+
 async def test_a_server_that_is_not_ready_in_time_is_ended_and_its_output_shown(tmp_path: Path) -> None:
     server = EmbeddedServer(binary=fake_server(tmp_path / "fake", listens_on=None), ready_timeout=0.3)
     with pytest.raises(EmbeddedServerError, match=r"not ready within 0\.3 s(?s:.*)I am running"):
@@ -399,10 +413,9 @@ def test_nats_conf_is_accepted_by_the_server(tmp_path: Path) -> None:
 def test_the_examples_in_nats_conf_are_accepted_too(tmp_path: Path) -> None:
     text = NATS_CONF.read_text()
     examples = text[text.index("# authorization {") : text.index("# TLS.")]
+    lines = [line for line in examples.splitlines() if "<!--" not in line]  # the end of the generated part
     config = tmp_path / "users.conf"
-    config.write_text(
-        text.replace(examples, "\n".join(line.removeprefix("#").removeprefix(" ") for line in examples.splitlines()))
-    )
+    config.write_text(text.replace(examples, "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)))
     checked = subprocess.run(
         [find_server_binary(), "-t", "-c", config],
         env={
@@ -658,6 +671,7 @@ async def test_a_server_that_does_not_stop_in_time_is_killed_with_a_warning(
     monkeypatch.setattr("natsrt.embedded.STOP_SECONDS", 0.0)
     server = EmbeddedServer()
     await server.start()
+    monkeypatch.setattr(server, "_asked_to_end", lambda: server._process)  # it hears of nothing
     pid = server.pid
     if block == "with":
         server.__exit__(None, None, None)

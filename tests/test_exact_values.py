@@ -27,6 +27,7 @@ import pydantic_core
 import pytest
 import typing_extensions
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import (
@@ -393,6 +394,25 @@ def test_values_whose_declaration_tells_them_apart_arrive(kind: Any, value: Any)
     check(create_model("Holder", value=(kind, ...)).model_construct(value=value), "", may_be_refused=False)
 
 
+FOLDED = datetime.datetime(2026, 10, 25, 2, 30, fold=1)
+
+
+class MoreTimes(typing_extensions.TypedDict):
+    at: datetime.datetime
+
+
+class Word(enum.StrEnum):
+    A = "a"
+
+
+def doubled(value: int) -> int:
+    return value * 2
+
+
+def refused(value: int) -> int:
+    raise ValueError("no")
+
+
 REFUSED: list[tuple[Any, Any, str]] = [
     (SecretStr, SecretStr("hunter2"), "value: Pydantic masks a value of type SecretStr .* get_secret_value"),
     (list[SecretStr | None], [SecretStr("hunter2")], "value: Pydantic masks"),
@@ -409,6 +429,19 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (str, "\ud800", "value: the text has a lone surrogate"),
     (Annotated[int, Field(gt=0)], -1, "value: the value does not meet the constraints"),
     (Annotated[list[Dog], Field(max_length=1)], [Dog(), Dog()], "value: the value does not meet the constraints"),
+    (datetime.datetime, FOLDED, "value: fold=1 of a local time .* give it a time zone"),
+    (datetime.time, FOLDED.time(), "value: fold=1 of a local time"),
+    (list[datetime.datetime | None], [FOLDED], r"value(\[\])?: .*fold=1 of a local time"),
+    (str | datetime.datetime, FOLDED, "value: fold=1 of a local time"),
+    (dict[datetime.datetime, int], {FOLDED: 1}, r"value\[\]: fold=1 of a local time"),
+    (MoreTimes, {"at": FOLDED}, "value.at: fold=1 of a local time"),
+    (dict[str, int], {Word.A: 1}, r"value.*: a key is of type Word, .* declare dict\[Word, ...\]"),
+    (
+        Annotated[int, AfterValidator(doubled)],
+        3,
+        "value: a validator in its annotation changes it: a value of type int",
+    ),
+    (Annotated[int, AfterValidator(refused)], 3, "value: the value is refused by a validator or constraint"),
     (int, ..., "value: the field has no value"),
     (MoreOptions, {"depth": 1, "more": 1}, "value: MoreOptions has no key 'more'"),
     (MoreOptions, {}, "value: MoreOptions requires the key 'depth'"),
@@ -623,15 +656,6 @@ class Arrival:
 
 
 @dataclasses.dataclass
-class Scaled:
-    n: int
-    factor: dataclasses.InitVar[int] = 2
-
-    def __post_init__(self, factor: int) -> None:
-        self.n *= factor
-
-
-@dataclasses.dataclass
 class Widened:
     n: Any = 1
     price: float = 1
@@ -707,7 +731,6 @@ CHANGING = [
     Summed(["a"]),
     Grown([]),
     Arrival(),
-    Scaled(1),
     widened(),
     Twice(1),
     Assigned(1),
@@ -962,6 +985,137 @@ def test_a_refusal_below_a_union_keeps_its_reason(kind: Any, value: Any, text: s
     ):
         with pytest.raises(CannotSerialize, match=text):
             arrives(message)
+
+
+@pytest.mark.parametrize("kind", [datetime.datetime, list[datetime.datetime], str | datetime.datetime, dict[str, Any]])
+def test_fold_of_a_local_time_is_refused_in_a_dataclass(kind: Any) -> None:
+    value: Any = FOLDED
+    value = [value] if kind == list[datetime.datetime] else value
+    with pytest.raises(CannotSerialize, match="value.*: (fold=1 of a local time|declared dict)"):
+        arrives(dataclasses.make_dataclass("Holder", [("value", kind)])(value))
+    with pytest.raises(CannotSerialize, match="value: fold=1 of a local time"):
+        arrives(dataclasses.make_dataclass("Holder", [("value", datetime.time)])(FOLDED.timetz()))
+
+
+def test_fold_of_a_moment_with_a_time_zone_is_its_offset() -> None:
+    moment = FOLDED.replace(tzinfo=zoneinfo.ZoneInfo("Europe/Berlin"))
+    for holder in (
+        create_model("Holder", value=(datetime.datetime, ...))(value=moment),
+        dataclasses.make_dataclass("Holder", [("value", datetime.datetime)])(moment),
+    ):
+        assert arrives(holder).value.utcoffset() == datetime.timedelta(hours=1)
+
+
+class Constants(BaseModel):
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+    value: float | None = None
+
+
+class HoldsConstants(BaseModel):
+    held: Constants | Cat
+
+
+class WritesInfinity(BaseModel):
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+    value: str = "a"
+
+    @model_serializer
+    def _write(self) -> dict[str, Any]:
+        return {"value": float("inf")}
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return "a" if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Constants(value=float("inf")),
+        Constants(value=NAN),
+        HoldsConstants(held=Constants(value=NAN)),
+        dataclasses.make_dataclass("Holder", [("held", Constants)])(Constants(value=NAN)),
+        WritesInfinity(),
+        dataclasses.make_dataclass("Holder", [("held", WritesInfinity)])(WritesInfinity()),
+    ],
+    ids=repr,
+)
+def test_no_setting_of_a_model_lets_something_else_than_json_be_sent(message: Any) -> None:
+    with pytest.raises(CannotSerialize, match="JSON has no NaN and no infinity"):
+        arrives(message)
+
+
+def test_infinity_as_text_is_json_at_every_depth() -> None:
+    text = create_model("Text", __config__=ConfigDict(ser_json_inf_nan="strings"), value=(float, ...), more=(Any, None))
+    outer = dataclasses.make_dataclass("Outer", [("held", text)])
+    for message in (text(value=float("inf")), outer(text(value=float("inf")))):
+        assert b'"Infinity"' in Serialization().encode(message).payload
+        assert arrives(message) == message
+
+
+class Ordinary:
+    pass
+
+
+def test_an_object_that_no_field_can_hold_is_refused_for_what_it_is() -> None:
+    holder: Any
+    for value, reason in (
+        (Ordinary(), "values of type Ordinary cannot be sent in a field; make it a dataclass"),
+        (AgentId("a", "b"), "values of type AgentId cannot be sent in a field; declare str"),
+        (Timestamp(seconds=1), "values of type Timestamp cannot be sent in a field; a protobuf message is sent alone"),
+    ):
+        config = ConfigDict(arbitrary_types_allowed=True)
+        for kind in (type(value), type(value) | None):
+            holder = dataclasses.make_dataclass("Holder", [("value", kind)])
+            with pytest.raises(CannotSerialize, match=f"value: {reason}"):
+                arrives(holder(value))
+        if type(value) is Ordinary:
+            holder = create_model("Holder", __config__=config, value=(Ordinary, ...))
+            with pytest.raises(CannotSerialize, match=f"value: {reason}"):
+                arrives(holder(value=value))
+        else:
+            with pytest.raises(CannotSerialize, match=f"value: {reason}"):
+                Serialization().add_class(holder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "text"),
+    [
+        (int, '"1":"a"," 1":"b"', "white space around the text of a key"),
+        (int, '"1\\n":"b"', "white space around the text of a key"),
+        (decimal.Decimal, '" 1":"b"', "white space around the text of a key"),
+        (float, '"1":"a","1.0":"b"', "two keys are texts of one float"),
+        (uuid.UUID, f'"{uuid.UUID(int=1)}":"a","{uuid.UUID(int=1).hex}":"b"', "two keys are texts of one UUID"),
+    ],
+)
+def test_keys_that_become_one_are_refused(kind: Any, keys: str, text: str) -> None:
+    holder = dataclasses.make_dataclass("Holder", [("value", dict[kind, str])])
+    with pytest.raises(CannotDecode, match=f"value.*: .*{text}"):
+        read(holder, f'{{"value":{{{keys}}}}}'.encode())
+
+
+@dataclasses.dataclass
+class Chain:
+    inner: Chain | None = None
+
+
+def test_a_chain_of_dataclasses_that_is_too_long_is_called_so() -> None:
+    chain = Chain()
+    for _ in range(300):
+        chain = Chain(chain)
+    with pytest.raises(CannotSerialize, match="it is nested too deeply, or contains itself"):
+        arrives(chain)
+
+
+@pytest.mark.parametrize("name", ["datetime", "UUID", "tuple"])
+def test_a_scalar_named_where_only_classes_can_be_named_says_where_it_can(name: str) -> None:
+    holder = dataclasses.make_dataclass("Holder", [("value", Any)])
+    with pytest.raises(
+        CannotDecode, match=f"may name {name} only where the declared type does, .* this is Any"
+    ) as error:
+        read(holder, f'{{"value":{{"$type":"{name}","value":"x"}}}}'.encode())
+    assert "add_message_serializer" not in str(error.value)
 
 
 def test_integers_and_texts_that_orjson_refuses_are_named() -> None:

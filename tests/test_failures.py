@@ -273,6 +273,12 @@ def test_exceptions_of_users_keep_slots_fields_and_what_built_in_classes_keep() 
     assert sent(Payload("p"), types).payload == "p"
 
 
+def test_a_field_from_the_wire_does_not_hide_a_method() -> None:
+    got = sent(ValueError("bad"), fields={"add_note": 1, "with_traceback": "x", "reason": "r"})
+    got.add_note("still works")
+    assert (type(got), got.reason, callable(got.with_traceback)) == (ValueError, "r", True)
+
+
 def test_an_exception_whose_text_cannot_be_made_from_what_was_sent_is_a_remote_agent_error() -> None:
     types = ErrorTypes()
     types.add(Shows)

@@ -22,6 +22,7 @@ from natsrt import CannotDecode, NatsAgentRuntime, NoLiveWorker, RemoteAgentErro
 from natsrt.embedded import EmbeddedServer
 from tests.support.cli import Ended
 from tests.support.cli import natsrt as command
+from tests.support.clients import settled
 from tests.support.processes import REPOSITORY, Process, Processes, eventually
 
 PROGRAM = REPOSITORY / "tests" / "programs" / "participant.py"
@@ -451,7 +452,7 @@ async def test_the_type_that_a_plain_reply_names_is_honoured(
 
     await client.subscribe(f"{namespace}.agent.plain", "plain", cb=answer)
     await asyncio.sleep(0)
-    await client.flush()
+    await settled(client)
     call = runtime.send_message(Order("x"), AgentId("plain", "k"), reply_type=reply_type)
     if expected is CannotDecode:
         with pytest.raises(CannotDecode, match=name or ""):
@@ -470,7 +471,7 @@ async def test_a_plain_responder_reports_an_error_of_natsrt(
 
     await client.subscribe(f"{namespace}.agent.plain", "plain", cb=answer)
     await asyncio.sleep(0)
-    await client.flush()
+    await settled(client)
     with pytest.raises(natsrt.StateConflict, match="conflict"):
         await runtime.send_message(Order("x"), AgentId("plain", "k"))
 
@@ -488,6 +489,6 @@ async def test_a_plain_responder_refuses_a_call_in_its_headers(
 
     await client.subscribe(f"{namespace}.agent.plain", "plain", cb=answer)
     await asyncio.sleep(0)
-    await client.flush()
+    await settled(client)
     assert await runtime.send_message(Order("x"), AgentId("plain", "k")) == "done"
     assert received == 3

@@ -166,6 +166,18 @@ async def test_a_child_of_an_embedding_program_gets_the_handlers_that_it_had_bef
         await asyncio.wait_for(serving, 10)
 
 
+async def test_a_signal_that_came_just_before_the_inner_block_reaches_it() -> None:
+    """The event loop has read the signal, and calls its handler in its next steps."""
+    with StopSignals([signal.SIGUSR2]) as outer:
+        signal.raise_signal(signal.SIGUSR2)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not outer.received.is_set()
+        with StopSignals([signal.SIGUSR2]) as inner:
+            await asyncio.wait_for(inner.received.wait(), 5)
+        assert not outer.received.is_set()
+
+
 async def test_nested_signal_handlers_leave_children_what_was_there_before_the_outermost() -> None:
     with StopSignals([signal.SIGUSR2]) as outer, StopSignals([signal.SIGUSR2]) as inner:
         pid = os.fork()

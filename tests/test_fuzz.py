@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from natsrt import MessageTooLarge, NatsAgentRuntime, NatsrtError, RemoteAgentError
 from natsrt.embedded import EmbeddedServer
 from natsrt.jetstream.registry.entries import KnownEntry, encode_entry
+from tests.support.clients import settled
 from tests.support.processes import eventually
 
 SERVICE_ERROR = "Nats-Service-Error"
@@ -103,10 +104,14 @@ class Target:
         await subscription.unsubscribe()
         return [answers[reply] for reply in replies]
 
+    def token(self, name: str) -> str:
+        """The runtime's reply subject of this name. Only a fuzzer in the same process can know it."""
+        return self.runtime.running.network.inbox.subject(name)
+
     async def expects_answers_of(self, worker_id: str) -> None:
         """Have the runtime listen for what ``worker_id`` says about calls."""
         accepted = envelope("natsrt.accepted", data={"worker": worker_id, "calls": []})
-        await self.client.publish(f"{self.inbox}.accept", accepted)
+        await self.client.publish(self.token("accept"), accepted)
 
     async def lives(self) -> None:
         """Assert that the worker still works, over the connection that it began with."""
@@ -333,7 +338,8 @@ async def test_every_broken_cancellation_is_counted(target: Target) -> None:
 
 
 async def test_every_broken_change_of_the_registry_is_counted(target: Target) -> None:
-    at = {"Nats-Sequence": "1000000", "Nats-Last-Sequence": "0"}
+    present = target.runtime.running.registry.view.applied  # what is far from it would be of another registry
+    at = {"Nats-Sequence": str(present + 1000), "Nats-Last-Sequence": "0"}
     known = encode_entry(KnownEntry("known"))
     changes: list[tuple[str, bytes, dict[str, str] | None]] = [
         ("known.known", known, None),
@@ -367,7 +373,7 @@ async def test_every_broken_answer_about_calls_is_counted(target: Target) -> Non
         wrong += [{"worker": "w", "calls": [5], "running": [5], "unknown": []}]
         wrong += [{"running": 5, "unknown": 5}, {"running": [[]], "unknown": [{}]}]
         for body in [*(envelope(kind, data=data) for data in wrong), envelope("natsrt.call"), b"", b"{}", b"\xff"]:
-            await target.client.publish(f"{target.inbox}.{token}", body)
+            await target.client.publish(target.token(token), body)
             sent += 1
     await eventually(lambda: running.undecodable == sent)
     await target.lives()
@@ -378,7 +384,7 @@ async def test_a_broken_reply_fails_its_own_call_and_no_other(target: Target) ->
         await target.client.publish(message.reply, BROKEN_REPLIES[int(json.loads(message.data)["id"])])
 
     await target.client.subscribe(target.subject("agent.liar"), queue="liar", cb=answer_badly)
-    await target.client.flush()
+    await settled(target.client)
     outcomes = await asyncio.gather(
         *(
             target.runtime.send_message(Text("hi"), AgentId("liar", "k"), message_id=str(number))
@@ -421,7 +427,7 @@ async def test_any_header_block_is_survived_and_its_message_answered(
 ) -> None:
     answer = target.client.new_inbox()
     waiting = await target.client.subscribe(answer)
-    await target.client.flush()
+    await settled(target.client)
     body = b'{"text":"hi"}'
     for subject in ("agent.echo", "topic.news.deep.one", "natsrt.cancel", "natsrt.registry.x"):
         command = f"HPUB {target.subject(subject)} {answer} {len(block)} {len(block) + len(body)}\r\n"
@@ -588,7 +594,7 @@ async def test_fuzzed_messages_without_an_answer_are_survived(
     await target.expects_answers_of("somebody")
     subjects = ["topic.news.one", "topic.news.deep.one", "topic.=zz.s", "natsrt.cancel", "natsrt.registry.known.x"]
     tokens = ["accept", "w-somebody", "0", "zz"]
-    for subject in [*map(target.subject, subjects), *(f"{target.inbox}.{token}" for token in tokens)]:
+    for subject in [*map(target.subject, subjects), *(target.token(token) for token in tokens)]:
         for body in volley:
             await target.client.publish(subject, body, headers=headers or None)
     await target.lives()

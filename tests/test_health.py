@@ -135,6 +135,8 @@ async def test_what_could_not_be_read_is_counted(server: EmbeddedServer, namespa
         await eventually(lambda: runtime.health().undecodable == 1)
         assert runtime.health().messages_failed == 1
         assert runtime.health().ready
+    stopped = runtime.health()
+    assert not stopped.live and (stopped.undecodable, stopped.messages_failed) == (1, 1)
 
 
 async def test_a_draining_runtime_says_so(server: EmbeddedServer, namespace: str) -> None:
@@ -312,7 +314,7 @@ async def test_a_ready_worker_answers_all_three_paths_with_its_health(start: Sta
     for path in ("/livez", "/readyz", "/healthz", "/healthz?verbose"):
         told = await worker.get(path)
         assert told.status == 200
-        assert told.body.keys() == asdict(Health.stopped("")).keys()
+        assert told.body.keys() == asdict(Health.stopped("", {})).keys()
         assert (told.body["live"], told.body["ready"], told.body["reasons"]) == (True, True, [])
         assert told.body["agents"] == {"sleeper": 0}
         assert f"worker {told.body['worker_id']} ready" in worker.process.stdout

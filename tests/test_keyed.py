@@ -28,6 +28,7 @@ from natsrt import KeyedOptions, NatsAgentRuntime, keyed
 from natsrt.embedded import EmbeddedServer
 from natsrt.keyed import slots
 from natsrt.wire.envelope import KEY_HEADER
+from tests.support.clients import settled
 from tests.support.processes import eventually
 
 
@@ -210,7 +211,7 @@ async def test_an_event_reaches_each_keyed_agent_once_also_from_a_raw_publisher(
             await caller.publish_message(Add(number), TopicId("numbers", f"k{number % 5}"))
             subject = f"{place.namespace}.topic.numbers.k{number % 5}"
             await client.publish(subject, json.dumps({"amount": 1000 + number}).encode())
-        await client.flush()
+        await settled(client)
         await eventually(lambda: len(place.life.handled) >= 60)
         await asyncio.gather(*(caller.send_message(Add(0), agent(f"k{key}")) for key in range(5)))
         handled = Counter(message.amount for _, _, message in place.life.handled if message.amount)

@@ -35,6 +35,7 @@ from natsrt.jetstream.record import encode_state
 from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER
+from tests.support.clients import settled
 from tests.support.processes import eventually
 from tests.test_keyed import Add, Ask, Counting, Hold, Life, Place, Total, agent
 
@@ -239,7 +240,7 @@ async def test_a_message_that_comes_while_its_agent_is_given_up_wakes_it_again(p
         )
         located = asyncio.ensure_future(caller.running.outgoing.locator.locate(agent("k")))
         await caller.send_message(Add(1), agent("other"))
-        await client.flush()
+        await settled(client)
         await caller.send_message(Add(1), agent("other"))
         place.life.gate("save").set()
         await located
@@ -339,7 +340,7 @@ async def test_each_agent_gets_one_copy_whatever_the_mix_of_types_and_subscripti
     client = await nats.connect(place.url)
     try:
         await client.publish(f"{place.namespace}.topic.numbers.ab", b'{"amount": 1}')
-        await client.flush()
+        await settled(client)
     finally:
         await client.close()
     expected = {"counting/ab": 10, "other/ab": 10, "plain/ab": 10}
@@ -502,7 +503,7 @@ async def test_an_event_counts_once_although_its_topic_is_published_too(place: P
     client = await nats.connect(place.url)
     try:
         copies = await client.subscribe(f"{place.namespace}.topic.numbers.k")
-        await client.flush()
+        await settled(client)
         for number in range(5):
             await caller.publish_message(Add(number), TopicId("numbers", "k"))
         for _ in range(5):
@@ -522,14 +523,14 @@ async def test_a_worker_forgets_what_it_only_passed_on(place: Place) -> None:
         for number in range(30):
             subject = f"{place.namespace}.topic.numbers.k{number % 5}"
             await client.publish(subject, b'{"amount": 1}')
-        await client.flush()
+        await settled(client)
         await eventually(lambda: len(place.life.handled) == 30)
     finally:
         await client.close()
     slots = [len(list(worker.running.ownership._slots)) for worker in workers]
     assert sum(slots) == len(place.life.made) == 5
     for worker in workers:
-        assert not worker.running.dispatch.running
+        await eventually(lambda worker=worker: not worker.running.dispatch.running)  # type: ignore[misc]
         assert not worker.running.incoming.call_log._running
 
 

@@ -67,13 +67,13 @@ async def test_an_agent_that_is_used_again_while_it_is_released_is_reached_along
     caller = await place.caller()
     relays = await place.caller()
     await relays.register_factory("relay", lambda: Gated(place.life))
-    await caller.send_message(Add(1), agent("k"))
-    await place.worker("w2", options)
     client = await nats.connect(place.url)
     connection = owner.running.connection
     unsubscribe, calls = connection.unsubscribe, list[asyncio.Future[Any]]()
+    prepared = asyncio.Event()
 
     async def unsubscribe_late(interest: Interest) -> None:
+        await prepared.wait()
         if interest.subject == f"{place.namespace}.agent.counting.k" and not calls:
             calls.append(asyncio.ensure_future(client.request(interest.subject, b'{"via": "relay/k"}', 8)))
             await eventually(lambda: ("counting/k", "w1", Ask("relay/k")) in place.life.handled)
@@ -82,6 +82,9 @@ async def test_an_agent_that_is_used_again_while_it_is_released_is_reached_along
 
     connection.unsubscribe = unsubscribe_late  # type: ignore[method-assign]
     try:
+        await caller.send_message(Add(1), agent("k"))
+        await place.worker("w2", options)
+        prepared.set()
         if release == "unregister":
             await owner.unregister("counting")
         elif release == "stop":

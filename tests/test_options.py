@@ -149,6 +149,13 @@ def test_sizes_that_are_no_positive_whole_number_are_refused(value: object) -> N
         ({"namespace": "a\n"}, "namespace: must be one token"),
         ({"inbox_prefix": "in.>"}, "inbox_prefix: must be subject tokens"),
         ({"inbox_prefix": "in."}, "inbox_prefix: must be subject tokens"),
+        ({"inbox_prefix": "$KV.x"}, "inbox_prefix: must be subject tokens"),
+        ({"inbox_prefix": "agent"}, "inbox_prefix: must not be 'agent'"),
+        ({"inbox_prefix": "acme", "namespace": "acme"}, "inbox_prefix: must not be 'acme'"),
+        ({"inbox_prefix": "acme.natsrt.x", "namespace": "acme"}, "inbox_prefix: must not be 'acme.natsrt.x'"),
+        ({"jetstream_domain": ""}, "jetstream_domain: must be the domain in the server's jetstream block"),
+        ({"jetstream_domain": "a b"}, "jetstream_domain: must be the domain in the server's jetstream block"),
+        ({"jetstream_domain": "hub.>"}, "jetstream_domain: must be the domain in the server's jetstream block"),
         ({"infer_types": "maybe"}, "infer_types: must be true or false, not 'maybe'"),
         ({"registry_replicas": 6}, "registry_replicas: must be a whole number from 1 to 5, not 6"),
         ({"name": ""}, "name: must be text that is not empty, not ''"),
@@ -600,6 +607,7 @@ def test_a_context_gives_its_settings(tmp_path: Path) -> None:
         ca="$WHERE/ca.pem",
         tls_first=True,
         inbox_prefix="_IN.x",
+        jetstream_domain="hub",
         description="x",
         color_scheme="bold",
     )
@@ -607,6 +615,7 @@ def test_a_context_gives_its_settings(tmp_path: Path) -> None:
     assert options.server_list == ["nats://a:1", "nats://b:2"]
     assert (options.user, options.password) == ("u", SecretStr("p"))
     assert (options.tls_ca, options.tls_first, options.inbox_prefix) == (tmp_path / "ca.pem", True, "_IN.x")
+    assert options.jetstream_domain == "hub"
 
 
 def test_paths_in_a_context_may_start_at_home(tmp_path: Path) -> None:
@@ -670,7 +679,8 @@ def test_an_error_in_a_context_names_its_file_and_where_it_was_asked_for(tmp_pat
         ({"socks_proxy": "socks5://h"}, "socks_proxy: natsrt cannot connect through"),
         ({"user_jwt": "eyJ", "user_seed": ""}, "user_jwt: natsrt takes a JWT from a credentials file only"),
         ({"windows_cert_store": "user"}, "windows_cert_store: natsrt cannot use"),
-        ({"jetstream_domain": "hub"}, "jetstream_domain: "),
+        ({"jetstream_domain": "a.b"}, "jetstream_domain: must be the domain in the server's jetstream block"),
+        ({"jetstream_api_prefix": "JS.acc"}, "jetstream_api_prefix: natsrt uses no other API prefix"),
         ({"creds": "op://vault/creds"}, "creds: natsrt cannot read references with op:"),
         ({"creds": "data:;base64,AAAA"}, "creds: natsrt cannot read references with data:"),
         ({"password": "op://vault/x", "user": "u"}, "password: natsrt cannot read references with op:"),

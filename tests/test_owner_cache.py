@@ -17,6 +17,7 @@ from natsrt.sending import owner_cache
 from natsrt.sending.owner_cache import CachedOwner, OwnerCache
 from natsrt.wire.peer_messages import Location
 from natsrt.wire.subjects import Subjects
+from tests.support.processes import eventually
 
 AGENT = AgentId("counter", "one")
 LEASE = 10.0
@@ -365,3 +366,56 @@ async def test_in_every_schedule_messages_are_sent_in_order_and_none_is_forgotte
     assert all(isinstance(r, NoLiveWorker | asyncio.CancelledError) for r in results if r is not None)
     workers.failure, workers.there = None, {"w1", "w2"}
     await asyncio.wait_for(sends.start("last"), 10)  # the turn is free
+
+
+async def test_an_answer_counts_although_handlers_have_joined_since_the_question(
+    sends: Sends, workers: Workers
+) -> None:
+    """A worker far away answers later than the next handler joins."""
+
+    def joins(handler: str) -> asyncio.Task[None]:
+        mark = current_chain.set((handler,))
+        try:
+            return sends.start(handler)
+        finally:
+            current_chain.reset(mark)
+
+    answers: list[asyncio.Future[Location]] = []
+
+    async def locate(agent: AgentId, handlers: Collection[str] | None = None) -> Location:
+        workers.questions.append((agent, set(handlers or ())))
+        answers.append(asyncio.get_running_loop().create_future())
+        return await answers[-1]
+
+    workers.locate = locate  # type: ignore[method-assign]
+    tasks = [joins("h0")]
+    await eventually(lambda: len(answers) == 1)
+    tasks.append(joins("h1"))
+    await eventually(lambda: len(answers) == 2)
+    tasks.append(joins("h2"))
+    answers[0].set_result(Location(workers.owner, LEASE))  # the last question waits still
+    await asyncio.gather(*tasks)
+    assert sends.sent == ["h0", "h1", "h2"]
+    assert [handlers for _, handlers in workers.questions[:2]] == [{"h0"}, {"h0", "h1"}]
+
+
+async def test_only_the_error_of_the_last_question_counts(sends: Sends, workers: Workers) -> None:
+    answers: list[asyncio.Future[Location]] = []
+
+    async def locate(agent: AgentId, handlers: Collection[str] | None = None) -> Location:
+        answers.append(asyncio.get_running_loop().create_future())
+        return await answers[-1]
+
+    workers.locate = locate  # type: ignore[method-assign]
+    first = sends.start("first")
+    await eventually(lambda: len(answers) == 1)
+    mark = current_chain.set(("h1",))
+    second = sends.start("second")
+    current_chain.reset(mark)
+    await eventually(lambda: len(answers) == 2)
+    answers[0].set_exception(NoLiveWorker(str(AGENT), AGENT.type))
+    await settle()
+    assert not first.done() and not second.done()
+    answers[1].set_result(Location(workers.owner, LEASE))
+    await asyncio.gather(first, second)
+    assert sends.sent == ["first", "second"]

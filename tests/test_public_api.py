@@ -16,28 +16,43 @@ from natsrt.wire.failures import ErrorTypes, describe
 PUBLIC = [
     "AgentNotServed",
     "AmbiguousAgent",
+    "BlobDamaged",
+    "BlobLost",
     "CallTimeout",
     "CannotDecode",
+    "CannotSchedule",
     "CannotSerialize",
     "ConfigurationError",
+    "DeadLetter",
     "Deadlock",
+    "DeliveryInfo",
+    "DurableConflict",
+    "DurableTopics",
     "EmbeddedServerError",
+    "EventNotStored",
     "Health",
+    "JetStreamFull",
     "JetStreamRequired",
     "KeyedOptions",
     "MessageTooLarge",
     "NatsAgentRuntime",
     "NatsrtError",
     "NoLiveWorker",
+    "NotSettled",
     "Options",
     "PermissionDenied",
     "RegistryUnavailable",
+    "Reject",
+    "Reminder",
     "RemoteAgentError",
+    "Retry",
     "ServerRefused",
+    "ServerTooOld",
     "ServerUnreachable",
     "StateConflict",
     "StateNotSaved",
     "StateUnavailable",
+    "StreamUnavailable",
     "SubscriptionNotServed",
     "SubscriptionRefused",
     "TlsFailed",
@@ -51,6 +66,7 @@ PUBLIC = [
     "WorkerStopped",
     "__version__",
     "create_distributed_runtime",
+    "current_delivery",
     "keyed",
     "register",
     "runtime_of",
@@ -59,6 +75,7 @@ PUBLIC = [
 SAMPLES: list[errors.NatsrtError] = [
     errors.NatsrtError("something"),
     errors.ConfigurationError("NATSRT_NAME", "is wrong"),
+    errors.DurableConflict("natsrt_events", "max_age is 5 and 6"),
     errors.ServerUnreachable(["nats://a:4222", "nats://b:4222"], 2.5, "refused"),
     errors.PermissionDenied("publish to", "agent.admin"),
     errors.PermissionDenied("connect", "with these credentials", "Authorization Violation"),
@@ -66,12 +83,17 @@ SAMPLES: list[errors.NatsrtError] = [
     errors.ServerRefused(["nats://127.0.0.1:4222"], 2.0, "maximum connections exceeded"),
     errors.TlsFailed(["nats://127.0.0.1:4222"], 0.0, "the server requires a client certificate"),
     errors.JetStreamRequired("127.0.0.1:4222"),
+    errors.ServerTooOld("durable topics", "2.10.1", "2.14"),
     errors.EmbeddedServerError("it did not start"),
     errors.SubscriptionNotServed("chat", ["w-1", "w-2"], 2.0),
     errors.AgentNotServed("chat", 2.0, "no worker hosts it"),
     errors.UnknownSubscription("id-1"),
     errors.RegistryUnavailable("write to", "no leader"),
     errors.StateUnavailable("write to", "no leader"),
+    errors.StreamUnavailable("write to", "natsrt_events", "no leader", passing=True),
+    errors.JetStreamFull("write to", "natsrt_agents", "max_file", "raise max_file"),
+    errors.EventNotStored("orders.new/a", "natsrt_events", "no leader", may_be_stored=True),
+    errors.CannotSchedule("an event on orders.new/a", "the topic is not durable"),
     errors.UndeliveredCall("chat/a", "nobody answered"),
     errors.UnknownAgentType("chat/a", "chat", ["mail", "news"]),
     errors.UnknownAgent("chat/a", ["chat/b"]),
@@ -89,7 +111,14 @@ SAMPLES: list[errors.NatsrtError] = [
     errors.CannotSerialize("Order", "the field is missing"),
     errors.CannotDecode("an envelope", "it is no JSON", b"payload"),
     errors.MessageTooLarge(2_000_000, 1_048_576),
+    errors.MessageTooLarge(300_000_000, 268_435_456, "and the setting max_blob_size is 268,435,456"),
+    errors.BlobLost("x" * 32, 2, 4),
+    errors.BlobDamaged("x" * 32, "its SHA-256 is another"),
     errors.UnhandledMessage("chat/a", "Order", ["Text"]),
+    errors.NotSettled("natsrt_events", 7, 5),
+    errors.Reject("no such customer"),
+    errors.Retry(after=30.0, reason="closed"),
+    errors.Retry(),
 ]
 
 
@@ -121,7 +150,8 @@ def test_every_exception_is_in_the_tree_of_the_docstring_under_its_own_base() ->
         cls = getattr(errors, name)
         expected = [] if parent is None else [getattr(errors, parent)]
         for other in others:
-            expected.append(getattr(builtins, other, None) or getattr(autogen_exceptions, other))
+            places = (builtins, autogen_exceptions, errors)
+            expected.append(next(getattr(place, other) for place in places if hasattr(place, other)))
         assert set(cls.__bases__) == set(expected or [Exception]), name
 
 

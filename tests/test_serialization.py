@@ -35,6 +35,7 @@ from pydantic import (
     PrivateAttr,
     RootModel,
     computed_field,
+    create_model,
     field_validator,
     model_serializer,
 )
@@ -42,7 +43,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from natsrt.errors import CannotDecode, CannotSerialize
 from natsrt.wire.known_classes import KnownClasses, NamedClasses, in_this_process
-from natsrt.wire.message_classes import type_name_of
+from natsrt.wire.message_classes import full_name, type_name_of
 from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization, serializer_for
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "messages.json").read_text())
@@ -347,9 +348,9 @@ def test_a_class_whose_constructor_needs_more_than_its_fields_is_refused() -> No
         n: int
         extra: dataclasses.InitVar[int] = 0
 
-    with pytest.raises(CannotSerialize, match="needs n"):
-        serializer_for(NeedsMore)
-    assert_same(HasDefault(1))
+    for cls, name in ((NeedsMore, "n"), (HasDefault, "extra")):
+        with pytest.raises(CannotSerialize, match=f"takes {name}, which is not a field"):
+            serializer_for(cls)
 
 
 def test_local_classes_with_postponed_annotations_are_resolved_while_their_function_runs() -> None:
@@ -758,7 +759,14 @@ def test_an_unknown_type_is_an_unknown_payload_unless_its_class_was_sent_or_is_o
     assert other.decode_unregistered(foreign) is foreign
     other.add_produced(dataclasses.make_dataclass("Foreign", []))
     assert other.decode_unregistered(foreign) is not foreign
-    assert isinstance(registry(Flat).decode("Flat", "text/plain", b""), UnknownPayload)
+    with pytest.raises(CannotDecode, match="its content type is 'text/plain', and .* only as 'application/json'"):
+        registry(Flat).decode("Flat", "text/plain", b"")
+    for content_type in ("application/json; charset=utf-8", "application/JSON", "Application/Json;a=b"):
+        assert registry(Flat).decode("Flat", content_type, encoded.payload) == Flat("a", 1)
+        assert registry(Flat).reply("Flat", content_type, encoded.payload, None, None) == Flat("a", 1)
+    assert isinstance(registry(Flat).decode("Unknown", "text/plain", b""), UnknownPayload)
+    with pytest.raises(CannotDecode, match="its content type is 'text/json'"):
+        registry(Flat).check_reply_type("Flat", "text/json", encoded.payload, None, None)
     with pytest.raises(CannotSerialize):
         serializer_for(object)
 
@@ -870,6 +878,86 @@ class Outer:
     @dataclasses.dataclass
     class Inner:
         name: str
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T] = []
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_full_name_of_a_generic_model_has_those_of_its_parameters() -> None:
+    """The types of their fields differ only by module, so their own names do not tell them apart."""
+    first, second = item("orders", ("n", int), ("more", int, 0)), item("payments", ("n", int), ("amount", float, 0.0))
+    for parameter in VECTORS["generic"]:
+        hints = [
+            eval(parameter["parameter"], {"Item": cls, "Page": Page, "Literal": Literal, "Any": Any})
+            for cls in (first, second)
+        ]
+        pages = [Page[hint] for hint in hints]
+        names = [full_name(page) for page in pages]
+        assert names[0] == parameter["full_name"].replace("pages", __name__)
+        assert names[1] == names[0].replace("orders", "payments")
+    pages = [Page[first], Page[second]]
+    values = [pages[0](items=[first(1, 5)]), pages[1](items=[second(1, 2.5)])]
+    serialization = registry(*pages)
+    handled = handling(*pages)
+    either = dataclasses.make_dataclass("Either", [("value", pages[0] | pages[1])])
+    for value in values:
+        encoded = serialization.encode(value)
+        assert serialization.decode(*encoded, handled) == value
+        assert serialization.reply(*encoded, type(value)) == value
+        assert_same([value], *pages)
+        assert_same(either(value))
+        assert registry(type(value)).decode("Page[Item]", JSON, encoded.payload, f"{__name__}.Page[Item]") == value
+
+
+def two_of_one_name(kind: str) -> tuple[Any, Any]:
+    if kind == "models":
+        return create_model("Twin", x=(int, ...)), create_model("Twin", x=(int, ...), y=(int, 5))
+    made = [item(__name__, ("x", int), *more, name="Twin") for more in ((), [("y", int, 5)])]
+    return made[0], made[1]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["models", "dataclasses"])
+@pytest.mark.parametrize("last", [0, 1])
+def test_what_would_arrive_as_another_class_of_its_full_name_is_refused(kind: str, last: int) -> None:
+    twins = two_of_one_name(kind)
+    former, latest = twins[1 - last](x=1), twins[last](x=1)
+    serialization = registry(type(former))
+    serialization.encode(former)  # it is the only one
+    registry(type(latest))  # of another runtime of this process
+    holder = dataclasses.make_dataclass("Holder", [("value", Any)])
+    declared = dataclasses.make_dataclass("Declared", [("value", type(former))])
+    for message in (former, [former], holder(former), holder({"a": [former]}), HoldsAny(value=former)):
+        with pytest.raises(CannotSerialize, match=r"two classes have the full name .*Twin"):
+            serialization.encode(message)
+    for message in (latest, [latest], holder(latest), HoldsAny(value=latest), declared(former)):
+        assert_same(message)
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_two_classes_of_one_full_name_read_alike_is_sent_and_a_reply_is_of_the_senders_class() -> None:
+    inner = [item(__name__, ("n", int), name="Inner") for _ in "ab"]
+    former, latest = (item(__name__, ("inner", cls), name="Twin") for cls in inner)
+    serialization = registry(former, latest)
+    for sent, cls, part in ((former, former, inner[0]), (latest, latest, inner[1]), (None, latest, inner[1])):
+        arrived = serialization.reply(*serialization.encode(former(inner[0](1))), sent)
+        assert arrived == cls(part(1))
+    assert type(serialization.reply(*serialization.encode(former(inner[0](1))), former, latest)) is latest
+    other = item(__name__, ("inner", inner[1]), ("more", int), name="Twin")
+    serialization = registry(former, other)
+    reply = serialization.encode(other(inner[1](1), 2))
+    assert serialization.reply(*reply, former) == other(inner[1](1), 2)
+
+
+@pytest.mark.usefixtures("alone")
+def test_types_count_where_two_classes_of_one_full_name_are_compared() -> None:
+    text, moment = item(__name__, ("at", str), name="Twin"), item(__name__, ("at", datetime.datetime), name="Twin")
+    serialization = registry(text, moment)
+    for message in (text("2026-01-02T03:04:05"), [text("2026-01-02T03:04:05")], text("noon"), [text("noon")]):
+        with pytest.raises(CannotSerialize, match="two classes have the full name"):
+            serialization.encode(message)
 
 
 def test_nested_classes_of_one_name_keep_their_class() -> None:
@@ -1218,3 +1306,28 @@ def test_nothing_is_imported_by_a_name_from_the_wire(monkeypatch: pytest.MonkeyP
     finally:
         monkeypatch.undo()
     assert isinstance(reply, UnknownPayload) and isinstance(message, UnknownPayload)
+
+
+@dataclasses.dataclass
+class Ab:
+    a: int
+    b: int
+
+
+@dataclasses.dataclass
+class Cd:
+    c: int
+    d: int
+
+
+def test_a_plain_body_that_is_like_two_types_is_told_why_it_fits_neither() -> None:
+    with pytest.raises(CannotDecode) as raised:
+        Serialization().infer(b'{"a": 1, "c": 2}', [Ab, Cd])
+    assert "; not Ab: " in str(raised.value) and "; not Cd: " in str(raised.value)
+    with pytest.raises(CannotDecode) as raised:
+        Serialization().infer(b'{"a": 1, "b": 1, "c": 2, "d": 2, "' + b"x" * 5000 + b'": 3}', [Ab, Cd])
+    assert len(str(raised.value)) < 600
+    with pytest.raises(CannotDecode, match="; the nearest is Ab: expected an object; "):
+        Serialization().infer(b'"hello"', [Ab])
+    with pytest.raises(CannotDecode, match="; the nearest is Ab: a: the field is missing; "):
+        Serialization().infer(b"{}", [Ab])

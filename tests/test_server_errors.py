@@ -56,10 +56,18 @@ class Configured:
     def write(self, settings: str) -> None:
         self._path.write_text(f"server_name: configured\nping_interval: 3s\njetstream {{}}\n{settings}\n")
 
-    def reload(self, settings: str) -> None:
+    async def reload(self, settings: str) -> None:
+        """Wait until the server has taken the settings: until then it may refuse everybody who connects."""
         self.write(settings)
+        done = self._reloads
         assert self.server.pid is not None
         os.kill(self.server.pid, signal.SIGHUP)
+        await eventually(lambda: self._reloads > done, timeout=10)
+
+    @property
+    def _reloads(self) -> int:
+        assert self.server.log_path is not None
+        return self.server.log_path.read_text().count("Reloaded server configuration")
 
     async def start(self, settings: str) -> str:
         self.write(settings)
@@ -349,16 +357,16 @@ async def test_a_connection_too_many_is_refused_in_the_words_of_the_server(
     assert said in str(refused.value) and "natsrt server" not in str(refused.value)
     ended = await cli.natsrt("doctor", "--server", url, *_options(login))
     assert (ended.code, said in " ".join(ended.stdout.split())) == (7, True), ended.stdout
-    configured.reload(settings(2))
+    await configured.reload(settings(2))
     caller = await place.caller(connect_timeout=5.0, **login)
     assert (await caller.send_message(Add(), agent("k"))).value == 1
     # One of the two is thrown out, and comes back when there is room.
-    configured.reload(settings(1))
+    await configured.reload(settings(1))
     runtimes = (worker, caller)
     await eventually(lambda: any(said in " ".join(one.health().reasons) for one in runtimes), timeout=10)
     out = next(one for one in runtimes if not one.health().connected)
     assert out.health().server_error == said
-    configured.reload(settings(5))
+    await configured.reload(settings(5))
     await eventually(lambda: worker.ready and caller.ready, timeout=10)
     assert (await caller.send_message(Add(), agent("k"))).value == 2
     assert out.health().server_error is None
@@ -381,7 +389,7 @@ async def test_credentials_that_become_wrong_are_permission_denied_until_they_ar
     assert (await caller.send_message(Add(), agent("k"))).value == 1
     held = asyncio.ensure_future(caller.send_message(Hold("gate"), agent("held")))
     await place.life.gate("gate began").wait()
-    configured.reload(users(user="another"))
+    await configured.reload(users(user="another"))
     await eventually(lambda: "Authorization Violation" in " ".join(caller.health().reasons), timeout=10)
     work: list[Awaitable[Any]] = [
         held,
@@ -399,7 +407,7 @@ async def test_credentials_that_become_wrong_are_permission_denied_until_they_ar
     assert "Authorization Violation" in caplog.text and "natsrt server" not in caplog.text
     assert caller.health().server_error == "Authorization Violation"
     place.life.gate("gate").set()
-    configured.reload(users())
+    await configured.reload(users())
     await eventually(lambda: caller.ready and worker.ready, timeout=10)
     assert (await caller.send_message(Add(), agent("k"))).value == 2
     assert caller.health().server_error is None
@@ -414,20 +422,20 @@ NO_STORE = ', permissions: { publish: { deny: ["$KV.n_natsrt_agents.>"] }, subsc
 async def test_a_subscription_that_is_no_longer_allowed_shows_in_the_health_until_it_is_again(
     configured: Configured, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interests, "_REFUSED_AGAIN", 0.2)
+    monkeypatch.setattr(interests, "REFUSED_AGAIN", 0.2)
     url = await configured.start(users(ALL))
     place = Place(url, "n", stack)
     worker = await place.worker("w1", **LOGIN)
     await worker.register_factory("plain", Plain)
     assert (await worker.send_message(Add(), AgentId("plain", "k"))).value == 1
-    configured.reload(users(NO_PLAIN))
+    await configured.reload(users(NO_PLAIN))
     await eventually(lambda: "n.agent.plain" in " ".join(worker.health().reasons), timeout=10)
     assert not worker.ready and worker.health().connected
     assert "Permissions Violation" in str(worker.health().server_error)
     with pytest.raises(natsrt.PermissionDenied) as denied:
         await worker.add_subscription(TypeSubscription("more", "plain"))
     assert denied.value.subject == "n.agent.plain"
-    configured.reload(users(ALL))
+    await configured.reload(users(ALL))
     await eventually(lambda: worker.ready, timeout=10)
     assert (await worker.send_message(Add(), AgentId("plain", "k"))).value == 2
     assert worker.health().reconnects == 0
@@ -440,11 +448,11 @@ async def test_a_keyed_agent_that_may_no_longer_be_subscribed_is_released(
     place = Place(url, "n", stack)
     worker = await place.worker("w1", **LOGIN)
     await worker.send_message(Add(5), agent("k"))
-    configured.reload(users(NO_KEYED))
+    await configured.reload(users(NO_KEYED))
     await eventually(lambda: ("counting/k", "w1") in place.life.closed, timeout=10)
     with pytest.raises(natsrt.PermissionDenied):
         await worker.send_message(Add(1), agent("k"))
-    configured.reload(users(ALL))
+    await configured.reload(users(ALL))
 
     async def answers() -> bool:
         try:
@@ -462,7 +470,7 @@ async def test_a_store_that_is_no_longer_allowed_is_not_a_silent_jetstream(
     place = Place(url, "n", stack)
     worker = await place.worker("w1", **LOGIN)
     await worker.send_message(Add(5), agent("k"))
-    configured.reload(users(NO_STORE))
+    await configured.reload(users(NO_STORE))
 
     async def denied() -> BaseException | None:
         try:

@@ -470,3 +470,12 @@ def test_a_prefix_is_refused_only_if_autogen_takes_no_topic_type_that_starts_wit
 def test_a_topic_too_long_to_send_is_refused_with_its_length() -> None:
     with pytest.raises(ValueError, match=r"source 's' takes 1,211 bytes; at most 1,024 are sent"):
         SUBJECTS.topic("a." * 601 + "a", "s")
+
+
+def test_a_topic_type_with_more_parts_than_any_subject_is_refused_before_it_is_taken_apart() -> None:
+    subjects = Subjects()
+    for use in (subjects.type_filter, subjects.prefix_filter, lambda text: subjects.topic(text, "s")):
+        for text in ("." * 1_000_000, "a:" * 1_000_000):
+            with pytest.raises(ValueError, match="too many parts"):
+                use(text)
+    assert subjects.type_filter("x" * 1_000_000).exact  # one part, which is hashed

@@ -29,6 +29,7 @@ from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.observe import telemetry
+from tests.support.clients import settled
 from tests.support.processes import REPOSITORY, Processes, eventually
 
 Start = Callable[..., Awaitable[NatsAgentRuntime]]
@@ -263,7 +264,7 @@ async def bodies_on(server: EmbeddedServer, subject: str, work: Callable[[], Awa
     client = await nats.connect(server.url)
     await client.subscribe(subject, cb=see)
     await asyncio.sleep(0)
-    await client.flush()
+    await settled(client)
     await work()
     await eventually(lambda: seen)
     await client.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,25 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, TypeSubscription,
 from nats.aio.msg import Msg
 
 import natsrt
-from natsrt import NatsAgentRuntime
+from natsrt import DurableTopics, NatsAgentRuntime
+from natsrt.durable_types import covers
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotDecode
 from natsrt.jetstream.record import RECORD, Stored, checked, decode_record, encode_head, parts_key, record_key
 from natsrt.jetstream.registry.entries import SubscriptionEntry, TypeEntry, WorkerEntry, decode_entry, encode_entry
+from natsrt.jetstream.registry.origin import ORIGIN, Origin
+from natsrt.jetstream.registry.pages import Pages, read_page, read_question
+from natsrt.jetstream.registry.view import View
+from natsrt.jetstream.streams import events_name, topic_filter
+from natsrt.reminder_types import REMINDER_TOPICS, reminder_topic
+from natsrt.sending.durable import delayed_headers, event_headers
+from natsrt.sending.reminders import reminder_headers
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
 from natsrt.wire.failures import ErrorTypes, decode_answer, is_refusal
+from natsrt.wire.references import Reference
+from natsrt.wire.schedules import of_reminder
+from natsrt.wire.subjects import Subjects
 from tests.support.processes import eventually
 
 
@@ -36,6 +48,7 @@ def vectors(name: str) -> dict[str, Any]:
 VECTORS = vectors("envelopes")
 KEYED = vectors("keyed")
 REGISTRY = vectors("registry")
+DURABLE = vectors("durable")
 ERRORS = vectors("errors")
 WORKER = vectors("worker")
 
@@ -63,6 +76,19 @@ def test_what_was_written_is_read_again(case: dict[str, Any]) -> None:
     assert dict(case["attributes"]).items() <= dict(read.attributes).items()
     assert read.payload == bytes_of(case, "payload")
     assert read.text("datacontenttype") == case.get("content_type")
+
+
+@cases("references")
+def test_references_are_written_and_read_as_the_vectors_say(case: dict[str, Any]) -> None:
+    attributes = ",".join(envelope.attribute(name, value) for name, value in case["attributes"][:-4])
+    reference = Reference(**case["reference"])
+    content_type = case.get("content_type", envelope.JSON_CONTENT)
+    body = envelope.encode(case["type"], f"{attributes},{reference.attributes}", envelope.NO_DATA, content_type)
+    assert body == bytes_of(case, "body")
+    read = envelope.decode(body)
+    assert read is not None and read.reference == reference and read.payload is envelope.NO_DATA
+    assert read.content_type == content_type
+    assert envelope.rewrite(read, acceptto=read.text("acceptto")) == body  # forwarding passes it on unchanged
 
 
 @cases("read")
@@ -105,15 +131,12 @@ def stored_of(case: dict[str, Any]) -> Stored | None:
 def test_records_of_keyed_agents_are_written_and_read_as_the_vectors_say(case: dict[str, Any]) -> None:
     agent, stored = AgentId(case["type"], case["key"]), stored_of(case)
     assert record_key(agent) == case["bucket_key"]
-    assert encode_head(agent, case["owner"], case["write"], stored) == case["record"]
+    superseded = tuple(case.get("superseded", ()))
+    handled = case.get("handled", {})
+    assert encode_head(agent, case["owner"], case["write"], stored, superseded, handled) == case["record"]
     read = decode_record(case["bucket_key"], {RECORD: case["record"]}, case["body"].encode(), 7)
-    assert (read.agent, read.owner, read.write, read.stored, read.revision) == (
-        agent,
-        case["owner"],
-        case["write"],
-        stored,
-        7,
-    )
+    told = (read.agent, read.owner, read.write, read.stored, read.revision, read.superseded, read.handled)
+    assert told == (agent, case["owner"], case["write"], stored, 7, superseded, handled)
     if stored is not None and not stored.parts:
         assert checked(agent, stored, read.body or b"") == case["body"].encode()
 
@@ -131,12 +154,16 @@ def test_parts_of_states_are_where_the_vectors_say(case: dict[str, Any]) -> None
     assert f"{key}.{case['number']}" == case["bucket_key"]
 
 
+NEWER = ("draining", "keyed", "features", "inbox")
+"""Fields of entries that older participants do not write."""
+
+
 @cases("registry", KEYED)
 def test_entries_of_the_registry_are_those_of_the_vectors(case: dict[str, Any]) -> None:
     entry = decode_entry(case["bucket_key"], case["value"].encode())
     assert entry.key == case["bucket_key"]
     assert json.loads(encode_entry(entry)) == json.loads(case["value"])
-    older = {name: value for name, value in json.loads(case["value"]).items() if name not in ("draining", "keyed")}
+    older = {name: value for name, value in json.loads(case["value"]).items() if name not in NEWER}
     read = decode_entry(case["bucket_key"], json.dumps(older).encode())
     assert (read.draining if isinstance(read, WorkerEntry) else isinstance(read, TypeEntry) and read.keyed) is False
 
@@ -201,7 +228,7 @@ async def test_a_worker_answers_what_the_vectors_tell_it_and_leaves_as_the_proto
             bucket = f"{namespace}_natsrt_agents"
             stored = await jetstream.get_last_msg(f"KV_{bucket}", f"$KV.{bucket}.a.counter.one")
             record = decode_record("a.counter.one", stored.headers, stored.data, stored.seq or 0)
-            assert (record.owner, record.body) == (worker_id, b'{"value":1111}')
+            assert (record.owner, record.body) == (worker_id, b'{"value":11111}')
         await eventually(lambda: len(changes) == 2)
         draining, left = changes
         assert json.loads(draining.data)["draining"] is True
@@ -222,6 +249,56 @@ def test_entries_of_the_registry_are_read_and_written(case: dict[str, Any]) -> N
     if "declarations" in case:
         assert isinstance(entry, SubscriptionEntry)
         assert entry.declared == case["declarations"]
+
+
+@cases("patterns", DURABLE)
+def test_patterns_of_durable_topics_mean_what_the_vectors_say(case: dict[str, Any]) -> None:
+    pattern = case["pattern"]
+    assert topic_filter(Subjects(), pattern) == case["subject"]
+    assert DurableTopics(pattern).patterns == (pattern,)
+    assert all(covers(pattern, topic_type) for topic_type in case["durable"])
+    assert not any(covers(pattern, topic_type) for topic_type in case["others"])
+
+
+@cases("headers", DURABLE)
+def test_the_headers_of_durable_events_are_those_of_the_vectors(case: dict[str, Any]) -> None:
+    assert event_headers(case["id"], case["subject"], case["stream"]) == case["headers"]
+
+
+@cases("later", DURABLE)
+def test_delayed_events_are_those_of_the_vectors(case: dict[str, Any]) -> None:
+    topic, due = case["topic"], datetime.fromisoformat(case["due"])
+    subjects = Subjects(topic.partition(".topic.")[0] if not topic.startswith("topic.") else "")
+    assert subjects.delayed(case["stream"], case["id"], topic) == case["subject"]
+    assert event_headers(case["id"], topic, case["stream"]) | delayed_headers(topic, due) == case["headers"]
+
+
+@cases("reminders", DURABLE)
+def test_reminders_are_those_of_the_vectors(case: dict[str, Any]) -> None:
+    subjects, agent, name = Subjects(), AgentId(*case["agent"]), case["reminder"]
+    stream, topic = events_name(subjects, REMINDER_TOPICS.name), reminder_topic(agent, name)
+    schedule = of_reminder(case.get("every"), case.get("cron"), case.get("timezone"), None)
+    assert subjects.reminder(stream, agent.type, agent.key, name) == case["subject"]
+    assert reminder_headers(subjects, stream, topic, "Order", schedule) == case["headers"]
+
+
+@cases("view", REGISTRY)
+def test_questions_about_the_registry_and_their_answers_are_read(case: dict[str, Any]) -> None:
+    question = read_question(json.loads(case["question"]))
+    assert {name: value for name, value in question._asdict().items() if value} == json.loads(case["question"])
+    page = read_page(json.loads(case["answer"]))
+    assert [entry.key for entry in (*page.entries, *page.known)] == case["keys"]
+    for entry in page.entries:
+        assert decode_entry(entry.key, entry.value or b"").key == entry.key
+    pages, view = Pages(), View()
+    for entry in page.entries:
+        view.put(entry.key, entry.revision, decode_entry(entry.key, entry.value or b""))
+    view.saw(page.revision)
+    written = read_page(json.loads(pages.entries(view, "")))
+    assert (written.revision, [entry[:2] for entry in written.entries]) == (
+        page.revision,
+        [entry[:2] for entry in page.entries],
+    )
 
 
 @cases("required", REGISTRY)
@@ -255,6 +332,12 @@ async def test_changes_of_the_registry_arrive_on_the_subjects_of_the_vectors(
                 assert (changes[-1].headers or {})["Nats-Sequence"] == str(ack.seq)
         finally:
             await client.close()
+
+
+@pytest.mark.parametrize("case", REGISTRY["origins"], ids=lambda case: case["header"])
+def test_the_origin_of_an_entry(case: dict[str, str]) -> None:
+    origin = Origin.of({ORIGIN: case["header"]})
+    assert origin == Origin(case["created"], case["domain"]) and str(origin) == case["header"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.chaos.scenario import Figure, Scenario, Value, broken
+from benchmarks.chaos.scenario import Figure, Scenario, Timed, Value, broken
 from benchmarks.chaos.scenarios import all_scenarios
 from benchmarks.harness import Settings
 
+_SECONDS, _SHORT_SECONDS = 180.0, 60.0
+"""For how long a timed scenario goes on if nothing else is asked."""
 _WIDTH = 140
 """Width of the tables in columns if the output is not a terminal."""
 
@@ -28,10 +31,19 @@ _WIDTH = 140
 @click.argument("scenarios", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="Only list the scenarios.")
 @click.option("--short", is_flag=True, help="Less load and fewer processes, with the same failures.")
+@click.option("--seconds", type=click.FloatRange(min=1), help="For how long the soak goes on. Default: 180, short: 60.")
+@click.option("--seed", type=int, help="Repeat the failures of an earlier soak. Default: any.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file."
 )
-def main(scenarios: tuple[str, ...], listing: bool, short: bool, json_file: Path | None) -> None:
+def main(
+    scenarios: tuple[str, ...],
+    listing: bool,
+    short: bool,
+    seconds: float | None,
+    seed: int | None,
+    json_file: Path | None,
+) -> None:
     """Kill, freeze and restart workers and servers under load, and print the figures.
 
     SCENARIOS are names from --list, or patterns such as 'server_*'. Without any, all scenarios run.
@@ -49,7 +61,7 @@ def main(scenarios: tuple[str, ...], listing: bool, short: bool, json_file: Path
     for name, scenario in chosen.items():
         report.say(f"{name}: {scenario.title}")
         try:
-            figures: Sequence[Figure] = asyncio.run(scenario.measure(short))
+            figures = asyncio.run(_measured(scenario, short, seconds, seed))
         except Exception:
             traceback.print_exc()
             wrong.append(f"{name} failed")
@@ -62,6 +74,14 @@ def main(scenarios: tuple[str, ...], listing: bool, short: bool, json_file: Path
     for text in wrong:
         report.say(f"NOT KEPT {text}")
     sys.exit(1 if wrong else 0)
+
+
+async def _measured(scenario: Scenario, short: bool, seconds: float | None, seed: int | None) -> Sequence[Figure]:
+    if not isinstance(scenario, Timed):
+        return await scenario.measure(short)
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    report.say(f"seed {seed}")
+    return await scenario.measure_for(seconds or (_SHORT_SECONDS if short else _SECONDS), seed)
 
 
 def _chosen(patterns: tuple[str, ...]) -> dict[str, Scenario]:

@@ -31,21 +31,23 @@ class Cluster:
     Args:
         size: Number of servers.
         ready_timeout: Seconds within which the servers must connect to each other and elect JetStream's leader.
+        advertise: Whether the servers tell clients about each other. Without, clients connect to the given URLs only.
     """
 
-    def __init__(self, size: int = 3, *, ready_timeout: float = 30.0) -> None:
+    def __init__(self, size: int = 3, *, ready_timeout: float = 30.0, advertise: bool = True) -> None:
         self._ready_timeout = ready_timeout
         self._directory = tempfile.TemporaryDirectory(prefix="natsrt-cluster-", ignore_cleanup_errors=True)
         name = f"natsrt-{secrets.token_hex(4)}"
         ports = _free_ports(2 * size)
         routes = [f"nats://127.0.0.1:{port}" for port in ports[size:]]
+        quiet = [] if advertise else ["--no_advertise"]
         self.servers = [
             EmbeddedServer(
                 name=f"{name}-{number}",
                 port=ports[number],
                 data_dir=Path(self._directory.name) / str(number),
                 http_port=-1,
-                extra_args=["--cluster_name", name, "--cluster", route, "--routes", ",".join(routes)],
+                extra_args=["--cluster_name", name, "--cluster", route, "--routes", ",".join(routes), *quiet],
             )
             for number, route in enumerate(routes)
         ]
@@ -126,6 +128,17 @@ class Cluster:
     def number_of(self, address: str) -> int:
         """Return the number of the server at ``host:port``."""
         return [url.removeprefix("nats://") for url in self.urls].index(address)
+
+    async def totals(self) -> dict[str, int]:
+        """Return the number of clients and of JetStream consumers, of all answering servers together."""
+        clients, consumers = 0, set[tuple[str, str]]()
+        for number in self.answering:
+            clients += (await self._page(number, "connz")).get("num_connections", 0)
+            page = await self._page(number, "jsz?accounts=true&streams=true&consumers=true")
+            for account in page.get("account_details", ()):
+                for detail in account.get("stream_detail", ()):
+                    consumers |= {(detail["name"], one["name"]) for one in detail.get("consumer_detail") or ()}
+        return {"clients": clients, "consumers": len(consumers)}
 
     async def _page(self, number: int, page: str) -> dict[str, Any]:
         """Return a page of a server's monitoring endpoint; empty if the server does not answer."""

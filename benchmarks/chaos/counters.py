@@ -88,6 +88,10 @@ class Counter(RoutedAgent):
 
     @rpc
     async def on_increment(self, message: Increment, ctx: MessageContext) -> Counted:
+        return await self.count(message)
+
+    async def count(self, message: Increment) -> Counted:
+        """Handle one call."""
         self._calls.append(message.call)
         value = len(self._calls)
         if message.seconds:
@@ -121,10 +125,13 @@ SCRIBES: dict[str, type[Scribe]] = {"scribe": Scribe, "concurrent_scribe": Concu
 class Worker(roles.Worker):
     """Hosts counters and scribes. Stops gracefully at SIGTERM."""
 
+    counter: ClassVar[type[Counter]] = Counter
+    """The class of the counters."""
+
     async def start(self) -> None:
         options = dict(self.setup.options)
         self.runtime = NatsAgentRuntime(self.place.address, namespace=self.place.namespace, **options)
-        await natsrt.register(self.runtime, Counter, COUNTER, Counter)
+        await natsrt.register(self.runtime, self.counter, COUNTER, self.counter)
         for agent_type, scribe in SCRIBES.items():
             await natsrt.register(self.runtime, scribe, agent_type, scribe)
             await self.subscribe(TOPIC, agent_type)

@@ -78,6 +78,17 @@ class Scenario:
     measure: Callable[[bool], Coroutine[Any, Any, Sequence[Figure]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timed(Scenario):
+    """A scenario that goes on for as long as asked, with failures that a seed decides.
+
+    Args:
+        measure_for: Causes failures for a number of seconds, with a seed, and returns the figures.
+    """
+
+    measure_for: Callable[[float, int], Coroutine[Any, Any, Sequence[Figure]]]
+
+
 def broken(figures: Sequence[Figure]) -> list[str]:
     """Return the promises that were not kept, one line each."""
     return [f"{figure.name}: {figure.value} {figure.unit}, not {figure.bound}" for figure in figures if not figure.kept]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import inspect
 import logging
 import warnings
@@ -22,6 +23,7 @@ from natsrt.agents.hosted_type import Factory, HostedType
 from natsrt.agents.message_types import message_types_of, shown_name
 from natsrt.agents.signatures import required_parameters
 from natsrt.errors import CannotSerialize, UnknownAgent
+from natsrt.jetstream.consumers import START_ALL, START_NOW, Start
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.observe import events
 from natsrt.observe.metrics import TypeCounters
@@ -69,9 +71,11 @@ class Catalog:
         *,
         decided: bool = False,
         max_running: int | None = None,
+        start_from: Start = START_NOW,
     ) -> HostedType:
         """Host a type whose agents ``factory`` creates. If ``keyed`` is None, the type is not keyed; if ``decided``,
         not even if the factory creates agents of a keyed class. ``max_running`` limits its handlers; None: no limit.
+        ``start_from``: see `HostedType`.
 
         Raises ValueError, as AutoGen does, if the type is already hosted, or if the factory does not take 0 or 2
         arguments.
@@ -90,6 +94,7 @@ class Catalog:
             decided,
             takes_arguments=count == 2,
             max_running=checked_limit(max_running),
+            start_from=checked_start(start_from),
         )
         if expected_class is not None:
             self._register_message_types(hosted, expected_class)
@@ -238,6 +243,16 @@ def checked_limit(max_running: int | None) -> int | None:
     if max_running is None or (type(max_running) is int and max_running >= 1):
         return max_running
     raise ValueError(f"max_running must be a whole number of at least 1, or None, not {max_running!r}")
+
+
+def checked_start(start_from: Start) -> Start:
+    """``start_from``, if events can be handled from there on. Raises ValueError."""
+    is_sequence = type(start_from) is int and start_from >= 1
+    if is_sequence or isinstance(start_from, datetime.datetime) or start_from in (START_NOW, START_ALL):
+        return start_from
+    raise ValueError(
+        f"start_from must be {START_NOW!r}, {START_ALL!r}, a sequence of at least 1 or a datetime, not {start_from!r}"
+    )
 
 
 def _check_class(hosted: HostedType, agent: Agent) -> None:

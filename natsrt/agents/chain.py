@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from natsrt.awaiting import awaits
 from natsrt.wire.envelope import Envelope
+from natsrt.wire.ids import handlers
 
 T = TypeVar("T")
 Chain = tuple[str, ...]
@@ -128,7 +129,7 @@ def as_call(work: Awaitable[T]) -> Awaitable[T]:
 def chain_of(body: Envelope | None) -> Chain:
     """Return the chain of a message. It is empty for a plain body (None) and for a body without a chain."""
     parts = None if body is None else body.text("chain")
-    return () if parts is None else tuple(parts.split())
+    return () if parts is None else handlers(parts)
 
 
 def chain_attribute(chain: Collection[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from autogen_core import Agent
 
+from natsrt.jetstream.consumers import START_NOW, Start
 from natsrt.jetstream.registry.entries import InstanceEntry, KnownEntry, RegistryEntry, Rule, TypeEntry
 from natsrt.keyed_types import KeyedOptions
 from natsrt.observe.metrics import TypeCounters
@@ -45,6 +46,8 @@ class HostedType:
     """True if the factory takes the runtime and the agent's id as arguments."""
     max_running: int | None = None
     """Number of its handlers that may run at once on this worker; None: any number."""
+    start_from: Start = START_NOW
+    """With which events of a durable topic the type begins if no worker has hosted it before."""
     instance_class: type[Agent] | None = None
     """The class of the registered instances; None for a type with a factory."""
     live: dict[str, Agent] = field(default_factory=dict)

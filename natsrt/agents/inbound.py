@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 
 from autogen_core import CancellationToken, Subscription, TopicId
 from nats.aio.msg import Msg
+from nats.nuid import NUID
 
 from natsrt.agents.chain import Chain, Handler, chain_of
 from natsrt.agents.hosted_type import HostedType
 from natsrt.errors import UndeliveredCall
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
+from natsrt.wire.stored_events import StoredEvent
 
 
 class InboundKind(Enum):
@@ -85,7 +87,7 @@ subject of calls to its type. The type of the envelope distinguishes them from c
 class LoggedCall:
     """A call in the call log that was received and is not answered yet."""
 
-    __slots__ = ("accept_to", "accepted", "arrived", "call_id", "on_abandoned", "wanted_until")
+    __slots__ = ("accept_to", "accepted", "also", "arrived", "call_id", "on_abandoned", "supersedes", "wanted_until")
 
     def __init__(self, call_id: str, arrived: float) -> None:
         self.call_id: str = call_id
@@ -97,6 +99,10 @@ class LoggedCall:
         accepted."""
         self.accepted: bool = False
         """True if its caller was told which worker has it."""
+        self.supersedes: tuple[str, ...] = ()
+        """The ids of the copies of this call that were sent before, and are not handled."""
+        self.also: tuple[str, ...] = ()
+        """The ids of the copies that were sent again later, and get the same answer."""
         self.wanted_until: float = math.inf
         """Until when its caller waits for the reply, by the event loop's clock. Infinity if the caller set no deadline,
         minus infinity if it has given the call up."""
@@ -123,9 +129,11 @@ class Inbound:
 
     __slots__ = (
         "arrived",
+        "begun",
         "body",
         "call",
         "chain",
+        "event",
         "handler",
         "key",
         "kind",
@@ -155,6 +163,9 @@ class Inbound:
         """The key of its agent. None before it is read, and for an event that is not for an agent on this worker."""
         self.topic: TopicId | None = None
         """The topic of an event. None before it is read, and for other kinds of messages."""
+        self.event: StoredEvent | None = None
+        """Where the event is stored that it delivers, if its sender wants to know how it was handled. None before it is
+        read, and for all other messages."""
         self.chain: Chain = ()
         """The chain in its envelope. Empty before it is read."""
         self.call: LoggedCall | None = None
@@ -165,6 +176,8 @@ class Inbound:
         """Its handler in the mailbox of a keyed agent. None for other agents, and before it asks to enter."""
         self.token: CancellationToken | None = None
         """The cancellation token for its handler; None before it is read."""
+        self.begun: bool = False
+        """True once its handler was called."""
         self.waiting: bool = True
         """True while its size counts towards the limit of the intake."""
         self.late: bool = False
@@ -173,7 +186,7 @@ class Inbound:
     def identify(self, address: Address) -> None:
         """Set the address of the message. If an expected call turned out to be an event, its settlement changes too.
 
-        Raises `CannotDecode` if the settlement refuses something in the envelope.
+        Raises `CannotDecode` if the settlement refuses something in the envelope, `OtherCopy`, and `SentBack`.
         """
         body = self.body
         if body is not None and "chain" in body.attributes:
@@ -212,8 +225,10 @@ class Inbound:
 
     @property
     def can_be_sent_back(self) -> bool:
-        """True if its sender sends it again when it is refused. natsrt's callers do this; other callers do not."""
-        return self.kind is CALL and self.body is not None
+        """True if its sender sends it again when it is refused. natsrt's callers do this; other callers do not.
+
+        So do those who deliver events of a stream and wait for the answer."""
+        return self.body is not None and (self.kind is CALL or self.event is not None)
 
     @property
     def agent_type(self) -> str:
@@ -224,22 +239,41 @@ class Settlement(ABC):
     """How messages are settled. One object serves all messages of a kind; their individual state is in the `Inbound`.
 
     Each message is settled by exactly one of `handled`, `failed`, `refused` and `refuse_unread`. For example, the
-    settlement of a durable consumer would acknowledge in `handled` and ask for redelivery in the others. That of a
+    settlement of events of durable topics acknowledges in `handled` and asks for redelivery in the others. That of a
     stream would send its last part in `handled`.
     """
 
     wants_answer: bool
     """True if `handled` needs an answer. The result of a handler is encoded only then."""
+    has_own_limit: bool = False
+    """True if this settlement itself limits the messages that wait, so that the intake takes all of them in."""
 
-    def take(self, inbound: Inbound) -> None:  # noqa: B027 (most have nothing to do)
-        """Called when the message is taken in. This is in the read loop, so it must be cheap and must not block."""
+    def take(self, inbound: Inbound) -> bool:
+        """Called when the message is taken in. This is in the read loop, so it must be cheap and must not block.
+
+        Returns False if the message is not to be handled. It counts as settled then.
+        """
+        return True
 
     def identified(self, inbound: Inbound) -> None:  # noqa: B027
-        """Called when the message was read. Raises `CannotDecode` if something in its envelope is refused."""
+        """Called when the message was read, in the task that handles it.
+
+        Raises `CannotDecode` if something in its envelope is refused, `OtherCopy`, and `SentBack`.
+        """
 
     def as_event(self, inbound: Inbound) -> Settlement:
-        """Return the settlement for a message that turned out to be an event."""
+        """Return the settlement for a message that turned out to be an event. Raises `CannotDecode`."""
         return self
+
+    def waits_for_place(self, inbound: Inbound, refuse: Callable[[Exception], None]) -> None:  # noqa: B027
+        """Called when the message may have to wait until its handler may start.
+
+        ``refuse`` ends that wait with an error, and has no effect after it.
+        """
+
+    def plain_id(self, inbound: Inbound) -> str:
+        """Return the message id of a plain body, which has none itself."""
+        return NUID().next().decode()
 
     def refuse_unread(self, inbound: Inbound) -> bool:
         """Refuse a message for which there is no room, if its body need not be read for that.
@@ -265,6 +299,10 @@ class Settlement(ABC):
     @abstractmethod
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
         """Settle a message that was not handled, and that may be sent again, here or to another worker."""
+
+
+class OtherCopy(Exception):
+    """Another copy of a call is or was handled here, and this one gets its answer. It is not settled itself."""
 
 
 class EventDropped(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 import orjson
 from autogen_core import AgentId
 from autogen_core.logging import DeliveryStage, MessageKind
@@ -14,7 +16,7 @@ from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
 from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Failure, describe
-from natsrt.wire.serialization import Serialization
+from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import encode_text
 
 WORKER_EXTENSION = "workerid"
@@ -47,8 +49,8 @@ class Answers:
 
     def reply(
         self, response: object, body: Envelope | None, agent_type: str, key: str, caller: AgentId | None
-    ) -> Answer:
-        """Return the reply of the agent ``agent_type/key`` to a call.
+    ) -> Answer | Awaitable[Answer]:
+        """Return the reply of the agent ``agent_type/key`` to a call. If it is sent by reference, await it.
 
         ``body`` is the envelope of the call, None for a plain call. ``caller`` is the agent that sent the call, None if
         no agent did. Raises `CannotSerialize` and `MessageTooLarge`.
@@ -68,7 +70,23 @@ class Answers:
         if constant is None:
             constant = self._remember(agent_type, key, encoded.type_name, encoded.class_name)
         attributes = f'"id":{quote(_id_of(body) + "-r")},{constant}'
+        if len(encoded.payload) > self._bodies.surely_fits and not self._bodies.fits(
+            envelope.REPLY, attributes, encoded.payload, encoded.content_type
+        ):
+            return self._by_reference(body, attributes, encoded)
         return Answer(self._bodies.pack(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
+
+    async def _by_reference(self, body: Envelope, attributes: str, encoded: Encoded) -> Answer:
+        """Store the payload of a reply. Its caller, whose call has the envelope ``body``, deletes it."""
+        if envelope.BLOBS_FEATURE not in (body.text("features") or "").split():
+            limit = self._bodies.max_payload
+            raise MessageTooLarge(
+                len(encoded.payload),
+                limit,
+                f"but one message may have {limit:,}, and its caller did not say that it reads payloads by reference",
+            )
+        reference = await self._bodies.store(encoded.payload)
+        return Answer(self._bodies.pack_reference(envelope.REPLY, attributes, reference, encoded.content_type))
 
     def control_reply(self, result: object, body: Envelope, agent_type: str, key: str) -> Answer:
         """Return the reply to a control message or a question.

@@ -4,6 +4,9 @@ If a call is not answered within ``accept_after`` seconds after it arrived, whet
 accepts it: it tells the caller which worker has the call. Replies are kept for some time, because a reply can be lost
 during a reconnect. Replies to accepted calls are kept for ``keep_replies`` seconds. Of the others, the most recent ones
 are kept as long as there is room.
+
+A caller that finds that a call was lost on its way sends it again. The lost copy may still be on its way, on a
+connection that stalls, so a worker promises not to handle it: see `natsrt.hosting.withdrawn`.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import orjson
 
 from natsrt.agents.inbound import Answer, LoggedCall
 from natsrt.background import BackgroundTasks
+from natsrt.hosting.withdrawn import WithdrawnCalls
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
@@ -100,14 +104,20 @@ class CallLog:
         """The calls that may have to be accepted, oldest first."""
         self._kept = _KeptReplies(options.keep_replies_bytes, options.keep_replies)
         self._last = _LastReplies(_LAST_AT_MOST, _LAST_BYTES)
+        self.withdrawn: WithdrawnCalls = WithdrawnCalls()
+        """The calls that this worker has promised not to handle."""
         self._timer: asyncio.TimerHandle | None = None
         self._tasks = BackgroundTasks(logger, "an answer about calls could not be sent")
 
-    def begin(self, call_id: str, now: float) -> LoggedCall:
+    def begin(self, call_id: str, now: float) -> LoggedCall | None:
         """Add a call that arrived at ``now``, by the clock of the event loop in seconds.
+
+        Returns None if the call was withdrawn.
 
         Called in the read loop, so it is cheap and does not block.
         """
+        if call_id in self.withdrawn:
+            return None
         call = LoggedCall(call_id, now)
         self._running[call_id] = call
         self._aging.append(call)
@@ -117,15 +127,39 @@ class CallLog:
 
     def end(self, call: LoggedCall, answer: Answer) -> None:
         """Record the answer to a call. Its caller may still ask for it."""
-        self._running.pop(call.call_id, None)
-        if call.accepted:
-            self._kept.add(call.call_id, answer, asyncio.get_running_loop().time())
-        else:
-            self._last.add(call.call_id, answer.body, answer.headers, call.arrived)
+        for call_id in (call.call_id, *call.also) if call.also else (call.call_id,):
+            self._running.pop(call_id, None)
+            if call.accepted:
+                self._kept.add(call_id, answer, asyncio.get_running_loop().time())
+            else:
+                self._last.add(call_id, answer.body, answer.headers, call.arrived)
 
     def forget(self, call: LoggedCall) -> None:
         """Remove a call that was refused before it was handled, as if it had never been received."""
-        self._running.pop(call.call_id, None)
+        for call_id in (call.call_id, *call.also):
+            self._running.pop(call_id, None)
+
+    def join(self, call: LoggedCall) -> bool:
+        """Give a call the answer of a former copy of it, if one is or was handled here. Returns False if none is.
+
+        Former copies that have not arrived are withdrawn then.
+        """
+        now = asyncio.get_running_loop().time()
+        for former in call.supersedes:
+            if (running := self._running.get(former)) is not None:
+                running.also += (call.call_id,)
+                self._running[call.call_id] = running
+                return True
+            if (reply := self._reply_to(former)) is not None:
+                self._running.pop(call.call_id, None)
+                self._kept.add(call.call_id, reply, now)
+                self._tasks.spawn(self._send(call.call_id, reply))
+                return True
+        self.withdrawn.name(call.supersedes, now)
+        return False
+
+    def _reply_to(self, call_id: str) -> Answer | None:
+        return self._kept.get(call_id) or self._last.get(call_id)
 
     def abandoned(self, calls: Iterable[str]) -> None:
         """The callers of these calls do not wait any more. Those that have not started are not handled."""
@@ -166,30 +200,35 @@ class CallLog:
             accept_to, envelope.encode(envelope.ACCEPTED, '"id":"accepted","source":"/"', data)
         )
 
-    def asked(self, calls: list[str], reply_to: str) -> None:
+    def asked(self, calls: Sequence[str], reply_to: str, withdraw: Collection[str] = ()) -> None:
         """Tell the sender of a question, on ``reply_to``, the state of each of ``calls``.
 
         The replies of finished calls are sent again first. The answer contains the number of seconds for which the log
-        is complete (``remembers``): a call that is younger and not in the log was never received.
+        is complete (``remembers``): a call that is younger and not in the log was never received. Of the calls that are
+        not in the log, those in ``withdraw`` will not be handled if they arrive later, as far as there is room for
+        promises.
         """
         running, unknown, finished = [], [], []
         for call_id in calls:
             if call_id in self._running:
                 self._running[call_id].accepted = True  # its caller now knows which worker has it
                 running.append(call_id)
-            elif (reply := self._kept.get(call_id) or self._last.get(call_id)) is not None:
+            elif (reply := self._reply_to(call_id)) is not None:
                 finished.append(call_id)
                 self._tasks.spawn(self._send(call_id, reply))
             else:
                 unknown.append(call_id)
         forgot = max(self._last.forgot, self._kept.forgot)
+        now = asyncio.get_running_loop().time()
+        self.withdrawn.promise([call_id for call_id in unknown if call_id in withdraw], now)
         data = orjson.dumps(
             {
                 "worker": self._worker_id,
                 "running": running,
                 "finished": finished,
                 "unknown": unknown,
-                "remembers": min(asyncio.get_running_loop().time() - forgot, _ALWAYS),
+                "withdrawn": [call_id for call_id in unknown if self.withdrawn.has_promised(call_id)],
+                "remembers": min(now - forgot, _ALWAYS),
             }
         )
         answer = Answer(envelope.encode(envelope.REPLY, '"id":"fate-r","source":"/"', data))

@@ -23,12 +23,13 @@ from typing import Any
 from autogen_core import AgentId
 
 from natsrt.agents.chain import current_chain
-from natsrt.agents.inbound import CALL, CONTROL, EVENT, Answer, EventDropped, Inbound, SentBack, handling
+from natsrt.agents.inbound import CALL, CONTROL, EVENT, Answer, EventDropped, Inbound, OtherCopy, SentBack, handling
 from natsrt.errors import CannotDecode, WorkerBusy, WorkerLost, WorkerStopped
 from natsrt.hosting.controls import Controls
 from natsrt.hosting.intake import Intake
 from natsrt.hosting.invocation import Invoker
 from natsrt.hosting.keyed_messages import KeyedMessages
+from natsrt.hosting.out_of_step import OutOfStep
 from natsrt.hosting.reader import Reader
 from natsrt.observe.metrics import Counters
 from natsrt.transport.bodies import Bodies
@@ -61,6 +62,7 @@ class Dispatch:
         controls: Controls,
         active: set[Inbound],
         counters: Counters,
+        out_of_step: OutOfStep,
     ) -> None:
         self._worker_id = worker_id
         self._intake = intake
@@ -71,6 +73,7 @@ class Dispatch:
         self._controls = controls
         self._active = active
         self._counters = counters
+        self._out_of_step = out_of_step
         self._exempt: set[Inbound] = set()
         self._stopping = False
         intake.feed(self)
@@ -110,12 +113,15 @@ class Dispatch:
         try:
             inbound.body = self._bodies.unpack(inbound.message.data)
             inbound.identify(self._reader.address(inbound))
+            while self._out_of_step.holds(inbound):
+                await self._out_of_step.end()
+                inbound.identify(self._reader.address(inbound))
             handler = self._handler_of(inbound)
             if handler is not None:
                 answer = await handler.handle(inbound)
         except SentBack as raised:
             back = raised
-        except EventDropped:
+        except (EventDropped, OtherCopy):
             pass
         except BaseException as raised:  # a handler's BaseException is reported too, and must not stop the event loop
             error = raised
@@ -182,6 +188,9 @@ class Dispatch:
             inbound.identify(self._reader.address(inbound))
         except CannotDecode:
             self._counters.undecodable += 1
+        except (EventDropped, OtherCopy):
+            self._end(inbound)
+            return
         try:
             await inbound.settlement.refused(inbound, error)
         finally:

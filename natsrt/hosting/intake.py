@@ -76,6 +76,11 @@ class Intake:
         """Number of messages whose handling has not begun."""
         return len(self._queue) + len(self._held or ())
 
+    @property
+    def is_half_full(self) -> bool:
+        """True if the messages whose handlers have not started take more than half of the bytes that they may take."""
+        return self.pending_bytes > self._max_bytes // 2
+
     def watch_stalls(self) -> None:
         """Mark messages that may have waited in the socket during a stall as `Inbound.late`.
 
@@ -103,9 +108,12 @@ class Intake:
     def take(self, route: Route, message: Msg) -> None:
         """Take in a message. Called in the client's read loop, so it is cheap and does not block."""
         size, now = len(message.data) + _OVERHEAD, self._loop.time()
+        if message.headers is not None:
+            size += sum(len(name) + len(value) for name, value in message.headers.items())
         inbound = Inbound(route, message, size, now)
-        route.settlement.take(inbound)
-        if self.pending_bytes + size > self._max_bytes:
+        if not route.settlement.take(inbound):
+            return
+        if self.pending_bytes + size > self._max_bytes and not route.settlement.has_own_limit:
             self._overflow(inbound, now)
             return
         if self._stalls:
@@ -136,7 +144,7 @@ class Intake:
         queue, start = self._queue, self._consumer.start
         # Above half of the limit, all messages are started at once. Messages that arrive faster than they are handled
         # then wait at the server.
-        at_once = len(queue) if self.pending_bytes > self._max_bytes // 2 else _STARTS_PER_TURN
+        at_once = len(queue) if self.is_half_full else _STARTS_PER_TURN
         for _ in range(min(len(queue), at_once)):
             start(queue.popleft())
         self._scheduled = bool(queue)

@@ -4,8 +4,9 @@ Rules:
 
 1. The agent is found, or created by its factory, before the message is decoded, because the message types that the
    agent's class handles are known only then.
-2. If an agent must be created for a message, or the serializer of the message is still missing, later messages for that
-   agent wait too. They queue at the agent's gate and start in the order in which they arrived.
+2. If an agent must be created for a message, the serializer of the message is still missing, or its payload must be
+   loaded, because it is sent by reference, later messages for that agent wait too. They queue at the agent's gate and
+   start in the order in which they arrived.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from natsrt.observe import events
 from natsrt.observe.first import FirstIsWarning
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
+from natsrt.transport.bodies import Bodies
 from natsrt.wire.known_classes import NO_CLASSES, NamedClasses
 from natsrt.wire.message_classes import full_name
 from natsrt.wire.subjects import Subjects
@@ -71,8 +73,10 @@ class Invoker:
         counters: Counters,
         telemetry: Telemetry | None,
         places: Places,
+        bodies: Bodies,
     ) -> None:
         self._places = places
+        self._bodies = bodies
         self._subjects = subjects
         self._catalog = catalog
         self._reader = reader
@@ -98,17 +102,19 @@ class Invoker:
         if not inbound.settlement.wants_answer:
             return None
         assert inbound.key is not None
-        return self._answers.reply(
+        answer = self._answers.reply(
             response, inbound.body, inbound.route.hosted.agent_type, inbound.key, delivery.context.sender
         )
+        return answer if isinstance(answer, Answer) else await answer
 
     async def _handle_in_place(self, inbound: Inbound) -> Answer | None:
         """Do what `handle` does when the handler may start: see `natsrt.hosting.places`.
 
-        A call that nobody waits for any more waits no longer.
+        A call that nobody waits for any more waits no longer, nor does a message that its settlement gives back.
         """
         hosted, call, loop = inbound.route.hosted, inbound.call, asyncio.get_running_loop()
         place = self._places.place(hosted, inbound.chain if call is not None else ())
+        inbound.settlement.waits_for_place(inbound, place.refuse)
         expiry: asyncio.TimerHandle | None = None
         if call is not None:
             call.on_abandoned = lambda: place.refuse(inbound.unwanted())
@@ -137,7 +143,7 @@ class Invoker:
         hosted, key, body = inbound.route.hosted, inbound.key, inbound.body
         assert key is not None
         agent = hosted.live.get(key)
-        if agent is None or body is None or key in hosted.gates:
+        if agent is None or body is None or key in hosted.gates or body.reference is not None:
             return None
         delivery = self._reader.delivery(body, inbound.topic, hosted.handled_by.get(type(agent), NO_CLASSES))
         if not delivery.registered and hosted.settling:
@@ -146,7 +152,9 @@ class Invoker:
         return agent, delivery
 
     async def _admit_in_turn(self, inbound: Inbound) -> tuple[Agent, Delivery]:
-        """Return the agent and its delivery, after waiting for the agent and the serializer in the order of arrival."""
+        """Return the agent and its delivery, after waiting for the agent, for the serializer, and for a payload that is
+        sent by reference, in the order of arrival.
+        """
         hosted, key, body = inbound.route.hosted, inbound.key, inbound.body
         assert key is not None
         gate = hosted.gates.get(key)
@@ -160,6 +168,10 @@ class Invoker:
                 if body is None:
                     delivery = await self._reader.plain_delivery(inbound, AgentId(hosted.agent_type, key), handled)
                 else:
+                    if body.reference is not None:
+                        inbound.token = self._reader.token(body)
+                        inbound.refuse_unwanted()
+                        await self._bodies.load(body)
                     await self._catalog.wait_for_serializer(
                         hosted, body.required("messagetype"), body.text("messageclass")
                     )
@@ -189,6 +201,7 @@ class Invoker:
                 stage=DeliveryStage.DELIVER,
             )
         _handling_agent.set(agent.id)
+        inbound.begun = True
         try:
             if self._telemetry is None or (trace := self._telemetry.continued(delivery.attributes)) is None:
                 return await agent.on_message(message, context)

@@ -76,14 +76,19 @@ class KeyedMessages:
         try:
             return await self._turns.run(hosted, key, inbound.chain, handle, inbound=inbound, claim=not sent_to_owner)
         except NotOwned:
-            agent = AgentId(hosted.agent_type, key)
-            raise SentBack(WorkerLost(str(agent), self._worker_id, "it no longer owns the agent")) from None
+            raise self._not_owned(inbound) from None
         except CannotOwn as cannot:
             if inbound.can_be_sent_back:
                 raise SentBack(cannot.error) from None
             return await self._forward(inbound, AgentId(hosted.agent_type, key))
         except OwnedElsewhere:
+            if inbound.event is not None:  # its sender waits for the owner's own answer
+                raise self._not_owned(inbound) from None
             return await self._forward(inbound, AgentId(hosted.agent_type, key))
+
+    def _not_owned(self, inbound: Inbound) -> SentBack:
+        agent = f"{inbound.agent_type}/{inbound.key}"
+        return SentBack(WorkerLost(agent, self._worker_id, "it no longer owns the agent"))
 
     async def control(self, inbound: Inbound, body: Envelope, key: str) -> Answer | None:
         """Carry out a control message. Returns the answer; None if the sender does not want one.
@@ -109,10 +114,14 @@ class KeyedMessages:
         return self._answers.control_reply(location._asdict(), body, inbound.agent_type, key)
 
     async def _forward(self, inbound: Inbound, agent: AgentId) -> Answer | None:
-        """Send a message to the owner of its agent, because its sender did not know the owner."""
-        self._intake.started(inbound)
+        """Send a message to the owner of its agent, because its sender did not know the owner.
+
+        An event counts towards the limit of the intake until it is sent, or has a place in the queue of those that wait
+        for an owner. So the queue of a worker that forwards events is bounded, too.
+        """
         topic, body = inbound.topic, inbound.body
         if topic is None:
+            self._intake.started(inbound)
             return await self._forward_call(inbound, agent)
         if body is None:  # a plain event is forwarded in an envelope
             delivery = await self._reader.plain_delivery(inbound, agent, inbound.route.hosted.handles)

@@ -1,10 +1,12 @@
-"""Answers the questions that arrive on this worker's subject. `natsrt.transport.peers` asks them.
+"""Answers the questions that arrive on this worker's subjects. `natsrt.transport.peers` asks them.
 
-Questions about calls also come from callers: see `natsrt.transport.call_watch`.
+Callers may ask on ``natsrt.worker.<worker_id>``, about calls: see `natsrt.transport.call_watch`. Other workers ask on
+``natsrt.peer.<worker_id>``, those of older versions on the former subject, too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -16,17 +18,28 @@ from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode
 from natsrt.hosting.answers import Answers
 from natsrt.hosting.call_log import CallLog
+from natsrt.hosting.reply_subjects import ReplySubjects
 from natsrt.hosting.subscriptions import Subscriptions
+from natsrt.jetstream.registry.entries import PEER
+from natsrt.jetstream.registry.registry import Registry
 from natsrt.keyed.deadlocks import Deadlocks
 from natsrt.keyed.ownership import Ownership
 from natsrt.transport.connection import Connection, Interest
+from natsrt.transport.inbox import Inbox
 from natsrt.wire import envelope
+from natsrt.wire.ids import MAX_CHAIN, ids
 from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _QUESTION = "a question to a worker"
-_QUESTIONS = frozenset((envelope.FATE, envelope.OWNER, envelope.WAITS, envelope.SERVE, envelope.ABANDONED))
+_QUESTIONS = frozenset(
+    (envelope.FATE, envelope.OWNER, envelope.WAITS, envelope.SERVE, envelope.ABANDONED, envelope.WITHDRAWN)
+)
+_PROMISES_AT_MOST = 5000
+"""Maximum number of promises in one answer: about 400 kB."""
+_ENVELOPE_BYTES = 1024
+"""Room for the envelope of that answer."""
 
 
 class PeerAnswers:
@@ -43,6 +56,9 @@ class PeerAnswers:
         deadlocks: Deadlocks,
         subscriptions: Subscriptions,
         answers: Answers,
+        registry: Registry,
+        inbox: Inbox,
+        reply_subjects: ReplySubjects,
     ) -> None:
         self._connection = connection
         self._subjects = subjects
@@ -52,24 +68,37 @@ class PeerAnswers:
         self._deadlocks = deadlocks
         self._subscriptions = subscriptions
         self._answers = answers
-        self._interest: Interest | None = None
+        self._registry = registry
+        self._own_inboxes = f"{inbox.root.rpartition('.')[0]}."
+        self._reply_subjects = reply_subjects
+        self._interests: list[Interest] = []
         self._tasks = BackgroundTasks(logger, "answering a message to this worker failed")
 
     async def start(self) -> None:
-        """Subscribe to this worker's subject."""
-        self._interest = await self._connection.subscribe(self._subjects.worker(self._worker_id), self._on_question)
+        """Subscribe to this worker's subjects."""
+        for subject, sink in (
+            (self._subjects.worker(self._worker_id), self._on_question),
+            (self._subjects.peer(self._worker_id), self._on_peer_question),
+        ):
+            self._interests.append(await self._connection.subscribe(subject, sink))
 
     async def stop(self) -> None:
         """Stop answering. Has no effect if stopped."""
         await self._tasks.cancel()
-        interest, self._interest = self._interest, None
-        if interest is not None:
+        interests, self._interests = self._interests, []
+        for interest in interests:
             await self._connection.unsubscribe(interest)
 
     def _on_question(self, message: Msg) -> None:
+        self._take(message, from_peer=False)
+
+    def _on_peer_question(self, message: Msg) -> None:
+        self._take(message, from_peer=True)
+
+    def _take(self, message: Msg, *, from_peer: bool) -> None:
         """Called in the read loop, so a question about calls is answered in wire order with the calls themselves."""
         reply = message.reply
-        answerable = bool(reply) and not self._subjects.is_reserved(reply)
+        answerable = self._reply_subjects.may_answer(reply)
         try:
             body = envelope.decode(message.data)
             data = None if body is None else body.json()
@@ -78,32 +107,50 @@ class PeerAnswers:
             if body is None or not isinstance(data, dict):
                 raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
             if body.type == envelope.ABANDONED:
-                self._call_log.abandoned(envelope.texts(data, "calls", _QUESTION))
+                self._call_log.abandoned(ids(data, "calls", _QUESTION))
                 return
             if not answerable:
                 raise CannotDecode("a message to a worker", "it has no reply subject, or one that is not allowed")
-            self._answer(body.type, data, reply)
+            self._answer(body.type, data, reply, from_peer)
         except CannotDecode as error:
             if answerable:
                 self._tasks.spawn(self._send(reply, self._answers.not_for_an_agent(error)))
             raise  # the connection counts it
 
-    def _answer(self, kind: str, data: dict[str, Any], reply: str) -> None:
+    def _answer(self, kind: str, data: dict[str, Any], reply: str, from_peer: bool) -> None:
         """Answer one question. Raises `CannotDecode`."""
         if kind == envelope.FATE:
-            self._call_log.asked(envelope.texts(data, "calls", _QUESTION), reply)
+            withdraw = ids(data, "withdraw", _QUESTION) if "withdraw" in data else ()
+            self._call_log.asked(ids(data, "calls", _QUESTION), reply, frozenset(withdraw))
+        elif kind == envelope.WITHDRAWN:
+            if not from_peer:
+                raise CannotDecode(_QUESTION, f"{kind} names calls of others, and is answered on natsrt.peer only")
+            room = self._connection.max_payload - _ENVELOPE_BYTES
+            now = asyncio.get_running_loop().time()
+            ages = self._call_log.withdrawn.ages(now, _PROMISES_AT_MOST, room)
+            self._tasks.spawn(self._send(reply, _reply({"withdrawn": ages})))
         elif kind == envelope.OWNER:
-            chain = envelope.texts(data, "chain", _QUESTION)
+            chain = ids(data, "chain", _QUESTION, at_most=MAX_CHAIN)
             claim = self._ownership.claim_of(_text(data, "agent_type"), _text(data, "key"), chain)
             self._tasks.spawn(self._send(reply, _reply({"grip": claim.value})))
         elif kind == envelope.WAITS:
-            links = self._deadlocks.links(envelope.texts(data, "calls", _QUESTION))
+            links = self._deadlocks.links(ids(data, "calls", _QUESTION))
+            if not (from_peer or self._may_be_older_peer(reply)):
+                links = [link.without_names() for link in links]
             self._tasks.spawn(self._send(reply, _reply({"waits": [link._asdict() for link in links]})))
         else:  # SERVE
             revision = data.get("revision")
             if not isinstance(revision, int):
                 raise CannotDecode(_QUESTION, "revision must be a number")
             self._tasks.spawn(self._serve(_text(data, "agent_type"), revision, reply))
+
+    def _may_be_older_peer(self, reply: str) -> bool:
+        """True if a question that anybody may ask may come from a worker of an older version.
+
+        The answer must then have reply subjects and visits in it. It goes to an inbox of the same prefix as this
+        worker's, so whoever can read it may read the replies to this worker, too.
+        """
+        return reply.startswith(self._own_inboxes) and not self._registry.view.all_understand(PEER)
 
     async def _serve(self, agent_type: str, revision: int, reply: str) -> None:
         try:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from autogen_core import AgentId, CancellationToken, MessageContext, Subscription, TopicId, UnknownPayload
 from autogen_core.exceptions import MessageDroppedException
 from nats.aio.msg import Msg
-from nats.nuid import NUID
 
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.declarations import Declarations
@@ -25,6 +24,7 @@ from natsrt.transport.cancellation import Cancellations
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER, Envelope
 from natsrt.wire.known_classes import NamedClasses
+from natsrt.wire.message_classes import full_name, type_name_of
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects, decode_token, encode_text
 
@@ -231,6 +231,8 @@ class Reader:
             if general is None:
                 raise
             return self.delivery(general, topic, handled)
+        if not registered and type(message) is not UnknownPayload:
+            type_name = type_name_of(type(message))
         context = MessageContext(self._sender(body), topic, topic is None, self.token(body), message_id)
         return Delivery(message, context, body.payload, type_name, attributes, registered)
 
@@ -239,10 +241,12 @@ class Reader:
         cancel_id = body.attributes.get("cancelid")
         return CancellationToken() if cancel_id is None else self._cancellations.token_of(cancel_id)
 
-    async def plain_delivery(self, inbound: Inbound, agent_id: AgentId, handled: NamedClasses) -> Delivery:
+    async def plain_delivery(
+        self, inbound: Inbound, agent_id: AgentId, handled: NamedClasses, message_id: str | None = None
+    ) -> Delivery:
         """Return the handler's arguments for a plain body, which is the payload itself.
 
-        ``handled`` are the message types that the agent handles.
+        ``handled`` are the message types that the agent handles. ``message_id`` None: that of the settlement.
         Also raises any exception of an intervention handler. If one drops the message, this is
         ``MessageDroppedException`` for a call and `EventDropped` for an event.
         """
@@ -255,6 +259,7 @@ class Reader:
             message, registered = self._decoded(type_name, content_type, payload, None, handled)
         elif self._infer_types:
             message = self._serialization.infer(payload, list(handled))
+            registered = self._is_known(type(message), handled)
         else:
             raise CannotDecode(
                 "a plain body",
@@ -267,7 +272,7 @@ class Reader:
             topic_id=topic,
             is_rpc=topic is None,
             cancellation_token=CancellationToken(),
-            message_id=NUID().next().decode(),
+            message_id=inbound.settlement.plain_id(inbound) if message_id is None else message_id,
         )
         if self._interventions.handlers:
             if topic is None:
@@ -286,8 +291,16 @@ class Reader:
         """Return a message, and whether there is a serializer for its type. Raises `CannotDecode`."""
         message = self._serialization.decode(type_name, content_type, payload, class_name, handled)
         if type(message) is not UnknownPayload:
-            return message, True
+            name = type(message).__name__
+            if name == type_name or name == type_name.rpartition(".")[2]:
+                return message, True
+            return message, self._is_known(type(message), handled)  # the body names another class than its envelope
         return self._serialization.decode_unregistered(message, class_name), False
+
+    def _is_known(self, cls: type, handled: NamedClasses) -> bool:
+        """True if the agent handles ``cls`` or it is registered here. A subclass of such a class need not be."""
+        name = type_name_of(cls)
+        return name in handled or self._serialization.is_known(name, full_name(cls), handled)
 
 
 def _remember(known: dict[str, _T], text: str, value: _T) -> None:

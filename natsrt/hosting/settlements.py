@@ -1,31 +1,35 @@
 """How messages of core NATS are settled: a call by a reply, an event by nothing.
 
-The route of each subscription names one of these settlements. To settle messages in another way, such as by an
-acknowledgement, add a settlement here. The other modules of this folder do not depend on how a message is settled.
+The route of each subscription names one of these settlements. Events of durable topics have another one, in
+`natsrt.hosting.durable_settlement`. The other modules of this folder do not depend on how a message is settled.
 """
 
 from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 
-from natsrt.agents.inbound import Answer, Inbound, Settlement
+from natsrt.agents.current_delivery import handled_delivery
+from natsrt.agents.inbound import Answer, EventDropped, Inbound, LoggedCall, OtherCopy, Settlement
 from natsrt.errors import CannotDecode, NatsrtError, RemoteAgentError
 from natsrt.hosting.answers import Answers
 from natsrt.hosting.call_log import CallLog
+from natsrt.hosting.core_copies import CoreCopies
+from natsrt.hosting.reply_subjects import ReplySubjects
 from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
+from natsrt.wire.envelope import SUPERSEDES_HEADER, Envelope
 from natsrt.wire.exception_parts import class_name
 from natsrt.wire.failures import traceback_of
-from natsrt.wire.subjects import Subjects, encode_text
+from natsrt.wire.ids import former_copies
+from natsrt.wire.stored_events import stored_event
+from natsrt.wire.subjects import encode_text
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
-_ACCEPTABLE = 4096
-"""Maximum number of acceptance subjects that are remembered as valid. There is one for each calling runtime."""
 _SHOWN = 120
 """Maximum length of a subject in a log line, in characters."""
 
@@ -39,7 +43,7 @@ class Unanswered(Settlement):
         return None
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
-        logger.error("%s on %s failed: %s", inbound.kind.value, clip(inbound.message.subject), _outline(error))
+        logger.error("%s on %s failed: %s", inbound.kind.value, clip(inbound.message.subject), outline(error))
 
     async def refused(self, inbound: Inbound, error: Exception) -> None:
         inbound.route.hosted.counters.record_drop()
@@ -54,6 +58,19 @@ class EventSettlement(Unanswered):
     def __init__(self, errors: EventErrors, counters: Counters) -> None:
         self._errors = errors
         self._counters = counters
+        self.copies: CoreCopies | None = None
+        """Recognises the copies of events on durable topics; None while no topic is durable."""
+
+    def take(self, inbound: Inbound) -> bool:
+        return self.copies is None or not self.copies.is_one(inbound.message.subject)
+
+    def refuse_copy(self, inbound: Inbound) -> None:
+        """Raise `EventDropped` for an event on a durable topic that its publisher sent to a keyed agent itself.
+
+        It does so while it does not know yet that the topic is durable. The agent gets the event from the stream.
+        """
+        if self.copies is not None and inbound.topic is not None and self.copies.is_durable(inbound.topic.type):
+            raise EventDropped
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
         if inbound.key is not None:
@@ -76,7 +93,10 @@ class EventSettlement(Unanswered):
 
 
 class ReplySettlement(Settlement):
-    """For a call, a control message or a question: exactly one reply is sent. The call log keeps it for some time."""
+    """For a call, a control message or a question: exactly one reply is sent. The call log keeps it for some time.
+
+    Also for an event of a stream that is delivered to a keyed agent with a reply subject.
+    """
 
     wants_answer = True
 
@@ -84,81 +104,152 @@ class ReplySettlement(Settlement):
         self,
         *,
         connection: Connection,
-        subjects: Subjects,
+        reply_subjects: ReplySubjects,
         call_log: CallLog,
         answers: Answers,
         events: EventSettlement,
         counters: Counters,
     ) -> None:
         self._connection = connection
-        self._subjects = subjects
+        self._reply_subjects = reply_subjects
         self._call_log = call_log
         self._answers = answers
         self._events = events
         self._counters = counters
         self._unanswered = Unanswered()
-        self._acceptable: set[str] = set()
+        self._confirmed = ConfirmedSettlement(self, answers)
 
-    def take(self, inbound: Inbound) -> None:
-        reply = inbound.message.reply
-        if reply:
-            inbound.call = self._call_log.begin(reply, inbound.arrived)
-        else:
+    def take(self, inbound: Inbound) -> bool:
+        message = inbound.message
+        if not message.reply:
             inbound.settlement = self._unanswered
+            return True
+        inbound.call = self._call_log.begin(message.reply, inbound.arrived)
+        return inbound.call is not None
 
     def identified(self, inbound: Inbound) -> None:
-        body, call = inbound.body, inbound.call
-        if body is None or call is None:
+        call = inbound.call
+        if call is None:
             return
+        if inbound.body is not None:
+            self._read_envelope(inbound, inbound.body, call)
+        elif not _may_be_forwarded(inbound):
+            self._check_sender(inbound, None)
+        headers = inbound.message.headers
+        if headers is not None and SUPERSEDES_HEADER in headers:
+            self._read_former(inbound, headers[SUPERSEDES_HEADER], call)
+
+    def _read_envelope(self, inbound: Inbound, body: Envelope, call: LoggedCall) -> None:
         if "timeout" in body.attributes:
             call.wanted_until = call.arrived + _seconds(body.attributes["timeout"])
         accept_to = body.attributes.get("acceptto")
-        if accept_to is None:
-            return
-        if accept_to not in self._acceptable:
-            if not envelope.is_subject(accept_to) or self._subjects.is_reserved(accept_to):
-                raise CannotDecode("an envelope", "its acceptto is not an allowed subject")
-            if len(self._acceptable) >= _ACCEPTABLE:
-                self._acceptable.clear()
-            self._acceptable.add(accept_to)
+        if accept_to is not None:
+            self._reply_subjects.check_accept_to(accept_to)
+        self._check_sender(inbound, accept_to)
         call.accept_to = accept_to
 
+    def _check_sender(self, inbound: Inbound, accept_to: str | None) -> None:
+        worker_id = self._reply_subjects.stranger_to(inbound.message.reply, accept_to)
+        if worker_id is not None:
+            self._refuse_reply(inbound)
+            raise CannotDecode("a call", f"it names a subject in the inbox of {worker_id}, which did not send it")
+
+    def _read_former(self, inbound: Inbound, header: str, call: LoggedCall) -> None:
+        if not self._reply_subjects.may_answer(call.call_id):  # the answer of a former copy would be sent there
+            self._refuse_reply(inbound)
+            raise CannotDecode("a call", "its reply subject is not allowed")
+        call.supersedes = former_copies(header, call.call_id, forwarded=_may_be_forwarded(inbound))
+        if call.supersedes and self._call_log.join(call):
+            inbound.settlement, inbound.call = self._unanswered, None
+            raise OtherCopy
+
     def as_event(self, inbound: Inbound) -> Settlement:
+        if inbound.call is not None and inbound.body is not None:
+            inbound.event = stored_event(inbound.body)
+            if inbound.event is not None:
+                return self._confirmed
         self._forget(inbound)  # its reply subject is only for the server's "no responders" message
+        inbound.settlement = self._events
+        self._events.refuse_copy(inbound)
         return self._events
 
     def handled(self, inbound: Inbound, answer: Answer | None) -> Awaitable[None]:
         assert answer is not None
-        return self._reply(inbound, answer)
+        return self.reply(inbound, answer)
 
     def failed(self, inbound: Inbound, error: BaseException, source: str) -> Awaitable[None]:
-        return self._reply(inbound, self._answers.failure(error, inbound.body, source))
+        return self.reply(inbound, self._answers.failure(error, inbound.body, source))
 
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
+        copies = () if inbound.call is None else inbound.call.also
         self._forget(inbound)
         key = inbound.key
         source = envelope.NO_AGENT if key is None else f"{inbound.agent_type}/{encode_text(key)}"
-        return self._reply(inbound, self._answers.failure(error, inbound.body, source, refused=True))
+        return self.reply(inbound, self._answers.failure(error, inbound.body, source, refused=True), copies)
 
     def _forget(self, inbound: Inbound) -> None:
         if inbound.call is not None:
             self._call_log.forget(inbound.call)
             inbound.call = None
 
-    async def _reply(self, inbound: Inbound, answer: Answer) -> None:
+    def _refuse_reply(self, inbound: Inbound) -> None:
+        """Nothing is published on the subjects that a call names."""
+        inbound.settlement = self._unanswered
+        self._counters.refused_replies += 1
+        reply = inbound.message.reply
+        logger.error("a call has the reply subject %s, which is not allowed; no reply is sent", clip(reply))
+        self._forget(inbound)
+
+    async def reply(self, inbound: Inbound, answer: Answer, copies: Sequence[str] = ()) -> None:
+        """Send the answer to a call, and to those of its ``copies`` that were sent again."""
         inbound.settlement = self._unanswered  # so that nothing settles it a second time
         reply = inbound.message.reply
-        if self._subjects.is_reserved(reply):
-            self._counters.refused_replies += 1
-            logger.error("a call has the reply subject %s, which is not allowed; no reply is sent", clip(reply))
-            self._forget(inbound)
+        if not self._reply_subjects.may_answer(reply):
+            self._refuse_reply(inbound)
             return
         if inbound.call is not None:
             self._call_log.end(inbound.call, answer)
+            copies = inbound.call.also
         try:
             await self._connection.publish(reply, answer.body, headers=answer.headers)
+            for copy in copies:
+                await self._connection.publish(copy, answer.body, headers=answer.headers)
         except NatsrtError as error:  # it is in the call log; the caller asks for it when both are connected again
             logger.warning("a reply could not be sent yet: %s", error)
+
+
+class ConfirmedSettlement(Settlement):
+    """For an event of a stream that was delivered to a keyed agent: the reply says that it was handled, or why not.
+
+    What the handler returned is not sent. A failure is not logged here: who delivers the event decides what follows.
+    """
+
+    wants_answer = False
+
+    def __init__(self, replies: ReplySettlement, answers: Answers) -> None:
+        self._replies = replies
+        self._answers = answers
+
+    def identified(self, inbound: Inbound) -> None:
+        self._replies.identified(inbound)
+        handled_delivery.set(inbound.event)
+
+    def handled(self, inbound: Inbound, answer: Answer | None) -> Awaitable[None]:
+        assert inbound.body is not None and inbound.key is not None
+        confirmation = self._answers.control_reply(None, inbound.body, inbound.agent_type, inbound.key)
+        return self._replies.reply(inbound, confirmation)
+
+    def failed(self, inbound: Inbound, error: BaseException, source: str) -> Awaitable[None]:
+        return self._replies.failed(inbound, error, source)
+
+    def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
+        return self._replies.refused(inbound, error)
+
+
+def _may_be_forwarded(inbound: Inbound) -> bool:
+    """True if a worker may have passed a call on to the owner of its agent, on the subject of that agent."""
+    route = inbound.route
+    return route.key is not None and route.hosted.keyed is not None
 
 
 def _seconds(timeout: str) -> float:
@@ -173,7 +264,7 @@ def clip(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
-def _outline(error: BaseException) -> str:
+def outline(error: BaseException) -> str:
     """An error for the log: its class and traceback. Only the texts of natsrt's errors are logged.
 
     The text of any other error may quote a payload.

@@ -1,5 +1,7 @@
 """The NATS subscriptions of a worker: for each hosted type its calls, its control subject and its events.
 
+Events of durable topics come from streams: see `natsrt.hosting.durable`.
+
 Subscriptions belong to the agent type. Every worker that hosts the type serves all of them, because the members of a
 queue group must have the same filters. The NATS subscriptions of a type are derived from the registry's view.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autogen_core import Subscription
@@ -18,10 +20,12 @@ from natsrt.agents.declarations import Declarations
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import CALL, CONTROL, EVENT, Route
 from natsrt.background import BackgroundTasks
-from natsrt.errors import NatsrtError
+from natsrt.errors import ConfigurationError, NatsrtError, PermissionDenied, StreamUnavailable
+from natsrt.hosting.core_copies import CoreCopies
+from natsrt.hosting.durable import DurableConsumers
 from natsrt.hosting.intake import Intake
 from natsrt.hosting.settlements import EventSettlement, ReplySettlement
-from natsrt.jetstream.registry.entries import Rule
+from natsrt.jetstream.registry.entries import DurableEntry, Rule
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.observe.services import ServiceEndpoint, service_name
 from natsrt.transport.connection import Connection, Interest
@@ -31,6 +35,8 @@ logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _CONNECTED_WITHIN = 10.0
 """Seconds to wait for a lost connection before a change of the subscriptions fails."""
+_AGAIN = 5.0
+"""Seconds after which it is tried again to pull from a stream that could not be used."""
 SubjectAndGroup = tuple[str, str]
 """The subject and the queue group of a NATS subscription."""
 
@@ -57,11 +63,12 @@ class _Beside:
     """The values, other than its rules, on which the NATS subscriptions of a type depend.
 
     ``keys`` are the keys of its registered instances, or one None for the whole type. ``custom`` are the ids of the
-    subscriptions that only this process can evaluate.
+    subscriptions that only this process can evaluate. ``durable`` are the durable topics, by stream.
     """
 
     keys: tuple[str | None, ...]
     custom: tuple[str, ...]
+    durable: Mapping[str, DurableEntry]
 
 
 class Subscriptions(RegistryListener):
@@ -78,6 +85,7 @@ class Subscriptions(RegistryListener):
         intake: Intake,
         replies: ReplySettlement,
         events: EventSettlement,
+        durable: DurableConsumers,
         worker_id: str,
     ) -> None:
         self._connection = connection
@@ -89,6 +97,8 @@ class Subscriptions(RegistryListener):
         self._registry = registry
         self._replies = replies
         self._events = events
+        self._copies = CoreCopies(subjects, registry)
+        self._durable = durable
         self._served: dict[str, _Served] = {}
         self._tasks = BackgroundTasks(logger, "following the registry's subscriptions failed")
         self._active = False
@@ -105,13 +115,17 @@ class Subscriptions(RegistryListener):
         self._settled.set()
 
     async def stop(self) -> None:
-        """End all subscriptions. When this returns, every message that the server sent for them has been taken in."""
+        """End all subscriptions, and pull no more.
+
+        When this returns, every message that the server sent for them has been taken in.
+        """
         self._active = False
         self._settled.set()
         await self._tasks.cancel()
         interests = [i for served in self._served.values() for i in served.interests.values()]
         self._served.clear()
-        await asyncio.gather(*(self._connection.unsubscribe(interest) for interest in interests))
+        unsubscribing = (self._connection.unsubscribe(interest) for interest in interests)
+        await asyncio.gather(self._durable.stop(), *unsubscribing)
 
     async def serve(self, agent_type: str) -> None:
         """Subscribe for the type according to the current view. Returns when the server has the subscriptions."""
@@ -142,6 +156,7 @@ class Subscriptions(RegistryListener):
                 for interest in served.interests.values():
                     await self._connection.unsubscribe(interest)
                 served.interests.clear()
+                await self._durable.end(agent_type)
 
     async def listen(self, hosted: HostedType, key: str) -> Interest:
         """Subscribe to the subject of one keyed agent, which this worker owns."""
@@ -161,6 +176,14 @@ class Subscriptions(RegistryListener):
         if self._active:
             self._tasks.spawn(self._follow(agent_type))
 
+    def durable_changed(self) -> None:
+        """Called when other topics are durable: no type is subscribed to those, whose events come from streams."""
+        self._copies.update()
+        self._events.copies = self._copies if self._copies.exist else None
+        if self._active:
+            for hosted in self._catalog:
+                self._tasks.spawn(self._follow(hosted.agent_type))
+
     def _rules(self, agent_type: str) -> Sequence[Rule]:
         """The rules of the view, then those that this runtime added and others have removed, because they took this
         worker for dead. It declares them again, and meanwhile no event that it gets is dropped."""
@@ -168,14 +191,20 @@ class Subscriptions(RegistryListener):
         return tuple(rules | dict.fromkeys(self._declarations.rules(agent_type)))
 
     async def _follow(self, agent_type: str) -> None:
-        hosted = self._catalog.find(agent_type)
-        try:
-            if hosted is not None and self._active:
+        while self._active and (hosted := self._catalog.find(agent_type)) is not None:
+            try:
                 await self._apply(hosted)
-        except NatsrtError as error:  # reconnecting; a new view is read afterwards, which calls this again
-            logger.debug("serving %s: %s", agent_type, error)
-        except Exception:
-            logger.exception("serving agent type %s failed", agent_type)
+            except (StreamUnavailable, PermissionDenied) as error:
+                logger.warning("serving %s: %s; it is tried again", agent_type, error)
+                await asyncio.sleep(_AGAIN)
+                continue
+            except ConfigurationError as error:
+                logger.error("%s", error)
+            except NatsrtError as error:  # reconnecting; a new view is read afterwards, which calls this again
+                logger.debug("serving %s: %s", agent_type, error)
+            except Exception:
+                logger.exception("serving agent type %s failed", agent_type)
+            return
 
     async def _tell(self, served: Collection[_Served]) -> None:
         """Wait until the server has their subscriptions: one round trip, or nothing if none has changed.
@@ -200,7 +229,8 @@ class Subscriptions(RegistryListener):
             rules = hosted.rules
             custom = self._declarations.custom(hosted.agent_type)
             keys = tuple(hosted.live) if hosted.has_instances_only else (None,)
-            beside = _Beside(keys, tuple(subscription.id for subscription in custom))
+            durable = self._registry.view.durable
+            beside = _Beside(keys, tuple(subscription.id for subscription in custom), durable)
             # A view lists new rules last. If only the new ones are processed, the cost of adding a rule does not grow
             # with the number of rules.
             old = len(served.rules)
@@ -216,6 +246,7 @@ class Subscriptions(RegistryListener):
                 served.changes += 1
                 await self._connection.unsubscribe(served.interests.pop(place))
             served.rules, served.beside = rules, beside
+            await self._durable.apply(hosted)
         return served
 
     def _wanted(
@@ -235,7 +266,7 @@ class Subscriptions(RegistryListener):
                 yield (subjects.control_at(agent_type, self._worker_id), ""), Route(CONTROL, hosted, self._replies)
             event = Route(EVENT, hosted, self._events, key)
             for rule in rules:
-                if rule.kind != "custom":
+                if rule.kind != "custom" and not self._copies.take_all(rule):
                     try:
                         place = (rule.subject(subjects, key), queue)
                     except ValueError as error:  # added by another runtime; the type's other subscriptions must work

@@ -6,6 +6,8 @@ That cost limits how often the states of keyed agents can be saved.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
 
 import nats.js.errors
 import orjson
@@ -14,13 +16,27 @@ from nats.nuid import NUID
 
 from natsrt.errors import CannotDecode
 from natsrt.transport.connection import Connection, Interest
+from natsrt.transport.inbox import is_nobody
 
 WRONG_REVISION = (10071, 10164)
 """JetStream's error codes for a message whose expected last sequence is wrong."""
 
+_ERROR_FIELDS = ("code", "err_code", "description")
+"""What is read of an error of JetStream. A newer server may add other fields."""
+
 
 class WrongRevision(Exception):
     """The server refused a message: its subject is not at the revision that the message was to follow."""
+
+
+class Ack(NamedTuple):
+    """What a stream says of a message that it has stored."""
+
+    stream: str
+    """The stream's name; empty if the acknowledgement does not say it."""
+    sequence: int
+    duplicate: bool
+    """True if the stream had stored a message with this id before; `sequence` is the sequence of that one."""
 
 
 class Acks:
@@ -28,8 +44,10 @@ class Acks:
 
     def __init__(self, connection: Connection, inbox_prefix: str) -> None:
         self._connection = connection
-        self._inbox = f"{inbox_prefix}.{NUID().next().decode()}."
-        self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self.inbox: str = f"{inbox_prefix}.{NUID().next().decode()}."
+        """The start of the reply subjects, with the last dot."""
+        self._receivers: dict[str, Callable[[Msg], None]] = {}
+        """What is called with each message on a reply subject."""
         self._number = 0
         self._interest: Interest | None = None
 
@@ -40,12 +58,37 @@ class Acks:
 
     async def subscribe(self) -> None:
         """Let acknowledgements arrive. Needed before the first message, and again after the connection was closed."""
-        self._interest = await self._connection.subscribe(f"{self._inbox}*", self._on_ack)
+        self._interest = await self._connection.subscribe(f"{self.inbox}*", self._on_ack)
+
+    async def close(self) -> None:
+        """Let no acknowledgements arrive any more. Has no effect if none arrive."""
+        interest, self._interest = self._interest, None
+        if interest is not None:
+            await self._connection.unsubscribe(interest)
 
     def _on_ack(self, message: Msg) -> None:
-        waiter = self._waiting.get(message.subject[len(self._inbox) :])
-        if waiter is not None and not waiter.done():
-            waiter.set_result(message)
+        receiver = self._receivers.get(message.subject)
+        if receiver is not None:
+            receiver(message)
+
+    def expect(self, receiver: Callable[[Msg], None]) -> str:
+        """A new reply subject. ``receiver`` is called in the read loop with what arrives there, until `forget`.
+
+        It must not block, and may raise only `CannotDecode`.
+        """
+        self._number += 1
+        reply = f"{self.inbox}{self._number:x}"
+        self._receivers[reply] = receiver
+        return reply
+
+    def forget(self, reply: str) -> None:
+        """End what `expect` began."""
+        self._receivers.pop(reply, None)
+
+    def check(self) -> None:
+        """Raise the error of the server if it refuses the subscription to the acknowledgements."""
+        if self._interest is not None:
+            self._interest.check()
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> int:
         """Send a message, and wait for its acknowledgement without a time limit. Returns the message's sequence.
@@ -53,26 +96,33 @@ class Acks:
         The caller limits the time, has checked the size, and guarantees that the headers contain no line ends. Raises
         `WrongRevision`, `CannotDecode`, and what nats-py raises.
         """
-        self._number += 1
-        token = f"{self._number:x}"
         waiter: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        self._waiting[token] = waiter
+        reply = self.expect(lambda message: None if waiter.done() else waiter.set_result(message))
         try:
-            client, reply = self._connection.client, self._inbox + token
+            client = self._connection.client
             if not client.post(subject, payload, reply, headers):
                 await client.publish(subject, payload, reply, headers)
             message = await waiter
         finally:
-            del self._waiting[token]
-        if message.headers:
-            raise nats.js.errors.NoStreamResponseError  # the headers are the server's "no responders"
-        try:
-            answer = orjson.loads(message.data)
-            if "error" not in answer:  # an answer with an error has a sequence too: 0
-                return int(answer["seq"])
-            error = answer["error"]
-        except (orjson.JSONDecodeError, TypeError, KeyError) as unreadable:
-            raise CannotDecode("an acknowledgement", str(unreadable), message.data) from None
-        if error.get("err_code") in WRONG_REVISION:
-            raise WrongRevision
-        raise nats.js.errors.APIError.from_error(error)
+            self.forget(reply)
+        return read_ack(message).sequence
+
+
+def read_ack(message: Msg) -> Ack:
+    """Return an acknowledgement.
+
+    Raises `WrongRevision`, `CannotDecode`, and nats-py's ``APIError`` for another error of JetStream.
+    """
+    if is_nobody(message):
+        raise nats.js.errors.NoStreamResponseError
+    try:
+        answer = orjson.loads(message.data)
+        if "error" not in answer:  # an answer with an error has a sequence too: 0
+            stream = answer.get("stream", "")
+            return Ack(str(stream), int(answer["seq"]), answer.get("duplicate") is True)
+        error = {name: answer["error"].get(name) for name in _ERROR_FIELDS}
+    except (AttributeError, TypeError, KeyError, ValueError, OverflowError) as unreadable:
+        raise CannotDecode("an acknowledgement", str(unreadable), message.data) from None
+    if error["err_code"] in WRONG_REVISION:
+        raise WrongRevision
+    raise nats.js.errors.APIError.from_error(error)

@@ -16,8 +16,12 @@ from nats.js import api
 
 from natsrt.errors import StateUnavailable
 from natsrt.jetstream.acks import Acks
-from natsrt.jetstream.buckets import MARKER_TTL, ensure_bucket, last_messages
+from natsrt.jetstream.buckets import ensure_bucket, last_messages, purge
+from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.requests import OPEN, BucketRequests
+from natsrt.jetstream.stream_settings import MARKER_TTL
+from natsrt.jetstream.streams import require_settings
+from natsrt.jetstream.usage import Usage, of_stream
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
@@ -29,7 +33,8 @@ RETRY_FOR: Final = 10.0
 """Seconds for which a request that fails is repeated: writes fail for up to 7.5 s after the leader of a cluster was
 killed."""
 ANSWER_WITHIN: Final = 2.0
-"""Seconds for one attempt. A request that arrives while a cluster elects a leader is never answered."""
+"""Seconds for one attempt, beside the round trip. A request that arrives while a cluster elects a leader is never
+answered."""
 _PAST_ALL_KEYS = 1_000_000_000
 """The first of the keys that a page of the stream's subjects lists. From there on there are none, so the server sends
 their number only."""
@@ -41,11 +46,28 @@ class BucketListener(Protocol):
     """Is notified about the bucket. May not raise or block."""
 
     def bucket_replaced(self) -> None:
-        """Called when the bucket was gone with all its entries, and there is a new one."""
+        """Called when the bucket was gone with all its entries, and there is a new one that can be used; and when one
+        that could not be used can be used again, since its entries may be gone.
+        """
+
+
+def agents_bucket(subjects: Subjects, options: Options) -> api.KeyValueConfig:
+    """How the bucket of keyed agents of a namespace is made."""
+    return api.KeyValueConfig(
+        bucket=subjects.bucket(AGENTS_BUCKET),
+        description="natsrt: owners and state of keyed agents",
+        history=1,
+        direct=True,
+        replicas=options.registry_replicas,
+        limit_marker_ttl=MARKER_TTL,
+    )
 
 
 class AgentBucket:
     """The bucket of keyed agents in one namespace.
+
+    One whose settings are wrong is not used, nor one whose revisions are lower than those of records that were lost:
+    they may be those of workers that still believe in the old ones.
 
     A bucket that is gone is made again. The revisions of a bucket start at the time at which it is made, in
     microseconds. So they are higher than all revisions of an earlier bucket, and a write that follows one of those is
@@ -57,17 +79,21 @@ class AgentBucket:
 
     def __init__(self, connection: Connection, subjects: Subjects, options: Options) -> None:
         self._connection = connection
-        self._options = options
+        self._config = agents_bucket(subjects, options)
         self._name = subjects.bucket(AGENTS_BUCKET)
         self._stream = f"KV_{self._name}"
         self._prefix = f"$KV.{self._name}."
-        self.info_subject: str = f"$JS.API.STREAM.INFO.{self._stream}"
+        self._domain = Domain(options.jetstream_domain)
+        self.info_subject: str = self._domain.api(f"STREAM.INFO.{self._stream}")
         """The subject of requests for what the stream holds."""
+        self.purge_subject: str = self._domain.api(f"STREAM.PURGE.{self._stream}")
+        """The subject of requests that delete what the stream holds."""
         self.requests: BucketRequests = BucketRequests(
             connection,
             self._name,
             StateUnavailable,
             subscribed=(options.inbox_prefix,),
+            domain=self._domain,
             retry_for=RETRY_FOR,
             patient=True,
             make_again=self._make_again,
@@ -80,17 +106,31 @@ class AgentBucket:
         """When the bucket that was last found was made; None before."""
         self._replaced: int | None = None
         """The connection's number of reconnects when another bucket was found in place of the former; None: never."""
+        self._looked_at = 0.0
+        """The event loop's time at which the last look for the bucket began that found it."""
+        self._lost_at = 0
+        """The highest revision of a record that was lost."""
         self._listeners: list[BucketListener] = []
+        self.is_lenient: bool = False
+        """Whether a bucket that cannot be used is read nevertheless. Nothing may be written then."""
+        self.problem: StateUnavailable | None = None
+        """Why the bucket that was found last cannot be used; None if it can."""
+        self.usage: Usage = {}
+        """What was used of the bucket's limits when it was last found."""
 
     def add_listener(self, listener: BucketListener) -> None:
         self._listeners.append(listener)
 
+    @property
+    def _answer_within(self) -> float:
+        return ANSWER_WITHIN + self._connection.rtt.allowance
+
     def subject(self, key: str) -> str:
-        """The subject of a key."""
-        return self._prefix + key
+        """The subject to publish a key's message to."""
+        return self._domain.publish(self._prefix + key)
 
     def key(self, subject: str) -> str:
-        """The key of a subject."""
+        """The key of a stored message's subject."""
         return subject[len(self._prefix) :]
 
     def publish(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> Coroutine[Any, Any, int]:
@@ -127,8 +167,21 @@ class AgentBucket:
         self._opened = None
 
     async def look(self) -> None:
-        """Look for the bucket once, and make it if it is gone. Raises what nats-py raises."""
+        """Look for the bucket once, and make it if it is gone. Raises what nats-py raises, and `StateUnavailable` if it
+        cannot be used.
+        """
         await self._make_again()
+
+    async def confirm(self, lost_at: int) -> None:
+        """Look for the bucket again, because a record is missing that was at the revision ``lost_at``: it may be
+        another bucket. Of many who ask at once, few look. Raises as `open` does, also if the bucket's revisions are
+        lower.
+        """
+        self._lost_at = max(self._lost_at, lost_at)
+        asked = asyncio.get_running_loop().time()
+        async with self._opening:
+            if self._looked_at < asked:
+                await self.requests.run(OPEN, self._ensure)
 
     async def _make_again(self) -> bool:
         """Make the bucket if it is gone. Returns whether another bucket was found before."""
@@ -137,22 +190,42 @@ class AgentBucket:
         return known is not None and known != self._created
 
     async def _ensure(self) -> None:
-        config = api.KeyValueConfig(
-            bucket=self._name,
-            description="natsrt: owners and state of keyed agents",
-            history=1,
-            direct=True,
-            replicas=self._options.registry_replicas,
-            limit_marker_ttl=MARKER_TTL,
-        )
-        js = self._connection.jetstream
-        info = await ensure_bucket(js, config, first_revision=time.time_ns() // 1000)
+        began = asyncio.get_running_loop().time()
+        info = await ensure_bucket(self._connection.jetstream, self._config, first_revision=time.time_ns() // 1000)
+        self.usage = of_stream(info)
+        try:
+            self._require_revisions(info)
+            require_settings(info, self._config, StateUnavailable)
+        except StateUnavailable as error:
+            known_problem, self.problem = self.problem, error
+            if self.is_lenient:
+                if known_problem is None:
+                    logger.warning("%s", error)
+                return
+            if known_problem is None:
+                logger.error("%s. The agents of this worker stay in memory until then", error)
+            self._opened = None
+            raise
+        self._looked_at = began
+        mended, self.problem = self.problem is not None, None
         known, self._created = self._created, info.created
         if known is not None and known != info.created:
-            logger.warning("the bucket %s was gone with all its records, and was made again", self._name)
+            logger.warning("the bucket %s was gone with all its records, and there is a new one", self._name)
             self._replaced = self._connection.reconnects
-            for listener in self._listeners:
-                listener.bucket_replaced()
+        elif not mended:
+            return
+        for listener in self._listeners:
+            listener.bucket_replaced()
+
+    def _require_revisions(self, info: api.StreamInfo) -> None:
+        """Raise `StateUnavailable` if a record that is stored now could have a revision that was given before."""
+        if info.state.last_seq < self._lost_at:
+            raise StateUnavailable(
+                OPEN,
+                f"the bucket {self._name} was made anew and is only at revision {info.state.last_seq}, and records "
+                f"were lost at revision {self._lost_at}: delete it, and natsrt makes it; or make it with a first_seq "
+                "above that (docs/operations.md, Buckets)",
+            )
 
     async def last(self, key: str, *, direct: bool = False) -> api.RawStreamMsg | None:
         """The last message under ``key``; None if there is none.
@@ -169,7 +242,7 @@ class AgentBucket:
     def all_headers(self, pattern: str) -> AsyncGenerator[list[Msg], None]:
         """The last message of every key that matches ``pattern``, with its headers only, in pages."""
         js = self._connection.jetstream
-        return last_messages(js, self._stream, self._prefix + pattern, timeout=ANSWER_WITHIN, headers_only=True)
+        return last_messages(js, self._stream, self._prefix + pattern, timeout=self._answer_within, headers_only=True)
 
     async def count(self, pattern: str) -> int:
         """How many keys match ``pattern``, counted by the server.
@@ -177,12 +250,15 @@ class AgentBucket:
         Deleted keys count too, for as long as their tombstones stay.
         """
         question = orjson.dumps({"subjects_filter": self._prefix + pattern, "offset": _PAST_ALL_KEYS})
-        message = await self._connection.client.request(self.info_subject, question, timeout=ANSWER_WITHIN)
+        message = await self._connection.client.request(self.info_subject, question, timeout=self._answer_within)
         answer = orjson.loads(message.data)
         if "error" in answer:
             raise nats.js.errors.APIError.from_error(answer["error"])
         return int(answer.get("total", 0))
 
-    async def purge(self, pattern: str, before: int | None) -> None:
-        """Delete all messages under keys that match ``pattern``; with ``before`` only those of a lower sequence."""
-        await self._connection.jetstream.purge_stream(self._stream, seq=before, subject=self._prefix + pattern)
+    async def purge(self, pattern: str, before: int | None) -> int:
+        """Delete all messages under keys that match ``pattern``; with ``before`` only those of a lower sequence.
+
+        Returns the number of messages that were deleted. Needs no room, so it works where JetStream is full.
+        """
+        return await purge(self._connection.jetstream, self._stream, self._prefix + pattern, before)

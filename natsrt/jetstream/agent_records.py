@@ -10,6 +10,7 @@ Rules:
 4. Records are read from the leader of the stream, as a replica may lag behind. Parts never change, so they are read
    from any replica.
 5. A deleted record leaves a tombstone for a while: a claim that was delayed for long must not find the place empty.
+   Where JetStream is full, the record is purged first, which needs no room, and is fenced as a write is.
 6. A record that is gone without a tombstone, with its bucket or by an operator's hand, is *missing*. Its owner stores
    it again, unless somebody else claimed the agent meanwhile. Its new revision is higher than the one that was lost.
 """
@@ -18,20 +19,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from autogen_core import AgentId
 from nats.aio.msg import Msg
 
 from natsrt.background import BackgroundTasks
-from natsrt.errors import CannotDecode
+from natsrt.errors import CannotDecode, JetStreamFull
 from natsrt.jetstream.agent_bucket import AgentBucket, BucketListener
 from natsrt.jetstream.buckets import OPERATION, TTL, is_gone
-from natsrt.jetstream.record import RECORD, Record, Stored, checked, decode_record, encode_head, record_key, sha256
+from natsrt.jetstream.record import (
+    NOTHING_HANDLED,
+    RECORD,
+    Record,
+    Stored,
+    advanced,
+    checked,
+    decode_record,
+    encode_head,
+    latest,
+    record_key,
+    sha256,
+)
 from natsrt.jetstream.record_writes import Found, RecordChanged, RecordWrites, Refused
-from natsrt.jetstream.requests import READ
+from natsrt.jetstream.requests import READ, WRITE
 from natsrt.jetstream.state_parts import StateParts
+from natsrt.jetstream.usage import Usage
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects, encode_token
@@ -74,13 +88,31 @@ class AgentRecords:
         await self._bucket.open()
 
     async def look(self) -> None:
-        """Look for the bucket once, and make it if it is gone. Raises what nats-py raises."""
+        """Look for the bucket once, and make it if it is gone. Raises what nats-py raises, and `StateUnavailable`."""
         await self._bucket.look()
+
+    def only_read(self) -> None:
+        """Read what is stored even if the bucket cannot be used, so that it can be saved. Do not write afterwards."""
+        self._bucket.is_lenient = True
+
+    @property
+    def problem(self) -> str:
+        """Why the bucket cannot be used, as far as is known; empty if it can."""
+        return "" if self._bucket.problem is None else str(self._bucket.problem)
 
     @property
     def are_new(self) -> bool:
         """Whether the bucket was made since the last reconnect, in place of one that was gone."""
         return self._bucket.is_new
+
+    @property
+    def usage(self) -> Usage:
+        """What is used of the bucket's limits, as an owner of agents measures it from time to time."""
+        return self._bucket.usage
+
+    def full(self, now: float) -> JetStreamFull | None:
+        """The last refusal because of a limit, if it is less than a minute ago; ``now`` is the event loop's time."""
+        return self._bucket.requests.full(now)
 
     def add_listener(self, listener: BucketListener) -> None:
         self._bucket.add_listener(listener)
@@ -91,22 +123,24 @@ class AgentRecords:
         """Become the owner of an agent that has no record. Raises `RecordTaken` if it has one, even without owner."""
         return await self._create(agent, worker_id, None)
 
-    async def restore(self, lost: Record, owner: str | None, state: bytes | None) -> Record:
+    async def restore(
+        self, lost: Record, owner: str | None, state: bytes | None, handled: Mapping[str, int] = NOTHING_HANDLED
+    ) -> Record:
         """Store a record again that is missing, with this state; None for none. Returns the new record.
 
-        Raises `RecordTaken` if somebody claimed the agent meanwhile, and `RecordChanged` if natsrt deleted the record.
+        ``handled`` are the sequences of the events that were handled since ``lost``, and count in this state, too.
+        Raises `RecordTaken` if somebody claimed the agent meanwhile, `RecordChanged` if natsrt deleted the record, and
+        `StateUnavailable`, with nothing stored, if the bucket cannot take it.
         """
-        record = await self._create(lost.agent, owner, state, missing=True)
-        if record.revision > lost.revision:
-            return record
-        # A bucket that something else made: its revisions may be those of workers that still believe in the old one.
-        logger.error(
-            "the record of %s was lost at revision %d, and the bucket is only at revision %d now: stop the workers, "
-            "delete the bucket, and let natsrt make it",
-            lost.agent, lost.revision, record.revision,
-        )  # fmt: skip
-        await self._delete(record)
-        raise RecordChanged(None)
+        await self._bucket.confirm(lost.revision)
+        return await self._create(
+            lost.agent,
+            owner,
+            state,
+            missing=True,
+            superseded=lost.superseded,
+            handled=advanced(lost.handled, handled),
+        )
 
     async def take(self, record: Record, worker_id: str) -> Record:
         """Become the owner in place of the present owner, if any; the state stays. Raises `RecordChanged`."""
@@ -142,9 +176,22 @@ class AgentRecords:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def save(self, record: Record, state: bytes) -> Awaitable[Record]:
-        """Store the agent's state; the owner stays. Raises `RecordChanged`."""
-        return self._replace(record, record.owner, state)
+    def save(
+        self,
+        record: Record,
+        state: bytes,
+        counted: Sequence[str] = (),
+        handled: Mapping[str, int] = NOTHING_HANDLED,
+    ) -> Awaitable[Record]:
+        """Store the agent's state; the owner stays. Raises `RecordChanged`.
+
+        ``counted`` are the ids of lost copies of calls that count in this state, beside those in ``record``.
+        ``handled`` are the sequences of the events that count in it, beside those in ``record``: see
+        `natsrt.jetstream.record.advanced`. The oldest of both are dropped where a record has no room for all.
+        """
+        superseded = latest((*record.superseded, *counted)) if counted else record.superseded
+        sequences = advanced(record.handled, handled) if handled else record.handled
+        return self._replace(record, record.owner, state, superseded, sequences)
 
     async def state(self, record: Record) -> bytes | None:
         """The state; None if there is none.
@@ -166,13 +213,21 @@ class AgentRecords:
 
     # -- for operators -------------------------------------------------------------------------------------------
 
-    async def write_state(self, agent: AgentId, state: bytes | None, *, expected: Record | None) -> Record:
+    async def write_state(
+        self, agent: AgentId, state: bytes | None, *, expected: Record | None, handled: Mapping[str, int] | None = None
+    ) -> Record:
         """Store a state, or None for no state. The agent has no owner afterwards.
 
+        ``handled`` are the sequences of the last events that count in this state. None: those of the present record
+        stay, as the new state takes the place of the present one.
         ``expected`` is the present record; None if there is none. Raises `RecordChanged` or `RecordTaken` if that is
         wrong. An owner that is alive notices the change when it saves.
         """
-        return await (self._create(agent, None, state) if expected is None else self._replace(expected, None, state))
+        if handled is None:
+            handled = NOTHING_HANDLED if expected is None else expected.handled
+        if expected is None:
+            return await self._create(agent, None, state, handled=handled)
+        return await self._replace(expected, None, state, handled=handled)
 
     async def remove(self, record: Record) -> None:
         """Delete the record and its state. Raises `RecordChanged`."""
@@ -230,18 +285,44 @@ class AgentRecords:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    async def _create(self, agent: AgentId, owner: str | None, state: bytes | None, *, missing: bool = False) -> Record:
+    async def _create(
+        self,
+        agent: AgentId,
+        owner: str | None,
+        state: bytes | None,
+        *,
+        missing: bool = False,
+        superseded: Sequence[str] = (),
+        handled: Mapping[str, int] = NOTHING_HANDLED,
+    ) -> Record:
         try:
-            return await self._write(agent, owner, state, base=0, before=None, missing=missing)
+            return await self._write(
+                agent, owner, state, base=0, before=None, missing=missing, superseded=superseded, handled=handled
+            )
         except Refused as refused:
             found = refused.found
             if found is None or found.gone:
                 raise RecordChanged(None) from None
             raise RecordTaken(found.record) from None
 
-    async def _replace(self, record: Record, owner: str | None, state: bytes | None) -> Record:
+    async def _replace(
+        self,
+        record: Record,
+        owner: str | None,
+        state: bytes | None,
+        superseded: Sequence[str] = (),
+        handled: Mapping[str, int] = NOTHING_HANDLED,
+    ) -> Record:
         try:
-            return await self._write(record.agent, owner, state, base=record.revision, before=record.stored)
+            return await self._write(
+                record.agent,
+                owner,
+                state,
+                base=record.revision,
+                before=record.stored,
+                superseded=superseded,
+                handled=handled,
+            )
         except Refused as refused:
             raise refused.changed from None
 
@@ -254,6 +335,8 @@ class AgentRecords:
         base: int,
         before: Stored | None,
         missing: bool = False,
+        superseded: Sequence[str] = (),
+        handled: Mapping[str, int] = NOTHING_HANDLED,
     ) -> Record:
         """Store a record with a new state after the revision ``base``; 0 for none. ``before`` is the state there."""
         if not self._bucket.is_open:
@@ -263,13 +346,14 @@ class AgentRecords:
         if state is not None:
             parts = self._parts.count(agent, state)
             stored = Stored(len(state), sha256(state), time.time(), parts, write)
-            head = encode_head(agent, owner, write, stored)
+            head = encode_head(agent, owner, write, stored, superseded, handled)
             if parts:
                 oldest = await self._parts.write(agent, write, state)
             else:
                 body = state
         else:
-            head = encode_head(agent, owner, write, None)
+            handled = NOTHING_HANDLED
+            head = encode_head(agent, owner, write, None, superseded)
         leaves_parts = before is not None and before.parts > 0 or self._writes.is_unresolved(key)
         try:
             revision = await self._writes.put(key, write, base, {RECORD: head}, body, missing=missing)
@@ -281,29 +365,58 @@ class AgentRecords:
             self._cleaning.spawn(self._parts.clean(agent, ">", before=oldest or revision))
         # A copy: bytes that orjson returns keep its whole buffer, which may be larger, in memory.
         kept = bytes(memoryview(body)) if stored and not stored.parts and len(body) <= _KEPT_BYTES else None
-        return Record(agent, owner, revision, stored, write, kept)
+        return Record(agent, owner, revision, stored, write, kept, tuple(superseded), handled)
 
     async def _hand_over(self, record: Record, owner: str | None) -> Record:
         """Change the owner only."""
         await self.open()
         stored, write = record.stored, self._writes.new_name()
         body = await self._body(record) if stored is not None and not stored.parts else b""
-        head = encode_head(record.agent, owner, write, stored)
+        head = encode_head(record.agent, owner, write, stored, record.superseded, record.handled)
         try:
             revision = await self._writes.put(record_key(record.agent), write, record.revision, {RECORD: head}, body)
         except Refused as refused:
             raise refused.changed from None
-        return Record(record.agent, owner, revision, stored, write, body if stored and not stored.parts else None)
+        kept = body if stored and not stored.parts else None
+        return Record(record.agent, owner, revision, stored, write, kept, record.superseded, record.handled)
 
     async def _delete(self, record: Record) -> int:
         """Replace the record by a tombstone. Returns the tombstone's revision."""
         await self.open()
-        write = self._writes.new_name()
-        headers = {OPERATION: "DEL", TTL: _TOMBSTONE_TTL, RECORD: encode_head(record.agent, None, write, None)}
         try:
-            return await self._writes.put(record_key(record.agent), write, record.revision, headers, b"")
+            try:
+                return await self._put_tombstone(record, base=record.revision)
+            except JetStreamFull:
+                return await self._purge(record)
         except Refused as refused:
             raise refused.changed from None
+
+    async def _put_tombstone(self, record: Record, *, base: int) -> int:
+        write = self._writes.new_name()
+        headers = {OPERATION: "DEL", TTL: _TOMBSTONE_TTL, RECORD: encode_head(record.agent, None, write, None)}
+        return await self._writes.put(record_key(record.agent), write, base, headers, b"")
+
+    async def _purge(self, record: Record) -> int:
+        """Delete the record where there is no room for a tombstone: purge it, and store the tombstone in its room.
+
+        A purge has no expected revision, but it leaves what is newer than a sequence. So it deletes this revision or
+        nothing. Returns the tombstone's revision; the record's if there is still no room.
+        """
+        key = record_key(record.agent)
+        purge = partial(self._bucket.purge, key, record.revision + 1)
+        purged = await self._bucket.requests.run(WRITE, purge, subject=self._bucket.purge_subject)
+        if not purged and (found := await self._writes.find(key)) is not None and not found.gone:
+            raise Refused(found)
+        await self._parts.clean(record.agent, ">", before=record.revision)
+        try:
+            return await self._put_tombstone(record, base=0)
+        except JetStreamFull as full:
+            logger.warning(
+                "the record of %s is deleted, but there is no room for the mark of that: a worker that has the agent "
+                "will store the record again: %s",
+                record.agent, full,
+            )  # fmt: skip
+            return record.revision
 
     # -- reading -------------------------------------------------------------------------------------------------
 

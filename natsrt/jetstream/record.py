@@ -16,13 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import marshal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Annotated, Any, Final
 
 import orjson
 from autogen_core import AgentId
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from natsrt.errors import CannotDecode, CannotSerialize
 from natsrt.wire.exactness import value_of_type
@@ -32,9 +33,17 @@ from natsrt.wire.subjects import encode_token
 RECORD: Final = "Natsrt-Record"
 """The header that holds a record's head."""
 MAX_HEAD_BYTES: Final = 32 * 1024
-"""The longest head. JetStream stores headers of 64 KB in all."""
+"""The longest head, without the ids in it. JetStream stores headers of 64 KB in all."""
+SUPERSEDED_BYTES: Final = 8 * 1024
+"""How much room the ids of lost copies take at most in a head, in bytes."""
+HANDLED_BYTES: Final = 4 * 1024
+"""How much room the handled sequences of streams take at most in a head, in bytes: those of about 80 streams."""
+_SUPERSEDED_AT_MOST = 32
+"""How many lost copies of calls a record names. With ids as natsrt makes them, they take about 2 kB."""
 OTHER_HEADER_BYTES: Final = 256
 """Room for the other headers of a record, in bytes."""
+NOTHING_HANDLED: Final[Mapping[str, int]] = MappingProxyType({})
+"""The handled sequences of an agent that has handled no event of a stream."""
 _NO_DICT: Final = "save_state must return a dict, but returned"
 _LONGEST_PATH: Final = 300
 """How many characters of a path an error shows."""
@@ -70,6 +79,11 @@ class Record:
     """The name of the write that stored this revision."""
     body: bytes | None = field(default=None, repr=False, compare=False)
     """The state, if it is in the record and was read with it; else None."""
+    superseded: tuple[str, ...] = ()
+    """The ids of lost copies of calls that count in the state, by copies that were sent again. They are not handled."""
+    handled: Mapping[str, int] = field(default_factory=lambda: NOTHING_HANDLED, hash=False)
+    """By the id of a stream: the sequence of its last event that counts in the state. The one that advanced last is the
+    last one. Events up to it are not handled. Without a state there are none."""
 
     @property
     def has_state(self) -> bool:
@@ -101,6 +115,8 @@ class _Head:
     owner: str | None
     write: str
     state: Stored | None = None
+    superseded: tuple[str, ...] = ()
+    handled: dict[str, Annotated[int, Field(strict=True, gt=0, lt=2**63)]] = field(default_factory=dict)
 
 
 _HEAD: TypeAdapter[_Head] = TypeAdapter(_Head)
@@ -116,15 +132,51 @@ def parts_key(agent: AgentId, write: str) -> str:
     return f"c.{encode_token(agent.type)}.{encode_token(agent.key)}.{write}"
 
 
-def encode_head(agent: AgentId, owner: str | None, write: str, stored: Stored | None) -> str:
+def encode_head(
+    agent: AgentId,
+    owner: str | None,
+    write: str,
+    stored: Stored | None,
+    superseded: Sequence[str] = (),
+    handled: Mapping[str, int] = NOTHING_HANDLED,
+) -> str:
     """The head of a record, in ASCII. Raises `CannotSerialize` if the agent's type and key are too long."""
-    head = {"type": agent.type, "key": agent.key, "owner": owner, "write": write, "state": stored}
+    head: dict[str, Any] = {"type": agent.type, "key": agent.key, "owner": owner, "write": write, "state": stored}
+    if superseded:
+        head["superseded"] = superseded
+    if handled:
+        head["handled"] = handled
     text = orjson.dumps(head).decode()
     if not text.isascii():
         text = json.dumps(orjson.loads(text), separators=(",", ":"))
-    if len(text) > MAX_HEAD_BYTES:
+    if len(text) - _room_of(superseded) - _room_of(handled) > MAX_HEAD_BYTES:
         raise CannotSerialize("AgentId", f"a keyed agent's type and key may take {MAX_HEAD_BYTES:,} bytes")
     return text
+
+
+def latest(superseded: Sequence[str]) -> tuple[str, ...]:
+    """Of the ids of lost copies, those that a record has room for: the last ones."""
+    latest = superseded[-_SUPERSEDED_AT_MOST:]
+    while _room_of(latest) > SUPERSEDED_BYTES:
+        latest = latest[1:]
+    return tuple(latest)
+
+
+def advanced(handled: Mapping[str, int], by: Mapping[str, int]) -> dict[str, int]:
+    """The handled sequences after those in ``by``. Where there is no room for all streams, the first are left out.
+
+    A sequence never goes back.
+    """
+    result = {stream: sequence for stream, sequence in handled.items() if sequence >= by.get(stream, 0)}
+    result |= {stream: sequence for stream, sequence in by.items() if stream not in result}
+    while _room_of(result) > HANDLED_BYTES:
+        del result[next(iter(result))]
+    return result
+
+
+def _room_of(member: Sequence[str] | Mapping[str, int]) -> int:
+    """Bytes that these ids or sequences take in a head."""
+    return len(json.dumps(member)) if member else 0
 
 
 def decode_record(key: str, headers: Mapping[str, str] | None, body: bytes | None, revision: int) -> Record:
@@ -145,7 +197,16 @@ def decode_record(key: str, headers: Mapping[str, str] | None, body: bytes | Non
     if belongs != key:
         raise CannotDecode(what, f"its names belong under {belongs!r}", text.encode())
     inside = head.state is not None and not head.state.parts
-    return Record(agent, head.owner, revision, head.state, head.write, body if inside else None)
+    return Record(
+        agent,
+        head.owner,
+        revision,
+        head.state,
+        head.write,
+        body if inside else None,
+        head.superseded,
+        head.handled if head.state is not None else NOTHING_HANDLED,
+    )
 
 
 def write_of(headers: Mapping[str, str] | None) -> str | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import Final
+from typing import Final, cast
 
 import nats.errors
 from autogen_core import AgentId
 
-from natsrt.errors import NatsrtError
+from natsrt.errors import JetStreamFull, NatsrtError
 from natsrt.jetstream.agent_bucket import ANSWER_WITHIN, AgentBucket
 from natsrt.jetstream.buckets import is_gone
-from natsrt.jetstream.record import OTHER_HEADER_BYTES, Stored, parts_key
+from natsrt.jetstream.record import OTHER_HEADER_BYTES, SUPERSEDED_BYTES, Stored, parts_key
 from natsrt.jetstream.requests import READ, WRITE
 from natsrt.transport.connection import Connection
 
@@ -37,7 +37,7 @@ class StateParts:
     def count(self, agent: AgentId, state: bytes) -> int:
         """The number of parts that a state is stored in; 0: it is stored in the record."""
         names = 12 * (len(agent.type) + len(agent.key))  # one character takes at most 12 bytes of JSON in ASCII
-        room = self._connection.max_payload - names - 2 * OTHER_HEADER_BYTES
+        room = self._connection.max_payload - names - 2 * OTHER_HEADER_BYTES - SUPERSEDED_BYTES
         return 0 if len(state) <= min(MAX_BODY_BYTES, room) else math.ceil(len(state) / self._size)
 
     @property
@@ -45,7 +45,10 @@ class StateParts:
         return min(_PART_BYTES, self._connection.max_payload)
 
     async def write(self, agent: AgentId, write: str, state: bytes) -> int:
-        """Store a state in parts, for the write named ``write``. Returns the lowest sequence of the parts."""
+        """Store a state in parts, for the write named ``write``. Returns the lowest sequence of the parts.
+
+        Where JetStream is full, it deletes again what it stored, so that this takes no room.
+        """
         key, size = parts_key(agent, write), self._size
         subject = self._bucket.subject(key)
         sequences: list[int] = []
@@ -54,9 +57,17 @@ class StateParts:
 
             async def store(pieces: range = pieces) -> list[int]:
                 writes = (self._bucket.publish(f"{subject}.{at // size}", state[at : at + size]) for at in pieces)
-                return list(await asyncio.gather(*writes))
+                stored = await asyncio.gather(*writes, return_exceptions=True)  # none is on its way afterwards
+                for failed in stored:
+                    if isinstance(failed, BaseException):
+                        raise failed
+                return cast(list[int], stored)
 
-            sequences += await self._bucket.requests.run(WRITE, store, subject=subject, within=ANSWER_WITHIN)
+            try:
+                sequences += await self._bucket.requests.run(WRITE, store, subject=subject, within=ANSWER_WITHIN)
+            except JetStreamFull:
+                await self.clean(agent, f"{write}.>")
+                raise
         return min(sequences)
 
     async def read(self, agent: AgentId, stored: Stored) -> bytes | None:

@@ -3,7 +3,8 @@
 Rules:
 
 1. An owner that does not answer is replaced when the registry no longer lists it, or when the server says that it does
-   not listen and that this cannot be a reconnect that all workers go through.
+   not listen and that this cannot be a reconnect that all workers go through. Nothing follows from a missing answer
+   alone, because the owner may be far away.
 2. An agent whose record is missing belongs to the worker that has it, which stores the record again. Another worker
    claims the agent only if nobody listens on the agent's subject.
 3. A worker that cannot own an agent has another worker own it: because the server allows no more subscriptions, or
@@ -15,17 +16,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Collection
 
 from autogen_core import AgentId
 
-from natsrt.errors import NatsrtError, SubscriptionRefused, WorkerLost
+from natsrt.background import end_tasks
+from natsrt.errors import (
+    JetStreamRequired,
+    NatsrtError,
+    ServerUnreachable,
+    StateUnavailable,
+    SubscriptionRefused,
+    WorkerLost,
+)
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.keyed.instances import Instances
 from natsrt.keyed.releasing import Releasing
 from natsrt.keyed.room import Room
-from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, Doubts
+from natsrt.keyed.slots import AgentSlot, AgentSlots, AgentSubjects, Doubts, FailedClaim
 from natsrt.keyed.unmade import UnmadeAgents
 from natsrt.options import Options
 from natsrt.sending.owner_locator import OwnerLocator
@@ -38,7 +46,8 @@ logger: logging.Logger = logging.getLogger("natsrt.hosting")
 _MOVES_WITHIN = 4.0
 """Seconds beyond `Options.lost_after` for which the end of another worker's claim or release is waited for."""
 _ASK = 0.5
-"""Seconds within which the owner that a record names must answer. docs/PROTOCOL.md fixes this time."""
+"""Seconds for which an owner is waited for that the registry does not list, and for which the holder of an agent
+without a record is waited for at first; both beside the round trip to the server."""
 _PAUSE = 0.02
 """Seconds before the record of an agent that another worker claims or releases is read again; doubled each time."""
 _LONGEST_PAUSE = 0.25
@@ -105,8 +114,20 @@ class Claiming:
         return await self._own_here(slot)
 
     async def _own_here(self, slot: AgentSlot) -> str | None:
+        """Own the agent. Who waits while another attempt fails because of JetStream gets its error, and does not wait
+        for one more: a caller that hears nothing for a while asks again, and all its questions are answered at once.
+        """
+        begun = self._loop.time()
         async with slot.moving:
-            return None if slot.record is not None else await self._claim(slot)
+            if slot.record is not None:
+                return None
+            if (failed := slot.unclaimed) is not None and failed.at >= begun:
+                raise failed.error
+            try:
+                return await self._claim(slot)
+            except (StateUnavailable, JetStreamRequired, ServerUnreachable) as error:
+                slot.unclaimed = FailedClaim(error, self._loop.time())
+                raise
 
     def others_host(self, agent_type: str) -> bool:
         """Whether another worker hosts the type, and is not stopping."""
@@ -183,7 +204,7 @@ class Claiming:
 
         Raises `WorkerLost` if the owner does not answer, and is not known to be gone either.
         """
-        until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN
+        until = self._loop.time() + self._options.lost_after + _MOVES_WITHIN + self._connection.rtt.allowance
         pause = _PAUSE
         present = None if self._room.refusal is None else await self._records.read(slot.agent_id)
         while True:
@@ -197,7 +218,7 @@ class Claiming:
                 if owner is None or owner == self._worker_id:
                     self._require_room(slot.agent_id)
                     return await self._records.take(present, self._worker_id)
-                claim = await self._ask_owner(owner, slot.agent_id, slot.blocked_handlers)
+                claim = await self._ask_owner(owner, slot, until)
                 if claim is Claim.HOLDS:
                     return owner
                 if claim is Claim.FREE:
@@ -214,7 +235,11 @@ class Claiming:
                 present = await self._records.read(slot.agent_id)
 
     def _require_room(self, agent_id: AgentId) -> None:
-        """Raise `CannotOwn` if the server allows no more subscriptions."""
+        """Raise `CannotOwn` if the server allows no more subscriptions, and `StateUnavailable` if another registry has
+        the agent's owner perhaps.
+        """
+        if conflict := self._registry.conflict:
+            raise StateUnavailable("claim", conflict)
         if (refusal := self._room.refusal) is not None:
             if isinstance(refusal, SubscriptionRefused):
                 refusal = SubscriptionRefused(self._locator.subject_of(agent_id), refusal.reason)
@@ -226,12 +251,14 @@ class Claiming:
         Raises `RecordTaken` if there is a record.
         """
         await self._records.open()
+        within = _ASK
         while self._loop.time() < until:
             if await self._locator.is_listened_for(slot.agent_id):
                 present = await self._records.read(slot.agent_id)
                 if present is not None:
                     raise RecordTaken(present)
-                holder = await self._locator.ask_holder(slot.agent_id, _ASK)
+                holder = await self._locator.ask_holder(slot.agent_id, within)
+                within *= 2
                 if holder is not None:
                     return holder
             elif self._connection.settled or not self._records.are_new:
@@ -239,11 +266,28 @@ class Claiming:
             await asyncio.sleep(_LONGEST_PAUSE)  # it is blocked, reconnecting, or about to end its subscription
         return None
 
-    async def _ask_owner(self, owner: str, agent_id: AgentId, chain: Collection[str]) -> Claim:
-        """Ask the owner for its claim on the agent: ``FREE`` if it is gone, ``MOVING`` while that is not certain."""
-        claim = await self._peers.claim(owner, agent_id, chain, _ASK)
-        if claim is not None:
-            return claim
+    async def _ask_owner(self, owner: str, slot: AgentSlot, until: float) -> Claim:
+        """Ask the owner for its claim on the agent: ``FREE`` if it is gone, ``MOVING`` while that is not certain.
+
+        Waits until the owner answers, is gone, is not listed by the registry any more, or has not answered at
+        ``until``.
+        """
+        asking = asyncio.ensure_future(
+            self._peers.claim(
+                self._registry.peer_subject(owner),
+                slot.agent_id,
+                slot.blocked_handlers,
+                max(_ASK, until - self._loop.time()),
+            )
+        )
+        try:
+            await asyncio.wait({asking}, timeout=_ASK + self._connection.rtt.allowance)
+            while not asking.done() and self._registry.lists(owner):
+                await asyncio.wait({asking}, timeout=_LONGEST_PAUSE)
+            if asking.done() and (claim := asking.result()) is not None:
+                return claim
+        finally:
+            await end_tasks(asking)
         if not self._registry.lists(owner):
             await self._registry.catch_up()
             if not self._registry.lists(owner):

@@ -173,7 +173,7 @@ class Deadlocks:
         A worker that does not answer is taken to have none. If it has one, a later round finds it.
         """
         asking = (
-            self._peers.links(worker_id, calls)
+            self._peers.links(self._registry.peer_subject(worker_id), calls)
             for worker_id in self._registry.view.workers
             if worker_id != self._worker_id
         )
@@ -229,7 +229,9 @@ def _find_cycle(links: Iterable[WaitLink]) -> Cycle:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         calls: list[str] = error.args[1]  # each is awaited by the next one; the first is repeated at the end
-        return tuple(by_ends[calls[at], calls[at - 1]] for at in range(len(calls) - 1, 0, -1))
+        cycle = tuple(by_ends[calls[at], calls[at - 1]] for at in range(len(calls) - 1, 0, -1))
+        first = cycle.index(min(cycle))  # so that two rounds compare equal, whatever else waits
+        return cycle[first:] + cycle[:first]
     return ()
 
 

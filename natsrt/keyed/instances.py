@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
 import orjson
@@ -14,7 +14,7 @@ from natsrt.agents.catalog import Catalog
 from natsrt.agents.contained import contained
 from natsrt.errors import NatsrtError, StateConflict, StateNotSaved
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
-from natsrt.jetstream.record import encode_state
+from natsrt.jetstream.record import NOTHING_HANDLED, encode_state
 from natsrt.keyed.slots import AgentSlot, keeps_state
 from natsrt.keyed.unmade import NotMade
 from natsrt.observe.metrics import Counters
@@ -86,7 +86,10 @@ class Instances:
         return StateConflict(str(slot.agent_id), self._worker_id)
 
     async def store(self, slot: AgentSlot) -> None:
-        """Store the state if it changed.
+        """Store the state if it changed, or if events of a stream were handled.
+
+        The sequences of these events are stored in the same write. They are taken before ``save_state`` is called, so
+        the state has the effect of each.
 
         Raises `StateConflict`, `StateNotSaved`, `CannotSerialize`, and what the agent raises.
         """
@@ -95,31 +98,39 @@ class Instances:
             return
         slot.save_begins()
         try:
-            record, state = slot.record, encode_state(await contained(agent.save_state()))
+            record, applied = slot.record, slot.applied
+            state = encode_state(await contained(agent.save_state()))
             if slot.record is not record or slot.is_saving:  # another write may come first, with a later state
                 async with slot.saving:
                     if slot.agent is not agent:
                         raise self.dropped(slot)
-                    await self._save(slot, agent, encode_state(await contained(agent.save_state())))
-            elif record is None or not record.holds(state):
+                    applied = slot.applied
+                    await self._save(slot, agent, encode_state(await contained(agent.save_state())), applied)
+            elif record is None or applied or not record.holds(state):
                 async with slot.saving:
-                    await self._save(slot, agent, state)
+                    await self._save(slot, agent, state, applied)
         except BaseException:
             slot.save_failed()
             raise
 
-    async def _save(self, slot: AgentSlot, agent: Agent, state: bytes) -> None:
+    async def _save(self, slot: AgentSlot, agent: Agent, state: bytes, applied: Mapping[str, int]) -> None:
         record = slot.record
         if record is None or slot.agent is not agent:
             raise self.dropped(slot)
-        if record.holds(state):
+        if not applied and record.holds(state):
             return
         try:
-            slot.saved(await self._records.save(record, state), self._loop.time())
-        except RecordChanged as changed:
-            if changed.present is not None or not await self._store_again(slot, record, self._worker_id, state):
-                await self.drop_lost(slot, changed.present)
-                raise self.dropped(slot) from None
+            try:
+                saved = await self._records.save(record, state, slot.counted, applied)
+                slot.saved(saved, self._loop.time(), applied)
+            except RecordChanged as changed:
+                if changed.present is not None or not await self._store_again(
+                    slot, record, self._worker_id, state, applied
+                ):
+                    await self.drop_lost(slot, changed.present)
+                    raise self.dropped(slot) from None
+        except StateConflict:
+            raise
         except NatsrtError as error:
             raise StateNotSaved(str(slot.agent_id), self._worker_id, str(error)) from error
 
@@ -134,7 +145,10 @@ class Instances:
         Raises the errors of the records, and what the agent raises.
         """
         lost = slot.record
-        return lost is not None and await self._store_again(slot, lost, owner, await self._stored_state(slot, lost))
+        if lost is None:
+            return False
+        state, applied = await self._stored_state(slot, lost)
+        return await self._store_again(slot, lost, owner, state, applied)
 
     async def present(self, slot: AgentSlot, own: Record) -> Record:
         """The record of an agent that is owned here, stored again if it was missing. Raises `RecordChanged`."""
@@ -145,22 +159,25 @@ class Instances:
             raise RecordChanged(found)
         return own
 
-    async def _stored_state(self, slot: AgentSlot, lost: Record) -> bytes | None:
+    async def _stored_state(self, slot: AgentSlot, lost: Record) -> tuple[bytes | None, Mapping[str, int]]:
         """The state that was in a missing record; None if there was none, or if it is stored later.
+
+        Also returns the sequences of the events that count in it beside those in the record.
 
         A large state is not kept in memory, so the present state of the agent takes its place. If a handler is changing
         that, it is stored after the handler.
         """
         if lost.stored is None or lost.body is not None:
-            return lost.body
+            return lost.body, NOTHING_HANDLED
         agent = slot.agent
         if agent is None or not slot.keeps_state:
             logger.error("the state of %s is lost: %d bytes, which were stored only", slot.agent_id, lost.size)
-            return None
+            return None, NOTHING_HANDLED
         if slot.options.save == "message" and slot.mailbox.inside:
-            return None
+            return None, NOTHING_HANDLED
         try:
-            return encode_state(await contained(agent.save_state()))
+            applied = slot.applied
+            return encode_state(await contained(agent.save_state())), applied
         except Exception as error:
             known = isinstance(error, NatsrtError)
             logger.error(
@@ -169,14 +186,18 @@ class Instances:
                 error,
                 exc_info=None if known else error,
             )
-            return None
+            return None, NOTHING_HANDLED
 
-    async def _store_again(self, slot: AgentSlot, lost: Record, owner: str | None, state: bytes | None) -> bool:
+    async def _store_again(
+        self, slot: AgentSlot, lost: Record, owner: str | None, state: bytes | None, applied: Mapping[str, int]
+    ) -> bool:
         try:
-            record = await self._records.restore(lost, owner, state)
+            record = await self._records.restore(lost, owner, state, applied)
         except (RecordTaken, RecordChanged):
             return False
-        slot.saved(record, self._loop.time())
+        slot.saved(record, self._loop.time(), applied)
+        if state is None and slot.agent is not None:
+            slot.still_applied(lost)
         if not self._restored:
             self._loop.call_later(_LOG_AFTER, self._log_restored)
         self._restored.append(f"{slot.agent_id} at revision {record.revision}")

@@ -192,7 +192,7 @@ class Ownership(RegistryListener):
         """Look for the bucket from time to time: an agent whose state does not change writes nothing to it."""
         while True:
             await asyncio.sleep(_LOOK_EVERY)
-            if not self._connection.connected or not self.owns_some:
+            if not self._connection.connected or not (self.owns_some or self._records.problem):
                 continue
             try:
                 await self._records.look()

@@ -199,7 +199,7 @@ class Releasing:
                 yield self.release(slot)
             elif options.rebalance and slot.owned_since < joined and can_move(slot, now):
                 yield self.release(slot)  # the worker that gets its next message claims it
-            elif options.save == "interval" and slot.changed and now - slot.saved_at >= options.save_interval:
+            elif options.save == "interval" and slot.is_due(now) and not slot.is_applying:
                 yield self._store_in_background(slot)
 
     async def _store_in_background(self, slot: AgentSlot) -> None:

@@ -7,17 +7,18 @@ to the ownership, to the instance, to the release.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from autogen_core import Agent, AgentId, BaseAgent
 
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.hosted_type import HostedType
-from natsrt.jetstream.agent_records import Record
+from natsrt.jetstream.record import NOTHING_HANDLED, Record, advanced, latest
 from natsrt.keyed.mailbox import Mailbox
 from natsrt.keyed_types import KeyedOptions
 from natsrt.transport.connection import Interest
+from natsrt.wire.stored_events import StoredEvent
 
 _LEASE = 10.0
 """Seconds after a message for which its sender may assume that the owner is still the same, if the type's
@@ -43,17 +44,27 @@ class Doubts:
         """Number of times that there was such a reason."""
 
 
+class FailedClaim(NamedTuple):
+    """An attempt to own an agent that failed with ``error``, ``at`` the event loop's time."""
+
+    error: Exception
+    at: float
+
+
 class AgentSlot:
     """What this worker keeps for one keyed agent that it owns, or is finding out about."""
 
     __slots__ = (
+        "_applying",
         "_moving",
         "_saving",
         "agent",
         "agent_id",
+        "applied",
         "chains",
         "changed",
         "closing",
+        "counted",
         "hosted",
         "interest",
         "keeps_state",
@@ -65,6 +76,7 @@ class AgentSlot:
         "record",
         "releasing",
         "saved_at",
+        "unclaimed",
         "use_changed",
         "used_at",
         "users",
@@ -81,6 +93,7 @@ class AgentSlot:
         self.mailbox: Mailbox = Mailbox()
         self._moving: asyncio.Lock | None = None
         self._saving: asyncio.Lock | None = None
+        self._applying: asyncio.Lock | None = None
         # use
         self.users: int = 0
         """Messages that wait or are handled."""
@@ -99,6 +112,8 @@ class AgentSlot:
         """Value of `Doubts.epoch` when the record was last verified; a different value means: verify again."""
         self.owned_since: float = now
         """The event loop's time of the last claim."""
+        self.unclaimed: FailedClaim | None = None
+        """The last attempt to own the agent that failed because of JetStream; None if there was none."""
         # instance
         self.agent: Agent | None = None
         """The instance, with its state loaded; None while there is none that may get messages."""
@@ -106,6 +121,11 @@ class AgentSlot:
         """Whether the instance has a state to be stored."""
         self.changed: bool = False
         """Whether messages were handled since the last save."""
+        self.counted: tuple[str, ...] = ()
+        """The ids of lost copies of calls that were handled since the last save."""
+        self.applied: Mapping[str, int] = NOTHING_HANDLED
+        """By the id of a stream: the sequence of its last event that was handled since the last save. It is replaced,
+        never changed."""
         self.saved_at: float = now
         """The event loop's time when the instance was made, or its state was last stored."""
         # release
@@ -205,9 +225,37 @@ class AgentSlot:
         """The instance is live, with the state that is stored."""
         self.agent, self.keeps_state, self.saved_at = agent, keeps_state(agent), now
 
-    def handled(self) -> None:
-        """The instance has handled a message, which may have changed its state."""
+    def handled(self, supersedes: Sequence[str] = ()) -> None:
+        """The instance has handled a message, which may have changed its state.
+
+        ``supersedes`` are the ids of its lost copies, which are not handled any more.
+        """
         self.changed = True
+        if supersedes:
+            self.counted = latest((*self.counted, *supersedes))  # no record names more
+
+    def has_applied(self, event: StoredEvent) -> bool:
+        """Whether the instance's state contains the effect of this event, or of a later one of its stream."""
+        stored = 0 if self.record is None else self.record.handled.get(event.stream, 0)
+        return event.sequence <= max(stored, self.applied.get(event.stream, 0))
+
+    def apply(self, event: StoredEvent) -> None:
+        """The instance has handled this event. The sequence is stored with the next save."""
+        self.applied = advanced(self.applied, {event.stream: event.sequence})
+
+    def still_applied(self, lost: Record) -> None:
+        """The record ``lost`` was stored again without its state, which the instance has, and which is stored later."""
+        self.applied = advanced(lost.handled, self.applied)
+
+    def is_due(self, now: float) -> bool:
+        """Whether the state must be stored at the end of a message, or by the housekeeping."""
+        if not self.keeps_state or self.options.save != "interval":
+            return self.keeps_state and self.options.save == "message"
+        return self.changed and now - self.saved_at >= self.options.save_interval
+
+    def counts(self, call_id: str) -> bool:
+        """Whether the state contains the effect of another copy of this call."""
+        return call_id in self.counted or (self.record is not None and call_id in self.record.superseded)
 
     def save_begins(self) -> None:
         """The state is about to be stored. A message that is handled from now on changes it again."""
@@ -217,13 +265,17 @@ class AgentSlot:
         """The state was not stored, and must be stored later if the instance is still live."""
         self.changed = self.agent is not None
 
-    def saved(self, record: Record, now: float) -> None:
-        """The state was stored, in this record."""
+    def saved(self, record: Record, now: float, applied: Mapping[str, int] = NOTHING_HANDLED) -> None:
+        """The state was stored, in this record, with these of the events that were handled since the last save."""
         self.record, self.saved_at = record, now
+        if applied:
+            left = {stream: last for stream, last in self.applied.items() if last > applied.get(stream, 0)}
+            self.applied = left or NOTHING_HANDLED
+        self.counted = tuple(call for call in self.counted if call not in record.superseded)
 
     def remove_instance(self) -> Agent | None:
         """Take the instance out, so that it gets no more messages. Returns it; None if there is none."""
-        self.agent, self.changed = None, False
+        self.agent, self.changed, self.counted, self.applied = None, False, (), NOTHING_HANDLED
         return self.hosted.live.pop(self.key, None)
 
     # -- release -------------------------------------------------------------------------------------------------
@@ -278,6 +330,17 @@ class AgentSlot:
     @property
     def is_saving(self) -> bool:
         return self._saving is not None and self._saving.locked()
+
+    @property
+    def applying(self) -> asyncio.Lock:
+        """Locked while a handler handles an event of a stream."""
+        if self._applying is None:
+            self._applying = asyncio.Lock()
+        return self._applying
+
+    @property
+    def is_applying(self) -> bool:
+        return self._applying is not None and self._applying.locked()
 
 
 class AgentSlots:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from autogen_core import Agent
 from nats.nuid import NUID
 
 from natsrt.agents.chain import Chain, Handler, current_chain, current_handler
@@ -23,7 +24,8 @@ from natsrt.agents.inbound import Inbound
 from natsrt.keyed.deadlocks import Deadlocks
 from natsrt.keyed.instances import Instances
 from natsrt.keyed.ownership import Ownership
-from natsrt.keyed.slots import AgentSlots
+from natsrt.keyed.slots import AgentSlot, AgentSlots
+from natsrt.wire.stored_events import StoredEvent
 
 T = TypeVar("T")
 
@@ -83,21 +85,27 @@ class Turns:
                 agent = slot.agent
                 if agent is None or slot.closing or not self._ownership.is_verified(slot):
                     agent = await self._ownership.activate(slot, chain, claim)
+                call = None if inbound is None else inbound.call
+                if call is not None and inbound is not None and slot.counts(call.call_id):
+                    raise inbound.unwanted()
                 if slot.options.concurrency == "concurrent":
                     slot.mailbox.let_others_in(handler)
+                event = None if inbound is None else inbound.event
                 outer_chain = current_chain.set((*chain, handler.handler_id))
                 outer_handler = current_handler.set(handler)
                 try:
-                    return await serve()
+                    return await (serve() if event is None else self._apply(event, slot, agent, serve))
                 finally:
                     current_handler.reset(outer_handler)
                     current_chain.reset(outer_chain)
-                    slot.handled()
+                    slot.handled(() if call is None else call.supersedes)
                     if not self._ownership.is_verified(slot):
                         await self._ownership.verify(slot)
                     if slot.agent is not agent:
                         raise self._instances.dropped(slot)
-                    if slot.keeps_state and slot.options.save == "message":
+                    if slot.keeps_state and (
+                        slot.options.save == "message" or (event is not None and slot.is_due(self._loop.time()))
+                    ):
                         await self._instances.store(slot)
             finally:
                 slot.mailbox.exit(handler)
@@ -105,3 +113,20 @@ class Turns:
             slot.exit(chain, self._loop.time())
             if slot.record is None:
                 self._slots.forget_unused(slot)
+
+    async def _apply(
+        self, event: StoredEvent, slot: AgentSlot, agent: Agent, serve: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """Handle an event of a stream, unless the agent's state has its effect already. Returns None then.
+
+        One event at a time, also in an agent with concurrent handlers: a second copy waits until it is known whether
+        the first one was handled. If the ownership ended meanwhile, the slot may have another instance by now, which
+        knows nothing of this event.
+        """
+        async with slot.applying:
+            if slot.has_applied(event):
+                return None
+            answer = await serve()
+            if slot.agent is agent:
+                slot.apply(event)
+            return answer

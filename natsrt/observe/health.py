@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+
+class Counts(TypedDict, total=False):
+    """What a runtime has counted since its start. The names are those of `Health`."""
+
+    reconnects: int
+    messages_handled: int
+    messages_failed: int
+    dropped_events: int
+    undelivered_events: int
+    undecodable: int
+    unknown_payloads: int
+    refused_replies: int
+    state_conflicts: int
+    redelivered: int
+    dead_letters: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
     """The health of a runtime at one moment: the result of `NatsAgentRuntime.health`.
 
-    Counts are since the start of the runtime, unless noted.
+    Counts are since the last start of the runtime, unless noted; a stopped runtime has those of its last run.
     """
 
     live: bool
@@ -34,11 +51,16 @@ class Health:
     """How often the connection was lost and restored. A growing count means a bad network or too slow a program."""
     server_error: str | None = None
     """The last error that the server sent, as its text; None if it sent none since the runtime was last connected."""
+    jetstream_full: str | None = None
+    """The text of the last `JetStreamFull` within a minute; None if JetStream refused nothing because of a limit."""
+    jetstream_usage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """What is used of each limit of the account and of natsrt's buckets, and the limit. Measured by workers only."""
     in_step: bool = False
     """True if the view of the registry is complete and everything that this runtime hosts is stored there."""
     workers: int = 0
     """Number of live workers in the registry, including this one."""
-
+    foreign_registry: str | None = None
+    """When another registry of the namespace was made, and its domain; None if none was heard of lately."""
     agents: Mapping[str, int] = field(default_factory=dict)
     """The agent types that it hosts, and how many live agents each has here."""
     messages_handled: int = 0
@@ -66,6 +88,12 @@ class Health:
     """Calls whose reply subject is not allowed: see ``docs/permissions.md``."""
     state_conflicts: int = 0
     """Instances of keyed agents that were dropped because their stored records were changed elsewhere."""
+    redelivered: int = 0
+    """Deliveries of events of durable topics to this runtime that were not the first ones of their events."""
+    dead_letters: int = 0
+    """Events of durable topics that this runtime has made dead letters: see ``docs/durable.md``."""
+    dead_letters_kept: int | None = None
+    """Dead letters of the whole namespace, counted every 30 s; None if this runtime handles no durable topics."""
 
     calls_pending: int = 0
     """Calls that were sent from here and have not completed."""
@@ -73,6 +101,9 @@ class Health:
     """Calls and events from here that have not completed, including those that wait for the connection."""
 
     @classmethod
-    def stopped(cls, reason: str) -> Health:
-        """Return the health of a runtime that is not started. ``reason`` says why."""
-        return cls(live=False, ready=False, reasons=(reason,))
+    def stopped(cls, reason: str, counts: Counts) -> Health:
+        """Return the health of a runtime that is not started.
+
+        ``reason`` says why, and ``counts`` are those of its last run; empty if there was none.
+        """
+        return cls(live=False, ready=False, reasons=(reason,), **counts)

@@ -63,6 +63,10 @@ class Counters:
     """Calls whose reply subject is not allowed."""
     state_conflicts: int = 0
     """Instances of keyed agents that were dropped because their records were changed elsewhere."""
+    redelivered: int = 0
+    """Deliveries of events of durable topics that were not the first ones of their events."""
+    dead_letters: int = 0
+    """Events of durable topics that became dead letters here."""
 
     @property
     def messages_handled(self) -> int:

@@ -20,7 +20,6 @@ from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError
 from natsrt.observe.metrics import TypeCounters
 from natsrt.transport.connection import Connection, Interest
-from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.services")
 
@@ -49,6 +48,13 @@ class Endpoints(Protocol):
         """All current endpoints."""
 
 
+class AnswerSubjects(Protocol):
+    """Decides where answers may be published."""
+
+    def may_answer_service(self, reply: str) -> bool:
+        """True if a service answer may be published to ``reply``."""
+
+
 def service_name(name: str) -> str:
     """Return ``name`` as a service name: each character that ADR-32 does not allow is replaced by ``_``."""
     return _NAME.sub("_", name) or "natsrt"
@@ -61,7 +67,7 @@ class Services:
         self,
         connection: Connection,
         *,
-        subjects: Subjects,
+        replies: AnswerSubjects,
         name: str,
         worker_id: str,
         version: str,
@@ -74,7 +80,7 @@ class Services:
         self._version = version
         self._metadata = metadata
         self._endpoints = endpoints
-        self._subjects = subjects
+        self._replies = replies
         self._tasks = BackgroundTasks(logger, "a service request could not be answered")
         self._started = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         self._interests: list[Interest] = []
@@ -94,7 +100,7 @@ class Services:
 
     def _sink(self, verb: str) -> Callable[[Msg], None]:
         def take(message: Msg) -> None:
-            if not message.reply or self._subjects.is_reserved(message.reply):
+            if not self._replies.may_answer_service(message.reply):
                 raise CannotDecode(f"a {verb} request", "it has no reply subject, or one that is not allowed")
             self._tasks.spawn(self._answer(verb, message.reply))
 

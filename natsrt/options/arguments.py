@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict
 
 from pydantic import SecretStr
 
+from natsrt.durable_types import DurableTopics
 from natsrt.keyed_types import KeyedOptions
 
 
@@ -35,6 +36,7 @@ class MoreSettings(TypedDict, total=False):
     tls_first: bool | None
     context: str | None
     inbox_prefix: str | None
+    jetstream_domain: str | None
     connect_timeout: float | None
     offline_timeout: float | Literal["none"] | None
     reconnect_wait: float | None
@@ -58,6 +60,16 @@ class MoreSettings(TypedDict, total=False):
     keep_replies_bytes: int | None
     keyed: str | Sequence[str] | Mapping[str, bool | KeyedOptions | Mapping[str, Any]] | None
     registry_replicas: int | None
+    durable: str | DurableTopics | Mapping[str, Any] | Sequence[str | DurableTopics | Mapping[str, Any]] | None
+    publish_timeout: float | None
+    ack_wait: float | None
+    max_deliver: int | None
+    retry_delay: float | None
+    retry_delay_max: float | None
+    retries: str | Mapping[str, Mapping[str, Any]] | None
+    blob_threshold: int | None
+    max_blob_size: int | None
+    blob_ttl: float | None
     send_tracebacks: bool | None
     ignore_unhandled_exceptions: bool | None
 

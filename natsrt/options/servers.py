@@ -29,6 +29,10 @@ def parsed_servers(given: object) -> tuple[tuple[str, ...], Mapping[str, str]]:
         raise ConfigurationError("servers", "must name at least one server")
     if len({url.scheme in ("ws", "wss") for url in urls}) > 1:
         raise ConfigurationError("servers", "ws:// and wss:// cannot be mixed with nats:// and tls://")
+    if {url.scheme for url in urls} == {"ws", "wss"}:
+        raise ConfigurationError(
+            "servers", "ws:// cannot be mixed with wss://: it would send credentials in plain text"
+        )
     credentials = [found for url in urls if (found := _url_credentials(url))]
     if any(found != credentials[0] for found in credentials):
         raise ConfigurationError("servers", "the URLs contain different credentials; a runtime connects as one user")

@@ -29,16 +29,19 @@ from natsrt.options.values import (
     TYPE_NAMES,
     Count,
     CountOrNone,
+    DomainName,
+    Durable,
     File,
     KeyedTypes,
+    Retries,
     Seconds,
     SecondsOrNone,
     Secret,
-    Subject,
     Text,
     configuration_error,
     kind_of,
 )
+from natsrt.wire.subjects import inbox_problem
 
 MIB = 1024 * 1024
 """Bytes in a mebibyte."""
@@ -63,8 +66,8 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
     servers: tuple[str, ...] = Field(
         ("nats://127.0.0.1:4222",),
         description="URLs of the servers of one cluster: a list, or one text with commas. The schemes are nats (the "
-        "default) and tls, or ws and wss; the two pairs cannot be mixed. A URL may contain a user and password, or a "
-        "token, percent-encoded; it is used for all servers.",
+        "default) and tls, or ws, or wss. If one begins with tls://, TLS is used with all. A URL may contain a user "
+        "and password, or a token, percent-encoded; it is used for all servers.",
     )
     name: Text | None = Field(
         None, description="Name of this worker; its worker id starts with it. None: made from the host name."
@@ -87,7 +90,8 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
     )
     tls_ca: File | None = Field(
         None,
-        description="Path of the CA certificates, PEM, to check the server's certificate with. None: the system's.",
+        description="Path of the CA certificates, PEM, to check the server's certificate with. TLS is then always "
+        "used. None: the system's.",
     )
     tls_cert: File | None = Field(
         None,
@@ -102,16 +106,24 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
     tls_first: bool = Field(
         False,
         description="Start with the TLS handshake, before the server sends anything. TLS is then always used; the "
-        "server needs handshake_first. False: TLS is used if the server asks for it.",
+        "server needs handshake_first. False: it comes after the server's first line.",
     )
     context: Text | None = Field(
         None,
         description="Name of a context of the nats CLI, or path of its .json file. All other sources override its "
         "settings. None: no context, not even the one that is selected in the CLI.",
     )
-    inbox_prefix: Subject = Field(
+    inbox_prefix: str = Field(
         "_INBOX",
-        description="Subject prefix of the inboxes for replies, for users that may only use a prefix of their own.",
+        description="Subject prefix of the inboxes for replies, for users that may only use a prefix of their own. It "
+        "may not be among natsrt's own subjects, nor above them.",
+    )
+
+    jetstream_domain: DomainName | None = Field(
+        None,
+        description="JetStream domain of the registry and of the states of keyed agents: the hub's, for a program "
+        "on a leaf node that has a JetStream of its own. Use the same in all runtimes of the namespace there. "
+        "None: the JetStream of the server's account.",
     )
 
     # Connection.
@@ -157,7 +169,9 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
         description="Seconds for which a call without responders is sent again while the registry lists a live worker.",
     )
     subscription_timeout: Seconds = Field(
-        2.0, description="Seconds within which the live workers of a type must confirm a new subscription."
+        5.0,
+        description="Seconds within which the live workers of a type must confirm a new subscription, beside the round "
+        "trip to the server.",
     )
     infer_types: bool = Field(
         True, description="Infer the message type of a plain body without a type from the types that the agent handles."
@@ -165,7 +179,9 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
 
     # Being a worker.
     drain_timeout: Seconds = Field(
-        30.0, description="Seconds that running and queued handlers have to finish when the runtime stops."
+        30.0,
+        description="Seconds that running and queued handlers have to finish when the runtime stops, and events to be "
+        "sent that wait for the owners of keyed agents.",
     )
     heartbeat_interval: Seconds = Field(1.5, description="Seconds between two heartbeats of a worker.")
     heartbeat_ttl: Annotated[Seconds, Field(ge=1)] = Field(
@@ -180,7 +196,8 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
     )
     max_pending_bytes: Count = Field(
         64 * MIB,
-        description="Bytes of messages that wait in a worker; beyond that it answers calls with busy and drops events.",
+        description="Bytes of messages that may wait in a runtime. Beyond that, a worker answers calls with busy and "
+        "drops events, and publish_message waits for the owners of keyed agents.",
     )
     keep_replies: Seconds = Field(
         30.0,
@@ -195,6 +212,55 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
     )
     registry_replicas: Annotated[Count, Field(le=5)] = Field(
         1, description="Copies of the registry in a JetStream cluster, 1 to 5. Used when the registry is created."
+    )
+
+    # Durable topics.
+    durable: Durable = Field(
+        (),
+        description="Durable topics: a list of topic types, and of prefixes that end in . or :, or one text with "
+        "commas. A table in the list, or `natsrt.DurableTopics`, gives its patterns another retention policy (name, "
+        "max_age, max_bytes, max_messages, storage, replicas, discard). Runtimes learn the topics of others from the "
+        "registry.",
+    )
+    publish_timeout: Seconds = Field(
+        10.0, description="Seconds within which the server must confirm an event on a durable topic."
+    )
+
+    # Handling events of durable topics.
+    ack_wait: Seconds = Field(
+        30.0,
+        description="Seconds after which an event that a worker holds goes to another one, if the worker is dead or "
+        "frozen. Use the same in all workers of a type.",
+    )
+    max_deliver: Count = Field(
+        5, description="Number of attempts of an event on a durable topic before it becomes a dead letter."
+    )
+    retry_delay: Seconds = Field(
+        1.0,
+        description="Seconds between the first failed attempt and the next one. Each further delay is twice as long.",
+    )
+    retry_delay_max: Seconds = Field(60.0, description="Seconds between two attempts at most.")
+    retries: Retries = Field(
+        NO_TYPES,
+        description="Agent types for which max_deliver, retry_delay or retry_delay_max are others: a table of types, "
+        "each a table of these options.",
+    )
+
+    # Payloads.
+    blob_threshold: CountOrNone = Field(
+        None,
+        description="Bytes above which the payload of a call, a reply or an event is sent by reference, stored in "
+        "JetStream. None: what does not fit into one message of the server.",
+    )
+    max_blob_size: Count = Field(
+        256 * MIB,
+        description="Maximum size of such a payload in bytes. A larger one is refused before anything is sent, and is "
+        "not read.",
+    )
+    blob_ttl: Annotated[Seconds, Field(ge=1)] = Field(
+        3600.0,
+        description="Seconds for which such a payload is stored, if it is not deleted before: when its call was "
+        "answered, or when the reply was read. Must be longer than an upload takes, and an event or a call waits.",
     )
 
     # Errors.
@@ -352,6 +418,8 @@ def _check_together(options: Options) -> None:
         raise ConfigurationError("user", "is given without password; use token for a token")
     if options.password is not None and options.user is None:
         raise ConfigurationError("password", "is given without user")
+    if problem := inbox_problem(options.inbox_prefix, options.namespace):
+        raise ConfigurationError("inbox_prefix", problem)
     if options.tls_key is not None and options.tls_cert is None:
         raise ConfigurationError("tls_key", "is given without tls_cert, its certificate")
     if options.heartbeat_ttl <= 2 * options.heartbeat_interval:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +15,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from natsrt.durable_types import DURABLE_FIELDS, DurableTopics, merged
 from natsrt.errors import ConfigurationError
 from natsrt.keyed_types import KeyedOptions
 from natsrt.options.credentials import SEED
+from natsrt.retry_types import RETRY_FIELDS, RetryOptions
 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 _DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -68,12 +71,6 @@ def _readable_file(path: Path) -> Path:
     return path
 
 
-def _subject(value: str) -> str:
-    if not re.fullmatch(r"[^\s.*>]+(\.[^\s.*>]+)*", value):
-        raise ValueError("must be subject tokens joined by dots, without spaces, * and >")
-    return value
-
-
 class _Table(dict[str, Any]):
     """A table that is never changed, and so can be hashed."""
 
@@ -90,6 +87,13 @@ def _keyed_types(value: object) -> object:
     if not isinstance(value, Mapping):
         raise ValueError(_KEYED)
     return _Table({_text(name): _keyed_options(name, given) for name, given in value.items()})
+
+
+def _domain(name: str) -> str:
+    """The name of a JetStream domain: one token of a subject, as the server wants it."""
+    if not name or any(character.isspace() or character in ".*>" for character in name):
+        raise ValueError(f"must be the domain in the server's jetstream block, without ., * and >, not {name!r}")
+    return name
 
 
 def _text(name: object) -> str:
@@ -114,6 +118,76 @@ def _keyed_options(agent_type: str, given: object) -> KeyedOptions | bool:
         raise ValueError(f"{agent_type}: {error}") from None
 
 
+def _retries(value: object) -> object:
+    """How often the events of agent types are tried again, from a table, or its JSON text. Options may be left out."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"{_RETRIES}, or its JSON text") from None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{_RETRIES}, not {value!r:.60}")
+    return _Table({str(agent_type): _retry_options(agent_type, given) for agent_type, given in value.items()})
+
+
+def _retry_options(agent_type: object, given: object) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{agent_type}: must be a table of options, not {given!r:.60}")
+    if unknown := given.keys() - {*RETRY_FIELDS}:
+        known = ", ".join(RETRY_FIELDS)
+        raise ValueError(f"{agent_type}: there is no option {sorted(map(str, unknown))[0]!r}; the options are {known}")
+    options: dict[str, Any] = {
+        name: _seconds(value) if name in _RETRY_TIMES else value for name, value in given.items()
+    }
+    try:
+        RetryOptions(**options)
+    except ConfigurationError as error:
+        raise ValueError(f"{agent_type}: {error}") from None
+    return _Table(options)
+
+
+_RETRY_TIMES = ("retry_delay", "retry_delay_max")
+_RETRIES = "must be a table of agent types, each a table of options"
+
+
+def _durable_topics(value: object) -> object:
+    """Durable topics, from a list of patterns and of tables with patterns and a policy, or one text with commas."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, DurableTopics | Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{_DURABLE}, not {value!r:.60}")
+    plain = [one for one in value if isinstance(one, str)]
+    try:
+        others = [_durable(one) for one in value if not isinstance(one, str)]
+        return merged([*([DurableTopics(*plain)] if plain else ()), *others])
+    except ConfigurationError as error:
+        raise ValueError(error.problem) from None
+
+
+def _durable(given: object) -> DurableTopics:
+    if isinstance(given, DurableTopics):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{_DURABLE}, not {given!r:.60}")
+    settings: dict[str, Any] = {name: _none_word(value) for name, value in given.items()}
+    patterns = settings.pop("patterns", ())
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, list | tuple):
+        raise ValueError(f"patterns must be a list of topic types and prefixes, not {patterns!r:.60}")
+    if unknown := settings.keys() - set(DURABLE_FIELDS):
+        known = ", ".join(("patterns", *DURABLE_FIELDS))
+        raise ValueError(f"there is no option {sorted(map(str, unknown))[0]!r}; the options are {known}")
+    if isinstance(settings.get("max_age"), str):
+        settings["max_age"] = _seconds(settings["max_age"])
+    return DurableTopics(*patterns, **settings)
+
+
+_DURABLE = (
+    "must be a list of topic types and prefixes, and of tables with patterns and a policy; or topic types and prefixes "
+    "with commas"
+)
 _KEYED_TIMES = ("save_interval", "idle_timeout")
 _KEYED = "must be a table of agent types, each true, false or a table of options; or names of agent types with commas"
 
@@ -124,13 +198,17 @@ CountOrNone = Annotated[Count | None, BeforeValidator(_none_word)]
 Text = Annotated[str, Field(min_length=1)]
 Secret = Annotated[SecretStr, Field(min_length=1)]
 File = Annotated[Path, BeforeValidator(_not_contents), AfterValidator(_readable_file)]
-Subject = Annotated[str, AfterValidator(_subject)]
+DomainName = Annotated[str, AfterValidator(_domain)]
 KeyedTypes = Annotated[Mapping[str, Any], PlainValidator(_keyed_types)]
-NO_TYPES: Mapping[str, Any] = _Table()
+Retries = Annotated[dict[str, Any], PlainValidator(_retries)]
+NO_TYPES: dict[str, Any] = _Table()
+Durable = Annotated[Sequence[DurableTopics], PlainValidator(_durable_topics)]
 
 TYPE_NAMES: Mapping[type, str] = {
     tuple: "URLs",
     Mapping: "agent types",
+    dict: "agent types",
+    Sequence: "topics",
     str: "text",
     SecretStr: "secret text",
     Path: "file path",
@@ -142,6 +220,8 @@ TYPE_NAMES: Mapping[type, str] = {
 _EXPECTED: Mapping[type, str] = {
     tuple: "one URL or a list of URLs",
     Mapping: _KEYED,
+    dict: _RETRIES.removeprefix("must be "),
+    Sequence: _DURABLE.removeprefix("must be "),
     str: "text",
     SecretStr: "text that is not empty",
     Path: "the path of a file",

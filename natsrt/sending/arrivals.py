@@ -34,7 +34,10 @@ from natsrt.wire.subjects import Subjects
 logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _ANSWER_WITHIN = 1.0
-"""Maximum time for a worker to confirm that it serves a type, in seconds. A worker that starts confirms later."""
+"""Maximum time for a worker to confirm that it serves a type, in seconds, beside the round trip to the server. A worker
+that starts confirms later. The time is doubled whenever no worker has confirmed, because they may be far away."""
+_ANSWER_AT_LAST = 4.0
+"""Maximum of that time, in seconds."""
 _ASKED_AT_ONCE = 8
 """Maximum number of workers that are asked at the same time: one that serves the type is enough."""
 _FIRST_PAUSE = 0.05
@@ -48,7 +51,7 @@ _LIST_AT_MOST = 20
 class _Watch:
     """One agent type or agent that is waited for, in one task for all who wait."""
 
-    __slots__ = ("agent", "outcome", "task", "waiting")
+    __slots__ = ("agent", "outcome", "patience", "task", "waiting")
 
     def __init__(self, agent: str | AgentId) -> None:
         self.agent = agent
@@ -56,6 +59,8 @@ class _Watch:
         self.task: asyncio.Task[None] | None = None
         self.waiting = 0
         """Number of callers that wait."""
+        self.patience = _ANSWER_WITHIN
+        """Seconds for which the next answer of a worker is waited for."""
 
     @property
     def agent_type(self) -> str:
@@ -193,8 +198,9 @@ class Arrivals(RegistryListener):
     async def _is_served(self, watch: _Watch, takers: Sequence[str]) -> bool:
         if not takers:
             return await self._listens(self._subjects.agent(watch.agent_type), plain=True) is True
-        worker_id = await self._first_to_confirm(watch.agent_type, takers)
+        worker_id = await self._first_to_confirm(watch, takers)
         if worker_id is None:
+            watch.patience = min(2 * watch.patience, _ANSWER_AT_LAST)
             return False
         await self._registry.catch_up()
         if worker_id not in self._takers(watch):
@@ -212,10 +218,12 @@ class Arrivals(RegistryListener):
         if (denied := self._denied.get(subject.lower())) is not None:
             raise denied
 
-    async def _first_to_confirm(self, agent_type: str, takers: Sequence[str]) -> str | None:
+    async def _first_to_confirm(self, watch: _Watch, takers: Sequence[str]) -> str | None:
         """The first worker to confirm that it serves the type; None if none does."""
         asked = takers if len(takers) <= _ASKED_AT_ONCE else random.sample(takers, _ASKED_AT_ONCE)
-        questions = [asyncio.ensure_future(self._confirmed(worker_id, agent_type)) for worker_id in asked]
+        questions = [
+            asyncio.ensure_future(self._confirmed(worker_id, watch.agent_type, watch.patience)) for worker_id in asked
+        ]
         try:
             for answer in asyncio.as_completed(questions):
                 confirmed = await answer
@@ -225,11 +233,12 @@ class Arrivals(RegistryListener):
             await end_tasks(*questions)
         return None
 
-    async def _confirmed(self, worker_id: str, agent_type: str) -> str | None:
-        """``worker_id`` if that worker confirms that it serves the type, else None."""
-        if await self._peers.serves(worker_id, agent_type, self._registry.view.applied, _ANSWER_WITHIN):
+    async def _confirmed(self, worker_id: str, agent_type: str, within: float) -> str | None:
+        """``worker_id`` if that worker confirms within ``within`` seconds that it serves the type, else None."""
+        subject = self._subjects.worker(worker_id)  # callers may ask there
+        if await self._peers.serves(subject, agent_type, self._registry.view.applied, within):
             return worker_id
-        self._refuse_denied(self._subjects.worker(worker_id))
+        self._refuse_denied(subject)
         if self._registry.lists(worker_id) and not await self._peers.listens(worker_id):
             self._registry.suspect(worker_id)
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autogen_core import AgentId, CancellationToken
+from autogen_core import AgentId, CancellationToken, TopicId
 from nats.nuid import NUID
 
 from natsrt.observe.metrics import Counters
@@ -11,12 +11,21 @@ from natsrt.transport.cancellation import Cancellations
 from natsrt.wire import envelope
 from natsrt.wire.envelope import attribute, message_names, quote
 from natsrt.wire.serialization import Encoded
-from natsrt.wire.subjects import encode_text
+from natsrt.wire.subjects import encode_text, is_hashed
 
 
 def milliseconds(timeout: float) -> str:
     """Return the attribute ``timeout`` for a number of seconds."""
     return str(max(0, round(timeout * 1000)))
+
+
+def unhashed(subject: str, topic: TopicId) -> str:
+    """Return the attributes with the topic's type and source, if the subject contains only their hashes."""
+    tokens = subject.split(".")
+    attributes = f",{attribute('topicsource', topic.source)}" if is_hashed(tokens[-1]) else ""
+    if any(is_hashed(token) for token in tokens[:-1]):
+        attributes += f",{attribute('topictype', topic.type)}"
+    return attributes
 
 
 class MessageAttributes:
@@ -53,7 +62,9 @@ class MessageAttributes:
 
         ``timeout`` is for how many seconds its caller waits; None: without a deadline.
         """
-        attributes = f',"subject":"{encode_text(agent.key)}","acceptto":"{self._calls.accept_to}"'
+        attributes = (
+            f',"subject":"{encode_text(agent.key)}","acceptto":"{self._calls.accept_to}",{envelope.FEATURES_ATTRIBUTE}'
+        )
         return attributes if timeout is None else f'{attributes},"timeout":"{milliseconds(timeout)}"'
 
     def question(self, agent: AgentId) -> str:

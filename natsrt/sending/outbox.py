@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextvars import Context, copy_context
+from datetime import datetime
 from typing import Any
 
 from autogen_core import AgentId, CancellationToken, TopicId
@@ -38,7 +39,7 @@ _OVERHEAD = 512
 class _WaitingEvent:
     """An event that waits, with the context of its publisher."""
 
-    __slots__ = ("context", "message", "message_id", "sender", "size", "token", "topic")
+    __slots__ = ("context", "due", "message", "message_id", "sender", "size", "token", "topic")
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class _WaitingEvent:
         sender: AgentId | None,
         token: CancellationToken | None,
         message_id: str | None,
+        due: datetime | None,
         size: int,
     ) -> None:
         self.message = message
@@ -54,6 +56,7 @@ class _WaitingEvent:
         self.sender = sender
         self.token = token
         self.message_id = message_id
+        self.due = due
         self.size = size
         self.context: Context = copy_context()
 
@@ -96,9 +99,10 @@ class Outbox:
         sender: AgentId | None,
         token: CancellationToken | None,
         message_id: str | None,
+        due: datetime | None = None,
     ) -> None:
         """Let an event wait. Raises `CannotSerialize` if it cannot be sent, and RuntimeError if too much waits."""
-        self._add(_WaitingEvent(message, topic, sender, token, message_id, self._size(message)))
+        self._add(_WaitingEvent(message, topic, sender, token, message_id, due, self._size(message)))
 
     async def send(
         self,
@@ -178,7 +182,12 @@ class Outbox:
     async def _publish(self, event: _WaitingEvent, sender: Sender, readiness: Readiness) -> None:
         try:
             await sender.publish(
-                event.message, event.topic, sender=event.sender, token=event.token, message_id=event.message_id
+                event.message,
+                event.topic,
+                sender=event.sender,
+                token=event.token,
+                message_id=event.message_id,
+                due=event.due,
             )
         except Exception:
             if readiness.started:

@@ -30,7 +30,8 @@ _MANY_OWNERS = 10_000
 """Number of cached owners above which unused ones are removed."""
 
 _ASK_AGAIN_AFTER = 0.25
-"""Seconds without an answer after which the question is asked again, if more handlers are waiting by then."""
+"""Seconds without an answer after which the question is asked again, if more handlers are waiting by then; doubled each
+time."""
 
 
 class LostOwners:
@@ -58,7 +59,7 @@ class CachedOwner:
 
     A message that may not be sent now takes a turn with `join` and awaits it with `wait`. Turns come one at a time, in
     the order of `join`: the next one comes only after `wait` has returned for the previous one and that message has
-    been sent. So every turn must be awaited with `wait`. To give up a turn, cancel the `wait`.
+    been sent. So every turn must be awaited with `wait`, or given up: with `leave`, or by cancelling the `wait`.
     """
 
     __slots__ = (
@@ -67,7 +68,7 @@ class CachedOwner:
         "_locating",
         "_locator",
         "_lost_owners",
-        "_turn_given",
+        "_turn",
         "_waiting",
         "_worker_id",
         "recipient",
@@ -89,15 +90,15 @@ class CachedOwner:
         """When the lease ends, in seconds by the event loop's clock; minus infinity if no owner is known."""
         self._waiting: OrderedDict[asyncio.Future[None], tuple[str, ...]] = OrderedDict()
         """The turns that have not come yet, each with the chain of its message."""
-        self._turn_given = False
-        """True from the moment a turn comes until `wait` returns for it."""
+        self._turn: asyncio.Future[None] | None = None
+        """The turn that has come, until `wait` returns for it; None if there is none."""
         self._locating: asyncio.Task[None] | None = None
         """The task that looks up the owner; None if none is running."""
 
     @property
     def unused(self) -> bool:
         """True if no owner is known and no message is waiting."""
-        return not self._waiting and not self._turn_given and not self._is_known()
+        return not self._waiting and self._turn is None and not self._is_known()
 
     def _is_known(self) -> bool:
         return asyncio.get_running_loop().time() < self._known_until and self._lost_owners.is_there(self._worker_id)
@@ -107,7 +108,7 @@ class CachedOwner:
         now = asyncio.get_running_loop().time()
         if (
             now >= self._known_until
-            or self._turn_given
+            or self._turn is not None
             or self._waiting
             or not self._lost_owners.is_there(self._worker_id)
         ):
@@ -119,7 +120,7 @@ class CachedOwner:
         """Take a turn after all earlier ones. Await it with `wait`."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[turn] = current_chain.get()
-        if not self._turn_given:
+        if self._turn is None:
             self._advance()
         return turn
 
@@ -131,12 +132,15 @@ class CachedOwner:
         try:
             await turn
         finally:
-            if turn in self._waiting:  # it was cancelled before its turn came
-                del self._waiting[turn]
-            elif turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._turn_given = False
-                if self._waiting:
-                    self._advance()
+            self.leave(turn)
+
+    def leave(self, turn: asyncio.Future[None]) -> None:
+        """Give up a turn that has not come, and end one that has come. Has no effect on a turn that has ended."""
+        self._waiting.pop(turn, None)
+        if turn is self._turn:
+            self._turn = None
+            if self._waiting:
+                self._advance()
 
     def lost(self) -> None:
         """Forget the owner, because the agent's subject has no subscriber."""
@@ -159,7 +163,7 @@ class CachedOwner:
         while self._waiting:
             turn, _ = self._waiting.popitem(last=False)
             if not turn.done():
-                self._turn_given = True
+                self._turn = turn
                 turn.set_result(None)
                 return
 
@@ -185,16 +189,27 @@ class CachedOwner:
                 turn.exception()  # marks it as retrieved: asyncio logs nothing if this turn is not awaited
 
     async def _ask(self) -> Location:
-        """Ask for the owner. Ask again if, before the answer, another handler joins for which the owner may wait."""
-        while True:
-            handlers = self._awaitings()
-            asking = asyncio.ensure_future(self._locator.locate(self.recipient, handlers))
-            try:
-                while not asking.done() and self._awaitings() <= handlers:
-                    await asyncio.wait({asking}, timeout=_ASK_AGAIN_AFTER)
-                if asking.done():
-                    return asking.result()
-            finally:
+        """Ask for the owner. Ask again if, before the answer, another handler joins for which the owner may wait.
+
+        The answer to any of the questions counts: the worker may be far away, and handlers may join all the time. An
+        error counts if it is that of the last question, which names all handlers.
+        """
+        asked: list[asyncio.Future[Location]] = []
+        pause = _ASK_AGAIN_AFTER
+        try:
+            while True:
+                handlers = self._awaitings()
+                last = asyncio.ensure_future(self._locator.locate(self.recipient, handlers))
+                asked.append(last)
+                while self._awaitings() <= handlers:
+                    done, left = await asyncio.wait(asked, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                    for asking in done:
+                        if asking is last or asking.exception() is None:
+                            return asking.result()
+                    asked = list(left)
+                pause *= 2
+        finally:
+            for asking in asked:
                 asking.cancel()
 
     def _awaitings(self) -> set[str]:
@@ -230,6 +245,11 @@ class OwnerCache:
             owner = of_type[recipient.key] = CachedOwner(recipient, subject, self._locator, self._lost_owners)
             self._count += 1
         return owner
+
+    def lacking(self, agent_type: str, feature: str) -> list[str]:
+        """The live workers of a type that do not say that they understand ``feature``."""
+        view = self._registry.view
+        return [one for one in view.workers_hosting(agent_type) if not view.understands(one, feature)]
 
     def _remove_unused(self) -> None:
         if self._count < self._clean_up_at:

@@ -17,6 +17,7 @@ from natsrt.sending.replies import Replies
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
 from natsrt.transport.peers import Peers
+from natsrt.transport.round_trip_time import RoundTripTime
 from natsrt.wire import envelope
 from natsrt.wire.envelope import attribute
 from natsrt.wire.peer_messages import MISSING, Location, read_location
@@ -25,8 +26,8 @@ from natsrt.wire.subjects import Subjects
 logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _ANSWER_WITHIN = (0.5, 1.0, 2.0)
-"""Seconds to wait for an answer to the first, second and third question. Each may reach a different worker of the type.
-A fourth question waits as long as any other call."""
+"""Seconds to wait for an answer to the first, second and third question, beside the round trip to the server. Each may
+reach a different worker of the type. A fourth question waits as long as any other call."""
 
 
 class OwnerLocator:
@@ -41,6 +42,7 @@ class OwnerLocator:
         replies: Replies,
         attributes: MessageAttributes,
         peers: Peers,
+        rtt: RoundTripTime,
     ) -> None:
         self._bodies = bodies
         self._subjects = subjects
@@ -48,6 +50,7 @@ class OwnerLocator:
         self._replies = replies
         self._attributes = attributes
         self._peers = peers
+        self._rtt = rtt
 
     async def locate(self, agent: AgentId, handlers: Collection[str] | None = None) -> Location:
         """Ask a worker of the agent's type for the agent's owner. If the agent has no owner, that worker claims it.
@@ -97,7 +100,7 @@ class OwnerLocator:
         subject = self._subjects.agent(agent.type)
         for within in _ANSWER_WITHIN:
             try:
-                async with asyncio.timeout(within) as deadline:
+                async with asyncio.timeout(within + self._rtt.allowance) as deadline:
                     return await self._calls.call(agent, question, subject=subject)
             except WorkerLost:
                 continue

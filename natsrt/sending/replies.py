@@ -16,6 +16,7 @@ from natsrt.wire import envelope
 from natsrt.wire.envelope import TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes, decode_answer
 from natsrt.wire.message_classes import full_name
+from natsrt.wire.references import Reference
 from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization
 
 
@@ -27,14 +28,32 @@ class Replies:
         self._serialization = serialization
         self._error_types = error_types
 
-    def result(self, reply: Msg, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId) -> Any:
+    def unpack(self, reply: Msg) -> envelope.Envelope | None:
+        """Return the envelope of a reply; None for a plain one. If it has a reference, `load` it next."""
+        headers = reply.headers
+        return self._bodies.unpack(reply.data) if headers is None else decode_answer(headers, reply.data)
+
+    async def load(self, body: envelope.Envelope, reference: Reference) -> None:
+        """Put the payload into a reply that has ``reference``. Nobody needs the stored one any more."""
+        try:
+            await self._bodies.load(body)
+        finally:
+            self._bodies.discard(reference)
+
+    def result(
+        self,
+        body: envelope.Envelope | None,
+        reply: Msg,
+        sent: type[Any],
+        reply_type: type[Any] | None,
+        recipient: AgentId,
+    ) -> Any:
         """Return the result of a call, for ``send_message``.
 
-        ``sent`` is the class of the message that was sent. ``reply_type`` is the class of the reply; None means that
-        the reply names its class. If the payload cannot be decoded, the result of `Envelope.general` is tried, if there
-        is one.
+        ``body`` is the envelope of the reply, with its payload; None for a plain reply. ``sent`` is the class of the
+        message that was sent. ``reply_type`` is the class of the reply; None means that the reply names its class. If
+        the payload cannot be decoded, the result of `Envelope.general` is tried, if there is one.
         """
-        body = self._unpack(reply)
         if body is None:
             return self._plain_result(reply, sent, reply_type, recipient)
         self._check(body, reply, recipient)
@@ -51,6 +70,9 @@ class Replies:
                 type_name, general.content_type, general.payload, general.text("messageclass"), sent, reply_type
             )
         if isinstance(result, UnknownPayload):
+            self._serialization.check_reply_type(
+                type_name, body.content_type, body.payload, body.text("messageclass"), sent, reply_type
+            )
             raise unknown_type(recipient, type_name, body.payload)
         if events.listening():
             events.message(
@@ -58,18 +80,26 @@ class Replies:
             )
         return result
 
+    def failure(self, reply: Msg, recipient: AgentId) -> BaseException | None:
+        """Return the error that a reply reports; None if it reports none. Raises `CannotDecode` as `answered` does."""
+        try:
+            self.answered(reply, recipient)
+        except CannotDecode as error:
+            if getattr(error, "natsrt_remote", None) is None:
+                raise
+            return error
+        except BaseException as error:
+            return error
+        return None
+
     def answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:
         """Return the envelope of a reply. Raises `CannotDecode` for a plain reply."""
-        body = self._unpack(reply)
+        body = self.unpack(reply)
         if body is None:
             self._raise_service_error(reply, recipient)
             raise CannotDecode(f"the reply of {recipient}", "it is not a natsrt reply", reply.data)
         self._check(body, reply, recipient)
         return body
-
-    def _unpack(self, reply: Msg) -> envelope.Envelope | None:
-        headers = reply.headers
-        return self._bodies.unpack(reply.data) if headers is None else decode_answer(headers, reply.data)
 
     def _check(self, body: envelope.Envelope, reply: Msg, recipient: AgentId) -> None:
         """Raise the error that a reply reports."""

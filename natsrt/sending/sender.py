@@ -8,6 +8,7 @@ Rules:
 2. Interventions run in the turn of their message. A message that an intervention handler itself sends bypasses the
    queue, because it would wait for its own turn. After that, the order of the message whose intervention is running is
    no longer guaranteed.
+3. A payload that does not fit into one message is stored first, in the turn of its message, so later messages wait.
 
 Each message passes the same steps: the turn and the interventions if needed (`send`, `publish`), encoding (`_call`,
 `_event`), and sending (`_send_call`, `_send_event`), inside a span if tracing is on.
@@ -16,8 +17,10 @@ Each message passes the same steps: the turn and the interventions if needed (`s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import AbstractContextManager, asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -31,31 +34,47 @@ from natsrt.agents.chain import as_call, chain_attribute, current_chain
 from natsrt.agents.control import encode_data
 from natsrt.agents.inbound import awaiting
 from natsrt.agents.interventions import Interventions
-from natsrt.jetstream.registry.registry import Registry
+from natsrt.errors import CannotSchedule, MessageTooLarge
+from natsrt.jetstream.dead_letter_box import DeadLetterBox
+from natsrt.jetstream.durable import DurableStreams
+from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.jetstream.registry.view import NO_TAKERS
 from natsrt.observe import events
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
-from natsrt.sending.attributes import MessageAttributes
+from natsrt.sending.again import Again
+from natsrt.sending.attributes import MessageAttributes, unhashed
+from natsrt.sending.durable import DurablePublisher, delayed_headers, event_headers
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.limits import Limit
 from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.owner_cache import OwnerCache
+from natsrt.sending.reach import Reach
+from natsrt.sending.reminders import Reminders
 from natsrt.sending.replies import Replies
 from natsrt.sending.send_queue import SendQueue
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
 from natsrt.transport.cancellation import Cancellations
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, headers_size
 from natsrt.transport.readiness import Readiness
 from natsrt.wire import envelope
-from natsrt.wire.envelope import attribute
+from natsrt.wire.envelope import MESSAGE_ID_HEADER, TYPE_HEADER, attribute
+from natsrt.wire.references import Reference
+from natsrt.wire.schedules import Schedule
 from natsrt.wire.serialization import Encoded, Serialization
-from natsrt.wire.subjects import Subjects, is_hashed
+from natsrt.wire.subjects import Subjects
+
+_ADDED_LATER = 1024
+"""Bytes, beside the topic, that a stored event may grow by: the attributes for the owner of a keyed agent, and the
+headers of a dead letter or of an event that is stored once more."""
+_LONGEST_TTL = 100 * 365 * 86400.0
+"""Seconds of the longest time to live that is written as such. The server adds it to the time in 64 bits of
+nanoseconds."""
 
 
-class Sender:
+class Sender(RegistryListener):
     """Sends the calls, events and control messages of one runtime."""
 
     def __init__(
@@ -71,6 +90,8 @@ class Sender:
         interventions: Interventions,
         replies: Replies,
         registry: Registry,
+        streams: DurableStreams,
+        dead_letters: DeadLetterBox,
         readiness: Readiness,
         attributes: MessageAttributes,
         owners: OwnerCache,
@@ -83,6 +104,7 @@ class Sender:
         self._bodies = bodies
         self._subjects = subjects
         self._limit = Limit(options.call_timeout, "call_timeout")
+        self._blob_ttl = options.blob_ttl
         self._calls = calls
         self._serialization = serialization
         self._cancellations = cancellations
@@ -97,6 +119,12 @@ class Sender:
         self._counters = counters
         self._telemetry = telemetry
         self._queue = SendQueue()
+        self._reach = Reach(connection, subjects, self._queue)
+        self._streams = streams
+        self._durable = DurablePublisher(connection, subjects, options, self._queue, streams)
+        self.reminders: Reminders = Reminders(subjects, registry, serialization, streams, self._durable)
+        self.again: Again = Again(self._durable, subjects, dead_letters)
+        registry.add_listener(self)
         self._under_way = 0
         """Number of calls of `send` and `publish` that have not returned."""
 
@@ -104,6 +132,14 @@ class Sender:
     def under_way(self) -> int:
         """Number of sends that have not completed: calls without a reply, and events not yet published or delivered."""
         return self._under_way + self._delivery.under_way
+
+    async def stop(self) -> None:
+        """End the waits for events on durable topics that are not confirmed yet. Has no effect if stopped."""
+        await self._durable.stop()
+
+    def durable_changed(self) -> None:
+        """Part of `RegistryListener`. A topic may be durable now although events were sent on it before."""
+        self._reach.forget()
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -196,9 +232,12 @@ class Sender:
                 encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
             )
         if self._telemetry is None:
-            body = self._bodies.pack(envelope.CALL, attributes, encoded.payload, encoded.content_type)
-            reply = await self._exchange(recipient, body, token=token, sent=sent)
-            return self._replies.result(reply, type(message), reply_type, recipient)
+            exchange = self._exchange_message(recipient, attributes, encoded, token, sent)
+            del encoded  # so that memory does not hold a large payload until the reply arrives
+            answer = self._replies.unpack(reply := await exchange)
+            if answer is not None and answer.reference is not None:
+                await self._replies.load(answer, answer.reference)
+            return self._replies.result(answer, reply, type(message), reply_type, recipient)
         with self._telemetry.sending(
             "send",
             self._subjects.agent(recipient.type),
@@ -208,9 +247,26 @@ class Sender:
             size=len(encoded.payload),
         ) as trace_context:
             attributes += trace_context
-            body = self._bodies.pack(envelope.CALL, attributes, encoded.payload, encoded.content_type)
-            reply = await self._exchange(recipient, body, token=token, sent=sent)
-            return self._replies.result(reply, type(message), reply_type, recipient)
+            exchange = self._exchange_message(recipient, attributes, encoded, token, sent)
+            del encoded  # so that memory does not hold a large payload until the reply arrives
+            answer = self._replies.unpack(reply := await exchange)
+            if answer is not None and answer.reference is not None:
+                await self._replies.load(answer, answer.reference)
+            return self._replies.result(answer, reply, type(message), reply_type, recipient)
+
+    def _exchange_message(
+        self,
+        recipient: AgentId,
+        attributes: str,
+        encoded: Encoded,
+        token: CancellationToken | None,
+        sent: Callable[[], None] | None,
+    ) -> Awaitable[Msg]:
+        """Send a call, in one message or by reference, and return the reply. Raises `MessageTooLarge`."""
+        if len(encoded.payload) > self._bodies.surely_fits and not self._fits(envelope.CALL, attributes, encoded):
+            return self._exchange_large(recipient, attributes, encoded, token, sent)
+        body = self._bodies.pack(envelope.CALL, attributes, encoded.payload, encoded.content_type)
+        return self._exchange(recipient, body, token=token, sent=sent)
 
     def control(self, recipient: AgentId, subject: str, operation: str, data: Any = None) -> Awaitable[Any]:
         """Send a control operation on an agent to ``subject``. Await its result, which is plain JSON values.
@@ -250,6 +306,68 @@ class Sender:
             awaited_by=awaiting(),
         )
 
+    # -- payloads by reference -----------------------------------------------------------------------------------
+
+    def _fits(self, kind: str, attributes: str, encoded: Encoded, more: int = 0) -> bool:
+        return self._bodies.fits(kind, attributes, encoded.payload, encoded.content_type, more)
+
+    async def _exchange_large(
+        self,
+        recipient: AgentId,
+        attributes: str,
+        encoded: Encoded,
+        token: CancellationToken | None,
+        sent: Callable[[], None] | None,
+    ) -> Msg:
+        """Send a call by reference, and return the reply. Sends that begin later wait until it is sent."""
+        if (failure := await self._registry.verify(recipient)) is not None:
+            raise failure
+        self._require_blobs(self._registry.workers_of(recipient), encoded)
+        async with self._turn(sent, token) as end:
+            reference, content_type = await self._store(encoded.payload, token), encoded.content_type
+            del encoded
+            try:
+                body = self._bodies.pack_reference(envelope.CALL, attributes, reference, content_type)
+                return await self._exchange(recipient, body, token=token, sent=end)
+            finally:  # it was answered, or nobody waits for an answer any more
+                self._bodies.discard(reference)
+
+    @asynccontextmanager
+    async def _turn(
+        self, sent: Callable[[], None] | None, token: CancellationToken | None
+    ) -> AsyncIterator[Callable[[], None]]:
+        """Hold the turn of the send queue until the function that is returned is called. ``sent`` is this function if
+        the send has the turn already.
+        """
+        if sent is not None:
+            yield sent
+            return
+        async with self._queue.turn(self._link(token)) as turn:
+            yield turn.end
+
+    async def _store(
+        self, payload: bytes, token: CancellationToken | None = None, ttl: float | None = None
+    ) -> Reference:
+        """Store a payload, until ``token`` is cancelled. ``ttl`` is as in `Bodies.store`."""
+        storing = asyncio.ensure_future(self._bodies.store(payload, ttl))
+        if token is not None:
+            self._cancellations.link(token, storing)
+        try:
+            return await storing
+        finally:
+            storing.cancel()
+
+    def _require_blobs(self, workers: Iterable[str], encoded: Encoded) -> None:
+        """Raise `MessageTooLarge` if one of these workers cannot read a payload by reference."""
+        for worker_id in workers:
+            if not self._registry.view.understands(worker_id, envelope.BLOBS_FEATURE):
+                raise MessageTooLarge(
+                    len(encoded.payload),
+                    self._connection.max_payload,
+                    f"but one message may have {self._connection.max_payload:,}, and the worker {worker_id} has an "
+                    "older version, which cannot read payloads that are sent by reference: update it",
+                )
+
     def _link(self, token: CancellationToken | None) -> Callable[[asyncio.Future[Any]], None] | None:
         """A function that makes ``token`` cancel a future; None if there is no token."""
         return None if token is None else partial(self._cancellations.link, token)
@@ -279,17 +397,18 @@ class Sender:
         sender: AgentId | None,
         token: CancellationToken | None,
         message_id: str | None,
+        due: datetime | None = None,
     ) -> None:
-        """Publish an event. If ``message_id`` is None, a new id is used."""
+        """Publish an event. If ``message_id`` is None, a new id is used. ``due``: when it is published; None: now."""
         self._under_way += 1
         try:
             self._counters.sent += 1
             if message_id is None:
                 message_id = self._attributes.next_id()
             if self._interventions.handlers or self._queue.waiting or not self._readiness.is_ready:
-                await self._publish_in_turn(message, topic, sender, token, message_id)
+                await self._publish_in_turn(message, topic, sender, token, message_id, due)
             else:
-                await self._event(message, topic, sender, token, message_id)
+                await self._event(message, topic, sender, token, message_id, due)
         finally:
             self._under_way -= 1
 
@@ -300,6 +419,7 @@ class Sender:
         sender: AgentId | None,
         token: CancellationToken | None,
         message_id: str,
+        due: datetime | None,
     ) -> None:
         begun = asyncio.get_running_loop().time()
         async with self._queue.turn(None) as turn:
@@ -310,7 +430,7 @@ class Sender:
                     message = await turn.intervene(self._interventions.on_publish(message, context))
                 except MessageDroppedException:
                     return
-            await self._event(message, topic, sender, token, message_id)
+            await self._event(message, topic, sender, token, message_id, due, turn.end)
 
     def _event(
         self,
@@ -319,8 +439,14 @@ class Sender:
         sender: AgentId | None,
         token: CancellationToken | None,
         message_id: str,
+        due: datetime | None,
+        sent: Callable[[], None] | None = None,
     ) -> Awaitable[None]:
-        """Encode an event now. Await the result to send the event."""
+        """Encode an event now. Await the result to send the event.
+
+        ``sent`` is called when the event is in the client's buffer, is waiting for its agents' owners, or is under way
+        to its stream. None: no function is called.
+        """
         subject = self._subjects.topic(topic.type, topic.source)
         encoded = self._serialization.encode(message)
         attributes = self._attributes.message(message_id, sender, encoded, token)
@@ -329,7 +455,7 @@ class Sender:
                 encoded.payload, sender=sender, receiver=topic, kind=MessageKind.PUBLISH, stage=DeliveryStage.SEND
             )
         if self._telemetry is None:
-            return self._send_event(subject, topic, sender, attributes, encoded)
+            return self._send_event(subject, topic, sender, message_id, attributes, encoded, due, sent)
         span = self._telemetry.sending(
             "publish",
             subject,
@@ -338,47 +464,209 @@ class Sender:
             message_id=message_id,
             size=len(encoded.payload),
         )
-        return self._send_traced_event(span, subject, topic, sender, attributes, encoded)
+        return _traced(
+            span,
+            lambda more: self._send_event(subject, topic, sender, message_id, attributes + more, encoded, due, sent),
+        )
 
     async def _send_event(
-        self, subject: str, topic: TopicId, sender: AgentId | None, attributes: str, encoded: Encoded
-    ) -> None:
-        """Send an event to the keyed agents that are subscribed to it, then to the subject of its topic."""
-        more = _unhashed(subject, topic) if "=H" in subject else ""
-        if (takers := self._registry.takers(topic.type)) is not NO_TAKERS:
-            if takers.keyed:
-                more += await self._delivery.deliver_all(takers.keyed, topic, sender, attributes, encoded)
-            if takers.instances:
-                self._missing.check(takers.instances, topic, sender)
-        body = self._bodies.pack(envelope.EVENT, attributes + more, encoded.payload, encoded.content_type)
-        await self._connection.publish(subject, body)
-
-    async def _send_traced_event(
         self,
-        span: AbstractContextManager[str],
         subject: str,
         topic: TopicId,
         sender: AgentId | None,
+        message_id: str,
         attributes: str,
         encoded: Encoded,
+        due: datetime | None,
+        sent: Callable[[], None] | None,
     ) -> None:
-        """Do what `_send_event` does inside ``span``, with the trace context of ``span`` added to the attributes."""
-        with span as trace_context:
-            await self._send_event(subject, topic, sender, attributes + trace_context, encoded)
+        """Send an event to the keyed agents that are subscribed to it, then to the subject of its topic.
+
+        On a durable topic it is stored by the topic's stream instead; `Reach` never knows such a topic. If too many
+        events wait for the owners of their agents, wait until this one is sent to all of its agents.
+        """
+        more = unhashed(subject, topic) if "=H" in subject else ""
+        large = len(encoded.payload) > self._bodies.surely_fits
+        if due is not None or large or topic.type not in self._reach.topics:
+            stream = self._registry.view.durable_stream(topic.type)
+            if due is not None:
+                stream = self._keeps_delayed(topic, stream)
+            if stream is not None:
+                await self._store_event(subject, topic, stream, message_id, attributes + more, encoded, due, sent)
+                return
+        if large and not self._event_fits(attributes + more, topic, encoded):
+            await self._send_large_event(subject, topic, sender, message_id, attributes, encoded, sent)
+            return
+        late: Collection[asyncio.Task[None]] = ()
+        told = True
+        if topic.type not in self._reach.topics:
+            # Nothing is sent for an event that is too large.
+            self._bodies.pack(envelope.EVENT, attributes + more, encoded.payload, encoded.content_type)
+            told = await self._reach.check(topic, subject, self._registry.takers(topic.type).keyed)
+        if (takers := self._registry.takers(topic.type)) is not NO_TAKERS:
+            if takers.keyed:
+                if not self._reach.includes(takers.keyed):
+                    await self._reach.check(topic, subject, takers.keyed)
+                listed, late = await self._delivery.deliver_all(takers.keyed, topic, sender, attributes, encoded)
+                more += listed
+            if takers.instances:
+                self._missing.check(takers.instances, topic, sender)
+        try:
+            body = self._bodies.pack(envelope.EVENT, attributes + more, encoded.payload, encoded.content_type)
+            await self._connection.publish(subject, body)
+            if not told:
+                if sent is not None:
+                    sent()
+                await self._reach.confirm(topic, subject)
+        except BaseException:
+            self._delivery.give_up(late)
+            raise
+        if late:
+            if sent is not None:
+                sent()
+            await self._delivery.wait(late)
+
+    def _event_fits(self, attributes: str, topic: TopicId, encoded: Encoded) -> bool:
+        """True if the payload fits into each of the event's messages: one for the topic, one for each keyed type."""
+        more = self._delivery.more_bytes(self._registry.takers(topic.type).keyed, topic)
+        return self._fits(envelope.EVENT, attributes, encoded, more)
+
+    async def _send_large_event(
+        self,
+        subject: str,
+        topic: TopicId,
+        sender: AgentId | None,
+        message_id: str,
+        attributes: str,
+        encoded: Encoded,
+        sent: Callable[[], None] | None,
+    ) -> None:
+        """Send an event by reference. Its payload expires: any number of workers may read it."""
+        self._require_blobs(self._registry.view.workers, encoded)
+        async with self._turn(sent, None) as end:
+            reference = await self._store(encoded.payload)
+            referring = encoded._replace(payload=envelope.NO_DATA)
+            attributes = f"{attributes},{reference.attributes}"
+            await self._send_event(subject, topic, sender, message_id, attributes, referring, None, end)
+
+    # -- events on durable topics --------------------------------------------------------------------------------
+
+    async def _store_event(
+        self,
+        subject: str,
+        topic: TopicId,
+        stream: str,
+        message_id: str,
+        attributes: str,
+        encoded: Encoded,
+        due: datetime | None,
+        sent: Callable[[], None] | None,
+    ) -> None:
+        """Have the stream of a durable topic store an event, in one message or by reference."""
+        payload, content_type = encoded.payload, encoded.content_type
+        if len(payload) > self._bodies.surely_fits:
+            headers = event_headers(message_id, subject, stream)
+            if due is not None:
+                headers |= delayed_headers(subject, due)
+            more = headers_size(headers)
+            if self._registry.reads_bucket:  # others may not be able to send it by reference
+                more += _ADDED_LATER + 4 * len(str(topic).encode())
+            if not self._fits(envelope.EVENT, attributes, encoded, more):
+                self._require_blobs(self._registry.view.workers, encoded)
+                async with self._turn(sent, None) as end:
+                    reference = await self._store(payload, ttl=self._kept_for(stream, due))
+                    unused = partial(self._bodies.discard, reference)
+                    try:
+                        body = self._bodies.pack_reference(envelope.EVENT, attributes, reference, content_type)
+                    except MessageTooLarge:
+                        unused()
+                        raise
+                    await self._durable.publish(subject, topic, stream, message_id, body, end, due, unused=unused)
+                return
+        body = self._bodies.pack(envelope.EVENT, attributes, payload, content_type)
+        await self._durable.publish(subject, topic, stream, message_id, body, sent, due)
+
+    def _kept_for(self, stream: str, due: datetime | None) -> float:
+        """Seconds for which the payload of an event is needed that ``stream`` stores; infinity: for ever.
+
+        It is stored before the event, and loaded after the event was read, so it outlives the event by ``blob_ttl``.
+        """
+        max_age = self._registry.view.durable[stream].topics.max_age
+        if max_age is None:
+            return math.inf
+        wait = 0.0 if due is None else max(0.0, (due - datetime.now(UTC)).total_seconds())
+        seconds = wait + max_age + self._blob_ttl
+        return seconds if seconds < _LONGEST_TTL else math.inf
+
+    # -- later ---------------------------------------------------------------------------------------------------
+
+    def _keeps_delayed(self, topic: TopicId, stream: str | None) -> str:
+        """The stream of a topic, if it can keep delayed events. Raises `CannotSchedule` and `ServerTooOld` if not."""
+        what = f"an event on {topic}"
+        if stream is None:
+            raise CannotSchedule(
+                what,
+                f"the topic is not durable, and only a stream keeps events: name {topic.type!r}, or a prefix of it, in "
+                "the setting durable of a runtime",
+            )
+        self._streams.require_version("delayed events")
+        if not self._registry.view.durable[stream].topics.schedules:
+            raise CannotSchedule(
+                what,
+                f"the server delays no messages of a stream with discard new, as {stream} has: declare the topic with "
+                "discard old, or without max_bytes and max_messages; under a name, it has a stream of its own",
+            )
+        return stream
+
+    async def publish_body(self, body: bytes, topic: TopicId, due: datetime, type_name: str | None) -> str:
+        """Have a plain body published at a later time, as an event with a new message id, which is returned.
+
+        ``type_name`` is the type of the message; None: it is found out by its agents. Raises `CannotSchedule`,
+        `ServerTooOld`, ValueError, and as `DurablePublisher.publish`.
+        """
+        stream = self._keeps_delayed(topic, self._registry.view.durable_stream(topic.type))
+        self._counters.sent += 1
+        message_id = self._attributes.next_id()
+        headers = {MESSAGE_ID_HEADER: message_id} | ({} if type_name is None else {TYPE_HEADER: type_name})
+        subject = self._subjects.topic(topic.type, topic.source)
+        async with self._queue.turn(None) as turn:
+            await self._durable.publish(subject, topic, stream, message_id, body, turn.end, due, headers)
+        return message_id
+
+    async def cancel_delayed(self, message_id: str, topic: TopicId) -> bool:
+        """Remove a delayed event. Returns False if it is not there.
+
+        Raises `CannotSchedule`, `ServerTooOld`, and as `DurableStreams.purge`.
+        """
+        stream = self._keeps_delayed(topic, self._registry.view.durable_stream(topic.type))
+        subject = self._subjects.delayed(stream, message_id, self._subjects.topic(topic.type, topic.source))
+        return await self._streams.purge(stream, subject) > 0
+
+    async def remind(self, agent: AgentId, name: str, message: Any, schedule: Schedule) -> None:
+        """Set a reminder, in its turn. Raises as `Reminders.set`."""
+        begun = asyncio.get_running_loop().time()
+        async with self._queue.turn(None) as turn:
+            await self._wait_ready(None, begun)
+            await self.reminders.set(agent, name, message, schedule, turn.end)
 
     async def publish_to(self, agent: AgentId, message: Any, topic: TopicId, message_id: str) -> None:
         """Send an event to one keyed agent, on behalf of a publisher that is a plain NATS client."""
         encoded = self._serialization.encode(message)
         await self._delivery.deliver(agent, topic, self._attributes.message(message_id, None, encoded, None), encoded)
 
+    def enveloped(self, message: Any, message_id: str) -> envelope.Envelope:
+        """Return the envelope of an event whose publisher is a plain NATS client."""
+        encoded = self._serialization.encode(message)
+        attributes = self._attributes.message(message_id, None, encoded, None)
+        body = envelope.decode(envelope.encode(envelope.EVENT, attributes, encoded.payload, encoded.content_type))
+        assert body is not None
+        return body
 
-def _unhashed(subject: str, topic: TopicId) -> str:
-    """The attributes with the topic's type and source, if the subject contains only their hashes."""
-    tokens = subject.split(".")
-    attributes = f",{attribute('topicsource', topic.source)}" if is_hashed(tokens[-1]) else ""
-    if any(is_hashed(token) for token in tokens[:-1]):
-        attributes += f",{attribute('topictype', topic.type)}"
-    return attributes
+
+async def _traced(span: AbstractContextManager[str], send: Callable[[str], Awaitable[None]]) -> None:
+    """Send an event inside ``span``. ``send`` is called with the attributes that contain its trace context."""
+    with span as trace_context:
+        await send(trace_context)
 
 
 def _context(

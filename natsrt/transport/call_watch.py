@@ -5,7 +5,8 @@
 
 - A worker accepts a call that takes longer than its ``accept_after``. From then on that worker is asked about the call.
 - A call that is neither answered nor accepted after ``check_after`` seconds is watched: the workers of its type are
-  asked. If the directory lists none, it is read again.
+  asked. If the directory lists none, it is read again. A call that a worker may have received meanwhile then ends in
+  `WorkerLost`, and not in an error that says that no handler was started.
 - While the connection is down, calls fail only because of ``offline_timeout``.
 - After a reconnect, workers are asked about every pending call, because its reply may have been lost while either side
   was disconnected.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -32,6 +34,7 @@ from natsrt.transport.inbox import Inbox, is_nobody
 from natsrt.transport.probe import Probe
 from natsrt.wire import envelope
 from natsrt.wire.failures import decode_answer
+from natsrt.wire.ids import checked_id
 
 logger: logging.Logger = logging.getLogger("natsrt.calls")
 
@@ -60,6 +63,9 @@ class Directory(Protocol):
     def workers_of(self, recipient: AgentId) -> Sequence[str]:
         """Return the live workers that may host ``recipient``, from the current view."""
 
+    async def catch_up(self) -> None:
+        """Make the view contain every worker that is registered now. Raises `NatsrtError` if that fails."""
+
     async def verify(self, recipient: AgentId) -> NatsrtError | None:
         """Read the directory again. Returns None if a live worker may host ``recipient``, else an error that says why
         not."""
@@ -67,8 +73,11 @@ class Directory(Protocol):
     def suspect(self, worker_id: str) -> None:
         """Check whether ``worker_id`` is still alive, because it did not answer."""
 
-    def all_stayed(self, since: float) -> bool:
-        """True if no worker has left since ``since``, in seconds by the event loop's clock."""
+    def all_stayed(self, since: float) -> bool | None:
+        """True if no worker has left since ``since``, in seconds by the event loop's clock.
+
+        None if that is not known, because the directory is being read again.
+        """
 
 
 class NeverReceived(Exception):
@@ -86,7 +95,7 @@ class CallWatch:
         self._probe = probe
         self._options = options
         self._directory = directory
-        self._judge = Judge(options.lost_after)
+        self._judge = Judge(options.lost_after, connection.rtt)
         self._abandoned = AbandonedCalls(connection, directory)
         self.pending: dict[str, PendingCall] = {}
         """The calls that have not completed, by their reply subjects, oldest first."""
@@ -97,6 +106,8 @@ class CallWatch:
         self._checks = BackgroundTasks(logger, "a check of a call failed")
         self._down_since: float | None = None
         self._up_since = 0.0
+        self._lost_at = -math.inf
+        """When the connection was last lost; minus infinity if it never was."""
         self.accept_to: str = ""
         """The subject on which workers accept this runtime's calls."""
         connection.add_listener(self)
@@ -124,7 +135,7 @@ class CallWatch:
         self._judge.asked.clear()
 
     def connection_lost(self) -> None:
-        self._down_since = asyncio.get_running_loop().time()
+        self._down_since = self._lost_at = asyncio.get_running_loop().time()
 
     def connection_made(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -151,12 +162,13 @@ class CallWatch:
         self._inbox.receivers.pop(call.reply, None)
         self._watched.pop(call.reply, None)
 
-    def _denied(self, denied: Refusal) -> None:
+    def _denied(self, denied: Refusal) -> bool:
         if denied.operation == "subscribe to":
-            return
-        for call in list(self.pending.values()):
-            if call.subject.lower() == denied.subject.lower():
-                call.fail(PermissionDenied(denied.operation, call.subject))
+            return False
+        refused = [call for call in self.pending.values() if call.subject.lower() == denied.subject.lower()]
+        for call in refused:
+            call.fail(PermissionDenied(denied.operation, call.subject))
+        return bool(refused)
 
     # -- what workers answer -------------------------------------------------------------------------------------
 
@@ -165,6 +177,7 @@ class CallWatch:
         worker_id, calls = data.get("worker"), envelope.texts(data, "calls", _ANSWER)
         if not isinstance(worker_id, str):
             raise CannotDecode("an acceptance", "it does not name its worker", message.data)
+        checked_id(worker_id, "an acceptance")
         for reply in calls:
             call = self.pending.get(reply)
             if call is not None:
@@ -182,17 +195,20 @@ class CallWatch:
             return
         data = _data(message, envelope.REPLY)
         running, unknown = envelope.texts(data, "running", _ANSWER), envelope.texts(data, "unknown", _ANSWER)
+        promised = set(envelope.texts(data, "withdrawn", _ANSWER)) if "withdrawn" in data else None
         remembers = data.get("remembers", 0.0)
         if not isinstance(remembers, int | float):
             raise CannotDecode(_ANSWER, "remembers must be a number of seconds", message.data)
-        asked.heard()
+        asked.answered(now)
         for reply in running:
             call = self.pending.get(reply)
             if call is not None:
                 call.accepted_by = worker_id
         for reply in unknown:
             call = self.pending.get(reply)
-            if call is not None and call.unknown(worker_id, remembers, now):
+            if call is None:
+                continue
+            if call.unknown(worker_id, remembers, now, None if promised is None else reply in promised):
                 call.fail(WorkerLost(str(call.recipient), worker_id, "it no longer knows the call"))
 
     def _asked(self, worker_id: str) -> AskedWorker:
@@ -217,14 +233,15 @@ class CallWatch:
             if now - slept_at > _STALL:  # answers that arrived meanwhile are read after this
                 self._judge.reconsider(now)
                 continue
+            young = self._options.check_after + self._connection.rtt.allowance
             for call in self.pending.values():  # oldest first
-                if now - call.watched_from < self._options.check_after:
+                if now - call.watched_from < young:
                     break
                 self._watched[call.reply] = call
             try:
                 if self._down_since is not None:
                     self._fail_offline(now, self._down_since)
-                elif self._watched:
+                elif self._watched or self._judge.asked:  # without calls, it forgets the workers that were asked
                     await self._ask_about(self._judge_all(now), now)
             except NatsrtError as error:  # the connection has gone down; the next round handles that
                 logger.debug("could not ask about calls: %s", error)
@@ -252,13 +269,16 @@ class CallWatch:
                 up_since=self._up_since,
                 settled=self._connection.settled,
             ):
-                case Verdict.ASK:
+                case Verdict.ASK | Verdict.WITHDRAW as verdict:
+                    call.withdraw = verdict is Verdict.WITHDRAW
                     for worker_id in workers if call.accepted_by is None else (call.accepted_by,):
                         questions.setdefault(worker_id, []).append(call)
                 case Verdict.CHECK:
                     self._check(call, now)
                 case Verdict.NEVER_RECEIVED:
-                    call.fail(NeverReceived())
+                    if not call.checking:
+                        call.checking = True
+                        self._checks.spawn(self._confirm_never_received(call))
                 case Verdict.LOST:
                     self._lost(call, workers, now)
         return questions
@@ -280,7 +300,8 @@ class CallWatch:
             if self._judge.is_lost(worker_id, now, self._connection.settled):
                 self._directory.suspect(worker_id)
             if now - asked.asked_at >= _ASK_EVERY:
-                if asked.silent_since is not None and now - asked.silent_since >= _ASK_EVERY:
+                late = _ASK_EVERY + self._connection.rtt.allowance
+                if asked.silent_since is not None and now - asked.silent_since >= late:
                     self._checks.spawn(self._look_for(worker_id, asked))
                 await self._ask(worker_id, asked, calls, now)
         for worker_id in [known for known in self._judge.asked if known not in questions]:
@@ -291,8 +312,11 @@ class CallWatch:
         asked.asked(now)
         subject, reply = self._directory.worker_subject(worker_id), self._answer_subject(worker_id)
         for start in range(0, len(calls), _MAX_QUESTIONS):
-            ids = [call.reply for call in calls[start : start + _MAX_QUESTIONS]]
-            body = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', orjson.dumps({"calls": ids}))
+            some = calls[start : start + _MAX_QUESTIONS]
+            question = {"calls": [call.reply for call in some]}
+            if withdraw := [call.reply for call in some if call.withdraw]:
+                question["withdraw"] = withdraw
+            body = envelope.encode(envelope.FATE, '"id":"fate","source":"/"', orjson.dumps(question))
             await self._connection.publish(subject, body, reply=reply)
 
     async def _look_for(self, worker_id: str, asked: AskedWorker) -> None:
@@ -310,6 +334,22 @@ class CallWatch:
         elif listens is not None:
             asked.gone(asyncio.get_running_loop().time())
 
+    async def _confirm_never_received(self, call: PendingCall) -> None:
+        """Have the call sent again if every worker that is registered by now has promised never to handle it.
+
+        A worker that started meanwhile learns from the others what they promised, so it need not be waited for longer.
+        """
+        began = asyncio.get_running_loop().time()
+        try:
+            await self._directory.catch_up()
+            workers = self._directory.workers_of(call.recipient)
+            if call.promised_by.issuperset(workers) and self._directory.all_stayed(call.sent_at):
+                call.fail(NeverReceived())
+        except NatsrtError as error:
+            self._check_failed(call, error, began)
+        finally:
+            call.checking = False
+
     # -- calls without a worker ----------------------------------------------------------------------------------
 
     def _check(self, call: PendingCall, now: float) -> None:
@@ -322,22 +362,40 @@ class CallWatch:
             self._checks.spawn(self._verify(call))
 
     async def _verify(self, call: PendingCall) -> None:
-        """Fail the call if no worker may host its recipient and no plain responder listens on its subject."""
-        began = asyncio.get_running_loop().time()
+        """Fail the call if no worker may host its recipient and no plain responder listens on its subject.
+
+        The directory's error says that the call was not handled. It is the call's error only if no worker can have
+        received the call. The directory was read after the call was sent, so it lists every worker that received it,
+        except those that have left. Those that left in order have answered the call. But what was sent on a former
+        connection may arrive later than the directory's answer.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             failure = await self._directory.verify(call.recipient)
-            if failure is None or call.future.done():
+            if failure is None or call.future.done() or self._directory.workers_of(call.recipient):
                 return
             if await self._probe.responder_exists(call.subject):
                 call.plain_until = call.sent_at + self._options.plain_timeout
                 return
-            call.fail(failure)
-        except NatsrtError as error:  # the directory could not be read
-            logger.debug("could not check a call to %s: %s", call.recipient, error)
-            if self._down_since is None and self._up_since < began:
-                call.fail(error)  # the connection was up all the time; otherwise the next round tries again
+            all_stayed = self._directory.all_stayed(call.sent_at) if call.sent_at > self._lost_at else False
+            match self._judge.stayed(call, all_stayed, loop.time(), self._up_since):
+                case True:
+                    call.fail(failure)
+                case False:
+                    call.fail(WorkerLost(str(call.recipient), None, "no worker of its type is left"))
+                case None:  # known once the directory has been read again: see the next check
+                    await asyncio.sleep(_ASK_EVERY)
+        except NatsrtError as error:
+            self._check_failed(call, error, began)
         finally:
             call.checking = False
+
+    def _check_failed(self, call: PendingCall, error: NatsrtError, began: float) -> None:
+        """The directory could not be read for a check that began at this time."""
+        logger.debug("could not check a call to %s: %s", call.recipient, error)
+        if self._down_since is None and self._up_since < began:
+            call.fail(error)  # the connection was up all the time; otherwise the next round tries again
 
 
 def stopped(recipient: AgentId, worker_id: str | None = None) -> WorkerLost:

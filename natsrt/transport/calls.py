@@ -5,8 +5,10 @@ Rules:
 1. Every call has its own reply subject. A message on that subject belongs to that call only.
 2. "No responders" is used only to react faster. No decision depends on it alone, because any tap (``nats sub '>'``)
    prevents it.
-3. A call is sent again only if it was not handled: there was no subscriber, every worker was busy, or the call was lost
-   on its way. `Attempts` decides how often and for how long.
+3. A call is sent again only if it was not handled, and never will be: there was no subscriber, every worker was busy,
+   or the call was lost on its way and the workers have promised not to handle it if it arrives after all. `Attempts`
+   decides how often and for how long. A copy names those that it supersedes, in a header, for workers that know of no
+   promise.
 4. A call that takes long is watched: see `natsrt.transport.call_watch`.
 
 Every wait ends: with a reply or an error, because of ``offline_timeout`` or ``plain_timeout``, or because of the
@@ -28,6 +30,7 @@ from natsrt.transport.call_judgement import PendingCall
 from natsrt.transport.call_watch import CallWatch, Directory, NeverReceived, stopped
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox, is_nobody
+from natsrt.wire.envelope import SUPERSEDES_HEADER
 from natsrt.wire.failures import is_refusal
 
 _RESENDS = 3
@@ -175,6 +178,7 @@ class Calls:
             ServerUnreachable, PermissionDenied, MessageTooLarge: The call could not be sent.
         """
         attempts: Attempts | None = None
+        superseded = "" if headers is None else headers.get(SUPERSEDES_HEADER, "")
         while True:
             if not self._open:  # no reply would arrive
                 raise stopped(recipient)
@@ -183,7 +187,8 @@ class Calls:
             call = self._begin(recipient, subject, destination, link, awaited_by)
             try:
                 if not call.future.done():  # otherwise its token is already cancelled
-                    await self._connection.publish(call.subject, body, reply=call.reply, headers=headers)
+                    sending = {**(headers or {}), SUPERSEDES_HEADER: superseded} if superseded else headers
+                    await self._connection.publish(call.subject, body, reply=call.reply, headers=sending)
                 if sent is not None:
                     sent()
                 reply = await call.future
@@ -197,6 +202,7 @@ class Calls:
                 attempts = attempts or Attempts(self._options)
                 if not attempts.lost():
                     raise WorkerLost(str(recipient), None, "the call was repeatedly lost on its way") from None
+                superseded = f"{superseded} {call.reply}".lstrip()
                 continue
             finally:
                 self._watch.remove(call)

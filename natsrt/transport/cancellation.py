@@ -1,8 +1,12 @@
 """Cancellation tokens that work across processes.
 
 A token gets an id when it is first sent. Every message with the token contains the id as ``cancelid``. ``cancel()`` on
-any copy, in any process, is announced on the cancel subject and cancels every copy. As in AutoGen, a cancelled token
-only informs the handler; it does not end the handler's task.
+any copy, in any process, is announced and cancels every copy. As in AutoGen, a cancelled token only informs the
+handler; it does not end the handler's task.
+
+Copies are in the runtimes that host agents, which listen on the cancel subject, and in the runtime that made the token.
+An id contains a subject of the latter's inbox, so that a runtime that only calls need not hear the cancellations of
+others. The rest of an id is random: whoever knows an id can cancel its token.
 
 A cancellation may arrive before the message with its token, because the two may take different routes through a
 cluster. So the ids of cancellations are kept for `_REMEMBER` seconds.
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import OrderedDict
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -19,12 +24,14 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import orjson
 from autogen_core import CancellationToken
 from nats.aio.msg import Msg
-from nats.nuid import NUID
 
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError
 from natsrt.transport.connection import Connection, Interest
+from natsrt.transport.inbox import Inbox
 from natsrt.wire import envelope
+from natsrt.wire.ids import checked_id
+from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.cancellation")
 
@@ -32,6 +39,8 @@ _REMEMBER = 30.0
 """Seconds for which the id of an announced cancellation is kept for messages that arrive later."""
 _REPEATS = (1.0, 3.0, 6.0)
 """Seconds between the announcements of one cancellation."""
+_OWNED = re.compile(r"(\S+\.cancel-[0-9a-f]{24})/[0-9a-f]{24}")
+"""An id with the subject of the runtime that made the token."""
 _REMEMBER_AT_MOST = 10_000
 """Maximum number of ids of announced cancellations that are kept. The oldest are dropped first."""
 
@@ -50,16 +59,19 @@ class _Shared:
 class Cancellations:
     """The tokens that one runtime sent or received."""
 
-    def __init__(self, connection: Connection, subject: str) -> None:
+    def __init__(self, connection: Connection, inbox: Inbox, subjects: Subjects) -> None:
         self._connection = connection
-        self._subject = subject
-        self._prefix = NUID().next().decode()
-        self._counter = 0
+        self._inbox = inbox
+        self._subjects = subjects
+        self._own = inbox.subject("cancel")
+        """The subject on which the copies of this runtime's own tokens are cancelled."""
         self._shared: WeakKeyDictionary[CancellationToken, _Shared] = WeakKeyDictionary()
         self._tokens: WeakValueDictionary[str, CancellationToken] = WeakValueDictionary()
         self._early: OrderedDict[str, float] = OrderedDict()
         self._from_wire: set[str] = set()
         self._interest: Interest | None = None
+        self._started = False
+        self._listening = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._unsent: set[str] = set()
         self._announced: set[str] = set()
@@ -68,22 +80,36 @@ class Cancellations:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._interest = await self._connection.subscribe(self._subject, self._on_cancel, optional=True)
+        self._inbox.receivers[self._own] = self._on_cancel
+        self._started = True
         self.connection_made()
 
+    @property
+    def hears_all(self) -> bool:
+        """True if this runtime hears the cancellations of all tokens, or has not started."""
+        return self._listening or not self._started
+
+    async def listen(self) -> None:
+        """Hear the cancellations of all tokens from now on, as runtimes with agents must. Has no effect if it does."""
+        if self._started and not self._listening:
+            self._listening = True
+            self._interest = await self._connection.subscribe(self._subjects.cancel, self._on_cancel, optional=True)
+
     async def stop(self) -> None:
+        self._started = self._listening = False
         await asyncio.sleep(0)  # so that a token that was cancelled just now is announced at least once
         await self._announcing.cancel()
         if self._interest is not None:
             await self._connection.unsubscribe(self._interest)
             self._interest = None
+        self._inbox.receivers.pop(self._own, None)
 
     def connection_lost(self) -> None:
         """Do nothing. Tokens that are cancelled while disconnected are announced after the reconnect."""
 
     def connection_made(self) -> None:
         """Announce recent cancellations again, since they may have been lost with the connection."""
-        if self._interest is None:
+        if not self._started:
             return
         for cancel_id in {*self._unsent, *self._announced}:
             self._announcing.spawn(self._announce(cancel_id))
@@ -109,8 +135,7 @@ class Cancellations:
         shared = self._shared.get(token)
         if shared is None:
             if cancel_id is None:
-                self._counter += 1
-                cancel_id = f"{self._prefix}-{self._counter:x}"
+                cancel_id = f"{self._own}/{self._inbox.new_token()}"
             shared = self._shared[token] = _Shared(cancel_id)
             self._tokens[cancel_id] = token
             token.add_callback(lambda: self._cancelled_here(shared))
@@ -144,11 +169,21 @@ class Cancellations:
     async def _broadcast(self, cancel_id: str) -> None:
         body = envelope.encode(envelope.CANCEL, '"id":"cancel","source":"/"', orjson.dumps({"cancelid": cancel_id}))
         try:
-            await self._connection.publish(self._subject, body)
+            await self._connection.publish(self._subjects.cancel, body)
+            if (owner := self._owner(cancel_id)) is not None:
+                await self._connection.publish(owner, body)
             self._unsent.discard(cancel_id)
         except NatsrtError as error:
             self._unsent.add(cancel_id)
             logger.info("a cancellation could not be announced yet: %s", error)
+
+    def _owner(self, cancel_id: str) -> str | None:
+        """The subject on which the runtime that made a token hears of its cancellation; None if there is none, or if it
+        is this one."""
+        subject = _OWNED.fullmatch(cancel_id)
+        if subject is None or subject[1] == self._own or not envelope.is_subject(subject[1]):
+            return None
+        return None if self._subjects.is_reserved(subject[1]) else subject[1]
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
@@ -156,14 +191,14 @@ class Cancellations:
         """Return the token for a message that arrived.
 
         All messages with the same id get the same object, as long as there is a reference to it. If ``cancel_id`` is
-        None, the result is a new token that no other process can cancel.
+        None, the result is a new token that no other process can cancel. Raises `CannotDecode`.
         """
         if cancel_id is None:
             return CancellationToken()
         token = self._tokens.get(cancel_id)
         if token is None:
             token = CancellationToken()
-            self._share(token, cancel_id)
+            self._share(token, checked_id(cancel_id, "an envelope"))
             if cancel_id in self._early:
                 self._cancel_from_wire(cancel_id, token)
         return token
@@ -174,6 +209,7 @@ class Cancellations:
         cancel_id = data.get("cancelid") if isinstance(data, dict) else None
         if not isinstance(cancel_id, str):
             raise CannotDecode("a cancellation", f"expected {envelope.CANCEL} with a cancelid", message.data)
+        checked_id(cancel_id, "a cancellation")
         now = asyncio.get_running_loop().time()
         self._early[cancel_id] = now
         while self._early and (

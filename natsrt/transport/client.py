@@ -16,13 +16,17 @@ each:
   a reconnect waited for one that shares its flush. It also keeps what a server says that does not accept the
   connection, and finds out whether a server that says nothing waits for a TLS handshake.
 - ``_connect_to_server`` uses `natsrt.transport.tls.Tcp`, which corrects how TLS begins, fails and ends.
-- ``_process_info`` makes sure that ``tls://`` means TLS. nats-py connects without it if the server does not ask for it.
+- ``_process_info`` makes sure that ``tls://`` means TLS, for all servers of the client. nats-py connects without it if
+  the server does not ask for it. Servers that are discovered over a WebSocket are WebSocket servers.
 - ``_process_err`` keeps what the server says, and leaves it to the server to close the connection. nats-py closes it
   for good after almost every error, even if the server keeps it open.
 - ``_send_subscribe``, ``_send_unsubscribe``, ``_send_ping`` and ``_process_pong`` log which subscriptions the server
   has, so that those are known that it refuses.
+- ``_attempt_reconnect`` ends the old connection at once (`NatsClient.cut`). nats-py closes it in order.
+- `NatsClient.ping`, ``_connect_command`` and ``_process_connect_init`` measure round trips.
 - ``_close`` keeps data that cannot be sent, for `NatsClient.take_unsent`. nats-py writes it even to a closed socket,
   which raises TypeError on Python 3.12 and newer.
+- `NatsClient.withdraw` drops messages that are not written yet.
 """
 
 from __future__ import annotations
@@ -30,8 +34,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import struct
 import time
 from collections.abc import Callable, Sequence
+from socket import SO_LINGER, SOL_SOCKET
 from typing import Any, Protocol, cast
 
 import nats.errors
@@ -56,6 +62,8 @@ _FULL = 0.005
 """Seconds until the next look at a queue of flushes that is full."""
 _SILENT = 0.5
 """Seconds after which it is looked into why a server has not said anything on a new connection."""
+_AT_ONCE = struct.pack("ii", 1, 0)
+"""The socket option with which closing a connection drops what was not sent."""
 _PONG_AT_LAST = 60
 """Maximum time to wait for the answer to a ping, in seconds. A client that does not answer is replaced long before."""
 
@@ -72,6 +80,9 @@ class ClientReports(Protocol):
 
     def subscriptions_refused(self, client: NatsClient, subjects: dict[int, str]) -> None:
         """Called when the server has refused subscriptions because of its limit: ``subjects`` has them by their ids."""
+
+    def answered(self, seconds: float, *, first: bool) -> None:
+        """Called with the time of a round trip. ``first``: it is the first one on a new connection."""
 
 
 class Ordered:
@@ -93,6 +104,11 @@ class Ordered:
             self._unreadable(error)
         except Exception:  # an exception here would end the client's read loop
             logger.exception("a message on %s could not be taken in", message.subject)
+
+
+def _expects(command: bytes, replies: bytes) -> bool:
+    """True if a command sends a message whose reply subject starts with ``replies``."""
+    return command.startswith(_MESSAGES) and command.split(b" ", 3)[2].startswith(replies)
 
 
 class _Parser(Parser):
@@ -186,17 +202,43 @@ class NatsClient(Client, Inherited):
         self._nothing_waits: asyncio.Queue[Msg] = asyncio.Queue()
         self._greeted = False
         """True if the server has sent its INFO on the present connection."""
+        self._connect_sent_at = 0.0
+        """When CONNECT, and the first PING after it, were last sent, by the event loop's clock."""
         drop_in_children(self)
 
     def drop_in_child(self) -> None:
         """Leave the connection to the parent. The server closes it when the parent ends, even if the child lives on."""
-        transport: Any = self._transport
-        if not transport:
-            return
-        stream = getattr(transport, "_io_writer", None) or getattr(transport, "_ws", None)
-        socket = None if stream is None else stream.get_extra_info("socket")
-        if socket is not None and socket.fileno() >= 0:
+        if (socket := self._socket) is not None:
             share_nothing(socket.fileno())
+
+    @property
+    def _socket(self) -> Any:
+        """The socket of the connection; None if it is closed."""
+        transport: Any = self._transport
+        stream = (getattr(transport, "_io_writer", None) or getattr(transport, "_ws", None)) if transport else None
+        socket = None if stream is None else stream.get_extra_info("socket")
+        return socket if socket is not None and socket.fileno() >= 0 else None
+
+    def cut(self) -> None:
+        """End the connection at once, and drop what the server has not taken from it yet.
+
+        A connection that is closed in order still delivers that, minutes later if it stalls. By then, natsrt has sent
+        calls again.
+        """
+        socket, writer = self._socket, getattr(self._transport, "_io_writer", None)  # None for a WebSocket
+        if socket is None:
+            return
+        socket.setsockopt(SOL_SOCKET, SO_LINGER, _AT_ONCE)
+        if writer is not None:
+            server = self._current_server
+            if (unsent := writer.transport.get_write_buffer_size()) and server is not None:
+                address = f"{server.uri.hostname}:{server.uri.port}"
+                logger.warning("the server %s did not take the last %d bytes that were sent to it", address, unsent)
+            writer.transport.abort()
+
+    async def _attempt_reconnect(self) -> None:
+        self.cut()
+        await super()._attempt_reconnect()
 
     def limit_payload(self, limit: int | None) -> int:
         """Send no messages of ``limit`` bytes or more; None: as large as the server says. Returns the maximum size."""
@@ -264,6 +306,16 @@ class NatsClient(Client, Inherited):
         return self._doubts != self._proven
 
     @property
+    def has_jetstream(self) -> bool:
+        """True if the server to which it is connected says that it runs JetStream itself."""
+        return bool(self._server_info.get("jetstream"))
+
+    @property
+    def jetstream_domain(self) -> str:
+        """The JetStream domain of the server to which it is connected; empty if it has none."""
+        return str(self._server_info.get("domain") or "")
+
+    @property
     def keeps_back(self) -> bool:
         """True if something waits to be written because of a `doubt`."""
         return bool(self._pending) and (self._in_doubt or self._kept_back)
@@ -277,11 +329,31 @@ class NatsClient(Client, Inherited):
         self._unsent, self._pending, self._pending_data_size = [], [], 0
         return [command for command in commands if command.startswith(_MESSAGES)]
 
+    def withdraw(self, replies: str) -> None:
+        """Do not send the messages that are not written yet and whose reply subjects start with ``replies``."""
+        start = replies.encode()
+        self._unsent = [command for command in self._unsent if not _expects(command, start)]
+        self._pending = [command for command in self._pending if not _expects(command, start)]
+        self._pending_data_size = sum(map(len, self._pending))
+
     async def send_again(self, messages: Sequence[bytes]) -> None:
         """Queue messages that `take_unsent` of another client has returned."""
         self._pending.extend(messages)
         self._pending_data_size += sum(map(len, messages))
         await self._flush_pending()
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        """Have the flusher write what is queued. One that has a reason to write needs no second one.
+
+        nats-py gives it one for each command, and waits while the flusher has 1,024 of them. So a worker that begins or
+        ends more subscriptions than that would wait there while the server does not answer, and ignore that it is
+        cancelled.
+        """
+        queue, flusher = self._flush_queue, self._flusher_task
+        alive = flusher is not None and not flusher.done()
+        if not force_flush and alive and queue is not None and not queue.empty():
+            return None
+        return await super()._flush_pending(force_flush)
 
     async def _flusher(self) -> None:
         """Write what is queued, whenever nats-py asks for it. As nats-py's, but see `doubt`."""
@@ -366,14 +438,31 @@ class NatsClient(Client, Inherited):
         )
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """Use the server's INFO, as nats-py does. Raises `TlsFailure` if the URL wants TLS and the server has none."""
+        """Use the server's INFO, as nats-py does. Raises `TlsFailure` if TLS is wanted and the server has none."""
         self._greeted = True
         server = self._current_server
-        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
-            if not info.get("tls_available"):
+        assert server is not None
+        over_tcp = server.uri.scheme not in ("ws", "wss")
+        if initial_connection and over_tcp and self._wants_tls and not info.get("tls_required"):
+            if not info.get("tls_available") and not self.options["tls_handshake_first"]:
                 raise TlsFailure(NO_TLS_OFFERED)
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
+        if not over_tcp:  # nats-py would use the servers that it discovers over TCP, and without TLS
+            for found in self._server_pool:
+                if found.discovered and found.uri.scheme not in ("ws", "wss"):
+                    found.uri = found.uri._replace(scheme=server.uri.scheme, path=server.uri.path)
+
+    @property
+    def _wants_tls(self) -> bool:
+        """True if a URL begins with tls://, or there are settings of TLS. As in the nats CLI, that is for all servers:
+        one that was discovered, or that the list names without tls://, would get the credentials in plain text.
+        """
+        if "tls" in self.options or "tls_hostname" in self.options:
+            return True
+        server = self._current_server
+        servers = self._server_pool if server is None else (*self._server_pool, server)
+        return any(one.uri.scheme == "tls" for one in servers)
 
     async def _look_for_tls(self) -> bool:
         """If the server says nothing: True, and the connection is closed, if it waits for a TLS handshake."""
@@ -409,6 +498,7 @@ class NatsClient(Client, Inherited):
             raise ServerError(said.group(1).decode(errors="replace")) from error
         finally:
             looking.cancel()
+        self._reports.answered(asyncio.get_running_loop().time() - self._connect_sent_at, first=True)
         for pong in pongs:
             pong.cancel()
         self._log.restart(self._subs)  # nats-py sends them first, and then what is queued
@@ -417,6 +507,10 @@ class NatsClient(Client, Inherited):
                 self._log.begun(int(command.split()[-1]))
             elif command.startswith(b"UNSUB ") and len(words := command.split()) == 2:
                 self._log.ended(int(words[1]))
+
+    def _connect_command(self) -> bytes:
+        self._connect_sent_at = asyncio.get_running_loop().time()
+        return super()._connect_command()
 
     def _said_at_last(self) -> re.Match[bytes] | None:
         """What a server said before it closed the connection, without a chance to read it."""
@@ -500,9 +594,13 @@ class NatsClient(Client, Inherited):
         """
         ping = asyncio.create_task(self.rtt(_PONG_AT_LAST))
         self._pings.add(ping)
-        ping.add_done_callback(self._pings.discard)
-        ping.add_done_callback(retrieve)
+        ping.add_done_callback(self._ping_ended)
         return ping
+
+    def _ping_ended(self, ping: asyncio.Task[float]) -> None:
+        self._pings.discard(ping)
+        if not ping.cancelled() and ping.exception() is None:
+            self._reports.answered(ping.result(), first=False)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         writer = getattr(self._transport, "_io_writer", None)  # None for a WebSocket, which does not have this problem

@@ -23,9 +23,10 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Protocol, cast
 
 import nats.errors
@@ -38,15 +39,22 @@ from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
 from natsrt.transport.connector import Connector, abandon, close_quietly
 from natsrt.transport.interests import Interest, Interests, Refusal, ServerLog
 from natsrt.transport.refusals import ServerError
+from natsrt.transport.round_trip_time import RoundTripTime
 from natsrt.transport.stall_watch import StallWatch
 from natsrt.transport.tls import TlsFailure
 
-__all__ = ["HEADER_OVERHEAD", "Connection", "Interest", "Listener", "Refusal"]
+__all__ = ["HEADER_OVERHEAD", "Connection", "Interest", "Listener", "Refusal", "headers_size"]
 
 logger: logging.Logger = logging.getLogger("natsrt.connection")
 
 HEADER_OVERHEAD = 12
 """Bytes of ``NATS/1.0`` and the line ends around a header block, which the server counts towards ``max_payload``."""
+
+
+def headers_size(headers: Mapping[str, str]) -> int:
+    """Bytes of a header block, which the server counts towards ``max_payload``."""
+    return HEADER_OVERHEAD + sum(len(name.encode()) + len(value.encode()) + 4 for name, value in headers.items())
+
 
 _WATCH_INTERVAL = 1.0
 """Seconds between two checks whether the server still answers."""
@@ -66,7 +74,10 @@ _LONG_STALL = 2.0
 _BETWEEN_TRIPS = 0.05
 """Seconds between two attempts of a round trip."""
 _SETTLED = 4.0
-"""Seconds after a reconnect during which other runtimes may still be reconnecting."""
+"""Seconds after a reconnect during which other runtimes may still be reconnecting, those with far links too: connecting
+takes two to three round trips."""
+_TRACES_SINCE = (2, 11)
+"""The first version of nats-server that traces messages."""
 
 
 class _Queued:
@@ -107,6 +118,8 @@ class Connection:
         self._supervisor: asyncio.Task[None] | None = None
         self._replace = asyncio.Event()
         self.reconnects: int = 0
+        self.rtt: RoundTripTime = RoundTripTime()
+        """The measured round trip time to the server. Every wait for an answer follows it."""
         self._reconnected_at = -math.inf
         self.max_payload: int = 0
         """Maximum size of a message in bytes, including headers, of the current or last server; 0 before the first."""
@@ -132,7 +145,15 @@ class Connection:
 
         A worker without a subscription is then gone, and not just reconnecting.
         """
-        return asyncio.get_running_loop().time() - self._reconnected_at > _SETTLED
+        return asyncio.get_running_loop().time() - self._reconnected_at > _SETTLED + self.rtt.allowance
+
+    @property
+    def traces(self) -> bool:
+        """True if the connected server can report to whom it delivers a message (message tracing)."""
+        if self._client is None:
+            return False
+        version = self._client.connected_server_version
+        return (version.major, version.minor) >= _TRACES_SINCE
 
     @property
     def client(self) -> NatsClient:
@@ -146,8 +167,11 @@ class Connection:
         """A JetStream context with a short timeout, for requests that are repeated if they are not answered."""
         client = self.client
         if self._jetstream is None or self._jetstream[0] is not client:
-            self._jetstream = client, client.jetstream(timeout=min(_ONE_REQUEST, self._options.connect_timeout))
-        return self._jetstream[1]
+            domain = self._options.jetstream_domain
+            self._jetstream = client, client.jetstream(**({"domain": domain} if domain else {}))
+        context = self._jetstream[1]
+        context._timeout = min(_ONE_REQUEST, self._options.connect_timeout) + self.rtt.allowance
+        return context
 
     @property
     def server(self) -> str:
@@ -157,6 +181,10 @@ class Connection:
 
     def add_listener(self, listener: Listener) -> None:
         self._listeners.append(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Undo `add_listener`."""
+        self._listeners.remove(listener)
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -205,6 +233,10 @@ class Connection:
         """
         self._denied.append(callback)
 
+    def off_denied(self, callback: Callable[[Refusal], bool | None]) -> None:
+        """Undo `on_denied`."""
+        self._denied.remove(callback)
+
     # -- opening and closing -------------------------------------------------------------------------------------
 
     async def open(self) -> None:
@@ -227,7 +259,7 @@ class Connection:
         self._supervisor = asyncio.create_task(self._supervise(), name="natsrt connection supervisor")
 
     async def close(self) -> None:
-        """Send the queued data, then close. Has no effect if closed.
+        """Send the queued data, then close. One line says how many messages could not be sent. Has no effect if closed.
 
         Data that was kept back after a stall of the event loop is waited for, for ``connect_timeout`` seconds.
         """
@@ -245,6 +277,9 @@ class Connection:
         if self._client is not None:
             client, self._client = self._client, None
             await close_quietly(client)
+            if lost := len(client.take_unsent()):
+                messages = "a message that was" if lost == 1 else f"{lost} messages that were"
+                logger.warning("the server does not answer: %s sent last will not arrive", messages)
         self._interests.clear()
 
     async def wait_connected(self, timeout: float | None, begun: float | None = None) -> None:
@@ -271,11 +306,9 @@ class Connection:
 
     async def _send_rest(self) -> None:
         """Wait until the data that was kept back is sent, also if this needs a new connection."""
-        try:
+        with contextlib.suppress(ServerUnreachable, TimeoutError):
             async with asyncio.timeout(self._options.connect_timeout):
                 await self.round_trip(None)
-        except (ServerUnreachable, TimeoutError):
-            logger.warning("the server does not answer: messages that were sent last are lost")
 
     def _closed_error(self) -> ServerUnreachable:
         return ServerUnreachable(self._options.safe_servers, 0.0, "the connection is closed")
@@ -319,10 +352,17 @@ class Connection:
             for subject in subjects.values():
                 self._tell_denied(SubscriptionRefused(subject, reason))
 
+    def answered(self, seconds: float, *, first: bool) -> None:
+        """Part of `ClientOwner`."""
+        if first:
+            self.rtt.begin(seconds)
+        else:
+            self.rtt.measured(seconds)
+
     def _tell_denied(self, denied: Refusal) -> bool:
         """Returns True if somebody raises the error."""
         raised = False
-        for callback in self._denied:
+        for callback in list(self._denied):
             raised |= callback(denied) is True
         return raised
 
@@ -356,7 +396,7 @@ class Connection:
             logger.warning("lost the connection to %s", self.server)
             self._up.clear()
             self._interests.accept_all()  # they are all sent again on the next connection
-            for listener in self._listeners:
+            for listener in list(self._listeners):
                 listener.connection_lost()
 
     def _made_again(self) -> None:
@@ -374,7 +414,7 @@ class Connection:
             if not waiter.done():
                 waiter.set_result(None)
         logger.info("connected to %s", self.server)
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener.connection_made()
 
     def _stalled(self) -> None:
@@ -417,7 +457,7 @@ class Connection:
         ping = client.ping()
         # Any message that arrives shows that the connection works. The PONG may be behind many of them.
         silent, heard = 0, client.stats["in_msgs"]
-        while silent < _PATIENCE:
+        while silent < _PATIENCE + self.rtt.allowance / _SLICE:
             await asyncio.wait({ping}, timeout=_SLICE)
             if ping.done():
                 return ping.cancelled() or ping.exception() is None or not client.is_connected
@@ -437,7 +477,7 @@ class Connection:
                 if interest.current is not None:
                     client._remove_sub(interest.current._id)
                 interest.current = await client.listen(interest.subject, interest.queue, interest.future)
-            await client.flush(_ONE_REQUEST)
+            await client.flush(_ONE_REQUEST + self.rtt.allowance)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             logger.debug("trying refused subscriptions again: %s", error)
         accepted = sum(interest.refusal is None for interest in tried)
@@ -487,6 +527,13 @@ class Connection:
 
     # -- sending and subscribing ---------------------------------------------------------------------------------
 
+    @property
+    def limit_is_guessed(self) -> bool:
+        """True if a smaller limit than `max_payload` may be in force: a message was refused that the server announced
+        to accept. It is the limit of the account.
+        """
+        return self._payload_limit is not None
+
     def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> int:
         """Return the size of a message in bytes, with its headers.
 
@@ -494,7 +541,7 @@ class Connection:
         """
         size = len(payload)
         if headers:
-            size += HEADER_OVERHEAD + sum(len(k.encode()) + len(v.encode()) + 4 for k, v in headers.items())
+            size += headers_size(headers)
         if size > self.max_payload:
             raise MessageTooLarge(size, self.max_payload)
         return size

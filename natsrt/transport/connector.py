@@ -194,8 +194,9 @@ async def close_quietly(client: Client) -> None:
         logger.debug("closing a client: %s", error)
 
 
-def abandon(client: Client) -> None:
-    """Close a client that may hang, without waiting for it."""
+def abandon(client: NatsClient) -> None:
+    """Close a client that may hang, without waiting for it. What the server has not taken from it yet is dropped."""
+    client.cut()
     _abandoned.spawn(close_quietly(client))
 
 

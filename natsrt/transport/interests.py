@@ -11,7 +11,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from natsrt.errors import PermissionDenied, SubscriptionRefused
 from natsrt.transport.client import Ordered
-from natsrt.transport.refusals import ServerError
+from natsrt.transport.refusals import REFUSED_AGAIN, ServerError
 from natsrt.transport.tls import TlsFailure
 
 logger: logging.Logger = logging.getLogger("natsrt.connection")
@@ -20,8 +20,6 @@ _SAID_AGAIN_AFTER = 60.0
 """Seconds after which an error of the server is logged again if it comes again."""
 _SAID_AT_MOST = 1000
 """Number of errors for which the time of their last log line is kept."""
-_REFUSED_AGAIN = 10.0
-"""Seconds until a subscription that the server refused is tried again."""
 
 Refusal = PermissionDenied | SubscriptionRefused
 """The error for a subscription, or a publish, that the server refused."""
@@ -109,7 +107,7 @@ class Interests:
 
     def take_due(self) -> list[Interest]:
         """Those that the server has refused some seconds ago, to be tried again. They count as accepted from now on."""
-        due = asyncio.get_running_loop().time() > self._refused_at + _REFUSED_AGAIN
+        due = asyncio.get_running_loop().time() > self._refused_at + REFUSED_AGAIN
         return self.accept_all() if due else []
 
 

@@ -20,6 +20,8 @@ from typing import Final, NamedTuple
 
 import nats.errors
 
+REFUSED_AGAIN: Final = 10.0
+"""Seconds until a subscription or a publish that the server refused is tried again."""
 _TOO_MANY: Final = "maximum subscriptions exceeded"
 _TOO_LARGE: Final = "maximum payload violation"
 _CREDENTIALS: Final = (

@@ -58,7 +58,8 @@ class TlsFailure(nats.errors.Error):
 
 
 NO_TLS_OFFERED: Final = (
-    "the URL begins with tls://, but the server offers no TLS: use nats://, or configure tls in the server"
+    "a URL begins with tls://, or there are settings of TLS, but the server offers no TLS: configure tls in the "
+    "server, or use nats:// and no such setting for all servers"
 )
 TLS_COMES_FIRST: Final = "the server begins with the TLS handshake (handshake_first): set tls_first"
 
@@ -74,7 +75,9 @@ def tls_failure(error: BaseException, *, tls_first: bool, certificate: bool) -> 
     """
     if isinstance(error, TlsFailure):
         return error
-    found = next((one for one in _chain_of(error) if isinstance(one, ssl.SSLError)), None)
+    # The error that aiohttp makes is an SSLError without a reason; the one below it has the reason.
+    errors = (one for one in _chain_of(error) if isinstance(one, ssl.SSLError))
+    found = next((one for one in errors if getattr(one, "reason", None) is not None), None)
     if found is None or isinstance(found, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return None
     if isinstance(found, ssl.SSLCertVerificationError):

@@ -9,11 +9,12 @@ never values. The rules are in ``compiler``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import orjson
+from autogen_core import AgentId
 from pydantic import SecretBytes, SecretStr
 
 from natsrt.wire.exactness import path_under, unwritable, value_of_type
@@ -74,6 +75,16 @@ def wrong_type(expected: str, value: object) -> Refused:
     return Misdeclared(f"declared {expected}, but holds {value_of_type(type(value))}{defined_again(expected, value)}")
 
 
+def unsendable(cls: type) -> Refused:
+    """The refusal of an object of ``cls`` in a field that is declared as this class."""
+    reason = f"values of type {cls.__name__} cannot be sent in a field"
+    if cls is AgentId:
+        return Refused(f"{reason}; declare str, send str(agent_id) and read it with AgentId.from_str")
+    if hasattr(cls, "DESCRIPTOR"):
+        return Refused(f"{reason}; a protobuf message is sent alone, or as bytes: SerializeToString and FromString")
+    return Refused(f"{reason}; make it a dataclass or a Pydantic model, or hold its parts in fields of their own")
+
+
 def defined_again(expected: str, value: object) -> str:
     """What errors add if a value is of another class than the declared one, but of the same name. Else empty."""
     name = type(value).__name__
@@ -83,6 +94,15 @@ def defined_again(expected: str, value: object) -> str:
         f" that is another class than the declared one: if {name} was defined again, as by a notebook cell that runs "
         "twice, define the class that declares it again, too"
     )
+
+
+def keys_that_are_not_text(value: Iterable[object]) -> Refused:
+    """The refusal of a dictionary whose keys are declared as str, or not declared, and are not all str."""
+    cls = next(type(key) for key in value if type(key) is not str)
+    if not issubclass(cls, str):
+        return Refused("JSON keys are strings, and the declared type specifies no other key type")
+    name = cls.__name__
+    return Refused(f"a key is of type {name}, and would arrive as str; declare dict[{name}, ...], or use str(key)")
 
 
 def misfit(expected: str, tree: object) -> Unreadable:

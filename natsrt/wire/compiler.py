@@ -30,8 +30,9 @@ read back equal and of the same type is refused before it is sent.
   a list.
 * Scalars are written as follows: bytes in base64; ``datetime``, ``date`` and ``time`` in ISO 8601; ``Decimal`` and
   ``UUID`` as text; enums by value if all their values are str or all are int, else by member name. Dict keys declared
-  with these types are written as the same text. A time zone is written as its offset, and ``fold`` is not written. The
-  scalars in a Pydantic model are written by Pydantic, except where it would read them back as something else
+  with these types are written as the same text. A time zone is written as its offset. ``fold`` is not
+  written, so a local time with ``fold=1`` is refused. The scalars in a Pydantic model are written by Pydantic, except
+  where it would read them back as something else
   (``model_fields``).
 * A ``TypedDict`` is an object with a member per key. Keys that are not declared are refused.
 * Unknown fields are ignored, so that a newer sender may add some, unless the codecs are ``strict``.
@@ -53,7 +54,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from autogen_core import Image
+from autogen_core import AgentId, Image
 from pydantic import BaseModel
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
@@ -67,20 +68,23 @@ from natsrt.wire.codecs import (
     VALUE_KEY,
     Codec,
     CodecCompiler,
+    Fault,
     Misdeclared,
     Refused,
     Unreadable,
     defined_again,
     key_step,
+    keys_that_are_not_text,
     misfit,
+    unsendable,
     wrong_type,
 )
 from natsrt.wire.container_codecs import ArrayCodec, DictCodec, OptionalCodec, TupleCodec
 from natsrt.wire.dataclass_codec import dataclass_codec
-from natsrt.wire.exactness import value_of_type
+from natsrt.wire.exactness import Flaw, difference, value_of_type
 from natsrt.wire.families import Family, fits
 from natsrt.wire.known_classes import KnownClasses, in_this_process
-from natsrt.wire.message_classes import full_name, type_name_of
+from natsrt.wire.message_classes import full_name, is_protobuf, type_name_of
 from natsrt.wire.model_codec import ModelCodec
 from natsrt.wire.pydantic_codec import PydanticCodec
 from natsrt.wire.scalar_codecs import NONE, EnumCodec, ExactCodec, FloatCodec, LiteralCodec, text_codecs
@@ -118,7 +122,7 @@ class AnyCodec(Codec):
 
     def _encode_dict(self, value: dict[Any, Any]) -> dict[str, Any]:
         if not all(type(key) is str for key in value):
-            raise Refused("JSON keys are strings, and the declared type specifies no other key type")
+            raise keys_that_are_not_text(value)
         at = None
         try:
             tree = {(at := key): self.encode(item) for key, item in value.items()}
@@ -399,6 +403,8 @@ class Codecs(CodecCompiler):
             return EnumCodec(cls)
         if cls is BaseModel:
             return AbstractCodec(cls, self)
+        if cls is AgentId or is_protobuf(cls):
+            raise unsendable(cls)
         return _class_codec(hint, cls, args, self) or self._other(hint)
 
     def _other(self, hint: Any) -> Codec:
@@ -519,27 +525,53 @@ class Codecs(CodecCompiler):
             self._named_version = self.finder.version
         return self._named
 
-    def _has_namesakes(self, cls: type, name: str, base: type | None) -> bool:
-        """True if a reader that knows what is known here needs more than the name to find ``cls``."""
+    def _namesakes_of(self, cls: type, name: str, base: type | None) -> tuple[bool, type | None]:
+        """What a reader that knows what is known here makes of the names of ``cls``.
+
+        True if it needs more than the plain name to find ``cls``; and the other class that it takes for the one with
+        the full name, or None.
+        """
         if base is not None:
             family = self._family(base)
             if family.only.get(name) is cls:
-                return False
+                return _UNIQUE
             related = self._namesakes(family, name)
-            if full_name(cls) in related:
-                return len(related) > 1
+            meant = related.get(full_name(cls))
+            if meant is not None:
+                return len(related) > 1, None if meant is cls else meant
         key = (cls, self.finder.scope)
-        known: bool | None = self._cache().get(key)
+        known: tuple[bool, type | None] | None = self._cache().get(key)
         if known is None:
-            others = (full_name(other) for step in self.finder.steps(name, self.finder.scope) for other in step)
-            known = self._named[key] = any(other != full_name(cls) for other in others)
+            own = full_name(cls)
+            others = [other for step in self.finder.steps(name, self.finder.scope) for other in step]
+            rivals = any(other is not cls and full_name(other) == own for other in others)
+            found = self._seek(name, own, base, {}) if rivals else ()
+            meant = next((one for one in found if one is not cls and full_name(one) == own), None)
+            known = self._cache()[key] = any(full_name(other) != own for other in others), meant
         return known
+
+    def _compare_with(self, meant: type, value: Any, tree: dict[str, Any]) -> None:
+        """Raise ``Refused`` unless the class ``meant``, which has the full name of the value's class, reads the value.
+
+        A reader takes the value for an object of that class.
+        """
+        try:
+            flaw = difference(value, self.of(meant).decode_marked(tree))
+        except Fault as fault:
+            flaw = Flaw(fault.path, fault.reason)
+        if flaw is not None:
+            raise two_classes(type(value), flaw)
 
     def no_class(self, tree: dict[str, Any], declared: str) -> Unreadable:
         """The error of a tree that names no class which fits the declared type."""
         name = tree[TYPE_KEY]
         if type(name) is not str or not _CLASS_NAME.fullmatch(name):
             return Unreadable(f'"{TYPE_KEY}" does not name a class that fits {declared}')
+        if name in _ONLY_DECLARED:
+            return Unreadable(
+                f'"{TYPE_KEY}" may name {name} only where the declared type does, as str | {name}; this is {declared}, '
+                f"where only classes with fields can be named"
+            )
         return Unreadable(
             f'"{TYPE_KEY}" names {name}, but no class of this name that fits {declared} is known here; add its '
             f"serializer with runtime.add_message_serializer, or pass the class as reply_type (a dictionary with a key "
@@ -576,13 +608,18 @@ class Codecs(CodecCompiler):
         cls = type(value)
         codec = self.class_codec(cls) if base is None or fits(cls, base) else None
         if codec is None:
+            if cls is base:
+                raise unsendable(cls)
             wanted = "declared Any" if base is None else f"declared {base.__name__}"
             if base is not None and (note := defined_again(base.__name__, value)):
                 raise Misdeclared(f"{wanted}, but holds {value_of_type(cls)}{note}")
             raise Misdeclared(f"{wanted}, but {value_of_type(cls)} would not be read back unchanged")
         tree = codec.mark(codec.encode_fields(value))
-        if self._has_namesakes(cls, codec.name, base):
+        namesakes, meant = self._namesakes_of(cls, codec.name, base)
+        if namesakes:
             tree = _with_class(tree, cls)
+        if meant is not None:
+            self._compare_with(meant, value, tree)
         if self._written is not None:
             key = codec.name, tree.get(CLASS_KEY)
             self._written[key] = cls if self._written.get(key, cls) is cls else None
@@ -601,7 +638,21 @@ class Codecs(CodecCompiler):
 
 _NAMES_CACHED = 4096
 """Maximum number of names of classes in trees for which the class is cached, since the names come from the wire."""
+_ONLY_DECLARED: frozenset[str] = frozenset(codec.name for codec in text_codecs()) | {"tuple", "set", "frozenset"}
+"""The names of types that ``"$type"`` may name in unions, and nowhere else."""
 _CLASS_NAME = re.compile(r"[A-Za-z_][\w.\[\], |]{0,99}")
+
+
+_UNIQUE = (False, None)
+
+
+def two_classes(cls: type, flaw: Flaw) -> Refused:
+    """Why an object is refused that arrives as one of another class with the full name of its own, and changed."""
+    return Refused(
+        f"two classes have the full name {full_name(cls)}, and it would arrive as the other one ({flaw.reason}): give "
+        "them different names or, if one was defined again, make the object of the last definition",
+        flaw.path,
+    )
 
 
 def _with_class(tree: dict[str, Any], cls: Any) -> dict[str, Any]:

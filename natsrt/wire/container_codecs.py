@@ -16,6 +16,7 @@ from natsrt.wire.codecs import (
     Refused,
     Unreadable,
     key_step,
+    keys_that_are_not_text,
     misfit,
     wrong_type,
 )
@@ -146,7 +147,7 @@ class DictCodec(Codec):
         try:
             if self._key is None:
                 if not all(type(key) is str for key in value):
-                    raise Refused("JSON keys are strings, and the declared type specifies no other key type")
+                    raise keys_that_are_not_text(value)
                 return {(at := key): encode(item) for key, item in value.items()}
             tree = {self._key_text(key): encode(item) for key, item in value.items()}
         except Refused as fault:
@@ -170,12 +171,17 @@ class DictCodec(Codec):
         try:
             if self._key is None:
                 return {key: decode(item) for key, item in tree.items()}
-            return {self._key_value(key): decode(item) for key, item in tree.items()}
+            value = {self._key_value(key): decode(item) for key, item in tree.items()}
         except Unreadable as fault:
             raise fault.under("[]") from fault.__cause__
+        if len(value) != len(tree):
+            raise Unreadable(f"two keys are texts of one {self._key.name}")
+        return value
 
     def _key_value(self, text: str) -> Any:
         assert self._key is not None
+        if text.strip() != text and (not self._textual or isinstance(self._key, TextCodec)):
+            raise Unreadable(f"there is white space around the text of a key of type {self._key.name}")
         if self._textual:
             return self._key.decode(text)
         try:

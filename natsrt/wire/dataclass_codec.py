@@ -69,9 +69,12 @@ class DataclassCodec(ClassCodec):
                 required.add(field.name)
         self._required = frozenset(required)
         self._names = frozenset(field.name for field in dataclasses.fields(self.cls))
+        declared: Any = self.cls
         for name, parameter in (parameters or {}).items():
-            if name not in self._names and parameter.default is parameter.empty:
-                raise Refused(f"{self.name}.__init__ needs {name}, which is not a field and so is not sent")
+            # The value of an InitVar is not kept, so a receiver would build the object with the default.
+            is_lost = name in declared.__dataclass_fields__ or parameter.default is parameter.empty
+            if name not in self._names and is_lost:
+                raise Refused(f"{self.name}.__init__ takes {name}, which is not a field, so its value would be lost")
 
     def _field_codec(self, field: dataclasses.Field[Any], hint: Any) -> Codec:
         if field.name == TYPE_KEY:

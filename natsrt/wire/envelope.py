@@ -8,6 +8,8 @@ Rules:
 2. A body in another order is parsed as a whole. Its payload is then the JSON text of its ``data``.
 3. A body whose ``type`` does not start with ``natsrt.`` is a *plain* body: the body itself is the payload.
 4. A malformed natsrt body raises `CannotDecode`. It is never treated as a plain body.
+5. A payload that is too large for one message is stored elsewhere. Its body has a reference in place of ``data``: see
+   `natsrt.wire.references`.
 
 All functions in this module are pure functions of bytes, without I/O or state.
 """
@@ -22,6 +24,9 @@ from typing import Any, Final
 import orjson
 
 from natsrt.errors import CannotDecode
+from natsrt.wire import references
+from natsrt.wire.references import DATA_REF, Reference, reference_in
+from natsrt.wire.subjects import MAX_SUBJECT_BYTES
 
 CALL: Final = "natsrt.call"
 REPLY: Final = "natsrt.reply"
@@ -36,26 +41,45 @@ LOCATE: Final = "natsrt.locate"
 OWNER: Final = "natsrt.owner"
 WAITS: Final = "natsrt.waits"
 ABANDONED: Final = "natsrt.abandoned"
+WITHDRAWN: Final = "natsrt.withdrawn"
+VIEW: Final = "natsrt.view"
+BLOBS: Final = "natsrt.blobs"
+
+BLOBS_FEATURE: Final = "blobs"
+"""Feature: it reads payloads that are sent by reference. A call lists what its caller understands in ``features``, and
+a worker in its entry in the registry."""
+FEATURES_ATTRIBUTE: Final = f'"features":"{BLOBS_FEATURE}"'
+"""The attribute ``features`` of this version's calls, as JSON text."""
 
 KEY_HEADER: Final = "Natsrt-Key"
 """Header with the key of the agent that a plain body is for. Without it the key is ``default``."""
 TYPE_HEADER: Final = "Natsrt-Type"
 """Header with the message type of a plain body. Without it the type is inferred from the body."""
+MESSAGE_ID_HEADER: Final = "Natsrt-Message-Id"
+"""Header with the message id that the handlers of a durable event with a plain body are given."""
+SUPERSEDES_HEADER: Final = "Natsrt-Supersedes"
+"""Header of a call that is sent again, with the ids of its former copies, separated by spaces: at most one copy is
+handled."""
 
 JSON_CONTENT: Final = "application/json"
 NO_AGENT: Final = "/"
 """The ``source`` of a message that no agent sent. CloudEvents requires a non-empty URI-reference."""
 
-TEXTS: Final = frozenset(
+TEXTS: Final = references.TEXTS | frozenset(
     (
         "acceptto",
         "cancelid",
         "chain",
         "datacontenttype",
+        "features",
         "id",
         "keyed",
         "messageclass",
         "messagetype",
+        "natsattempt",
+        "natssequence",
+        "natsstored",
+        "natsstream",
         "operation",
         "source",
         "specversion",
@@ -75,7 +99,15 @@ _WITH_MESSAGE = frozenset((CALL, EVENT, REPLY))
 _NEEDED = {False: {"id", "source"}, True: {"id", "source", "messagetype"}}
 """The required attributes, by whether the kind carries a message. If one is missing before ``data``, the whole body is
 parsed, since it may come after ``data``."""
-_SUBJECT = re.compile(r"[^\s*>\x00-\x20\x7f]{1,1024}")
+_SUBJECT = re.compile(rf"[^\s*>\x00-\x20\x7f]{{1,{MAX_SUBJECT_BYTES}}}")
+
+
+class _NoData(bytes):
+    """The class of `NO_DATA`, so that it is not the same object as other empty bytes."""
+
+
+NO_DATA: Final[bytes] = _NoData()
+"""In place of a payload that is sent by reference. It is compared with ``is``."""
 _START = b'{"specversion":"1.0"'
 _DATA = b',"data":'
 _CLOSE = ord("}")
@@ -86,12 +118,15 @@ class Envelope:
     """A decoded natsrt body.
 
     ``attributes`` are the CloudEvents attributes and extensions as they were sent. `decode` has checked that those
-    defined by natsrt are strings. Unknown extensions may have any JSON type. ``body`` is the whole body.
+    defined by natsrt are strings. Unknown extensions may have any JSON type. ``body`` is the whole body. ``reference``
+    is the blob with the payload; None if the body has the payload itself. Until it is loaded, ``payload`` is then
+    `NO_DATA`.
     """
 
     attributes: dict[str, Any]
     payload: bytes
     body: bytes
+    reference: Reference | None = None
 
     @property
     def type(self) -> str:
@@ -146,8 +181,12 @@ def encode(kind: str, attributes: str, payload: bytes, content_type: str = JSON_
     """Return a body with ``type`` set to ``kind``.
 
     ``attributes`` is JSON text such as ``"id":"1","source":"/"`` (see `attribute`). It is text because callers on the
-    hot path compose it from parts that are already quoted.
+    hot path compose it from parts that are already quoted. For `NO_DATA`, they contain the `Reference`.
     """
+    if payload is NO_DATA:
+        if content_type != JSON_CONTENT:
+            attributes += f',"datacontenttype":{quote(content_type)}'
+        return f'{{"specversion":"1.0","type":"{kind}",{attributes}}}'.encode()
     if content_type == JSON_CONTENT:
         return b'{"specversion":"1.0","type":"%b",%b,"data":%b}' % (kind.encode(), attributes.encode(), payload)
     return b'{"specversion":"1.0","type":"%b",%b,"datacontenttype":%b,"data_base64":"%b"}' % (
@@ -158,14 +197,24 @@ def encode(kind: str, attributes: str, payload: bytes, content_type: str = JSON_
     )
 
 
+def encoded_size(kind: str, attributes: str, payload: bytes, content_type: str) -> int:
+    """Return the size of what `encode` would return, in bytes."""
+    size = len(encode(kind, attributes, b"", content_type)) + len(payload)
+    return size if content_type == JSON_CONTENT else size + (len(payload) + 2) // 3 * 4 - len(payload)
+
+
 def rewrite(body: Envelope, **changes: str | None) -> bytes:
-    """Return the body of the same message with changed attributes. The value None removes an attribute."""
+    """Return the body of the same message with changed attributes. The value None removes an attribute.
+
+    A reference stays, whether its payload was loaded or not.
+    """
     attributes = {
         name: value
         for name, value in {**body.attributes, **changes}.items()
         if value is not None and name not in ("specversion", "type", "datacontenttype")
     }
-    return encode(body.type, orjson.dumps(attributes)[1:-1].decode(), body.payload, body.content_type)
+    payload = body.payload if body.reference is None else NO_DATA
+    return encode(body.type, orjson.dumps(attributes)[1:-1].decode(), payload, body.content_type)
 
 
 def texts(data: dict[str, Any], name: str, what: str) -> list[str]:
@@ -177,6 +226,11 @@ def texts(data: dict[str, Any], name: str, what: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise CannotDecode(what, f"{name} must be a list of strings")
     return value
+
+
+def media_type(content_type: str) -> str:
+    """Return a content type without its parameters, in lower case: ``application/json`` for all forms of JSON's."""
+    return content_type.partition(";")[0].strip().lower()
 
 
 def is_subject(text: str) -> bool:
@@ -255,6 +309,9 @@ def _from_object(whole: Any, body: bytes) -> Envelope | None:
             payload = b64decode(whole["data_base64"], validate=True)
         except (ValueError, TypeError):
             raise CannotDecode("a natsrt envelope", "its data_base64 is not base64", body) from None
+    elif whole.get(DATA_REF) is not None and "data" not in whole:
+        checked = _checked(attributes, body)
+        return Envelope(checked, NO_DATA, body, reference_in(checked, body))
     else:
         payload = orjson.dumps(whole.get("data"))
     return Envelope(_checked(attributes, body), payload, body)

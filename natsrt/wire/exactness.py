@@ -14,8 +14,19 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from natsrt.wire.message_classes import full_name, is_structured
+
 LONE_SURROGATE = "the text has a lone surrogate, which UTF-8 cannot encode"
 NOT_FINITE = "JSON has no NaN and no infinity"
+FOLDED = (
+    "fold=1 of a local time without a time zone is not sent, so it would mean another moment; "
+    "give it a time zone (tzinfo), whose offset is sent"
+)
+
+
+def is_folded(value: Any) -> bool:
+    """True for a ``datetime`` or ``time`` whose ``fold`` is all that tells its moment from another one."""
+    return isinstance(value, datetime.datetime | datetime.time) and bool(value.fold) and value.utcoffset() is None
 
 
 class Flaw(NamedTuple):
@@ -76,7 +87,7 @@ def declared_types(cls: Any) -> dict[str, Any]:
 
 def _difference(sent: object, arrived: object, floats: bool) -> Flaw | None:
     cls = type(sent)
-    if type(arrived) is not cls:
+    if type(arrived) is not cls and not _are_definitions_of_one(cls, type(arrived)):
         if floats and cls is int and type(arrived) is float and sent == arrived:
             return None
         return Flaw("", f"{value_of_type(cls)} would arrive as {value_of_type(type(arrived))}")
@@ -88,6 +99,8 @@ def _difference(sent: object, arrived: object, floats: bool) -> Flaw | None:
         return _items_differ(sent, arrived, floats)
     if isinstance(sent, BaseModel) or (dataclasses.is_dataclass(cls) and not isinstance(sent, type)):
         return _fields_differ(sent, arrived)
+    if is_folded(sent) and not is_folded(arrived):
+        return Flaw("", FOLDED)
     return None if _equal(sent, arrived) else Flaw("", f"{value_of_type(cls)} would arrive changed")
 
 
@@ -129,8 +142,16 @@ def _items_differ(sent: Any, arrived: Any, floats: bool) -> Flaw | None:
     return None
 
 
+def _are_definitions_of_one(cls: type, other: type) -> bool:
+    """Whether objects of two classes of one full name can be compared by their fields."""
+    same_kind = issubclass(cls, BaseModel) == issubclass(other, BaseModel)
+    return same_kind and is_structured(cls) and is_structured(other) and full_name(cls) == full_name(other)
+
+
 def _fields_differ(sent: Any, arrived: Any) -> Flaw | None:
     missing = object()
+    if type(arrived) is not type(sent) and (unshared := set(fields_of(sent)) ^ set(fields_of(arrived))):
+        return Flaw(min(unshared), "the field would be lost, or be added")
     for name in fields_of(sent):
         one, other = getattr(sent, name, missing), getattr(arrived, name, missing)
         if one is missing is other:

@@ -22,14 +22,28 @@ T = TypeVar("T")
 _NAME, _MODULE = type.__dict__["__qualname__"], type.__dict__["__module__"]
 _ARGS, _DICT = BaseException.__dict__["args"], BaseException.__dict__["__dict__"]
 _STRERROR = OSError.__dict__["strerror"]
+_IMPORTED_FROM: Final = "name_from"
+"""The field of ImportError with which Python 3.12 imports the module ``name`` when it shows the exception."""
 _UNICODE = (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)
 _NOT_FIELDS = (
     vars(AttributeError)["obj"],  # any object of the worker
     vars(SyntaxError)["print_file_and_line"],
     vars(BaseExceptionGroup)["message"],  # its argument
     vars(BaseExceptionGroup)["exceptions"],  # sent as exceptions
+    *filter(None, [vars(ImportError).get(_IMPORTED_FROM)]),
 )
 """Slots that are not sent as fields."""
+_SYNTAX_FIELDS: Final[Mapping[str, type]] = {
+    "filename": str,
+    "text": str,
+    "lineno": int,
+    "end_lineno": int,
+    "offset": int,
+    "end_offset": int,
+}
+"""Fields of a SyntaxError, from which a traceback shows the line and marks the place, without checking them."""
+_LAST_COLUMN: Final = 65_536
+"""The last place in a line that a SyntaxError may have. Python writes a mark for each character of the place."""
 _HEAP_TYPE: Final = 1 << 9
 """The flag of classes that were made by a class statement."""
 _REPR: Final = "repr"
@@ -210,10 +224,29 @@ def _fill(exception: BaseException, message: str, fields: Mapping[str, Any]) -> 
         read(lambda: slots["msg"].__set__(exception, message), None)
     for name, value in fields.items():
         decoded = decode_value(value)
+        if not _may_be_shown(cls, name, decoded):
+            continue
         if name in slots:
             read(lambda slot=slots[name], decoded=decoded: slot.__set__(exception, decoded), None)  # type: ignore[misc]
-        elif not name.startswith("__"):
+        elif not name.startswith("__") and not _is_method(cls, name):
             own[name] = decoded
+
+
+def _is_method(cls: type[BaseException], name: str) -> bool:
+    """True if a field of this name would hide a method, such as ``add_note``."""
+    return inspect.isroutine(inspect.getattr_static(cls, name, None))
+
+
+def _may_be_shown(cls: type[BaseException], name: str, value: object) -> bool:
+    """False for a field with which the exception's traceback could not be shown, or would import a module."""
+    if issubclass(cls, ImportError):
+        return name != _IMPORTED_FROM
+    kind = _SYNTAX_FIELDS.get(name) if issubclass(cls, SyntaxError) else None
+    if kind is None or value is None:
+        return True
+    if isinstance(value, int) and name.endswith("offset"):
+        return -1 <= value <= _LAST_COLUMN
+    return isinstance(value, kind)
 
 
 def _declared(cls: type[NatsrtError]) -> Mapping[str, Any]:

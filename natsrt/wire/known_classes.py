@@ -58,6 +58,7 @@ class KnownClasses:
         """Definitions whose place others have taken. They stay in use, but do not come back."""
         self.version: int = 0
         """Increased by each class that is added."""
+        self._told: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def add(self, type_name: str, cls: type) -> bool:
         """Remember ``cls`` under ``type_name``. Return True if it takes the place of a former definition."""
@@ -69,9 +70,18 @@ class KnownClasses:
                 return False
             named[full_name(cls)] = cls
             self.version += 1
-            if former is not None:
-                self._former.add(former)
-            return former is not None
+            if former is None:
+                return False
+            self._former.add(former)
+            told = list(self._told)
+        for one in told:
+            one.forget_senders()
+        return True
+
+    def tell(self, serialization: Any) -> None:
+        """Call ``forget_senders`` of ``serialization`` whenever a class takes the place of another one."""
+        with self._lock:
+            self._told.add(serialization)
 
     def named(self, type_name: str) -> list[type]:
         """The classes with this type name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import typing
 from collections.abc import Iterator
 from dataclasses import is_dataclass
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _MODULE: Any = type.__dict__["__module__"]
+_MODEL_METACLASS: Any = type(BaseModel)
 
 PLAIN: tuple[type, ...] = (str, int, float, bool, bytes, list, dict, type(None))
 """The classes whose values are messages without fields."""
@@ -49,10 +51,37 @@ def type_name_of(cls: Any) -> str:
 def full_name(cls: Any) -> str:
     """Return the module and the qualified name of a class, as ``orders.messages.Request``.
 
-    Two classes with the same full name are two definitions of one class, as by a notebook cell that runs twice.
+    Two classes with the same full name are two definitions of one class, as by a notebook cell that runs twice. A
+    parametrised Pydantic model has the full names of its parameters in its own: ``pages.Page[orders.messages.Item]``.
     """
     cls = typing.get_origin(cls) or cls
+    if isinstance(cls, _MODEL_METACLASS):
+        generic = cls.__pydantic_generic_metadata__
+        if generic["origin"] is not None:
+            return f"{full_name(generic['origin'])}[{', '.join(map(_argument, generic['args']))}]"
     return f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', cls)}"
+
+
+def _argument(hint: Any) -> str:
+    """The name of a type argument, with the full names of the classes in it. It is the same in every process."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _argument(args[0])  # metadata may have no text that is the same everywhere
+    if origin is typing.Literal:
+        return f"Literal[{', '.join(map(repr, args))}]"
+    if origin is typing.Union or origin is types.UnionType:
+        return f"Union[{', '.join(map(_argument, args))}]"
+    if origin is not None:
+        return f"{_argument(origin)}[{', '.join(map(_argument, args))}]"
+    if hint is None or hint is type(None):
+        return "NoneType"
+    if isinstance(hint, list | tuple):  # the parameters of a Callable
+        return f"[{', '.join(map(_argument, hint))}]"
+    if not isinstance(hint, type | typing.NewType | typing.TypeVar):
+        return "..." if hint is Ellipsis else getattr(hint, "__name__", None) or repr(hint)
+    if hint is Any or hint.__module__ == "builtins" or isinstance(hint, typing.TypeVar):
+        return hint.__name__
+    return full_name(hint)
 
 
 def is_protobuf(cls: Any) -> bool:
@@ -116,6 +145,8 @@ def present_definition(cls: Any) -> Any:
 
     It is ``cls`` itself, or a later definition of it. None if the module does not have one.
     """
+    if isinstance(cls, _MODEL_METACLASS) and (origin := cls.__pydantic_generic_metadata__["origin"]) is not None:
+        return cls if present_definition(origin) is origin else None
     found: Any = sys.modules.get(getattr(cls, "__module__", ""))
     for step in getattr(cls, "__qualname__", "").split("."):
         try:

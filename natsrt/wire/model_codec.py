@@ -23,7 +23,7 @@ from pydantic_core import PydanticSerializationError, SchemaValidator, from_json
 
 from natsrt.wire.class_codec import ClassCodec, unknown_fields
 from natsrt.wire.codecs import ALL_KINDS, TYPE_KEY, VALUE_KEY, Codec, Fault, Refused, Unreadable
-from natsrt.wire.exactness import difference
+from natsrt.wire.exactness import difference, unwritable
 from natsrt.wire.exception_parts import cut
 from natsrt.wire.model_fields import (
     ABSENT,
@@ -154,6 +154,7 @@ class ModelCodec(ClassCodec):
         except PydanticSerializationError as error:
             raise culprit(self.cls, value, error) from None
         if self._is_verified:
+            _check_json(payload)
             self._verify(value, self.loads, payload)
         return payload
 
@@ -210,10 +211,12 @@ class ModelCodec(ClassCodec):
         return self.mark(tree) if carries_mark else tree
 
     def encode_fields(self, value: Any) -> Any:
-        if not self._is_verified or self._codecs.verifying:
+        if not self._is_verified:
             return self._written(value)
+        if self._codecs.verifying:
+            return _checked(self._written(value))
         with self._codecs.verification():
-            tree = self._written(value)
+            tree = _checked(self._written(value))
             self._compare(value, self.decode_fields if self._root else self.decode, tree)
         return tree
 
@@ -357,6 +360,19 @@ class ModelCodec(ClassCodec):
             raise
         except Exception as error:
             raise Unreadable(f"{self.name} does not accept its fields ({type(error).__name__})") from error
+
+
+def _checked(tree: Any) -> Any:
+    """Return a tree that functions of a class have written. Raises ``Refused`` if it is not JSON."""
+    if (flaw := unwritable(tree)) is not None:
+        raise Refused(flaw.reason, flaw.path)
+    return tree
+
+
+def _check_json(payload: bytes) -> None:
+    """Do what `_checked` does for a payload: Pydantic may write ``NaN`` and ``Infinity``."""
+    if b"NaN" in payload or b"Infinity" in payload:
+        _checked(from_json(payload))
 
 
 def _aliases(field: FieldInfo) -> list[str]:

@@ -28,7 +28,7 @@ from pydantic import (
     WrapValidator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from natsrt.wire.codecs import TYPE_KEY, Codec, CodecCompiler, Fault, PlainCheck, Refused, remedy_of
 from natsrt.wire.exactness import NOT_FINITE, declared_types, difference, unwritable, value_of_type
@@ -52,7 +52,6 @@ _CHANGING_SETTINGS = frozenset(
     }
 )
 """The settings of a model with which Pydantic may change text, dates and times."""
-_NAN_SETTINGS = ("constants", "strings")
 
 
 def changes_values(cls: type[BaseModel], field: FieldInfo) -> bool:
@@ -124,10 +123,10 @@ class ConstrainedCodec(Codec):
     """The codec of a field whose metadata may refuse values, as ``Field(gt=0)`` does, or change them.
 
     Such values can be assigned to a model that does not validate assignments, but the receiver would refuse or change
-    them. ``harmless``: the metadata does not change values.
+    them. ``harmless``: the metadata does not change values. ``is_functional``: it contains functions.
     """
 
-    def __init__(self, inner: Codec, adapter: TypeAdapter[Any], hint: Any, harmless: bool) -> None:
+    def __init__(self, inner: Codec, adapter: TypeAdapter[Any], hint: Any, harmless: bool, is_functional: bool) -> None:
         self.name: str = inner.name
         self.kinds: frozenset[type] = inner.kinds
         self.cls: type | None = inner.cls
@@ -135,6 +134,7 @@ class ConstrainedCodec(Codec):
         self._inner = inner
         self._adapter = adapter
         self._hint = hint
+        self._is_functional = is_functional
         self._accepts: PlainCheck = adapter.validator.isinstance_python if harmless else self._keeps
 
     def _keeps(self, value: Any) -> bool:
@@ -150,8 +150,21 @@ class ConstrainedCodec(Codec):
     def encode(self, value: Any) -> Any:
         tree = self._inner.encode(value)
         if not self._accepts(value):
-            raise Refused("the value does not meet the constraints that are declared for it")
+            raise self._refusal(value)
         return tree
+
+    def _refusal(self, value: Any) -> Refused:
+        try:
+            flaw = difference(value, self._adapter.validate_python(value), self._hint)
+        except Exception:
+            flaw = None
+        if flaw is None:
+            what = "is refused by a validator or constraint" if self._is_functional else "does not meet the constraints"
+            return Refused(f"the value {what} that {'is' if self._is_functional else 'are'} declared for it")
+        what = "a validator" if self._is_functional else "a setting"
+        return Refused(
+            f"{what} in its annotation changes it: {flaw.reason}; it must keep a value that was sent as it is"
+        )
 
     def decode(self, tree: Any) -> Any:
         return self._inner.decode(tree)
@@ -166,7 +179,8 @@ def field_codec(cls: type[BaseModel], field: FieldInfo, codec: Codec) -> Codec:
     adapter = adapter_of(field, cls)
     if adapter is None:
         return codec
-    return ConstrainedCodec(codec, adapter, field.annotation, is_harmless(field.annotation, field.metadata))
+    hint, metadata = field.annotation, field.metadata
+    return ConstrainedCodec(codec, adapter, hint, is_harmless(hint, metadata), is_functional(hint, metadata))
 
 
 def fields_with_serializers(cls: type[BaseModel]) -> set[str]:
@@ -269,7 +283,8 @@ class PydanticField:
         """Raise ``Refused`` if JSON has no form for a part of the field, which Pydantic would write as another one."""
         flaw = unwritable(self.value_in(value))
         if flaw is not None and not (flaw.reason == NOT_FINITE and self._carries_nan):
-            raise Refused(flaw.reason, flaw.path).under(self.name)
+            advice = '; set ser_json_inf_nan="strings" in the model_config' if flaw.reason == NOT_FINITE else ""
+            raise Refused(flaw.reason + advice, flaw.path).under(self.name)
 
     def value_in(self, value: BaseModel) -> Any:
         try:
@@ -279,13 +294,18 @@ class PydanticField:
 
     @property
     def _carries_nan(self) -> bool:
-        return self._cls.model_config.get("ser_json_inf_nan") in _NAN_SETTINGS
+        return self._cls.model_config.get("ser_json_inf_nan") == "strings"
 
     def _written(self, value: BaseModel) -> Any:
         tree = self._cls.__pydantic_serializer__.to_python(
             value, mode="json", include={self.name}, by_alias=False, round_trip=True, warnings="error"
         )
-        return tree.get(self.name, ABSENT)
+        item = tree.get(self.name, ABSENT)
+        if item is ABSENT or unwritable(item) is None:
+            return item
+        if not self._carries_nan:
+            raise Refused(NOT_FINITE)
+        return from_json(to_json(item, inf_nan_mode="strings"))
 
     def _tree_by_codec(self, item: Any) -> Any:
         """Return the tree that the codec writes if it names the value's class, so that a reader can tell.

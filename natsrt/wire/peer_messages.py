@@ -5,6 +5,7 @@ The questions and answers are described in docs/PROTOCOL.md.
 
 from __future__ import annotations
 
+import hashlib
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -12,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from natsrt.errors import CannotDecode
 from natsrt.wire.envelope import Envelope
+from natsrt.wire.subjects import is_subject_length
 
 
 class Claim(Enum):
@@ -52,8 +54,20 @@ class WaitLink(NamedTuple):
     agent: str
     """The keyed agent at which ``call`` waits for its turn; empty where ``call`` is being handled."""
 
+    def without_names(self) -> WaitLink:
+        """The same link with digests instead of the reply subject of ``awaited`` and the visit.
+
+        Whoever knows these can have a worker answer the awaited call, or enter an agent's mailbox out of turn.
+        """
+        return self._replace(awaited=_digest(self.awaited), visit=_digest(self.visit))
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:24] if name else ""
+
 
 _LINKS: TypeAdapter[list[WaitLink]] = TypeAdapter(list[WaitLink])
+_PROMISES: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
 
 
 def read_claim(answer: Envelope) -> Claim:
@@ -71,6 +85,15 @@ def read_links(answer: Envelope) -> list[WaitLink]:
         return _LINKS.validate_python(answer.json()["waits"])
     except (TypeError, KeyError, ValidationError):
         raise CannotDecode("a worker's answer about waiting calls", "it is not a list of waiting calls") from None
+
+
+def read_promises(answer: Envelope) -> dict[str, float]:
+    """Return the calls that a worker has promised not to handle, and how many seconds ago. Raises `CannotDecode`."""
+    try:
+        promises = _PROMISES.validate_python(answer.json()["withdrawn"])
+    except (TypeError, KeyError, ValidationError):
+        raise CannotDecode("a worker's answer about withdrawn calls", "it is not an object of ages") from None
+    return {call_id: age for call_id, age in promises.items() if is_subject_length(call_id)}
 
 
 def says_missing(question: Envelope) -> bool:

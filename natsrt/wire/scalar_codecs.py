@@ -21,7 +21,7 @@ from natsrt.wire.codecs import (
     misfit,
     wrong_type,
 )
-from natsrt.wire.exactness import NOT_FINITE
+from natsrt.wire.exactness import FOLDED, NOT_FINITE
 
 
 class ExactCodec(Codec):
@@ -124,22 +124,39 @@ class TextCodec(Codec):
             raise Unreadable(f"the text is not a valid {self.name}") from None
 
 
+class MomentCodec(TextCodec):
+    """``datetime`` and ``time``. ``fold`` is not written, so a value that needs it is refused."""
+
+    def __init__(self, cls: type[datetime.datetime] | type[datetime.time]) -> None:
+        super().__init__(cls, cls.isoformat, cls.fromisoformat)
+
+    def encode(self, value: Any) -> str:
+        moment: Any = value
+        if type(value) is not self.cls:
+            raise wrong_type(self.name, value)
+        if moment.fold and moment.utcoffset() is None:
+            raise Refused(FOLDED)
+        return moment.isoformat()  # type: ignore[no-any-return]
+
+
 _DATETIME, _UTC = datetime.datetime, datetime.UTC
 
 
 def _is_plain_datetime(value: Any) -> bool:
-    return type(value) is _DATETIME and ((zone := value.tzinfo) is None or zone is _UTC or _has_whole_minutes(value))
+    if type(value) is not _DATETIME:
+        return False
+    return not value.fold if (zone := value.tzinfo) is None else zone is _UTC or _has_whole_minutes(value)
 
 
 def _has_whole_minutes(value: datetime.datetime) -> bool:
     """Pydantic writes the minutes of an offset, but not its seconds, which historical time zones have."""
     offset = value.utcoffset()
-    return offset is None or not (offset.seconds % 60 or offset.microseconds)
+    return not value.fold if offset is None else not (offset.seconds % 60 or offset.microseconds)
 
 
 _PLAIN_CHECKS: dict[type, PlainCheck] = {
     _DATETIME: _is_plain_datetime,
-    datetime.time: lambda value: type(value) is datetime.time and value.tzinfo is None,
+    datetime.time: lambda value: type(value) is datetime.time and value.tzinfo is None and not value.fold,
     decimal.Decimal: lambda value: type(value) is decimal.Decimal and value.is_finite(),
 }
 
@@ -149,9 +166,9 @@ def text_codecs() -> list[TextCodec]:
         TextCodec(
             bytes, lambda value: base64.b64encode(value).decode(), lambda text: base64.b64decode(text, validate=True)
         ),
-        TextCodec(datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+        MomentCodec(datetime.datetime),
         TextCodec(datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
-        TextCodec(datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
+        MomentCodec(datetime.time),
         TextCodec(uuid.UUID, str, uuid.UUID),
         TextCodec(decimal.Decimal, str, decimal.Decimal, numbers=True),
     ]

@@ -32,6 +32,8 @@ from google.protobuf import json_format  # type: ignore[import-untyped]
 from natsrt.errors import CannotDecode, CannotSerialize
 from natsrt.wire.class_finder import ClassFinder, Scope
 from natsrt.wire.compiler import Codecs
+from natsrt.wire.envelope import media_type
+from natsrt.wire.exception_parts import cut
 from natsrt.wire.known_classes import NO_CLASSES, NamedClasses, in_this_process
 from natsrt.wire.message_classes import (
     BUILTIN_NAMES,
@@ -41,6 +43,7 @@ from natsrt.wire.message_classes import (
     is_message_class,
     is_plain,
     is_protobuf,
+    present_definition,
     type_name_of,
 )
 from natsrt.wire.nearest import misspelt_fields, nearest_class
@@ -49,6 +52,7 @@ from natsrt.wire.serializers import (
     BYTES,
     JSON,
     PROTOBUF,
+    ComparedSerializer,
     Encoded,
     OwnSerializer,
     ProtobufSerializer,
@@ -63,6 +67,11 @@ __all__ = ["BYTES", "JSON", "NAME_THE_TYPE", "PROTOBUF", "Encoded", "Serializati
 
 _REMEMBERED = 4096
 """Maximum numbers of cached serializers of messages and of replies, since the names in the keys come from the wire."""
+
+_EXPLAINED = 3
+"""Message types of which an error says why a plain body does not fit them, if none is nearest."""
+_REASON = 160
+"""Characters of each such reason."""
 
 
 class Serialization:
@@ -86,6 +95,7 @@ class Serialization:
         self._sending: dict[type, Serializer] = {}
         self._reading: dict[tuple[NamedClasses, str, str, str | None], Serializer] = {}
         self._replies: dict[tuple[str, str, str | None, type | None, type | None], tuple[Serializer, Scope]] = {}
+        in_this_process.tell(self)
 
     # -- registering ---------------------------------------------------------------------------------------------
 
@@ -136,6 +146,10 @@ class Serialization:
         self._reading.clear()
         self._replies.clear()
 
+    def forget_senders(self) -> None:
+        """Decide again how the classes are sent, since the full name of one means another class now."""
+        self._sending.clear()
+
     def _own_serializer(self, cls: type) -> OwnSerializer | ProtobufSerializer:
         serializer = self._own.get(cls)
         if serializer is None:
@@ -178,6 +192,9 @@ class Serialization:
             custom = next((one for one in reversed(self._custom) if one.cls is None and one.type_name == name), None)
         if custom is None:
             serializer: Serializer = self._own_serializer(cls)
+            meant = _meant(cls, name)
+            if meant is not cls and isinstance(serializer, OwnSerializer):
+                serializer = ComparedSerializer(serializer, self._own_or_none(meant))
         else:
             serializer = custom
             self._learn(custom, cls)
@@ -209,8 +226,17 @@ class Serialization:
         if serializer is None:
             serializer = self._reader(payload, *key)
             if serializer is None:
+                self._check_content_type(payload, *key)
                 return UnknownPayload(type_name, content_type, payload)
         return self._read(serializer, payload)
+
+    def _check_content_type(
+        self, payload: bytes, handled: NamedClasses, type_name: str, content_type: str, class_name: str | None
+    ) -> None:
+        """Raise ``CannotDecode`` if the message could be read in another content type than it has."""
+        for other in dict.fromkeys((JSON, PROTOBUF, BYTES, *(one.data_content_type for one in self._custom))):
+            if self._reader(payload, handled, type_name, other, class_name) is not None:
+                raise _wrong_content_type(type_name, content_type, other, payload)
 
     def _reader(
         self, payload: bytes, handled: NamedClasses, type_name: str, content_type: str, class_name: str | None
@@ -246,12 +272,14 @@ class Serialization:
 
         If the user has a serializer whose class is not known yet, it is the only one, under None.
         """
-        customs = [one for one in self._custom if (one.type_name, one.data_content_type) == (type_name, content_type)]
+        wanted = media_type(content_type)
+        named = (one for one in self._custom if one.type_name == type_name)
+        customs = [one for one in named if media_type(one.data_content_type) == wanted]
         found: dict[str | None, Serializer] = {}
         for cls in classes:
             custom = next((one for one in customs if one.is_of(cls)), None)
             serializer = custom or (self._own_or_none(cls) if self._may_be_own(cls) else None)
-            if serializer is not None and serializer.data_content_type == content_type:
+            if serializer is not None and media_type(serializer.data_content_type) == wanted:
                 found[full_name(cls)] = serializer
         unused = next((one for one in customs if one.cls is None), None)
         return found if unused is None else {None: unused}
@@ -382,6 +410,20 @@ class Serialization:
                 return UnknownPayload(type_name, content_type, payload)
         return self._read(found[0], payload, found[1])
 
+    def check_reply_type(
+        self,
+        type_name: str,
+        content_type: str,
+        payload: bytes,
+        class_name: str | None,
+        sent: type | None,
+        wanted: type | None = None,
+    ) -> None:
+        """Raise ``CannotDecode`` if a reply that `reply` cannot read could be read in another content type."""
+        for other in (JSON, PROTOBUF, BYTES):
+            if self._reply_reader(payload, type_name, other, class_name, sent, wanted) is not None:
+                raise _wrong_content_type(type_name, content_type, other, payload)
+
     def _reply_reader(
         self,
         payload: bytes,
@@ -407,6 +449,11 @@ class Serialization:
             return None
         own = serializer.scope.own if isinstance(serializer, OwnSerializer) else None
         found = serializer, Scope(own, sent, wanted)
+        if own not in (None, sent, wanted) and sent is not None and full_name(own) == full_name(sent):
+            # Two classes of one full name: the sender of the message has the one of them that it used.
+            mine = self._own_or_none(sent)
+            fits = isinstance(mine, OwnSerializer) and self._fits(mine, payload)
+            return (mine, Scope(sent, sent, wanted)) if mine is not None and fits else found
         if len(readers) == 1 or class_name in readers:
             _remember(self._replies, (type_name, content_type, class_name, sent, wanted), found)
         return found
@@ -440,21 +487,31 @@ class Serialization:
         raise _undecided("fits none of the message types handled here", candidates, payload, near)
 
     def _nearest(self, tree: Any, payload: bytes, candidates: Sequence[Any]) -> str:
-        """Why the body does not fit the one class whose fields are most like its own; empty if there is none.
+        """Why the body does not fit the one class whose fields are most like its own, or else each of a few classes.
 
         It names fields and no values.
         """
-        cls = nearest_class(tree, [cls for cls in candidates if is_message_class(cls)])
-        if cls is None:
-            return ""
-        reason = misspelt_fields(tree, cls)
+        classes = [cls for cls in candidates if is_message_class(cls)]
+        cls = classes[0] if len(classes) == 1 else nearest_class(tree, classes)
+        if cls is not None:
+            reason = self._misfit(tree, payload, cls)
+            return f"; the nearest is {type_name_of(cls)}" + (f": {_shortened(reason)}" if reason else "")
+        misfits = [(type_name_of(cls), self._misfit(tree, payload, cls)) for cls in classes[:_EXPLAINED]]
+        return "".join(f"; not {name}: {_shortened(reason)}" for name, reason in misfits if reason)
+
+    def _misfit(self, tree: Any, payload: bytes, cls: Any) -> str:
+        """Why the body does not fit the class; empty if that is not known."""
+        if not isinstance(tree, dict):
+            return "expected an object"
+        if reason := misspelt_fields(tree, cls):
+            return reason
         try:
             self._read_strictly(payload, cls)
         except (CannotDecode, CannotSerialize) as error:
-            reason = reason or error.reason
+            return error.reason
         except json_format.ParseError:  # its text quotes the body
             pass
-        return f"; the nearest is {type_name_of(cls)}" + (f": {reason}" if reason else "")
+        return ""
 
     def _infer_text(self, payload: bytes, candidates: Sequence[Any], error: orjson.JSONDecodeError) -> Any:
         if str in candidates:
@@ -487,6 +544,20 @@ class Serialization:
         if serializer is None:
             serializer = self._strict[cls] = own_serializer(cls, self._codecs.strictly)
         return serializer.deserialize(payload)
+
+
+def _meant(cls: Any, type_name: str) -> Any:
+    """The class that the full name of ``cls`` means in this process: its last definition."""
+    return present_definition(cls) or in_this_process.find(type_name, full_name(cls)) or cls
+
+
+def _wrong_content_type(type_name: str, content_type: str, readable: str, payload: bytes) -> CannotDecode:
+    what = f"its content type is {cut(content_type, 100)!r}, and it can be read only as {readable!r}"
+    return CannotDecode(f"a message of type {type_name}", what, payload)
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= _REASON else reason[: _REASON - 1] + "…"
 
 
 def _is_plain_json(cls: Any) -> bool:

@@ -20,7 +20,8 @@ from pydantic_core import PydanticSerializationError
 from natsrt.errors import CannotDecode, CannotSerialize
 from natsrt.wire.class_finder import ClassFinder, Scope
 from natsrt.wire.codecs import Codec, Refused, Unreadable
-from natsrt.wire.compiler import Codecs
+from natsrt.wire.compiler import Codecs, two_classes
+from natsrt.wire.exactness import Flaw, difference
 from natsrt.wire.known_classes import in_this_process
 from natsrt.wire.message_classes import (
     full_name,
@@ -35,6 +36,7 @@ from natsrt.wire.scalar_codecs import RawBytesCodec
 JSON = JSON_DATA_CONTENT_TYPE
 PROTOBUF = PROTOBUF_DATA_CONTENT_TYPE
 BYTES = "application/octet-stream"
+_TOO_DEEP = "it is nested too deeply, or contains itself"
 
 
 class Encoded(NamedTuple):
@@ -73,9 +75,10 @@ class OwnSerializer:
         except PydanticSerializationError as error:
             raise CannotSerialize(self.type_name, str(pydantic_refusal(error))) from None
         except RecursionError:
-            raise CannotSerialize(self.type_name, "it is nested too deeply, or contains itself") from None
+            raise CannotSerialize(self.type_name, _TOO_DEEP) from None
         except orjson.JSONEncodeError as error:
-            raise CannotSerialize(self.type_name, str(error)) from None
+            reason = _TOO_DEEP if "Recursion" in str(error) else str(error)
+            raise CannotSerialize(self.type_name, reason) from None
         except Exception as error:
             raise CannotSerialize(self.type_name, f"{type(error).__name__} was raised while writing it") from error
 
@@ -95,6 +98,28 @@ class OwnSerializer:
 
     def _cannot_decode(self, problem: str, payload: bytes) -> CannotDecode:
         return CannotDecode(f"a message of type {self.type_name}", problem, payload)
+
+
+class ComparedSerializer(OwnSerializer):
+    """Writes a class whose full name means another class: a former definition, or one of two with this name.
+
+    A message is refused unless the other class reads it as it is.
+    """
+
+    def __init__(self, own: OwnSerializer, meant: OwnSerializer | ProtobufSerializer | None) -> None:
+        super().__init__(own.cls, own._codec, own._finder)
+        self._meant = meant
+
+    def serialize(self, message: Any) -> bytes:
+        payload = super().serialize(message)
+        try:
+            arrived = None if self._meant is None else self._meant.deserialize(payload)
+            flaw = difference(message, arrived)
+        except CannotDecode as error:
+            flaw = Flaw("", error.reason)
+        if flaw is not None:
+            raise CannotSerialize(self.type_name, str(two_classes(self.cls, flaw)))
+        return payload
 
 
 class ProtobufSerializer:

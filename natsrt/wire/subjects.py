@@ -38,7 +38,9 @@ __all__ = [
     "decode_token",
     "encode_text",
     "encode_token",
+    "inbox_problem",
     "is_hashed",
+    "is_subject_length",
     "plain_prefix",
 ]
 
@@ -58,6 +60,8 @@ _ESCAPE = re.compile(rb"=([0-9A-F]{2})")
 _HASHED = re.compile(r"=H[0-9a-f]{64}")
 _TOPIC_TYPE_CHARS = re.compile(r"[\w\-.:=]*")  # what AutoGen's TopicId allows; \w is Unicode's
 _ENCODED_BYTES = tuple(chr(byte) if _PLAIN.fullmatch(chr(byte)) else f"={byte:02X}" for byte in range(256))
+
+_INBOX_PREFIX = re.compile(r"[A-Za-z0-9_=:/@+~-]+(\.[A-Za-z0-9_=:/@+~-]+)*")
 
 _TREES = ("agent", "topic", "natsrt")
 
@@ -117,6 +121,24 @@ def decode_token(token: str) -> str:
 def is_hashed(token: str) -> bool:
     """True if ``token`` is a hash, so that the value is only in the body of the message."""
     return _HASHED.fullmatch(token) is not None
+
+
+def inbox_problem(prefix: str, namespace: str) -> str:
+    """Why ``prefix`` cannot be that of a user's reply subjects, as words that follow its name; empty if it can.
+
+    Who has it may subscribe to all below it. So it has no subject of natsrt below it, in this namespace or without one,
+    and is in none of their trees, to whose subjects no worker replies. The server's subjects begin with ``$``.
+    """
+    if not _INBOX_PREFIX.fullmatch(prefix):
+        return "must be subject tokens of letters, digits and _-=:/@+~, joined by dots, without wildcards"
+    for tree in (f"{root}{tree}" for root in dict.fromkeys(("", namespace and f"{namespace}.")) for tree in _TREES):
+        if _is_below(prefix, tree) or _is_below(tree, prefix):
+            return f"must not be {prefix!r}: natsrt's own subjects are below {tree}, and its user could read them"
+    return ""
+
+
+def _is_below(subject: str, tree: str) -> bool:
+    return f"{subject}.".startswith(f"{tree}.")
 
 
 def plain_prefix(prefix: str) -> str:
@@ -263,8 +285,32 @@ class Subjects:
         return f"{self._topics}*.>"
 
     def worker(self, worker_id: str) -> str:
-        """The subject of requests to one worker: questions about its calls, and the request to drain."""
+        """The subject on which callers and workers ask one worker about calls."""
         return f"{self._root}natsrt.worker.{encode_token(worker_id)}"
+
+    def peer(self, worker_id: str) -> str:
+        """The subject on which other workers ask one worker: ``natsrt.peer.<worker_id>``. Callers need not reach it."""
+        return f"{self._root}natsrt.peer.{encode_token(worker_id)}"
+
+    @property
+    def view(self) -> str:
+        """The subject on which any worker tells what it sees in the registry, for those who may not read the bucket.
+
+        It is outside the registry's feed, which callers hear: they would learn one another's reply subjects.
+        """
+        return f"{self._root}natsrt.view"
+
+    @property
+    def blobs(self) -> str:
+        """The subject on which any worker reads and deletes blobs, for those who may send no requests to JetStream."""
+        return f"{self._root}natsrt.blobs"
+
+    def blob(self, blob_id: str, chunk: str) -> str:
+        """The subject of the chunks of payloads that are sent by reference: ``natsrt.blob.<id>.<chunk>``.
+
+        Both may be wildcards.
+        """
+        return f"{self._root}natsrt.blob.{blob_id}.{chunk}"
 
     def control(self, agent_type: str, key: str | None = None) -> str:
         """The subject for metadata, state and activation of a type; with ``key``, of one agent.
@@ -282,6 +328,65 @@ class Subjects:
     def cancel(self) -> str:
         """The subject on which every cancellation is broadcast."""
         return f"{self._root}natsrt.cancel"
+
+    def again(self, stream: str) -> str:
+        """The start of the subjects, without the last dot, on which events of a stream are stored once more for one
+        agent type."""
+        return f"{self._root}natsrt.again.{stream}"
+
+    def later(self, stream: str) -> str:
+        """The start of the subjects, without the last dot, of what a stream publishes at a later time."""
+        return f"{self._root}natsrt.later.{stream}"
+
+    def delayed(self, stream: str, message_id: str, subject: str) -> str:
+        """The subject on which a stream keeps an event with ``message_id`` that it publishes later on ``subject``.
+
+        Raises ValueError if it would be over 1,024 bytes.
+        """
+        topic = subject.removeprefix(self._topics)
+        later = f"{self.later(stream)}.event.{encode_token(message_id)}.{topic}"
+        if len(later) > MAX_SUBJECT_BYTES:
+            raise _too_long(f"a delayed event with id {_shown(message_id)} on {subject}", later)
+        return later
+
+    def reminder(self, stream: str, agent_type: str, key: str, name: str) -> str:
+        """The subject on which a stream keeps the reminder ``name`` of an agent.
+
+        Raises ValueError if it would be over 1,024 bytes, or if the key or the name has over 200 bytes: there is no
+        body that could say what they are.
+        """
+        tokens = (encode_token(agent_type), encode_token(key), encode_token(name))
+        subject = f"{self.reminders(stream)}.{'.'.join(tokens)}"
+        for what, value, token in zip(("agent type", "key", "name"), (agent_type, key, name), tokens, strict=True):
+            if is_hashed(token):
+                raise ValueError(
+                    f"the {what} {_shown(value)} of a reminder takes more than {MAX_TOKEN_BYTES} bytes of its subject"
+                )
+        if len(subject) > MAX_SUBJECT_BYTES:
+            raise _too_long(f"the reminder {_shown(name)} of {_shown(f'{agent_type}/{key}')}", subject)
+        return subject
+
+    def reminders(self, stream: str) -> str:
+        """The start of the subjects of all reminders that a stream keeps, without the last dot."""
+        return f"{self.later(stream)}.reminder"
+
+    def dead_letter(self, agent_type: str, stream: str, sequence: int) -> str:
+        """The subject of the dead letter of an event that ``agent_type`` could not handle."""
+        return f"{self.dead}.{encode_token(agent_type)}.{stream}.{sequence}"
+
+    def returned(self, agent_type: str, stream: str, sequence: int) -> str:
+        """The subject of the count of how often workers of ``agent_type`` gave an event back."""
+        return f"{self.of_returned}.{encode_token(agent_type)}.{stream}.{sequence}"
+
+    @property
+    def of_returned(self) -> str:
+        """The start of these subjects, without the last dot."""
+        return f"{self._root}natsrt.returned"
+
+    @property
+    def dead(self) -> str:
+        """The start of the subjects of dead letters, without the last dot."""
+        return f"{self._root}natsrt.dead"
 
     @property
     def registry_feed(self) -> str:
@@ -311,7 +416,7 @@ class Subjects:
         """
         return subject.startswith(self._no_reply) or (
             len(subject) > MAX_SUBJECT_BYTES // 4  # characters take four bytes at most
-            and len(subject.encode(errors="surrogatepass")) > MAX_SUBJECT_BYTES
+            and not is_subject_length(subject)
         )
 
     def _checked_filter(self, tokens: str, exact: bool, what: str, value: str) -> Filter:
@@ -319,6 +424,19 @@ class Subjects:
         if len(subject) > MAX_SUBJECT_BYTES:
             raise _too_long(f"{what} {_shown(value)}", subject)
         return Filter(subject, exact)
+
+
+def is_subject_length(text: str) -> bool:
+    """True if ``text`` takes no more bytes than a subject may, which is also the limit of all ids on the wire.
+
+    False for a longer text with a lone surrogate, which UTF-8 cannot encode.
+    """
+    if len(text) <= MAX_SUBJECT_BYTES // 4 and text.isascii():
+        return True
+    try:
+        return len(text) <= MAX_SUBJECT_BYTES and len(text.encode()) <= MAX_SUBJECT_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_namespace(namespace: str) -> None:
@@ -357,7 +475,14 @@ _cached_join = lru_cache(maxsize=_CACHE_ENTRIES)(_encoded_join)
 
 
 def _split(topic_type: str) -> list[str]:
-    """The parts of a topic type, at least one. The last one never ends in ``:``."""
+    """The parts of a topic type, at least one. The last one never ends in ``:``.
+
+    Raises ValueError if they are so many that no subject has room for them.
+    """
+    if len(topic_type) > MAX_SUBJECT_BYTES and topic_type.count(".") + topic_type.count(":") > MAX_SUBJECT_BYTES:
+        raise ValueError(
+            f"{_shown(topic_type)} has too many parts: of the bytes of a subject at most {MAX_SUBJECT_BYTES:,} are sent"
+        )
     parts = []
     for piece in topic_type.split("."):
         *closed, last = piece.split(":")

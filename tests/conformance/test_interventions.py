@@ -22,6 +22,7 @@ from autogen_core.exceptions import MessageDroppedException
 from natsrt.embedded import EmbeddedServer
 from tests.conformance.conftest import MakeRuntime, MakeWorld, natsrt_only, plain_client
 from tests.conformance.samples import Counter, Number, Recorder, Seen, Text, contents
+from tests.support.clients import settled
 
 RECORDER = AgentId("recorder", "k")
 NEWS = TopicId("news", "k")
@@ -330,7 +331,7 @@ async def test_plain_messages_pass_the_handlers_of_the_worker_that_receives_them
         reply = await client.request(f"{namespace}.agent.recorder", b'{"content":"a"}', timeout=5)
         assert orjson.loads(reply.data) == {"content": "default got <a>"}
         await client.publish(f"{namespace}.topic.news.k", b'{"content":"b"}')
-        await client.flush()
+        await settled(client)
         await runtime.running.wait_idle()
     assert contents(seen) == ["<a>", "<b>"]
     assert handler.kinds()[:1] == ["send"]
@@ -350,7 +351,7 @@ async def test_a_plain_call_that_a_handler_drops_is_answered_with_an_error(
         assert (reply.headers or {})["Nats-Service-Error-Code"] == "500"
         assert b"MessageDroppedException" in reply.data
         await client.publish(f"{namespace}.topic.news.k", b'{"content":"b"}')
-        await client.flush()
+        await settled(client)
         await runtime.running.wait_idle()
     assert seen == []
     assert next(iter(runtime.running.incoming.subscriptions.endpoints())).counters.errors == 1

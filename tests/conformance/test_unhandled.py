@@ -29,6 +29,7 @@ from natsrt.observe.first import FirstIsWarning
 from natsrt.wire.serialization import Serialization
 from tests.conformance.conftest import MakeWorld, World, natsrt_only, plain_client
 from tests.conformance.samples import Number, Recorder, Text
+from tests.support.clients import settled
 
 NEWS = TopicId("news", "k")
 
@@ -65,7 +66,7 @@ async def publish_foreign(server: EmbeddedServer, namespace: str, body: bytes, t
     async with plain_client(server) as client:
         for _ in range(times):
             await client.publish(f"{namespace}.topic.news.k", body, headers={"Natsrt-Type": "Foreign"})
-        await client.flush()
+        await settled(client)
 
 
 @pytest.fixture

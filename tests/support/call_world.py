@@ -1,8 +1,8 @@
-"""A server, a registry and workers without sockets, for `Calls` and `CallWatch` in virtual time.
+"""A registry and workers without sockets, for `Calls` and `CallWatch` in virtual time.
 
-`Network` stands for the connection, `Workers` for the directory. They behave as the real ones do where calls can tell:
-one worker of the queue group gets a call, questions arrive in order with the calls before them, a dead worker stays in
-the directory for a while, and messages take time or are lost with the connection.
+`Network` stands for the connection (see `tests.support.network`), `Workers` for the directory. They behave as the real
+ones do where calls can tell: one worker of the queue group gets a call, questions arrive in order with the calls before
+them, a dead worker stays in the directory for a while, and messages take time or are lost with the connection.
 """
 
 from __future__ import annotations
@@ -10,169 +10,134 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 import orjson
 from autogen_core import AgentId
 from nats.aio.msg import Msg
 
-from natsrt.errors import NatsrtError, NoLiveWorker, PermissionDenied, ServerUnreachable
+from natsrt.agents.inbound import Answer, LoggedCall
+from natsrt.errors import NatsrtError, NoLiveWorker
+from natsrt.hosting.call_log import CallLog
 from natsrt.options import Options
 from natsrt.transport.call_watch import CallWatch
 from natsrt.transport.calls import Calls
 from natsrt.transport.inbox import Inbox
-from natsrt.transport.probe import TRACE_ONLY, Probe
+from natsrt.transport.probe import Probe
 from natsrt.wire import envelope
+from natsrt.wire.envelope import SUPERSEDES_HEADER
 from natsrt.wire.failures import BUSY, SERVICE_ERROR_CODE
+from natsrt.wire.ids import former_copies
+from tests.support.network import Link, Message, Server, Subscription
 
 AGENT = AgentId("chat", "a")
 CALLS = "agent.chat"
 """The subject on which the agent is called."""
-_NOBODY = {"Status": "503"}
 _ALWAYS = 1e9
 
 
-class Network:
-    """The connection of the calling runtime, and the server behind it. Times are in seconds."""
+class Network(Link):
+    """The connection of the calling runtime, and the server behind it."""
 
     def __init__(self, rng: random.Random, *, tapped: bool = False) -> None:
-        self.rng = rng
-        self.tapped = tapped
-        """Whether a subscription to everything hides "no responders"."""
-        self.up = True
-        self.settled = True
-        self.loss = 0.0
-        """The part of all messages that is lost."""
-        self.travel = 0.002
-        """How long a message takes at most."""
+        super().__init__(Server(rng, tapped=tapped))
         self.workers: Workers
         self.plain: Callable[[str], None] | None = None
         """Answers calls as a plain responder, given their reply subjects; None: there is none."""
-        self.published: list[tuple[str, bytes]] = []
-        """The subjects and bodies of everything that the runtime sent, questions to the server left out."""
-        self._sink: Callable[[Msg], None] | None = None
-        self._listener: Any = None
-        self._denied: Callable[[PermissionDenied], None] | None = None
-        self._unsent: list[tuple[str, bytes, str, dict[str, str] | None]] = []
+        self.accept_to = ""
+        """Where workers accept the runtime's calls."""
+        self.network.clients.append(_Plain(self))
 
-    # what the parts of the runtime use
+    @property
+    def tapped(self) -> bool:
+        """Whether a subscription to everything hides "no responders"."""
+        return self.network.tapped
 
-    def add_listener(self, listener: Any) -> None:
-        self._listener = listener
+    @property
+    def loss(self) -> float:
+        """The part of all messages that is lost."""
+        return self.network.loss
 
-    def on_denied(self, callback: Callable[[PermissionDenied], None]) -> None:
-        self._denied = callback
-
-    def unreachable(self, seconds: float, reason: str | None = None) -> ServerUnreachable:
-        return ServerUnreachable(["nats://virtual"], seconds, reason)
-
-    async def subscribe(self, subject: str, sink: Callable[[Msg], None]) -> str:
-        self._sink = sink
-        return subject
-
-    async def unsubscribe(self, interest: str) -> None:
-        self._sink = None
-
-    def publish(
-        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
-    ) -> Awaitable[None]:
-        if self.up:
-            self._send(subject, payload, reply, headers)
-        else:
-            self._unsent.append((subject, payload, reply, headers))
-        return asyncio.sleep(0)
-
-    # what tests do
-
-    def lose(self) -> None:
-        self.up = False
-        self._listener.connection_lost()
-
-    def come_back(self, settles_after: float = 4.0) -> None:
-        self.up, self.settled = True, False
-        self._later(settles_after, lambda: setattr(self, "settled", True))
-        unsent, self._unsent = self._unsent, []
-        for message in unsent:
-            self._send(*message)
-        self._listener.connection_made()
-
-    def deny(self, subject: str) -> None:
-        assert self._denied is not None
-        self._denied(PermissionDenied("publish to", subject))
-
-    # the server
-
-    def _later(self, seconds: float, action: Callable[[], object]) -> None:
-        asyncio.get_running_loop().call_later(seconds, action)
-
-    def _delay(self) -> float:
-        return self.rng.uniform(0, self.travel)
-
-    def _send(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None) -> None:
-        listening = [worker for worker in self.workers.all if worker.listens and subject in (CALLS, worker.subject)]
-        if headers is not None and TRACE_ONLY in headers:
-            found = [{"type": "eg", "kind": 0, "sub": subject}] if listening or self._is_plain(subject) else []
-            self.to_runtime(reply, orjson.dumps({"events": found}))
-            return
-        self.published.append((subject, payload))
-        if self.rng.random() < self.loss:
-            return
-        if listening:
-            self.rng.choice(listening).post(subject, payload, reply, self._delay())
-        elif self._is_plain(subject):
-            assert self.plain is not None
-            self.plain(reply)
-        elif not self.tapped:
-            self.to_runtime(reply, b"", _NOBODY)
-
-    def _is_plain(self, subject: str) -> bool:
-        return self.plain is not None and subject == CALLS
+    @loss.setter
+    def loss(self, part: float) -> None:
+        self.network.loss = part
 
     def to_runtime(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> None:
-        """Deliver a message to the runtime, unless it is lost, or the connection is down by then."""
+        """Send a message to the runtime."""
+        self.network.take(Message(subject, payload, "", headers))
 
-        def deliver() -> None:
-            if self.up and self._sink is not None:
-                self._sink(Msg(cast(Any, None), subject, "", payload, headers))
 
-        if self.rng.random() >= self.loss:
-            self._later(self._delay(), deliver)
+class _Plain:
+    """The plain responder of a network, as a client of the server."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def matching(self, subject: str) -> Iterable[Subscription]:
+        answer = self._network.plain
+        if answer is not None and subject == CALLS:
+            yield Subscription(CALLS, "", lambda message: answer(message.reply))
+
+
+class _Replies:
+    """The connection of a worker, for its call log."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def publish(self, subject: str, payload: bytes, *, headers: dict[str, str] | None = None) -> Awaitable[None]:
+        self._worker.do(lambda: self._worker.network.to_runtime(subject, payload, headers))
+        return asyncio.sleep(0)
 
 
 class Worker:
-    """A worker as its callers see it: it handles calls, accepts those that take long, and answers questions."""
+    """A worker as its callers see it. It handles calls; what it keeps of them is a real `CallLog`."""
 
     def __init__(self, network: Network, worker_id: str, takes: Callable[[], float]) -> None:
         self.worker_id = worker_id
         self.subject = f"worker.{worker_id}"
+        self.network = network
         self.alive = True
         self.listens = True
         """Whether the server has its subscriptions: also for a while after it died."""
+        self.serves = True
+        """Whether it has subscribed to calls, too."""
         self.frozen = False
         self.busy = False
         self.accepts = True
-        self.forgot = float("-inf")
-        """The time before which its log may lack calls."""
-        self.running: set[str] = set()
+        self.old = False
+        """Whether it is of a version that makes no promises."""
         self.handled: Counter[bytes] = Counter()
         """How often it began to handle each call body."""
         self.asked = 0
-        self._network = network
+        self.log = self._new_log()
         self._takes = takes
-        self._finished: dict[str, bytes] = {}
         self._arrived: list[Callable[[], None]] = []
         self._last_arrival = 0.0
 
-    def post(self, subject: str, payload: bytes, reply: str, delay: float) -> None:
+    def _new_log(self) -> CallLog:
+        return CallLog(cast(Any, _Replies(self)), Options(namespace="t"), self.worker_id)
+
+    @property
+    def running(self) -> Collection[str]:
+        return self.log._running
+
+    def matching(self, subject: str) -> Iterable[Subscription]:
+        if self.listens and (subject == self.subject or (subject == CALLS and self.serves)):
+            yield Subscription(subject, CALLS, lambda message: self.post(*message, self.network.network.delay()))
+
+    def post(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None, delay: float) -> None:
         """Deliver a message, in order with all others."""
-        work = (lambda: self._call(payload, reply)) if subject == CALLS else (lambda: self._question(payload, reply))
+        work = partial(self._call, payload, reply, headers) if subject == CALLS else partial(self._ask, payload, reply)
         loop = asyncio.get_running_loop()
         self._last_arrival = max(self._last_arrival, loop.time() + delay)
-        loop.call_at(self._last_arrival, self._take, work)
+        loop.call_at(self._last_arrival, self.do, work)
 
-    def _take(self, work: Callable[[], None]) -> None:
+    def do(self, work: Callable[[], None]) -> None:
+        """Do something now, or after the thaw; never if it is dead."""
         if self.alive:
             self._arrived.append(work)
             self._go_on()
@@ -194,53 +159,56 @@ class Worker:
 
     def forget(self) -> None:
         """Lose the log, running handlers included. A real worker loses at most the replies that it keeps."""
-        self.forgot = asyncio.get_running_loop().time()
-        self.running.clear()
-        self._finished.clear()
+        promises, self.log = self.log.withdrawn, self._new_log()
+        self.log.withdrawn = promises
+        self.log._last.forgot = asyncio.get_running_loop().time()
 
-    def _do(self, work: Callable[[], None]) -> None:
-        """Do something now, or after the thaw."""
-        self._take(work)
+    def learn(self, other: Worker) -> None:
+        """Make the promises of another worker."""
+        now = asyncio.get_running_loop().time()
+        self.log.withdrawn.learn(other.log.withdrawn.ages(now, 5000, 1_000_000), now)
 
-    def _call(self, payload: bytes, reply: str) -> None:
+    def _call(self, payload: bytes, reply: str, headers: dict[str, str] | None) -> None:
         if self.busy:
-            self._network.to_runtime(reply, b"", {SERVICE_ERROR_CODE: str(BUSY)})
+            self.network.to_runtime(reply, b"", {SERVICE_ERROR_CODE: str(BUSY)})
             return
+        loop, log = asyncio.get_running_loop(), self.log
+        call = log.begin(reply, loop.time())
+        if call is None:
+            return
+        if not self.old:
+            call.supersedes = former_copies((headers or {}).get(SUPERSEDES_HEADER, ""), reply, forwarded=False)
+        if call.supersedes and log.join(call):
+            return
+        if self.accepts:
+            call.accept_to = self.network.accept_to
         self.handled[payload] += 1
-        self.running.add(reply)
-        loop, takes = asyncio.get_running_loop(), self._takes()
-        loop.call_later(takes, self._do, lambda: self._finish(payload, reply))
-        if takes > 0.15 and self.accepts:
-            loop.call_later(0.15, self._do, lambda: self._accept(reply))
+        loop.call_later(self._takes(), self.do, lambda: self._finish(log, call, payload))
 
-    def _accept(self, reply: str) -> None:
-        data = orjson.dumps({"worker": self.worker_id, "calls": [reply]})
-        body = envelope.encode(envelope.ACCEPTED, '"id":"accepted","source":"/"', data)
-        self._network.to_runtime(f"{reply.rpartition('.')[0]}.accept", body)
+    def _finish(self, log: CallLog, call: LoggedCall, payload: bytes) -> None:
+        if log is self.log:
+            log.end(call, Answer(payload))
+            for reply in (call.call_id, *call.also):
+                self.network.to_runtime(reply, payload)
 
-    def _finish(self, payload: bytes, reply: str) -> None:
-        if reply in self.running:
-            self.running.discard(reply)
-            self._finished[reply] = payload
-            self._network.to_runtime(reply, payload)
-
-    def _question(self, payload: bytes, reply: str) -> None:
+    def _ask(self, payload: bytes, reply: str) -> None:
         self.asked += 1
         body = envelope.decode(payload)
         assert body is not None
-        calls = cast(Any, body.json())["calls"]
-        for call in calls:
-            if call in self._finished:
-                self._network.to_runtime(call, self._finished[call])
-        known = {*self.running, *self._finished}
+        data = cast(Any, body.json())
+        if self.old:
+            self._ask_old(data["calls"], reply)
+        else:
+            self.log.asked(data["calls"], reply, data.get("withdraw", ()))
+
+    def _ask_old(self, calls: Sequence[str], reply: str) -> None:
         answer = {
-            "worker": self.worker_id,
             "running": [call for call in calls if call in self.running],
-            "unknown": [call for call in calls if call not in known],
-            "remembers": min(asyncio.get_running_loop().time() - self.forgot, _ALWAYS),
+            "unknown": [call for call in calls if call not in self.running],
+            "remembers": _ALWAYS,
         }
-        data = orjson.dumps(answer)
-        self._network.to_runtime(reply, envelope.encode(envelope.REPLY, '"id":"fate-r","source":"/"', data))
+        body = envelope.encode(envelope.REPLY, '"id":"fate-r","source":"/"', orjson.dumps(answer))
+        self.network.to_runtime(reply, body)
 
 
 class Workers:
@@ -252,6 +220,10 @@ class Workers:
         """The registry: a worker is in it before it listens."""
         self.listed: list[str] = []
         """The caller's view of the registry, which may lack new workers for a moment."""
+        self.old = False
+        """Whether workers that are started are of a version that makes no promises."""
+        self.promises_kept = True
+        """False once a worker has started when no other one answered, so that it could not learn promises."""
         self.suspected: Counter[str] = Counter()
         self.unreachable: NatsrtError | None = None
         """What reading the directory raises; None: it can be read."""
@@ -261,25 +233,61 @@ class Workers:
         self._left_at = float("-inf")
         network.workers = self
 
-    def start(self, takes: Callable[[], float] = lambda: 0.0, *, listed_after: float = 0.0) -> Worker:
+    def start(
+        self, takes: Callable[[], float] = lambda: 0.0, *, listed_after: float = 0.0, serves_after: float = 0.0
+    ) -> Worker:
+        """Start a worker. It is registered, then learns the promises of the others, and then gets calls."""
         worker = Worker(self._network, f"w{len(self.all)}", takes)
+        others = [other for other in self.all if other.worker_id in self.registered]
         self.all.append(worker)
+        self._network.network.clients.append(worker)
         self.registered.append(worker.worker_id)
+        worker.old = self.old
+        worker.serves = False
+        if serves_after:
+            asyncio.get_running_loop().call_later(serves_after, self._serve, worker, others)
+        else:
+            self._serve(worker, others)
         if listed_after:
             asyncio.get_running_loop().call_later(listed_after, self._update)
         else:
             self._update()
         return worker
 
+    def _serve(self, worker: Worker, others: Sequence[Worker]) -> None:
+        self._learn(worker, others)
+        worker.serves = True
+
+    def _learn(self, worker: Worker, others: Sequence[Worker]) -> None:
+        answering = [other for other in others if other.alive and not other.frozen]
+        for other in answering:
+            worker.learn(other)
+        if not answering and len(self.all) > 1:
+            self.promises_kept = False
+
     def _update(self) -> None:
         self.listed = list(self.registered)
 
-    def leave(self, worker: Worker) -> None:
-        """Take a worker out of the directory. Harmless when it is not there."""
+    def leave(self, worker: Worker, *, in_order: bool = False) -> None:
+        """Take a worker out of the directory. Harmless when it is not there.
+
+        One that leaves ``in_order`` has answered every call that it received.
+        """
         if worker.worker_id in self.registered:
             self.registered.remove(worker.worker_id)
             self._update()
-            self._left_at = asyncio.get_running_loop().time()
+            if not in_order:
+                self._left_at = asyncio.get_running_loop().time()
+
+    def join_again(self, worker: Worker) -> None:
+        """Put a worker that is alive after all into the directory again. It learns the promises of the others, and then
+        gets calls, as one that starts."""
+        if worker.alive and worker.worker_id not in self.registered:
+            self.registered.append(worker.worker_id)
+            self._update()
+            others = [other for other in self.all if other.worker_id in self.registered and other is not worker]
+            self._learn(worker, others)
+        worker.listens = worker.alive
 
     @property
     def handled(self) -> Counter[bytes]:
@@ -297,11 +305,14 @@ class Workers:
     def workers_of(self, recipient: AgentId) -> Sequence[str]:
         return tuple(self.listed)
 
-    async def verify(self, recipient: AgentId) -> NatsrtError | None:
+    async def catch_up(self) -> None:
         await asyncio.sleep(self.read_takes)
         if self.unreachable is not None:
             raise self.unreachable
         self._update()
+
+    async def verify(self, recipient: AgentId) -> NatsrtError | None:
+        await self.catch_up()
         return None if self.listed else NoLiveWorker(str(recipient), recipient.type)
 
     def suspect(self, worker_id: str) -> None:
@@ -330,6 +341,7 @@ class World:
     async def started(self) -> AsyncIterator[World]:
         await self.inbox.start()
         await self.calls.start()
+        self.network.accept_to = self.calls.accept_to
         try:
             yield self
         finally:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sysconfig
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-NATSRT = Path(sysconfig.get_path("scripts")) / "natsrt"
+from tests.support.forks import NATSRT, start
+
+__all__ = ["NATSRT", "Ended", "natsrt"]
 
 
 class Ended(NamedTuple):
@@ -25,6 +27,42 @@ class Ended(NamedTuple):
         return json.loads(self.stdout)
 
 
+class _Pipe:
+    """A pipe that a command writes to, and that the event loop reads."""
+
+    def __enter__(self) -> _Pipe:
+        self._read, self.end = os.pipe()
+        os.set_blocking(self._read, False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._read)
+        self._close_end()
+
+    async def read(self) -> bytes:
+        """All that was written, once nobody can write any more."""
+        self._close_end()
+        loop, heard, ended = asyncio.get_running_loop(), bytearray(), asyncio.Event()
+
+        def hear() -> None:
+            data = os.read(self._read, 1 << 16)
+            heard.extend(data)
+            if not data:
+                ended.set()
+
+        loop.add_reader(self._read, hear)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._read)
+        return bytes(heard)
+
+    def _close_end(self) -> None:
+        if self.end >= 0:
+            os.close(self.end)
+            self.end = -1
+
+
 async def natsrt(
     *arguments: str,
     stdin: str | None = None,
@@ -33,21 +71,19 @@ async def natsrt(
     timeout: float = 40.0,
 ) -> Ended:
     """Run the installed command to its end, within ``timeout`` seconds."""
-    process = await asyncio.create_subprocess_exec(
-        NATSRT,
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "160", **(env or {})},
-        cwd=cwd,
-    )
-    try:
-        async with asyncio.timeout(timeout):
-            out, err = await process.communicate(None if stdin is None else stdin.encode())
-    finally:
-        if process.returncode is None:
+    wanted = {**os.environ, "COLUMNS": "160", **(env or {})}
+    with tempfile.TemporaryFile() as given, _Pipe() as stdout, _Pipe() as stderr:
+        given.write((stdin or "").encode())
+        given.seek(0)
+        process = start(
+            [NATSRT, *arguments], stdin=given.fileno(), stdout=stdout.end, stderr=stderr.end, env=wanted, cwd=cwd
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                out, err = await asyncio.gather(stdout.read(), stderr.read())
+                while process.poll() is None:
+                    await asyncio.sleep(0.002)
+        finally:
             process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return Ended(process.returncode, out.decode(), err.decode())
+            code = process.wait()
+    return Ended(code, out.decode(), err.decode())

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from natsrt_cli.auth import read
+from natsrt_cli.declaration import parse
 from natsrt_cli.exits import MEANINGS
+from natsrt_cli.permission_texts import conf
 from pydantic import SecretStr
 
 from natsrt.options import Options, describe_options
@@ -71,6 +74,8 @@ OWN_PARAMETERS = ("servers", "name", "namespace")
 _ARGUMENTS = {
     tuple: "str | Sequence[str]",
     Mapping: "str | Sequence[str] | Mapping[str, bool | KeyedOptions | Mapping[str, Any]]",
+    dict: "str | Mapping[str, Mapping[str, Any]]",
+    Sequence: "str | DurableTopics | Mapping[str, Any] | Sequence[str | DurableTopics | Mapping[str, Any]]",
     str: "str",
     SecretStr: "str | SecretStr",
     Path: "str | PathLike[str]",
@@ -108,10 +113,34 @@ def settings_classes() -> str:
     )
 
 
+def permissions_block() -> str:
+    """The permissions of the four users that the documents know, as ``natsrt auth conf`` prints them."""
+    return f"```conf\n{conf(read(None))}```\n"
+
+
+def permissions_comment() -> str:
+    """The same in `nats.conf`, where it is a comment."""
+    return "".join(f"# {line}\n" for line in conf(read(None)).splitlines())
+
+
+def accounts_declaration() -> str:
+    """The declaration on the page about accounts."""
+    (found,) = (block.text for block in blocks("toml") if block.path.name == "accounts.md")
+    return found
+
+
+def accounts_block() -> str:
+    """The accounts that ``natsrt auth conf`` makes of it."""
+    return f"```conf\n{conf(parse(accounts_declaration(), 'docs/accounts.md'))}```\n"
+
+
 GENERATED: dict[str, tuple[str, Callable[[], str]]] = {
     "docs/configuration.md": ("settings", settings_table),
     "docs/cli.md": ("exit codes", exit_codes_table),
+    "docs/permissions.md": ("permissions", permissions_block),
+    "docs/accounts.md": ("accounts", accounts_block),
     "natsrt/options/arguments.py": ("settings", settings_classes),
+    "nats.conf": ("permissions", permissions_comment),
 }
 """Files with a generated part: its name in the marks around it, and what it says."""
 

@@ -1,7 +1,8 @@
 """Real processes for tests, and waiting for conditions instead of sleeping.
 
-A process belongs to no event loop: it is a plain ``subprocess.Popen`` whose output goes to files, so that it never
-blocks on a full pipe and its output stays readable after its end.
+A process belongs to no event loop: it is a plain ``subprocess.Popen``, or a fork of one that has imported natsrt
+(`tests.support.forks`). Its output goes to files, so that it never blocks on a full pipe and its output stays readable
+after its end.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import inspect
 import os
 import re
 import signal
-import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar, overload
 
 from natsrt.embedded import ProcessGroupGuard, freeze
+from tests.support import forks
 
 T = TypeVar("T")
 
@@ -81,14 +81,13 @@ class Process:
         self._guard = ProcessGroupGuard()
         try:
             with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
-                self._process = subprocess.Popen(
+                self._process = forks.start(
                     command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=stdout,
-                    stderr=stderr,
+                    stdout=stdout.fileno(),
+                    stderr=stderr.fileno(),
                     env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
                     cwd=cwd,
-                    process_group=self._guard.group,
+                    group=self._guard.group,
                 )
         except BaseException:
             self._guard.end_group()
@@ -177,7 +176,10 @@ class Process:
 
     def pause(self) -> None:
         """SIGSTOP: freeze it, its connections staying open. It stands still when this returns."""
-        freeze(self._process)
+        if isinstance(self._process, forks.Fork):
+            self._process.freeze()
+        else:
+            freeze(self._process)
 
     def resume(self) -> None:
         """SIGCONT: let it go on."""
@@ -238,7 +240,7 @@ class Processes:
         cwd: str | Path | None = None,
     ) -> Process:
         """Start the installed command ``natsrt``, such as ``processes.natsrt("worker", "my_module:factory")``."""
-        return self.start([Path(sysconfig.get_path("scripts")) / "natsrt", *arguments], name=name, env=env, cwd=cwd)
+        return self.start([forks.NATSRT, *arguments], name=name, env=env, cwd=cwd)
 
     def close(self) -> None:
         """End every process that is left."""

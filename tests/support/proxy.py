@@ -1,8 +1,9 @@
-"""A TCP proxy between a client and its server, whose links can be cut and frozen."""
+"""A TCP proxy between a client and its server, whose links can be slow, cut and frozen."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -17,13 +18,21 @@ class Proxy:
         self._listener: asyncio.Server | None = None
         self._links: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._port = 0  # any, until one is chosen
+        self._place = socket.socket()
+        """Keeps the port while nothing listens there."""
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._place.bind(("127.0.0.1", 0))
+        self._port = self._place.getsockname()[1]
         self._frozen: list[asyncio.Event] = []
         self._muted: set[asyncio.StreamReader] = set()
         self._servers: set[asyncio.StreamReader] = set()
         self._flowing = self._new_flow()
         self.accepted = 0
         """Connections that were passed on."""
+        self.delay = 0.0
+        """Seconds that everything takes, each way."""
+        self._held_until = 0.0
+        """Nothing is passed on before that time of the event loop."""
 
     @staticmethod
     def _new_flow() -> asyncio.Event:
@@ -39,6 +48,7 @@ class Proxy:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.cut()
+        self._place.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -58,8 +68,7 @@ class Proxy:
 
     async def restore(self) -> None:
         """Let new links through."""
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
-        self._port = self._listener.sockets[0].getsockname()[1]
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", self._port, reuse_port=True)
 
     def freeze(self) -> None:
         """Pass nothing on over the present links, in either direction; they stay open. New links work."""
@@ -76,6 +85,10 @@ class Proxy:
     def mute(self) -> None:
         """Throw away what the server sends over the present links; what clients send arrives."""
         self._muted |= self._servers
+
+    def spike(self, seconds: float) -> None:
+        """Pass nothing on for some time, in either direction; then everything, in order."""
+        self._held_until = asyncio.get_running_loop().time() + seconds
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -94,8 +107,16 @@ class Proxy:
     async def _forward(
         self, source: asyncio.StreamReader, destination: asyncio.StreamWriter, flowing: asyncio.Event
     ) -> None:
+        travelling: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        reading = asyncio.create_task(self._read(source, travelling))
+        loop = asyncio.get_running_loop()
         try:
-            while data := await source.read(65536):
+            while True:
+                at, data = await travelling.get()
+                while (wait := max(at, self._held_until) - loop.time()) > 0:
+                    await asyncio.sleep(wait)
+                if not data:
+                    break
                 await flowing.wait()
                 if source in self._muted:
                     continue
@@ -104,7 +125,19 @@ class Proxy:
         except OSError:
             pass
         finally:
+            reading.cancel()
             destination.close()
             self._links.discard(destination)
             self._servers.discard(source)
             self._muted.discard(source)
+
+    async def _read(self, source: asyncio.StreamReader, travelling: asyncio.Queue[tuple[float, bytes]]) -> None:
+        """Put what arrives into ``travelling``, with the time at which it is due at the other end; nothing at the
+        end."""
+        data = b"any"
+        while data:
+            try:
+                data = await source.read(65536)
+            except OSError:
+                data = b""
+            travelling.put_nowait((asyncio.get_running_loop().time() + self.delay, data))

@@ -64,6 +64,8 @@ def runtimes() -> list[NatsAgentRuntime]:
         ),
         NatsAgentRuntime(keyed="counter,audit"),
         NatsAgentRuntime(keyed=["counter"]),
+        NatsAgentRuntime(durable=["orders.", natsrt.DurableTopics("log.", name="log"), {"patterns": "x"}]),
+        NatsAgentRuntime(durable=natsrt.DurableTopics("orders.", max_age=3600), publish_timeout=5),
         NatsAgentRuntime(options=Options(servers="nats://a", heartbeat_ttl=3.5, name="w")),
         NatsAgentRuntime(options=Options.load(environ={}, namespace="n").replace(name="w")),
         NatsAgentRuntime(**SETTINGS),

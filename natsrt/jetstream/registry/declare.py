@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from natsrt.errors import NatsrtError
+from natsrt.jetstream.registry.durable import SharedTopics
 from natsrt.jetstream.registry.entries import (
+    DurableEntry,
     KnownEntry,
     RegistryEntry,
     SubscriptionEntry,
@@ -20,8 +22,9 @@ from natsrt.jetstream.registry.entries import (
     WorkerEntry,
 )
 from natsrt.jetstream.registry.follow import Change, Follower
+from natsrt.jetstream.registry.origin import ANSWER
 from natsrt.jetstream.registry.shared import SharedSubscriptions
-from natsrt.jetstream.registry.store import RegistryStore
+from natsrt.jetstream.registry.store import Last, RegistryStore
 
 logger: logging.Logger = logging.getLogger("natsrt.registry")
 
@@ -33,6 +36,7 @@ class Declared:
         self._store = store
         self._follower = follower
         self._shared = SharedSubscriptions(store)
+        self._topics = SharedTopics(store)
         self._own: dict[str, RegistryEntry] = {}
         self._lost: set[str] = set()
         """Keys of own entries that the view does not have, and that were deleted."""
@@ -40,6 +44,17 @@ class Declared:
         """This runtime as a worker; None while it is none."""
         self.alive_as: str | None = None
         """The id under which this runtime has a heartbeat; None if it needs none."""
+        self.beaten_at: float = float("-inf")
+        """The event loop's time at which it was known that a heartbeat is stored."""
+
+    def is_overdue(self, ttl: float) -> bool:
+        """True if this runtime is a worker whose last heartbeat has expired, ``ttl`` seconds after it was stored."""
+        return self.worker is not None and asyncio.get_running_loop().time() > self.beaten_at + ttl
+
+    @property
+    def is_empty(self) -> bool:
+        """True if this runtime has nothing in the registry."""
+        return not self._own
 
     async def join(self, worker: WorkerEntry) -> None:
         """Become a worker."""
@@ -49,7 +64,21 @@ class Declared:
     async def live_as(self, runtime_id: str) -> None:
         """Have a heartbeat from now on."""
         self.alive_as = runtime_id
-        await self._store.beat(runtime_id)
+        await self.beat()
+
+    async def beat(self) -> None:
+        """Store the heartbeat, if this runtime has one."""
+        if self.alive_as is not None:
+            await self._store.beat(self.alive_as)
+            self.beaten_at = asyncio.get_running_loop().time()
+
+    async def announce(self, *, is_answer: bool) -> None:
+        """Store this worker again, unchanged, so that runtimes in other JetStream domains hear of its registry.
+
+        An answer to one of theirs is not answered in turn.
+        """
+        if self.worker is not None:
+            await self._store.write([self.worker], {ANSWER: "1"} if is_answer else None)
 
     async def drain(self) -> None:
         """Announce that this worker takes no new messages: it finishes what it has."""
@@ -80,15 +109,19 @@ class Declared:
         known = [entry for entry in self._own.values() if isinstance(entry, KnownEntry) and entry.agent_type in types]
         for entry in (*entries, *known):
             self._own.pop(entry.key, None)
-        shared, others = _parted(entries)
+        shared, _, others = _parted(entries)
         removals = (self._shared.remove(entry) for entry in shared)
         revision = max(await asyncio.gather(self._store.delete([entry.key for entry in others]), *removals))
         await self._follower.shown(revision)
         await self._retire(known, revision)
 
+    async def remove_durable(self, stream: str, pattern: str) -> None:
+        """Make the topics of a pattern not durable any more, whoever declared them."""
+        await self._follower.shown(await self._topics.remove(stream, pattern))
+
     async def _write(self, entries: Sequence[RegistryEntry]) -> None:
-        shared, others = _parted(entries)
-        additions = (self._shared.add(entry) for entry in shared)
+        shared, durable, others = _parted(entries)
+        additions = [*map(self._shared.add, shared), *map(self._topics.add, durable)]
         await self._follower.shown(max(await asyncio.gather(self._store.write(others), *additions)))
         for entry in entries:
             self._own[entry.key] = entry
@@ -112,12 +145,38 @@ class Declared:
         """Store again what this runtime's types handle, which would be forgotten otherwise."""
         await self._write([entry for entry in self._own.values() if isinstance(entry, KnownEntry)])
 
-    async def restore(self) -> None:
-        """Store again what is missing in the view, the worker itself first."""
-        if self.alive_as is not None:
-            await self._store.beat(self.alive_as)
-        missing = [entry for entry in self._own.values() if self._is_missing(entry)]
-        await self._write(sorted(missing, key=lambda entry: not isinstance(entry, WorkerEntry)))
+    async def restore(self, *, everything: bool = False) -> None:
+        """Store again what is missing in the view, or everything; the worker itself first."""
+        missing = [entry for entry in self._own.values() if everything or self._is_missing(entry)]
+        await self.store_again(missing)
+
+    async def store_again(self, entries: Sequence[RegistryEntry]) -> None:
+        """Store own entries again, and the heartbeat; the worker itself first."""
+        await self.beat()
+        await self._write(sorted(entries, key=lambda entry: not isinstance(entry, WorkerEntry)))
+
+    async def vanished(self) -> list[RegistryEntry]:
+        """Own entries that are not stored any more, as after a purge: the feed does not announce that.
+
+        Also those that somebody deleted to whom they do not belong. A deletion of what several runtimes declare, or of
+        what is known of a type, is not among them: `ended` and `undone` decide about it.
+        """
+        own = {key: (entry, self._follower.view.revision_of(key)) for key, entry in self._own.items()}
+        stored = await self._store.revisions(own)
+        return [
+            entry
+            for key, (entry, revision) in own.items()
+            if self._own.get(key) is entry and self._has_vanished(entry, revision, stored.get(key))
+        ]
+
+    @staticmethod
+    def _has_vanished(entry: RegistryEntry, revision: int, stored: Last | None) -> bool:
+        if stored is None or stored.revision < revision:  # the latter after an old copy of the bucket was restored
+            return True
+        others_may = isinstance(entry, KnownEntry | DurableEntry) or (
+            isinstance(entry, SubscriptionEntry) and entry.is_shared
+        )
+        return stored.deleted and not others_may
 
     def _is_missing(self, entry: RegistryEntry) -> bool:
         """True if an own entry is not stored, by the present view, or is not certain to be."""
@@ -163,8 +222,11 @@ class Declared:
         self._lost.clear()
 
 
-def _parted(entries: Sequence[RegistryEntry]) -> tuple[list[SubscriptionEntry], list[RegistryEntry]]:
-    """The entries that several runtimes may declare, and the others."""
+def _parted(
+    entries: Sequence[RegistryEntry],
+) -> tuple[list[SubscriptionEntry], list[DurableEntry], list[RegistryEntry]]:
+    """The subscriptions and the durable topics that several runtimes may declare, and the other entries."""
     shared = [entry for entry in entries if isinstance(entry, SubscriptionEntry) and entry.is_shared]
-    keys = {entry.key for entry in shared}
-    return shared, [entry for entry in entries if entry.key not in keys]
+    durable = [entry for entry in entries if isinstance(entry, DurableEntry)]
+    keys = {entry.key for entry in shared} | {entry.key for entry in durable}
+    return shared, durable, [entry for entry in entries if entry.key not in keys]

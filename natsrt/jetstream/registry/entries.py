@@ -11,37 +11,60 @@ Keys of the bucket (each part is a token as in `natsrt.wire.subjects`):
                                                         runtimes that do not host the type
 ``r.known.<agent type>``                                what the type handles; outlives workers that are killed. Read
                                                         only when somebody asks for the type
+``r.durable.<stream>``                                  the durable topics of a stream, and its policy; no worker has to
+                                                        keep it alive
 ``hb.<worker_id>``                                      the worker's heartbeat: outside the feed, expires by itself
+``reserve.<n>``                                         room that is freed where JetStream is full, so that a worker
+                                                        can still register, renew its heartbeat, and leave
 ======================================================= =============================================================
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
 
 import orjson
 from autogen_core import Subscription, TypePrefixSubscription, TypeSubscription
 from pydantic import Strict, TypeAdapter, ValidationError
 
-from natsrt.errors import CannotDecode
+from natsrt.durable_types import DurableTopics
+from natsrt.errors import CannotDecode, ConfigurationError
+from natsrt.wire.envelope import BLOBS_FEATURE
 from natsrt.wire.subjects import Subjects, encode_token, plain_prefix
 
 FEED: Final = "r"
 HEARTBEAT: Final = "hb"
+RESERVE: Final = "reserve"
 KNOWN: Final = f"{FEED}.known."
 """Start of the keys of the types that are known."""
+PEER: Final = "peer"
+"""Feature: the worker answers other workers' questions on ``natsrt.peer.<worker_id>``."""
+CANCEL: Final = "cancel"
+"""Feature: the worker tells the runtime that made a token, in its inbox, that a copy of it was cancelled."""
+CONFIRM: Final = "confirm"
+"""Feature: the worker answers an event of a stream that it gets for a keyed agent, and handles it once."""
+FEATURES: Final = (PEER, CANCEL, CONFIRM, BLOBS_FEATURE)
+"""What this version's workers understand."""
 NOBODY: Final = "-"
 """The declarer of a subscription that no worker has to keep alive."""
+
+_STREAM_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 RuleKind = Literal["type", "prefix", "custom"]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEntry:
-    """A worker process. ``started`` is in seconds since the epoch; one that is ``draining`` takes nothing new."""
+    """A worker process.
+
+    ``started`` is in seconds since the epoch; one that is ``draining`` takes nothing new. ``features`` are what it
+    understands beyond the first form of the protocol, see `FEATURES`. ``inbox`` is the start of all its reply
+    subjects, without the last dot; empty if it does not say.
+    """
 
     worker_id: str
     name: str
@@ -50,6 +73,8 @@ class WorkerEntry:
     started: Annotated[float, Strict()]
     version: str
     draining: Annotated[bool, Strict()] = False
+    features: tuple[str, ...] = ()
+    inbox: str = ""
 
     @property
     def key(self) -> str:
@@ -191,7 +216,51 @@ def _standard(subscription: Subscription, cls: type[Any]) -> bool:
     return own.is_match is cls.is_match and own.map_to_agent is cls.map_to_agent
 
 
-RegistryEntry = WorkerEntry | TypeEntry | InstanceEntry | KnownEntry | SubscriptionEntry
+@dataclass(frozen=True, slots=True)
+class DurableEntry:
+    """The durable topics of one ``stream``, and its policy: the arguments of `natsrt.DurableTopics` under their names.
+
+    Runtimes share it, and it stays until an operator removes it.
+    """
+
+    stream: str
+    patterns: tuple[str, ...]
+    name: str | None = None
+    max_age: Annotated[float, Strict()] | None = None
+    max_bytes: Annotated[int, Strict()] | None = None
+    max_messages: Annotated[int, Strict()] | None = None
+    storage: Literal["file", "memory"] = "file"
+    replicas: Annotated[int, Strict()] | None = None
+    discard: Literal["old", "new"] = "old"
+
+    @classmethod
+    def of(cls, stream: str, topics: DurableTopics) -> DurableEntry:
+        return cls(stream, topics.patterns, topics.name, **topics.policy)
+
+    @property
+    def topics(self) -> DurableTopics:
+        """Raises `ConfigurationError` for values that `natsrt.DurableTopics` refuses."""
+        return DurableTopics(
+            *self.patterns,
+            name=self.name,
+            max_age=self.max_age,
+            max_bytes=self.max_bytes,
+            max_messages=self.max_messages,
+            storage=self.storage,
+            replicas=self.replicas,
+            discard=self.discard,
+        )
+
+    def includes(self, other: DurableEntry) -> bool:
+        """True if this entry has every pattern of ``other``, an entry of the same stream, and the same policy."""
+        return {*other.patterns} <= {*self.patterns} and replace(other, patterns=self.patterns) == self
+
+    @property
+    def key(self) -> str:
+        return f"{FEED}.durable.{self.stream}"
+
+
+RegistryEntry = WorkerEntry | TypeEntry | InstanceEntry | KnownEntry | SubscriptionEntry | DurableEntry
 
 _READERS: dict[str, TypeAdapter[Any]] = {
     "worker": TypeAdapter(WorkerEntry),
@@ -199,6 +268,7 @@ _READERS: dict[str, TypeAdapter[Any]] = {
     "instance": TypeAdapter(InstanceEntry),
     "known": TypeAdapter(KnownEntry),
     "subscription": TypeAdapter(SubscriptionEntry),
+    "durable": TypeAdapter(DurableEntry),
 }
 
 
@@ -223,6 +293,12 @@ def decode_entry(key: str, value: bytes) -> RegistryEntry:
         entry: RegistryEntry = reader.validate_python(tree)
         if entry.key != key:
             raise ValueError(f"its fields belong under {entry.key!r}")
+        if isinstance(entry, DurableEntry):
+            _ = entry.topics
+            if not _STREAM_NAME.fullmatch(entry.stream):
+                raise ValueError("its stream has no valid name")
+    except ConfigurationError as error:
+        raise CannotDecode(f"the registry entry {key!r}", error.problem, value) from None
     except ValidationError as error:
         problems = (_problem(one["type"], one["loc"], one["msg"]) for one in error.errors(include_input=False))
         raise CannotDecode(f"the registry entry {key!r}", "; ".join(problems), value) from None

@@ -21,7 +21,10 @@ from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError, RegistryUnavailable
 from natsrt.jetstream.buckets import is_gone
 from natsrt.jetstream.registry.entries import FEED, HEARTBEAT, RegistryEntry, decode_entry
-from natsrt.jetstream.registry.store import IN_ORDER, LEFT, RegistryStore
+from natsrt.jetstream.registry.origin import ANSWER, ORIGIN, Origin
+from natsrt.jetstream.registry.pages import Stored
+from natsrt.jetstream.registry.source import RegistrySource
+from natsrt.jetstream.registry.store import IN_ORDER, LEFT
 from natsrt.jetstream.registry.view import View
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest
@@ -31,6 +34,8 @@ logger: logging.Logger = logging.getLogger("natsrt.registry")
 
 _LONGEST_PAUSE = 5.0
 """Seconds between two attempts to read a snapshot at most."""
+_FAR = 10**9
+"""Revisions between two changes of one bucket at most. The first revision of a bucket is the time, in microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +63,30 @@ class FollowerOwner(Protocol):
     def entry_changed(self, change: Change) -> None:
         """An entry was stored or deleted, by whatever runtime."""
 
+    def elsewhere(self, origin: Origin | None, *, is_answer: bool) -> None:
+        """A change was stored in another bucket: this one was replaced, or there are two.
+
+        ``origin`` None: it tells none. ``is_answer``: it was only stored because the other one heard of this one.
+        """
+
     def workers_without_heartbeat(self, worker_ids: Collection[str]) -> None:
         """A snapshot has entries of these workers, and no heartbeat."""
 
-    async def restore(self) -> None:
-        """A snapshot was read: store again what this runtime declared and is not there."""
+    async def restore(self, *, everything: bool = False) -> None:
+        """A snapshot was read: store again what this runtime declared and is not there. ``everything``: the bucket is
+        another one, and no snapshot of it was read.
+        """
 
 
 class Follower:
     """The view of one runtime, kept in step with the bucket. A `Listener` of its connection."""
 
     def __init__(
-        self, connection: Connection, subjects: Subjects, options: Options, store: RegistryStore, owner: FollowerOwner
+        self, connection: Connection, subjects: Subjects, options: Options, source: RegistrySource, owner: FollowerOwner
     ) -> None:
         self._connection = connection
         self._options = options
-        self._store = store
+        self._source = source
         self._owner = owner
         self._feed = subjects.registry_feed
         self._feed_prefix = len(subjects.registry_feed) + 1
@@ -90,6 +103,10 @@ class Follower:
         self._synced = asyncio.Event()
         self.departed_at: float = float("-inf")
         """The event loop's time at which a worker last left without having answered everything."""
+        self.told_at: float = float("-inf")
+        """The event loop's time at which a change last told which registry this one is."""
+        self.problem: str = ""
+        """Why this runtime is not in step, as far as it is known; empty if it is."""
         self.view: View = View()
         connection.add_listener(self)
 
@@ -98,6 +115,11 @@ class Follower:
         """Whether the view is complete and this runtime's own entries are stored."""
         return self._synced.is_set() and self._connection.connected
 
+    async def in_step(self) -> None:
+        """Wait until `synced` is true. Waits end in the order in which they began."""
+        while not self.synced:
+            await self._synced.wait()
+
     @property
     def is_open(self) -> bool:
         return self._open
@@ -105,12 +127,12 @@ class Follower:
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Make the bucket if it is missing, and read the first snapshot. Raises as `RegistryStore` does."""
+        """Make the bucket if it is missing, and read the first snapshot. Raises as `RegistrySource` does."""
         self.view = View()
         self._open = True
         try:
             self._interest = await self._connection.subscribe(f"{self._feed}.>", self._on_change)
-            await self._store.open()
+            await self._source.open()
             await self._read_snapshot()
         except BaseException:
             self._open = False
@@ -156,6 +178,11 @@ class Follower:
             revision, before = int(headers["Nats-Sequence"]), int(headers.get("Nats-Last-Sequence", 0))
         except (KeyError, ValueError):
             raise CannotDecode(f"a message on {message.subject}", "it is not from the registry's stream") from None
+        if self._is_elsewhere(headers, revision):
+            self._owner.elsewhere(Origin.of(headers), is_answer=ANSWER in headers)
+            return
+        if ORIGIN in headers:
+            self.told_at = asyncio.get_running_loop().time()
         known = self.view.revision_of(key)
         if known and known < before:
             self.resync()
@@ -164,6 +191,19 @@ class Follower:
         finally:  # one that cannot be read, perhaps of a newer runtime, is seen too
             self.view.saw(revision)
             self._wake()
+
+    def _is_elsewhere(self, headers: dict[str, str], revision: int) -> bool:
+        """True if a change was stored in another bucket than the one that this runtime follows.
+
+        The server's marks of what has expired, and what older participants store, tell no origin. Those of another
+        bucket have revisions that are far away, unless the two were made within minutes.
+        """
+        own, origin = self._source.origin, Origin.of(headers)
+        if own is None:
+            return False
+        if origin is not None:
+            return origin.created != own.created
+        return self.view.applied > 0 and abs(revision - self.view.applied) > _FAR
 
     def _change(self, key: str, revision: int, headers: dict[str, str], value: bytes) -> None:
         before, deletes, touched = self.view.entry(key), is_gone(headers), set[str]()
@@ -196,7 +236,7 @@ class Follower:
         waiter = asyncio.get_running_loop().create_future()
         self._waiting.append((revision, waiter))
         try:
-            async with asyncio.timeout(self._options.subscription_timeout):
+            async with asyncio.timeout(self._options.subscription_timeout + self._connection.rtt.allowance):
                 await waiter
         except TimeoutError:
             self.resync()
@@ -214,7 +254,7 @@ class Follower:
         stale = self.view
         try:
             await self._connection.barrier()
-            await self._store.read(self._load)
+            await self._source.read(self._load)
             if not stale.workers.keys() <= self.view.workers.keys():
                 self.departed_at = asyncio.get_running_loop().time()
         finally:
@@ -228,13 +268,13 @@ class Follower:
             self._owner.rules_changed(agent_type)
         self._wake()
 
-    async def _load(self, complete_to: int, pages: AsyncGenerator[list[Msg], None]) -> None:
+    async def _load(self, complete_to: int, pages: AsyncGenerator[list[Stored], None]) -> None:
         view, alive = View(), set[str]()
         view.saw(complete_to)
         async with aclosing(pages):
             async for page in pages:
-                for message in page:
-                    self._load_one(message, view, alive)
+                for stored in page:
+                    self._load_one(stored, view, alive)
         # Also those whose entry is gone, but not all that they declared: their removal was not finished.
         self._owner.workers_without_heartbeat({*view.workers, *view.of_worker} - alive)
         self.view = view
@@ -248,26 +288,36 @@ class Follower:
             view.unreadable[key] = error.reason
             raise
 
-    def _load_one(self, message: Msg, view: View, alive: set[str]) -> None:
-        key, gone = message.subject[len(self._store.prefix) :], is_gone(message.headers)
-        revision = message.metadata.sequence.stream
+    def _load_one(self, stored: Stored, view: View, alive: set[str]) -> None:
+        key, revision, value = stored
         if key.startswith(f"{HEARTBEAT}."):
-            if not gone:
+            if value is not None:
                 alive.add(key[len(HEARTBEAT) + 1 :])
-        elif gone:
+        elif value is None:
             view.delete(key, revision)
         else:
             try:
-                view.put(key, revision, self._decoded(view, key, message.data))
+                view.put(key, revision, self._decoded(view, key, value))
             except CannotDecode as error:
                 view.saw(revision)
                 logger.warning("%s", error)
 
-    def resync(self) -> None:
-        """Read a new snapshot, and store again what is missing in it."""
+    def resync(self, problem: str = "") -> None:
+        """Read a new snapshot, and store again what is missing in it. ``problem`` says why; empty: it is not known."""
+        self.problem = problem or self.problem
         self._generation += 1  # one that is under way is not enough: it may have read before what matters now
         if self._syncing is None or self._syncing.done():
             self._syncing = self._tasks.spawn(self._synchronise())
+
+    async def _open_store(self) -> None:
+        """Make the bucket if it is missing. If it is not the one that was known, this runtime's own entries are stored
+        before the snapshot is read, so that its subscriptions stay in force.
+        """
+        known = self._source.origin
+        await self._source.open(self.view.applied)
+        if known not in (None, self._source.origin):
+            logger.warning("the registry was gone with all its entries: this runtime stores its own ones again")
+            await self._owner.restore(everything=True)
 
     async def _synchronise(self) -> None:
         """Bucket, snapshot, own entries. Tries until it succeeds without another `resync` meanwhile."""
@@ -276,14 +326,16 @@ class Follower:
             self._synced.clear()
             generation = self._generation
             try:
-                await self._store.open()
+                await self._open_store()
                 await self._read_snapshot()
                 await self._owner.restore()
                 if generation == self._generation:
+                    self.problem = ""
                     self._synced.set()
                     return
             except Exception as error:  # whatever it is, the registry comes back
                 known = isinstance(error, NatsrtError | nats.errors.Error)
+                self.problem = str(error)
                 logger.info("the registry is not back yet: %s", error, exc_info=None if known else error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)

@@ -7,20 +7,39 @@ are put together here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from autogen_core import AgentId
 
-from natsrt.errors import NatsrtError, NoLiveWorker, UnknownAgent, UnknownAgentType
+from natsrt.errors import (
+    JetStreamFull,
+    NatsrtError,
+    NoLiveWorker,
+    RegistryUnavailable,
+    UndeliveredCall,
+    UnknownAgent,
+    UnknownAgentType,
+)
 from natsrt.jetstream.registry.declare import Declared
-from natsrt.jetstream.registry.entries import KnownEntry, RegistryEntry, SubscriptionEntry, WorkerEntry
+from natsrt.jetstream.registry.entries import (
+    PEER,
+    DurableEntry,
+    KnownEntry,
+    RegistryEntry,
+    SubscriptionEntry,
+    WorkerEntry,
+)
 from natsrt.jetstream.registry.follow import Change, Follower
+from natsrt.jetstream.registry.integrity import Integrity
 from natsrt.jetstream.registry.leftovers import Leftovers
 from natsrt.jetstream.registry.liveness import Liveness
+from natsrt.jetstream.registry.origin import Origin
+from natsrt.jetstream.registry.source import RegistrySource
 from natsrt.jetstream.registry.store import BUCKET, DELETED_TTL, KNOWN_TTL, RegistryStore
 from natsrt.jetstream.registry.view import Takers, View
+from natsrt.jetstream.usage import Usage
 from natsrt.options import Options
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.peers import Peers
 from natsrt.wire.subjects import Subjects
 
@@ -41,6 +60,9 @@ class RegistryListener:
     def view_changed(self) -> None:
         """Anything in the view may have changed."""
 
+    def durable_changed(self) -> None:
+        """The durable topics are others."""
+
     def subscription_removed(self, entry: SubscriptionEntry) -> None:
         """Another runtime removed a subscription that this one had declared for nobody."""
 
@@ -55,15 +77,42 @@ class Registry:
         """``peers`` None: this one only reads. It does not remove dead workers."""
         self._connection = connection
         self._subjects = subjects
+        self._ttl = options.heartbeat_ttl
+        self._may_ask_peers = True
+        connection.on_denied(self._on_denied)
         self._listeners: list[RegistryListener] = []
+        self._durable: Mapping[str, DurableEntry] = {}
+        """The durable topics that the listeners know."""
+        self._rejoined: Callable[[], Awaitable[None]] | None = None
+        self.away: bool = False
+        """True if other runtimes may have removed this worker, until its entries are stored again and it has learned
+        what the others told those that started meanwhile."""
+        connection.add_listener(self)
         self._store = RegistryStore(connection, subjects, options)
-        self._follower = Follower(connection, subjects, options, self._store, self)
+        self._source = RegistrySource(connection, subjects, options, self._store)
+        self._follower = Follower(connection, subjects, options, self._source, self)
         self._declared = Declared(self._store, self._follower)
-        self._liveness = Liveness(connection, options, self._store, self._follower, self._declared, peers)
+        self._integrity = Integrity(connection, options, self._store, self._source, self._follower, self._declared)
+        self._liveness = Liveness(connection, options, self._store, self._source, self._follower, self._declared, peers)
+
+    def _on_denied(self, denied: Refusal) -> None:
+        if denied.operation == "publish to" and denied.subject.lower().startswith(self._subjects.peer("").lower()[:-1]):
+            self._may_ask_peers = False
 
     def add_listener(self, listener: RegistryListener) -> None:
         """Tell ``listener`` of changes from now on."""
         self._listeners.append(listener)
+
+    def on_rejoined(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Await ``function`` when this worker may have been removed, and its entries are stored again."""
+        self._rejoined = function
+
+    def connection_lost(self) -> None:
+        """Part of `Listener`."""
+
+    def connection_made(self) -> None:
+        """Part of `Listener`."""
+        self.away = self.away or self._declared.is_overdue(self._ttl)
 
     @property
     def view(self) -> View:
@@ -73,22 +122,62 @@ class Registry:
     @property
     def synced(self) -> bool:
         """Whether the view is complete and this worker's own entries are stored."""
-        return self._follower.synced
+        return self._follower.synced and not self._integrity.problem
+
+    @property
+    def problem(self) -> str:
+        """Why it is not `synced`, as a sentence, if that is known; empty if it is not, or if it is synced."""
+        return self._integrity.problem or ("" if self._follower.synced else self._follower.problem)
+
+    @property
+    def foreign(self) -> Origin | None:
+        """Another registry of the namespace, in another JetStream domain; None if none was heard of lately."""
+        return self._integrity.foreign
+
+    @property
+    def conflict(self) -> str:
+        """Why this runtime may not own keyed agents, as sentences: an older registry is in reach. Empty if it may."""
+        return self._integrity.conflict
+
+    async def in_step(self) -> None:
+        """Wait until `synced` is true."""
+        await self._follower.in_step()
+
+    @property
+    def usage(self) -> Usage:
+        """What is used of the limits of the account and of the bucket, as a worker measures it from time to time."""
+        return self._store.reserve.usage
+
+    def full(self, now: float) -> JetStreamFull | None:
+        """The last refusal because of a limit, if it is less than a minute ago; ``now`` is the event loop's time."""
+        return self._store.full(now)
+
+    @property
+    def origin(self) -> Origin | None:
+        """Which registry it is; None if that is not known."""
+        return self._source.origin
+
+    @property
+    def reads_bucket(self) -> bool:
+        """True if this runtime reads the registry's bucket itself, and is not told by workers what is in it."""
+        return self._source.is_bucket
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Create the bucket if it is missing, and read the snapshot.
+        """Create the bucket if it is missing, and read the snapshot: from a worker if the bucket may not be read.
 
         Raises `JetStreamRequired`, `PermissionDenied` or `RegistryUnavailable`.
         """
         self._declared.clear()
         await self._follower.open()
         self._liveness.start()
+        self._integrity.start()
 
     async def close(self) -> None:
         """Leave, if that can still be done, and stop following. Harmless when closed."""
         await self._follower.stop()
+        await self._integrity.stop()
         await self._liveness.stop()
         if self._connection.connected:
             try:
@@ -96,13 +185,21 @@ class Registry:
             except NatsrtError as error:
                 logger.warning("this worker's entries stay until others remove them: %s", error)
         await self._follower.close()
+        self._source.close()
 
     # -- declaring -----------------------------------------------------------------------------------------------
 
     async def join(self, worker: WorkerEntry) -> None:
-        """Become a worker: stored, kept alive by heartbeats, removed by others when those end."""
+        """Become a worker: stored, kept alive by heartbeats, removed by others when those end.
+
+        Raises `RegistryUnavailable` if an older registry of the namespace is in reach, in another JetStream domain.
+        """
         await self.live_as(worker.worker_id)
         await self._declared.join(worker)
+        await self._integrity.meet_others()
+        if self.conflict:
+            raise RegistryUnavailable("join", self.conflict)
+        await self._store.reserve.keep()
 
     async def live_as(self, runtime_id: str) -> None:
         """Have heartbeats under this id from now on, as workers have, and runtimes that declare a subscription without
@@ -127,10 +224,14 @@ class Registry:
         """Delete entries, with what is known of types that have no worker left. Other runtimes' declarations stay."""
         await self._declared.withdraw(entries)
 
+    async def remove_durable(self, stream: str, pattern: str) -> None:
+        """Make the topics of a pattern of a stream not durable any more."""
+        await self._declared.remove_durable(stream, pattern)
+
     async def leftovers(self, agent_type: str) -> Leftovers:
         """What is stored of an agent type now."""
         await self.catch_up()
-        known = KnownEntry(agent_type) if await self._store.is_known(agent_type) else None
+        known = KnownEntry(agent_type) if await self._source.now.is_known(agent_type) else None
         return Leftovers.of(agent_type, self.view, known)
 
     async def forget(self, leftovers: Leftovers) -> None:
@@ -146,6 +247,11 @@ class Registry:
             listener.rules_changed(agent_type)
 
     def view_changed(self) -> None:
+        durable = self._follower.view.durable
+        if durable is not self._durable and durable != self._durable:
+            self._durable = durable
+            for listener in self._listeners:
+                listener.durable_changed()
         for listener in self._listeners:
             listener.view_changed()
 
@@ -158,16 +264,24 @@ class Registry:
             self._follower.resync()
         worker = self._declared.worker
         if worker is not None and change.deletes and change.key == worker.key and self._follower.is_open:
+            self.away = True
             for listener in self._listeners:
                 listener.evicted()
             self._follower.resync()
+
+    def elsewhere(self, origin: Origin | None, *, is_answer: bool) -> None:
+        self._integrity.elsewhere(origin, is_answer=is_answer)
 
     def workers_without_heartbeat(self, worker_ids: Collection[str]) -> None:
         for worker_id in worker_ids:
             self._liveness.suspect(worker_id)
 
-    async def restore(self) -> None:
-        await self._declared.restore()
+    async def restore(self, *, everything: bool = False) -> None:
+        self.away = self.away or self._declared.is_overdue(self._ttl)
+        await self._declared.restore(everything=everything)
+        if self.away and self._rejoined is not None:
+            await self._rejoined()
+        self.away = False
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -204,16 +318,35 @@ class Registry:
     def worker_subject(self, worker_id: str) -> str:
         return self._subjects.worker(worker_id)
 
+    def peer_subject(self, worker_id: str) -> str:
+        """The subject on which this runtime asks another worker what callers need not ask.
+
+        Workers of older versions are asked on their `worker_subject`, and so is everybody by a user that may not
+        publish to the subjects of peers, as the permissions of older versions are.
+        """
+        if self._may_ask_peers and self.view.understands(worker_id, PEER):
+            return self._subjects.peer(worker_id)
+        return self._subjects.worker(worker_id)
+
+    def owns_inbox(self, reply: str) -> str | None:
+        """The id of the live worker that a reply subject belongs to; None if no worker is known to have it."""
+        return self.view.inboxes.get(reply.rpartition(".")[0])
+
     def workers_of(self, recipient: AgentId) -> Sequence[str]:
         return self._follower.view.workers_of(recipient)
 
     async def verify(self, recipient: AgentId) -> NatsrtError | None:
         if self.view.takers_of(recipient):
             return None
-        await self.catch_up()
+        name = str(recipient)
+        try:
+            await self.catch_up()
+        except RegistryUnavailable as error:
+            if not self._source.says_nobody_lives(error):
+                raise
+            return UndeliveredCall(name, error.reason)
         if self.view.takers_of(recipient):
             return None
-        name = str(recipient)
         if self.view.workers_hosting(recipient.type):
             keys = sorted(self.view.instances.get(recipient.type, ()))
             return UnknownAgent(name, [f"{recipient.type}/{key}" for key in keys[:_LIST_AT_MOST]])
@@ -223,28 +356,30 @@ class Registry:
 
     async def is_known(self, agent_type: str) -> bool:
         """True if a worker hosts the type, or hosted it lately. Reads the bucket if none does now."""
-        return agent_type in self.view.hosts or await self._store.is_known(agent_type)
+        return agent_type in self.view.hosts or await self._source.now.is_known(agent_type)
 
     async def some_known(self) -> list[str]:
         """The names of types that are known, in their order, 20 at most; those that workers host first."""
         hosted = sorted(self.view.hosts)[:_LIST_AT_MOST]
-        others = await self._store.some_known(_LIST_AT_MOST) if len(hosted) < _LIST_AT_MOST else []
+        others = await self._source.now.some_known(_LIST_AT_MOST) if len(hosted) < _LIST_AT_MOST else []
         return sorted([*hosted, *sorted({*others} - {*hosted})][:_LIST_AT_MOST])
 
     async def known(self, agent_type: str | None = None) -> dict[str, KnownEntry]:
         """What is known of the types that workers host or hosted lately, or of one type. It is read from the bucket."""
-        return await self._store.known(agent_type)
+        return await self._source.now.known(agent_type)
 
     def suspect(self, worker_id: str) -> None:
         if worker_id in self.view.workers:
             self._liveness.suspect(worker_id)
 
-    def all_stayed(self, since: float) -> bool:
-        return self._follower.departed_at < since and self.synced
+    def all_stayed(self, since: float) -> bool | None:
+        if self._follower.departed_at >= since:
+            return False
+        return True if self.synced else None
 
     async def has_heartbeat(self, worker_id: str) -> bool:
         """Whether the worker's heartbeat is stored, and has not expired. Raises what nats-py raises."""
-        return await self._store.has_heartbeat(worker_id)
+        return await self._source.has_heartbeat(worker_id)
 
     async def shown(self, revision: int) -> None:
         """Wait until the view contains ``revision``. Raises `RegistryUnavailable` when it does not come."""
@@ -252,4 +387,4 @@ class Registry:
 
     async def catch_up(self) -> None:
         """Make the view contain everything that is committed now."""
-        await self._follower.shown(await self._store.last_change())
+        await self._follower.shown(await self._source.now.last_change())

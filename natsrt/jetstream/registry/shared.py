@@ -8,22 +8,14 @@ as after a restart, and if there are many.
 
 from __future__ import annotations
 
-import asyncio
-import random
 from collections.abc import Collection
 from dataclasses import replace
 
-from natsrt.errors import RegistryUnavailable
-from natsrt.jetstream.registry.entries import SubscriptionEntry
+from natsrt.jetstream.registry.entries import RegistryEntry, SubscriptionEntry
 from natsrt.jetstream.registry.store import RegistryStore
-from natsrt.jetstream.requests import WRITE
 
 _LEFT_BEHIND = 16
 """Declarations of runtimes that are gone which stay in an entry; of more, the latest ones."""
-_LONGEST_PAUSE = 0.02
-"""Seconds at most until the next attempt, if another runtime changed the entry first."""
-_RETRY_FOR = 10.0
-"""Seconds for which a change is tried that other runtimes precede."""
 
 
 class SharedSubscriptions:
@@ -41,22 +33,16 @@ class SharedSubscriptions:
         return await self._change(entry, adds=False)
 
     async def _change(self, entry: SubscriptionEntry, *, adds: bool) -> int:
-        until = asyncio.get_running_loop().time() + _RETRY_FOR
-        while True:
-            revision, present = await self._store.present(entry.key)
+        async def changed(present: RegistryEntry | None) -> tuple[SubscriptionEntry, bool] | None:
             before = dict(present.declared) if isinstance(present, SubscriptionEntry) else {}
             others = {runtime: given for runtime, given in before.items() if entry.declared.get(runtime) != given}
             after = await self._shortened(others, entry.declared.values()) | (dict(entry.declared) if adds else {})
             if before == after:
-                return revision
+                return None
             latest = next(reversed(after.values()), entry.subscription_id)
-            new = replace(entry, declarations=after, subscription_id=latest)
-            written = await self._store.replace(new, revision, gone=not after)
-            if written is not None:
-                return written
-            if asyncio.get_running_loop().time() > until:
-                raise RegistryUnavailable(WRITE, f"other runtimes always change {entry.key} first")
-            await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE))
+            return replace(entry, declarations=after, subscription_id=latest), not after
+
+        return await self._store.change(entry.key, changed)
 
     async def _shortened(self, declarations: dict[str, str], changed: Collection[str]) -> dict[str, str]:
         """``declarations`` without those of runtimes that are gone which have an id in ``changed``, or are too many."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from autogen_core import AgentId
 
+from natsrt.durable_types import covers
 from natsrt.jetstream.registry.entries import (
     NOBODY,
+    DurableEntry,
     InstanceEntry,
     KnownEntry,
     RegistryEntry,
@@ -20,7 +22,7 @@ from natsrt.jetstream.registry.entries import (
 )
 
 _REMEMBERED = 32_768
-"""Topic types whose takers are remembered; some megabytes."""
+"""Topic types whose takers, or streams, are remembered; some megabytes each."""
 
 
 class Takers(NamedTuple):
@@ -49,8 +51,14 @@ class View:
     of_worker: dict[str, set[str]] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     """Why entries count for nothing, by key: they lack a field, for example."""
+    inboxes: dict[str, str] = field(default_factory=dict)
+    """The live workers by the starts of their reply subjects, as far as they say them."""
     keyed: set[str] = field(default_factory=set)
     """The agent types whose workers say that they are keyed."""
+    durable: Mapping[str, DurableEntry] = field(default_factory=dict)
+    """The durable topics, by the names of their streams. Each change replaces the mapping."""
+    _streams: dict[str, str | None] = field(default_factory=dict)
+    """What `durable_stream` returned since the durable topics last changed."""
     _takers: dict[str, Takers] = field(default_factory=dict)
     """What `takers` returned since the last change."""
 
@@ -73,6 +81,8 @@ class View:
         match entry:
             case WorkerEntry():
                 self.workers[entry.worker_id] = entry
+                if entry.inbox:
+                    self.inboxes[entry.inbox] = entry.worker_id
                 return self._types_of(entry.worker_id) if present is None else set()
             case TypeEntry():
                 self.hosts.setdefault(entry.agent_type, {})[entry.worker_id] = entry
@@ -89,6 +99,8 @@ class View:
                 if not entry.is_shared:
                     self.of_worker.setdefault(entry.declarer, set()).add(key)
                 return {entry.agent_type}
+            case DurableEntry():
+                self._set_durable({**self.durable, entry.stream: entry})
         return set()
 
     def delete(self, key: str, revision: int) -> set[str]:
@@ -102,6 +114,7 @@ class View:
         match entry:
             case WorkerEntry():
                 self.workers.pop(entry.worker_id, None)
+                self.inboxes.pop(entry.inbox, None)
                 touched: set[str] = set()
                 for other in list(self.of_worker.get(entry.worker_id, ())):
                     touched |= self.delete(other, revision)
@@ -124,7 +137,13 @@ class View:
                     self.declared.pop(entry.agent_type, None)
                 self._disown(entry.declarer, key)
                 return {entry.agent_type}
+            case DurableEntry():
+                self._set_durable({stream: other for stream, other in self.durable.items() if stream != entry.stream})
         return set()
+
+    def _set_durable(self, durable: Mapping[str, DurableEntry]) -> None:
+        self.durable = durable
+        self._streams.clear()
 
     def _disown(self, worker_id: str, key: str) -> None:
         owned = self.of_worker.get(worker_id)
@@ -174,6 +193,15 @@ class View:
         """Those of `workers_of` that take new messages."""
         return [worker_id for worker_id in self.workers_of(agent) if self.stays(worker_id)]
 
+    def all_understand(self, feature: str) -> bool:
+        """True if every live worker says that it understands ``feature``."""
+        return all(feature in worker.features for worker in self.workers.values())
+
+    def understands(self, worker_id: str, feature: str) -> bool:
+        """True if a worker is live and says that it understands ``feature``."""
+        worker = self.workers.get(worker_id)
+        return worker is not None and feature in worker.features
+
     def instance_holders(self, agent_type: str, key: str) -> list[str]:
         keys = self.instances.get(agent_type)
         return self.live(keys.get(key, ())) if keys else []
@@ -185,6 +213,37 @@ class View:
             for rule, declarers in self.declared.get(agent_type, {}).items()
             if NOBODY in declarers or not self.workers.keys().isdisjoint(declarers)
         ]
+
+    def durable_stream(self, topic_type: str) -> str | None:
+        """The stream that stores the events on topics of this type; None if they are not durable."""
+        if not self.durable:
+            return None
+        try:
+            return self._streams[topic_type]
+        except KeyError:
+            pass
+        if len(self._streams) >= _REMEMBERED:
+            self._streams.clear()
+        stream = next(
+            (
+                entry.stream
+                for entry in self.durable.values()
+                if any(covers(pattern, topic_type) for pattern in entry.patterns)
+            ),
+            None,
+        )
+        self._streams[topic_type] = stream
+        return stream
+
+    def types_taking(self, patterns: Collection[str]) -> set[str]:
+        """The agent types with an ordinary subscription that may take topics of these durable patterns."""
+        return {
+            agent_type
+            for agent_type in self.declared
+            for rule in self.rules(agent_type)
+            for pattern in patterns
+            if rule.kind != "custom" and (rule.matches(pattern) or covers(pattern, rule.pattern))
+        }
 
     def takers(self, topic_type: str) -> Takers:
         """The types that take topics of this type by an ordinary subscription, as far as a publisher must know them."""

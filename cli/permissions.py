@@ -1,0 +1,483 @@
+"""The least permissions of each user, from what a declaration says that the user does. Pure values, no I/O.
+
+This is the one place that knows them. ``natsrt auth``, ``natsrt doctor --as``, ``docs/permissions.md`` and the block in
+``nats.conf`` are made from it, and ``tests/test_permission_matrix.py`` shows that each line is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
+from natsrt.jetstream.domains import Domain
+from natsrt.jetstream.registry.entries import FEED, HEARTBEAT
+from natsrt.jetstream.registry.registry import BUCKET
+from natsrt.jetstream.streams import BLOBS, DEAD, RETURNED, events_name
+from natsrt.wire.subjects import Subjects, encode_token
+
+from .declaration import EVERY, AgentType, Declaration, User, is_exact, topic_subject
+
+Operation = Literal["publish", "subscribe"]
+
+PUBLISH: Final = "publish"
+SUBSCRIBE: Final = "subscribe"
+_REQUESTS: Final = (
+    *("CREATE", "UPDATE", "INFO", "PURGE", "DELETE", "SNAPSHOT", "RESTORE", "MSG.GET", "MSG.DELETE"),
+    *("NAMES", "LIST"),
+)
+"""Requests of JetStream about streams."""
+_CONSUMER_REQUESTS: Final = ("CREATE", "DURABLE.CREATE", "INFO", "MSG.NEXT", "DELETE", "NAMES", "LIST")
+_LARGE: Final = "payloads that are too large for one message"
+_DEPTH: Final = 3
+"""Tokens up to which a trailing ``>`` is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A permission: to publish or to subscribe to a subject, which may have wildcards, and what for."""
+
+    operation: Operation
+    subject: str
+    why: str
+
+
+def grants(declaration: Declaration, user: User) -> list[Grant]:
+    """All permissions that a user needs, each subject once for each operation, and none that another one includes."""
+    made = _Maker(declaration, user)
+    found = {
+        "worker": made.worker,
+        "caller": made.caller,
+        "publisher": made.caller,
+        "client": made.client,
+        "operator": made.operator,
+        "tool": made.tool,
+    }[user.role]()
+    first: dict[tuple[Operation, str], Grant] = {}
+    for grant in found:
+        first.setdefault((grant.operation, grant.subject), grant)
+    return [
+        grant
+        for grant in first.values()
+        if not any(
+            other is not grant and other.operation == grant.operation and covers(other.subject, grant.subject)
+            for other in first.values()
+        )
+    ]
+
+
+def covers(pattern: str, subject: str) -> bool:
+    """Whether ``pattern`` matches all that ``subject``, which may have wildcards too, matches."""
+    wanted, given = pattern.split("."), subject.split(".")
+    for index, token in enumerate(wanted):
+        if token == ">":
+            return len(given) > index
+        if index >= len(given) or given[index] == ">" or (token != "*" and token != given[index]):
+            return False
+    return len(wanted) == len(given)
+
+
+def intersects(one: str, other: str) -> bool:
+    """Whether a subject matches both patterns."""
+    first, second = one.split("."), other.split(".")
+    for mine, theirs in zip(first, second, strict=False):
+        if ">" in (mine, theirs):
+            return True
+        if mine != theirs and "*" not in (mine, theirs):
+            return False
+    return len(first) == len(second)
+
+
+def forbidden(declaration: Declaration, user: User) -> list[Grant]:
+    """What a user may under no circumstances do, beyond its `grants`: what would make it another role.
+
+    A subject may include some that are granted, as ``natsrt.>`` does: the rest of it is forbidden.
+    """
+    own = grants(declaration, user)
+    return [never for never in _Maker(declaration, user).never() if not _included(own, never.operation, never.subject)]
+
+
+def forms(
+    declaration: Declaration, user: User, never: Grant, nobody: str, names: Iterable[str] = ()
+) -> dict[str, bool]:
+    """Subjects of a forbidden permission as they are in use, and whether somebody may listen there.
+
+    A user can have a permission for these that is none for others which ``never`` includes. ``nobody`` is a token that
+    no name has, ``names`` are agent types beside those that are declared.
+    """
+    own = grants(declaration, user)
+    used = _Maker(declaration, user).used(nobody, dict.fromkeys((*declaration.types, *names)))
+    found = dict.fromkeys(_samples(never.subject, nobody), False)
+    found |= {subject: heard for subject, heard in used if subject not in found and covers(never.subject, subject)}
+    return {subject: heard for subject, heard in found.items() if not _included(own, never.operation, subject)}
+
+
+def _included(own: Iterable[Grant], operation: Operation, subject: str) -> bool:
+    return any(grant.operation == operation and covers(grant.subject, subject) for grant in own)
+
+
+def sample(pattern: str, nobody: str) -> str:
+    """A subject that matches a pattern."""
+    return ".".join(nobody if token in ("*", ">") else token for token in pattern.split("."))
+
+
+def _samples(pattern: str, nobody: str) -> list[str]:
+    """Subjects that match a pattern, of several lengths."""
+    more = range(_DEPTH if pattern.endswith(">") else 1)
+    return [sample(pattern, nobody) + f".{nobody}" * tokens for tokens in more]
+
+
+def _jetstream(domain: Domain, bucket: str, nobody: str, keys: Iterable[str]) -> Iterator[str]:
+    """Requests to JetStream about a bucket, and the subjects of its entries."""
+    stream = f"KV_{bucket}"
+    yield from _requests(domain, stream, nobody)
+    yield domain.api(f"CONSUMER.CREATE.{stream}.{nobody}.$KV.{bucket}.{nobody}")
+    for key in (nobody, *keys):
+        yield domain.api(f"DIRECT.GET.{stream}.$KV.{bucket}.{key}")
+        yield domain.publish(f"$KV.{bucket}.{key}")
+
+
+def _requests(domain: Domain, stream: str, nobody: str) -> Iterator[str]:
+    """Requests to JetStream about a stream."""
+    yield from (domain.api(request) for request in ("INFO", "STREAM.NAMES", "STREAM.LIST"))
+    yield from (domain.api(f"STREAM.{request}.{stream}") for request in _REQUESTS)
+    for request in _CONSUMER_REQUESTS:
+        yield from (domain.api(f"CONSUMER.{request}.{stream}{rest}") for rest in ("", f".{nobody}"))
+    yield from (domain.api(f"DIRECT.GET.{stream}{rest}") for rest in ("", f".{nobody}"))
+
+
+class _Maker:
+    """Makes the grants of one user. One method for each thing that a user does."""
+
+    def __init__(self, declaration: Declaration, user: User) -> None:
+        self._declaration = declaration
+        self._user = user
+        self._subjects = Subjects(declaration.namespace)
+        self._domain = Domain(declaration.jetstream_domain or None)
+        self._root = f"{declaration.namespace}." if declaration.namespace else ""
+
+    # -- the roles ---------------------------------------------------------------------------------------------------
+
+    def worker(self) -> Iterator[Grant]:
+        user, types = self._user, self._declaration.of(self._user.hosts)
+        every = EVERY in user.hosts
+        keyed = every or any(hosted.keyed for hosted in types)
+        yield from self._runtime()
+        yield from self._sends()
+        yield from self._hosts(types, every)
+        yield from self._inboxes()
+        yield from self._asks_peers(keyed)
+        yield from self._registry()
+        yield from self._blobs()
+        if keyed:
+            yield from self._keeps_agents(types, every)
+        yield from self._handles_durable(types, every)
+
+    def caller(self) -> Iterator[Grant]:
+        yield from self._runtime()
+        yield from self._sends()
+        yield Grant(PUBLISH, self._subjects.view, "what is in the registry: a worker tells it")
+        if self._user.role != "tool":  # the commands send plain bodies
+            yield Grant(PUBLISH, self._subjects.blobs, f"{_LARGE}: workers store and read them")
+
+    def client(self) -> Iterator[Grant]:
+        for subject in self._agents(self._user.calls, locates=False):
+            yield Grant(PUBLISH, subject, "calls")
+        for topic in self._user.publishes:
+            yield Grant(PUBLISH, topic_subject(self._subjects, topic), "events")
+        yield Grant(SUBSCRIBE, f"{self._user.inbox}.>", "replies")
+
+    def tool(self) -> Iterator[Grant]:
+        yield from self.caller()
+        yield Grant(PUBLISH, self._worker_ids("worker"), "questions to each worker")
+        yield Grant(PUBLISH, "$SRV.>", "questions to all workers, as a service")
+        for topic in self._user.subscribes:
+            yield self._hears(topic, "events to look at")
+
+    def operator(self) -> Iterator[Grant]:
+        subjects = self._subjects
+        yield from self._runtime()
+        yield Grant(PUBLISH, f"{self._root}agent.>", "calls and events for keyed agents")
+        yield Grant(PUBLISH, subjects.everything, "events")
+        yield Grant(PUBLISH, f"{self._root}natsrt.control.>", "metadata and state of agents")
+        yield Grant(PUBLISH, self._worker_ids("worker"), "questions to each worker")
+        yield Grant(PUBLISH, self._worker_ids("peer"), "questions to the owners of keyed agents")
+        yield Grant(PUBLISH, subjects.cancel, "cancellations")
+        yield Grant(PUBLISH, f"{self._user.inbox}.>", "the server's reports on who listens")
+        yield Grant(PUBLISH, "$SRV.>", "questions to all workers, as a service")
+        yield Grant(PUBLISH, "$SYS.REQ.USER.INFO", "the server's clock and the user's permissions")
+        yield Grant(SUBSCRIBE, subjects.everything, "events to look at")
+        yield from self._registry()
+        yield Grant(PUBLISH, self._domain.api(f"STREAM.INFO.{subjects.bucket(BLOBS)}"), f"{_LARGE}: what is stored")
+        yield from self._bucket(AGENTS_BUCKET, "keyed agents: where they are, and their states")
+        yield from self._consumers(AGENTS_BUCKET, "keyed agents: all of them, listed")
+        yield from self._looks_after_durable()
+
+    def never(self) -> Iterator[Grant]:
+        """What only some roles may do, and what gives a user more than it is meant to have."""
+        user = self._user
+        if user.role in ("worker", "operator"):
+            yield Grant(PUBLISH, self._domain.api("STREAM.DELETE.>"), "it deletes streams")
+        else:
+            yield Grant(PUBLISH, "$JS.>", "any request to JetStream can write to every stream of the account")
+            chunks = f"{self._root}natsrt.blob.>"
+            yield Grant(PUBLISH, chunks, "an acknowledgement of JetStream goes to any subject, and so to every stream")
+            yield Grant(PUBLISH, "$KV.>", "it writes the registry and the states of agents")
+            yield Grant(SUBSCRIBE, "$KV.>", "it reads the states of agents as they are stored")
+            yield Grant(PUBLISH, f"{self._root}natsrt.peer.>", "it asks workers as one of them")
+            yield Grant(SUBSCRIBE, f"{self._root}natsrt.>", "it answers in place of workers")
+        yield Grant(PUBLISH, f"{self._root}natsrt.control.>", "it reads and writes the states of agents")
+        yield Grant(SUBSCRIBE, f"{self._root}natsrt.control.>", "it answers in place of agents")
+        yield Grant(SUBSCRIBE, f"{self._root}agent.>", "it reads calls, and answers them in place of agents")
+        yield Grant(PUBLISH, f"{self._subjects.registry_feed}.>", "it tells others of workers that are not there")
+        if self._declaration.durable:
+            yield Grant(PUBLISH, f"{self._root}natsrt.again.>", "it gives events to single agent types")
+            yield Grant(PUBLISH, f"{self._subjects.dead}.>", "it forges dead letters")
+            yield Grant(PUBLISH, f"{self._subjects.of_returned}.>", "it gives events more attempts")
+        for other in self._declaration.users.values():
+            if other.name != user.name:
+                yield Grant(SUBSCRIBE, f"{other.inbox}.>", f"it reads the replies to {other.name}")
+                yield Grant(PUBLISH, f"{other.inbox}.>", f"it forges replies to {other.name}")
+
+    def used(self, nobody: str, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """Subjects that natsrt and JetStream use, with ``nobody`` for keys and ids, and whether somebody listens."""
+        subjects, feed = self._subjects, self._subjects.registry_feed
+        yield from ((subjects.view, True), (subjects.blobs, True), (subjects.cancel, True))
+        yield from ((subjects.worker(nobody), False), (subjects.peer(nobody), False))
+        yield from ((f"{feed}.worker.{nobody}", True), (f"{feed}.known.{nobody}", True))
+        keys = {
+            BUCKET: [f"{FEED}.worker.{nobody}", f"{FEED}.known.{nobody}", f"{HEARTBEAT}.{nobody}"],
+            AGENTS_BUCKET: [],
+        }
+        for name in names:
+            yield from ((subjects.agent(name), True), (subjects.instance(name, nobody), False))
+            yield from ((subjects.control(name), True), (subjects.control(name, nobody), False))
+            yield (subjects.control_at(name, nobody), False)
+            token = encode_token(name)
+            yield (f"{feed}.type.{token}.{nobody}", True)
+            keys[BUCKET] += [f"{FEED}.type.{token}.{nobody}", f"{FEED}.known.{token}"]
+            keys[AGENTS_BUCKET] += [f"a.{token}.{nobody}", f"c.{token}.{nobody}.{nobody}"]
+        for domain in {self._domain.name, None}:
+            for bucket, own in keys.items():
+                for request in _jetstream(Domain(domain), self._subjects.bucket(bucket), nobody, own):
+                    yield request, False
+            for request in _requests(Domain(domain), subjects.bucket(BLOBS), nobody):
+                yield request, False
+        yield subjects.blob(nobody, "0"), True
+
+    # -- what they do ------------------------------------------------------------------------------------------------
+
+    def _runtime(self) -> Iterator[Grant]:
+        yield Grant(SUBSCRIBE, f"{self._user.inbox}.>", "replies")
+        yield Grant(SUBSCRIBE, f"{self._subjects.registry_feed}.>", "changes of the registry")
+
+    def _sends(self) -> Iterator[Grant]:
+        """Calls, events and control of agents."""
+        user, subjects = self._user, self._subjects
+        takers = self._declaration.keyed_takers(user.publishes)
+        for subject in self._agents(user.calls):
+            yield Grant(PUBLISH, subject, "calls")
+        for topic in user.publishes:
+            yield Grant(PUBLISH, topic_subject(subjects, topic), "events")
+        for subject in self._agents(taker.name for taker in takers):
+            yield Grant(PUBLISH, subject, "events for keyed agents")
+        for subject in self._controls():
+            yield Grant(PUBLISH, subject, "metadata and state of agents")
+        for found in self._declaration.of(user.controls):
+            if found.keyed:
+                yield Grant(PUBLISH, subjects.agent(found.name), "where keyed agents live")
+        if user.calls or user.controls or takers:
+            yield Grant(PUBLISH, self._worker_ids("worker"), "questions about calls that take long")
+        if (user.calls or user.publishes) and user.role != "tool":
+            yield Grant(PUBLISH, subjects.cancel, "cancellations")
+
+    def _hosts(self, types: Iterable[AgentType], every: bool) -> Iterator[Grant]:
+        """What a worker listens to."""
+        subjects, root = self._subjects, self._root
+        if every:
+            yield Grant(SUBSCRIBE, f"{root}agent.>", "calls to the agents that it hosts")
+            yield Grant(SUBSCRIBE, f"{root}natsrt.control.>", "metadata and state of these agents")
+            yield Grant(SUBSCRIBE, subjects.everything, "events for these agents")
+        for hosted in types:
+            for subject in self._agents([hosted.name]):
+                yield Grant(SUBSCRIBE, subject, "calls to the agents that it hosts")
+            yield Grant(SUBSCRIBE, self._control_of(hosted), "metadata and state of these agents")
+            if hosted.keyed:
+                yield Grant(SUBSCRIBE, subjects.control(hosted.name), "metadata and state of these agents")
+            for topic in hosted.topics:
+                yield self._hears(topic, "events for these agents")
+        for topic in self._user.subscribes:
+            yield self._hears(topic, "events for these agents")
+        yield Grant(SUBSCRIBE, self._worker_ids("worker"), "questions of callers")
+        yield Grant(SUBSCRIBE, subjects.view, "questions of callers about the registry")
+        yield Grant(SUBSCRIBE, subjects.blobs, f"questions of callers about {_LARGE}")
+        yield Grant(SUBSCRIBE, self._worker_ids("peer"), "questions of other workers")
+        yield Grant(SUBSCRIBE, subjects.cancel, "cancellations")
+        yield Grant(SUBSCRIBE, "$SRV.>", "monitoring, as a service")
+
+    def _hears(self, topic: str, why: str) -> Grant:
+        """Events on a topic; where NATS can express a wider one only, the permission says so."""
+        wider = "" if is_exact(topic) else f"; NATS cannot tell {topic} from the other topics here"
+        return Grant(SUBSCRIBE, topic_subject(self._subjects, topic), why + wider)
+
+    def _inboxes(self) -> Iterator[Grant]:
+        """Where a worker sends replies: to all who may ask it something, each in its own inboxes."""
+        for other in self._declaration.users.values():
+            if other.is_runtime or self._reaches(other):
+                yield Grant(PUBLISH, f"{other.inbox}.>", "replies, to each user in its own inboxes")
+
+    def _reaches(self, client: User) -> bool:
+        """Whether a client calls an agent type that this worker hosts."""
+        hosted, called = self._user.hosts, client.calls
+        return bool(called) and (EVERY in hosted or EVERY in called or not set(hosted).isdisjoint(called))
+
+    def _asks_peers(self, keyed: bool) -> Iterator[Grant]:
+        yield Grant(PUBLISH, self._worker_ids("peer"), "questions to other workers")
+        if keyed:
+            yield Grant(PUBLISH, self._worker_ids("worker"), "questions about calls that take long")
+
+    def _keeps_agents(self, types: Iterable[AgentType], every: bool) -> Iterator[Grant]:
+        """What the owners of keyed agents do."""
+        keyed = [EVERY] if every else [hosted.name for hosted in types if hosted.keyed]
+        for subject in self._agents(keyed):
+            yield Grant(PUBLISH, subject, "messages for keyed agents, forwarded to their owners")
+        for name in keyed:
+            subject = "natsrt.control.>" if name == EVERY else f"natsrt.control.{encode_token(name)}.at.*"
+            yield Grant(PUBLISH, f"{self._root}{subject}", "control of keyed agents, forwarded to their owners")
+        yield from self._bucket(AGENTS_BUCKET, "keyed agents: their owners and states")
+
+    # -- JetStream ---------------------------------------------------------------------------------------------------
+
+    def _registry(self) -> Iterator[Grant]:
+        why = "the registry: created by the first worker, read and written"
+        yield from self._bucket(BUCKET, why)
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{self._stream(BUCKET)}"), why)
+        yield from self._consumers(BUCKET, why)
+
+    def _bucket(self, name: str, why: str) -> Iterator[Grant]:
+        """A bucket: made, found, written, read by key and purged."""
+        stream = self._stream(name)
+        yield Grant(PUBLISH, self._domain.publish(f"$KV.{self._subjects.bucket(name)}.>"), why)
+        yield Grant(PUBLISH, self._domain.api("INFO"), why)
+        for request in ("STREAM.CREATE", "STREAM.INFO", "STREAM.PURGE"):
+            yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
+        if name == AGENTS_BUCKET:  # records are read from the stream's leader
+            yield Grant(PUBLISH, self._domain.api(f"STREAM.MSG.GET.{stream}"), why)
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}.>"), why)
+
+    def _blobs(self) -> Iterator[Grant]:
+        """Payloads by reference, where requests to JetStream are allowed."""
+        yield Grant(PUBLISH, self._subjects.blob("*", "*"), _LARGE)
+        stream = self._subjects.bucket(BLOBS)
+        for request in (f"STREAM.CREATE.{stream}", f"STREAM.INFO.{stream}", f"STREAM.PURGE.{stream}"):
+            yield Grant(PUBLISH, self._domain.api(request), _LARGE)
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}.>"), _LARGE)
+
+    def _consumers(self, name: str, why: str) -> Iterator[Grant]:
+        """What reads a bucket as a whole."""
+        for request in ("CONSUMER.CREATE", "CONSUMER.INFO", "CONSUMER.MSG.NEXT", "CONSUMER.DELETE"):
+            yield Grant(PUBLISH, self._domain.api(f"{request}.{self._stream(name)}.>"), why)
+
+    # -- durable topics ----------------------------------------------------------------------------------------------
+
+    def _handles_durable(self, types: Sequence[AgentType], every: bool) -> Iterator[Grant]:
+        """What a worker needs whose agents have subscriptions to durable topics."""
+        topics = {hosted.name: hosted.topics for hosted in types}
+        keyed = {hosted.name for hosted in types if hosted.keyed}
+        if every:
+            topics, keyed = {EVERY: (EVERY,)}, {EVERY}
+        found = {name: self._declaration.streams_of(own) for name, own in topics.items()}
+        streams = dict.fromkeys(events_name(self._subjects, one.name) for of_type in found.values() for one in of_type)
+        if not streams:
+            return
+        why = "durable topics: their streams, created by the first worker"
+        yield Grant(PUBLISH, self._domain.api("STREAM.NAMES"), why)
+        for stream in streams:
+            for request in ("STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE"):
+                yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
+        for stream in map(self._subjects.bucket, (DEAD, RETURNED)):
+            for request in ("STREAM.INFO", "STREAM.CREATE"):
+                yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
+        for name, of_type in found.items():
+            for one in of_type:
+                yield from self._pulls(name, events_name(self._subjects, one.name))
+                if name in keyed:
+                    yield from self._feeds(name, events_name(self._subjects, one.name))
+            if of_type:
+                yield from self._keeps_count(name)
+
+    def _pulls(self, agent_type: str, stream: str) -> Iterator[Grant]:
+        """The consumer of an agent type."""
+        why = "durable topics: the events of each agent type"
+        token = EVERY if agent_type == EVERY else encode_token(agent_type)
+        for request in ("CREATE", "INFO", "MSG.NEXT", "RESET", "PAUSE"):
+            yield Grant(PUBLISH, self._domain.api(f"CONSUMER.{request}.{stream}.{token}"), why)
+        yield Grant(PUBLISH, f"$JS.ACK.{stream}.{token}.>", why)
+
+    def _feeds(self, agent_type: str, stream: str) -> Iterator[Grant]:
+        """What the feeder of a keyed type needs in addition."""
+        why = "durable topics: the events of keyed agents, fed to their owners"
+        token = EVERY if agent_type == EVERY else encode_token(agent_type)
+        yield Grant(PUBLISH, self._domain.api(f"CONSUMER.UNPIN.{stream}.{token}"), why)
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}"), why)
+
+    def _keeps_count(self, agent_type: str) -> Iterator[Grant]:
+        """Dead letters, and events that were given back."""
+        own = ">" if agent_type == EVERY else f"{encode_token(agent_type)}.>"
+        for why, stream, root in (
+            ("durable topics: dead letters", DEAD, self._subjects.dead),
+            ("durable topics: events that were given back", RETURNED, self._subjects.of_returned),
+        ):
+            yield Grant(PUBLISH, self._domain.publish(f"{root}.{own}"), why)
+            yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{self._subjects.bucket(stream)}.{root}.{own}"), why)
+
+    def _looks_after_durable(self) -> Iterator[Grant]:
+        """What an operator does with durable topics."""
+        for stream in [events_name(self._subjects, one.name) for one in self._declaration.durable]:
+            for request in ("STREAM.INFO", "CONSUMER.LIST"):
+                yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), "durable topics: how far agent types are")
+            yield Grant(PUBLISH, self._domain.api(f"STREAM.UPDATE.{stream}"), "durable topics: removed")
+            yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}"), "durable topics: events, read and replayed")
+            yield Grant(PUBLISH, f"{self._subjects.again(stream)}.*", "durable topics: events, given to a type again")
+        if self._declaration.durable:
+            dead = self._subjects.bucket(DEAD)
+            for request in ("STREAM.INFO", "DIRECT.GET", "STREAM.MSG.DELETE"):
+                yield Grant(PUBLISH, self._domain.api(f"{request}.{dead}"), "dead letters: read and removed")
+
+    def _stream(self, bucket: str) -> str:
+        return f"KV_{self._subjects.bucket(bucket)}"
+
+    # -- subjects ----------------------------------------------------------------------------------------------------
+
+    def _worker_ids(self, kind: str) -> str:
+        return f"{self._root}natsrt.{kind}.*"
+
+    def _agents(self, names: Iterable[str], *, locates: bool = True) -> Iterator[str]:
+        """The subjects of agent types, and those of their single agents.
+
+        Of keyed agents only if the user ``locates`` their owners, as natsrt does. Workers forward what clients send.
+        """
+        names = tuple(names)
+        if EVERY in names:
+            yield f"{self._root}agent.>"
+            return
+        for found in self._declaration.of(names):
+            if not found.instances:
+                yield self._subjects.agent(found.name)
+            if found.instances or (found.keyed and locates):
+                yield f"{self._subjects.agent(found.name)}.*"
+
+    def _controls(self) -> Iterator[str]:
+        if EVERY in self._user.controls:
+            yield f"{self._root}natsrt.control.>"
+            return
+        for controlled in self._declaration.of(self._user.controls):
+            yield self._control_of(controlled)
+
+    def _control_of(self, agent_type: AgentType) -> str:
+        """Where single agents of a type are controlled."""
+        subject = self._subjects.control(agent_type.name)
+        if agent_type.keyed:
+            return f"{subject}.at.*"
+        return f"{subject}.*" if agent_type.instances else subject

@@ -1,0 +1,268 @@
+"""The durable consumers of a worker: one for each hosted agent type and each stream of events that it subscribes to.
+
+All workers of a type pull from the same consumer, which is named by the type. It remembers which events the type has
+handled, and stays when all workers stop: they get what was stored meanwhile when they start again.
+
+The filters of a consumer follow the type's subscriptions in the registry's view, but only grow. A subscription can
+vanish from the view because the worker that declared it has died, and a filter that is removed and added again skips
+the events between. An event that no subscription takes any more is acknowledged without being handled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from natsrt.agents.declarations import Declarations
+from natsrt.agents.hosted_type import HostedType
+from natsrt.background import end_tasks
+from natsrt.errors import ConfigurationError, NatsrtError
+from natsrt.hosting.durable_settlement import DurableParts, DurableSettlement, Puller
+from natsrt.hosting.feeder import Feeder, FeederParts, feeding
+from natsrt.jetstream.consumers import START_ALL, START_NOW, ConsumerConfig, Consumers
+from natsrt.jetstream.domains import Domain
+from natsrt.jetstream.registry.registry import RegistryListener
+from natsrt.jetstream.streams import events_name, topic_filter
+from natsrt.observe.first import FirstIsWarning
+from natsrt.options import Options
+from natsrt.reminder_types import REMINDER_TOPICS
+from natsrt.retry_types import RetryOptions
+from natsrt.wire.filters import common, widest
+from natsrt.wire.subjects import Subjects, encode_token
+
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
+
+_SIGNS_IN_WAIT: Final = 3
+"""How often within ``ack_wait`` the server is told that events are held."""
+
+_CLOCKS_DIFFER: Final = 2.0
+"""Seconds by which the clocks of a worker and of the server may differ."""
+_MEASURED_EVERY: Final = 30.0
+"""Seconds between two counts of the dead letters."""
+
+
+class DurableConsumers(RegistryListener):
+    """The durable consumers of one worker, by agent type and stream."""
+
+    def __init__(
+        self, parts: DurableParts, feeding_parts: FeederParts, subjects: Subjects, declarations: Declarations
+    ) -> None:
+        self._parts = parts
+        self._feeding = feeding_parts
+        self._workers: set[str] = set()
+        """The workers that the registry's view had lately."""
+        parts.registry.add_listener(self)
+        self._subjects = subjects
+        self._declarations = declarations
+        self._reminders = events_name(subjects, REMINDER_TOPICS.name)
+        """The stream of reminders. A type also gets those that were due before it had a worker."""
+        self._of_type: dict[str, dict[str, Puller]] = {}
+        self._since: dict[tuple[str, str], datetime] = {}
+        """Since when types are to get events of streams that they do not pull from yet."""
+        self._ended: set[Puller] = set()
+        """Those that do not pull any more, and hold events whose handlers still run."""
+        self._signs: asyncio.Task[None] | None = None
+        self._measuring: asyncio.Task[None] | None = None
+        self._first = FirstIsWarning()
+
+    # -- lifecycle -----------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Pull no more, and give back what was not started. Events whose handlers run are held until `close`."""
+        present = [settlement for of_type in self._of_type.values() for settlement in of_type.values()]
+        self._of_type.clear()
+        await asyncio.gather(*map(self._end, present))
+
+    async def close(self) -> None:
+        """Hold nothing any more. What was not settled is delivered again after ``ack_wait``."""
+        await self.stop()  # another worker's question may have begun to serve a type again meanwhile
+        if self._signs is not None and self._measuring is not None:
+            await end_tasks(self._signs, self._measuring)
+            self._signs = self._measuring = None
+        self._ended.clear()
+        await self._parts.dead_letters.stop()
+
+    @property
+    def settlements(self) -> Collection[Puller]:
+        """Those that pull."""
+        return self._parts.settlements
+
+    async def apply(self, hosted: HostedType) -> None:
+        """Pull what the type's subscriptions want, according to the present view.
+
+        Raises `ConfigurationError` for a type that cannot handle events of durable topics, and as `Pull.start` does.
+        """
+        if not self._parts.registry.view.durable and hosted.agent_type not in self._of_type:
+            return
+        wanted = dict(self._wanted(hosted))
+        if wanted:
+            _refuse_unsupported(hosted, wanted)
+        self._warn_of_custom(hosted)
+        self._give_up(hosted.agent_type, wanted)
+        present = self._of_type.setdefault(hosted.agent_type, {})
+        for stream in [stream for stream in present if stream not in wanted]:
+            await self._end(present.pop(stream))
+        for stream, filters in wanted.items():
+            config = self._config(hosted, stream, filters)
+            settlement = present.get(stream)
+            if settlement is None:
+                settlement = self._puller(hosted, stream, config)
+                self._since.setdefault((hosted.agent_type, stream), datetime.now(UTC))
+                await settlement.start()
+                del self._since[hosted.agent_type, stream]
+                present[stream] = settlement
+                self._parts.settlements.add(settlement)
+                self._give_signs()
+            elif settlement.config != config:
+                await settlement.configure(config)
+        if not present:
+            del self._of_type[hosted.agent_type]
+
+    def _puller(self, hosted: HostedType, stream: str, config: ConsumerConfig) -> Puller:
+        retries, again = retry_options(self._parts.options, hosted.agent_type), self._again(hosted, stream)
+        start = START_ALL if stream == self._reminders else hosted.start_from
+        if start == START_NOW and (since := self._since.get((hosted.agent_type, stream))) is not None:
+            # An earlier attempt failed, perhaps because the stream was not made yet.
+            start = since - timedelta(seconds=_CLOCKS_DIFFER)
+        if hosted.keyed is None:
+            return DurableSettlement(self._parts, hosted, stream, config, retries, start=start, again=again)
+        return Feeder(self._parts, self._feeding, hosted, stream, config, retries, start=start, again=again)
+
+    def view_changed(self) -> None:
+        """Called when the registry's view has changed: the feeder of a keyed type may be gone."""
+        feeders = [puller for puller in self._parts.settlements if isinstance(puller, Feeder)]
+        if not feeders:
+            return
+        workers = set(self._parts.registry.view.workers)
+        if not self._workers <= workers:
+            for feeder in feeders:
+                feeder.look_after()
+        self._workers = workers
+
+    async def has_waiting(self) -> bool:
+        """True if a stream has an event for a type of this worker that was not delivered yet, or if one is held here.
+
+        An event that was delivered, and waits for its next attempt, does not count.
+        """
+        for settlement in list(self._parts.settlements):
+            # What was delivered before the server's answer has been taken in when that comes.
+            if settlement.holds or await self._has_undelivered(settlement) or settlement.holds:
+                return True
+        return False
+
+    async def _has_undelivered(self, settlement: Puller) -> bool:
+        """True if the stream has events that the consumer has not delivered yet. False if the server does not say."""
+        domain = Domain(self._parts.options.jetstream_domain)
+        try:
+            info = await Consumers(self._parts.connection, domain, settlement.stream).info(settlement.config.name)
+        except NatsrtError as error:
+            logger.debug("whether events of %s wait is not known: %s", settlement.stream, error)
+            return False
+        return info is not None and info["num_pending"] > 0
+
+    async def end(self, agent_type: str) -> None:
+        """Pull no more for a type that is no longer hosted. What its running handlers have is still settled."""
+        self._give_up(agent_type, ())
+        await asyncio.gather(*map(self._end, self._of_type.pop(agent_type, {}).values()))
+
+    def _give_up(self, agent_type: str, wanted: Collection[str]) -> None:
+        """Try no more to pull from other streams than these."""
+        for key in [key for key in self._since if key[0] == agent_type and key[1] not in wanted]:
+            del self._since[key]
+
+    async def _end(self, settlement: Puller) -> None:
+        self._parts.settlements.discard(settlement)
+        self._ended.add(settlement)
+        await settlement.stop()
+
+    # -- what is held --------------------------------------------------------------------------------------------
+
+    def _give_signs(self) -> None:
+        if self._signs is None:
+            # In a context of its own: this may be called in that of a handler.
+            context = contextvars.Context()
+            work = self._sign_regularly()
+            self._signs = asyncio.get_running_loop().create_task(work, name="natsrt held events", context=context)
+            self._measuring = asyncio.get_running_loop().create_task(
+                self._measure_regularly(), name="natsrt dead letters", context=contextvars.Context()
+            )
+
+    async def _measure_regularly(self) -> None:
+        while True:
+            await self._parts.box.measure()
+            await asyncio.sleep(_MEASURED_EVERY)
+
+    async def _sign_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._parts.options.ack_wait / _SIGNS_IN_WAIT)
+            for settlement in (*self._parts.settlements, *self._ended):
+                settlement.still_held()
+            self._ended = {settlement for settlement in self._ended if settlement.holds}
+
+    # -- what is wanted ------------------------------------------------------------------------------------------
+
+    def _wanted(self, hosted: HostedType) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The streams from which a type is to get events, and the filters of its subscriptions there."""
+        subscribed = list(self._subscribed(hosted))
+        for entry in self._parts.registry.view.durable.values():
+            patterns = [topic_filter(self._subjects, pattern) for pattern in entry.patterns]
+            filters = widest(
+                shared
+                for subject in subscribed
+                for pattern in patterns
+                if (shared := common(subject, pattern)) is not None
+            )
+            if filters:
+                yield entry.stream, filters
+
+    def _subscribed(self, hosted: HostedType) -> Iterator[str]:
+        for rule in hosted.rules:
+            if rule.kind != "custom":
+                with contextlib.suppress(ValueError):  # no subject can express it, which `Subscriptions` logs
+                    yield rule.subject(self._subjects)
+
+    def _config(self, hosted: HostedType, stream: str, filters: Sequence[str]) -> ConsumerConfig:
+        config = ConsumerConfig(
+            name=encode_token(hosted.agent_type),
+            filter_subjects=(*filters, self._again(hosted, stream)),
+            ack_wait=self._parts.options.ack_wait,
+            description=f"natsrt: events for agent type {hosted.agent_type}",
+            keeps_filters=True,
+        )
+        return config if hosted.keyed is None else feeding(config)
+
+    def _again(self, hosted: HostedType, stream: str) -> str:
+        return f"{self._subjects.again(stream)}.{encode_token(hosted.agent_type)}"
+
+    def _warn_of_custom(self, hosted: HostedType) -> None:
+        """Custom subscriptions are objects of one process. A consumer is shared by all workers, now and later."""
+        for subscription in self._declarations.custom(hosted.agent_type):
+            logger.log(
+                self._first.level(hosted.agent_type, subscription.id),
+                "the subscription %s of agent type %s gets no events of durable topics: only TypeSubscription and "
+                "TypePrefixSubscription do",
+                type(subscription).__qualname__,
+                hosted.agent_type,
+            )
+
+
+def retry_options(options: Options, agent_type: str) -> RetryOptions:
+    """How the events of an agent type are tried again: the settings, and what ``retries`` says of the type."""
+    general = RetryOptions(
+        retry_delay=options.retry_delay, retry_delay_max=options.retry_delay_max, max_deliver=options.max_deliver
+    )
+    return replace(general, **options.retries.get(agent_type, {}))
+
+
+def _refuse_unsupported(hosted: HostedType, wanted: Mapping[str, Sequence[str]]) -> None:
+    """Raise `ConfigurationError` if the type cannot handle events of durable topics."""
+    filters = ", ".join(subject for subjects in wanted.values() for subject in subjects)
+    if hosted.has_instances_only:
+        problem = "has registered instances only, which cannot share a consumer: register a factory for it"
+        raise ConfigurationError("durable", f"agent type {hosted.agent_type!r} {problem} (it subscribes to {filters})")

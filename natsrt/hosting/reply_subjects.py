@@ -1,0 +1,58 @@
+"""Decides to which subjects this worker publishes for others: replies, acceptances and answers.
+
+Whoever asks chooses these subjects, but the worker publishes there with its own permissions. So it refuses the subjects
+of natsrt and of the server, and those of other workers' inboxes where it is certain that these workers did not ask.
+"""
+
+from __future__ import annotations
+
+from natsrt.errors import CannotDecode
+from natsrt.jetstream.registry.registry import Registry
+from natsrt.wire import envelope
+from natsrt.wire.subjects import Subjects
+
+_ACCEPTABLE = 4096
+"""Maximum number of acceptance subjects that are remembered as valid. There is one for each calling runtime."""
+
+
+class ReplySubjects:
+    """The subjects that were named to one worker."""
+
+    def __init__(self, subjects: Subjects, registry: Registry) -> None:
+        self._subjects = subjects
+        self._registry = registry
+        self._acceptable: dict[str, str] = {}
+        """Acceptance subjects that are allowed, with the start of all subjects of the same inbox."""
+
+    def may_answer(self, reply: str) -> bool:
+        """True if the answer to a question may be published to ``reply``.
+
+        It is a word of the server's protocol, so it contains no white space; the server lets wildcards pass.
+        """
+        return bool(reply) and "*" not in reply and ">" not in reply and not self._subjects.is_reserved(reply)
+
+    def may_answer_service(self, reply: str) -> bool:
+        """True if a service answer may be published to ``reply``. Workers do not ask for these in their inboxes."""
+        return self.may_answer(reply) and self._registry.owns_inbox(reply) is None
+
+    def check_accept_to(self, accept_to: str) -> None:
+        """Raise `CannotDecode` if a call must not be accepted on ``accept_to``."""
+        if accept_to not in self._acceptable:
+            if not envelope.is_subject(accept_to) or self._subjects.is_reserved(accept_to):
+                raise CannotDecode("an envelope", "its acceptto is not an allowed subject")
+            if len(self._acceptable) >= _ACCEPTABLE:
+                self._acceptable.clear()
+            self._acceptable[accept_to] = f"{accept_to.rpartition('.')[0]}."
+
+    def stranger_to(self, reply: str, accept_to: str | None) -> str | None:
+        """The worker whose inbox a call names, although it did not send the call; None if none is known.
+
+        All subjects that a worker names in a call are in its own inbox, and a call always has an ``acceptto``, unless
+        the worker forwards a plain one. ``accept_to`` None: the call has none. Otherwise it must have been checked.
+        """
+        if accept_to is None:
+            return self._registry.owns_inbox(reply)
+        start = self._acceptable[accept_to]
+        if reply.startswith(start) and reply.find(".", len(start)) < 0:
+            return None
+        return self._registry.owns_inbox(reply) or self._registry.owns_inbox(accept_to)

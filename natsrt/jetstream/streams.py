@@ -1,0 +1,183 @@
+"""natsrt's streams beside its buckets: their names, their configurations, and how they are made.
+
+Streams of events are named ``natsrt_events``, or ``natsrt_events_<name>`` for topics with a policy of their own. Each
+captures the subjects of its topics, ``natsrt.again.<stream>.>`` (events that are stored once more for one agent type),
+and ``natsrt.later.<stream>.>`` (what the server publishes later).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import nats.js.errors
+import orjson
+from nats.js import JetStreamContext, api
+
+from natsrt.durable_types import MONTH, DurableTopics, is_prefix
+from natsrt.errors import ConfigurationError, NatsrtError, ServerTooOld
+from natsrt.jetstream.stream_settings import ANOTHER_NAME, described, remedy, wrong_settings
+from natsrt.options import Options
+from natsrt.wire.subjects import Subjects
+
+EVENTS: Final = "natsrt_events"
+DEAD: Final = "natsrt_dead"
+RETURNED: Final = "natsrt_returned"
+BLOBS: Final = "natsrt_blobs"
+NEEDED_VERSION: Final = (2, 14)
+"""The first version of nats-server that has all that durable topics need."""
+DUPLICATE_WINDOW: Final = 120.0
+"""Seconds for which a stream remembers the ids of its messages, if it keeps messages for as long."""
+WEEK: Final = 7 * 86400.0
+"""Seconds in seven days."""
+MAX_CONSUMERS: Final = 10_000
+"""Consumers of one stream: one for each agent type that handles its events. The server's own limit is 1,000."""
+MAKE_BLOBS_AGAIN: Final = (
+    "delete the stream once the events with large payloads on durable topics are handled, and let natsrt make it"
+)
+"""What to do with the stream of payloads if a setting of it cannot be changed."""
+_NAME_IN_USE: Final = 10058
+"""JetStream's error code for a stream that exists with another configuration."""
+
+
+def events_name(subjects: Subjects, name: str | None) -> str:
+    """The stream of the topics whose `DurableTopics.name` is ``name``."""
+    return subjects.bucket(EVENTS if name is None else f"{EVENTS}_{name}")
+
+
+def topic_filter(subjects: Subjects, pattern: str) -> str:
+    """The subject that matches exactly the topics of a pattern of durable topics.
+
+    Raises `ConfigurationError` if it would be too long.
+    """
+    try:
+        return (subjects.prefix_filter if is_prefix(pattern) else subjects.type_filter)(pattern).subject
+    except ValueError as error:
+        raise ConfigurationError("durable", str(error)) from None
+
+
+def own_filters(subjects: Subjects, stream: str) -> list[str]:
+    """The subjects of a stream of events that are not topics."""
+    return [f"{subjects.again(stream)}.>", f"{subjects.later(stream)}.>"]
+
+
+def events_stream(subjects: Subjects, options: Options, topics: DurableTopics) -> api.StreamConfig:
+    """How the stream of durable topics is made. Raises `ConfigurationError` for a pattern that no subject can hold."""
+    name = events_name(subjects, topics.name)
+    return api.StreamConfig(
+        name=name,
+        description="natsrt: events on durable topics",
+        subjects=[*(topic_filter(subjects, pattern) for pattern in topics.patterns), *own_filters(subjects, name)],
+        retention=api.RetentionPolicy.LIMITS,
+        storage=api.StorageType(topics.storage),
+        num_replicas=topics.replicas or options.registry_replicas,
+        discard=api.DiscardPolicy(topics.discard),
+        max_age=topics.max_age or 0,
+        max_bytes=topics.max_bytes or -1,
+        max_msgs=topics.max_messages or -1,
+        max_consumers=MAX_CONSUMERS,
+        duplicate_window=min(DUPLICATE_WINDOW, topics.max_age or DUPLICATE_WINDOW),
+        allow_direct=True,
+        allow_msg_ttl=True,
+        allow_msg_schedules=topics.schedules,
+    )
+
+
+def dead_letters_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
+    """How the stream of dead letters is made. It keeps each one for thirty days. Its limits are the operator's."""
+    return api.StreamConfig(
+        name=subjects.bucket(DEAD),
+        description="natsrt: events that could not be handled",
+        subjects=[f"{subjects.dead}.>"],
+        retention=api.RetentionPolicy.LIMITS,
+        num_replicas=options.registry_replicas,
+        discard=api.DiscardPolicy.NEW,
+        max_age=MONTH,
+        duplicate_window=DUPLICATE_WINDOW,
+        allow_direct=True,
+        allow_msg_ttl=True,
+    )
+
+
+def returned_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
+    """How the stream is made that counts the events that workers gave back. It keeps each count for a week."""
+    return api.StreamConfig(
+        name=subjects.bucket(RETURNED),
+        description="natsrt: how often workers gave events back",
+        subjects=[f"{subjects.of_returned}.>"],
+        retention=api.RetentionPolicy.LIMITS,
+        num_replicas=options.registry_replicas,
+        discard=api.DiscardPolicy.OLD,
+        max_age=WEEK,
+        max_msgs_per_subject=1,
+        allow_direct=True,
+        allow_msg_counter=True,
+    )
+
+
+def blobs_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
+    """How the stream of the payloads is made that are sent by reference. Limits of its size and age are the operator's.
+
+    Each of its messages has its own time to live.
+    """
+    return api.StreamConfig(
+        name=subjects.bucket(BLOBS),
+        description="natsrt: payloads that are too large for one message",
+        subjects=[subjects.blob("*", "*")],
+        retention=api.RetentionPolicy.LIMITS,
+        num_replicas=options.registry_replicas,
+        discard=api.DiscardPolicy.NEW,
+        max_msgs_per_subject=1,
+        allow_direct=True,
+        allow_msg_ttl=True,
+    )
+
+
+async def ensure_stream(js: JetStreamContext, stream: str, make: Callable[[], Awaitable[object]]) -> api.StreamInfo:
+    """Make a stream with ``make`` if it is missing. One that existed may be configured otherwise.
+
+    Raises what nats-py raises.
+    """
+    try:
+        return await js.stream_info(stream)
+    except nats.js.errors.NotFoundError:
+        pass
+    try:
+        await make()
+    except nats.js.errors.BadRequestError as error:
+        if error.err_code != _NAME_IN_USE:  # of a stream that another runtime made at the same moment
+            raise
+    return await js.stream_info(stream)
+
+
+def require_settings(
+    info: api.StreamInfo,
+    wanted: api.StreamConfig | api.KeyValueConfig,
+    unavailable: Callable[[str, str], NatsrtError],
+    otherwise: str = ANOTHER_NAME,
+) -> None:
+    """Raise what ``unavailable(operation, reason)`` makes if a stream is configured so that natsrt cannot use it.
+
+    ``otherwise`` is as in `remedy`.
+    """
+    if wrong := wrong_settings(info.config, wanted):
+        stream = info.config.name or ""
+        reason = f"{described(stream.removeprefix('KV_'), wrong)}: {remedy(stream, wrong, otherwise)}"
+        raise unavailable("open", reason)
+
+
+def require_version(version: tuple[int, int], text: str, feature: str = "durable topics") -> None:
+    """Raise `ServerTooOld` if a server of this version, ``text`` in full, cannot have ``feature``."""
+    if version < NEEDED_VERSION:
+        raise ServerTooOld(feature, text, ".".join(map(str, NEEDED_VERSION)))
+
+
+async def streams_over(js: JetStreamContext, subject: str) -> list[str]:
+    """The names of the streams that capture some of ``subject``, in alphabetical order. Raises what nats-py raises."""
+    message = await js._nc.request(
+        f"{js._prefix}.STREAM.NAMES", orjson.dumps({"subject": subject}), timeout=js._timeout
+    )
+    answer = orjson.loads(message.data)
+    if "error" in answer:
+        raise nats.js.errors.APIError.from_error(answer["error"])
+    return sorted(answer.get("streams") or ())
