@@ -13,12 +13,14 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import pytest_asyncio
 
 from natsrt.embedded import EmbeddedServer
 from tests.support.processes import REPOSITORY, Processes, start_tap
+from tests.support.watchdog import ended_if_it_hangs
 
 FAST = (
     "conformance/",
@@ -60,6 +62,21 @@ LONG = (
 """The modules that take longest, most of it waiting. They begin first, so that other tests fill their waits."""
 
 
+STDERR = pytest.StashKey[TextIO]()
+
+GRACE = 60.0
+"""Seconds after the time limit of a test until its process is ended."""
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End the process of a test that does not end, its clean-up included."""
+    marker = item.get_closest_marker("timeout")
+    limit = float(marker.args[0] if marker else item.config.getini("timeout"))
+    with ended_if_it_hangs(item.nodeid, limit + GRACE, item.config.stash[STDERR]):
+        return (yield)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let the processes that tests start notice Ctrl-C, also when a shell runs the tests in the background.
 
@@ -67,6 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
     not in that of their numbers of tests.
     """
     config.option.loadscopereorder = False
+    config.stash[STDERR] = os.fdopen(os.dup(2), "w")  # what pytest captures later goes elsewhere
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)

@@ -45,8 +45,8 @@ async def test_an_owner_that_stood_still_saves_nothing_and_drops_what_was_taken_
 @pytest.mark.slow
 async def test_callers_notice_nothing_of_a_rolling_restart() -> None:
     figures = await rolling_restart.measure(calls=3_000, tap=TAP)
+    assert value(figures, "all: the first errors") == []
     assert broken(figures) == []
-    assert value(figures, "all: calls that failed, by error") == {}
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from nats.aio.client import Client
 import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
+from natsrt.options import Options
+from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.subjects import Subjects
 from tests.programs import labor
@@ -320,6 +325,96 @@ async def test_a_connection_that_was_closed_is_made_again(
         gated.go_on.set()
         assert (await ended(call)).result().note == "kept"
         assert (await ended(runtime.send_message(Work("echo", "new"), LABORER))).result().note == "new"
+
+
+@asynccontextmanager
+async def _being_replaced(proxy: Proxy, connection: Connection) -> AsyncIterator[None]:
+    """Run the block while ``connection`` has no client and can connect none."""
+    lost = connection.client
+    proxy.cut()
+    await lost.close()
+    await eventually(lambda: connection._client is None)
+    with pytest.raises(natsrt.ServerUnreachable):
+        _ = connection.client
+    yield
+    await proxy.restore()
+
+
+async def test_what_is_published_while_the_client_is_replaced_arrives_in_order(own_server: EmbeddedServer) -> None:
+    heard: list[tuple[int, dict[str, str] | None]] = []
+    async with Proxy(own_server.url) as proxy:
+        sending, listening = connections = [
+            Connection(Options(servers=[url], reconnect_wait=0.01), client_name="test")
+            for url in (proxy.url, own_server.url)
+        ]
+        for connection in connections:
+            await connection.open()
+        await listening.subscribe("count", lambda message: heard.append((int(message.data), message.headers)))
+        await listening.barrier()
+        numbers = itertools.count()
+
+        async def publish() -> None:
+            number = next(numbers)
+            await sending.publish("count", b"%d" % number, headers={"n": str(number)} if number % 3 == 0 else None)
+
+        for _ in range(10):
+            await publish()
+        await sending.barrier()
+        async with _being_replaced(proxy, sending):
+            for _ in range(100):
+                await publish()
+            with pytest.raises(natsrt.MessageTooLarge):
+                await sending.publish("count", b"x" * (sending.max_payload + 1))
+        while sending.reconnects == 0:  # at each step of connecting
+            await publish()
+            await asyncio.sleep(0)
+        await publish()
+        last = next(numbers) - 1
+        await eventually(lambda: bool(heard) and heard[-1][0] == last)
+        assert [number for number, _ in heard] == list(range(last + 1))
+        assert all(headers == ({"n": str(number)} if number % 3 == 0 else None) for number, headers in heard)
+        for connection in connections:
+            await connection.close()
+
+
+async def test_a_connection_that_ends_while_its_client_is_replaced_says_how_much_is_lost(
+    own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Proxy(own_server.url) as proxy:
+        connection = Connection(Options(servers=[proxy.url]), client_name="test")
+        await connection.open()
+        async with _being_replaced(proxy, connection):
+            for _ in range(3):
+                await connection.publish("count", b"x" * 500_000)
+            with pytest.raises(natsrt.ServerUnreachable, match="buffer"):
+                await connection.publish("count", b"x" * 1_000_000)
+            await connection.close()
+        assert "3 messages that were sent last will not arrive" in caplog.text
+        with pytest.raises(natsrt.ServerUnreachable, match="closed"):
+            await connection.publish("count", b"")
+
+
+async def test_a_handler_that_calls_and_replies_while_its_client_is_replaced_is_answered(
+    own_server: EmbeddedServer, namespace: str, gated: type[_Gated]
+) -> None:
+    async with (
+        Proxy(own_server.url) as proxy,
+        running(proxy.url, namespace) as hosting,
+        running(own_server.url, namespace, "laborer") as caller,
+    ):
+        await natsrt.register(hosting, gated, "gated", gated)
+        await known(caller, "gated")
+        await known(hosting, "laborer")
+        call = asyncio.ensure_future(caller.send_message(Work("sleep", "kept"), AgentId("gated", "k")))
+        await gated.begun.wait()
+        async with _being_replaced(proxy, hosting.running.connection):
+            gated.go_on.set()
+            await eventually(lambda: not hosting.running.dispatch.running)
+            nested = asyncio.ensure_future(hosting.send_message(Work("echo", "nested"), LABORER))
+            await asyncio.wait({nested}, timeout=0.1)
+            assert not nested.done()
+        assert (await ended(call)).result().note == "kept"
+        assert (await ended(nested)).result().note == "nested"
 
 
 @pytest.mark.slow

@@ -123,6 +123,8 @@ def _text(value: Value) -> str:
         return ", ".join(f"{count:,} {what}" for what, count in sorted(value.items())) or "none"
     if isinstance(value, str):
         return value
+    if isinstance(value, Sequence):
+        return "\n".join(value) or "none"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Entry:
     outcome: str
     """`ACKNOWLEDGED`, `PENDING`, or the name of the error class."""
     reply: Any = None
-    """The recorded part of the reply, as JSON values; None for calls without a reply."""
+    """The recorded part of the reply, as JSON values; the text of the error of a call that failed; otherwise None."""
 
     @property
     def acknowledged(self) -> bool:
@@ -67,6 +68,12 @@ class Ledger:
         return Counter(entry.outcome for entry in self.entries if not entry.acknowledged)
 
     @property
+    def texts(self) -> list[str]:
+        """The texts of the first three errors, with the recipients and durations of their calls."""
+        failed = (entry for entry in self.entries if not entry.acknowledged)
+        return [f"{e.recipient} after {e.ended - e.sent:.2f} s: {e.reply}" for e in itertools.islice(failed, 3)]
+
+    @property
     def untyped(self) -> int:
         """Number of calls that ended neither with a reply nor with an error of natsrt, or did not end."""
         return sum(count for outcome, count in self.errors.items() if outcome not in errors.__all__)
@@ -94,6 +101,7 @@ class Ledger:
             Figure(name="calls sent", value=len(self.entries)),
             Figure(name="calls acknowledged", value=self.acknowledged),
             Figure(name="calls that failed, by error", value=self.errors),
+            Figure(name="the first errors", value=self.texts),
             Figure(name="calls without an end, or with an untyped error", value=self.untyped, at_most=0),
             Figure(name="slowest call", value=self.slowest, unit="s"),
             Figure(name="longest time without any reply", value=self.longest_gap, unit="s"),

@@ -275,7 +275,7 @@ class Caller(Worker):
             reply = self.kept(await self.runtime.send_message(self.question(next(self._numbers), recipient), recipient))
             outcome = ACKNOWLEDGED
         except Exception as error:
-            outcome = type(error).__name__
+            outcome, reply = type(error).__name__, str(error)
         finally:  # a cancelled call is recorded as pending
             self._ledger.entries.append(Entry(str(recipient), sent, time.monotonic(), outcome, reply))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-Value = float | str | Mapping[str, int] | None
+Value = float | str | Sequence[str] | Mapping[str, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)

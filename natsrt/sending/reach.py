@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from contextlib import suppress
 from typing import NamedTuple
 
 from autogen_core import TopicId
@@ -33,8 +32,6 @@ from natsrt.wire.subjects import Subjects
 
 _REMEMBERED = 10_000
 """Types and subjects of which it is remembered whether they can be reached; some megabytes."""
-_CONNECTED_WITHIN = 10.0
-"""Seconds for which an event waits if the connection is lost while its topic is tried."""
 _PUBLISH = "publish to"
 
 
@@ -157,8 +154,6 @@ class Reach:
                 await self._connection.publish(subject, b"", headers={TRACE_DEST: report, TRACE_ONLY: "true"})
             await self._connection.barrier()
         except ServerUnreachable:  # the connection was lost meanwhile: it is not known
-            with suppress(ServerUnreachable):  # while its client is replaced, an event would find no buffer to wait in
-                await self._connection.wait_connected(_CONNECTED_WITHIN)
             return
         finally:
             self._tried = set()

@@ -9,7 +9,8 @@ Rules:
    exception would end nats-py's read loop, so `Ordered` catches and logs it.
 2. The connection never gives up. nats-py reconnects automatically, except in three cases: it has closed permanently; if
    its read loop has ended, it stays "connected" and receives nothing; if a server hangs while data is unsent, it does
-   not reconnect. In these cases the supervisor connects a new client and repeats every subscription.
+   not reconnect. In these cases the supervisor connects a new client and repeats every subscription. What is published
+   meanwhile is kept and sent in its order, as by a client that reconnects.
 3. After a stall of the event loop, the client writes nothing before the server has answered, because the server may
    have closed the connection meanwhile. What waits is sent after a reconnect, also by a new client.
 4. `barrier` returns only after the server has processed everything that was sent before. nats-py's own ``flush`` does
@@ -38,6 +39,7 @@ from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
 from natsrt.transport.connector import Connector, abandon, close_quietly
 from natsrt.transport.interests import Interest, Interests, Refusal, ServerLog
+from natsrt.transport.keeping_client import KeepingClient
 from natsrt.transport.refusals import ServerError
 from natsrt.transport.round_trip_time import RoundTripTime
 from natsrt.transport.stall_watch import StallWatch
@@ -106,6 +108,8 @@ class Connection:
         self._stall_watch = StallWatch(_STALL, self._stalled)
         self._connector = Connector(options, client_name, self._stall_watch)
         self._client: NatsClient | None = None
+        self._outgoing: NatsClient | None = None
+        """Takes what is published: the client or, while it is replaced, one that keeps it; None while closed."""
         self._jetstream: tuple[NatsClient, JetStreamContext] | None = None
         """The client and its JetStream context, which is made once per client."""
         self._interests = Interests()
@@ -254,6 +258,7 @@ class Connection:
         except BaseException:
             self._closing = True
             raise
+        self._outgoing = self._client
         self._made()
         self._stall_watch.start()
         self._supervisor = asyncio.create_task(self._supervise(), name="natsrt connection supervisor")
@@ -274,12 +279,13 @@ class Connection:
         if self._supervisor is not None:
             await end_tasks(self._supervisor)
             self._supervisor = None
-        if self._client is not None:
-            client, self._client = self._client, None
+        client, self._client = self._client, None
+        outgoing, self._outgoing = self._outgoing, None
+        if client is not None:
             await close_quietly(client)
-            if lost := len(client.take_unsent()):
-                messages = "a message that was" if lost == 1 else f"{lost} messages that were"
-                logger.warning("the server does not answer: %s sent last will not arrive", messages)
+        if lost := sum(len(one.take_unsent()) for one in (client, outgoing) if one is not None):
+            messages = "a message that was" if lost == 1 else f"{lost} messages that were"
+            logger.warning("the server does not answer: %s sent last will not arrive", messages)
         self._interests.clear()
 
     async def wait_connected(self, timeout: float | None, begun: float | None = None) -> None:
@@ -498,26 +504,27 @@ class Connection:
     async def _renew(self) -> None:
         """Connect new clients until one succeeds, and repeat every subscription on it."""
         old, self._client = self._client, None
-        unsent: list[bytes] = []
+        self._outgoing = kept = KeepingClient(self, self._stall_watch, self.max_payload)
         if old is not None:
             self._connector.discover(old)
-            unsent += old.take_unsent()
+            kept.keep(old.take_unsent())
             abandon(old)
         while True:
             try:
-                client = await self._connector.connect(self, self._options.connect_timeout)
-                self._client = client
+                client = self._client = await self._connector.connect(self, self._options.connect_timeout)
                 for interest in self._interests:
                     if interest in self._interests:
                         interest.current = await client.listen(interest.subject, interest.queue, interest.future)
-                await client.send_again(unsent)
-                unsent.clear()
+                await client.send_again(kept.take_unsent())
                 await client.flush()
+                self._outgoing = client
+                await client.send_again(kept.take_unsent())
             except Exception as error:  # the connection must be restored, whatever the error
                 self._connector.last_error = str(error) or type(error).__name__
                 logger.debug("a new client could not connect: %s", self._connector.last_error)
+                self._outgoing = kept
                 if self._client is not None:
-                    unsent += self._client.take_unsent()
+                    kept.keep(self._client.take_unsent())
                     abandon(self._client)
                 self._client = None
                 await asyncio.sleep(self._options.reconnect_wait)
@@ -553,9 +560,9 @@ class Connection:
 
         ``subject`` and ``reply`` must be valid subjects. They are not checked, because they are encoded names or came
         from the server. Raises `MessageTooLarge`, and `ServerUnreachable` if the client's buffer is full while it
-        reconnects.
+        reconnects or is replaced, and if the connection is closed.
         """
-        client = self._client
+        client = self._outgoing
         if client is not None and headers is None and client.post(subject, payload, reply):
             return _QUEUED
         return self._publish_with_care(subject, payload, reply, headers)
@@ -563,7 +570,8 @@ class Connection:
     async def _publish_with_care(
         self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None
     ) -> None:
-        client = self.client
+        if (client := self._outgoing) is None:
+            raise self._closed_error()
         client.largest = max(client.largest, self.check_size(payload, headers))
         try:
             await client.publish(subject, payload, reply, headers)
