@@ -504,7 +504,7 @@ class Connection:
     async def _renew(self) -> None:
         """Connect new clients until one succeeds, and repeat every subscription on it."""
         old, self._client = self._client, None
-        self._outgoing = kept = KeepingClient(self, self._stall_watch, self.max_payload)
+        kept = self._keep()
         if old is not None:
             self._connector.discover(old)
             kept.keep(old.take_unsent())
@@ -522,7 +522,7 @@ class Connection:
             except Exception as error:  # the connection must be restored, whatever the error
                 self._connector.last_error = str(error) or type(error).__name__
                 logger.debug("a new client could not connect: %s", self._connector.last_error)
-                self._outgoing = kept
+                kept = self._keep()
                 if self._client is not None:
                     kept.keep(self._client.take_unsent())
                     abandon(self._client)
@@ -531,6 +531,12 @@ class Connection:
                 continue
             self._made_again()
             return
+
+    def _keep(self) -> KeepingClient:
+        """From now on, keep what is published until a new client is connected."""
+        if not isinstance(self._outgoing, KeepingClient):
+            self._outgoing = KeepingClient(self, self._stall_watch, self.max_payload)
+        return self._outgoing
 
     # -- sending and subscribing ---------------------------------------------------------------------------------
 
@@ -572,6 +578,8 @@ class Connection:
     ) -> None:
         if (client := self._outgoing) is None:
             raise self._closed_error()
+        if client.is_closed:  # for good: the supervisor is about to replace it
+            client = self._keep()
         client.largest = max(client.largest, self.check_size(payload, headers))
         try:
             await client.publish(subject, payload, reply, headers)
