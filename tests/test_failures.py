@@ -450,6 +450,21 @@ def test_an_exception_of_any_size_is_cut(what: str, limits: Limits, size: int) -
     assert type(sent(error, limits=limits)) is type(error)
 
 
+def test_a_traceback_that_python_cannot_format_hides_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> list[str]:
+        raise SystemError("AST constructor recursion depth mismatch")  # as Python 3.11 does now and then
+
+    try:
+        raise ValueError("bad")
+    except ValueError as raised:
+        error = raised
+    monkeypatch.setattr(traceback, "format_exception", fails)
+    assert "test_failures.py" in json.loads(describe(error, with_traceback=True).payload)["traceback"]
+    monkeypatch.setattr(traceback, "format_tb", fails)
+    described = json.loads(describe(error, with_traceback=True).payload)
+    assert (described["message"], described["traceback"]) == ("bad", "ValueError")
+
+
 def test_members_that_are_left_out_are_counted_in_a_note() -> None:
     got = sent(ExceptionGroup("group", [ValueError(str(n)) for n in range(250)]))
     assert len(got.exceptions) == 100

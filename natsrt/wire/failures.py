@@ -371,9 +371,8 @@ def _traceback(exception: BaseException) -> str:
     trace = traceback_of(exception)
     if trace is None:
         return ""
-    return read(
-        lambda: "".join(traceback.format_exception(exception)),
-        "".join([*traceback.format_tb(trace), class_name(type(exception))]),
+    return read(lambda: "".join(traceback.format_exception(exception)), "") or read(
+        lambda: "".join([*traceback.format_tb(trace), class_name(type(exception))]), class_name(type(exception))
     )
 
 
