@@ -34,7 +34,7 @@ from tests.support.processes import Process, Processes, eventually
 LABORER = AgentId("laborer", "default")
 
 # The promises' own limits, in seconds.
-AT_ONCE = 0.5
+AT_ONCE = 2.0
 SOON = 5.0
 
 

@@ -28,7 +28,7 @@ from tests.support.proxy import Proxy
 LABORER = AgentId("laborer", "default")
 
 # The promises' own limits, in seconds.
-AT_ONCE = 0.5
+AT_ONCE = 2.0
 SOON = 5.0
 
 
