@@ -228,7 +228,7 @@ def redrive(connecting: Connecting, sequences: tuple[int, ...], chosen: _Filter,
     """Give dead letters to their agent types again, and remove them.
 
     Names them by their ids, or by filters, or all with --all. Their events keep their message ids, and their attempts
-    begin with 1. Interrupted, and run again within two minutes, it hands no event over twice.
+    begin with 1. Interrupted, and run again, it hands no event over twice.
 
     Exits with 7 if some could not be redriven; they stay.
     """

@@ -14,7 +14,7 @@ from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.registry.entries import FEED, HEARTBEAT
 from natsrt.jetstream.registry.registry import BUCKET
-from natsrt.jetstream.streams import BLOBS, DEAD, RETURNED, events_name
+from natsrt.jetstream.streams import ATTEMPTS, BLOBS, DEAD, events_name
 from natsrt.wire.subjects import Subjects, encode_token
 
 from .declaration import EVERY, AgentType, Declaration, User, is_exact, topic_subject
@@ -234,7 +234,7 @@ class _Maker:
         if self._declaration.durable:
             yield Grant(PUBLISH, f"{self._root}natsrt.again.>", "it gives events to single agent types")
             yield Grant(PUBLISH, f"{self._subjects.dead}.>", "it forges dead letters")
-            yield Grant(PUBLISH, f"{self._subjects.of_returned}.>", "it gives events more attempts")
+            yield Grant(PUBLISH, f"{self._subjects.attempts}.>", "it gives events more attempts")
         for other in self._declaration.users.values():
             if other.name != user.name:
                 yield Grant(SUBSCRIBE, f"{other.inbox}.>", f"it reads the replies to {other.name}")
@@ -396,7 +396,7 @@ class _Maker:
         for stream in streams:
             for request in ("STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE"):
                 yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
-        for stream in map(self._subjects.bucket, (DEAD, RETURNED)):
+        for stream in map(self._subjects.bucket, (DEAD, ATTEMPTS)):
             for request in ("STREAM.INFO", "STREAM.CREATE"):
                 yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
         for name, of_type in found.items():
@@ -414,23 +414,24 @@ class _Maker:
         for request in ("CREATE", "INFO", "MSG.NEXT", "RESET", "PAUSE"):
             yield Grant(PUBLISH, self._domain.api(f"CONSUMER.{request}.{stream}.{token}"), why)
         yield Grant(PUBLISH, f"$JS.ACK.{stream}.{token}.>", why)
+        why = "durable topics: events that are tried again much later"
+        yield Grant(PUBLISH, f"{self._subjects.later(stream)}.retry.{token}.*.*", why)
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}"), why)
 
     def _feeds(self, agent_type: str, stream: str) -> Iterator[Grant]:
         """What the feeder of a keyed type needs in addition."""
         why = "durable topics: the events of keyed agents, fed to their owners"
         token = EVERY if agent_type == EVERY else encode_token(agent_type)
         yield Grant(PUBLISH, self._domain.api(f"CONSUMER.UNPIN.{stream}.{token}"), why)
-        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}"), why)
 
     def _keeps_count(self, agent_type: str) -> Iterator[Grant]:
-        """Dead letters, and events that were given back."""
+        """Dead letters, and how often events were tried."""
         own = ">" if agent_type == EVERY else f"{encode_token(agent_type)}.>"
-        for why, stream, root in (
-            ("durable topics: dead letters", DEAD, self._subjects.dead),
-            ("durable topics: events that were given back", RETURNED, self._subjects.of_returned),
-        ):
-            yield Grant(PUBLISH, self._domain.publish(f"{root}.{own}"), why)
-            yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{self._subjects.bucket(stream)}.{root}.{own}"), why)
+        dead, why = f"{self._subjects.dead}.{own}", "durable topics: dead letters"
+        yield Grant(PUBLISH, dead, why)
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{self._subjects.bucket(DEAD)}.{dead}"), why)
+        why = "durable topics: attempts to handle events"
+        yield Grant(PUBLISH, f"{self._subjects.attempts}.{own}", why)
 
     def _looks_after_durable(self) -> Iterator[Grant]:
         """What an operator does with durable topics."""
@@ -439,7 +440,9 @@ class _Maker:
                 yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), "durable topics: how far agent types are")
             yield Grant(PUBLISH, self._domain.api(f"STREAM.UPDATE.{stream}"), "durable topics: removed")
             yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}"), "durable topics: events, read and replayed")
-            yield Grant(PUBLISH, f"{self._subjects.again(stream)}.*", "durable topics: events, given to a type again")
+            again, why = self._subjects.again(stream), "durable topics: events, given to a type again"
+            yield Grant(PUBLISH, f"{again}.*", why)
+            yield Grant(PUBLISH, f"{again}.redrive.*.*.*", why)
         if self._declaration.durable:
             dead = self._subjects.bucket(DEAD)
             for request in ("STREAM.INFO", "DIRECT.GET", "STREAM.MSG.DELETE"):

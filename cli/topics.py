@@ -37,12 +37,16 @@ class _Stream:
     entry: DurableEntry
     info: api.StreamInfo | None
     consumers: list[dict[str, Any]]
+    waiting: dict[str, int]
+    """How many events wait for a later attempt, by consumer."""
 
     @classmethod
     async def read(cls, runtime: NatsAgentRuntime, entry: DurableEntry) -> _Stream:
-        reader = runtime.running.network.reader
-        info, consumers = await asyncio.gather(reader.info(entry.stream), reader.consumers(entry.stream))
-        return cls(entry, info, consumers)
+        reader, later = runtime.running.network.reader, runtime.running.network.later
+        info, consumers, waiting = await asyncio.gather(
+            reader.info(entry.stream), reader.consumers(entry.stream), later.count(entry.stream)
+        )
+        return cls(entry, info, consumers, waiting)
 
     def row(self) -> dict[str, Any]:
         """What is listed of it."""
@@ -58,7 +62,7 @@ class _Stream:
             "events": None if state is None else state.messages,
             "size_bytes": None if state is None else state.bytes,
             "agent_types": len(self.consumers),
-            "lag": sum(map(lag_of, self.consumers)),
+            "lag": sum(map(lag_of, self.consumers)) + sum(self.waiting.values()),
         }
 
     def types(self, runtime: NatsAgentRuntime) -> list[dict[str, Any]]:
@@ -69,7 +73,8 @@ class _Stream:
                 "workers": len(runtime.running.registry.view.workers_hosting(name)),
                 "pending": consumer.get("num_pending", 0),
                 "unacknowledged": consumer.get("num_ack_pending", 0),
-                "lag": lag_of(consumer),
+                "waiting": (waiting := self.waiting.get(str(consumer.get("name", "")), 0)),
+                "lag": lag_of(consumer) + waiting,
                 "redelivered": consumer.get("num_redelivered", 0),
                 "acknowledged_up_to": consumer.get("ack_floor", {}).get("stream_seq", 0),
             }
@@ -79,7 +84,8 @@ class _Stream:
 
 
 def lag_of(consumer: dict[str, Any]) -> int:
-    """How many events the agent type has not settled yet. ``consumer`` is JetStream's description."""
+    """How many events the agent type has not settled yet, without those that wait in a schedule for a later attempt.
+    ``consumer`` is JetStream's description."""
     return int(consumer.get("num_pending", 0)) + int(consumer.get("num_ack_pending", 0))
 
 
@@ -144,6 +150,8 @@ def _retention(row: dict[str, Any]) -> str:
 def info(connecting: Connecting, name: str, as_json: bool) -> None:
     """Show a stream of durable topics, and how far each agent type is behind.
 
+    WAITING counts the events that are tried again more than a minute after they failed.
+
     Names it by a topic type, a pattern, or the stream's own name. Exits with 4 if the topic is not durable.
     """
 
@@ -166,13 +174,15 @@ def info(connecting: Connecting, name: str, as_json: bool) -> None:
                 one["workers"] or "no worker",
                 one["pending"],
                 one["unacknowledged"],
+                one["waiting"],
                 one["redelivered"],
                 one["acknowledged_up_to"],
             )
             for one in types
         ]
         line()
-        table(("TYPE", "WORKERS", "PENDING", "UNACKNOWLEDGED", "REDELIVERED", "HANDLED UP TO"), cells, _STYLES)
+        columns = ("TYPE", "WORKERS", "PENDING", "UNACKNOWLEDGED", "WAITING", "REDELIVERED", "HANDLED UP TO")
+        table(columns, cells, _STYLES)
 
 
 def _text(value: object) -> str:

@@ -32,12 +32,13 @@ from natsrt.hosting.settlements import EventSettlement, ReplySettlement
 from natsrt.hosting.subscriptions import Subscriptions
 from natsrt.hosting.view_answers import ViewAnswers
 from natsrt.jetstream.agent_records import AgentRecords
+from natsrt.jetstream.attempts import Attempts
 from natsrt.jetstream.blobs import Blobs
 from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.dead_letters import DeadLetters
 from natsrt.jetstream.durable import DurableStreams
+from natsrt.jetstream.later_retries import LaterRetries
 from natsrt.jetstream.registry.registry import Registry
-from natsrt.jetstream.returned import Returned
 from natsrt.jetstream.stream_reader import StreamReader
 from natsrt.keyed.claiming import Claiming
 from natsrt.keyed.deadlocks import Deadlocks
@@ -105,6 +106,7 @@ class Network:
         self.streams: DurableStreams = DurableStreams(self.connection, self.subjects, options, self.registry)
         self.reader: StreamReader = StreamReader(self.connection, options)
         self.dead_letter_box: DeadLetterBox = DeadLetterBox(self.subjects, self.reader)
+        self.later: LaterRetries = LaterRetries(self.connection, self.subjects, options, self.registry, self.reader)
 
     # These are methods, so that all other parts can be explored without a server: see tests/support/keyed_world.py.
 
@@ -225,7 +227,8 @@ class Incoming:
                 intake=self.intake,
                 dead_letters=dead_letters,
                 box=network.dead_letter_box,
-                returned=Returned(connection, subjects, options),
+                attempts=Attempts(connection, subjects),
+                later=network.later,
                 event_errors=event_errors,
                 counters=counters,
             ),

@@ -273,6 +273,7 @@ class Session:
             server_error=connection.server_error,
             jetstream_full=self._jetstream_full,
             dead_letters_kept=self.dead_letters.measured,
+            retries_waiting=self.incoming.durable.retries_waiting,
             jetstream_usage=registry.usage | self.records.usage,
             in_step=registry.synced,
             workers=len(registry.view.workers),

@@ -100,6 +100,42 @@ async def test_workers_on_a_leaf_node_use_the_hubs_jetstream(
                 assert await client.jetstream().streams_info() == []
 
 
+class Picky(RoutedAgent):
+    """Does with an event what it says, and remembers the attempts of those that it handled."""
+
+    def __init__(self, attempts: list[int]) -> None:
+        super().__init__("picky")
+        self._attempts = attempts
+
+    @event
+    async def on_str(self, message: str, ctx: MessageContext) -> None:
+        delivery = natsrt.current_delivery()
+        assert delivery is not None
+        if message == "reject":
+            raise natsrt.Reject("no")
+        if message == "later" or (message == "again" and delivery.attempt < 3):
+            raise natsrt.Retry(after=3600 if message == "later" else 0.05)
+        self._attempts.append(delivery.attempt)
+
+
+@pytest.mark.parametrize("leaf_domain", [None, "leaf"])
+async def test_events_of_durable_topics_are_settled_at_a_leaf_node(tmp_path: Path, leaf_domain: str | None) -> None:
+    attempts: list[int] = []
+    async with AsyncExitStack() as stack:
+        servers = await stack.enter_async_context(hub_and_leaf(tmp_path, hub_domain="hub", leaf_domain=leaf_domain))
+        settings: dict[str, Any] = {"jetstream_domain": "hub", "durable": ["work."]}
+        leaf = await stack.enter_async_context(NatsAgentRuntime(servers.leaf.url, **settings))
+        await register(leaf, Picky, "picky", lambda: Picky(attempts))
+        await leaf.add_subscription(TypeSubscription("work.x", "picky"))
+        for text in ("reject", "later", "again"):
+            await leaf.publish_message(text, TopicId("work.x", "s"))
+        await eventually(lambda: attempts == [3], 15.0)
+        await eventually(lambda: leaf.health().dead_letters == 1, 15.0)
+        [letter] = [letter async for letter in leaf.dead_letters()]
+        assert letter.reason == "no"
+        assert await leaf.running.network.later.count("natsrt_events") == {"picky": 1}
+
+
 async def test_what_vanished_at_the_hub_is_stored_again_from_the_leaf(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(hub_and_leaf(tmp_path))

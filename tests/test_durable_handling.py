@@ -41,7 +41,7 @@ from tests.support.processes import Process, Processes, eventually
 
 TAP = os.environ.get("NATSRT_TEST_TAP") == "1"
 """True if somebody listens to every subject. The server then takes the pulls of workers that have ended for open, until
-they expire, and each event that it sends to one costs an attempt."""
+they expire, and an event that it sends to one may have been handled there, as far as its next worker knows."""
 TOPIC = TopicId("work.jobs", "default")
 PROGRAM = Path(durable_worker.__file__)
 
@@ -291,7 +291,7 @@ async def test_a_subscription_that_ends_leaves_its_filter_and_its_events_are_not
     audit = TypeSubscription("audit", "jobs")
     await worker.add_subscription(audit)
     await worker.remove_subscription(audit.id)
-    assert len((await consumer(worker)).config.filter_subjects or ()) == 3  # with that of events stored again
+    assert len((await consumer(worker)).config.filter_subjects or ()) == 4  # with two of events stored again
     await worker.publish_message(Job(1), TopicId("audit", "default"))
     await worker.publish_message(Job(2), TOPIC)
     await eventually(lambda: len(seen.handled) == 1)
@@ -435,6 +435,23 @@ async def test_an_event_that_fails_in_every_attempt_becomes_one_dead_letter(make
     assert worker.health().redelivered == 2
 
 
+async def test_an_event_whose_agent_cannot_be_made_becomes_a_dead_letter(make: Make) -> None:
+    worker = await make(max_deliver=3)
+    made = 0
+
+    def fails() -> Works:
+        nonlocal made
+        made += 1
+        raise LookupError("no database")
+
+    await natsrt.register(worker, Works, "jobs", fails)
+    await worker.add_subscription(TypeSubscription("work.jobs", "jobs"))
+    await worker.publish_message(Job(1), TOPIC)
+    await eventually(lambda: worker.health().dead_letters == 1, 10.0)
+    [letter] = await dead_letters(worker)
+    assert (letter.headers["Natsrt-Dead-Attempts"], made) == ("3", 3)
+
+
 async def test_a_rejected_event_becomes_a_dead_letter_at_once(make: Make) -> None:
     seen = Seen()
     worker = await make(seen, JOBS)
@@ -487,11 +504,11 @@ async def test_a_worker_that_ends_before_it_terminates_leaves_one_dead_letter(ma
 
 async def test_an_event_that_ends_its_workers_becomes_a_dead_letter(make: Make, start_worker: Any) -> None:
     publisher = await make()
-    for attempt in (1, 2):
+    for attempt in (1, 2, 3):  # the first one is not counted: that would be a write for each event
         process = await start_worker(f"killed{attempt}", 0.5)
         if attempt == 1:
             await publisher.publish_message(Job(1, "for ever"), TOPIC, message_id="deadly")
-        await process.wait_for_line("begun 1 attempt" if TAP else f"begun 1 attempt {attempt}")
+        await process.wait_for_line(f"begun 1 attempt {attempt}")
         process.kill()
     seen = Seen()
     worker = await make(seen, JOBS, ack_wait=0.5, max_deliver=2)
@@ -499,7 +516,7 @@ async def test_an_event_that_ends_its_workers_becomes_a_dead_letter(make: Make, 
     await all_settled(worker)
     [letter] = await dead_letters(worker)
     assert letter.headers["Natsrt-Message-Id"] == "deadly"
-    assert letter.headers["Natsrt-Dead-Attempts"] == "2" or TAP
+    assert letter.headers["Natsrt-Dead-Attempts"] == "2"
     assert json.loads(letter.headers["Natsrt-Dead-Error"])["type"] == "natsrt.errors.NotSettled"
     assert seen.begun == []
 
@@ -551,8 +568,8 @@ async def test_the_first_error_is_raised_at_the_stop_if_errors_are_not_ignored(m
 
 @pytest.fixture
 async def start_worker(server: EmbeddedServer, namespace: str, processes: Processes) -> Callable[..., Any]:
-    async def start(name: str, ack_wait: float) -> Process:
-        process = processes.python(PROGRAM, server.url, namespace, name, str(ack_wait), name=name)
+    async def start(name: str, ack_wait: float, *more: str) -> Process:
+        process = processes.python(PROGRAM, server.url, namespace, name, str(ack_wait), *more, name=name)
         await process.wait_for_line("ready", 30.0)
         return process
 
@@ -569,8 +586,31 @@ async def test_another_worker_handles_what_a_killed_one_had(make: Make, start_wo
     seen.free.set()
     worker = await make(seen, JOBS, ack_wait=1.0)
     await eventually(lambda: seen.handled == [("w", 1)], 10.0)
-    assert seen.begun == [("w", 1, 2)] or TAP
+    assert seen.begun == [("w", 1, 2)]
     await all_settled(worker)
+
+
+@pytest.mark.slow  # workers die, and what they had comes again after ack_wait
+async def test_events_that_were_merely_held_by_workers_that_died_are_not_given_up(
+    make: Make, server: EmbeddedServer, namespace: str, processes: Processes
+) -> None:
+    """An event ends one worker after the other, and each of them also had another, whose handler did not begin."""
+    publisher = await make()
+    await (await make(Seen(), JOBS, ack_wait=0.5)).stop()  # the type begins with the next event
+    await publisher.publish_message(Job(0, "die"), TOPIC)
+    await publisher.publish_message(Job(1), TOPIC)
+    for death in (1, 2, 3):
+        arguments = (server.url, namespace, f"dying{death}", "0.5", "max_running=1", "max_deliver=2")
+        process = processes.python(PROGRAM, *arguments, name=f"dying{death}")
+        await process.wait(20.0)
+        assert process.stdout.count("begun") == process.stdout.count("begun 0 ") == 1
+    seen = Seen()
+    worker = await make(seen, JOBS, ack_wait=0.5, max_deliver=2)
+    await eventually(lambda: worker.health().dead_letters == 1, 10.0)
+    await all_settled(worker)
+    assert seen.begun == [("w", 1, 2)]  # it may have begun before, as far as its worker knows
+    [letter] = await dead_letters(worker)
+    assert json.loads(letter.data or b"")["data"]["number"] == 0
 
 
 async def test_a_handler_of_three_times_ack_wait_gets_its_event_once(make: Make) -> None:
@@ -645,6 +685,28 @@ async def test_a_worker_that_is_cut_short_gives_back_what_it_has_started(make: M
     assert second.begun == [("second", 1, 1)] or TAP  # what was given back is no attempt
     await all_settled(other)
     assert await dead_letters(other) == []
+
+
+async def test_only_failures_use_up_attempts(make: Make) -> None:
+    """An event is given back twice after its handler began, and acknowledged in vain: none of that is a failure."""
+    for _ in range(2):
+        cut = Seen()
+        worker = await make(cut, JOBS, drain_timeout=0.1, ack_wait=0.5, max_deliver=1)
+        if not (await consumer(worker)).delivered.stream_seq:  # type: ignore[union-attr]
+            await worker.publish_message(Job(1, "wait"), TOPIC)
+        await eventually(lambda cut=cut: len(cut.begun) == 1)  # type: ignore[misc]
+        await worker.stop()
+    seen = Seen()
+    seen.free.set()
+    worker = await make(seen, JOBS, ack_wait=0.5, max_deliver=1)
+    [settlement] = worker.running.incoming.durable.settlements
+    acknowledge, lost = settlement.pull.ack, []
+    settlement.pull.ack = lost.append
+    await eventually(lambda: lost)
+    settlement.pull.ack = acknowledge
+    await all_settled(worker)
+    assert len(seen.handled) == 2
+    assert await dead_letters(worker) == []
 
 
 async def test_an_unregistered_type_pulls_no_more(make: Make) -> None:

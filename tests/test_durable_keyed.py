@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import nats.js.errors
 import pytest
 from autogen_core import AgentId, TopicId
 from nats.aio.msg import Msg
+from nats.js.api import RawStreamMsg
 
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.hosting.feeder import Feeder
+from natsrt.hosting.pinned_consumer import PINNED_FOR
+from natsrt.jetstream.attempts import Counted
 from natsrt.jetstream.consumers import Consumers
 from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.domains import Domain
@@ -262,6 +267,141 @@ async def test_an_event_that_ends_its_owner_becomes_a_dead_letter(make: Make, st
     (letter,) = await dead_letters(publisher)
     assert letter.headers and letter.headers["Natsrt-Dead-Sequence"] == "2"
     assert any(process.running for process in processes)
+
+
+@pytest.mark.slow  # workers die, and the server ends the pins of those that fed
+async def test_an_event_that_ends_its_feeder_and_its_owner_at_once_becomes_a_dead_letter(
+    make: Make, server: EmbeddedServer, namespace: str, processes: Processes
+) -> None:
+    """Its successors have all that it had. Only what is written down says which event is the cause."""
+    await (await make("first")).stop()  # the type begins with the next event
+    publisher = await make(hosts=False)
+    await publish(publisher, "x", Entry(1), Entry(2, "die"), Entry(3))
+
+    def start(number: int) -> Process:
+        arguments = (server.url, namespace, f"w{number}", "1.0", "2")
+        return processes.python(PROGRAM, *arguments, name=f"w{number}")
+
+    for number in range(3):  # the first death is not counted: that would be a write for each event
+        await start(number).wait(30.0)
+    survivor = start(3)
+
+    async def is_buried() -> bool:
+        assert survivor.running, "it died of the event, too"
+        return len(await dead_letters(publisher)) == 1
+
+    await eventually(is_buried, 30.0)
+    await all_settled(publisher)
+    [letter] = await dead_letters(publisher)
+    found = [(letter.headers or {})[f"Natsrt-Dead-{name}"] for name in ("Sequence", "Attempts")]
+    assert found == ["2", "2"]
+    assert "NotSettled" in (letter.headers or {})["Natsrt-Dead-Error"]
+    assert await entries(publisher, "x") == [1, 3]
+
+
+@pytest.mark.slow  # a worker is killed, and another must notice it
+async def test_what_was_given_up_or_has_failed_is_known_to_the_next_feeder(make: Make, start_worker: Any) -> None:
+    process = await start_worker("a", 1.0)
+    publisher = await make(hosts=False)
+    await publish(publisher, "slow", Entry(1, "later"))  # it is not acknowledged, so all others come again
+    await publish(publisher, "x", Entry(2, "reject"), Entry(3, "fail"))
+    await process.wait_for_line("later 1")
+    await eventually(dead_letters_are(publisher, 2), 20.0)
+    process.kill()
+    successor = await start_worker("b", 1.0)
+    await all_settled(publisher, 40.0)
+    assert await entries(publisher, "slow") == [1]
+    assert await entries(publisher, "x") == []
+    assert successor.stdout.splitlines() == ["ready"]  # the first attempt of 1 counts, and 2 is not tried again
+    assert len(await dead_letters(publisher)) == 2
+
+
+@pytest.mark.slow  # workers are killed, and others must notice it
+async def test_an_event_that_was_handled_uses_up_no_attempt_when_it_comes_again(make: Make, start_worker: Any) -> None:
+    process = await start_worker("a", 1.0, 1)
+    publisher = await make(hosts=False)
+    await publish(publisher, "h", Entry(1, "hang"))  # it is not acknowledged, so all others come again
+    await publish(publisher, "x", Entry(2), Entry(3))
+    for successor in ("b", "c"):
+        await process.wait_for_line("hangs 1", 30.0)
+        await eventually(entries_are(publisher, "x", [2, 3]), 20.0)
+        process.kill()
+        process = await start_worker(successor, 1.0, 1)
+    await all_settled(publisher, 40.0)
+    found = [(letter.headers or {})["Natsrt-Dead-Sequence"] for letter in await dead_letters(publisher)]
+    assert found == ["1"]
+    assert await entries(publisher, "x") == [2, 3]
+
+
+def entries_are(runtime: NatsAgentRuntime, key: str, numbers: list[int]) -> Callable[[], Any]:
+    async def are() -> bool:
+        return await entries(runtime, key) == numbers
+
+    return are
+
+
+async def test_a_stream_that_was_made_anew_does_not_inherit_what_was_counted(make: Make) -> None:
+    worker = await make("a", ack_wait=60.0)
+    await publish(worker, "x", Entry(1, "reject"))
+    await all_settled(worker)
+    await worker.stop()
+    publisher = await make(hosts=False)
+    js = publisher.running.connection.jetstream
+    config = (await js.stream_info(stream_of(publisher))).config
+    await js.delete_stream(stream_of(publisher))
+    await js.add_stream(config)
+    again = await make("b", ack_wait=60.0)
+    await publish(again, "x", Entry(2))
+    feeder = await feeder_of(again)
+    await all_settled(again)
+    made = await js.get_msg(stream_of(publisher), 1)
+    counted = await feeder._parts.attempts.begin("ledger", feeder.stream, 1, _stored_at(made))
+    assert counted == Counted()
+    assert await entries(again, "x") == [2]
+
+
+def _stored_at(message: RawStreamMsg) -> float:
+    assert message.time is not None
+    return message.time.timestamp()
+
+
+def dead_letters_are(runtime: NatsAgentRuntime, number: int) -> Callable[[], Any]:
+    async def are() -> bool:
+        return len(await dead_letters(runtime)) == number
+
+    return are
+
+
+async def test_a_quiet_feeder_pulls_again_before_the_server_ends_its_pin(make: Make) -> None:
+    worker = await make("a")
+    await publish(worker, "x", Entry(1))
+    await all_settled(worker)
+    await feeder_of(worker)
+    pulls: list[tuple[float, dict[str, Any]]] = []
+    loop = asyncio.get_running_loop()
+
+    async def note(message: Msg) -> None:
+        pulls.append((loop.time(), json.loads(message.data)))
+
+    watcher = await make(hosts=False)
+    client = watcher.running.connection.client
+    await client.subscribe(f"$JS.API.CONSUMER.MSG.NEXT.{stream_of(worker)}.ledger", cb=note)
+    await eventually(lambda: len(pulls) >= 3, 2 * PINNED_FOR)
+    assert all(pull["group"] == "feeder" and pull["id"] for _, pull in pulls)
+    assert all(later - earlier < PINNED_FOR / 2 for (earlier, _), (later, _) in pairwise(pulls))
+    assert feeds(worker)
+
+
+@pytest.mark.parametrize("old", [0, 300])
+async def test_a_feeder_that_begins_with_new_events_does_not_read_those_before(make: Make, old: int) -> None:
+    publisher = await make(hosts=False)
+    await publish(publisher, "x", *(Entry(number) for number in range(old)))
+    worker = await make("a")
+    await publish(publisher, "x", Entry(old))
+    await all_settled(worker)
+    feeder = await feeder_of(worker)
+    assert await entries(worker, "x") == [old]
+    assert feeder.pull._plan.received <= 2  # it came with the pin, and once more after the feeder had started over
 
 
 @pytest.mark.parametrize("kill", [False, True])

@@ -1,14 +1,13 @@
 """Each permission that natsrt generates for durable topics is necessary and sufficient.
 
-As in ``tests/test_permission_matrix.py``: with all its permissions a user can do all of its uses, and the server
-refuses nothing. Without one of those that durable topics add, a use fails.
+See `tests.support.permission_matrix`. The matrix has the permissions that durable topics add.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,8 @@ from natsrt.jetstream.registry.entries import DurableEntry
 from natsrt.jetstream.registry.view import View
 from natsrt.wire.subjects import Subjects
 from tests.support.cli import natsrt as run
-from tests.support.permission_scene import PASSWORD, PROBED, Case, Scene, configuration, in_namespace
+from tests.support.permission_matrix import Matrix, label
+from tests.support.permission_scene import PASSWORD, Case, Scene, configuration
 from tests.support.processes import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each permission is a case with workers of its own
@@ -57,6 +57,17 @@ TEXT = """
     """
 DECLARATION = parse(TEXT, "durable topics")
 KEYED = parse(TEXT.replace("[types.jobs]", "[types.jobs]\n    keyed = true"), "durable topics of keyed agents")
+
+
+def added(user: str, declaration: Declaration = DECLARATION) -> list[Grant]:
+    """The permissions that durable topics add."""
+    without = replace(declaration, durable=())
+    usual = {label(grant) for grant in grants(without, without.users[user])}
+    return [grant for grant in grants(declaration, declaration.users[user]) if label(grant) not in usual]
+
+
+MATRIX = Matrix(DECLARATION, [(user, grant) for user in DECLARATION.users for grant in added(user)], "d")
+needs = MATRIX.needs
 TOPIC = TopicId("work.jobs", "one")
 EVENTS, DEAD = "natsrt_events", "natsrt_dead"
 API = "publish to $JS.API"
@@ -89,6 +100,8 @@ class Works(RoutedAgent):
             await asyncio.Event().wait()
         delivery = natsrt.current_delivery()
         assert delivery is not None
+        if delivery.attempt == 1 and message.what in ("soon", "later"):
+            raise natsrt.Retry(after=0.01 if message.what == "soon" else 3600)
         self._desk.handled.append((message.number, delivery.attempt))
 
 
@@ -99,29 +112,13 @@ async def worker(scene: Scene, desk: Desk, user: str = "mill", **settings: Any) 
     return await scene._stack.enter_async_context(runtime)
 
 
-Use = Callable[[Scene], Awaitable[None]]
-USES: dict[str, list[Use]] = {}
-NEEDED_FOR: dict[tuple[str, str], Use] = {}
-
-
-def needs(user: str, *permissions: str) -> Callable[[Use], Use]:
-    """A use of ``user`` that fails without any one of these permissions."""
-
-    def add(use: Use) -> Use:
-        USES.setdefault(user, []).append(use)
-        NEEDED_FOR.update({(user, permission): use for permission in permissions})
-        return use
-
-    return add
-
-
 # -- a worker ----------------------------------------------------------------------------------------------------------
 
 
 @needs(
     "mill",
     f"{API}.STREAM.NAMES",
-    *(f"{API}.STREAM.{what}.{stream}" for what in ("INFO", "CREATE") for stream in (EVENTS, DEAD, "natsrt_returned")),
+    *(f"{API}.STREAM.{what}.{stream}" for what in ("INFO", "CREATE") for stream in (EVENTS, DEAD, "natsrt_attempts")),
     *(f"{API}.CONSUMER.{what}.{EVENTS}.jobs" for what in ("CREATE", "MSG.NEXT")),
     f"publish to $JS.ACK.{EVENTS}.jobs.>",
 )
@@ -167,11 +164,7 @@ async def writes_dead_letters(scene: Scene) -> None:
     await eventually(lambda: runtime.health().dead_letters == 1, 5.0)
 
 
-@needs(
-    "mill",
-    "publish to natsrt.returned.jobs.>",
-    f"{API}.DIRECT.GET.natsrt_returned.natsrt.returned.jobs.>",
-)
+@needs("mill", "publish to natsrt.attempts.jobs.>")
 async def counts_what_was_given_back_as_no_attempt(scene: Scene) -> None:
     desk = Desk()
     first = await worker(scene, desk, max_running=1, drain_timeout=0.1)
@@ -182,6 +175,25 @@ async def counts_what_was_given_back_as_no_attempt(scene: Scene) -> None:
     await first.stop()
     await worker(scene, desk)
     await eventually(lambda: desk.handled == [(2, 1)], 8.0)
+
+
+@needs("mill", f"publish to natsrt.later.{EVENTS}.retry.jobs.*.*")
+async def puts_events_aside_for_much_later(scene: Scene) -> None:
+    runtime = await worker(scene, Desk())
+    await runtime.publish_message(Job(1, "later"), TOPIC)
+
+    async def waits() -> bool:
+        return bool(await runtime.running.network.later.count(f"{scene.case.declaration.namespace}_{EVENTS}"))
+
+    await eventually(waits, 5.0)
+
+
+@needs("mill", f"{API}.DIRECT.GET.{EVENTS}")
+async def finds_out_whether_an_event_was_put_aside(scene: Scene) -> None:
+    desk = Desk()
+    runtime = await worker(scene, desk)
+    await runtime.publish_message(Job(1, "soon"), TOPIC)
+    await eventually(lambda: desk.handled == [(1, 2)], 5.0)
 
 
 # -- a publisher -------------------------------------------------------------------------------------------------------
@@ -215,7 +227,7 @@ async def removes_topics(scene: Scene) -> None:
 @needs(
     "ops",
     *(f"{API}.{what}.{DEAD}" for what in ("STREAM.INFO", "DIRECT.GET", "STREAM.MSG.DELETE")),
-    f"publish to natsrt.again.{EVENTS}.*",
+    f"publish to natsrt.again.{EVENTS}.redrive.*.*.*",
 )
 async def redrives_dead_letters(scene: Scene) -> None:
     runtime = await worker(scene, Desk())
@@ -226,7 +238,7 @@ async def redrives_dead_letters(scene: Scene) -> None:
     await eventually(lambda: runtime.health().dead_letters == 2)
 
 
-@needs("ops", f"{API}.DIRECT.GET.{EVENTS}")
+@needs("ops", f"{API}.DIRECT.GET.{EVENTS}", f"publish to natsrt.again.{EVENTS}.*")
 async def reads_and_replays_events(scene: Scene) -> None:
     desk = Desk()
     runtime = await worker(scene, desk)
@@ -241,40 +253,15 @@ async def reads_and_replays_events(scene: Scene) -> None:
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
-def label(grant: Grant) -> str:
-    return f"{grant.operation} to {grant.subject}"
-
-
-def added(user: str, declaration: Declaration = DECLARATION) -> list[Grant]:
-    """The permissions that durable topics add."""
-    without = replace(declaration, durable=())
-    usual = {label(grant) for grant in grants(without, without.users[user])}
-    return [grant for grant in grants(declaration, declaration.users[user]) if label(grant) not in usual]
-
-
-ADDED = [(user, label(grant)) for user in DECLARATION.users for grant in added(user)]
-USERS = list(USES)
-
-
-def case_of(user: str, permission: str | None) -> Case:
-    number = len(ADDED) + USERS.index(user) if permission is None else ADDED.index((user, permission))
-    declaration = in_namespace(DECLARATION, f"d{number}")
-    if permission is None:
-        return Case(declaration, user, None)
-    place = [label(grant) for grant in grants(DECLARATION, DECLARATION.users[user])].index(permission)
-    return Case(declaration, user, grants(declaration, declaration.users[user])[place])
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
     """A server with the users of all cases."""
-    cases = [case_of(user, permission) for user, permission in ADDED] + [case_of(user, None) for user in USERS]
-    async with EmbeddedServer(config=configuration(cases, tmp_path_factory.mktemp("durable"))) as server:
+    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("durable"))) as server:
         yield server
 
 
 def test_each_permission_has_a_use_that_needs_it() -> None:
-    assert set(ADDED) == set(NEEDED_FOR)
+    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
     assert added("press") == added("web") == []
 
 
@@ -288,36 +275,22 @@ def test_a_worker_that_hosts_everything_may_do_the_same_for_every_type() -> None
     assert all(any(covers(one.subject, grant.subject) for grant in own) for one in wide)
 
 
-@pytest.mark.parametrize(("user", "permission"), NEEDED_FOR, ids=[f"{one} {other}" for one, other in NEEDED_FOR])
+@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
 async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
-    use = NEEDED_FOR[user, permission]
-    async with AsyncExitStack() as stack:
-        try:
-            async with asyncio.timeout(15.0):
-                await use(Scene(matrix.url, case_of(user, permission), stack))
-        except Exception:
-            return
-    pytest.fail(f"{user} needs no permission to {permission} for: {use.__name__}")
+    await MATRIX.fails_without(matrix, user, permission)
 
 
-@pytest.mark.parametrize(("user", "number"), [(user, number) for user in USERS for number in range(len(USES[user]))])
+@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
 async def test_with_its_permissions_each_use_succeeds(
     matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with AsyncExitStack() as stack:
-        case = replace(case_of(user, None), declaration=in_namespace(DECLARATION, f"d{len(ADDED) + USERS.index(user)}"))
-        scene = Scene(matrix.url, case, stack)
-        await purge(scene)
-        async with asyncio.timeout(30):
-            await USES[user][number](scene)
-        said = [record.getMessage() for record in caplog.records]
-        assert [text for text in said if "not let" in text and not PROBED.search(text)] == []
+    await MATRIX.succeeds(matrix, user, number, caplog, before=purge)
 
 
 async def test_tail_ends_if_its_user_may_not_read_the_stream(matrix: EmbeddedServer) -> None:
     permission = f"{API}.DIRECT.GET.{EVENTS}"
     async with AsyncExitStack() as stack:
-        scene = Scene(matrix.url, case_of("ops", permission), stack)
+        scene = Scene(matrix.url, MATRIX.case_of("ops", permission), stack)
         await worker(scene, Desk())
         login = ("--user", scene.case.login("ops"), "--password", PASSWORD, "--inbox-prefix", "_INBOX_ops")
         place = ("--server", matrix.url, "--namespace", scene.case.declaration.namespace)
@@ -352,7 +325,7 @@ async def test_doctor_finds_them_in_force(tmp_path: Path, user: str) -> None:
             assert (found["level"] == "problem") == (without is not None), found
             assert without is None or without.subject in found["text"]
             plain = await scene.client("plain")
-            for stream in (EVENTS, DEAD, "natsrt_returned"):
+            for stream in (EVENTS, DEAD, "natsrt_attempts"):
                 assert (await plain.jetstream().stream_info(stream)).state.messages == 0, stream
 
 

@@ -1,15 +1,13 @@
 """Each permission that natsrt generates is necessary and sufficient.
 
-Every use is something that a user does. With all its permissions a user can do all of its uses, and the server refuses
-nothing. Without one of them, the use that `NEEDED_FOR` names fails.
+See `tests.support.permission_matrix`. ``tests/test_durable_permissions.py`` has those of durable topics.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
@@ -23,7 +21,8 @@ from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import UnknownAgentType
 from tests.support.clients import settled
-from tests.support.permission_scene import PROBED, Case, Scene, Text, configuration, in_namespace
+from tests.support.permission_matrix import Matrix, label
+from tests.support.permission_scene import Scene, Text
 from tests.support.processes import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -79,28 +78,21 @@ DECLARATION = parse(
     """,
     "the matrix",
 )
+
+
+def _permissions() -> list[tuple[str, Grant]]:
+    """Every permission of every user; of ``free`` those that ``bank`` lacks. ``safe`` is a worker such as ``bank``."""
+    own = {name: grants(DECLARATION, user) for name, user in DECLARATION.users.items() if name != "safe"}
+    shared = {label(grant) for grant in own["bank"]}
+    own["free"] = [grant for grant in own["free"] if label(grant) not in shared]
+    return [(name, grant) for name, all_of_it in own.items() for grant in all_of_it]
+
+
+MATRIX = Matrix(DECLARATION, _permissions(), "m")
+needs = MATRIX.needs
 RESTORED = '{"type":"ledger","key":"one","state":{"kept":"from elsewhere"}}\n'
 LEDGER, ECHO, VAULT, DESK = (AgentId(name, "one") for name in ("ledger", "echo", "vault", "desk"))
 HI = Text("hi")
-WITHIN = 15.0
-"""Seconds for one use."""
-
-Use = Callable[[Scene], Awaitable[None]]
-USES: dict[str, list[Use]] = {}
-NEEDED_FOR: dict[tuple[str, str], Use] = {}
-"""The use that fails without a permission, by the user and the permission."""
-
-
-def needs(user: str, *permissions: str) -> Callable[[Use], Use]:
-    """A use of ``user`` that fails without any one of these permissions."""
-
-    def add(use: Use) -> Use:
-        if use not in USES.setdefault(user, []):
-            USES[user].append(use)
-        NEEDED_FOR.update({(user, permission): use for permission in permissions})
-        return use
-
-    return add
 
 
 async def within(seconds: float, awaitable: Awaitable[Any]) -> Any:
@@ -713,67 +705,24 @@ async def examines_everything(scene: Scene) -> None:
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
-def label(grant: Grant) -> str:
-    return f"{'publish' if grant.operation == 'publish' else 'subscribe'} to {grant.subject}"
-
-
-def _permissions() -> list[tuple[str, Grant]]:
-    """Every permission of every user; of ``free`` those that ``bank`` lacks. ``safe`` is a worker such as ``bank``."""
-    own = {name: grants(DECLARATION, user) for name, user in DECLARATION.users.items() if name != "safe"}
-    shared = {label(grant) for grant in own["bank"]}
-    own["free"] = [grant for grant in own["free"] if label(grant) not in shared]
-    return [(name, grant) for name, all_of_it in own.items() for grant in all_of_it]
-
-
-PERMISSIONS = _permissions()
-USERS = [name for name in DECLARATION.users if name in USES]
-
-
-def case_of(user: str, permission: str | None) -> Case:
-    """The case in which ``user`` lacks a permission, in a namespace of its own; None: it has all."""
-    numbers = {(name, label(grant)): number for number, (name, grant) in enumerate(PERMISSIONS)}
-    number = len(PERMISSIONS) + USERS.index(user) if permission is None else numbers[user, permission]
-    declaration = in_namespace(DECLARATION, f"m{number}")
-    if permission is None:
-        return Case(declaration, user, None)
-    place = [label(grant) for grant in grants(DECLARATION, DECLARATION.users[user])].index(permission)
-    return Case(declaration, user, grants(declaration, declaration.users[user])[place])
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
     """A server with the users of all cases."""
-    folder = tmp_path_factory.mktemp("matrix")
-    cases = [case_of(name, label(grant)) for name, grant in PERMISSIONS]
-    cases += [case_of(name, None) for name in USERS]
-    async with EmbeddedServer(config=configuration(cases, folder)) as server:
+    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("matrix"))) as server:
         yield server
 
 
 def test_each_permission_has_a_use_that_needs_it() -> None:
-    assert {(name, label(grant)) for name, grant in PERMISSIONS} == set(NEEDED_FOR)
+    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
 
 
-@pytest.mark.parametrize(("user", "permission"), NEEDED_FOR, ids=[f"{one} {other}" for one, other in NEEDED_FOR])
+@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
 async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
-    use = NEEDED_FOR[user, permission]
-    async with AsyncExitStack() as stack:
-        scene = Scene(matrix.url, case_of(user, permission), stack)
-        try:
-            await within(WITHIN, use(scene))
-        except Exception:
-            return
-    pytest.fail(f"{user} needs no permission to {permission} for: {use.__name__}")
+    await MATRIX.fails_without(matrix, user, permission)
 
 
-@pytest.mark.parametrize(("user", "number"), [(user, number) for user in USERS for number in range(len(USES[user]))])
+@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
 async def test_with_its_permissions_each_use_succeeds(
     matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with AsyncExitStack() as stack:
-        scene = Scene(matrix.url, case_of(user, None), stack)
-        await within(30, USES[user][number](scene))
-        refused = [
-            r.getMessage() for r in caplog.records if "not let" in r.getMessage() and not PROBED.search(r.getMessage())
-        ]
-        assert refused == [] and scene.violations == []
+    await MATRIX.succeeds(matrix, user, number, caplog)

@@ -22,20 +22,29 @@ from natsrt import DurableTopics, NatsAgentRuntime
 from natsrt.durable_types import covers
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotDecode
+from natsrt.jetstream.attempts import Counted
+from natsrt.jetstream.dead_letter_box import DeadLetterBox
+from natsrt.jetstream.dead_letters import Unhandled
+from natsrt.jetstream.delivery import Delivery
+from natsrt.jetstream.later_retries import retry_headers
 from natsrt.jetstream.record import RECORD, Stored, checked, decode_record, encode_head, parts_key, record_key
 from natsrt.jetstream.registry.entries import SubscriptionEntry, TypeEntry, WorkerEntry, decode_entry, encode_entry
 from natsrt.jetstream.registry.origin import ORIGIN, Origin
 from natsrt.jetstream.registry.pages import Pages, read_page, read_question
 from natsrt.jetstream.registry.view import View
+from natsrt.jetstream.stream_reader import StoredMessage
 from natsrt.jetstream.streams import events_name, topic_filter
 from natsrt.reminder_types import REMINDER_TOPICS, reminder_topic
+from natsrt.sending.again import redrive_headers
 from natsrt.sending.durable import delayed_headers, event_headers
 from natsrt.sending.reminders import reminder_headers
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
-from natsrt.wire.failures import ErrorTypes, decode_answer, is_refusal
+from natsrt.wire.failures import FULL, ErrorTypes, decode_answer, is_refusal
 from natsrt.wire.references import Reference
+from natsrt.wire.retry_subjects import attempts_of, redriven, retried, retries_of, retry_of
 from natsrt.wire.schedules import of_reminder
+from natsrt.wire.stored_events import StoredEvent, stored_event, stream_id
 from natsrt.wire.subjects import Subjects
 from tests.support.processes import eventually
 
@@ -280,6 +289,85 @@ def test_reminders_are_those_of_the_vectors(case: dict[str, Any]) -> None:
     schedule = of_reminder(case.get("every"), case.get("cron"), case.get("timezone"), None)
     assert subjects.reminder(stream, agent.type, agent.key, name) == case["subject"]
     assert reminder_headers(subjects, stream, topic, "Order", schedule) == case["headers"]
+
+
+def subjects_of(case: dict[str, Any]) -> Subjects:
+    return Subjects(case.get("namespace", ""))
+
+
+def delivery_of(case: dict[str, Any]) -> Delivery:
+    """The delivery of an event that has failed."""
+    time = round(case["stored_at"] * 1e6) * 1000
+    reply = f"$JS.ACK.{case['stream']}.c.1.{case['sequence']}.1.{time}.0"
+    return Delivery(Msg(None, "s", reply, b"{}", case["event_headers"]))  # type: ignore[arg-type]
+
+
+def unhandled(case: dict[str, Any]) -> Unhandled:
+    return Unhandled(
+        delivery=delivery_of(case),
+        subject=case["published_on"],
+        agent_type=case["agent_type"],
+        message_id=case["message_id"],
+        reason=case["reason"],
+        error=ValueError(case["raised"]),
+        attempts=case["attempts"],
+        failed_at=case["failed_at"],
+    )
+
+
+@cases("dead_letters", DURABLE)
+def test_dead_letters_are_those_of_the_vectors(case: dict[str, Any]) -> None:
+    dead = subjects_of(case).dead_letter(case["agent_type"], case["stream"], case["sequence"])
+    assert dead == case["subject"]
+    assert unhandled(case).headers(ErrorTypes(), FULL, with_traceback=False) == case["headers"]
+
+
+@cases("redriven", DURABLE)
+def test_what_is_redriven_is_stored_as_the_vectors_say(case: dict[str, Any]) -> None:
+    of_letter = DURABLE["dead_letters"][case["letter"]]
+    subjects, headers = subjects_of(of_letter), of_letter["headers"]
+    stored = StoredMessage(
+        stream="natsrt_dead",
+        sequence=case["number"],
+        stored_at=case["kept_at"],
+        subject=of_letter["subject"],
+        headers=headers,
+        data=b"{}",
+    )
+    letter = DeadLetterBox(subjects, None).decode(stored)  # type: ignore[arg-type]
+    assert (letter.agent_type, letter.attempts) == (of_letter["agent_type"], of_letter["attempts"])
+    assert redrive_headers(letter) == case["headers"]
+    subject = redriven(subjects, letter.stream, letter.agent_type, letter.sequence, letter.kept_at)
+    assert subject == case["subject"]
+
+
+@cases("retries", DURABLE)
+def test_what_waits_for_a_later_attempt_is_stored_as_the_vectors_say(case: dict[str, Any]) -> None:
+    subjects, own = subjects_of(case), (case["stream"], case["agent_type"], case["sequence"])
+    assert retried(subjects, *own, case["attempts"]) == (case["subject"], case["target"])
+    assert retries_of(subjects, *own) == case["found_by"]
+    assert retry_of(subjects, case["stream"], case["target"]) == (case["sequence"], case["attempts"])
+    delivery, due = delivery_of(case), datetime.fromisoformat(case["due"])
+    arguments = (case["published_on"], case["message_id"], case["target"], due, case["kept_for"])
+    assert retry_headers(delivery, *arguments) == case["headers"]
+
+
+@cases("attempts", DURABLE)
+def test_attempts_are_counted_as_the_vectors_say(case: dict[str, Any]) -> None:
+    place = (case["stream"], case["sequence"], case["stored_at"])
+    assert attempts_of(subjects_of(case), case["agent_type"], *place) == case["subject"]
+    assert Counted.of(int(case["value"])) == Counted(case["attempts"], case["returned"], case["dead"])
+
+
+@cases("fed", DURABLE)
+def test_events_are_fed_with_the_attributes_of_the_vectors(case: dict[str, Any]) -> None:
+    stream = stream_id(case["stream"], case["made_at"])
+    event = StoredEvent(stream, case["sequence"], case["attempt"], case["stored_at"])
+    assert event.attributes == case["attributes"]
+    written = ",".join(envelope.attribute(name, value) for name, value in event.attributes.items())
+    read = envelope.decode(envelope.encode(envelope.EVENT, f'"id":"m1",{written}', b"{}"))
+    assert read is not None
+    assert stored_event(read) == event
 
 
 @cases("view", REGISTRY)

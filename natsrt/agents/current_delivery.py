@@ -38,4 +38,4 @@ def current_delivery() -> DeliveryInfo | None:
         return None
     if isinstance(delivery, StoredEvent):
         return DeliveryInfo(delivery.stream_name, delivery.sequence, delivery.attempt, delivery.stored_at or 0.0)
-    return DeliveryInfo(delivery.stream, delivery.sequence, delivery.attempt, delivery.stored_at)
+    return DeliveryInfo(delivery.stream, delivery.first_sequence, delivery.attempt, delivery.stored_at)

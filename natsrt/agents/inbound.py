@@ -248,6 +248,9 @@ class Settlement(ABC):
     has_own_limit: bool = False
     """True if this settlement itself limits the messages that wait, so that the intake takes all of them in."""
 
+    looks_before_handlers: bool = False
+    """True if `begins` is to be awaited before handlers."""
+
     def take(self, inbound: Inbound) -> bool:
         """Called when the message is taken in. This is in the read loop, so it must be cheap and must not block.
 
@@ -264,6 +267,10 @@ class Settlement(ABC):
     def as_event(self, inbound: Inbound) -> Settlement:
         """Return the settlement for a message that turned out to be an event. Raises `CannotDecode`."""
         return self
+
+    async def begins(self, inbound: Inbound) -> None:  # noqa: B027
+        """Called when the handler of the message is about to begin. Raises `EventDropped` if it must not, and
+        `SentBack`."""
 
     def waits_for_place(self, inbound: Inbound, refuse: Callable[[Exception], None]) -> None:  # noqa: B027
         """Called when the message may have to wait until its handler may start.

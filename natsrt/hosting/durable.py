@@ -24,7 +24,8 @@ from natsrt.agents.hosted_type import HostedType
 from natsrt.background import end_tasks
 from natsrt.errors import ConfigurationError, NatsrtError
 from natsrt.hosting.durable_settlement import DurableParts, DurableSettlement, Puller
-from natsrt.hosting.feeder import Feeder, FeederParts, feeding
+from natsrt.hosting.feeder import Feeder, FeederParts
+from natsrt.hosting.pinned_consumer import feeding
 from natsrt.jetstream.consumers import START_ALL, START_NOW, ConsumerConfig, Consumers
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.registry.registry import RegistryListener
@@ -34,6 +35,7 @@ from natsrt.options import Options
 from natsrt.reminder_types import REMINDER_TOPICS
 from natsrt.retry_types import RetryOptions
 from natsrt.wire.filters import common, widest
+from natsrt.wire.retry_subjects import stored_again
 from natsrt.wire.subjects import Subjects, encode_token
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -44,7 +46,7 @@ _SIGNS_IN_WAIT: Final = 3
 _CLOCKS_DIFFER: Final = 2.0
 """Seconds by which the clocks of a worker and of the server may differ."""
 _MEASURED_EVERY: Final = 30.0
-"""Seconds between two counts of the dead letters."""
+"""Seconds between two counts of the dead letters, and of the events that wait for a later attempt."""
 
 
 class DurableConsumers(RegistryListener):
@@ -87,6 +89,12 @@ class DurableConsumers(RegistryListener):
             self._signs = self._measuring = None
         self._ended.clear()
         await self._parts.dead_letters.stop()
+        await self._parts.later.stop()
+
+    @property
+    def retries_waiting(self) -> int | None:
+        """Number of events that wait for a later attempt when it was last counted; None: that is not known."""
+        return self._parts.later.measured
 
     @property
     def settlements(self) -> Collection[Puller]:
@@ -125,7 +133,7 @@ class DurableConsumers(RegistryListener):
             del self._of_type[hosted.agent_type]
 
     def _puller(self, hosted: HostedType, stream: str, config: ConsumerConfig) -> Puller:
-        retries, again = retry_options(self._parts.options, hosted.agent_type), self._again(hosted, stream)
+        retries, again = retry_options(self._parts.options, hosted.agent_type), self._subjects.again(stream)
         start = START_ALL if stream == self._reminders else hosted.start_from
         if start == START_NOW and (since := self._since.get((hosted.agent_type, stream))) is not None:
             # An earlier attempt failed, perhaps because the stream was not made yet.
@@ -190,12 +198,15 @@ class DurableConsumers(RegistryListener):
             work = self._sign_regularly()
             self._signs = asyncio.get_running_loop().create_task(work, name="natsrt held events", context=context)
             self._measuring = asyncio.get_running_loop().create_task(
-                self._measure_regularly(), name="natsrt dead letters", context=contextvars.Context()
+                self._measure_regularly(), name="natsrt what waits", context=contextvars.Context()
             )
 
     async def _measure_regularly(self) -> None:
         while True:
             await self._parts.box.measure()
+            await self._parts.later.measure(
+                [(stream, agent_type) for agent_type, of_type in self._of_type.items() for stream in of_type]
+            )
             await asyncio.sleep(_MEASURED_EVERY)
 
     async def _sign_regularly(self) -> None:
@@ -230,15 +241,12 @@ class DurableConsumers(RegistryListener):
     def _config(self, hosted: HostedType, stream: str, filters: Sequence[str]) -> ConsumerConfig:
         config = ConsumerConfig(
             name=encode_token(hosted.agent_type),
-            filter_subjects=(*filters, self._again(hosted, stream)),
+            filter_subjects=(*filters, *stored_again(self._subjects, stream, hosted.agent_type)),
             ack_wait=self._parts.options.ack_wait,
             description=f"natsrt: events for agent type {hosted.agent_type}",
             keeps_filters=True,
         )
         return config if hosted.keyed is None else feeding(config)
-
-    def _again(self, hosted: HostedType, stream: str) -> str:
-        return f"{self._subjects.again(stream)}.{encode_token(hosted.agent_type)}"
 
     def _warn_of_custom(self, hosted: HostedType) -> None:
         """Custom subscriptions are objects of one process. A consumer is shared by all workers, now and later."""

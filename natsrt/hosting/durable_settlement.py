@@ -5,48 +5,47 @@ Rules:
 1. An event is *held* from its delivery until it is settled: acknowledged, given back, or terminated. While it is held,
    the server is told so from time to time, and delivers it to no other worker (`DurableSettlement.still_held`). One
    that is delivered again nevertheless, because this worker was frozen, is not handled a second time here.
-2. An event whose handler returned is acknowledged, and so is one that no agent of the type is to get.
-3. An event whose handler raised is delivered again after a delay that grows, until it has been tried as often as its
-   agent type allows. Then it becomes a dead letter. So do at once one that cannot be read or that a handler rejects,
-   and one whose attempts were used up without any coming to its end.
-4. A dead letter is stored before its event is terminated. If the worker ends between the two, the event is delivered
-   again, and the stream of dead letters takes no second one.
-5. An event whose handler has not ended when the worker stops is given back, and another worker gets it at once.
-   `Returned` counts that, so that it is no attempt.
+2. What follows from the end of an attempt is decided in `natsrt.hosting.endings`.
+3. An event that was delivered before is looked after when its handler is about to begin (`DurableSettlement.begins`):
+   the attempt is counted, so that an event which ends its workers is given up some time, and those that they merely
+   held are not (`natsrt.jetstream.attempts`).
+4. An event that is to be tried again in more than a minute waits in a schedule of its stream, where it holds no place
+   in the consumer (`natsrt.jetstream.later_retries`). If that is not possible, it keeps its place.
+5. A dead letter is stored before its event is terminated, and what waits for later is stored before its delivery is
+   acknowledged. If the worker ends between the two, the event is delivered again, and no second one is stored.
+6. An event whose handler has not ended when the worker stops is given back, and another worker gets it at once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from natsrt.agents.current_delivery import handled_delivery
 from natsrt.agents.hosted_type import HostedType
-from natsrt.agents.inbound import EVENT, Answer, Inbound, Route, SentBack, Settlement
-from natsrt.background import BackgroundTasks
-from natsrt.errors import BlobDamaged, BlobLost, CannotDecode, NatsrtError, NotSettled, Reject, Retry, WorkerStopped
+from natsrt.agents.inbound import EVENT, Answer, EventDropped, Inbound, Route, SentBack, Settlement
+from natsrt.errors import NatsrtError, WorkerStopped
+from natsrt.hosting.endings import Acknowledge, Bury, Ending, Fate, GiveBack, TryAgain, before_it_begins, fate
 from natsrt.hosting.intake import Intake
 from natsrt.hosting.settlements import outline
+from natsrt.jetstream.attempts import Attempts, Counted
 from natsrt.jetstream.consumers import ConsumerConfig, Start
 from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.dead_letters import DeadLetters, Unhandled, published_on
 from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.domains import Domain
+from natsrt.jetstream.later_retries import LaterRetries
 from natsrt.jetstream.pulling import EXPIRES, HEARTBEAT, Pull, Room
 from natsrt.jetstream.registry.registry import Registry
-from natsrt.jetstream.returned import Returned
 from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
 from natsrt.options import Options
 from natsrt.retry_types import RetryOptions
 from natsrt.transport.connection import Connection
-from natsrt.wire import envelope
 from natsrt.wire.envelope import MESSAGE_ID_HEADER
-from natsrt.wire.exception_parts import class_name
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
@@ -61,11 +60,7 @@ _LEAST_EXPIRES: Final = 1.0
 """Seconds for which a pull is open at least, if nothing comes."""
 _HEARTBEATS: Final = 3
 """Heartbeats while a pull is open, at least."""
-_SOON: Final = 0.05
-"""Seconds after which an event that was given back is delivered again."""
 _NO_ROOM: Final = Room(0, 0)
-_UNREADABLE: Final = (CannotDecode, BlobLost, BlobDamaged)
-"""What is raised, before its handler starts, for an event that no attempt will ever read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +77,26 @@ class DurableParts:
     intake: Intake
     dead_letters: DeadLetters
     box: DeadLetterBox
-    returned: Returned
+    attempts: Attempts
+    later: LaterRetries
     event_errors: EventErrors
     counters: Counters
     settlements: set[Puller] = field(default_factory=set)
+
+    def log_failure(
+        self, agent: str, delivery: Delivery, attempts: int, retries: RetryOptions, decided: TryAgain
+    ) -> None:
+        """Log that one of the ``attempts`` of ``agent`` to handle an event has failed, and that it is tried again."""
+        logger.warning(
+            "event %d of %s for %s failed in attempt %d of %d, and is tried again in %g s: %s",
+            delivery.first_sequence,
+            delivery.stream,
+            agent,
+            attempts,
+            retries.max_deliver,
+            decided.after,
+            outline(decided.error),
+        )
 
     async def bury(self, letter: Unhandled, after: float) -> bool:
         """Store a dead letter. Returns False if that is not possible now: try it again ``after`` so many seconds."""
@@ -95,7 +106,7 @@ class DurableParts:
         except NatsrtError as problem:
             logger.error(
                 "event %d of %s for %s cannot be made a dead letter, and is tried again in %g s: %s",
-                delivery.sequence,
+                delivery.first_sequence,
                 delivery.stream,
                 letter.agent_type,
                 after,
@@ -107,7 +118,7 @@ class DurableParts:
             self.event_errors.record(letter.error)
             logger.error(
                 "event %d of %s for %s has become a dead letter after %d attempts: %s",
-                delivery.sequence,
+                delivery.first_sequence,
                 delivery.stream,
                 letter.agent_type,
                 letter.attempts,
@@ -144,15 +155,32 @@ class Puller(Protocol):
         """Tell the server that the events are held."""
 
 
+class _Held:
+    """An event that is held.
+
+    ``attempts`` is the number of its attempts, with the present one. ``counted``: the present one was counted before
+    its handler began. ``fate``: what was decided before that; None: nothing was.
+    """
+
+    __slots__ = ("attempts", "counted", "delivery", "fate")
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.delivery: Delivery = delivery
+        self.attempts: int = delivery.before + 1
+        self.counted: bool = False
+        self.fate: Fate | None = None
+
+
 class DurableSettlement(Settlement):
     """Pulls the events of one stream for one agent type, and settles them.
 
-    ``again`` is the subject of events that are stored once more for this agent type. ``config`` is how the consumer is
+    ``again`` is the start of the subjects of events that are stored once more. ``config`` is how the consumer is
     made, and ``start`` is where it begins then.
     """
 
     wants_answer = False
     has_own_limit = True
+    looks_before_handlers = True
 
     def __init__(
         self,
@@ -172,12 +200,9 @@ class DurableSettlement(Settlement):
         self._retries = retries
         self._again = again
         self._route = Route(EVENT, hosted, self)
-        self._held: dict[Inbound, Delivery] = {}
+        self._held: dict[Inbound, _Held] = {}
         self._by_sequence: dict[int, Inbound] = {}
         """The events that are held, by their sequences in the stream."""
-        self._looked_at: set[Delivery] = set()
-        """Deliveries that are not the first ones of their events, while their attempts are counted."""
-        self._tasks = BackgroundTasks(logger, f"an event of {stream} could not be taken in")
         self._held_bytes = 0
         self._waiting: dict[Inbound, Callable[[Exception], None]] = {}
         """The events that may wait for a place, and what ends that wait."""
@@ -219,16 +244,15 @@ class DurableSettlement(Settlement):
         self._stopping = True  # what waits in the intake is given back when its turn comes
         for refuse in list(self._waiting.values()):
             refuse(self._stopped())
-        await self._tasks.wait()
 
     @property
     def holds(self) -> int:
         """Number of events that are held."""
-        return len(self._held) + len(self._looked_at)
+        return len(self._held)
 
     def still_held(self) -> None:
         """Tell the server that the events are held, so that they are not delivered to another worker."""
-        self.pull.working((*self._held.values(), *self._looked_at))
+        self.pull.working(held.delivery for held in self._held.values())
 
     def _room(self) -> Room:
         """How much more may be pulled. One event may always be, so that no other agent type can hold this one up."""
@@ -242,35 +266,19 @@ class DurableSettlement(Settlement):
 
     def _take_in(self, delivery: Delivery) -> None:
         """Take in a delivery. Called in the client's read loop."""
-        if delivery.attempt == 1:
-            self._put(delivery)
-            return
-        self._parts.counters.redelivered += 1
-        inbound = self._by_sequence.get(delivery.sequence)
-        if inbound is not None and self._held[inbound].stored_at == delivery.stored_at:
-            self._held[inbound] = delivery
-            return
-        self._looked_at.add(delivery)
-        self._tasks.spawn(self._take_in_again(delivery))
-
-    async def _take_in_again(self, delivery: Delivery) -> None:
-        """Take in a delivery that is not the first one of its event, if there is an attempt left."""
-        try:
-            delivery.attempt -= await self._parts.returned.count(self._hosted.agent_type, delivery)
-            if self._stopping:
-                self._give_back(delivery, _SOON)
-            elif delivery.attempt <= self._retries.max_deliver:
-                self._put(delivery)
-            else:
-                await self._end_unsettled(delivery)
-        finally:
-            self._looked_at.discard(delivery)
-
-    def _put(self, delivery: Delivery) -> None:
-        """Put a delivery into the intake."""
-        delivery.message.subject = published_on(delivery.message, self._again)
+        message = delivery.message
+        if message.subject.startswith(self._again):
+            self._parts.later.recognise(delivery)
+            message.subject = published_on(message, self._again)
+        if delivery.attempt > 1 or delivery.before:
+            self._parts.counters.redelivered += 1
+        if delivery.attempt > 1 and (inbound := self._by_sequence.get(delivery.sequence)) is not None:
+            held = self._held[inbound]
+            if held.delivery.stored_at == delivery.stored_at:
+                held.delivery = delivery
+                return
         self._arriving = delivery
-        self._parts.intake.take(self._route, delivery.message)
+        self._parts.intake.take(self._route, message)
 
     def _tell_trouble(self, error: NatsrtError | None) -> None:
         if error is None:
@@ -282,7 +290,7 @@ class DurableSettlement(Settlement):
 
     def take(self, inbound: Inbound) -> bool:
         assert self._arriving is not None
-        self._held[inbound] = self._arriving
+        self._held[inbound] = _Held(self._arriving)
         self._by_sequence[self._arriving.sequence] = inbound
         self._held_bytes += inbound.size
         return True
@@ -290,120 +298,201 @@ class DurableSettlement(Settlement):
     def identified(self, inbound: Inbound) -> None:
         if self._stopping:
             raise self._stopped()
-        handled_delivery.set(self._held[inbound])
+        handled_delivery.set(self._held[inbound].delivery)
 
     def waits_for_place(self, inbound: Inbound, refuse: Callable[[Exception], None]) -> None:
         self._waiting[inbound] = refuse
 
     def plain_id(self, inbound: Inbound) -> str:
-        return message_id_of(self._held[inbound])
+        return message_id_of(self._held[inbound].delivery)
 
-    def handled(self, inbound: Inbound, answer: Answer | None) -> None:
-        delivery = self._release(inbound)
-        if delivery is None:
-            return
-        if inbound.key is None and not self._parts.registry.synced:
-            self._give_back(delivery, self._retries.retry_delay)  # a subscription may have been added meanwhile
-        else:
-            self.pull.ack(delivery)
+    async def begins(self, inbound: Inbound) -> None:
+        """Called when the handler is about to begin. Raises `EventDropped` if it must not, and `SentBack`."""
+        held = self._held.get(inbound)
+        if held is not None and (held.delivery.attempt > 1 or held.delivery.before):
+            await self._begin_again(held, held.delivery)
+
+    async def _begin_again(self, held: _Held, delivery: Delivery) -> None:
+        """Look after an event that was delivered before."""
+        agent_type, later = self._hosted.agent_type, self._parts.later
+        deliveries, counted = delivery.attempt, Counted()
+        try:
+            if deliveries > 1 and await later.has(agent_type, delivery):
+                logger.info("%r waits for a later attempt already, and is acknowledged", delivery)
+                raise EventDropped
+            if delivery.before and await later.is_discarded(delivery):
+                logger.warning("%r is not tried again: its stream has discarded the event", delivery)
+                raise EventDropped
+        except NatsrtError as error:
+            logger.warning("%r is given back, since it is not known whether it waits elsewhere: %s", delivery, error)
+            raise SentBack(error) from None
+        if deliveries > 1:
+            counted = await self._count(held)
+        before = held.attempts - 1
+        held.fate = before_it_begins(
+            self._retries, self.stream, delivery.first_sequence, attempts=before, given_up=counted.given_up
+        )
+        if held.fate is not None:
+            raise EventDropped
+        unknown = deliveries - 1 - counted.attempts - counted.returned
+        # A worker may have died in the first attempt, which is not counted: a handler that wants to know must be told.
+        delivery.attempt = held.attempts + min(1, max(0, unknown))
+        handled_delivery.set(delivery)
+
+    async def _count(self, held: _Held) -> Counted:
+        """Count the present attempt of an event that was delivered before.
+
+        If the server does not count, each delivery is taken for an attempt, so that there is an end to them.
+        """
+        delivery = held.delivery
+        counted = await self._parts.attempts.begin(self._hosted.agent_type, *_place(delivery))
+        held.counted = counted is not None
+        counted = counted or Counted(delivery.attempt - 1)
+        held.attempts = delivery.before + counted.attempts + 1
+        return counted
+
+    def handled(self, inbound: Inbound, answer: Answer | None) -> Awaitable[None] | None:
+        held = self._held.get(inbound)
+        if held is None:
+            return None
+        unknown = inbound.key is None and not self._parts.registry.synced  # a subscription may have been added
+        if held.fate is None and not unknown:
+            self._acknowledge(inbound, held)
+            return None
+        return self._settle(inbound, held, held.fate or fate(self._retries, Ending(attempts=0, unknown=unknown)))
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
-        delivery = self._held.get(inbound)
-        if delivery is None:
+        held = self._held.get(inbound)
+        if held is None:
             return
         if isinstance(error, WorkerStopped) and error.worker_id == self._parts.worker_id:
             await self.refused(inbound, error)
-        elif isinstance(error, asyncio.CancelledError) and inbound.token is not None and inbound.token.is_cancelled():
-            self.handled(inbound, None)  # its publisher has cancelled it
-        elif isinstance(error, Reject):
-            await self._bury(inbound, delivery, error, error.reason)
-        elif isinstance(error, _UNREADABLE) and not inbound.begun:
-            await self._bury(inbound, delivery, error, str(error))
-        elif delivery.attempt >= self._retries.max_deliver:
-            name = class_name(type(error))
-            await self._bury(inbound, delivery, error, f"{name} in the last of {delivery.attempt} attempts")
-        else:
-            self._retry(inbound, delivery, error)
+            return
+        if not inbound.begun and held.delivery.attempt > 1 and not held.counted:
+            await self._count(held)  # the agent could not be made, for example
+        ending = Ending(
+            attempts=held.attempts,
+            error=error,
+            begun=inbound.begun,
+            cancelled=inbound.token is not None and inbound.token.is_cancelled(),
+            left=self._parts.later.left(held.delivery),
+            can_wait=self._parts.later.are_possible(self.stream),
+        )
+        await self._settle(inbound, held, fate(self._retries, ending))
 
     async def refused(self, inbound: Inbound, error: Exception) -> None:
-        if (delivery := self._release(inbound)) is not None:
-            self._give_back(delivery, _SOON)
+        if (held := self._held.get(inbound)) is not None:
+            ending = Ending(attempts=0, refused=True, at_once=isinstance(error, WorkerStopped))
+            await self._settle(inbound, held, fate(self._retries, ending))
 
-    def _retry(self, inbound: Inbound, delivery: Delivery, error: BaseException) -> None:
-        """Have an event delivered again whose handler raised."""
-        delay = self._retries.delay(delivery.attempt)
-        if isinstance(error, Retry) and error.after is not None:
-            delay = error.after
-        logger.warning(
-            "event %d of %s for %s failed in attempt %d of %d, and is tried again in %g s: %s",
-            delivery.sequence,
-            self.stream,
-            self._hosted.agent_type,
-            delivery.attempt,
-            self._retries.max_deliver,
-            delay,
-            outline(error),
-        )
+    # -- what was decided ----------------------------------------------------------------------------------------
+
+    async def _settle(self, inbound: Inbound, held: _Held, decided: Fate) -> None:
+        """Do with an event what was decided."""
+        match decided:
+            case Acknowledge():
+                self._acknowledge(inbound, held)
+            case GiveBack(after):
+                self._give_back(inbound, held, after)
+            case TryAgain():
+                await self._try_again(inbound, held, decided)
+            case Bury():
+                await self._bury(inbound, held, decided)
+
+    def _acknowledge(self, inbound: Inbound, held: _Held) -> None:
+        if held.counted:
+            self._parts.attempts.ended(self._hosted.agent_type, *_place(held.delivery))
         self._release(inbound)
-        self.pull.retry(delivery, delay)
+        self.pull.ack(held.delivery)
 
-    def _give_back(self, delivery: Delivery, delay: float) -> None:
-        """Have an event delivered again without that this one counts as an attempt."""
-        self._parts.returned.add(self._hosted.agent_type, delivery)
-        self.pull.retry(delivery, delay)
+    def _give_back(self, inbound: Inbound, held: _Held, after: float) -> None:
+        """Have an event delivered again without that this delivery counts as an attempt."""
+        agent_type, place = self._hosted.agent_type, _place(held.delivery)
+        if held.counted:
+            self._parts.attempts.ended(agent_type, *place)
+        self._parts.attempts.returned(agent_type, *place)
+        self._release(inbound)
+        self.pull.retry(held.delivery, after)
+
+    async def _try_again(self, inbound: Inbound, held: _Held, decided: TryAgain) -> None:
+        """Have an event delivered again whose attempt has failed."""
+        delivery = held.delivery
+        self._parts.log_failure(self._hosted.agent_type, delivery, held.attempts, self._retries, decided)
+        if not held.counted:
+            self._parts.attempts.failed(self._hosted.agent_type, *_place(delivery))
+        if decided.elsewhere and await self._waits_elsewhere(inbound, held, decided.after):
+            self._release(inbound)
+            self.pull.ack(held.delivery)  # it may have been delivered again meanwhile
+            return
+        self._release(inbound)
+        self.pull.retry(held.delivery, decided.after)
+
+    async def _waits_elsewhere(self, inbound: Inbound, held: _Held, after: float) -> bool:
+        """Store an event for a later attempt. Returns False if that is not possible."""
+        delivery = held.delivery
+        try:
+            await self._parts.later.put(
+                self._hosted.agent_type,
+                delivery,
+                subject=delivery.message.subject,
+                message_id=_message_id(inbound, delivery),
+                attempts=held.attempts,
+                after=after,
+            )
+        except NatsrtError as error:
+            logger.warning("%r keeps its place in the consumer for %g s: %s", delivery, after, error)
+            return False
+        return True
+
+    async def _bury(self, inbound: Inbound, held: _Held, decided: Bury) -> None:
+        """Store a dead letter, and terminate its event. If it cannot be stored, its event is given back for later."""
+        delivery = held.delivery
+        letter = letter_of(self._hosted.agent_type, delivery, inbound, decided)
+        if await self._parts.bury(letter, self._retries.retry_delay_max):
+            self._parts.attempts.gave_up(self._hosted.agent_type, *_place(delivery))
+            self._release(inbound)
+            self.pull.terminate(held.delivery, f"dead letter: {decided.reason}")
+        else:
+            self._give_back(inbound, held, self._retries.retry_delay_max)
 
     def _stopped(self) -> SentBack:
         return SentBack(WorkerStopped(self._hosted.agent_type, self._parts.worker_id))
 
-    def _release(self, inbound: Inbound) -> Delivery | None:
-        """Hold an event no longer. Returns None if it was not held."""
+    def _release(self, inbound: Inbound) -> None:
+        """Hold an event no longer. Has no effect if it is not held."""
         self._waiting.pop(inbound, None)
-        delivery = self._held.pop(inbound, None)
-        if delivery is not None:
+        held = self._held.pop(inbound, None)
+        if held is not None:
             self._held_bytes -= inbound.size
-            if self._by_sequence.get(delivery.sequence) is inbound:
-                del self._by_sequence[delivery.sequence]
-        return delivery
-
-    # -- dead letters --------------------------------------------------------------------------------------------
-
-    async def _bury(self, inbound: Inbound, delivery: Delivery, error: BaseException, reason: str) -> None:
-        """Make an event that is held a dead letter."""
-        said = inbound.body.text("id") if inbound.body is not None else None
-        await self._end_as_dead_letter(delivery, said or message_id_of(delivery), error, reason, delivery.attempt)
-        self._release(inbound)
-
-    async def _end_unsettled(self, delivery: Delivery) -> None:
-        """Make an event a dead letter whose attempts were used up without any coming to its end."""
-        attempts = delivery.attempt - 1
-        try:
-            body = envelope.decode(delivery.message.data)
-        except CannotDecode:
-            body = None
-        said = body.text("id") if body is not None else None
-        error = NotSettled(delivery.stream, delivery.sequence, attempts)
-        await self._end_as_dead_letter(delivery, said or message_id_of(delivery), error, str(error), attempts)
-
-    async def _end_as_dead_letter(
-        self, delivery: Delivery, message_id: str, error: BaseException, reason: str, attempts: int
-    ) -> None:
-        """Store a dead letter, and terminate its event. If it cannot be stored, its event is given back for later."""
-        letter = Unhandled(
-            delivery=delivery,
-            subject=published_on(delivery.message, self._again),
-            agent_type=self._hosted.agent_type,
-            message_id=message_id,
-            reason=reason,
-            error=error,
-            attempts=attempts,
-            failed_at=time.time(),
-        )
-        if not await self._parts.bury(letter, self._retries.retry_delay_max):
-            self._give_back(delivery, self._retries.retry_delay_max)
-            return
-        self.pull.terminate(delivery, f"dead letter: {reason}")
+            if self._by_sequence.get(held.delivery.sequence) is inbound:
+                del self._by_sequence[held.delivery.sequence]
 
 
 def message_id_of(delivery: Delivery) -> str:
     """The message id of an event with a plain body: the same in all attempts."""
-    return (delivery.message.headers or {}).get(MESSAGE_ID_HEADER) or f"{delivery.stream}-{delivery.sequence}"
+    own = f"{delivery.stream}-{delivery.first_sequence}"
+    return (delivery.message.headers or {}).get(MESSAGE_ID_HEADER) or own
+
+
+def letter_of(agent_type: str, delivery: Delivery, inbound: Inbound, decided: Bury) -> Unhandled:
+    """The dead letter of an event whose attempt has just ended."""
+    return Unhandled(
+        delivery=delivery,
+        subject=inbound.message.subject,
+        agent_type=agent_type,
+        message_id=_message_id(inbound, delivery),
+        reason=decided.reason,
+        error=decided.error,
+        attempts=decided.attempts,
+        failed_at=time.time(),
+    )
+
+
+def _message_id(inbound: Inbound, delivery: Delivery) -> str:
+    said = inbound.body.text("id") if inbound.body is not None else None
+    return said or message_id_of(delivery)
+
+
+def _place(delivery: Delivery) -> tuple[str, int, float]:
+    """Under which its attempts are counted."""
+    return delivery.stream, delivery.sequence, delivery.stored_at

@@ -11,8 +11,10 @@ Rules:
 3. Each event waits in the line of its key (`natsrt.hosting.lines`), and is delivered to the owner of its agent, who
    confirms it when it is handled and the agent's state is stored.
 4. An event is acknowledged when it is confirmed, or when it is for no agent of the type. If its handler raised, or its
-   owner was lost, it is delivered again in its place after a delay that grows, until it has been tried as often as its
-   agent type allows. Then it becomes a dead letter, and its key goes on.
+   owner was lost, it is delivered again in its place after a delay that grows, and its key waits, however long that is.
+   When it has been tried as often as its agent type allows, it becomes a dead letter, and its key goes on. What follows
+   from the end of an attempt is decided in `natsrt.hosting.endings`, and failed attempts are counted where the next
+   feeder finds them (`natsrt.jetstream.attempts`).
 5. The server pins another client only when it has a message to deliver. So a client that waits looks after the
    consumer when a worker has gone: if nobody is pinned, and messages wait for their acknowledgements, it resets the
    consumer.
@@ -23,9 +25,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from autogen_core import AgentId
@@ -34,22 +34,16 @@ from nats.aio.msg import Msg
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import EVENT, EventDropped, Inbound, Route
 from natsrt.background import BackgroundTasks, end_tasks
-from natsrt.errors import (
-    CannotDecode,
-    MessageTooLarge,
-    NatsrtError,
-    NotSettled,
-    Reject,
-    Retry,
-    StreamUnavailable,
-    WorkerLost,
-)
-from natsrt.hosting.durable_settlement import DurableParts, message_id_of, share_of
+from natsrt.errors import CannotDecode, MessageTooLarge, NatsrtError, StreamUnavailable, WorkerLost
+from natsrt.hosting.durable_settlement import DurableParts, letter_of, message_id_of, share_of
+from natsrt.hosting.endings import Acknowledge, Bury, Ending, Fate, GiveBack, TryAgain, before_it_begins, fate
 from natsrt.hosting.lines import Again, Lines, Outcome, Settled, Tries
+from natsrt.hosting.pinned_consumer import GROUP, PIN, WAITS, is_pinned, noting_suspects, pulls_with, suspects
 from natsrt.hosting.reader import Reader
-from natsrt.hosting.settlements import EventSettlement, outline
+from natsrt.hosting.settlements import EventSettlement
+from natsrt.jetstream.attempts import Counted
 from natsrt.jetstream.consumers import ConsumerConfig, Consumers, Start
-from natsrt.jetstream.dead_letters import Unhandled, published_on
+from natsrt.jetstream.dead_letters import published_on
 from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.pulling import BATCH, Pull, Room
@@ -57,25 +51,10 @@ from natsrt.retry_types import RetryOptions
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.sender import Sender
 from natsrt.transport.bodies import Bodies
-from natsrt.wire.exception_parts import class_name
 from natsrt.wire.stored_events import StoredEvent, stream_id
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
-GROUP: Final = "feeder"
-"""The priority group of the consumers of keyed types."""
-PINNED_FOR: Final = 5.0
-"""Seconds after its last pull for which a client stays pinned."""
-_PIN: Final = "Nats-Pin-Id"
-"""Header of what the server delivers to a pinned client."""
-_SECOND: Final = 1_000_000_000
-_PULL_EVERY: Final = 1.5
-"""Seconds after which a pull of the pinned client expires, so that the next one keeps it pinned."""
-_HEARTBEAT: Final = 0.75
-"""Seconds between the heartbeats of such a pull."""
-_SUSPECTS: Final = "natsrt_suspects"
-"""The key in a consumer's metadata with the last sequence that a feeder got which has gone, if somebody else has reset
-the consumer since."""
 _AGAIN: Final = 1.0
 """Seconds between two attempts to start over, and between two looks after the consumer."""
 _LOOKS: Final = 8
@@ -84,24 +63,13 @@ _END_WITHIN: Final = 1.0
 """Seconds for which a stop waits for the events that are being delivered."""
 
 
-def feeding(config: ConsumerConfig) -> ConsumerConfig:
-    """The configuration of a consumer from which one client pulls at a time."""
-    return replace(
-        config,
-        more={
-            **config.more,
-            "priority_groups": [GROUP],
-            "priority_policy": "pinned_client",
-            "priority_timeout": int(PINNED_FOR * _SECOND),
-        },
-    )
-
-
 class _Place(NamedTuple):
-    """Where an event is stored. ``reply`` is the subject on which its delivery is acknowledged."""
+    """Where an event is stored, and when, in seconds since the epoch. ``reply`` is the subject on which its delivery is
+    acknowledged."""
 
     sequence: int
     reply: str
+    stored_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +86,8 @@ class FeederParts:
 class Feeder:
     """Pulls the events of one stream for one keyed type, and feeds them to its agents while it is pinned.
 
-    ``config`` is how the consumer is made: see `feeding`. ``start`` is where it begins then. ``again`` is the subject
-    of events that are stored once more for this agent type.
+    ``config`` is how the consumer is made: see `feeding`. ``start`` is where it begins then. ``again`` is the start of
+    the subjects of events that are stored once more.
     """
 
     def __init__(
@@ -154,8 +122,10 @@ class Feeder:
         """The last id with which the server pinned this client."""
         self._expected = 1
         """The number of the next delivery."""
-        self._begun: set[int] = set()
-        """The sequences of suspects whose delivery is written down as begun."""
+        self._suspects: dict[int, Counted] = {}
+        """What was counted of suspects, by sequence: they are counted before each attempt."""
+        self._counted: set[int] = set()
+        """The sequences of suspects whose present attempt is counted."""
         self._starting: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._stopping = False
@@ -170,7 +140,7 @@ class Feeder:
             room=self._room,
             on_trouble=self._tell_trouble,
         )
-        self.pull.extra = {"group": GROUP}
+        self.pull.extra = dict(WAITS)
 
     # -- the life of a feeder ------------------------------------------------------------------------------------
 
@@ -235,7 +205,7 @@ class Feeder:
     def _end_feeding(self) -> None:
         """The server has ended the pin. What is not settled is delivered again, to whom it pins next."""
         lines, self._lines = self._lines, None
-        self.pull.extra = {"group": GROUP}
+        self.pull.extra = dict(WAITS)
         if lines is not None:
             logger.info("%s is not the feeder of %s any more", self._parts.worker_id, self._name)
             self._tasks.spawn(_end(lines))
@@ -259,7 +229,7 @@ class Feeder:
                 info = await consumers.info(self.config.name)
                 if info is None or not info.get("num_ack_pending"):
                     return  # the next message that is stored has the server pin a client
-                if not _pinned(info):
+                if not is_pinned(info):
                     await self._have_one_pinned(consumers, info)
                     return
             except NatsrtError as error:
@@ -268,26 +238,18 @@ class Feeder:
 
     async def _have_one_pinned(self, consumers: Consumers, info: dict[str, Any]) -> None:
         """Reset the consumer, so that it has a message to deliver, and pins a client."""
-        floor, delivered = info["ack_floor"]["stream_seq"], _suspects(info)
-        suspects = {_SUSPECTS: str(delivered)}
-        config = replace(self.config, more={**self.config.more, "metadata": suspects})
-        await consumers.update(config, info)
-        await consumers.reset(self.config.name, floor + 1)
+        await consumers.update(noting_suspects(self.config, info), info)
+        await consumers.reset(self.config.name, info["ack_floor"]["stream_seq"] + 1)
 
     # -- taking in -----------------------------------------------------------------------------------------------
 
     def _take_in(self, delivery: Delivery) -> None:
         """Take in a delivery. Called in the client's read loop."""
         headers = delivery.message.headers
-        pin = None if headers is None else headers.get(_PIN)
+        pin = None if headers is None else headers.get(PIN)
         if pin is not None and pin != self._pin:
             self._pin = pin
-            self.pull.extra = {
-                "group": GROUP,
-                "id": pin,
-                "expires": int(_PULL_EVERY * _SECOND),
-                "idle_heartbeat": int(_HEARTBEAT * _SECOND),
-            }
+            self.pull.extra = pulls_with(pin)
             self._start_over(delivery.sequence)
         elif self._stopping or "id" not in self.pull.extra:
             return  # it was sent before the pin ended, and comes again
@@ -300,7 +262,7 @@ class Feeder:
     def _put(self, lines: Lines[_Place, Inbound], delivery: Delivery) -> None:
         message = delivery.message
         inbound = self._inbound(message)
-        place = _Place(delivery.sequence, message.reply)
+        place = _Place(delivery.sequence, message.reply, delivery.stored_at)
         lines.take(self._key(inbound), place, inbound, inbound.size)
 
     def _inbound(self, message: Msg) -> Inbound:
@@ -362,32 +324,40 @@ class Feeder:
     async def _make_lines(self, info: dict[str, Any], first: int | None) -> None:
         if self._lines is not None:
             await self._lines.stop()
-        suspects = _suspects(info)
-        if first is not None and first >= suspects:
-            suspects = first - 1  # it is new: no former feeder got it
-        self._begun.clear()
-        self._lines = Lines(
-            self, max_bytes=share_of(self._parts), most=self.config.max_ack_pending, suspects_to=suspects
-        )
+        last = suspects(info)
+        if first is not None and first >= last:
+            last = first - 1  # it is new: no former feeder got it
+        self._suspects.clear()
+        self._counted.clear()
+        self._lines = Lines(self, max_bytes=share_of(self._parts), most=self.config.max_ack_pending, suspects_to=last)
         logger.info("%s is the feeder of %s", self._parts.worker_id, self._name)
 
     # -- as the deliverer of its lines ---------------------------------------------------------------------------
 
     async def deliver(self, place: _Place, message: Inbound, tries: Tries) -> Outcome:
         """Deliver an event once to the owner of its agent."""
-        stored = Delivery(message.message)
-        attempt = tries.failures + 1
+        stored, attempts = Delivery(message.message), tries.failures
         if tries != (0, 0):
             self._parts.counters.redelivered += 1
-        if tries.failures >= self._retries.max_deliver:
-            error: BaseException = NotSettled(self.stream, place.sequence, tries.failures)
-            return await self._give_up(stored, message, error, str(error), tries.failures)
+        given_up = place.sequence in self._suspects and self._suspects[place.sequence].given_up
+        decided: Fate | None = before_it_begins(
+            self._retries, self.stream, place.sequence, attempts=attempts, given_up=given_up
+        )
+        if decided is None:
+            if place.sequence in self._suspects and place.sequence not in self._counted:
+                await self._count(place)
+            attempts += 1
+            decided = fate(self._retries, await self._attempt(place, message, stored, attempts))
+        return await self._carry_out(place, message, stored, attempts, decided)
+
+    async def _attempt(self, place: _Place, message: Inbound, stored: Delivery, attempts: int) -> Ending:
+        """Deliver an event to the owner of its agent, and find out how that ended."""
         try:
             if message.body is None or message.key is None:
                 message.body = self._bodies.unpack(message.message.data)
                 message.kind, message.key, message.topic = self._reader.address(message)
             if message.key is None or message.topic is None:
-                return Settled.HANDLED if self._parts.registry.synced else Again(_AGAIN, failed=False)
+                return Ending(attempts=attempts, unknown=not self._parts.registry.synced)
             agent = AgentId(self._hosted.agent_type, message.key)
             body = message.body
             if body is None:
@@ -395,65 +365,53 @@ class Feeder:
                 read = await self._reader.plain_delivery(message, agent, self._hosted.handles, message_id)
                 body = self._sender.enveloped(read.message, message_id)
         except EventDropped:
-            return Settled.HANDLED
+            return Ending(attempts=attempts)
         except CannotDecode as unreadable:
             self._parts.counters.undecodable += 1
-            return await self._give_up(stored, message, unreadable, str(unreadable), attempt)
-        event = StoredEvent(self._stream_id, place.sequence, attempt, stored.stored_at)
+            return Ending(attempts=attempts, error=unreadable, begun=False)
+        event = StoredEvent(self._stream_id, place.sequence, attempts, stored.stored_at)
+        left = self._parts.later.left(stored)
         try:
             failure = await self._delivery.deliver_confirmed(agent, message.topic, body, event)
         except MessageTooLarge as too_large:
-            return await self._give_up(stored, message, too_large, str(too_large), attempt)
+            return Ending(attempts=attempts, error=too_large, begun=False)
         except WorkerLost as lost:  # perhaps because of the event
             failure = lost
         except NatsrtError as error:
-            return self._not_delivered(place, agent, error)
-        return Settled.HANDLED if failure is None else await self._failed(stored, message, failure, attempt)
+            logger.info(
+                "event %d of %s could not be delivered to %s yet: %s", place.sequence, self.stream, agent, error
+            )
+            return Ending(attempts=attempts, refused=True)
+        return Ending(attempts=attempts, error=failure, begun=None, left=left)
 
-    def _not_delivered(self, place: _Place, agent: AgentId, error: NatsrtError) -> Again:
-        logger.info("event %d of %s could not be delivered to %s yet: %s", place.sequence, self.stream, agent, error)
-        return Again(self._retries.retry_delay, failed=False)
-
-    async def _failed(self, stored: Delivery, message: Inbound, error: BaseException, attempt: int) -> Outcome:
-        if isinstance(error, Reject):
-            return await self._give_up(stored, message, error, error.reason, attempt)
-        if isinstance(error, CannotDecode):
-            return await self._give_up(stored, message, error, str(error), attempt)
-        if attempt >= self._retries.max_deliver:
-            reason = f"{class_name(type(error))} in the last of {attempt} attempts"
-            return await self._give_up(stored, message, error, reason, attempt)
-        delay = self._retries.delay(attempt)
-        if isinstance(error, Retry) and error.after is not None:
-            delay = error.after
-        logger.warning(
-            "event %d of %s for %s/%s failed in attempt %d of %d, and is tried again in %g s: %s",
-            stored.sequence,
-            self.stream,
-            self._hosted.agent_type,
-            message.key,
-            attempt,
-            self._retries.max_deliver,
-            delay,
-            outline(error),
-        )
-        return Again(delay)
-
-    async def _give_up(
-        self, stored: Delivery, message: Inbound, error: BaseException, reason: str, attempts: int
+    async def _carry_out(
+        self, place: _Place, message: Inbound, stored: Delivery, attempts: int, decided: Fate
     ) -> Outcome:
-        said = message.body.text("id") if message.body is not None else None
-        letter = Unhandled(
-            delivery=stored,
-            subject=message.message.subject,
-            agent_type=self._hosted.agent_type,
-            message_id=said or message_id_of(stored),
-            reason=reason,
-            error=error,
-            attempts=attempts,
-            failed_at=time.time(),
-        )
-        later = self._retries.retry_delay_max
-        return Settled.GIVEN_UP if await self._parts.bury(letter, later) else Again(later, failed=False)
+        """Do with an event what was decided."""
+        match decided:
+            case Acknowledge():
+                return Settled.HANDLED
+            case GiveBack(after):
+                return self._without_attempt(place, after)
+            case TryAgain():
+                self._parts.log_failure(
+                    f"{self._hosted.agent_type}/{message.key}", stored, attempts, self._retries, decided
+                )
+                if place.sequence in self._counted:
+                    self._counted.remove(place.sequence)
+                else:
+                    self._parts.attempts.failed(*self._countable(place))
+                return Again(decided.after)
+            case Bury():
+                letter = letter_of(self._hosted.agent_type, stored, message, decided)
+                if await self._parts.bury(letter, self._retries.retry_delay_max):
+                    self._parts.attempts.gave_up(*self._countable(place))
+                    return Settled.GIVEN_UP
+                return self._without_attempt(place, self._retries.retry_delay_max)
+
+    def _without_attempt(self, place: _Place, after: float) -> Again:
+        self._take_back(place)
+        return Again(after, failed=False)
 
     async def read(self, place: _Place) -> Inbound | None:
         """Read an event again that was set aside."""
@@ -468,35 +426,39 @@ class Feeder:
 
     async def begin(self, place: _Place) -> int:
         """Write down that a suspect is about to be delivered."""
-        begun = await self._parts.returned.begin(self._hosted.agent_type, self.stream, place.sequence)
-        self._begun.add(place.sequence)
-        return begun
+        counted = self._suspects[place.sequence] = await self._count(place)
+        return counted.attempts
+
+    async def _count(self, place: _Place) -> Counted:
+        """Count the attempt of a suspect that is about to begin."""
+        counted = await self._parts.attempts.begin(*self._countable(place))
+        if counted is None:
+            return Counted()
+        self._counted.add(place.sequence)
+        return counted
+
+    def _take_back(self, place: _Place) -> None:
+        """The attempt that was counted, if it was, is none any more."""
+        if place.sequence in self._counted:
+            self._counted.remove(place.sequence)
+            self._parts.attempts.ended(*self._countable(place))
+
+    def _countable(self, place: _Place) -> tuple[str, str, int, float]:
+        return self._hosted.agent_type, self.stream, place.sequence, place.stored_at
 
     def settled(self, place: _Place, outcome: Settled) -> None:
         """Acknowledge an event."""
-        if place.sequence in self._begun:
-            self._begun.remove(place.sequence)
-            self._parts.returned.ended(self._hosted.agent_type, self.stream, place.sequence)
+        self._suspects.pop(place.sequence, None)
         if outcome is Settled.GIVEN_UP:
+            self._counted.discard(place.sequence)
             self.pull.terminate(place, "dead letter")
         else:
+            self._take_back(place)
             self.pull.ack(place)
 
 
 async def _end(lines: Lines[_Place, Inbound]) -> None:
     await lines.stop()
-
-
-def _pinned(info: dict[str, Any]) -> bool:
-    """Whether a client is pinned. ``info`` is JetStream's description of the consumer."""
-    groups: Iterable[dict[str, Any]] = info.get("priority_groups") or ()
-    return any(group.get("pinned_client_id") for group in groups)
-
-
-def _suspects(info: dict[str, Any]) -> int:
-    """The last sequence that a former feeder got. ``info`` is JetStream's description of the consumer."""
-    noted = (info["config"].get("metadata") or {}).get(_SUSPECTS, "0")
-    return max(int(info["delivered"]["stream_seq"]), int(noted) if noted.isdecimal() else 0)
 
 
 def _seconds(made: str) -> float:

@@ -200,6 +200,8 @@ class Invoker:
                 kind=MessageKind.DIRECT if context.is_rpc else MessageKind.PUBLISH,
                 stage=DeliveryStage.DELIVER,
             )
+        if inbound.settlement.looks_before_handlers:
+            await inbound.settlement.begins(inbound)
         _handling_agent.set(agent.id)
         inbound.begun = True
         try:

@@ -220,10 +220,17 @@ class Consumers:
 
     async def message(self, sequence: int) -> Msg | None:
         """Read a message of the stream, which must allow direct reads. None: it does not have the message any more."""
+        return await self._read({"seq": sequence})
+
+    async def next_message(self, subject: str, first: int) -> Msg | None:
+        """Read the first message on ``subject``, which may have wildcards, from the sequence ``first`` on. None: there
+        is none. The stream must allow direct reads."""
+        return await self._read({"next_by_subj": subject, "seq": first})
+
+    async def _read(self, wanted: dict[str, Any]) -> Msg | None:
         request, timeout = self._domain.api(f"DIRECT.GET.{self._stream}"), _ONE_REQUEST + self._connection.rtt.allowance
         try:
-            payload = orjson.dumps({"seq": sequence})
-            message = await self._connection.client.request(request, payload, timeout=timeout)
+            message = await self._connection.client.request(request, orjson.dumps(wanted), timeout=timeout)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise self._unavailable("read", str(error) or SILENT, passing=True) from error
         headers = message.headers or {}

@@ -119,12 +119,12 @@ class DeadLetterBox:
         async for message in self._reader.read(
             self._stream, self._filter(agent_type), since=since, last=info.state.last_seq
         ):
-            yield self._decode(message)
+            yield self.decode(message)
 
     async def get(self, sequence: int) -> DeadLetter | None:
         """The dead letter with this number; None if there is none."""
         message = await self._reader.message(self._stream, sequence)
-        return None if message is None else self._decode(message)
+        return None if message is None else self.decode(message)
 
     async def discard(self, letter: DeadLetter) -> bool:
         """Remove a dead letter. Returns False if it was removed before."""
@@ -139,7 +139,7 @@ class DeadLetterBox:
             return None
         return event.data
 
-    def _decode(self, message: StoredMessage) -> DeadLetter:
+    def decode(self, message: StoredMessage) -> DeadLetter:
         """A dead letter as it is stored. What it lacks is empty: any NATS client can write one."""
         headers = {name.lower(): value for name, value in message.headers.items()}
 

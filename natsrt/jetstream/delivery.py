@@ -23,13 +23,25 @@ class Delivery:
 
     ``stream`` and ``consumer`` are their names. ``sequence`` is the message's sequence in the stream. ``attempt``
     counts the deliveries of the message by the consumer, from 1, with those that did not arrive because a connection or
-    a pull ended at that moment; resetting the consumer sets it back to 1.
+    a pull ended at that moment; resetting the consumer sets it back to 1. ``before`` is the number of attempts that
+    were made before the message was stored once more for a later one; 0 for all other messages. ``first_sequence`` is
+    where it was stored first, which is ``sequence`` for all others, and ``stored_at`` is of that moment, too.
     ``stored_at`` is when the stream stored the message, in seconds since the epoch. ``pending`` is the number of
     messages that the consumer has not delivered yet, after this one. ``message`` is the message itself, whose reply
     subject acknowledges the delivery.
     """
 
-    __slots__ = ("attempt", "consumer", "message", "pending", "sequence", "stored_at", "stream")
+    __slots__ = (
+        "attempt",
+        "before",
+        "consumer",
+        "first_sequence",
+        "message",
+        "pending",
+        "sequence",
+        "stored_at",
+        "stream",
+    )
 
     def __init__(self, message: Msg) -> None:
         """Raises `CannotDecode` if the message's reply subject acknowledges no delivery."""
@@ -51,6 +63,8 @@ class Delivery:
             self.pending: int = int(tokens[at + 6])
         except ValueError:
             raise self._unreadable(message) from None
+        self.first_sequence: int = self.sequence
+        self.before: int = 0
         self.message: Msg = message
 
     @property

@@ -26,6 +26,7 @@ from natsrt.jetstream.registry.entries import DurableEntry
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.requests import OPEN, BucketRequests
 from natsrt.jetstream.streams import (
+    attempts_stream,
     dead_letters_stream,
     ensure_stream,
     events_name,
@@ -33,7 +34,6 @@ from natsrt.jetstream.streams import (
     own_filters,
     require_settings,
     require_version,
-    returned_stream,
     streams_over,
 )
 from natsrt.options import Options
@@ -64,7 +64,7 @@ class DurableStreams:
         """What this runtime's setting says, by stream; and what it has added since."""
         self._others = {
             config.name or "": config
-            for config in (dead_letters_stream(subjects, options), returned_stream(subjects, options))
+            for config in (dead_letters_stream(subjects, options), attempts_stream(subjects, options))
         }
         """The streams beside those of events."""
         self.added: tuple[str, ...] = ()

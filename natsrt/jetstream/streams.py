@@ -22,7 +22,7 @@ from natsrt.wire.subjects import Subjects
 
 EVENTS: Final = "natsrt_events"
 DEAD: Final = "natsrt_dead"
-RETURNED: Final = "natsrt_returned"
+ATTEMPTS: Final = "natsrt_attempts"
 BLOBS: Final = "natsrt_blobs"
 NEEDED_VERSION: Final = (2, 14)
 """The first version of nats-server that has all that durable topics need."""
@@ -99,12 +99,12 @@ def dead_letters_stream(subjects: Subjects, options: Options) -> api.StreamConfi
     )
 
 
-def returned_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
-    """How the stream is made that counts the events that workers gave back. It keeps each count for a week."""
+def attempts_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
+    """How the stream is made that counts attempts to handle events. It keeps each count for a week."""
     return api.StreamConfig(
-        name=subjects.bucket(RETURNED),
-        description="natsrt: how often workers gave events back",
-        subjects=[f"{subjects.of_returned}.>"],
+        name=subjects.bucket(ATTEMPTS),
+        description="natsrt: attempts to handle events that were delivered more than once",
+        subjects=[f"{subjects.attempts}.>"],
         retention=api.RetentionPolicy.LIMITS,
         num_replicas=options.registry_replicas,
         discard=api.DiscardPolicy.OLD,

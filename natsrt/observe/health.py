@@ -92,6 +92,8 @@ class Health:
     """Deliveries of events of durable topics to this runtime that were not the first ones of their events."""
     dead_letters: int = 0
     """Events of durable topics that this runtime has made dead letters: see ``docs/durable.md``."""
+    retries_waiting: int | None = None
+    """Events that are tried again more than a minute after they failed, counted every 30 s; None if not known."""
     dead_letters_kept: int | None = None
     """Dead letters of the whole namespace, counted every 30 s; None if this runtime handles no durable topics."""
 

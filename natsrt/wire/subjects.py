@@ -332,11 +332,15 @@ class Subjects:
     def again(self, stream: str) -> str:
         """The start of the subjects, without the last dot, on which events of a stream are stored once more for one
         agent type."""
-        return f"{self._root}natsrt.again.{stream}"
+        return self.own("again", stream)
 
     def later(self, stream: str) -> str:
         """The start of the subjects, without the last dot, of what a stream publishes at a later time."""
-        return f"{self._root}natsrt.later.{stream}"
+        return self.own("later", stream)
+
+    def own(self, kind: str, stream: str) -> str:
+        """The start of the subjects of one ``kind`` that a stream of events has beside its topics; ``*``: of all."""
+        return f"{self._root}natsrt.{kind}.{stream}"
 
     def delayed(self, stream: str, message_id: str, subject: str) -> str:
         """The subject on which a stream keeps an event with ``message_id`` that it publishes later on ``subject``.
@@ -374,14 +378,10 @@ class Subjects:
         """The subject of the dead letter of an event that ``agent_type`` could not handle."""
         return f"{self.dead}.{encode_token(agent_type)}.{stream}.{sequence}"
 
-    def returned(self, agent_type: str, stream: str, sequence: int) -> str:
-        """The subject of the count of how often workers of ``agent_type`` gave an event back."""
-        return f"{self.of_returned}.{encode_token(agent_type)}.{stream}.{sequence}"
-
     @property
-    def of_returned(self) -> str:
-        """The start of these subjects, without the last dot."""
-        return f"{self._root}natsrt.returned"
+    def attempts(self) -> str:
+        """The start of the subjects on which attempts to handle events are counted, without the last dot."""
+        return f"{self._root}natsrt.attempts"
 
     @property
     def dead(self) -> str:

@@ -23,6 +23,9 @@ from natsrt import errors
 from natsrt.agents.chain import chain_of
 from natsrt.errors import CannotDecode
 from natsrt.jetstream.acks import WrongRevision, read_ack
+from natsrt.jetstream.dead_letters import STORED_AT_HEADER
+from natsrt.jetstream.delivery import Delivery
+from natsrt.jetstream.later_retries import recognise
 from natsrt.jetstream.record import (
     HANDLED_BYTES,
     RECORD,
@@ -47,6 +50,7 @@ from natsrt.wire.envelope import SUPERSEDES_HEADER
 from natsrt.wire.failures import ErrorTypes, decode_answer, describe, is_refusal
 from natsrt.wire.ids import MAX_FORMER, former_copies
 from natsrt.wire.known_classes import NamedClasses
+from natsrt.wire.retry_subjects import attempts_of
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.stored_events import STORED, stored_event
 from natsrt.wire.subjects import Subjects, decode_token, encode_text, encode_token, is_subject_length
@@ -198,6 +202,23 @@ def _subject(given: bytes) -> None:
         assert decode_token(encode_text(text)) == text
     assert len(encode_token(text)) <= 200
     assert encode_text(decode_token(text)) == text
+
+
+_RETRY_CASES: Final = [
+    joined(subject, {STORED_AT_HEADER: stored}, b"{}")
+    for subject in ("natsrt.again.s.retry.jobs.17.1", "natsrt.again.s.retry.a=2Eb.9000000000.12", "natsrt.again.s.jobs")
+    for stored in ("1767323045500000", "", "x")
+]
+
+
+def _retry(given: bytes) -> None:
+    subject, headers, body = parts(given)
+    delivery = Delivery(Msg(None, subject, "$JS.ACK.s.jobs.1.5.5.1767323045500000000.0", body, headers))  # type: ignore[arg-type]
+    recognise(_SUBJECTS, delivery)
+    assert delivery.sequence == 5
+    assert 0 <= delivery.first_sequence < 2**63 > delivery.before >= 0
+    assert 0.0 <= delivery.stored_at <= 1767323045.5
+    attempts_of(_SUBJECTS, "jobs", "s", delivery.sequence, delivery.stored_at)
 
 
 def _entry(given: bytes) -> None:
@@ -449,6 +470,7 @@ READERS: Final[dict[str, Reader]] = {
     for reader in (
         Reader("envelope", _envelopes(), _envelope, words=tuple(sorted(envelope.TEXTS))),
         Reader("subject", _SUBJECT_CASES, _subject, (ValueError,)),
+        Reader("retry", _RETRY_CASES, _retry),
         Reader("entry", _entries(), _entry),
         Reader("record", _records(), _record),
         Reader("answer", _answers(), _answer),

@@ -57,7 +57,14 @@ class Ledger(RoutedAgent):
             case "fail":
                 raise ValueError(f"entry {message.number}")
             case "reject":
+                tell(f"rejects {message.number}")
                 raise natsrt.Reject("no such entry")
+            case "hang":
+                tell(f"hangs {message.number}")
+                await asyncio.Event().wait()
+            case "later" if delivery.attempt == 1:
+                tell(f"later {message.number}")
+                raise natsrt.Retry(after=120.0)
             case "retry" if delivery.attempt == 1:
                 raise natsrt.Retry(after=0.05)
             case "long":

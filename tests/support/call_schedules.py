@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
+from typing import Any
 
 import click
 from nats.aio.msg import Msg
@@ -17,6 +17,7 @@ from nats.aio.msg import Msg
 from natsrt.errors import Deadlock, NoLiveWorker, UndeliveredCall, UnknownAgent, UnknownAgentType, WorkerBusy
 from tests.support import virtual_time
 from tests.support.call_world import World
+from tests.support.exploring import explore, explores
 
 LOST_AFTER = 12.0
 CHAOS = 8.0
@@ -128,23 +129,17 @@ async def any_schedule(seed: int, *, stalls: float = 0.05, old: bool = False) ->
 
 
 @click.command()
-@click.option("--seconds", default=60.0, show_default=True, help="How long to try.")
-@click.option("--first", default=0, show_default=True, help="The first seed.")
+@explores
 @click.option("--stalls", default=0.5, show_default=True, help="The part of stalls among what happens.")
 @click.option("--old", is_flag=True, help="Workers make no promises, as those of earlier versions.")
-def main(seconds: float, first: int, stalls: float, old: bool) -> None:
+def main(stalls: float, old: bool, **exploring: Any) -> None:
     """Try schedules, and print those in which a call hangs, is handled twice, or is handled although its error denies
     it. The exit code is 1 if there are any."""
-    until, seed, wrong = time.monotonic() + seconds, first, 0
-    while time.monotonic() < until:
-        try:
-            virtual_time.run(any_schedule(seed, stalls=stalls, old=old))
-        except AssertionError as error:
-            wrong += 1
-            click.echo(f"seed {seed}: {error}")
-        seed += 1
-    click.echo(f"{seed - first} schedules, {wrong} of them wrong")
-    raise SystemExit(1 if wrong else 0)
+    explore(
+        lambda seed: virtual_time.run(any_schedule(seed, stalls=stalls, old=old)),
+        **exploring,
+        replay="tests.support.call_schedules",
+    )
 
 
 def _now() -> float:

@@ -83,7 +83,8 @@ class Fork:
     def poll(self) -> int | None:
         """The exit code, minus the signal that ended it; None while it runs."""
         if self.returncode is None and select.select([self.told], [], [], 0)[0]:
-            self._hear()
+            if self._said.count(b"\n") < 2:  # else it had ended when its start was heard of
+                self._hear()
             self.returncode = int(self._said.split(b"\n")[1])
             os.close(self.told)
             self._told = None

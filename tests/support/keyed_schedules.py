@@ -17,7 +17,6 @@ import logging
 import os
 import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +32,7 @@ from natsrt.hosting.withdrawn import WithdrawnCalls
 from natsrt.jetstream import state_parts
 from natsrt.keyed.slots import AgentSlot
 from natsrt.transport import stall_watch
+from tests.support.exploring import explore, explores
 from tests.support.keyed_world import Member, World
 from tests.support.virtual_time import Processes
 
@@ -368,31 +368,16 @@ def _begin_without_promises(log: CallLog, call_id: str, now: float, begin: Any =
 
 
 @click.command()
-@click.option("--seconds", default=60.0, show_default=True, help="How long to try.")
-@click.option("--seed", default=0, show_default=True, help="The first seed.")
-@click.option("--schedules", type=int, help="How many to try at most; 1 replays a seed.")
+@explores
 @click.option("--stalls", default=0.0, show_default=True, help="The part of stalled links among what happens.")
 @click.option("--without", type=click.Choice(FAULTS), multiple=True, help="What to take out, to see that it is found.")
 @click.option("--verbose", is_flag=True, help="Show what natsrt logs.")
-def main(
-    seconds: float, seed: int, schedules: int | None, stalls: float, without: tuple[str, ...], verbose: bool
-) -> None:
+def main(stalls: float, without: tuple[str, ...], verbose: bool, **exploring: Any) -> None:
     """Try schedules, and print those that break a promise. The exit code is 1 if there are any."""
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         happened.setLevel(logging.INFO)
-    until, first, wrong = time.monotonic() + seconds, seed, 0
-    while time.monotonic() < until and (schedules is None or seed - first < schedules):
-        try:
-            run(seed, stalls=stalls, without=without)
-        except AssertionError as error:
-            wrong += 1
-            click.echo(f"seed {seed}: {error}")
-        seed += 1
-    click.echo(f"{seed - first} schedules, {wrong} of them wrong")
-    if wrong:
-        click.echo("replay one with: python -m tests.support.keyed_schedules --schedules 1 --seed SEED")
-    raise SystemExit(1 if wrong else 0)
+    explore(lambda seed: run(seed, stalls=stalls, without=without), **exploring, replay="tests.support.keyed_schedules")
 
 
 if __name__ == "__main__":

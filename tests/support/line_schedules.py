@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
 from natsrt.hosting.lines import Again, Lines, Outcome, Settled, Tries
 from tests.support import virtual_time
+from tests.support.exploring import explore, explores
 
 SOON = 0.05
 """Seconds within which a message is delivered whose turn has come: reading it again takes some of it."""
@@ -250,21 +250,11 @@ async def any_schedule(seed: int, *, kind: type[Lines[Place, Message]] = Lines) 
 
 
 @click.command()
-@click.option("--seconds", default=60.0, show_default=True, help="How long to try.")
-@click.option("--first", default=0, show_default=True, help="The first seed.")
-def main(seconds: float, first: int) -> None:
+@explores
+def main(**exploring: Any) -> None:
     """Try schedules, and print those in which something is wrong. The exit code is 1 if there are any."""
     logging.disable()  # what deliverers raise is part of the schedules
-    until, seed, wrong = time.monotonic() + seconds, first, 0
-    while time.monotonic() < until:
-        try:
-            virtual_time.run(any_schedule(seed))
-        except AssertionError as error:
-            wrong += 1
-            click.echo(f"seed {seed}: {error}")
-        seed += 1
-    click.echo(f"{seed - first} schedules, {wrong} of them wrong")
-    raise SystemExit(1 if wrong else 0)
+    explore(lambda seed: virtual_time.run(any_schedule(seed)), **exploring, replay="tests.support.line_schedules")
 
 
 def _now() -> float:
