@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from natsrt.errors import NatsrtError
@@ -69,3 +69,15 @@ async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
             task.cancel()
         _, running = await asyncio.wait(running, timeout=_CANCEL_AGAIN)
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def all_of(works: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Run coroutines at the same time. When this returns or raises, all of them have ended.
+
+    Raises what the first one that fails has raised. The others are cancelled.
+    """
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(*tasks)

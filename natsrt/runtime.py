@@ -216,7 +216,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             JetStreamFull, PermissionDenied: The event was not stored, or not sent.
             CannotSchedule, ServerTooOld: The event cannot be published later. Nothing was stored.
             ValueError: The subject of the topic would be too long, or ``delay`` or ``at`` is wrong. Nothing was sent.
-            ServerUnreachable: There was no connection for ``offline_timeout`` seconds.
+            ServerUnreachable: There was no connection for ``offline_timeout`` seconds. On a durable topic it is
+                `EventNotStored`, after ``publish_timeout`` seconds, if that is less.
         """
         due = None if delay is None and at is None else due_time(delay, at)
         await self._way_out().publish(

@@ -41,6 +41,8 @@ NOT_FAST = ("conformance/test_classes.py", "conformance/test_lifecycle.py", "con
 
 LONG = (
     "test_soak.py",
+    "test_durable_chaos.py",
+    "test_durable_clusters.py",
     "test_benchmarks.py",
     "test_cli_worker.py",
     "test_cli_state.py",

@@ -13,6 +13,7 @@ from autogen_core import AgentId
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
+from benchmarks.chaos.proxy import Proxy
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotDecode, CannotSerialize, NatsrtError, PermissionDenied
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged, RecordTaken
@@ -22,7 +23,6 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
 from tests.support.processes import eventually
-from tests.support.proxy import Proxy
 
 AGENT = AgentId("counter", "one")
 STATE = b'{"count":1}'

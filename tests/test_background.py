@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from natsrt.background import BackgroundTasks, end_tasks
+import pytest
+
+from natsrt.background import BackgroundTasks, all_of, end_tasks
 
 
 async def ignores_cancellations(times: int) -> None:
@@ -40,3 +42,29 @@ async def test_what_tasks_raise_at_their_end_is_ignored() -> None:
 
 async def test_ending_nothing_returns_at_once() -> None:
     await asyncio.wait_for(end_tasks(), 5)
+
+
+async def test_the_first_failure_ends_what_runs_at_the_same_time_and_is_raised() -> None:
+    ended: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append("cancelled")
+
+    with pytest.raises(ValueError, match="as told"):
+        await asyncio.wait_for(all_of([waits(), fails(), waits()]), 5)
+    assert ended == ["cancelled"] * 2
+
+
+async def test_all_that_runs_at_the_same_time_has_ended_when_it_returns() -> None:
+    ended: list[int] = []
+
+    async def works(number: int) -> None:
+        await asyncio.sleep(0)
+        ended.append(number)
+
+    await all_of(map(works, range(3)))
+    assert ended == [0, 1, 2]

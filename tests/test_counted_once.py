@@ -13,6 +13,7 @@ import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
 
 import natsrt
+from benchmarks.chaos.proxy import Proxy
 from benchmarks.chaos.scenario import broken
 from benchmarks.chaos.scenarios import thawed_server
 from natsrt import CannotDecode, NatsAgentRuntime
@@ -25,7 +26,6 @@ from natsrt.wire import envelope
 from natsrt.wire.envelope import SUPERSEDES_HEADER
 from natsrt.wire.ids import MAX_IDS, former_copies
 from tests.support.processes import eventually
-from tests.support.proxy import Proxy
 
 handled: Counter[int] = Counter()
 

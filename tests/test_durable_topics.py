@@ -36,6 +36,7 @@ from natsrt.sending.durable import WINDOW
 from natsrt.wire.subjects import Subjects
 from tests.support.processes import eventually
 from tests.test_domains import Count
+from tests.test_durable_handling import TAP
 
 
 @dataclass
@@ -248,9 +249,9 @@ async def test_without_its_stream_an_event_is_an_error_at_once(place: Place) -> 
     await place.runtime(durable=["orders."])
     caller = await place.runtime()
     await place.js.delete_stream(place.stream)
-    with pytest.raises(natsrt.EventNotStored, match="did not store an event on orders.new/a: it was deleted") as raised:
+    with pytest.raises(natsrt.EventNotStored, match="an event on orders.new/a: it was deleted") as raised:
         await caller.publish_message(Order(1), TopicId("orders.new", "a"))
-    assert not raised.value.may_be_stored
+    assert raised.value.may_be_stored is TAP  # beside a tap, nobody says that there is no stream
     assert (raised.value.topic, raised.value.stream) == ("orders.new/a", place.stream)
 
 
@@ -275,6 +276,30 @@ async def test_events_are_confirmed_in_their_order_after_a_restart_of_the_server
     await restarting
     await eventually(lambda: own_place.client.is_connected)
     assert [number for _, number in await own_place.stored()] == list(range(30))
+
+
+async def test_an_event_that_cannot_be_sent_for_publish_timeout_seconds_is_an_error(own_place: Place) -> None:
+    runtime = await own_place.runtime(durable=["orders."], publish_timeout=1.0)
+    topic = TopicId("orders.new", "a")
+    await runtime.publish_message(Order(0), topic)
+    await own_place.server.kill()
+    await eventually(lambda: not runtime.running.connection.connected)
+    core = asyncio.create_task(runtime.publish_message(Order(1), TopicId("other", "a")))  # it waits for longer
+    began = asyncio.get_running_loop().time()
+    outcomes = await asyncio.gather(
+        *(runtime.publish_message(Order(n), topic, message_id=f"order-{n}") for n in range(2, 5)),
+        return_exceptions=True,
+    )
+    assert asyncio.get_running_loop().time() - began < 10.0, "offline_timeout is 30 s"
+    for error in outcomes:
+        assert isinstance(error, natsrt.EventNotStored) and not error.may_be_stored
+        assert "publish_timeout = 1 s: the connection is lost" in str(error)
+    assert not core.done()
+    await own_place.server.start()
+    await asyncio.wait_for(core, 20)
+    await asyncio.gather(*(runtime.publish_message(Order(n), topic, message_id=f"order-{n}") for n in range(2, 5)))
+    await eventually(lambda: own_place.client.is_connected)
+    assert [number for _, number in await own_place.stored()] == [0, 2, 3, 4]
 
 
 async def test_events_that_were_not_written_do_not_overtake_those_that_were_lost(own_place: Place) -> None:

@@ -25,6 +25,7 @@ from autogen_core import (
 from nats.aio.msg import Msg
 
 import natsrt
+from benchmarks.chaos.proxy import Proxy
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import UnknownAgentType
@@ -36,7 +37,6 @@ from tests.support.call_world import CALLS, World
 from tests.support.calls import known
 from tests.support.cli import natsrt as natsrt_command
 from tests.support.processes import eventually
-from tests.support.proxy import Proxy
 
 DELAY = 0.25
 """Seconds that a far link takes each way."""

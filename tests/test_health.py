@@ -21,13 +21,13 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
 from natsrt_cli.health import PATIENCE
 
 import natsrt
+from benchmarks.chaos.proxy import Proxy
 from natsrt import Health, NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from tests.support.calls import known, running
 from tests.support.cli import natsrt as command
 from tests.support.documents import blocks
 from tests.support.processes import Process, Processes, eventually
-from tests.support.proxy import Proxy
 
 NOTICED = 15.0
 """Seconds within which a runtime notices that its server hangs, and that it is back, on a slow machine."""

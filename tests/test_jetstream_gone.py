@@ -19,12 +19,12 @@ from autogen_core import AgentId, MessageContext, message_handler
 from nats.js import JetStreamContext, api
 
 import natsrt
+from benchmarks.chaos.proxy import Proxy
 from natsrt import KeyedOptions, NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.jetstream.agent_records import AgentRecords, Record, RecordChanged
 from natsrt.keyed import ownership
 from tests.support.processes import eventually
-from tests.support.proxy import Proxy
 from tests.test_keyed import Add, Counting, Hold, Place, Total, agent
 
 LARGE = "x" * 10_000

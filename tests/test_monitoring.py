@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,8 +23,10 @@ from autogen_core import (
     rpc,
 )
 
+import natsrt
 from natsrt import CallTimeout, NatsAgentRuntime, register
 from natsrt.embedded import EmbeddedServer
+from natsrt.wire.subjects import encode_token
 from tests.support.processes import Process, Processes, eventually
 
 pytestmark = pytest.mark.slow
@@ -351,3 +354,101 @@ async def test_requests_are_shared_by_two_workers_and_counted_at_both(
         counts[name] = upper["num_requests"]
     assert sum(counts.values()) == 60
     assert all(counts.values())
+
+
+# -- durable topics --------------------------------------------------------------------------------------------------
+
+
+@natsrt.keyed
+class Books(RoutedAgent):
+    """Keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("books")
+
+    @event
+    async def on_headline(self, message: Headline, ctx: MessageContext) -> None:
+        if message.headline == "poison":
+            raise natsrt.Reject("no such headline")
+
+
+@pytest.fixture
+async def durable(own_server: EmbeddedServer) -> AsyncIterator[NatsAgentRuntime]:
+    """A system with all that durable topics have: plain and keyed types, two streams, dead letters and reminders."""
+    topics = ["news.", natsrt.DurableTopics("audit.", name="short", max_age=3600)]
+    runtime = NatsAgentRuntime(own_server.url, durable=topics, max_deliver=1)
+    await register(runtime, Reader, "re.ader", lambda: Reader([]))
+    await register(runtime, Books, "books", Books)
+    await runtime.add_subscription(TypePrefixSubscription("news.", "re.ader"))
+    await runtime.add_subscription(TypeSubscription("news.tech", "books"))
+    await runtime.add_subscription(TypeSubscription("audit.log", "books"))
+    async with runtime:
+        yield runtime
+
+
+async def test_streams_and_consumers_say_what_they_are(durable: NatsAgentRuntime, nats: Nats) -> None:
+    await durable.publish_message(Headline("42"), TopicId("news.tech", "server"))
+    await durable.publish_message(Headline("poison"), TopicId("news.tech", "server"))
+    await durable.publish_message(Headline("later"), TopicId("news.tech", "server"), delay=3600)
+    await durable.remind(AgentId("books", "server"), "wake", Headline("now"), every=3600)
+    await eventually(lambda: durable.health().dead_letters == 1, 15.0)
+    listed = await nats("stream", "ls")
+    for description in (
+        "natsrt: events on durable topics ",
+        "natsrt: events on durable topics named short",
+        "natsrt: reminders of agents",
+        "natsrt: dead letters, events that could not be handled",
+        "natsrt: how often workers gave events back",
+    ):
+        assert description in listed
+    rows = {row[0]: row for row in _rows(await nats("stream", "report"))}
+    assert {"natsrt_events", "natsrt_events_short", "natsrt_events_reminders", "natsrt_dead"} <= rows.keys()
+    title, *values = [row for row in rows.values() if row[0] in ("Stream", "natsrt_events")]
+    events = dict(zip(title, values[0], strict=True))
+    assert (events["Consumers"], events["Messages"]) == ("2", "3"), "two events, and the schedule of a third one"
+    info = await nats("stream", "info", "natsrt_events")
+    assert "topic.news.*.>" in info and "natsrt.later.natsrt_events.>" in info and "30d0h0m0s" in info
+
+
+async def test_a_report_of_consumers_shows_how_far_each_type_is(durable: NatsAgentRuntime, nats: Nats) -> None:
+    for number in range(3):
+        await durable.publish_message(Headline(str(number)), TopicId("news.tech", "server"))
+
+    async def reported() -> dict[str, dict[str, str]]:
+        title, *rows = [row for row in _rows(await nats("consumer", "report", "natsrt_events")) if len(row) > 5]
+        return {row[0]: dict(zip(title, row, strict=True)) for row in rows}
+
+    async def all_handled() -> bool:
+        return all(row["Ack Floor"] == "3" for row in (await reported()).values())
+
+    await eventually(all_handled, 15.0)
+    report = await reported()
+    assert report.keys() == {"books", encode_token("re.ader")}
+    assert all((row["Ack Pending"], row["Unprocessed"]) == ("0", "0") for row in report.values())
+    assert "natsrt: events for agent type re.ader" in await nats(
+        "consumer", "info", "natsrt_events", encode_token("re.ader")
+    )
+    keyed = await nats("consumer", "info", "natsrt_events", "books")
+    assert "natsrt: events for keyed agent type books" in keyed and "Pinned Client" in keyed and "feeder" in keyed
+    described = json.loads(await nats("consumer", "info", "natsrt_events", encode_token("re.ader"), "--json"))
+    assert described["config"]["metadata"]["natsrt_agent_type"] == "re.ader"
+
+
+async def test_advisories_name_what_became_a_dead_letter_and_why(
+    durable: NatsAgentRuntime, start: Callable[..., Process], nats: Nats
+) -> None:
+    watching = start("events", "--js-advisory")
+    await watching.wait_for_line(re.compile("Listening for Advisories"))
+    numbers = itertools.count()
+
+    async def one_is_seen() -> bool:  # the command listens some time after it says so
+        await durable.publish_message(Headline("poison"), TopicId("news.tech", f"s{next(numbers)}"))
+        return "Delivery Terminated" in watching.stdout and "dead letter: no such headline" in watching.stdout
+
+    await eventually(one_is_seen, 15.0)
+    assert "natsrt_events > books" in watching.stdout
+
+
+def _rows(table: str) -> list[list[str]]:
+    """The rows of a table that the command prints."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in table.splitlines() if "│" in line]

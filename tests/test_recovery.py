@@ -13,6 +13,7 @@ from autogen_core import AgentId, CancellationToken, MessageContext, TypeSubscri
 from nats.aio.client import Client
 
 import natsrt
+from benchmarks.chaos.proxy import Proxy
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.options import Options
@@ -23,7 +24,6 @@ from tests.programs import labor
 from tests.programs.labor import TOPIC, Laborer, Work
 from tests.support.calls import ended, failure, known, running, worker_process
 from tests.support.processes import Processes, eventually
-from tests.support.proxy import Proxy
 
 LABORER = AgentId("laborer", "default")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from autogen_core import AgentId, TypeSubscription
 
+from benchmarks.chaos.proxy import Proxy
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import NatsrtError
@@ -20,7 +21,6 @@ from tests.programs.labor import Work
 from tests.programs.stalling import NOTES, Keeper, Note
 from tests.support.calls import ended, running, worker_process
 from tests.support.processes import Processes, eventually
-from tests.support.proxy import Proxy
 
 PROGRAM = Path(stalling.__file__)
 STALL = 2.6

@@ -1,11 +1,11 @@
-"""Worker processes with keyed agents, which are killed and replaced, and their callers."""
+"""Worker processes that are killed and replaced, and their callers."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ from benchmarks.chaos.crew import Crew, Hand, ask_all, ledgers_of
 from benchmarks.chaos.history import End, History
 from benchmarks.chaos.roles import until
 from benchmarks.chaos.scenario import Figure, under
+from benchmarks.teams import ProcessFailed
 from natsrt.embedded import EmbeddedServer
 
 _GIVE_UP = 240.0
@@ -27,15 +28,27 @@ class Fleet:
         workers: Number of processes that host the agents.
         callers: Number of processes that call the agents.
         tap: Whether another client subscribes to every subject.
+        module: Name of the module with the roles ``worker``, ``caller`` and ``tap``.
+        called: Settings of the callers' runtimes.
         settings: Settings of the workers' runtimes.
     """
 
-    def __init__(self, *, workers: int = 3, callers: int = 4, tap: bool = False, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int = 3,
+        callers: int = 4,
+        tap: bool = False,
+        module: str = counters.__name__,
+        called: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         self._counts = (workers, callers)
         self._tap = tap
+        self._called = dict(called or {})
         self._settings = settings
-        self._server = EmbeddedServer()
-        self._crew = Crew(counters.__name__)
+        self.server = EmbeddedServer()
+        self._crew = Crew(module)
         self.workers: dict[str, Hand] = {}
         """The running workers by worker id."""
         self.callers: list[Hand] = []
@@ -43,12 +56,12 @@ class Fleet:
         """The ends of workers that were killed or stopped, in order."""
 
     async def __aenter__(self) -> Fleet:
-        await self._server.start()
+        await self.server.start()
         try:
             workers, callers = self._counts
             if self._tap:
-                await self._crew.start("tap", self._server.url)
-            self.callers = await self._crew.start_all("caller", [self._server.url] * callers)
+                await self._crew.start("tap", self.server.url)
+            self.callers = await self._crew.start_all("caller", [self.server.url] * callers, **self._called)
             await asyncio.gather(*(self.start_worker() for _ in range(workers)))
         except BaseException:
             await self._end()
@@ -62,11 +75,15 @@ class Fleet:
 
     async def _end(self) -> None:
         await self._crew.__aexit__(None, None, None)
-        await self._server.stop()
+        await self.server.stop()
 
     async def start_worker(self) -> None:
-        """Start one more worker. It accepts messages when this returns."""
-        hand = await self._crew.start("worker", self._server.url, **self._settings)
+        """Start one more worker. It accepts messages when this returns.
+
+        Raises:
+            ProcessFailed: It did not start.
+        """
+        hand = await self._crew.start("worker", self.server.url, **self._settings)
         self.workers[(await hand.ask("health"))["worker_id"]] = hand
 
     async def kill(self, worker_id: str) -> None:
@@ -86,7 +103,8 @@ class Fleet:
     async def dying(self, every: float) -> AsyncIterator[None]:
         """While the block runs, kill a random worker every ``every`` seconds, and start a new one at once.
 
-        The last running worker is not killed, so that another worker can take over the agents of a killed one.
+        The last running worker is not killed, so that another worker can take over the agents of a killed one. A worker
+        that cannot start, as while the server is away, is started again.
         """
         starting: set[asyncio.Task[None]] = set()
 
@@ -95,7 +113,7 @@ class Fleet:
                 await asyncio.sleep(every)
                 if len(self.workers) > 1:
                     await self.kill(random.choice(list(self.workers)))
-                    starting.add(asyncio.create_task(self.start_worker()))
+                    starting.add(asyncio.create_task(self._replace()))
 
         killing = asyncio.create_task(keep_killing())
         try:
@@ -104,6 +122,16 @@ class Fleet:
             killing.cancel()
             await asyncio.gather(killing, return_exceptions=True)
             await asyncio.gather(*starting)
+
+    async def _replace(self) -> None:
+        deadline = time.monotonic() + _GIVE_UP
+        while True:
+            try:
+                await self.start_worker()
+                return
+            except ProcessFailed:
+                if time.monotonic() > deadline:
+                    raise
 
     async def ended(self, count: int) -> None:
         """Return when each caller has ended its share of ``count`` calls, or after `_GIVE_UP` seconds."""

@@ -15,8 +15,8 @@ from benchmarks.chaos import soak_roles
 from benchmarks.chaos.cluster import Cluster
 from benchmarks.chaos.crew import Crew, Hand
 from benchmarks.chaos.faults import Fault, Kind
+from benchmarks.chaos.proxy import Proxy
 from benchmarks.teams import ProcessFailed
-from tests.support.proxy import Proxy
 
 SETTINGS = {"registry_replicas": 3, "heartbeat_interval": 0.5, "heartbeat_ttl": 4.0, "subscription_timeout": 20.0}
 

@@ -43,6 +43,8 @@ logger: logging.Logger = logging.getLogger("natsrt.hosting")
 _SIGNS_IN_WAIT: Final = 3
 """How often within ``ack_wait`` the server is told that events are held."""
 
+_AGENT_TYPE: Final = "natsrt_agent_type"
+"""The key in a consumer's metadata with its agent type, which its name has in the encoding of subjects."""
 _CLOCKS_DIFFER: Final = 2.0
 """Seconds by which the clocks of a worker and of the server may differ."""
 _MEASURED_EVERY: Final = 30.0
@@ -243,8 +245,9 @@ class DurableConsumers(RegistryListener):
             name=encode_token(hosted.agent_type),
             filter_subjects=(*filters, *stored_again(self._subjects, stream, hosted.agent_type)),
             ack_wait=self._parts.options.ack_wait,
-            description=f"natsrt: events for agent type {hosted.agent_type}",
+            description=f"natsrt: events for {'' if hosted.keyed is None else 'keyed '}agent type {hosted.agent_type}",
             keeps_filters=True,
+            more={"metadata": {_AGENT_TYPE: hosted.agent_type}},
         )
         return config if hosted.keyed is None else feeding(config)
 

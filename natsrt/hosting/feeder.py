@@ -126,6 +126,8 @@ class Feeder:
         """What was counted of suspects, by sequence: they are counted before each attempt."""
         self._counted: set[int] = set()
         """The sequences of suspects whose present attempt is counted."""
+        self._given_up: dict[int, str] = {}
+        """Why events are dead letters, by sequence, until they are terminated."""
         self._starting: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._stopping = False
@@ -205,6 +207,7 @@ class Feeder:
     def _end_feeding(self) -> None:
         """The server has ended the pin. What is not settled is delivered again, to whom it pins next."""
         lines, self._lines = self._lines, None
+        self._given_up.clear()
         self.pull.extra = dict(WAITS)
         if lines is not None:
             logger.info("%s is not the feeder of %s any more", self._parts.worker_id, self._name)
@@ -406,6 +409,7 @@ class Feeder:
                 letter = letter_of(self._hosted.agent_type, stored, message, decided)
                 if await self._parts.bury(letter, self._retries.retry_delay_max):
                     self._parts.attempts.gave_up(*self._countable(place))
+                    self._given_up[place.sequence] = decided.reason
                     return Settled.GIVEN_UP
                 return self._without_attempt(place, self._retries.retry_delay_max)
 
@@ -451,7 +455,7 @@ class Feeder:
         self._suspects.pop(place.sequence, None)
         if outcome is Settled.GIVEN_UP:
             self._counted.discard(place.sequence)
-            self.pull.terminate(place, "dead letter")
+            self.pull.terminate(place, f"dead letter: {self._given_up.pop(place.sequence, '')}")
         else:
             self._take_back(place)
             self.pull.ack(place)

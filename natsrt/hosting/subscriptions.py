@@ -19,7 +19,7 @@ from natsrt.agents.catalog import Catalog
 from natsrt.agents.declarations import Declarations
 from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import CALL, CONTROL, EVENT, Route
-from natsrt.background import BackgroundTasks
+from natsrt.background import BackgroundTasks, all_of
 from natsrt.errors import ConfigurationError, NatsrtError, PermissionDenied, StreamUnavailable
 from natsrt.hosting.core_copies import CoreCopies
 from natsrt.hosting.durable import DurableConsumers
@@ -37,6 +37,8 @@ _CONNECTED_WITHIN = 10.0
 """Seconds to wait for a lost connection before a change of the subscriptions fails."""
 _AGAIN = 5.0
 """Seconds after which it is tried again to pull from a stream that could not be used."""
+_AT_ONCE = 32
+"""Agent types whose consumers are made or read at a time. One after the other would cost round trips for each type."""
 SubjectAndGroup = tuple[str, str]
 """The subject and the queue group of a NATS subscription."""
 
@@ -101,6 +103,7 @@ class Subscriptions(RegistryListener):
         self._durable = durable
         self._served: dict[str, _Served] = {}
         self._tasks = BackgroundTasks(logger, "following the registry's subscriptions failed")
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
         self._active = False
         self._settled = asyncio.Event()
         """Set when the types that were hosted before the start are served, or never will be."""
@@ -109,8 +112,7 @@ class Subscriptions(RegistryListener):
     async def start(self) -> None:
         """Serve every hosted type."""
         self._active = True
-        for hosted in self._catalog:
-            await self._apply(hosted)
+        await all_of(map(self._apply, list(self._catalog)))
         await self._tell(list(self._served.values()))
         self._settled.set()
 
@@ -246,7 +248,8 @@ class Subscriptions(RegistryListener):
                 served.changes += 1
                 await self._connection.unsubscribe(served.interests.pop(place))
             served.rules, served.beside = rules, beside
-            await self._durable.apply(hosted)
+            async with self._at_once:
+                await self._durable.apply(hosted)
         return served
 
     def _wanted(

@@ -18,6 +18,7 @@ from natsrt.durable_types import MONTH, DurableTopics, is_prefix
 from natsrt.errors import ConfigurationError, NatsrtError, ServerTooOld
 from natsrt.jetstream.stream_settings import ANOTHER_NAME, described, remedy, wrong_settings
 from natsrt.options import Options
+from natsrt.reminder_types import REMINDER_TOPICS
 from natsrt.wire.subjects import Subjects
 
 EVENTS: Final = "natsrt_events"
@@ -66,7 +67,7 @@ def events_stream(subjects: Subjects, options: Options, topics: DurableTopics) -
     name = events_name(subjects, topics.name)
     return api.StreamConfig(
         name=name,
-        description="natsrt: events on durable topics",
+        description=_description(topics.name),
         subjects=[*(topic_filter(subjects, pattern) for pattern in topics.patterns), *own_filters(subjects, name)],
         retention=api.RetentionPolicy.LIMITS,
         storage=api.StorageType(topics.storage),
@@ -83,11 +84,18 @@ def events_stream(subjects: Subjects, options: Options, topics: DurableTopics) -
     )
 
 
+def _description(name: str | None) -> str:
+    """What people are told about the stream of the topics whose `DurableTopics.name` is ``name``."""
+    if name == REMINDER_TOPICS.name:
+        return "natsrt: reminders of agents"
+    return "natsrt: events on durable topics" + ("" if name is None else f" named {name}")
+
+
 def dead_letters_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
     """How the stream of dead letters is made. It keeps each one for thirty days. Its limits are the operator's."""
     return api.StreamConfig(
         name=subjects.bucket(DEAD),
-        description="natsrt: events that could not be handled",
+        description="natsrt: dead letters, events that could not be handled",
         subjects=[f"{subjects.dead}.>"],
         retention=api.RetentionPolicy.LIMITS,
         num_replicas=options.registry_replicas,

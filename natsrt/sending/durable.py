@@ -41,6 +41,7 @@ from natsrt.jetstream.acks import Acks, WrongRevision, read_ack
 from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.limits import explained, limit_reached
 from natsrt.options import Options
+from natsrt.sending.patience import Patience
 from natsrt.sending.send_queue import SendQueue
 from natsrt.transport.connection import Connection, Refusal
 from natsrt.wire.schedules import is_due, once
@@ -57,6 +58,8 @@ _SILENT = 2.0
 while a cluster elects a leader is never answered."""
 _AGAIN = 0.25
 """Seconds after which an event is sent again that was refused for a reason that may pass."""
+_IDLE_AFTER = 1.0
+"""Seconds after the end of the last event after which nothing is known of its stream any more."""
 _LOOK_EVERY = 0.1
 """Seconds between two looks for events that are late."""
 _FINISH_WITHIN = 1.0
@@ -89,6 +92,7 @@ class _Event:
     """One event under way."""
 
     __slots__ = (
+        "begun",
         "body",
         "headers",
         "problem",
@@ -114,6 +118,8 @@ class _Event:
         self.body = body
         self.headers = headers
         self.size = size
+        self.begun: float = 0.0
+        """When its publisher began to wait, by the event loop's clock."""
         self.until: float = math.inf
         """When its publisher stops waiting, by the event loop's clock."""
         self.waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -160,6 +166,12 @@ class DurablePublisher:
         self._queue = queue
         self._streams = streams
         self._timeout = options.publish_timeout
+        self._silent_since = -math.inf
+        """Since when no event that was under way was confirmed, by the event loop's clock."""
+        self._ended_at = -math.inf
+        """When the last event ended, in whatever way."""
+        self._lost_at = -math.inf
+        """When the connection was lost last."""
         self._acks = Acks(connection, options.inbox_prefix)
         self._under_way: dict[_Event, None] = {}
         self._bytes = 0
@@ -183,9 +195,11 @@ class DurablePublisher:
         due: datetime.datetime | None = None,
         headers: Mapping[str, str] | None = None,
         unused: Callable[[], None] | None = None,
+        begun: float | None = None,
     ) -> None:
         """Publish an event, and wait until its stream has stored it.
 
+        ``begun`` is when its publisher began to wait, by the event loop's clock; None: now.
         ``due``: when the stream publishes it; in the past, or None: now. ``headers``: those of an event without an
         envelope; None: no others than each event has.
         ``sent`` is called when later messages may be sent; None: no function is called. ``unused`` is called if it is
@@ -201,7 +215,7 @@ class DurablePublisher:
         if due is not None and not is_due(due):
             of_event |= delayed_headers(subject, due)
             subject = self._subjects.delayed(stream, message_id, subject)
-        await self.store(subject, topic, stream, body, of_event, sent, unused)
+        await self.store(subject, topic, stream, body, of_event, sent, unused, begun)
 
     async def store(
         self,
@@ -212,11 +226,13 @@ class DurablePublisher:
         headers: dict[str, str],
         sent: Callable[[], None] | None,
         unused: Callable[[], None] | None = None,
+        begun: float | None = None,
     ) -> None:
         """Publish a message, and wait until its stream has stored it. ``topic`` is for errors. Raises as `publish`."""
         event: _Event | None = None
         try:
             event = _Event(subject, topic, stream, body, headers, self._connection.check_size(body, headers))
+            event.begun = asyncio.get_running_loop().time() if begun is None else begun
             self._acks.check()
             if self._acks.open and self._has_room(event):
                 self._begin(event)
@@ -234,20 +250,50 @@ class DurablePublisher:
             if unused is not None and (event is None or event.sent <= event.refused):
                 unused()
 
+    def patience(self, begun: float, limited: bool) -> Patience:
+        """The wait of a publisher that cannot send yet, and began to wait at ``begun``.
+
+        ``limited``: False for what is not an event on a durable topic.
+        """
+        return Patience(partial(self._until_sent, begun) if limited else None, self._connection)
+
+    def _until_sent(self, begun: float) -> float:
+        """When a publisher stops waiting that cannot send because the connection is lost."""
+        return self._until(max(begun, self._lost_at) if self._is_idle else begun)
+
+    @property
+    def _is_idle(self) -> bool:
+        """True if nothing is under way, and nothing was a moment ago."""
+        return not self._under_way and asyncio.get_running_loop().time() > self._ended_at + _IDLE_AFTER
+
+    def _until(self, begun: float) -> float:
+        """When a publisher that began to wait at ``begun`` stops waiting, by the event loop's clock.
+
+        The time in which others were confirmed before it does not count: many events at once may take longer.
+        """
+        return max(begun, self._silent_since) + self._timeout
+
+    def _until_confirmed(self, begun: float) -> float:
+        """The same for an event that can be sent. The time in which nothing was under way does not count either."""
+        if self._is_idle:
+            self._silent_since = asyncio.get_running_loop().time()
+        return self._until(begun)
+
     def _has_room(self, event: _Event) -> bool:
         return not self._under_way or (len(self._under_way) < WINDOW and self._bytes + event.size <= _WINDOW_BYTES)
 
     async def _begin_when_possible(self, event: _Event) -> None:
-        event.until = asyncio.get_running_loop().time() + self._timeout
         if not self._acks.open:
             await self._acks.subscribe()
         while not self._has_room(event):
             room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._room.append(room)
             try:
-                async with asyncio.timeout_at(event.until):
+                async with asyncio.timeout_at(self._until_confirmed(event.begun)):
                     await room
             except TimeoutError:
+                if self._until(event.begun) > asyncio.get_running_loop().time():
+                    continue  # others were confirmed meanwhile
                 event.fail(
                     f"{len(self._under_way)} events wait for their confirmation, for {self._timeout:g} s already"
                 )
@@ -259,7 +305,7 @@ class DurablePublisher:
 
     def _begin(self, event: _Event) -> None:
         """Put an event under way, and into the client's buffer if those before it are there."""
-        event.until = asyncio.get_running_loop().time() + self._timeout
+        event.until = self._until_confirmed(event.begun)
         event.reply = self._acks.expect(partial(self._on_answer, event))
         self._under_way[event] = None
         self._bytes += event.size
@@ -279,6 +325,7 @@ class DurablePublisher:
         if event not in self._under_way:
             return
         del self._under_way[event]
+        self._ended_at = asyncio.get_running_loop().time()
         self._bytes -= event.size
         self._acks.forget(event.reply)
         room, self._room = self._room, []
@@ -319,6 +366,7 @@ class DurablePublisher:
 
     def connection_lost(self) -> None:
         """Part of `Listener`."""
+        self._lost_at = asyncio.get_running_loop().time()
         if self._under_way:
             self._connection.client.withdraw(self._acks.inbox)
 
@@ -367,6 +415,7 @@ class DurablePublisher:
                 event.problem = f"a subscriber of {event.subject} answered in place of the stream"
         else:
             if ack.stream == event.stream:
+                self._silent_since = asyncio.get_running_loop().time()
                 event.refused += ack.duplicate
                 event.end()
             else:

@@ -34,7 +34,7 @@ from natsrt.agents.chain import as_call, chain_attribute, current_chain
 from natsrt.agents.control import encode_data
 from natsrt.agents.inbound import awaiting
 from natsrt.agents.interventions import Interventions
-from natsrt.errors import CannotSchedule, MessageTooLarge
+from natsrt.errors import CannotSchedule, EventNotStored, MessageTooLarge
 from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
@@ -105,6 +105,7 @@ class Sender(RegistryListener):
         self._subjects = subjects
         self._limit = Limit(options.call_timeout, "call_timeout")
         self._blob_ttl = options.blob_ttl
+        self._publish_timeout = options.publish_timeout
         self._calls = calls
         self._serialization = serialization
         self._cancellations = cancellations
@@ -422,15 +423,26 @@ class Sender(RegistryListener):
         due: datetime | None,
     ) -> None:
         begun = asyncio.get_running_loop().time()
-        async with self._queue.turn(None) as turn:
-            await self._wait_ready(None, begun)
-            if self._interventions.handlers:
-                context = _context(sender, topic, token, message_id)
-                try:
-                    message = await turn.intervene(self._interventions.on_publish(message, context))
-                except MessageDroppedException:
-                    return
-            await self._event(message, topic, sender, token, message_id, due, turn.end)
+        stream = self._registry.view.durable_stream(topic.type) if self._readiness.started else None
+        try:
+            async with self._durable.patience(begun, stream is not None) as waiting, self._queue.turn(None) as turn:
+                await self._wait_ready(None, begun)
+                waiting.end()
+                if self._interventions.handlers:
+                    context = _context(sender, topic, token, message_id)
+                    try:
+                        message = await turn.intervene(self._interventions.on_publish(message, context))
+                    except MessageDroppedException:
+                        return
+                    begun = asyncio.get_running_loop().time()
+                await self._event(message, topic, sender, token, message_id, due, turn.end, begun)
+        except TimeoutError:
+            if stream is None or not waiting.expired:
+                raise
+            reason = (
+                f"it could not be sent within publish_timeout = {self._publish_timeout:g} s: the connection is lost"
+            )
+            raise EventNotStored(str(topic), stream, reason, may_be_stored=False) from None
 
     def _event(
         self,
@@ -441,11 +453,13 @@ class Sender(RegistryListener):
         message_id: str,
         due: datetime | None,
         sent: Callable[[], None] | None = None,
+        begun: float | None = None,
     ) -> Awaitable[None]:
         """Encode an event now. Await the result to send the event.
 
         ``sent`` is called when the event is in the client's buffer, is waiting for its agents' owners, or is under way
-        to its stream. None: no function is called.
+        to its stream. None: no function is called. ``begun`` is when its publisher began to wait, by the event loop's
+        clock; None: now.
         """
         subject = self._subjects.topic(topic.type, topic.source)
         encoded = self._serialization.encode(message)
@@ -455,7 +469,7 @@ class Sender(RegistryListener):
                 encoded.payload, sender=sender, receiver=topic, kind=MessageKind.PUBLISH, stage=DeliveryStage.SEND
             )
         if self._telemetry is None:
-            return self._send_event(subject, topic, sender, message_id, attributes, encoded, due, sent)
+            return self._send_event(subject, topic, sender, message_id, attributes, encoded, due, sent, begun)
         span = self._telemetry.sending(
             "publish",
             subject,
@@ -466,7 +480,9 @@ class Sender(RegistryListener):
         )
         return _traced(
             span,
-            lambda more: self._send_event(subject, topic, sender, message_id, attributes + more, encoded, due, sent),
+            lambda more: self._send_event(
+                subject, topic, sender, message_id, attributes + more, encoded, due, sent, begun
+            ),
         )
 
     async def _send_event(
@@ -479,6 +495,7 @@ class Sender(RegistryListener):
         encoded: Encoded,
         due: datetime | None,
         sent: Callable[[], None] | None,
+        begun: float | None = None,
     ) -> None:
         """Send an event to the keyed agents that are subscribed to it, then to the subject of its topic.
 
@@ -492,7 +509,8 @@ class Sender(RegistryListener):
             if due is not None:
                 stream = self._keeps_delayed(topic, stream)
             if stream is not None:
-                await self._store_event(subject, topic, stream, message_id, attributes + more, encoded, due, sent)
+                more = attributes + more
+                await self._store_event(subject, topic, stream, message_id, more, encoded, due, sent, begun)
                 return
         if large and not self._event_fits(attributes + more, topic, encoded):
             await self._send_large_event(subject, topic, sender, message_id, attributes, encoded, sent)
@@ -561,6 +579,7 @@ class Sender(RegistryListener):
         encoded: Encoded,
         due: datetime | None,
         sent: Callable[[], None] | None,
+        begun: float | None,
     ) -> None:
         """Have the stream of a durable topic store an event, in one message or by reference."""
         payload, content_type = encoded.payload, encoded.content_type
@@ -584,7 +603,7 @@ class Sender(RegistryListener):
                     await self._durable.publish(subject, topic, stream, message_id, body, end, due, unused=unused)
                 return
         body = self._bodies.pack(envelope.EVENT, attributes, payload, content_type)
-        await self._durable.publish(subject, topic, stream, message_id, body, sent, due)
+        await self._durable.publish(subject, topic, stream, message_id, body, sent, due, begun=begun)
 
     def _kept_for(self, stream: str, due: datetime | None) -> float:
         """Seconds for which the payload of an event is needed that ``stream`` stores; infinity: for ever.

@@ -12,9 +12,9 @@ from pathlib import Path
 import nats
 from nats.aio.msg import Msg
 
+from benchmarks.chaos.proxy import Proxy
 from natsrt.embedded import EmbeddedServer
 from tests.support.processes import eventually
-from tests.support.proxy import Proxy
 
 
 def free_ports(count: int) -> list[int]:

@@ -113,7 +113,7 @@ class Proxy:
         try:
             while True:
                 at, data = await travelling.get()
-                while (wait := max(at, self._held_until) - loop.time()) > 0:
+                while (wait := max(at, self._held_until) - loop.time()) > 0:  # noqa: ASYNC110
                     await asyncio.sleep(wait)
                 if not data:
                     break
