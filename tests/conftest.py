@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 
 from natsrt.embedded import EmbeddedServer
-from tests.support.processes import REPOSITORY, Processes, start_tap
+from tests.support.processes import REPOSITORY, TAP, Processes, start_tap
 from tests.support.watchdog import ended_if_it_hangs
 
 FAST = (
@@ -122,7 +122,7 @@ async def own_server(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
 
 @asynccontextmanager
 async def _tapped(server: EmbeddedServer, output: Path) -> AsyncIterator[None]:
-    if os.environ.get("NATSRT_TEST_TAP") != "1":
+    if not TAP:
         yield
         return
     processes = Processes(output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
@@ -29,9 +28,8 @@ from natsrt import NatsAgentRuntime, session
 from natsrt.embedded import EmbeddedServer
 from natsrt.sending import keyed_delivery
 from tests.support.calls import known
-from tests.support.processes import Process, Processes, eventually
+from tests.support.processes import TAP, Process, Processes, eventually
 
-TAP = os.environ.get("NATSRT_TEST_TAP") == "1"
 WORKER = """
 import asyncio, sys
 from natsrt import NatsAgentRuntime

@@ -34,9 +34,8 @@ from natsrt.embedded import EmbeddedServer
 from natsrt.jetstream.streams import events_stream, require_version
 from natsrt.sending.durable import WINDOW
 from natsrt.wire.subjects import Subjects
-from tests.support.processes import eventually
+from tests.support.processes import TAP, eventually
 from tests.test_domains import Count
-from tests.test_durable_handling import TAP
 
 
 @dataclass

@@ -5,16 +5,13 @@ With ``NATSRT_TEST_TAP=1`` somebody listens to every subject meanwhile, which hi
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from benchmarks.chaos.history import End, History, Outage
 from benchmarks.chaos.ledger import ACKNOWLEDGED, Entry, Ledger
 from benchmarks.chaos.scenario import Figure, broken
 from benchmarks.chaos.scenarios import counter, doubles, frozen_owner, order, rolling_restart
-
-TAP = os.environ.get("NATSRT_TEST_TAP") == "1"
+from tests.support.processes import TAP
 
 
 def value(figures: list[Figure], name: str) -> object:

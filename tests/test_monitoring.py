@@ -398,7 +398,7 @@ async def test_streams_and_consumers_say_what_they_are(durable: NatsAgentRuntime
         "natsrt: events on durable topics named short",
         "natsrt: reminders of agents",
         "natsrt: dead letters, events that could not be handled",
-        "natsrt: how often workers gave events back",
+        "natsrt: attempts to handle events that were delivered more than once",
     ):
         assert description in listed
     rows = {row[0]: row for row in _rows(await nats("stream", "report"))}

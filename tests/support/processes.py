@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
+TAP = os.environ.get("NATSRT_TEST_TAP") == "1"
+"""Whether a subscription to every subject is open beside the tests."""
+
 _POLL_SECONDS = 0.02
 _LINES_IN_FAILURES = 40
 
