@@ -28,6 +28,7 @@ _MODULES: Mapping[str, str] = {
     "dlq": "dlq",
     "doctor": "doctor",
     "publish": "messages",
+    "record": "recorder",
     "reminders": "reminders",
     "replay": "replay",
     "send": "messages",

@@ -5,6 +5,7 @@ from natsrt.agents.current_delivery import DeliveryInfo, current_delivery
 from natsrt.durable_types import DurableTopics
 from natsrt.errors import *  # noqa: F403  # the whole tree of exceptions is public
 from natsrt.jetstream.dead_letter_box import DeadLetter
+from natsrt.jetstream.recorded_stream import RecordedEntry
 from natsrt.observe.health import Health
 from natsrt.options import Options
 from natsrt.registration import register
@@ -24,6 +25,7 @@ __all__ = [
     "KeyedOptions",
     "NatsAgentRuntime",
     "Options",
+    "RecordedEntry",
     "Reminder",
     "__version__",
     "create_distributed_runtime",

@@ -37,6 +37,7 @@ from natsrt.errors import AmbiguousAgent, SubscriptionNotServed, UnknownSubscrip
 from natsrt.jetstream.consumers import START_NOW, Start
 from natsrt.jetstream.dead_letter_box import DeadLetter
 from natsrt.jetstream.record import check_state
+from natsrt.jetstream.recorded_stream import RecordedEntry, RecordedStream
 from natsrt.keyed.ownership import OwnedElsewhere
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.lifecycle import Lifecycle
@@ -610,6 +611,28 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         """
         name = agent_type.type if isinstance(agent_type, AgentType) else agent_type
         return self._running().dead_letters.read(name, None if since is None else since.timestamp())
+
+    def recorded(self, stream: str, *, since: datetime | None = None) -> AsyncIterator[RecordedEntry]:
+        """Return what ``natsrt record --to STREAM`` has recorded, in the order of the stream, for audit and for tests.
+
+        Those are listed that are there when the iteration begins. Messages are of the classes that this runtime, or its
+        process, knows; see `RecordedEntry`. Nothing is handled, or sent, again.
+
+        Args:
+            stream: The name of the stream.
+            since: Only what was stored then or later; without a zone, it is local time. None: all. The call of a reply
+                is not known if it was stored before.
+
+        Raises:
+            ConfigurationError: ``stream`` cannot be the name of a stream of records.
+            StreamUnavailable: There is no such stream, or JetStream does not answer, or refuses the request.
+            PermissionDenied: This user may not read the stream.
+            CannotDecode: Something in the stream is not a record.
+            RuntimeError: The runtime is not started.
+        """
+        network = self._running().network
+        records = RecordedStream(network.subjects, network.reader, self._serialization, self._error_types)
+        return records.read(stream, None if since is None else since.timestamp())
 
     async def redrive(self, dead_letter: DeadLetter) -> None:
         """Give a dead letter to its agent type again, and remove it. Its attempts begin with 1.

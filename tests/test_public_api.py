@@ -41,6 +41,7 @@ PUBLIC = [
     "NotSettled",
     "Options",
     "PermissionDenied",
+    "RecordedEntry",
     "RegistryUnavailable",
     "Reject",
     "Reminder",

@@ -6,6 +6,7 @@ Others have tests of their own.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +28,7 @@ from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.dead_letters import Unhandled
 from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.later_retries import retry_headers
+from natsrt.jetstream.passing import Passing
 from natsrt.jetstream.record import RECORD, Stored, checked, decode_record, encode_head, parts_key, record_key
 from natsrt.jetstream.registry.entries import SubscriptionEntry, TypeEntry, WorkerEntry, decode_entry, encode_entry
 from natsrt.jetstream.registry.origin import ORIGIN, Origin
@@ -41,6 +43,7 @@ from natsrt.sending.reminders import reminder_headers
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
 from natsrt.wire.failures import FULL, ErrorTypes, decode_answer, is_refusal
+from natsrt.wire.recorded import RECORD_HEADER, read_record
 from natsrt.wire.references import Reference
 from natsrt.wire.retry_subjects import attempts_of, redriven, retried, retries_of, retry_of
 from natsrt.wire.schedules import of_reminder
@@ -58,6 +61,7 @@ VECTORS = vectors("envelopes")
 KEYED = vectors("keyed")
 REGISTRY = vectors("registry")
 DURABLE = vectors("durable")
+RECORDED = vectors("recorded")
 ERRORS = vectors("errors")
 WORKER = vectors("worker")
 
@@ -535,3 +539,28 @@ async def test_a_worker_answers_as_the_vectors_say(server: EmbeddedServer, names
                 assert contains(json.loads(message.data), filled["answer"]), (case["name"], message.data)
     finally:
         await client.close()
+
+
+def test_records_are_as_the_vectors_say() -> None:
+    subjects = Subjects("")
+    passing = Passing(subjects, "r1")
+
+    def take(message: Any) -> Any:
+        body = message["body"].encode()
+        return passing.take(message["subject"], message["reply"], message["headers"], body, 1_700_000_000.0)
+
+    for case in RECORDED["records"]:
+        record = take(case["message"])
+        assert json.loads(record.header()) == case["header"], case["name"]
+        assert passing.subject_of(record, "natsrt.record.audit") == case["stored"], case["name"]
+        assert read_record({"natsrt-record": record.header()}, record.data) == record, case["name"]
+    for case in RECORDED["ignored"]:
+        assert take(case["message"]) is None, case["name"]
+    assert passing.copies == 2
+
+
+@pytest.mark.parametrize("case", RECORDED["refused"], ids=lambda case: case["reason"])
+def test_a_header_that_is_no_record_of_what_passes_is_refused(case: Any) -> None:
+    headers = {} if case["header"] is None else {RECORD_HEADER: case["header"]}
+    with pytest.raises(CannotDecode, match=re.escape(case["reason"])):
+        read_record(headers, b"")
