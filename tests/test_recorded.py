@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import nats
@@ -28,7 +30,7 @@ import natsrt
 from natsrt import NatsAgentRuntime, RecordedEntry, StreamUnavailable
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import ConfigurationError, UnknownAgentType
-from tests.support.processes import Process, Processes, eventually
+from tests.support.processes import REPOSITORY, Process, Processes, eventually
 
 ASK = AgentId("shop", "default")
 
@@ -50,11 +52,14 @@ class Shop(RoutedAgent):
         super().__init__("shop")
         self.events: list[Order] = []
 
+        self.waiting: list[int] = []
+
     @rpc
     async def on_order(self, message: Order, ctx: MessageContext) -> Done:
         if message.text == "fail":
             raise ValueError(f"no {message.number}")
         if message.text == "wait":
+            self.waiting.append(message.number)
             await asyncio.sleep(60)
         return Done(message.number, message.text)
 
@@ -125,7 +130,7 @@ async def scene(server: EmbeddedServer, namespace: str, processes: Processes) ->
 
 
 async def test_calls_replies_failures_and_events_are_recorded_and_read_back(scene: Scene) -> None:
-    await scene.worker(durable=["work."])
+    worker = await scene.worker(durable=["work."])
     caller = await scene.runtime(durable=["work."])
     recorder = await scene.record()
     for number in range(20):
@@ -134,7 +139,8 @@ async def test_calls_replies_failures_and_events_are_recorded_and_read_back(scen
         await caller.send_message(Order(20, "fail"), ASK)
     token = CancellationToken()
     cancelled = asyncio.ensure_future(caller.send_message(Order(21, "wait"), ASK, cancellation_token=token))
-    await asyncio.sleep(0.2)
+    shop = await worker.try_get_underlying_agent_instance(ASK, Shop)
+    await eventually(lambda: shop.waiting == [21])
     token.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cancelled
@@ -373,3 +379,53 @@ async def test_names_and_streams_that_cannot_be_recorded_into_are_refused(scene:
     )
     assert await recorder.wait(30.0) != 0
     assert "subjects" in recorder.stderr
+
+
+# -- permissions -----------------------------------------------------------------------------------------------------
+
+
+def documented(operation: str) -> list[str]:
+    """The subjects that docs/recording.md gives to the user of a recorder."""
+    text = (REPOSITORY / "docs" / "recording.md").read_text().partition("## Permissions")[2]
+    [row] = [line for line in text.splitlines() if line.startswith(f"| {operation} ")]
+    return re.findall(r"`([^`]+)`", row)
+
+
+async def recorded_as(user: dict[str, Any], tmp_path: Path, processes: Processes) -> Process:
+    """Let this user record two calls, and return the recorder when it has ended."""
+    config = tmp_path / "nats.conf"
+    users = [{"user": "all", "password": "all"}, {"user": "recorder", "password": "recorder", "permissions": user}]
+    config.write_text("authorization: " + json.dumps({"users": users}))
+    async with (
+        EmbeddedServer(config=config, data_dir=tmp_path / "data", port=-1, extra_args=["-js"]) as server,
+        NatsAgentRuntime(server.url, user="all", password="all") as runtime,
+    ):
+        await natsrt.register(runtime, Shop, "shop", Shop)
+        arguments = ("record", "--to", "audit", "--server", server.url, "--user", "recorder", "--password", "recorder")
+        recorder = processes.natsrt(*arguments)
+        await eventually(lambda: "recording to" in recorder.stdout + recorder.stderr or not recorder.running, 30.0)
+        for number in range(2):
+            assert await runtime.send_message(Order(number), ASK) == Done(number)
+        recorder.interrupt()
+        await recorder.wait(30.0)
+        if not recorder.returncode:
+            found = [entry.kind async for entry in runtime.recorded("audit")]
+            assert Counter(found) == {"call": 2, "reply": 2}
+    return recorder
+
+
+async def test_the_documented_permissions_of_a_recorder_are_enough(tmp_path: Path, processes: Processes) -> None:
+    user = {operation: documented(operation) for operation in ("subscribe", "publish")}
+    assert len(user["publish"]) == 3
+    recorder = await recorded_as(user, tmp_path, processes)
+    assert (recorder.returncode, recorder.stderr.count("\n")) == (0, 2), recorder.describe()
+
+
+@pytest.mark.parametrize("subject", documented("publish") + documented("subscribe")[:1])
+async def test_each_documented_permission_of_a_recorder_is_needed(
+    tmp_path: Path, processes: Processes, subject: str
+) -> None:
+    user = {op: [one for one in documented(op) if one != subject] for op in ("subscribe", "publish")}
+    recorder = await recorded_as(user, tmp_path, processes)
+    assert recorder.returncode, recorder.describe()
+    assert subject.removesuffix(".>") in recorder.stderr
