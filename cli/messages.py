@@ -11,7 +11,8 @@ import click
 from autogen_core import AgentId, TopicId
 
 from natsrt.errors import CallTimeout
-from natsrt.transport.connection import Refusal
+from natsrt.runtime import NatsAgentRuntime
+from natsrt.transport.connection import Refusal, headers_size
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, ErrorTypes
 from natsrt.wire.schedules import due_time
@@ -40,6 +41,22 @@ def _body(given: str | None) -> bytes:
     return sys.stdin.buffer.read()
 
 
+def _in_one_message(runtime: NatsAgentRuntime, body: bytes, headers: dict[str, str]) -> bool:
+    """True if a body and its headers fit into one message."""
+    return len(body) + headers_size(headers) <= runtime.running.connection.max_payload
+
+
+def _require_type(type_name: str | None, body: bytes) -> str:
+    """The type of a message that is sent by reference. Raises `CommandFailed` if it is not given."""
+    if type_name is None:
+        raise CommandFailed(
+            f"the body has {len(body):,} bytes, more than the server accepts in one message: name its type with "
+            "--type-name, then it is sent by reference",
+            Exit.USAGE,
+        )
+    return type_name
+
+
 # -- send --------------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +69,8 @@ def send(connecting: Connecting, agent: str, body: str | None, type_name: str | 
     """Call an agent and print its reply.
 
     BODY is the message as JSON; "-", or no BODY with a pipe, reads it from standard input. Without KEY, the key is
-    "default". The call waits until the handler has finished; --timeout, or the setting call_timeout, limits that.
+    "default". The call waits until the handler has finished; --timeout, or the setting call_timeout, limits that. A
+    BODY that does not fit into one message is sent by reference, and needs --type-name.
 
     \b
     natsrt send upper/demo '{"text": "hi"}'
@@ -65,10 +83,13 @@ async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: 
     headers = {KEY_HEADER: agent.key} | ({TYPE_HEADER: type_name} if type_name else {})
     async with connecting.runtime(call_timeout=connecting.timeout) as runtime:
         limit = runtime.options.call_timeout
-        calling = runtime.running.calls.call(agent, body, headers=headers)
         try:
             async with asyncio.timeout(limit):
-                reply = await calling
+                if not _in_one_message(runtime, body, headers):
+                    sender, named = runtime.running.sender, _require_type(type_name, body)
+                    line((await sender.call_large_body(body, agent, named)).decode("utf-8", "backslashreplace"))
+                    return
+                reply = await runtime.running.calls.call(agent, body, headers=headers)
         except TimeoutError as error:
             if limit is None or isinstance(error, CallTimeout):
                 raise
@@ -101,7 +122,7 @@ def publish(
     a program can cancel the event.
 
     BODY is the message as JSON; "-", or no BODY with a pipe, reads it from standard input. Without SOURCE, the source
-    is "default".
+    is "default". A BODY that does not fit into one message is sent by reference, and needs --type-name.
 
     \b
     natsrt publish news.tech/server '{"headline": "42"}'
@@ -118,7 +139,12 @@ async def _publish_later(
 ) -> None:
     async with connecting.runtime() as runtime:
         try:
-            message_id = await runtime.running.sender.publish_body(body, topic, due, type_name)
+            headers = {TYPE_HEADER: type_name} if type_name else {}
+            sender = runtime.running.sender
+            if _in_one_message(runtime, body, headers):
+                message_id = await sender.publish_body(body, topic, due, type_name)
+            else:
+                message_id = await sender.publish_large_body(body, topic, _require_type(type_name, body), due)
         except ValueError as error:
             raise CommandFailed(str(error), Exit.USAGE) from None
     note(f"{len(body):,} bytes will be published on {topic} at {due.isoformat(timespec='seconds')}, with the id:")
@@ -141,7 +167,11 @@ async def _publish(connecting: Connecting, topic: TopicId, body: bytes, type_nam
             return denied.subject == subject
 
         running.connection.on_denied(note_refusal)
-        await running.connection.publish(subject, body, headers={TYPE_HEADER: type_name} if type_name else None)
+        headers = {TYPE_HEADER: type_name} if type_name else {}
+        if _in_one_message(runtime, body, headers):
+            await running.connection.publish(subject, body, headers=headers or None)
+        else:
+            await running.sender.publish_large_body(body, topic, _require_type(type_name, body), None)
         await running.connection.barrier()
         for denied in refused:
             raise denied

@@ -30,6 +30,7 @@ from autogen_core import event as event_handler
 from nats.aio.client import Client
 from nats.js import api
 from natsrt_cli.declaration import parse
+from natsrt_cli.exits import Exit
 from opentelemetry.sdk.trace import TracerProvider
 
 from natsrt import NatsAgentRuntime, register
@@ -38,7 +39,7 @@ from natsrt.errors import BlobDamaged, BlobLost, JetStreamFull, MessageTooLarge,
 from natsrt.jetstream.blobs import Blobs
 from natsrt.wire import envelope
 from natsrt.wire.references import Reference
-from tests.support.cli import natsrt
+from tests.support.cli import Ended, natsrt
 from tests.support.permission_scene import Case, Scene, configuration, in_namespace
 from tests.support.permission_scene import Text as SceneText
 from tests.support.processes import Processes, eventually
@@ -139,6 +140,11 @@ class Place:
             return await self.stored() == chunks
 
         await eventually(has)
+
+    async def command(self, *words: str, stdin: bytes) -> Ended:
+        """The end of a command, with a body at its standard input."""
+        here = ("--server", self.url, "--namespace", self.namespace)
+        return await natsrt(*words, "-", *here, stdin=stdin.decode())
 
     def call(self, key: str, reference: Reference, **more: str) -> bytes:
         """A call by reference, as a participant of another language may send it."""
@@ -575,6 +581,59 @@ async def test_a_plain_caller_is_limited_by_the_server(place: Place) -> None:
     question = json.dumps({"size": 2 * MB}).encode()
     answer = await place.client.request(f"{place.namespace}.agent.desk", question, timeout=10)
     assert answer.headers is not None and answer.headers["Nats-Service-Error-Code"] == "413"
+
+
+# -- on the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("agent_type", ["desk", "safe"])
+@pytest.mark.parametrize("times", [0.9, 1, 20])
+async def test_send_takes_a_body_of_any_size_and_prints_the_reply(place: Place, agent_type: str, times: float) -> None:
+    await place.worker()
+    size = int(times * place.client.max_payload)
+    body = payload(text_of(size))
+    ended = await place.command("send", f"{agent_type}/k", "--type-name", "Text", stdin=body)
+    assert (ended.code, ended.stderr) == (0, "")
+    assert ended.json == json.loads(body)
+    assert Desk.seen[AgentId(agent_type, "k")] == [ended.json["text"]]
+    if times < 1:
+        assert await place.stored() is None
+    else:
+        await place.is_empty()
+
+
+async def test_send_reports_the_error_of_a_large_call_as_that_of_a_small_one(place: Place) -> None:
+    await place.worker()
+    for size in (10, 2 * MB):
+        body = json.dumps({"txt": "x" * size}).encode()
+        ended = await place.command("send", "desk/k", "--type-name", "Text", stdin=body)
+        assert ended.code == Exit.REMOTE_ERROR and "text: the field is missing" in ended.stderr, ended.stderr
+    assert not Desk.seen
+    await place.is_empty()
+
+
+@pytest.mark.parametrize("times", [0.9, 1, 20])
+async def test_publish_takes_a_body_of_any_size(place: Place, times: float) -> None:
+    await place.worker()
+    body = payload(text_of(int(times * place.client.max_payload)))
+    ended = await place.command("publish", "news/k", "--type-name", "dict", stdin=body)
+    assert ended.code == 0 and f"published {len(body):,} bytes" in ended.stderr, ended.stderr
+
+    async def seen() -> bool:
+        return all(Desk.seen[AgentId(agent_type, "k")] for agent_type in ("desk", "safe"))
+
+    await eventually(seen)
+    assert all(texts == [json.loads(body)["text"]] for texts in Desk.seen.values())
+
+
+@pytest.mark.parametrize("words", [("send", "desk/k"), ("publish", "news/k")], ids=["send", "publish"])
+async def test_a_large_body_needs_the_name_of_its_type(place: Place, words: tuple[str, ...]) -> None:
+    await place.worker()
+    body = payload("x" * place.client.max_payload)
+    ended = await place.command(*words, stdin=body)
+    assert ended.code == Exit.USAGE
+    assert f"the body has {len(body):,} bytes" in ended.stderr and "--type-name" in ended.stderr
+    assert not Desk.seen and await place.stored() is None
 
 
 # -- permissions -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from natsrt import DurableTopics, NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotSchedule, EventNotStored, JetStreamFull, MessageTooLarge
 from natsrt.jetstream.blobs import Blobs
+from tests.support.cli import natsrt as natsrt_command
 from tests.support.permission_scene import Case, Scene, configuration, in_namespace
 from tests.support.processes import eventually
 
@@ -289,6 +291,36 @@ async def test_an_event_over_max_blob_size_is_refused_before_anything_is_stored(
     with pytest.raises(MessageTooLarge, match="max_blob_size"):
         await runtime.publish_message(Note(LARGE), TOPIC)
     assert not await place.chunks() and await place.stored() == 0
+
+
+@pytest.mark.parametrize("delay", [(), ("--delay", "1s")], ids=["now", "later"])
+async def test_publish_stores_a_body_of_any_size(place: Place, delay: tuple[str, ...]) -> None:
+    await place.worker()
+    body = json.dumps({"text": "x" * 20 * MB})
+    here = ("--server", place.url, "--namespace", place.namespace)
+    ended = await natsrt_command("publish", "work.jobs/a", "-", "--type-name", "Note", *delay, *here, stdin=body)
+    assert ended.code == 0, ended.stderr
+
+    async def handled() -> bool:
+        return bool(place.seen.texts)
+
+    await eventually(handled)
+    assert place.seen.texts == ["x" * 20 * MB]
+    (life,) = await place.lives()
+    assert int(life.removesuffix("s")) > 29 * 24 * 3600, "it is kept for as long as its stream keeps the event"
+
+
+async def test_a_large_body_waits_for_its_time_and_can_be_cancelled(place: Place) -> None:
+    runtime = await place.worker()
+    body = json.dumps({"text": LARGE})
+    here = ("--server", place.url, "--namespace", place.namespace)
+    ended = await natsrt_command(
+        "publish", "work.jobs/a", "-", "--type-name", "Note", "--delay", "1h", *here, stdin=body
+    )
+    assert ended.code == 0, ended.stderr
+    assert await place.stored() == 1
+    assert await runtime.cancel_delayed(ended.stdout.strip(), TOPIC)
+    assert not place.seen.begun
 
 
 async def test_a_reminder_is_limited_by_the_server(place: Place) -> None:

@@ -64,6 +64,7 @@ from natsrt.wire.envelope import MESSAGE_ID_HEADER, TYPE_HEADER, attribute
 from natsrt.wire.references import Reference
 from natsrt.wire.schedules import Schedule
 from natsrt.wire.serialization import Encoded, Serialization
+from natsrt.wire.serializers import JSON
 from natsrt.wire.subjects import Subjects
 
 _ADDED_LATER = 1024
@@ -652,6 +653,38 @@ class Sender(RegistryListener):
             await self._durable.publish(subject, topic, stream, message_id, body, turn.end, due, headers)
         return message_id
 
+    # -- bodies that are ready ------------------------------------------------------------------------------------
+
+    async def call_large_body(self, body: bytes, recipient: AgentId, type_name: str) -> bytes:
+        """Call an agent with a JSON body that does not fit into one message, and return the payload of its reply.
+
+        The payloads of the call and of the reply are sent by reference. ``type_name`` is the type of the message, or
+        the full name of its class. Raises as `send`.
+        """
+        encoded = _ready(body, type_name)
+        self._counters.sent += 1
+        attributes = self._attributes.message(self._attributes.next_id(), None, encoded, None)
+        attributes += self._attributes.call(recipient)
+        reply = await self._exchange_message(recipient, attributes, encoded, None, None)
+        answer = self._replies.answered(reply, recipient)
+        if answer.reference is not None:
+            await self._replies.load(answer, answer.reference)
+        return answer.payload
+
+    async def publish_large_body(self, body: bytes, topic: TopicId, type_name: str, due: datetime | None) -> str:
+        """Publish a JSON body that does not fit into one message, by reference. Returns its message id, a new one.
+
+        ``type_name`` is as in `call_large_body`. ``due`` is when its stream publishes it; None: now. Raises as
+        `publish`.
+        """
+        encoded = _ready(body, type_name)
+        subject = self._subjects.topic(topic.type, topic.source)
+        self._counters.sent += 1
+        message_id = self._attributes.next_id()
+        attributes = self._attributes.message(message_id, None, encoded, None)
+        await self._send_event(subject, topic, None, message_id, attributes, encoded, due, None)
+        return message_id
+
     async def cancel_delayed(self, message_id: str, topic: TopicId) -> bool:
         """Remove a delayed event. Returns False if it is not there.
 
@@ -680,6 +713,11 @@ class Sender(RegistryListener):
         body = envelope.decode(envelope.encode(envelope.EVENT, attributes, encoded.payload, encoded.content_type))
         assert body is not None
         return body
+
+
+def _ready(body: bytes, type_name: str) -> Encoded:
+    """A JSON body as a message of the type ``type_name``, which may also be the full name of a class."""
+    return Encoded(type_name.rpartition(".")[2], JSON, body, type_name if "." in type_name else None)
 
 
 async def _traced(span: AbstractContextManager[str], send: Callable[[str], Awaitable[None]]) -> None:
