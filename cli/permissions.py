@@ -178,8 +178,7 @@ class _Maker:
         yield from self._runtime()
         yield from self._sends()
         yield Grant(PUBLISH, self._subjects.view, "what is in the registry: a worker tells it")
-        if self._user.role != "tool":  # the commands send plain bodies
-            yield Grant(PUBLISH, self._subjects.blobs, f"{_LARGE}: workers store and read them")
+        yield Grant(PUBLISH, self._subjects.blobs, f"{_LARGE}: workers store and read them")
 
     def client(self) -> Iterator[Grant]:
         for subject in self._agents(self._user.calls, locates=False):
@@ -209,7 +208,7 @@ class _Maker:
         yield Grant(PUBLISH, "$SYS.REQ.USER.INFO", "the server's clock and the user's permissions")
         yield Grant(SUBSCRIBE, subjects.everything, "events to look at")
         yield from self._registry()
-        yield Grant(PUBLISH, self._domain.api(f"STREAM.INFO.{subjects.bucket(BLOBS)}"), f"{_LARGE}: what is stored")
+        yield from self._blobs()
         yield from self._bucket(AGENTS_BUCKET, "keyed agents: where they are, and their states")
         yield from self._consumers(AGENTS_BUCKET, "keyed agents: all of them, listed")
         yield from self._looks_after_durable()

@@ -38,6 +38,7 @@ from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.dead_letters import DeadLetters
 from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.later_retries import LaterRetries
+from natsrt.jetstream.payload_sweep import PayloadSweep
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.stream_reader import StreamReader
 from natsrt.keyed.claiming import Claiming
@@ -217,7 +218,7 @@ class Incoming:
             declarations=program.declarations,
             options=program.options,
         )
-        dead_letters = DeadLetters(connection, subjects, options, program.error_types, network.streams)
+        dead_letters = DeadLetters(connection, subjects, options, program.error_types, network.streams, network.blobs)
         self.durable: DurableConsumers = DurableConsumers(
             DurableParts(
                 worker_id=worker_id,
@@ -229,6 +230,7 @@ class Incoming:
                 box=network.dead_letter_box,
                 attempts=Attempts(connection, subjects),
                 later=network.later,
+                payloads=PayloadSweep(subjects, options, registry, network.reader, network.blobs),
                 event_errors=event_errors,
                 counters=counters,
             ),

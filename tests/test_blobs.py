@@ -397,8 +397,8 @@ async def test_the_caller_is_told_that_its_payload_was_lost(place: Place, monkey
     _, caller = await place.pair()
     store = blobs(caller).store
 
-    async def stored_and_lost(data: bytes, ttl: float | None = None) -> Reference:
-        reference = await store(data, ttl)
+    async def stored_and_lost(data: bytes, *more: Any) -> Reference:
+        reference = await store(data, *more)
         await place.client.jetstream().purge_stream(place.stream)
         return reference
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from natsrt_cli.declaration import parse
 import natsrt
 from natsrt import DurableTopics, NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import CannotSchedule, EventNotStored, JetStreamFull, MessageTooLarge
+from natsrt.errors import BlobLost, CannotSchedule, EventNotStored, JetStreamFull, MessageTooLarge
 from natsrt.jetstream.blobs import Blobs
 from tests.support.cli import natsrt as natsrt_command
 from tests.support.permission_scene import Case, Scene, configuration, in_namespace
@@ -117,10 +119,19 @@ class Place:
         async def has() -> bool:
             return len(await self.chunks()) == chunks
 
-        await eventually(has)
+        await eventually(has, 30.0)
 
     async def stored(self) -> int:
         return (await self.js.stream_info(self.events)).state.messages
+
+    async def dead_again(self, letters: int) -> None:
+        """Wait until there have been so many dead letters."""
+        stream = f"{self.namespace}_natsrt_dead"
+
+        async def were() -> bool:
+            return (await self.js.stream_info(stream)).state.last_seq == letters
+
+        await eventually(were)
 
     async def dead(self) -> Any:
         """The only dead letter, when it is there."""
@@ -364,3 +375,132 @@ async def test_workers_publish_large_events_with_their_permissions_and_publisher
         await mill.publish_message(large, TOPIC)
         await eventually(lambda: len(seen.texts) == 2)
         assert seen.texts == ["small", large.text]
+        sweep = mill.running.incoming.durable._parts.payloads
+        stream = f"{namespace}_natsrt_events"
+        assert await sweep._candidates() == {} and await sweep._referred_to(stream) == set()  # it may ask
+
+
+# -- what becomes of a payload after its event ------------------------------------------------------------------------
+
+
+def soon(*, max_age: float | None = None) -> dict[str, Any]:
+    """Settings with which the payloads of events that are gone are deleted within seconds."""
+    return {"blob_ttl": 1, "publish_timeout": 1, "durable": [DurableTopics("work.", max_age=max_age)]}
+
+
+async def ids(place: Place) -> set[str]:
+    """The ids of all payloads that are stored."""
+    return {chunk.subject.split(".")[-2] for chunk in await place.chunks()}
+
+
+async def test_the_payload_of_an_event_that_its_stream_does_not_have_any_more_is_deleted(place: Place) -> None:
+    worker = await place.worker(**soon())
+    await worker.publish_message(Note(LARGE), TOPIC)
+    assert await place.lives() == {"never"}
+    await eventually(lambda: place.seen.texts)
+    (first,) = await ids(place)
+    settled_at = int(first.rpartition("-")[2], 16)
+    await eventually(lambda: time.time() > settled_at + 1)
+    await worker.publish_message(Note(LARGE), TOPIC)
+    (second,) = await ids(place) - {first}
+    assert first in await ids(place)  # its event is still there
+    await place.js.purge_stream(place.events, keep=1)
+    await place.has(CHUNKS)
+    assert await ids(place) == {second}
+    await place.js.purge_stream(place.events)
+    await eventually_none(place)
+
+
+async def test_the_payload_of_a_delayed_event_is_left_to_its_time_to_live(place: Place) -> None:
+    worker = await place.worker(**soon())
+    await worker.publish_message(Note(LARGE), TOPIC, delay=365 * DAY)
+    await worker.publish_message(Note(LARGE), TOPIC)
+    await eventually(lambda: place.seen.texts)
+    await place.js.purge_stream(place.events)
+    await place.has(CHUNKS)
+    (left,) = await ids(place)
+    assert "-" not in left
+
+
+async def _die(place: Place, **settings: Any) -> tuple[NatsAgentRuntime, Any]:
+    """A worker whose only large event has become a dead letter."""
+    worker = await place.worker(max_deliver=1, **settings)
+    place.seen.fails = 1
+    await worker.publish_message(Note(LARGE), TOPIC)
+    await place.dead()
+    (letter,) = [one async for one in worker.dead_letters()]
+    return worker, letter
+
+
+async def test_a_dead_letter_keeps_its_payload_until_it_is_discarded(place: Place) -> None:
+    worker, letter = await _die(place, **soon())
+    (of_letter,) = await ids(place)
+    await worker.publish_message(Note(LARGE), TOPIC)
+    await eventually(lambda: place.seen.texts)
+    await place.js.purge_stream(place.events)
+    await place.has(CHUNKS)  # the payload of the other one is gone
+    assert await ids(place) == {of_letter}
+    assert await worker.discard(letter)
+    await eventually_none(place)
+
+
+async def eventually_none(place: Place) -> None:
+    async def none() -> bool:
+        return not await place.chunks()
+
+    await eventually(none, 30.0)
+
+
+async def test_a_dead_letter_is_redriven_with_its_payload_after_its_event_is_gone(place: Place) -> None:
+    worker, letter = await _die(place, **soon())
+    (of_letter,) = await ids(place)
+    await worker.publish_message(Note(LARGE), TOPIC)
+    await eventually(lambda: place.seen.texts)
+    await place.js.purge_stream(place.events)
+    await place.has(CHUNKS)
+    place.seen.fails = 10_000  # so that the event stays a dead letter, or waits
+    await worker.redrive(letter)
+    await place.dead_again(2)
+    (letter,) = [one async for one in worker.dead_letters()]
+    place.seen.fails = 0
+    await worker.redrive(letter)
+    await eventually(lambda: len(place.seen.texts) == 2)
+    assert place.seen.texts == [LARGE, LARGE] and await ids(place) == {of_letter}
+    await place.js.purge_stream(place.events)
+    await eventually_none(place)
+
+
+async def test_a_dead_letter_gives_its_payload_thirty_days(place: Place) -> None:
+    worker, letter = await _die(place, **soon(max_age=60))
+    assert await place.lives() == {f"{30 * 86400 + 1}s"} and len(await place.chunks()) == CHUNKS
+    await worker.redrive(letter)
+    await eventually(lambda: place.seen.texts)
+    assert place.seen.texts == [LARGE] and await place.lives() == {f"{30 * 86400 + 1}s"}
+
+
+async def test_a_dead_letter_whose_payload_is_gone_is_not_redriven(place: Place) -> None:
+    worker, letter = await _die(place)
+    await place.js.purge_stream(place.blobs)
+    with pytest.raises(BlobLost, match=f"chunk {CHUNKS - 1} of {CHUNKS}"):
+        await worker.redrive(letter)
+    assert [one.sequence async for one in worker.dead_letters()] == [letter.sequence]
+
+
+async def test_what_is_kept_longer_is_stored_once_more_in_its_place(place: Place) -> None:
+    worker = await place.worker()
+    reference = await blobs(worker).store(LARGE.encode())
+    before = [chunk.data for chunk in await place.chunks()]
+    await blobs(worker).keep(reference, 3000)
+    assert await place.lives() == {"3600s"}  # nothing is written for what lives long enough
+    await blobs(worker).keep(reference, 5000)
+    assert await place.lives() == {"8600s"}
+    assert sorted(chunk.data for chunk in await place.chunks()) == sorted(before)
+    await blobs(worker).keep(reference, math.inf)
+    assert await place.lives() == {"never"} and await blobs(worker).load(reference) == LARGE.encode()
+    await place.js.purge_stream(place.blobs, subject=f"{place.namespace}.natsrt.blob.{reference.blob_id}.1")
+    await blobs(worker).keep(reference, 10**9)
+    await place.js.publish(
+        f"{place.namespace}.natsrt.blob.{reference.blob_id}.{CHUNKS - 1}", b"x", headers={"Nats-TTL": "1h"}
+    )
+    with pytest.raises(BlobLost, match=f"chunk 1 of {CHUNKS}"):
+        await blobs(worker).keep(reference, 10**9)

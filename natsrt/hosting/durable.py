@@ -73,6 +73,7 @@ class DurableConsumers(RegistryListener):
         """Those that do not pull any more, and hold events whose handlers still run."""
         self._signs: asyncio.Task[None] | None = None
         self._measuring: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         self._first = FirstIsWarning()
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
@@ -86,9 +87,9 @@ class DurableConsumers(RegistryListener):
     async def close(self) -> None:
         """Hold nothing any more. What was not settled is delivered again after ``ack_wait``."""
         await self.stop()  # another worker's question may have begun to serve a type again meanwhile
-        if self._signs is not None and self._measuring is not None:
-            await end_tasks(self._signs, self._measuring)
-            self._signs = self._measuring = None
+        tasks = [task for task in (self._signs, self._measuring, self._sweeping) if task is not None]
+        await end_tasks(*tasks)
+        self._signs = self._measuring = self._sweeping = None
         self._ended.clear()
         await self._parts.dead_letters.stop()
         await self._parts.later.stop()
@@ -201,6 +202,9 @@ class DurableConsumers(RegistryListener):
             self._signs = asyncio.get_running_loop().create_task(work, name="natsrt held events", context=context)
             self._measuring = asyncio.get_running_loop().create_task(
                 self._measure_regularly(), name="natsrt what waits", context=contextvars.Context()
+            )
+            self._sweeping = asyncio.get_running_loop().create_task(
+                self._parts.payloads.run(), name="natsrt payloads of events", context=contextvars.Context()
             )
 
     async def _measure_regularly(self) -> None:

@@ -38,6 +38,7 @@ from natsrt.jetstream.dead_letters import DeadLetters, Unhandled, published_on
 from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.later_retries import LaterRetries
+from natsrt.jetstream.payload_sweep import PayloadSweep
 from natsrt.jetstream.pulling import EXPIRES, HEARTBEAT, Pull, Room
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.observe.event_errors import EventErrors
@@ -79,6 +80,7 @@ class DurableParts:
     box: DeadLetterBox
     attempts: Attempts
     later: LaterRetries
+    payloads: PayloadSweep
     event_errors: EventErrors
     counters: Counters
     settlements: set[Puller] = field(default_factory=set)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Final, Protocol
 
 import nats.js.errors
+from nats.aio.msg import Msg
 from nats.js import api
 
 from natsrt.errors import NatsrtError, StreamUnavailable
@@ -17,6 +20,7 @@ from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.streams import BLOBS, MAKE_BLOBS_AGAIN, blobs_stream, ensure_stream, require_settings
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
+from natsrt.wire.references import is_number
 from natsrt.wire.subjects import Subjects
 
 CHUNK_WITHIN: Final = 10.0
@@ -24,6 +28,10 @@ CHUNK_WITHIN: Final = 10.0
 manages that."""
 
 _EXPECTED_STREAM: Final = api.Header.EXPECTED_STREAM.value
+_NEVER: Final = "never"
+"""The time to live of a chunk that does not expire."""
+_STORED_AT: Final = "Nats-Time-Stamp"
+"""Header with the time at which a message was stored, in the answer of a direct get (RFC 3339)."""
 _MISSING: Final = "404"
 """Status of the answer of a direct get for a message that is not there."""
 
@@ -78,12 +86,16 @@ class BlobStream:
     async def write(self, blob_id: str, chunk: int, data: bytes, ttl: float) -> None:
         if not self._acks.open:
             await self._acks.subscribe()
-        lives = "never" if ttl == math.inf else f"{max(1, round(ttl))}s"
+        lives = _NEVER if ttl == math.inf else f"{max(1, round(ttl))}s"
         headers = {TTL: lives, _EXPECTED_STREAM: self._name}
         self._connection.check_size(data, headers)
         await self._acks.publish(self._subjects.blob(blob_id, str(chunk)), data, headers)
 
     async def read(self, blob_id: str, chunk: int) -> bytes | None:
+        message = await self._get(blob_id, chunk)
+        return None if message is None else message.data
+
+    async def _get(self, blob_id: str, chunk: int) -> Msg | None:
         subject = self._domain.api(f"DIRECT.GET.{self._name}.{self._subjects.blob(blob_id, str(chunk))}")
         timeout = CHUNK_WITHIN + self._connection.rtt.allowance
         message = await self._connection.client.request(subject, b"", timeout=timeout)
@@ -93,7 +105,21 @@ class BlobStream:
             return None
         if status is not None:
             raise nats.js.errors.APIError(code=int(status), description=headers.get("Description"))
-        return message.data
+        return message
+
+    async def left(self, blob_id: str, chunk: int) -> float | None:
+        """Seconds until a chunk expires; infinity: it does not. None: it is not there. One attempt, as `read`."""
+        message = await self._get(blob_id, chunk)
+        if message is None:
+            return None
+        headers = message.headers or {}
+        lives = headers.get(TTL, _NEVER)
+        if lives == _NEVER:
+            return math.inf
+        seconds = lives.removesuffix("s")
+        if not is_number(seconds):  # another program wrote it: a unit that natsrt does not use
+            return 0.0
+        return datetime.datetime.fromisoformat(headers[_STORED_AT]).timestamp() + int(seconds) - time.time()
 
     async def delete(self, blob_id: str) -> None:
         await purge(self._connection.jetstream, self._name, self._subjects.blob(blob_id, "*"))

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import deque
 from collections.abc import Awaitable, Collection
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
 
@@ -34,7 +34,7 @@ from natsrt.jetstream.served_blobs import ServedBlobs
 from natsrt.jetstream.streams import BLOBS
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
-from natsrt.wire.references import Reference
+from natsrt.wire.references import OfEvent, Reference, new_blob_id
 from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.blobs")
@@ -92,9 +92,10 @@ class Blobs:
 
     # -- storing -------------------------------------------------------------------------------------------------
 
-    async def store(self, payload: bytes, ttl: float | None = None) -> Reference:
+    async def store(self, payload: bytes, ttl: float | None = None, of_event: OfEvent | None = None) -> Reference:
         """Store a payload for ``ttl`` seconds; None: for ``blob_ttl``; infinity: until it is deleted.
 
+        ``of_event``: what its id is to say of the event whose payload it is; None: nothing.
         Raises `MessageTooLarge`, `StreamUnavailable`, `JetStreamFull`, `JetStreamRequired`, `PermissionDenied` or
         `ServerUnreachable`.
         """
@@ -118,7 +119,7 @@ class Blobs:
                 "payloads for it for their blob_ttl at most, and this one is needed for longer, for a durable topic",
             )
         await self._open()
-        blob_id = os.urandom(16).hex()
+        blob_id = new_blob_id(of_event)
         piece = min(_CHUNK_BYTES, self._connection.max_payload - _HEADER_BYTES)
         seconds = self._options.blob_ttl if ttl is None else ttl
         digest, storing = sha256(), deque[asyncio.Task[None]]()
@@ -223,6 +224,38 @@ class Blobs:
             pause *= 2
         return chunk
 
+    # -- keeping -------------------------------------------------------------------------------------------------
+
+    async def keep(self, reference: Reference, seconds: float) -> None:
+        """Have a payload live for ``seconds`` from now at least; infinity: until it is deleted.
+
+        A chunk's time to live cannot be changed, so all chunks are stored once more in their places if they would
+        expire earlier, and then for ``blob_ttl`` longer. A call that is interrupted can be made again.
+        Does nothing for a user that may send no requests to JetStream. Raises `BlobLost`, and as `store`.
+        """
+        if not self._registry.reads_bucket:
+            return
+        blob_id, _, chunks, _ = reference
+        await self._open()
+        # The last one is stored last, also here.
+        left = await self._requests.run(READ, partial(self.stream.left, blob_id, chunks - 1))
+        if left is None:
+            raise BlobLost(blob_id, chunks - 1, chunks)
+        if left >= seconds:
+            return
+
+        async def again(number: int) -> None:
+            chunk = await self._chunk(blob_id, number)
+            if chunk is None:
+                raise BlobLost(blob_id, number, chunks)
+            await self.write(blob_id, number, chunk, seconds + self._options.blob_ttl)
+
+        for start in range(0, chunks, _CHUNKS_AT_ONCE):
+            numbers = range(start, min(chunks, start + _CHUNKS_AT_ONCE))
+            for failed in await asyncio.gather(*map(again, numbers), return_exceptions=True):
+                if failed is not None:
+                    raise failed
+
     # -- deleting ------------------------------------------------------------------------------------------------
 
     def delete(self, blob_id: str) -> None:
@@ -234,6 +267,10 @@ class Blobs:
             await self._source.delete(blob_id)
         except (nats.errors.Error, NatsrtError, OSError, TimeoutError) as error:
             logger.debug("the blob %s stays until it expires: %s", blob_id, error)
+
+    async def remove(self, blob_id: str) -> None:
+        """Delete a blob. One that cannot be deleted now expires."""
+        await self._delete(blob_id)
 
     async def stop(self) -> None:
         """Finish deleting, for some seconds at most."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,8 +17,10 @@ import nats.errors
 import orjson
 from nats.aio.msg import Msg
 
-from natsrt.errors import MessageTooLarge, StreamUnavailable
+from natsrt.durable_types import MONTH
+from natsrt.errors import MessageTooLarge, NatsrtError, StreamUnavailable
 from natsrt.jetstream.acks import WrongRevision
+from natsrt.jetstream.blobs import Blobs
 from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.durable import DurableStreams
@@ -25,10 +28,13 @@ from natsrt.jetstream.stored_once import SILENT, WRITE_WITHIN, WritesOnce
 from natsrt.jetstream.streams import DEAD
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
+from natsrt.wire import envelope
 from natsrt.wire.envelope import MESSAGE_ID_HEADER
 from natsrt.wire.exception_parts import carried
 from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Limits, describe
 from natsrt.wire.subjects import Subjects, encode_text
+
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 SUBJECT_HEADER: Final = "Natsrt-Subject"
 """Header with the subject on which the event was published."""
@@ -119,8 +125,10 @@ class DeadLetters:
         options: Options,
         error_types: ErrorTypes,
         streams: DurableStreams,
+        blobs: Blobs,
     ) -> None:
         self._connection = connection
+        self._blobs = blobs
         self._subjects = subjects
         self._error_types = error_types
         self._streams = streams
@@ -139,6 +147,7 @@ class DeadLetters:
         Raises `StreamUnavailable`, `JetStreamFull`, `PermissionDenied` and `MessageTooLarge`.
         """
         delivery = letter.delivery
+        await self._keep_payload(letter)
         subject = self._subjects.dead_letter(letter.agent_type, delivery.stream, delivery.first_sequence)
         data, headers = self._fitting(letter)
         follows = 0
@@ -153,6 +162,22 @@ class DeadLetters:
                 return False
             # It is that of another event: the stream of events was made anew, and counts its messages from 1 again.
             follows = int(present.headers[_SEQUENCE])
+
+    async def _keep_payload(self, letter: Unhandled) -> None:
+        """Have the payload of an event that is sent by reference live as long as the dead letter.
+
+        Does not fail: the payload may be lost, which is why the event becomes a dead letter, or JetStream may be full.
+        """
+        try:
+            if (reference := envelope.reference_of(letter.delivery.message.data)) is not None:
+                await self._blobs.keep(reference, MONTH)
+        except NatsrtError as error:
+            logger.warning(
+                "the payload of event %d of %s may expire before its dead letter: %s",
+                letter.delivery.first_sequence,
+                letter.delivery.stream,
+                error,
+            )
 
     async def _present(self, subject: str) -> Msg:
         """The last dead letter on ``subject``."""

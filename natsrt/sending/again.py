@@ -7,16 +7,22 @@ is unchanged, and headers say its subject and message id, so that its handlers s
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from typing import Final
 
 from autogen_core import TopicId
 from nats.js import api
 
-from natsrt.errors import EventNotStored
+from natsrt.durable_types import MONTH
+from natsrt.errors import BlobLost, EventNotStored
 from natsrt.jetstream.dead_letter_box import DeadLetter, DeadLetterBox, event_topic
 from natsrt.jetstream.dead_letters import SUBJECT_HEADER
+from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.stream_reader import StoredMessage
 from natsrt.sending.durable import EXPECTED_STREAM, DurablePublisher
+from natsrt.transport.bodies import Bodies
+from natsrt.wire import envelope
 from natsrt.wire.envelope import MESSAGE_ID_HEADER
 from natsrt.wire.retry_subjects import redriven
 from natsrt.wire.subjects import Subjects, encode_token
@@ -38,8 +44,12 @@ def redrive_headers(letter: DeadLetter) -> dict[str, str]:
 class Again:
     """Stores events once more. Its methods raise as `DurablePublisher.store`."""
 
-    def __init__(self, publisher: DurablePublisher, subjects: Subjects, box: DeadLetterBox) -> None:
+    def __init__(
+        self, publisher: DurablePublisher, subjects: Subjects, box: DeadLetterBox, bodies: Bodies, registry: Registry
+    ) -> None:
         self._publisher = publisher
+        self._bodies = bodies
+        self._registry = registry
         self._subjects = subjects
         self._box = box
 
@@ -49,7 +59,8 @@ class Again:
         If this is interrupted between the two, and done again, the stream refuses the event as the second one on its
         subject. So it is given once, for as long as the stream keeps it.
 
-        Raises `EventNotStored` also if the dead letter lacks the event's body, which is not in its stream any more.
+        Raises `EventNotStored` also if the dead letter lacks the event's body, which is not in its stream any more, and
+        `BlobLost` if its payload was sent by reference and is gone.
         """
         data = await self._box.data(letter)
         if data is None:
@@ -57,6 +68,7 @@ class Again:
             raise EventNotStored(str(letter.topic or letter.subject), letter.stream, reason, may_be_stored=False)
         subject = redriven(self._subjects, letter.stream, letter.agent_type, letter.sequence, letter.kept_at)
         topic = letter.topic or _UNKNOWN
+        await self._keep_payload(letter.stream, data)
         await self._publisher.store(subject, topic, letter.stream, data, redrive_headers(letter), None)
         await self._box.discard(letter)
 
@@ -71,4 +83,14 @@ class Again:
             _MSG_ID: f"replay-{name}-{event.sequence}@{subject}",
             EXPECTED_STREAM: event.stream,
         }
+        with suppress(BlobLost):  # its agent says so
+            await self._keep_payload(event.stream, event.data)
         await self._publisher.store(subject, topic or _UNKNOWN, event.stream, event.data, headers, None)
+
+    async def _keep_payload(self, stream: str, data: bytes) -> None:
+        """Have the payload of an event by reference live as long as ``stream`` keeps what is stored now."""
+        if (reference := envelope.reference_of(data)) is None:
+            return
+        entry = self._registry.view.durable.get(stream)
+        max_age = MONTH if entry is None else entry.topics.max_age
+        await self._bodies.keep(reference, math.inf if max_age is None else max_age)

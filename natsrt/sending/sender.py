@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import UTC, datetime
@@ -61,7 +62,7 @@ from natsrt.transport.connection import Connection, headers_size
 from natsrt.transport.readiness import Readiness
 from natsrt.wire import envelope
 from natsrt.wire.envelope import MESSAGE_ID_HEADER, TYPE_HEADER, attribute
-from natsrt.wire.references import Reference
+from natsrt.wire.references import OfEvent, Reference, stream_mark
 from natsrt.wire.schedules import Schedule
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.serializers import JSON
@@ -125,7 +126,7 @@ class Sender(RegistryListener):
         self._streams = streams
         self._durable = DurablePublisher(connection, subjects, options, self._queue, streams)
         self.reminders: Reminders = Reminders(subjects, registry, serialization, streams, self._durable)
-        self.again: Again = Again(self._durable, subjects, dead_letters)
+        self.again: Again = Again(self._durable, subjects, dead_letters, bodies, registry)
         registry.add_listener(self)
         self._under_way = 0
         """Number of calls of `send` and `publish` that have not returned."""
@@ -348,10 +349,14 @@ class Sender(RegistryListener):
             yield turn.end
 
     async def _store(
-        self, payload: bytes, token: CancellationToken | None = None, ttl: float | None = None
+        self,
+        payload: bytes,
+        token: CancellationToken | None = None,
+        ttl: float | None = None,
+        of_event: OfEvent | None = None,
     ) -> Reference:
-        """Store a payload, until ``token`` is cancelled. ``ttl`` is as in `Bodies.store`."""
-        storing = asyncio.ensure_future(self._bodies.store(payload, ttl))
+        """Store a payload, until ``token`` is cancelled. ``ttl`` and ``of_event`` are as in `Bodies.store`."""
+        storing = asyncio.ensure_future(self._bodies.store(payload, ttl, of_event))
         if token is not None:
             self._cancellations.link(token, storing)
         try:
@@ -594,7 +599,8 @@ class Sender(RegistryListener):
             if not self._fits(envelope.EVENT, attributes, encoded, more):
                 self._require_blobs(self._registry.view.workers, encoded)
                 async with self._turn(sent, None) as end:
-                    reference = await self._store(payload, ttl=self._kept_for(stream, due))
+                    of_event = None if due is not None else self._event_in(stream)
+                    reference = await self._store(payload, ttl=self._kept_for(stream, due), of_event=of_event)
                     unused = partial(self._bodies.discard, reference)
                     try:
                         body = self._bodies.pack_reference(envelope.EVENT, attributes, reference, content_type)
@@ -605,6 +611,11 @@ class Sender(RegistryListener):
                 return
         body = self._bodies.pack(envelope.EVENT, attributes, payload, content_type)
         await self._durable.publish(subject, topic, stream, message_id, body, sent, due, begun=begun)
+
+    def _event_in(self, stream: str) -> OfEvent:
+        """What the id of a payload says of an event that is published now on a topic of ``stream``."""
+        settled_at = math.ceil(time.time() + 2 * self._publish_timeout + self._blob_ttl)  # it may wait twice
+        return OfEvent(stream_mark(stream), settled_at)
 
     def _kept_for(self, stream: str, due: datetime | None) -> float:
         """Seconds for which the payload of an event is needed that ``stream`` stores; infinity: for ever.

@@ -15,7 +15,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import NO_DATA, Envelope
-from natsrt.wire.references import Reference
+from natsrt.wire.references import OfEvent, Reference
 
 _ROOM = 2
 """A payload of up to this part of the server's max_payload fits with the attributes that messages usually have, also in
@@ -25,14 +25,18 @@ base64."""
 class BlobStore(Protocol):
     """Where payloads are stored that are sent by reference. See `natsrt.jetstream.blobs`."""
 
-    async def store(self, payload: bytes, ttl: float | None = None) -> Reference:
+    async def store(self, payload: bytes, ttl: float | None = None, of_event: OfEvent | None = None) -> Reference:
         """Store a payload for ``ttl`` seconds; None: for ``blob_ttl``; infinity: until it is deleted.
 
-        Returns when all of it is stored.
+        ``of_event``: what its id is to say of the event whose payload it is; None: nothing. Returns when all of it is
+        stored.
         """
 
     async def load(self, reference: Reference) -> bytes:
         """Return a payload."""
+
+    async def keep(self, reference: Reference, seconds: float) -> None:
+        """Have a payload live for ``seconds`` from now at least; infinity: until it is deleted."""
 
     def delete(self, blob_id: str) -> None:
         """Delete a payload in the background."""
@@ -107,12 +111,13 @@ class Bodies:
 
     # -- by reference --------------------------------------------------------------------------------------------
 
-    async def store(self, payload: bytes, ttl: float | None = None) -> Reference:
+    async def store(self, payload: bytes, ttl: float | None = None, of_event: OfEvent | None = None) -> Reference:
         """Store a payload that does not fit, for ``ttl`` seconds; None: for ``blob_ttl``; infinity: until deleted.
 
+        ``of_event``: what its id is to say of the event whose payload it is; None: nothing.
         Raises `MessageTooLarge`, and errors that say why JetStream cannot store it.
         """
-        return await self._blobs.store(payload, ttl)
+        return await self._blobs.store(payload, ttl, of_event)
 
     def pack_reference(self, kind: str, attributes: str, reference: Reference, content_type: str) -> bytes:
         """Return a body with a reference in place of the payload. Raises `MessageTooLarge`."""
@@ -122,6 +127,13 @@ class Bodies:
         """Put the payload into an envelope that has a reference. Raises `BlobLost`, `BlobDamaged` and others."""
         if body.reference is not None:
             body.payload = await self._blobs.load(body.reference)
+
+    async def keep(self, reference: Reference, seconds: float) -> None:
+        """Have a payload live for ``seconds`` from now at least; infinity: until it is deleted.
+
+        Raises `BlobLost`, and as `store`.
+        """
+        await self._blobs.keep(reference, seconds)
 
     def discard(self, reference: Reference) -> None:
         """Delete a payload that nobody needs any more, in the background."""

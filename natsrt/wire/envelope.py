@@ -203,6 +203,17 @@ def encoded_size(kind: str, attributes: str, payload: bytes, content_type: str) 
     return size if content_type == JSON_CONTENT else size + (len(payload) + 2) // 3 * 4 - len(payload)
 
 
+def reference_of(data: bytes) -> Reference | None:
+    """The reference in a message's data; None if it has none, or is no envelope that can be read."""
+    if DATA_REF.encode() not in data:
+        return None
+    try:
+        body = decode(data)
+    except CannotDecode:
+        return None
+    return None if body is None else body.reference
+
+
 def rewrite(body: Envelope, **changes: str | None) -> bytes:
     """Return the body of the same message with changed attributes. The value None removes an attribute.
 

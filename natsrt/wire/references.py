@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any, Final, NamedTuple
 
 from natsrt.errors import CannotDecode
@@ -15,6 +17,7 @@ TEXTS: Final = frozenset((DATA_REF, "blobsize", "blobchunks", "blobsha256"))
 
 _SCHEME: Final = "natsrt:"
 _ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
+_OF_EVENT = re.compile(r"[0-9a-f]{32}-([0-9a-f]{8})-([0-9a-f]{1,12})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LONGEST_NUMBER: Final = 15
 
@@ -34,6 +37,34 @@ class Reference(NamedTuple):
             f'"{DATA_REF}":"{_SCHEME}{self.blob_id}","blobsize":"{self.size}","blobchunks":"{self.chunks}",'
             f'"blobsha256":"{self.sha256}"'
         )
+
+
+class OfEvent(NamedTuple):
+    """What the id of an event's payload says of the event.
+
+    ``mark`` is that of the stream: see `stream_mark`. ``settled_at``, in whole seconds since the epoch, is a time after
+    which the stream has stored the event, if it ever does.
+    """
+
+    mark: str
+    settled_at: int
+
+
+def new_blob_id(of_event: OfEvent | None = None) -> str:
+    """A new id, with 128 random bits. ``of_event``: the event whose payload it is; None: that of another message."""
+    random = secrets.token_hex(16)
+    return random if of_event is None else f"{random}-{of_event.mark}-{of_event.settled_at:x}"
+
+
+def stream_mark(stream: str) -> str:
+    """Eight hex digits for a stream, in the ids of its events' payloads."""
+    return sha256(stream.encode()).hexdigest()[:8]
+
+
+def event_of(blob_id: str) -> OfEvent | None:
+    """What an id of `new_blob_id` says of its event; None for an id of another kind."""
+    found = _OF_EVENT.fullmatch(blob_id)
+    return None if found is None else OfEvent(found[1], int(found[2], 16))
 
 
 def is_blob_id(text: object) -> bool:
