@@ -7,16 +7,19 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import click
+from autogen_core import TopicId
 
 from natsrt.jetstream.dead_letter_box import event_topic
+from natsrt.jetstream.recorded_stream import records
 from natsrt.jetstream.stream_reader import StoredMessage
 from natsrt.runtime import NatsAgentRuntime
+from natsrt.wire.envelope import MESSAGE_ID_HEADER
 from natsrt.wire.subjects import encode_token
 
-from .chosen_events import Wanted, wanted
+from .chosen_events import wanted
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit
 from .moments import Moment
@@ -45,21 +48,45 @@ class _Speed(click.ParamType[float]):
 @click.command()
 @click.argument("topics", metavar="PREFIX|TOPIC/SOURCE|SUBJECT")
 @click.option("--to", "agent_type", required=True, metavar="TYPE", help="The agent type that gets the events.")
-@click.option("--since", type=Moment(), required=True, help="The first moment: 1h30m, 7d, or a time.")
+@click.option("--from", "recorded", metavar="STREAM", help="Events that `natsrt record --to STREAM` has recorded.")
+@click.option("--since", type=Moment(), help="The first moment: 1h30m, 7d, or a time. With --from: all, without it.")
 @click.option("--until", type=Moment(), help="The last moment; without it, until now.")
 @click.option("--speed", type=_Speed(), metavar="FACTOR", help="Keep the distances in time, divided by this: 1x, 10x.")
 @connects()
 def replay(
-    connecting: Connecting, topics: str, agent_type: str, since: float, until: float | None, speed: float | None
+    connecting: Connecting,
+    topics: str,
+    agent_type: str,
+    recorded: str | None,
+    since: float | None,
+    until: float | None,
+    speed: float | None,
 ) -> None:
-    """Give stored events of durable topics to one agent type again.
+    """Give stored events of durable topics, or recorded events, to one agent type again.
 
     Only events that a subscription of the type takes are given to it. Their message ids stay, so a handler can tell
     that it has had one; other agent types do not get them. They are stored once more, and handled like new events.
 
+    With --from, these are events of any topics, as they were recorded. The type must handle events of a durable topic,
+    because they are stored in its stream.
+
     Without --speed, they are given as fast as they can be stored.
     """
-    asyncio.run(_replay(connecting, topics, checked_type(agent_type), since, until, speed))
+    if since is None and recorded is None:
+        raise click.UsageError("--since is missing: without --from, it says where to begin")
+    chosen = _Chosen(topics, checked_type(agent_type), recorded, since or 0.0, until or time.time())
+    asyncio.run(_replay(connecting, chosen, speed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What is replayed, and to whom. ``recorded`` is a stream of records; None: the streams of durable topics."""
+
+    topics: str
+    agent_type: str
+    recorded: str | None
+    since: float
+    until: float
 
 
 @dataclass(slots=True)
@@ -78,35 +105,31 @@ class _Pace:
         return self.begun + (stored_at - self.first) / self.speed - now
 
 
-async def _replay(
-    connecting: Connecting, topics: str, agent_type: str, since: float, until: float | None, speed: float | None
-) -> None:
+async def _replay(connecting: Connecting, chosen: _Chosen, speed: float | None) -> None:
     async with connecting.runtime() as runtime:
-        chosen = wanted(topics, runtime.running.network.subjects)
         name, again = secrets.token_hex(4), runtime.running.sender.again
-        until = time.time() if until is None else until
         pace = None if speed is None else _Pace(speed)
-        count, told_at, batch = 0, time.monotonic(), list[StoredMessage]()
+        count, told_at, batch = 0, time.monotonic(), list[tuple[StoredMessage, str]]()
 
         async def give() -> None:
             nonlocal count, told_at
-            await asyncio.gather(*(again.replay(event, agent_type, name) for event in batch))
+            await asyncio.gather(*(again.replay(event, chosen.agent_type, name, into) for event, into in batch))
             count += len(batch)
             batch.clear()
             if time.monotonic() - told_at >= _TOLD_EVERY:
                 told_at = time.monotonic()
                 note(f"replayed: {count:,} …")
 
-        for stream in await _streams(runtime, agent_type):
-            async for event in _events(runtime, stream, chosen, agent_type, since, until):
-                if pace is not None and (seconds := pace.wait(event.stored_at)) > 0:
-                    await give()
-                    await asyncio.sleep(seconds)
-                batch.append(event)
-                if len(batch) >= _AT_ONCE:
-                    await give()
+        streams = await _streams(runtime, chosen.agent_type)
+        async for event, into in _events(runtime, streams, chosen):
+            if pace is not None and (seconds := pace.wait(event.stored_at)) > 0:
+                await give()
+                await asyncio.sleep(seconds)
+            batch.append((event, into))
+            if len(batch) >= _AT_ONCE:
+                await give()
         await give()
-    note(f"replayed: {count:,} events to {agent_type}")
+    note(f"replayed: {count:,} events to {chosen.agent_type}")
 
 
 async def _streams(runtime: NatsAgentRuntime, agent_type: str) -> list[str]:
@@ -124,15 +147,42 @@ async def _streams(runtime: NatsAgentRuntime, agent_type: str) -> list[str]:
 
 
 async def _events(
-    runtime: NatsAgentRuntime, stream: str, chosen: Wanted, agent_type: str, since: float, until: float
-) -> AsyncIterator[StoredMessage]:
-    """The events of a stream that are chosen, and that the agent type takes."""
+    runtime: NatsAgentRuntime, streams: list[str], chosen: _Chosen
+) -> AsyncIterator[tuple[StoredMessage, str]]:
+    """The events that are chosen, and that the agent type takes, each with the stream in which it is stored again."""
     running = runtime.running
-    subjects, rules = running.network.subjects, running.registry.view.rules(agent_type)
-    async for event in running.network.reader.read(stream, chosen.subject(subjects), since=since):
-        if event.stored_at > until:
-            return
-        topic = event_topic(subjects, event.subject, event.data)
-        taken = topic is None or any(rule.matches(topic.type) for rule in rules)
-        if taken and chosen.includes(event.subject, topic):
-            yield event
+    subjects, view = running.network.subjects, running.registry.view
+    rules, these = view.rules(chosen.agent_type), wanted(chosen.topics, subjects)
+
+    def taken(event: StoredMessage, topic: TopicId | None) -> bool:
+        takes = topic is None or any(rule.matches(topic.type) for rule in rules)
+        return takes and these.includes(event.subject, topic)
+
+    if chosen.recorded is not None:
+        async for event in _recorded(runtime, chosen.recorded, chosen.since):
+            topic = event_topic(subjects, event.subject, event.data)
+            if chosen.since <= event.stored_at <= chosen.until and taken(event, topic):
+                own = None if topic is None else view.durable_stream(topic.type)
+                yield event, own if own in streams else streams[0]
+        return
+    for stream in streams:
+        async for event in running.network.reader.read(stream, these.subject(subjects), since=chosen.since):
+            if event.stored_at > chosen.until:
+                break
+            if taken(event, event_topic(subjects, event.subject, event.data)):
+                yield event, stream
+
+
+async def _recorded(runtime: NatsAgentRuntime, stream: str, since: float) -> AsyncIterator[StoredMessage]:
+    """The events that a stream of records has, as if they were stored when they passed.
+
+    One that several recorders have stored comes once, if it has a message id.
+    """
+    network, seen = runtime.running.network, set[tuple[str, str]]()
+    async for stored, record in records(network.reader, network.subjects, stream, since or None, "event.>"):
+        if record.id:
+            if (record.subject, record.id) in seen:
+                continue
+            seen.add((record.subject, record.id))
+        headers = {**record.headers, MESSAGE_ID_HEADER: record.id} if record.id else record.headers
+        yield replace(stored, stored_at=record.at, subject=record.subject, headers=headers)

@@ -260,3 +260,42 @@ async def test_ten_thousand_events_are_replayed_once_each(place: Place) -> None:
     await eventually(lambda: len(desk.handled) >= 20_000, 60.0)
     assert desk.numbers == Counter(dict.fromkeys(range(10_000), 2))
     assert all(f"id-{number}" == message_id for _, number, message_id in desk.handled)
+
+
+async def test_recorded_events_of_any_topic_are_replayed_to_one_type(place: Place, processes: Processes) -> None:
+    desk, stream = Desk(broken=False), f"rec_{place.namespace}"
+    runtime = await place.worker(desk, "jobs", "other")
+    for name in ("jobs", "other"):
+        await runtime.add_subscription(TypePrefixSubscription("news.", name))
+    where = ("--to", stream, "--server", place.server.url, "--namespace", place.namespace)
+    recorders = [processes.natsrt("record", *where) for _ in range(2)]  # two of them store each event twice
+    for recorder in recorders:
+        await recorder.wait_for_line("recording to", 30.0)
+    for number in range(3):
+        await runtime.publish_message(Job(number), TopicId("news.tech", "a b"), message_id=f"id-{number}")
+    await runtime.publish_message(Job(3), TOPIC, message_id="id-3")
+    await runtime.publish_message(Job(4), TopicId("elsewhere", "x"), message_id="id-4")
+    await eventually(lambda: len(desk.handled) == 8)
+    await runtime.running.connection.barrier()
+    for recorder in recorders:
+        recorder.interrupt()
+        await recorder.wait(30.0)
+        assert "5 events; missed: nothing known" in recorder.stderr
+    desk.handled.clear()
+
+    ended = await place.run("replay", "news.", "--from", stream, "--to", "other")
+    assert (ended.code, ended.stderr) == (0, "replayed: 3 events to other\n")
+    await eventually(lambda: len(desk.handled) >= 3)
+    every = await place.run("replay", "topic.>", "--from", stream, "--since", "1h", "--to", "other")
+    assert every.stderr == "replayed: 4 events to other\n"
+    await eventually(lambda: len(desk.handled) >= 7)
+    twice = Counter({("other", number, f"id-{number}"): 2 for number in range(3)})
+    assert Counter(desk.handled) == twice + Counter([("other", 3, "id-3")])
+
+    before = await place.run("replay", "news.", "--from", stream, "--until", "1h", "--to", "other")
+    assert before.stderr == "replayed: 0 events to other\n"
+    gone = await place.run("replay", "news.", "--from", "nowhere", "--to", "other")
+    assert (gone.code != 0, "there is no such stream" in gone.stderr) == (True, True)
+    open_ = await place.run("replay", "news.", "--to", "other")
+    assert (open_.code, "--since is missing" in open_.stderr) == (2, True)
+    await runtime.running.connection.jetstream.delete_stream(stream)

@@ -44,7 +44,7 @@ from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
 from natsrt.wire.failures import FULL, ErrorTypes, decode_answer, is_refusal
 from natsrt.wire.recorded import RECORD_HEADER, read_record
-from natsrt.wire.references import Reference
+from natsrt.wire.references import OfEvent, Reference, event_of, new_blob_id, stream_mark
 from natsrt.wire.retry_subjects import attempts_of, redriven, retried, retries_of, retry_of
 from natsrt.wire.schedules import of_reminder
 from natsrt.wire.stored_events import StoredEvent, stored_event, stream_id
@@ -324,6 +324,16 @@ def test_dead_letters_are_those_of_the_vectors(case: dict[str, Any]) -> None:
     dead = subjects_of(case).dead_letter(case["agent_type"], case["stream"], case["sequence"])
     assert dead == case["subject"]
     assert unhandled(case).headers(ErrorTypes(), FULL, with_traceback=False) == case["headers"]
+
+
+@cases("payload_ids", DURABLE)
+def test_ids_of_payloads_say_what_the_vectors_say(case: dict[str, Any]) -> None:
+    event = event_of(case["id"])
+    if case["stream"] is None:
+        assert event is None
+    else:
+        assert event == OfEvent(stream_mark(case["stream"]), case["time"])
+        assert event_of(new_blob_id(event)) == event
 
 
 @cases("redriven", DURABLE)

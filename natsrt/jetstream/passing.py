@@ -54,7 +54,7 @@ class Passing:
         """The calls by their reply subjects."""
         self._seen: dict[tuple[str, ...], None] = {}
         self._number = 0
-        self.copies = 0
+        self.copies: int = 0
         """Messages that were not recorded because the same one had passed on another subject, or before."""
 
     def take(self, subject: str, reply: str, headers: Mapping[str, str], data: bytes, at: float) -> Record | None:
@@ -148,7 +148,7 @@ class Passing:
             at=at,
             data=data,
             reply=reply,
-            headers=headers,
+            headers={str.__str__(name): value for name, value in headers.items()},  # nats-py has some names as enums
             id=_text(body, "id"),
             sender=sender,
             recipient="" if kind == "reply" else recipient,

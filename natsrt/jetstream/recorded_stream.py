@@ -75,6 +75,21 @@ class RecordedEntry:
     data: bytes = field(repr=False)
 
 
+async def records(
+    reader: StreamReader, subjects: Subjects, stream: str, since: float | None = None, branch: str = ">"
+) -> AsyncIterator[tuple[StoredMessage, Record]]:
+    """The records that are in ``stream`` now, from the time ``since`` on if it is given, each as it is stored.
+
+    ``branch`` is what follows the name of the stream in their subjects. Raises as `natsrt.NatsAgentRuntime.recorded`.
+    """
+    tree = record_tree(subjects, stream)
+    info = await reader.info(stream)
+    if info is None:
+        raise StreamUnavailable("read", stream, "there is no such stream: `natsrt record --to` makes it")
+    async for stored in reader.read(stream, f"{tree}.{branch}", since=since, last=info.state.last_seq):
+        yield stored, read_record(stored.headers, stored.data)
+
+
 class RecordedStream:
     """Reads streams of records."""
 
@@ -89,12 +104,8 @@ class RecordedStream:
     async def read(self, stream: str, since: float | None = None) -> AsyncIterator[RecordedEntry]:
         """The entries that are there now. Raises as `natsrt.NatsAgentRuntime.recorded`."""
         tree = record_tree(self._subjects, stream)
-        info = await self._reader.info(stream)
-        if info is None:
-            raise StreamUnavailable("read", stream, "there is no such stream: `natsrt record --to` makes it")
         calls: dict[tuple[str, int], RecordedEntry] = {}
-        async for stored in self._reader.read(stream, f"{tree}.>", since=since, last=info.state.last_seq):
-            record = read_record(stored.headers, stored.data)
+        async for stored, record in records(self._reader, self._subjects, stream, since):
             if record.kind == "chunk":
                 continue
             call = None if record.call is None else calls.get((record.run, record.call))

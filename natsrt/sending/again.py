@@ -72,20 +72,24 @@ class Again:
         await self._publisher.store(subject, topic, letter.stream, data, redrive_headers(letter), None)
         await self._box.discard(letter)
 
-    async def replay(self, event: StoredMessage, agent_type: str, name: str) -> None:
-        """Give an event to an agent type again. ``name`` tells this replay from others of the same event."""
+    async def replay(self, event: StoredMessage, agent_type: str, name: str, stream: str | None = None) -> None:
+        """Give an event to an agent type again. ``name`` tells this replay from others of the same event.
+
+        ``stream`` is one whose events the agent type handles; None: the one that the event was read from.
+        """
+        stream = event.stream if stream is None else stream
         headers = {key: value for key, value in event.headers.items() if not key.lower().startswith("nats-")}
         headers.setdefault(MESSAGE_ID_HEADER, f"{event.stream}-{event.sequence}")
         topic = event_topic(self._subjects, event.subject, event.data)
-        subject = f"{self._subjects.again(event.stream)}.{encode_token(agent_type)}"
+        subject = f"{self._subjects.again(stream)}.{encode_token(agent_type)}"
         headers |= {
             SUBJECT_HEADER: event.subject,
             _MSG_ID: f"replay-{name}-{event.sequence}@{subject}",
-            EXPECTED_STREAM: event.stream,
+            EXPECTED_STREAM: stream,
         }
         with suppress(BlobLost):  # its agent says so
-            await self._keep_payload(event.stream, event.data)
-        await self._publisher.store(subject, topic or _UNKNOWN, event.stream, event.data, headers, None)
+            await self._keep_payload(stream, event.data)
+        await self._publisher.store(subject, topic or _UNKNOWN, stream, event.data, headers, None)
 
     async def _keep_payload(self, stream: str, data: bytes) -> None:
         """Have the payload of an event by reference live as long as ``stream`` keeps what is stored now."""

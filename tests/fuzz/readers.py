@@ -26,6 +26,7 @@ from natsrt.jetstream.acks import WrongRevision, read_ack
 from natsrt.jetstream.dead_letters import STORED_AT_HEADER
 from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.later_retries import recognise
+from natsrt.jetstream.passing import Passing
 from natsrt.jetstream.record import (
     HANDLED_BYTES,
     RECORD,
@@ -50,6 +51,7 @@ from natsrt.wire.envelope import SUPERSEDES_HEADER
 from natsrt.wire.failures import ErrorTypes, decode_answer, describe, is_refusal
 from natsrt.wire.ids import MAX_FORMER, former_copies
 from natsrt.wire.known_classes import NamedClasses
+from natsrt.wire.recorded import RECORD_HEADER, read_record
 from natsrt.wire.retry_subjects import attempts_of
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.stored_events import STORED, stored_event
@@ -247,6 +249,25 @@ def _record(given: bytes) -> None:
     assert "s@1" in handled and len(json.dumps(handled)) <= HANDLED_BYTES
 
 
+def _passing(given: bytes) -> None:
+    """Messages as a recorder sees them: any is recorded or not, and its record says the same when it is read."""
+    subject, headers, data = parts(given)
+    passing = Passing(_SUBJECTS, "r")
+    passing.take("agent.shop", "_INBOX.a.1", {}, b"1", 1.0)
+    record = passing.take(subject, "_INBOX.a.2", headers or {}, data, 2.0)
+    if record is not None:
+        again = read_record({RECORD_HEADER: record.header()}, data)
+        assert again == record
+        assert passing.subject_of(again, "natsrt.record.a").startswith(f"natsrt.record.a.{record.kind}.")
+
+
+def _recorded(given: bytes) -> None:
+    _, headers, data = parts(given)
+    record = read_record(headers or {}, data)
+    assert record.data == data
+    assert read_record({RECORD_HEADER: record.header()}, data).number == record.number
+
+
 def _answer(given: bytes) -> None:
     """Answers and questions between workers."""
     body = envelope.decode(given)
@@ -388,6 +409,18 @@ def _records() -> list[bytes]:
     return [joined("a.counter.one", {RECORD: head}, state) for head in heads]
 
 
+def _passed() -> list[bytes]:
+    cases = [case["message"] for part in ("records", "ignored") for case in vectors("recorded")[part]]
+    cases.append({"subject": "_INBOX.a.1", "headers": {}, "body": "2"})
+    return [joined(case["subject"], case["headers"], case["body"].encode()) for case in cases]
+
+
+def _stored_records() -> list[bytes]:
+    headers = [json.dumps(case["header"]) for case in vectors("recorded")["records"]]
+    headers += [case["header"] for case in vectors("recorded")["refused"] if case["header"] is not None]
+    return [joined("a", {RECORD_HEADER: header}, b"1") for header in headers]
+
+
 def _answers() -> list[bytes]:
     answers: list[Any] = [
         {"grip": "holds"},
@@ -474,6 +507,8 @@ READERS: Final[dict[str, Reader]] = {
         Reader("entry", _entries(), _entry),
         Reader("record", _records(), _record),
         Reader("answer", _answers(), _answer),
+        Reader("passing", _passed(), _passing, (), ("type", "subject", "source", "id", *_MESSAGE_NAMES)),
+        Reader("recorded", _stored_records(), _recorded, words=("kind", "number", "at", "run", "call", "headers")),
         Reader("failure", _failures(), _failure, (), _CLASS_NAMES),
         Reader("payload", [joined("", None, _GOOD_JSON)], _payload, words=_MESSAGE_NAMES),
         Reader("reply", _replies(), _reply, words=(*_MESSAGE_NAMES, *_CLASS_NAMES)),
