@@ -411,6 +411,26 @@ async def test_the_payload_of_an_event_that_its_stream_does_not_have_any_more_is
     await eventually_none(place)
 
 
+async def test_a_payload_is_deleted_only_after_its_event_has_been_gone_for_blob_ttl(place: Place) -> None:
+    worker = await place.worker(**soon())
+    sweep = worker.running.incoming.durable._parts.payloads
+    sweep._grace = 3600.0
+    await worker.publish_message(Note(LARGE), TOPIC)
+    await eventually(lambda: place.seen.texts)
+    (blob_id,) = await ids(place)
+    settled_at = int(blob_id.rpartition("-")[2], 16)
+    await eventually(lambda: time.time() > settled_at)
+    assert await sweep.sweep() == 0
+    assert not sweep._gone_since  # its event is still there
+    await place.js.purge_stream(place.events)
+    assert await sweep.sweep() == 0
+    assert list(sweep._gone_since) == [blob_id]
+    assert await ids(place) == {blob_id}
+    sweep._grace = 0.0
+    assert await sweep.sweep() == 1
+    await eventually_none(place)
+
+
 async def test_the_payload_of_a_delayed_event_is_left_to_its_time_to_live(place: Place) -> None:
     worker = await place.worker(**soon())
     await worker.publish_message(Note(LARGE), TOPIC, delay=365 * DAY)

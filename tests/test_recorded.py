@@ -148,6 +148,8 @@ async def test_calls_replies_failures_and_events_are_recorded_and_read_back(scen
     await caller.publish_message(Order(23), TopicId("work.jobs", "x"), message_id="of-23")
     client = await nats.connect(scene.server.url)
     plain = await client.request(f"{scene.namespace}.agent.shop", b'{"number": 24, "text": "plain"}', timeout=10)
+    stored = await client.jetstream().stream_info(f"{scene.namespace}_natsrt_events")
+    assert stored.state.messages == 1  # the durable event, once
     await client.close()
     assert json.loads(plain.data)["number"] == 24
     assert "missed: nothing known" in await scene.end(recorder)
