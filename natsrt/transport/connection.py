@@ -10,7 +10,7 @@ Rules:
 2. The connection never gives up. nats-py reconnects automatically, except in three cases: it has closed permanently; if
    its read loop has ended, it stays "connected" and receives nothing; if a server hangs while data is unsent, it does
    not reconnect. In these cases the supervisor connects a new client and repeats every subscription. What is published
-   meanwhile is kept and sent in its order, as by a client that reconnects.
+   meanwhile is kept and sent in its order, as by a client that reconnects (decision 56).
 3. After a stall of the event loop, the client writes nothing before the server has answered, because the server may
    have closed the connection meanwhile. What waits is sent after a reconnect, also by a new client.
 4. `barrier` returns only after the server has processed everything that was sent before. nats-py's own ``flush`` does
