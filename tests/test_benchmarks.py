@@ -257,6 +257,7 @@ def test_a_short_run_measures_every_row_of_every_scenario(tmp_path: Path) -> Non
         "python",
         "nats-py kv",
         "pulls",
+        "stores",
         "serializers",
     }
 

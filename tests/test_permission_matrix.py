@@ -437,6 +437,21 @@ async def publishes_large_events(scene: Scene) -> None:
     await eventually(lambda: {"text": LARGE.text} in scene.seen)
 
 
+@needs("ops", *(permission for permission in IN_STREAM if "INFO" not in permission))
+async def calls_as_an_operator_with_large_payloads(scene: Scene) -> None:
+    bank = await scene.worker("bank")
+    assert await (await scene.runtime("ops")).send_message(LARGE, LEDGER) == LARGE
+    await eventually(lambda: has_no_chunks(bank, scene))
+
+
+@needs("look", *AT_WORKERS)
+async def sends_a_large_body(scene: Scene) -> None:
+    await scene.worker("bank")
+    body = json.dumps({"text": LARGE.text})
+    sent = await scene.command("look", "send", "echo", "--type-name", "Text", "-", stdin=body)
+    assert len(sent.stdout) > len(LARGE.text)
+
+
 @needs("ops", "publish to $JS.API.STREAM.INFO.natsrt_blobs")
 async def examines_large_payloads(scene: Scene) -> None:
     bank = await scene.worker("bank")
