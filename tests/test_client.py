@@ -6,11 +6,14 @@ A version of nats-py in which one of them means something else fails here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import json
 import random
 from collections.abc import AsyncIterator
 from types import MethodType
 from typing import Any, cast
+from urllib.request import urlopen
 
 import nats.errors
 import pytest
@@ -25,7 +28,9 @@ from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered
 from natsrt.transport.connection import Connection
 from natsrt.transport.stall_watch import StallWatch
+from tests.support.processes import eventually
 
+LONG = 10.0
 ORDERED, OTHER = 1, 2
 """Subscription ids: with a sink of ours, and with a queue of nats-py's."""
 
@@ -307,6 +312,59 @@ async def test_flushes_end_when_the_client_is_closed(connection: Connection) -> 
     async with asyncio.timeout(5):
         outcomes = await asyncio.gather(*flushes, return_exceptions=True)
     assert all(outcome is None or isinstance(outcome, nats.errors.Error) for outcome in outcomes)
+
+
+async def has_no_client_named(server: EmbeddedServer, name: str) -> bool:
+    def read() -> bool:
+        with urlopen(f"{server.monitor_url}/connz?limit=4096") as page:
+            return name not in [client.get("name") for client in json.load(page)["connections"]]
+
+    return await asyncio.to_thread(read)
+
+
+async def test_a_closed_client_never_connects_again_although_a_cancellation_was_ignored(
+    own_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = Connection(Options(servers=[own_server.url]), client_name="test")
+    await connection.open()
+    client = cast(NatsClient, connection.client)
+    entered, real = asyncio.Event(), client._process_connect_init
+
+    async def ignore_the_first_cancellation() -> None:
+        entered.set()
+        try:
+            await asyncio.sleep(LONG)
+        except asyncio.CancelledError:  # as asyncio.wait_for, before Python 3.12
+            monkeypatch.setattr(client, "_process_connect_init", real)
+        await real()
+
+    monkeypatch.setattr(client, "_process_connect_init", ignore_the_first_cancellation)
+    client.cut()
+    async with asyncio.timeout(LONG):
+        await entered.wait()
+    await connection.close()
+    assert client.is_closed
+    assert [task for task in asyncio.all_tasks() if "_attempt_reconnect" in repr(task)] == []
+    await eventually(lambda: has_no_client_named(own_server, "test"))
+
+
+async def test_the_next_reconnect_waits_for_an_attempt_that_ignores_its_cancellation(connection: Connection) -> None:
+    client, released = cast(NatsClient, connection.client), asyncio.Event()
+
+    async def ignore_cancellations() -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    former = asyncio.create_task(ignore_cancellations())
+    client._reconnecting.add(former)
+    client.cut()
+    await eventually(lambda: client.is_reconnecting)
+    for _ in range(5):
+        assert (await asyncio.wait({former}, timeout=0.1))[1]
+        assert client.is_reconnecting
+    released.set()
+    await eventually(lambda: connection.reconnects == 1)
 
 
 async def test_closing_drops_what_a_closed_socket_cannot_send(connection: Connection, namespace: str) -> None:

@@ -22,7 +22,9 @@ each:
   for good after almost every error, even if the server keeps it open.
 - ``_send_subscribe``, ``_send_unsubscribe``, ``_send_ping`` and ``_process_pong`` log which subscriptions the server
   has, so that those are known that it refuses.
-- ``_attempt_reconnect`` ends the old connection at once (`NatsClient.cut`). nats-py closes it in order.
+- ``_attempt_reconnect`` ends the old connection at once (`NatsClient.cut`). nats-py closes it in order. It waits until
+  the attempt before it has ended, and so does `NatsClient.close`. nats-py only cancels that attempt; before Python
+  3.12, ``asyncio.wait_for`` may ignore that, and then a closed client connects again, for ever and unseen.
 - `NatsClient.ping`, ``_connect_command`` and ``_process_connect_init`` measure round trips.
 - ``_close`` keeps data that cannot be sent, for `NatsClient.take_unsent`. nats-py writes it even to a closed socket,
   which raises TypeError on Python 3.12 and newer.
@@ -46,6 +48,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.protocol.parser import Parser
 
+from natsrt.background import end_tasks
 from natsrt.errors import CannotDecode
 from natsrt.forks import Inherited, drop_in_children, share_nothing
 from natsrt.transport.refusals import ServerError, SubscriptionLog
@@ -197,6 +200,7 @@ class NatsClient(Client, Inherited):
         self._unsent: list[bytes] = []
         """The commands that could not be sent when the client closed."""
         self._pings: set[asyncio.Task[float]] = set()
+        self._reconnecting: set[asyncio.Task[Any]] = set()
         self._flushing: asyncio.Task[None] | None = None
         self._next_flush: asyncio.Task[None] | None = None
         self._nothing_waits: asyncio.Queue[Msg] = asyncio.Queue()
@@ -237,8 +241,17 @@ class NatsClient(Client, Inherited):
             writer.transport.abort()
 
     async def _attempt_reconnect(self) -> None:
+        await self._end_reconnecting()
+        current = asyncio.current_task()
+        assert current is not None
+        self._reconnecting.add(current)
+        current.add_done_callback(self._reconnecting.discard)
         self.cut()
         await super()._attempt_reconnect()
+
+    async def _end_reconnecting(self) -> None:
+        """Wait until no other task reconnects, however often such a task ignores that it is cancelled."""
+        await end_tasks(*(self._reconnecting - {asyncio.current_task()}))
 
     def limit_payload(self, limit: int | None) -> int:
         """Send no messages of ``limit`` bytes or more; None: as large as the server says. Returns the maximum size."""
@@ -612,6 +625,7 @@ class NatsClient(Client, Inherited):
     async def close(self) -> None:
         """Close, and end every wait for this client, including those that nats-py does not end."""
         try:
+            await self._end_reconnecting()
             await super().close()
         finally:
             for ping in self._pings:
