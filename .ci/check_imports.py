@@ -30,7 +30,10 @@ LAYERS = (
     ("jetstream", "observe"),
     ("transport",),
     ("embedded", "options"),
-    ("reminder_types",),
+    (
+        "reminder_types",
+        "task_types",
+    ),
     ("contexts", "durable_types", "keyed_types", "retry_types"),
     ("wire",),
     ("listening", "signals"),

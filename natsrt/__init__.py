@@ -2,6 +2,7 @@
 
 from natsrt import errors
 from natsrt.agents.current_delivery import DeliveryInfo, current_delivery
+from natsrt.agents.current_task import progress
 from natsrt.durable_types import DurableTopics
 from natsrt.errors import *  # noqa: F403  # the whole tree of exceptions is public
 from natsrt.jetstream.dead_letter_box import DeadLetter
@@ -11,6 +12,8 @@ from natsrt.options import Options
 from natsrt.registration import register
 from natsrt.reminder_types import Reminder
 from natsrt.runtime import NatsAgentRuntime, create_distributed_runtime, runtime_of
+from natsrt.sending.tickets import Ticket
+from natsrt.task_types import TaskStatus
 from natsrt.version import VERSION as __version__
 
 # isort: split
@@ -27,10 +30,13 @@ __all__ = [
     "Options",
     "RecordedEntry",
     "Reminder",
+    "TaskStatus",
+    "Ticket",
     "__version__",
     "create_distributed_runtime",
     "current_delivery",
     "keyed",
+    "progress",
     "register",
     "runtime_of",
     *errors.__all__,

@@ -6,12 +6,14 @@ the parts.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.declarations import Declarations
 from natsrt.agents.inbound import Inbound
 from natsrt.agents.interventions import Interventions
+from natsrt.background import BackgroundTasks
 from natsrt.hosting.answers import Answers
 from natsrt.hosting.blob_answers import BlobAnswers
 from natsrt.hosting.call_log import CallLog
@@ -30,6 +32,8 @@ from natsrt.hosting.reader import Reader
 from natsrt.hosting.reply_subjects import ReplySubjects
 from natsrt.hosting.settlements import EventSettlement, ReplySettlement
 from natsrt.hosting.subscriptions import Subscriptions
+from natsrt.hosting.task_settlement import ConfirmedTasks
+from natsrt.hosting.tasks import TaskParts, Tasks
 from natsrt.hosting.view_answers import ViewAnswers
 from natsrt.jetstream.agent_records import AgentRecords
 from natsrt.jetstream.attempts import Attempts
@@ -41,6 +45,7 @@ from natsrt.jetstream.later_retries import LaterRetries
 from natsrt.jetstream.payload_sweep import PayloadSweep
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.stream_reader import StreamReader
+from natsrt.jetstream.task_store import TaskStore
 from natsrt.keyed.claiming import Claiming
 from natsrt.keyed.deadlocks import Deadlocks
 from natsrt.keyed.instances import Instances
@@ -73,6 +78,8 @@ from natsrt.transport.readiness import Readiness
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
+
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,7 @@ class Network:
         self.streams: DurableStreams = DurableStreams(self.connection, self.subjects, options, self.registry)
         self.reader: StreamReader = StreamReader(self.connection, options)
         self.dead_letter_box: DeadLetterBox = DeadLetterBox(self.subjects, self.reader)
+        self.tasks: TaskStore = TaskStore(self.connection, self.subjects, options, self.streams, self.reader, worker_id)
         self.later: LaterRetries = LaterRetries(self.connection, self.subjects, options, self.registry, self.reader)
 
     # These are methods, so that all other parts can be explored without a server: see tests/support/keyed_world.py.
@@ -171,6 +179,7 @@ class Outgoing:
             registry=network.registry,
             streams=network.streams,
             dead_letters=network.dead_letter_box,
+            tasks=network.tasks,
             readiness=network.readiness,
             serialization=program.serialization,
             cancellations=network.cancellations,
@@ -218,6 +227,14 @@ class Incoming:
             declarations=program.declarations,
             options=program.options,
         )
+        tasks = Tasks(
+            TaskParts(
+                store=network.tasks,
+                answers=answers,
+                result_ttl=options.result_ttl,
+                background=BackgroundTasks(logger, "the progress of a task could not be told"),
+            )
+        )
         dead_letters = DeadLetters(connection, subjects, options, program.error_types, network.streams, network.blobs)
         self.durable: DurableConsumers = DurableConsumers(
             DurableParts(
@@ -240,10 +257,20 @@ class Incoming:
                 sender=outgoing.sender,
                 delivery=outgoing.delivery,
                 events=self.events,
+                tasks=tasks,
             ),
             subjects,
             program.declarations,
         )
+        replies = ReplySettlement(
+            connection=connection,
+            reply_subjects=self.reply_subjects,
+            call_log=self.call_log,
+            answers=answers,
+            events=self.events,
+            counters=counters,
+        )
+        replies.tasks = ConfirmedTasks(replies, answers, tasks)
         self.subscriptions: Subscriptions = Subscriptions(
             connection=connection,
             subjects=subjects,
@@ -251,14 +278,7 @@ class Incoming:
             declarations=program.declarations,
             registry=registry,
             intake=self.intake,
-            replies=ReplySettlement(
-                connection=connection,
-                reply_subjects=self.reply_subjects,
-                call_log=self.call_log,
-                answers=answers,
-                events=self.events,
-                counters=counters,
-            ),
+            replies=replies,
             events=self.events,
             durable=self.durable,
             worker_id=worker_id,

@@ -23,6 +23,9 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
     ├── StreamUnavailable           ConnectionError         a stream could not be used
     ├── EventNotStored              UndeliverableException  a stream did not confirm an event on a durable topic
     ├── CannotSchedule              ValueError              a message cannot be published later
+    ├── TaskUnknown                 LookupError             there is no such task, and no result of one
+    ├── TaskCancelled                                       a task was cancelled
+    ├── TaskResultLost                                      a task was handled, and its result was lost
     ├── UndeliveredCall             UndeliverableException  no agent answered
     │   ├── UnknownAgentType        LookupError             no worker registered the type within the last day
     │   ├── UnknownAgent            LookupError             the type has registered instances only, and not this one
@@ -90,6 +93,9 @@ __all__ = [
     "StreamUnavailable",
     "SubscriptionNotServed",
     "SubscriptionRefused",
+    "TaskCancelled",
+    "TaskResultLost",
+    "TaskUnknown",
     "TlsFailed",
     "UndeliveredCall",
     "UnhandledMessage",
@@ -373,6 +379,44 @@ class CannotSchedule(NatsrtError, ValueError):
         self.what = what
         self.reason = reason
         super().__init__(f"{what} cannot be published later: {reason}")
+
+
+class TaskUnknown(NatsrtError, LookupError):
+    """There is no task with this id, and no result of one.
+
+    ``task`` is the id of its ticket. It was never submitted, or its result was kept for its time and is gone.
+    """
+
+    code = 404
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        super().__init__(
+            f"there is no task {task}: it was never submitted, or its result has expired (result_ttl says when)"
+        )
+
+
+class TaskCancelled(NatsrtError):
+    """The task was cancelled, and has no other result. ``task`` is the id of its ticket."""
+
+    code = 410
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        super().__init__(f"the task {task} was cancelled")
+
+
+class TaskResultLost(NatsrtError):
+    """The task was handled, and its agent's state is stored, but the worker was lost before it stored the result.
+
+    ``task`` is the id of its ticket. It is not handled again, because its effect would be in the state twice.
+    """
+
+    code = 500
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        super().__init__(f"the task {task} was handled, and its result was lost with its worker")
 
 
 class JetStreamFull(StateUnavailable, RegistryUnavailable):

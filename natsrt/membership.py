@@ -19,6 +19,7 @@ from autogen_core import ClosureAgent, Subscription
 from natsrt.agents.hosted_type import HostedType
 from natsrt.assembly import Incoming, Network, Program
 from natsrt.background import BackgroundTasks
+from natsrt.durable_types import DurableTopics
 from natsrt.errors import NatsrtError, SubscriptionNotServed
 from natsrt.jetstream.registry.entries import (
     CANCEL,
@@ -36,6 +37,7 @@ from natsrt.jetstream.registry.registry import RegistryListener
 from natsrt.jetstream.registry.rivals import Rival, rivals
 from natsrt.observe.services import Services
 from natsrt.reminder_types import REMINDER_TOPICS, reminder_prefix
+from natsrt.task_types import TASK_TOPICS, task_prefix
 from natsrt.version import VERSION
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -352,21 +354,28 @@ class Membership(RegistryListener):
         return False
 
     async def take_reminders(self, agent_type: str) -> None:
-        """Have the workers of an agent type take its reminders, now and later. Once done, it costs nothing.
+        """Have the workers of an agent type take its reminders, now and later. Raises as `take_tasks`."""
+        await self._take(agent_type, "reminders", REMINDER_TOPICS, reminder_prefix(agent_type))
+
+    async def take_tasks(self, agent_type: str) -> None:
+        """Have the workers of an agent type take its tasks, now and later. Once done, it costs nothing.
 
         Raises `ValueError` if workers of the type cannot take durable events, `SubscriptionNotServed` after
         ``subscription_timeout`` seconds, `ServerTooOld`, and as `DurableStreams.add`.
         """
+        await self._take(agent_type, "tasks", TASK_TOPICS, task_prefix(agent_type))
+
+    async def _take(self, agent_type: str, what: str, topics: DurableTopics, prefix: str) -> None:
+        """Subscribe an agent type to topics of natsrt's own, which begin with ``prefix``."""
         hosts = self._registry.view.hosts.get(agent_type, {}).values()
         if any(entry.instances for entry in hosts):
             raise ValueError(
-                f"agent type {agent_type!r} has registered instances only, which get no reminders: register a factory"
+                f"agent type {agent_type!r} has registered instances only, which get no {what}: register a factory"
             )
-        self._streams.require_version("reminders")
-        await self._streams.add(REMINDER_TOPICS)
-        pattern = reminder_prefix(agent_type)
-        # Of no runtime: it stays, whoever set the reminder and whoever hosts the type.
-        entry = SubscriptionEntry(agent_type, "prefix", pattern, NOBODY, pattern, {NOBODY: pattern})
+        self._streams.require_version(what)
+        await self._streams.add(topics)
+        # Of no runtime: it stays, whoever was first and whoever hosts the type.
+        entry = SubscriptionEntry(agent_type, "prefix", prefix, NOBODY, prefix, {NOBODY: prefix})
         if self._registry.view.entry(entry.key) is None:
             await self._registry.declare([entry])
             await self._confirm(agent_type)

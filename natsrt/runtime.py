@@ -8,6 +8,7 @@ A call passes from ``send_message`` through `natsrt.sending.sender`, `natsrt.tra
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar, Unpack, cast, overload
@@ -45,6 +46,8 @@ from natsrt.options import Options
 from natsrt.options.arguments import MoreSettings
 from natsrt.reminder_types import Reminder, reminder_topic
 from natsrt.sending.limits import Limit
+from natsrt.sending.tickets import Ticket
+from natsrt.task_types import TaskId
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.schedules import due_time, of_reminder
 from natsrt.wire.serialization import Serialization
@@ -574,6 +577,92 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             return await self._running().sender.reminders.list(agent.type, agent.key)
         agent_type = agent.type if isinstance(agent, AgentType) else agent
         return await self._running().sender.reminders.list(agent_type, None)
+
+    async def submit_message(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None = None,
+        message_id: str | None = None,
+        delay: float | None = None,
+        at: datetime | None = None,
+        retries: int | None = None,
+        result_ttl: float | None = None,
+    ) -> Ticket:
+        """Submit a task: a call that is stored before this returns, and handled at least once by any worker.
+
+        Its agent handles it as a call, and what the handler returns is stored as the result. If the handler raises, or
+        its worker dies, the task is tried again, with growing delays; after the last attempt it has failed, and is a
+        dead letter too. See docs/tasks.md.
+
+        Args:
+            message: As in `send_message`.
+            recipient: The agent. Its type may be hosted by any worker, and need not be hosted now.
+            sender: The agent that submits the task; None if no agent does. It is not authenticated.
+            message_id: The id of the message, of 1 to 200 bytes. Tasks of one agent with one id are one task, as long
+                as the first one or its result is stored. None: a new id.
+            delay: Seconds after which the task is handled. None: see ``at``.
+            at: When the task is handled, with a time zone; in the past: at once. None: at once.
+            retries: How often the task is tried again after it has failed: 0 or more. None: ``max_deliver`` of the
+                agent's type on its workers, less 1.
+            result_ttl: Seconds for which the result is kept, at least 1. None: the setting ``result_ttl``.
+
+        Returns:
+            The ticket of the task. Any process can get it with its id: see `ticket`.
+
+        Raises:
+            ValueError: An argument is wrong. Nothing was stored.
+            CannotSerialize, MessageTooLarge: The message cannot be sent. Nothing was stored.
+            EventNotStored, JetStreamFull: The task was not stored. With the same ``message_id`` it can be submitted
+                again.
+            ServerTooOld: The server is older than 2.14.
+            SubscriptionNotServed: A worker of the type did not confirm that it takes tasks within
+                ``subscription_timeout`` seconds. Submit it again.
+            DurableConflict, StreamUnavailable, RegistryUnavailable, PermissionDenied: The stream of tasks cannot be
+                made or used.
+            RuntimeError: The runtime is not started.
+        """
+        due = None if delay is None and at is None else due_time(delay, at)
+        if retries is not None and (isinstance(retries, bool) or not isinstance(retries, int) or retries < 0):
+            raise ValueError(f"retries must be a whole number of at least 0, not {retries!r:.60}")
+        ttl = self._options.result_ttl if result_ttl is None else result_ttl
+        if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 1 <= ttl < math.inf:
+            raise ValueError(f"result_ttl must be a number of seconds of at least 1, not {result_ttl!r:.60}")
+        if message_id is not None:
+            TaskId.of(recipient, message_id)
+        session = self._running()
+        await session.membership.take_tasks(recipient.type)
+        return await session.sender.submit(
+            message,
+            recipient,
+            sender=sender,
+            message_id=message_id,
+            due=due,
+            attempts=None if retries is None else retries + 1,
+            result_ttl=ttl,
+        )
+
+    def ticket(self, id: str) -> Ticket:
+        """Return the ticket of a task that was submitted before, by any process. Its methods say if there is none.
+
+        Args:
+            id: The id of the ticket, as `Ticket.id` has it.
+
+        Raises:
+            ValueError: No ticket can have this id.
+            RuntimeError: The runtime is not started.
+        """
+        return self._running().sender.tickets.ticket(TaskId.parse(id))
+
+    async def take_tasks(self, type: str | AgentType) -> None:
+        """Have the workers of an agent type take tasks, now and later. `submit_message` does so itself.
+
+        Call it where the type is hosted, if those who submit tasks may not write to the registry. Raises as
+        `submit_message`.
+        """
+        agent_type = type if isinstance(type, AgentType) else AgentType(type)
+        await self._running().membership.take_tasks(agent_type.type)
 
     async def unregister(self, type: str | AgentType, *, keep_subscriptions: bool = False) -> None:
         """Stop hosting an agent type in this runtime, and remove the subscriptions that were added here for it.

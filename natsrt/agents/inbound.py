@@ -251,6 +251,10 @@ class Settlement(ABC):
     looks_before_handlers: bool = False
     """True if `begins` is to be awaited before handlers."""
 
+    def kept_for(self, inbound: Inbound) -> float | None:
+        """For how many seconds the answer is kept; None: until its caller has read it."""
+        return None
+
     def take(self, inbound: Inbound) -> bool:
         """Called when the message is taken in. This is in the read loop, so it must be cheap and must not block.
 

@@ -43,17 +43,25 @@ class Answers:
         self._serialization = serialization
         self._error_types = error_types
         self._with_tracebacks = options.send_tracebacks
+        self._blob_ttl = options.blob_ttl
         self._worker_attribute = envelope.attribute(WORKER_EXTENSION, worker_id)
         self._constant: dict[tuple[str, str, str, str | None], str] = {}
         """The attributes that are the same in all replies of one message type from one agent."""
 
     def reply(
-        self, response: object, body: Envelope | None, agent_type: str, key: str, caller: AgentId | None
+        self,
+        response: object,
+        body: Envelope | None,
+        agent_type: str,
+        key: str,
+        caller: AgentId | None,
+        kept_for: float | None = None,
     ) -> Answer | Awaitable[Answer]:
         """Return the reply of the agent ``agent_type/key`` to a call. If it is sent by reference, await it.
 
         ``body`` is the envelope of the call, None for a plain call. ``caller`` is the agent that sent the call, None if
-        no agent did. Raises `CannotSerialize` and `MessageTooLarge`.
+        no agent did. ``kept_for``: seconds for which the reply is kept; None: until its caller has read it. Raises
+        `CannotSerialize` and `MessageTooLarge`.
         """
         encoded = self._serialization.encode(response)
         if events.listening():
@@ -73,19 +81,22 @@ class Answers:
         if len(encoded.payload) > self._bodies.surely_fits and not self._bodies.fits(
             envelope.REPLY, attributes, encoded.payload, encoded.content_type
         ):
-            return self._by_reference(body, attributes, encoded)
+            return self._by_reference(body, attributes, encoded, kept_for)
         return Answer(self._bodies.pack(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
 
-    async def _by_reference(self, body: Envelope, attributes: str, encoded: Encoded) -> Answer:
-        """Store the payload of a reply. Its caller, whose call has the envelope ``body``, deletes it."""
-        if envelope.BLOBS_FEATURE not in (body.text("features") or "").split():
+    async def _by_reference(self, body: Envelope, attributes: str, encoded: Encoded, kept_for: float | None) -> Answer:
+        """Store the payload of a reply. Its caller, whose call has the envelope ``body``, deletes it, unless it is kept
+        for some time."""
+        if kept_for is not None:
+            kept_for += self._blob_ttl  # it is stored before the reply, and loaded after the reply was read
+        elif envelope.BLOBS_FEATURE not in (body.text("features") or "").split():
             limit = self._bodies.max_payload
             raise MessageTooLarge(
                 len(encoded.payload),
                 limit,
                 f"but one message may have {limit:,}, and its caller did not say that it reads payloads by reference",
             )
-        reference = await self._bodies.store(encoded.payload)
+        reference = await self._bodies.store(encoded.payload, kept_for)
         return Answer(self._bodies.pack_reference(envelope.REPLY, attributes, reference, encoded.content_type))
 
     def control_reply(self, result: object, body: Envelope, agent_type: str, key: str) -> Answer:

@@ -26,6 +26,7 @@ from natsrt.errors import ConfigurationError, NatsrtError
 from natsrt.hosting.durable_settlement import DurableParts, DurableSettlement, Puller
 from natsrt.hosting.feeder import Feeder, FeederParts
 from natsrt.hosting.pinned_consumer import feeding
+from natsrt.hosting.task_settlement import TaskSettlement
 from natsrt.jetstream.consumers import START_ALL, START_NOW, ConsumerConfig, Consumers
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.registry.registry import RegistryListener
@@ -34,6 +35,7 @@ from natsrt.observe.first import FirstIsWarning
 from natsrt.options import Options
 from natsrt.reminder_types import REMINDER_TOPICS
 from natsrt.retry_types import RetryOptions
+from natsrt.task_types import TASK_TOPICS
 from natsrt.wire.filters import common, widest
 from natsrt.wire.retry_subjects import stored_again
 from natsrt.wire.subjects import Subjects, encode_token
@@ -65,7 +67,8 @@ class DurableConsumers(RegistryListener):
         self._subjects = subjects
         self._declarations = declarations
         self._reminders = events_name(subjects, REMINDER_TOPICS.name)
-        """The stream of reminders. A type also gets those that were due before it had a worker."""
+        self._tasks = events_name(subjects, TASK_TOPICS.name)
+        """The streams of reminders and of tasks. A type also gets what was due before it had a worker."""
         self._of_type: dict[str, dict[str, Puller]] = {}
         self._since: dict[tuple[str, str], datetime] = {}
         """Since when types are to get events of streams that they do not pull from yet."""
@@ -137,10 +140,14 @@ class DurableConsumers(RegistryListener):
 
     def _puller(self, hosted: HostedType, stream: str, config: ConsumerConfig) -> Puller:
         retries, again = retry_options(self._parts.options, hosted.agent_type), self._subjects.again(stream)
-        start = START_ALL if stream == self._reminders else hosted.start_from
+        start = START_ALL if stream in (self._reminders, self._tasks) else hosted.start_from
         if start == START_NOW and (since := self._since.get((hosted.agent_type, stream))) is not None:
             # An earlier attempt failed, perhaps because the stream was not made yet.
             start = since - timedelta(seconds=_CLOCKS_DIFFER)
+        if hosted.keyed is None and stream == self._tasks:
+            return TaskSettlement(
+                self._feeding.tasks, self._parts, hosted, stream, config, retries, start=start, again=again
+            )
         if hosted.keyed is None:
             return DurableSettlement(self._parts, hosted, stream, config, retries, start=start, again=again)
         return Feeder(self._parts, self._feeding, hosted, stream, config, retries, start=start, again=again)

@@ -157,17 +157,19 @@ class Puller(Protocol):
         """Tell the server that the events are held."""
 
 
-class _Held:
+class Held:
     """An event that is held.
 
     ``attempts`` is the number of its attempts, with the present one. ``counted``: the present one was counted before
-    its handler began. ``fate``: what was decided before that; None: nothing was.
+    its handler began. ``fate``: what was decided before that; None: nothing was. ``stored_on``: the subject on which
+    the stream has it, which is not that of its topic if it is stored once more.
     """
 
-    __slots__ = ("attempts", "counted", "delivery", "fate")
+    __slots__ = ("attempts", "counted", "delivery", "fate", "stored_on")
 
-    def __init__(self, delivery: Delivery) -> None:
+    def __init__(self, delivery: Delivery, stored_on: str) -> None:
         self.delivery: Delivery = delivery
+        self.stored_on: str = stored_on
         self.attempts: int = delivery.before + 1
         self.counted: bool = False
         self.fate: Fate | None = None
@@ -202,13 +204,14 @@ class DurableSettlement(Settlement):
         self._retries = retries
         self._again = again
         self._route = Route(EVENT, hosted, self)
-        self._held: dict[Inbound, _Held] = {}
+        self._held: dict[Inbound, Held] = {}
         self._by_sequence: dict[int, Inbound] = {}
         """The events that are held, by their sequences in the stream."""
         self._held_bytes = 0
         self._waiting: dict[Inbound, Callable[[Exception], None]] = {}
         """The events that may wait for a place, and what ends that wait."""
         self._arriving: Delivery | None = None
+        self._stored_on = ""
         self._stopping = False
         options = parts.options
         limits = [limit for limit in (options.max_running, hosted.max_running) if limit is not None]
@@ -269,6 +272,7 @@ class DurableSettlement(Settlement):
     def _take_in(self, delivery: Delivery) -> None:
         """Take in a delivery. Called in the client's read loop."""
         message = delivery.message
+        self._stored_on = message.subject
         if message.subject.startswith(self._again):
             self._parts.later.recognise(delivery)
             message.subject = published_on(message, self._again)
@@ -288,11 +292,15 @@ class DurableSettlement(Settlement):
         else:
             logger.warning("events of %s for %s cannot be pulled: %s", self.stream, self._hosted.agent_type, error)
 
+    def retries(self, inbound: Inbound) -> RetryOptions:
+        """How an event is tried again."""
+        return self._retries
+
     # -- as a settlement -----------------------------------------------------------------------------------------
 
     def take(self, inbound: Inbound) -> bool:
         assert self._arriving is not None
-        self._held[inbound] = _Held(self._arriving)
+        self._held[inbound] = Held(self._arriving, self._stored_on)
         self._by_sequence[self._arriving.sequence] = inbound
         self._held_bytes += inbound.size
         return True
@@ -312,9 +320,9 @@ class DurableSettlement(Settlement):
         """Called when the handler is about to begin. Raises `EventDropped` if it must not, and `SentBack`."""
         held = self._held.get(inbound)
         if held is not None and (held.delivery.attempt > 1 or held.delivery.before):
-            await self._begin_again(held, held.delivery)
+            await self._begin_again(inbound, held, held.delivery)
 
-    async def _begin_again(self, held: _Held, delivery: Delivery) -> None:
+    async def _begin_again(self, inbound: Inbound, held: Held, delivery: Delivery) -> None:
         """Look after an event that was delivered before."""
         agent_type, later = self._hosted.agent_type, self._parts.later
         deliveries, counted = delivery.attempt, Counted()
@@ -332,7 +340,7 @@ class DurableSettlement(Settlement):
             counted = await self._count(held)
         before = held.attempts - 1
         held.fate = before_it_begins(
-            self._retries, self.stream, delivery.first_sequence, attempts=before, given_up=counted.given_up
+            self.retries(inbound), self.stream, delivery.first_sequence, attempts=before, given_up=counted.given_up
         )
         if held.fate is not None:
             raise EventDropped
@@ -341,7 +349,7 @@ class DurableSettlement(Settlement):
         delivery.attempt = held.attempts + min(1, max(0, unknown))
         handled_delivery.set(delivery)
 
-    async def _count(self, held: _Held) -> Counted:
+    async def _count(self, held: Held) -> Counted:
         """Count the present attempt of an event that was delivered before.
 
         If the server does not count, each delivery is taken for an attempt, so that there is an end to them.
@@ -357,11 +365,16 @@ class DurableSettlement(Settlement):
         held = self._held.get(inbound)
         if held is None:
             return None
-        unknown = inbound.key is None and not self._parts.registry.synced  # a subscription may have been added
-        if held.fate is None and not unknown:
+        decided = self._fate_of_handled(inbound, held)
+        if isinstance(decided, Acknowledge):
             self._acknowledge(inbound, held)
             return None
-        return self._settle(inbound, held, held.fate or fate(self._retries, Ending(attempts=0, unknown=unknown)))
+        return self._settle(inbound, held, decided)
+
+    def _fate_of_handled(self, inbound: Inbound, held: Held) -> Fate:
+        """What happens to an event whose handler returned, or which has no handler here."""
+        unknown = inbound.key is None and not self._parts.registry.synced  # a subscription may have been added
+        return held.fate or fate(self.retries(inbound), Ending(attempts=0, unknown=unknown))
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
         held = self._held.get(inbound)
@@ -380,16 +393,16 @@ class DurableSettlement(Settlement):
             left=self._parts.later.left(held.delivery),
             can_wait=self._parts.later.are_possible(self.stream),
         )
-        await self._settle(inbound, held, fate(self._retries, ending))
+        await self._settle(inbound, held, fate(self.retries(inbound), ending))
 
     async def refused(self, inbound: Inbound, error: Exception) -> None:
         if (held := self._held.get(inbound)) is not None:
             ending = Ending(attempts=0, refused=True, at_once=isinstance(error, WorkerStopped))
-            await self._settle(inbound, held, fate(self._retries, ending))
+            await self._settle(inbound, held, fate(self.retries(inbound), ending))
 
     # -- what was decided ----------------------------------------------------------------------------------------
 
-    async def _settle(self, inbound: Inbound, held: _Held, decided: Fate) -> None:
+    async def _settle(self, inbound: Inbound, held: Held, decided: Fate) -> None:
         """Do with an event what was decided."""
         match decided:
             case Acknowledge():
@@ -401,13 +414,13 @@ class DurableSettlement(Settlement):
             case Bury():
                 await self._bury(inbound, held, decided)
 
-    def _acknowledge(self, inbound: Inbound, held: _Held) -> None:
+    def _acknowledge(self, inbound: Inbound, held: Held) -> None:
         if held.counted:
             self._parts.attempts.ended(self._hosted.agent_type, *_place(held.delivery))
         self._release(inbound)
         self.pull.ack(held.delivery)
 
-    def _give_back(self, inbound: Inbound, held: _Held, after: float) -> None:
+    def _give_back(self, inbound: Inbound, held: Held, after: float) -> None:
         """Have an event delivered again without that this delivery counts as an attempt."""
         agent_type, place = self._hosted.agent_type, _place(held.delivery)
         if held.counted:
@@ -416,10 +429,10 @@ class DurableSettlement(Settlement):
         self._release(inbound)
         self.pull.retry(held.delivery, after)
 
-    async def _try_again(self, inbound: Inbound, held: _Held, decided: TryAgain) -> None:
+    async def _try_again(self, inbound: Inbound, held: Held, decided: TryAgain) -> None:
         """Have an event delivered again whose attempt has failed."""
         delivery = held.delivery
-        self._parts.log_failure(self._hosted.agent_type, delivery, held.attempts, self._retries, decided)
+        self._parts.log_failure(self._hosted.agent_type, delivery, held.attempts, self.retries(inbound), decided)
         if not held.counted:
             self._parts.attempts.failed(self._hosted.agent_type, *_place(delivery))
         if decided.elsewhere and await self._waits_elsewhere(inbound, held, decided.after):
@@ -429,7 +442,7 @@ class DurableSettlement(Settlement):
         self._release(inbound)
         self.pull.retry(held.delivery, decided.after)
 
-    async def _waits_elsewhere(self, inbound: Inbound, held: _Held, after: float) -> bool:
+    async def _waits_elsewhere(self, inbound: Inbound, held: Held, after: float) -> bool:
         """Store an event for a later attempt. Returns False if that is not possible."""
         delivery = held.delivery
         try:
@@ -446,16 +459,20 @@ class DurableSettlement(Settlement):
             return False
         return True
 
-    async def _bury(self, inbound: Inbound, held: _Held, decided: Bury) -> None:
+    async def _bury(self, inbound: Inbound, held: Held, decided: Bury) -> None:
         """Store a dead letter, and terminate its event. If it cannot be stored, its event is given back for later."""
         delivery = held.delivery
         letter = letter_of(self._hosted.agent_type, delivery, inbound, decided)
         if await self._parts.bury(letter, self._retries.retry_delay_max):
             self._parts.attempts.gave_up(self._hosted.agent_type, *_place(delivery))
-            self._release(inbound)
-            self.pull.terminate(held.delivery, f"dead letter: {decided.reason}")
+            await self._buried(inbound, held, decided)
         else:
             self._give_back(inbound, held, self._retries.retry_delay_max)
+
+    async def _buried(self, inbound: Inbound, held: Held, decided: Bury) -> None:
+        """Terminate an event that has become a dead letter."""
+        self._release(inbound)
+        self.pull.terminate(held.delivery, f"dead letter: {decided.reason}")
 
     def _stopped(self) -> SentBack:
         return SentBack(WorkerStopped(self._hosted.agent_type, self._parts.worker_id))

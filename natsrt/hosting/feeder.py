@@ -41,6 +41,7 @@ from natsrt.hosting.lines import Again, Lines, Outcome, Settled, Tries
 from natsrt.hosting.pinned_consumer import GROUP, PIN, WAITS, is_pinned, noting_suspects, pulls_with, suspects
 from natsrt.hosting.reader import Reader
 from natsrt.hosting.settlements import EventSettlement
+from natsrt.hosting.tasks import Tasks, retries_of
 from natsrt.jetstream.attempts import Counted
 from natsrt.jetstream.consumers import ConsumerConfig, Consumers, Start
 from natsrt.jetstream.dead_letters import published_on
@@ -50,6 +51,7 @@ from natsrt.jetstream.pulling import BATCH, Pull, Room
 from natsrt.retry_types import RetryOptions
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.sender import Sender
+from natsrt.task_types import TaskId, task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.wire.stored_events import StoredEvent, stream_id
 
@@ -81,6 +83,7 @@ class FeederParts:
     sender: Sender
     delivery: KeyedDelivery
     events: EventSettlement
+    tasks: Tasks
 
 
 class Feeder:
@@ -107,6 +110,7 @@ class Feeder:
         self._reader = feeding_parts.reader
         self._sender = feeding_parts.sender
         self._delivery = feeding_parts.delivery
+        self._tasks_of = feeding_parts.tasks
         self._hosted = hosted
         self.stream: str = stream
         self.config: ConsumerConfig = config
@@ -343,15 +347,43 @@ class Feeder:
         if tries != (0, 0):
             self._parts.counters.redelivered += 1
         given_up = place.sequence in self._suspects and self._suspects[place.sequence].given_up
+        task = task_of(message.topic)
+        retries = self._retries if task is None else retries_of(self._retries, message.body)
         decided: Fate | None = before_it_begins(
-            self._retries, self.stream, place.sequence, attempts=attempts, given_up=given_up
+            retries, self.stream, place.sequence, attempts=attempts, given_up=given_up
         )
+        if decided is None and task is not None:
+            decided = await self._ended_before(task, message, attempts)
         if decided is None:
             if place.sequence in self._suspects and place.sequence not in self._counted:
                 await self._count(place)
             attempts += 1
-            decided = fate(self._retries, await self._attempt(place, message, stored, attempts))
-        return await self._carry_out(place, message, stored, attempts, decided)
+            decided = fate(retries, await self._attempt(place, message, stored, attempts))
+        if task is not None:
+            decided = await self._settle_task(task, message, decided)
+        return await self._carry_out(place, message, stored, attempts, decided, retries)
+
+    async def _ended_before(self, task: TaskId, message: Inbound, attempts: int) -> Fate | None:
+        """What happens to a task that must not be handled; None if it must, as far as that is known."""
+        if not self._tasks_of.may_have_ended(message.arrived, attempts + 1):
+            return None
+        try:
+            return Acknowledge() if await self._tasks_of.has_ended(task) else None
+        except NatsrtError as error:
+            logger.warning("it is not known yet whether %s has a result: %s", task, error)
+            return GiveBack(self._retries.retry_delay)
+
+    async def _settle_task(self, task: TaskId, message: Inbound, decided: Fate) -> Fate:
+        """Store the result of a task that has failed, and remove one that has ended."""
+        if isinstance(decided, Bury):
+            try:
+                await self._tasks_of.failed(task, decided.error, message.body, decided.attempts)
+            except NatsrtError as error:
+                logger.error("the failure of %s cannot be stored, and it is tried again: %s", task, error)
+                return GiveBack(self._retries.retry_delay_max)
+        elif isinstance(decided, Acknowledge):
+            await self._tasks_of.remove({message.message.subject})
+        return decided
 
     async def _attempt(self, place: _Place, message: Inbound, stored: Delivery, attempts: int) -> Ending:
         """Deliver an event to the owner of its agent, and find out how that ended."""
@@ -388,7 +420,13 @@ class Feeder:
         return Ending(attempts=attempts, error=failure, begun=None, left=left)
 
     async def _carry_out(
-        self, place: _Place, message: Inbound, stored: Delivery, attempts: int, decided: Fate
+        self,
+        place: _Place,
+        message: Inbound,
+        stored: Delivery,
+        attempts: int,
+        decided: Fate,
+        retries: RetryOptions,
     ) -> Outcome:
         """Do with an event what was decided."""
         match decided:
@@ -397,9 +435,7 @@ class Feeder:
             case GiveBack(after):
                 return self._without_attempt(place, after)
             case TryAgain():
-                self._parts.log_failure(
-                    f"{self._hosted.agent_type}/{message.key}", stored, attempts, self._retries, decided
-                )
+                self._parts.log_failure(f"{self._hosted.agent_type}/{message.key}", stored, attempts, retries, decided)
                 if place.sequence in self._counted:
                     self._counted.remove(place.sequence)
                 else:
@@ -410,6 +446,8 @@ class Feeder:
                 if await self._parts.bury(letter, self._retries.retry_delay_max):
                     self._parts.attempts.gave_up(*self._countable(place))
                     self._given_up[place.sequence] = decided.reason
+                    if task_of(message.topic) is not None:
+                        await self._tasks_of.remove({message.message.subject})
                     return Settled.GIVEN_UP
                 return self._without_attempt(place, self._retries.retry_delay_max)
 

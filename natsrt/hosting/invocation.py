@@ -103,7 +103,12 @@ class Invoker:
             return None
         assert inbound.key is not None
         answer = self._answers.reply(
-            response, inbound.body, inbound.route.hosted.agent_type, inbound.key, delivery.context.sender
+            response,
+            inbound.body,
+            inbound.route.hosted.agent_type,
+            inbound.key,
+            delivery.context.sender,
+            inbound.settlement.kept_for(inbound),
         )
         return answer if isinstance(answer, Answer) else await answer
 

@@ -19,6 +19,7 @@ from natsrt.hosting.core_copies import CoreCopies
 from natsrt.hosting.reply_subjects import ReplySubjects
 from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
+from natsrt.task_types import task_of
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import SUPERSEDES_HEADER, Envelope
@@ -118,6 +119,8 @@ class ReplySettlement(Settlement):
         self._counters = counters
         self._unanswered = Unanswered()
         self._confirmed = ConfirmedSettlement(self, answers)
+        self.tasks: Settlement = self._confirmed
+        """For the tasks of keyed agents."""
 
     def take(self, inbound: Inbound) -> bool:
         message = inbound.message
@@ -167,7 +170,7 @@ class ReplySettlement(Settlement):
         if inbound.call is not None and inbound.body is not None:
             inbound.event = stored_event(inbound.body)
             if inbound.event is not None:
-                return self._confirmed
+                return self._confirmed if task_of(inbound.topic) is None else self.tasks
         self._forget(inbound)  # its reply subject is only for the server's "no responders" message
         inbound.settlement = self._events
         self._events.refuse_copy(inbound)

@@ -26,6 +26,7 @@ from natsrt.jetstream.registry.entries import DurableEntry
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.requests import OPEN, BucketRequests
 from natsrt.jetstream.streams import (
+    RESULTS,
     attempts_stream,
     dead_letters_stream,
     ensure_stream,
@@ -34,9 +35,11 @@ from natsrt.jetstream.streams import (
     own_filters,
     require_settings,
     require_version,
+    results_stream,
     streams_over,
 )
 from natsrt.options import Options
+from natsrt.task_types import TASK_TOPICS
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
 
@@ -64,9 +67,15 @@ class DurableStreams:
         """What this runtime's setting says, by stream; and what it has added since."""
         self._others = {
             config.name or "": config
-            for config in (dead_letters_stream(subjects, options), attempts_stream(subjects, options))
+            for config in (
+                dead_letters_stream(subjects, options),
+                attempts_stream(subjects, options),
+                results_stream(subjects, options),
+            )
         }
         """The streams beside those of events."""
+        self._tasks = events_name(subjects, TASK_TOPICS.name), subjects.bucket(RESULTS)
+        """The stream of tasks, and that of their results."""
         self.added: tuple[str, ...] = ()
         """The topics that this runtime made durable when it started; empty if they were so before."""
         self._domain = Domain(options.jetstream_domain)
@@ -107,7 +116,10 @@ class DurableStreams:
         await self._make(stream)
 
     async def _make_others(self) -> None:
+        tasks, results = self._tasks
         for stream in self._others:
+            if stream == results and tasks not in self._registry.view.durable:
+                continue
             await self._run(stream, partial(self._make_other, stream))
 
     def require_version(self, feature: str) -> None:

@@ -103,6 +103,25 @@ class StreamReader:
         page, _ = await self._page(stream, {"seq": sequence, "batch": 1})
         return page[0] if page and page[0].sequence == sequence else None
 
+    async def last(self, stream: str, subject: str) -> StoredMessage | None:
+        """The last message on ``subject``, which has no wildcards; None if there is none.
+
+        A stream that does not exist is `StreamUnavailable`, because one without a leader looks the same.
+        """
+        return await self._ask(READ, stream, lambda: self._last(stream, subject))
+
+    async def _last(self, stream: str, subject: str) -> StoredMessage:
+        timeout = _ONE_ANSWER + self._connection.rtt.allowance
+        request = self._domain.api(f"DIRECT.GET.{stream}.{subject}")
+        try:
+            message = await self._connection.client.request(request, b"", timeout=timeout)
+        except nats.errors.NoRespondersError:
+            raise StreamUnavailable(READ, stream, "there is no such stream, or it has no leader now") from None
+        headers = {name.lower(): value for name, value in (message.headers or {}).items()}
+        if "status" in headers:
+            raise nats.js.errors.NotFoundError(code=404, err_code=_NO_MESSAGE[0])
+        return _stored(stream, message, headers)
+
     async def read(
         self, stream: str, subject: str, *, first: int = 1, since: float | None = None, last: int | None = None
     ) -> AsyncGenerator[StoredMessage, None]:

@@ -19,12 +19,14 @@ from natsrt.errors import ConfigurationError, NatsrtError, ServerTooOld
 from natsrt.jetstream.stream_settings import ANOTHER_NAME, described, remedy, wrong_settings
 from natsrt.options import Options
 from natsrt.reminder_types import REMINDER_TOPICS
+from natsrt.task_types import TASK_TOPICS
 from natsrt.wire.subjects import Subjects
 
 EVENTS: Final = "natsrt_events"
 DEAD: Final = "natsrt_dead"
 ATTEMPTS: Final = "natsrt_attempts"
 BLOBS: Final = "natsrt_blobs"
+RESULTS: Final = "natsrt_results"
 NEEDED_VERSION: Final = (2, 14)
 """The first version of nats-server that has all that durable topics need."""
 DUPLICATE_WINDOW: Final = 120.0
@@ -88,6 +90,8 @@ def _description(name: str | None) -> str:
     """What people are told about the stream of the topics whose `DurableTopics.name` is ``name``."""
     if name == REMINDER_TOPICS.name:
         return "natsrt: reminders of agents"
+    if name == TASK_TOPICS.name:
+        return "natsrt: tasks, calls that are stored until they are handled"
     return "natsrt: events on durable topics" + ("" if name is None else f" named {name}")
 
 
@@ -120,6 +124,23 @@ def attempts_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
         max_msgs_per_subject=1,
         allow_direct=True,
         allow_msg_counter=True,
+    )
+
+
+def results_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
+    """How the stream of the results of tasks is made, and of their progress. Each message has its own time to live. The
+    server tells at once what is stored, so that nobody has to look for it."""
+    return api.StreamConfig(
+        name=subjects.bucket(RESULTS),
+        description="natsrt: results and progress of tasks",
+        subjects=[f"{subjects.tasks}.>"],
+        retention=api.RetentionPolicy.LIMITS,
+        num_replicas=options.registry_replicas,
+        discard=api.DiscardPolicy.OLD,
+        max_msgs_per_subject=1,
+        allow_direct=True,
+        allow_msg_ttl=True,
+        republish=api.RePublish(src=f"{subjects.tasks}.>", dest=f"{subjects.tasks_told}.>"),
     )
 
 

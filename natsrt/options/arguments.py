@@ -67,6 +67,7 @@ class MoreSettings(TypedDict, total=False):
     retry_delay: float | None
     retry_delay_max: float | None
     retries: str | Mapping[str, Mapping[str, Any]] | None
+    result_ttl: float | None
     blob_threshold: int | None
     max_blob_size: int | None
     blob_ttl: float | None

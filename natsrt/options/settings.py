@@ -246,6 +246,11 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
         "each a table of these options.",
     )
 
+    # Tasks.
+    result_ttl: Annotated[Seconds, Field(ge=1)] = Field(
+        86400.0, description="Seconds for which the result of a task that this runtime submits is kept."
+    )
+
     # Payloads.
     blob_threshold: CountOrNone = Field(
         None,

@@ -21,6 +21,7 @@ from natsrt.jetstream.dead_letters import SUBJECT_HEADER
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.stream_reader import StoredMessage
 from natsrt.sending.durable import EXPECTED_STREAM, DurablePublisher
+from natsrt.task_types import task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import MESSAGE_ID_HEADER
@@ -67,6 +68,8 @@ class Again:
             reason = f"its body did not fit into the dead letter, and event {letter.event_sequence} is gone"
             raise EventNotStored(str(letter.topic or letter.subject), letter.stream, reason, may_be_stored=False)
         subject = redriven(self._subjects, letter.stream, letter.agent_type, letter.sequence, letter.kept_at)
+        if task_of(letter.topic) is not None:
+            subject = letter.subject  # which is of this agent type alone; there it is found by its ticket
         topic = letter.topic or _UNKNOWN
         await self._keep_payload(letter.stream, data)
         await self._publisher.store(subject, topic, letter.stream, data, redrive_headers(letter), None)

@@ -43,6 +43,7 @@ from natsrt.jetstream.limits import explained, limit_reached
 from natsrt.options import Options
 from natsrt.sending.patience import Patience
 from natsrt.sending.send_queue import SendQueue
+from natsrt.task_types import is_task
 from natsrt.transport.connection import Connection, Refusal
 from natsrt.wire.schedules import is_due, once
 from natsrt.wire.subjects import Subjects, encode_text
@@ -210,6 +211,8 @@ class DurablePublisher:
         `CannotSchedule`.
         """
         of_event = event_headers(message_id, subject, stream)
+        if is_task(topic.type):  # the same one, however much later it is submitted again
+            of_event[_EXPECTED_LAST] = "0"
         if headers is not None:
             of_event |= headers
         if due is not None and not is_due(due):
@@ -408,7 +411,7 @@ class DurablePublisher:
         except nats.js.errors.APIError as error:
             self._on_error(event, error)
         except (CannotDecode, WrongRevision) as error:
-            if isinstance(error, WrongRevision) and _EXPECTED_LAST in event.headers:  # its schedule is there already
+            if isinstance(error, WrongRevision) and _EXPECTED_LAST in event.headers:  # it is there already
                 event.refused += 1
                 event.end()
             else:

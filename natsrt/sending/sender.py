@@ -40,6 +40,7 @@ from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.jetstream.registry.view import NO_TAKERS
+from natsrt.jetstream.task_store import TaskStore
 from natsrt.observe import events
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
@@ -55,6 +56,8 @@ from natsrt.sending.reach import Reach
 from natsrt.sending.reminders import Reminders
 from natsrt.sending.replies import Replies
 from natsrt.sending.send_queue import SendQueue
+from natsrt.sending.tickets import Ticket, Tickets, cancel_id
+from natsrt.task_types import TaskId
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
 from natsrt.transport.cancellation import Cancellations
@@ -66,7 +69,8 @@ from natsrt.wire.references import OfEvent, Reference, stream_mark
 from natsrt.wire.schedules import Schedule
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.serializers import JSON
-from natsrt.wire.subjects import Subjects
+from natsrt.wire.subjects import Subjects, encode_text
+from natsrt.wire.task_attributes import task_attributes
 
 _ADDED_LATER = 1024
 """Bytes, beside the topic, that a stored event may grow by: the attributes for the owner of a keyed agent, and the
@@ -94,6 +98,7 @@ class Sender(RegistryListener):
         registry: Registry,
         streams: DurableStreams,
         dead_letters: DeadLetterBox,
+        tasks: TaskStore,
         readiness: Readiness,
         attributes: MessageAttributes,
         owners: OwnerCache,
@@ -127,6 +132,17 @@ class Sender(RegistryListener):
         self._durable = DurablePublisher(connection, subjects, options, self._queue, streams)
         self.reminders: Reminders = Reminders(subjects, registry, serialization, streams, self._durable)
         self.again: Again = Again(self._durable, subjects, dead_letters, bodies, registry)
+        self.tickets: Tickets = Tickets(
+            connection=connection,
+            options=options,
+            registry=registry,
+            store=tasks,
+            replies=replies,
+            bodies=bodies,
+            cancellations=cancellations,
+            dead_letters=dead_letters,
+            again=self.again,
+        )
         registry.add_listener(self)
         self._under_way = 0
         """Number of calls of `send` and `publish` that have not returned."""
@@ -704,6 +720,75 @@ class Sender(RegistryListener):
         stream = self._keeps_delayed(topic, self._registry.view.durable_stream(topic.type))
         subject = self._subjects.delayed(stream, message_id, self._subjects.topic(topic.type, topic.source))
         return await self._streams.purge(stream, subject) > 0
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None,
+        message_id: str | None,
+        due: datetime | None,
+        attempts: int | None,
+        result_ttl: float,
+    ) -> Ticket:
+        """Have a call stored, to be handled by its agent. The topics of tasks must be durable.
+
+        ``message_id`` None: a new one. ``due``: when it is handled; None: now. ``attempts``: how often it is tried;
+        None: as often as events of the agent's type. ``result_ttl``: seconds for which its result is kept. Raises as
+        `publish`.
+        """
+        self._under_way += 1
+        begun = asyncio.get_running_loop().time()
+        try:
+            self._counters.sent += 1
+            task = TaskId.of(recipient, self._attributes.next_id() if message_id is None else message_id)
+            if message_id is not None and await self.tickets.has_result(task):
+                return self.tickets.ticket(task, type(message))
+            async with self._queue.turn(None) as turn:
+                await self._wait_ready(None, begun)
+                if self._interventions.handlers:
+                    context = _context(sender, None, None, task.message_id)
+                    message = await turn.intervene(self._interventions.on_send(message, context, recipient))
+                await self._store_task(message, task, sender, due, attempts, result_ttl, turn.end)
+            return self.tickets.ticket(task, type(message))
+        finally:
+            self._under_way -= 1
+
+    async def _store_task(
+        self,
+        message: Any,
+        task: TaskId,
+        sender: AgentId | None,
+        due: datetime | None,
+        attempts: int | None,
+        result_ttl: float,
+        sent: Callable[[], None],
+    ) -> None:
+        topic = task.topic
+        subject = self._subjects.topic(topic.type, topic.source)
+        encoded = self._serialization.encode(message)
+        attributes = self._attributes.message(task.message_id, sender, encoded, None)
+        attributes += task_attributes(encode_text(task.agent.key), cancel_id(task), result_ttl, attempts)
+        if events.listening():
+            events.message(
+                encoded.payload, sender=sender, receiver=task.agent, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
+            )
+        if self._telemetry is None:
+            await self._send_event(subject, topic, sender, task.message_id, attributes, encoded, due, sent)
+            return
+        span = self._telemetry.sending(
+            "submit",
+            subject,
+            kind=SpanKind.PRODUCER,
+            message_type=encoded.type_name,
+            message_id=task.message_id,
+            size=len(encoded.payload),
+        )
+        with span as more:
+            await self._send_event(subject, topic, sender, task.message_id, attributes + more, encoded, due, sent)
 
     async def remind(self, agent: AgentId, name: str, message: Any, schedule: Schedule) -> None:
         """Set a reminder, in its turn. Raises as `Reminders.set`."""

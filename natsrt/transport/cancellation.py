@@ -131,6 +131,11 @@ class Cancellations:
         if token.is_cancelled():
             future.cancel()
 
+    def announce(self, cancel_id: str) -> None:
+        """Have all copies of the token with this id cancelled. This runtime need not have one."""
+        self._announced.add(cancel_id)
+        self._announcing.spawn(self._announce(cancel_id))
+
     def _share(self, token: CancellationToken, cancel_id: str | None = None) -> _Shared:
         shared = self._shared.get(token)
         if shared is None:
@@ -155,8 +160,7 @@ class Cancellations:
         if shared.cancel_id in self._from_wire:
             self._from_wire.discard(shared.cancel_id)
             return
-        self._announced.add(shared.cancel_id)
-        self._announcing.spawn(self._announce(shared.cancel_id))
+        self.announce(shared.cancel_id)
 
     async def _announce(self, cancel_id: str) -> None:
         """Publish a cancellation several times, for runtimes that are reconnecting. Repetitions have no effect."""

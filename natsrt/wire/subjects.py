@@ -374,6 +374,31 @@ class Subjects:
         """The start of the subjects of all reminders that a stream keeps, without the last dot."""
         return f"{self.later(stream)}.reminder"
 
+    def task(self, kind: str, agent_type: str, key: str, message_id: str) -> str:
+        """The subject on which the ``result`` or the ``progress`` (``kind``) of a task is kept.
+
+        Raises ValueError if it would be over 1,024 bytes.
+        """
+        tokens = ".".join(encode_token(value) for value in (agent_type, key, message_id))
+        subject = f"{self.tasks}.{kind}.{tokens}"
+        if len(subject) > MAX_SUBJECT_BYTES:
+            raise _too_long(f"the task {_shown(f'{agent_type}/{key}/{message_id}')}", subject)
+        return subject
+
+    def told(self, subject: str) -> str:
+        """The subject on which the server tells what was stored on ``subject``, one of `task`."""
+        return f"{self.tasks_told}{subject.removeprefix(self.tasks)}"
+
+    @property
+    def tasks(self) -> str:
+        """The start of the subjects on which results and progress of tasks are kept, without the last dot."""
+        return f"{self._root}natsrt.task"
+
+    @property
+    def tasks_told(self) -> str:
+        """The start of the subjects on which the server tells what was stored there, without the last dot."""
+        return f"{self._root}natsrt.told"
+
     def dead_letter(self, agent_type: str, stream: str, sequence: int) -> str:
         """The subject of the dead letter of an event that ``agent_type`` could not handle."""
         return f"{self.dead}.{encode_token(agent_type)}.{stream}.{sequence}"

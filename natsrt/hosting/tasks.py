@@ -1,0 +1,185 @@
+"""What a worker does with tasks beside what it does with other durable events: their results and their progress.
+
+Rules:
+
+1. A result is stored before its task is removed from its stream, and that before the delivery is acknowledged. So a
+   worker that ends between two of these steps loses nothing, and a task that has a result is not handled again.
+2. A task that was cancelled has a result too. So before a handler begins, it is looked for, unless the task has just
+   been delivered for the first time: then the cancellation itself is heard.
+3. How far a task is, is told when its handler has run for a moment, so that short tasks cost nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from natsrt.agents.inbound import CALL, Answer, Inbound
+from natsrt.background import BackgroundTasks
+from natsrt.errors import TaskResultLost
+from natsrt.hosting.answers import Answers
+from natsrt.jetstream.task_store import TaskStore
+from natsrt.retry_types import RetryOptions
+from natsrt.task_types import TaskId, task_of
+from natsrt.wire.envelope import Envelope
+from natsrt.wire.subjects import encode_text
+from natsrt.wire.task_attributes import attempts_of, result_ttl_of
+
+logger: logging.Logger = logging.getLogger("natsrt.tasks")
+
+_TOLD_AFTER: Final = 0.25
+"""Seconds after which it is told that a handler has begun."""
+_TOLD_EVERY: Final = 0.1
+"""Seconds between two reports of one task's progress, at least. The last one is always told."""
+_TOLD_AGAIN: Final = 8 * 3600.0
+"""Seconds after which what was told of a task is told again, because it expires."""
+_HEARD_WITHIN: Final = 1.0
+"""Seconds after its arrival within which a task that was cancelled is known by its cancellation."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskParts:
+    """What all that handle tasks have in common. ``result_ttl`` is for tasks that do not say it."""
+
+    store: TaskStore
+    answers: Answers
+    result_ttl: float
+    background: BackgroundTasks
+
+
+def as_task(inbound: Inbound) -> TaskId | None:
+    """Have a message handled as a call if it is a task for an agent here. Returns the task; None if it is none."""
+    task = task_of(inbound.topic)
+    if task is None or inbound.key is None:
+        return None
+    inbound.kind, inbound.topic = CALL, None
+    return task
+
+
+def retries_of(general: RetryOptions, body: Envelope | None) -> RetryOptions:
+    """How a task is tried again: as its agent type's events, and as often as its submitter said."""
+    attempts = None if body is None else attempts_of(body)
+    if attempts is None:
+        return general
+    return RetryOptions(retry_delay=general.retry_delay, retry_delay_max=general.retry_delay_max, max_deliver=attempts)
+
+
+class Tasks:
+    """The results of the tasks that one worker handles."""
+
+    def __init__(self, parts: TaskParts) -> None:
+        self._parts = parts
+
+    def ttl(self, body: Envelope | None) -> float:
+        """Seconds for which the result of a task is kept."""
+        said = None if body is None else result_ttl_of(body)
+        return self._parts.result_ttl if said is None else said
+
+    async def has_ended(self, task: TaskId) -> bool:
+        """True if a task has a result that stays: a success, or that it was cancelled. Raises as `TaskStore.result`."""
+        result = await self._parts.store.result(task)
+        return result is not None and result.state != "failed"
+
+    def may_have_ended(self, arrived: float, attempt: int) -> bool:
+        """True if it must be looked for the result of a task that arrived then, by the event loop's clock, before it is
+        handled. ``attempt`` is 1 if it was not delivered before."""
+        return attempt > 1 or asyncio.get_running_loop().time() > arrived + _HEARD_WITHIN
+
+    async def succeeded(self, task: TaskId, answer: Answer, body: Envelope | None, attempt: int) -> None:
+        """Store what a handler returned. Raises as `TaskStore.finish`."""
+        store = self._parts.store
+        await store.finish(task, "done", answer.body, answer.headers, ttl=self.ttl(body), attempt=attempt)
+
+    async def failed(self, task: TaskId, error: BaseException, body: Envelope | None, attempt: int) -> None:
+        """Store that a task is not tried again, and why. Raises as `TaskStore.finish`."""
+        source = f"{task.agent.type}/{encode_text(task.agent.key)}"
+        answer = self._parts.answers.failure(error, body, source)
+        store = self._parts.store
+        await store.finish(task, "failed", answer.body, answer.headers, ttl=self.ttl(body), attempt=attempt)
+
+    async def cancelled(self, task: TaskId, body: Envelope | None) -> None:
+        """Store that a task was cancelled, if it has no result. Raises as `TaskStore.finish`."""
+        await self._parts.store.finish(task, "cancelled", ttl=self.ttl(body))
+
+    def on(self, subject: str) -> TaskId | None:
+        """The task whose message has this subject; None if it is that of no task, or has a hash in place of a name."""
+        return self._parts.store.task_on(subject)
+
+    async def applied(self, task: TaskId, body: Envelope | None, attempt: int) -> None:
+        """A keyed agent's state has the effect of a task already. Store that its result is lost, if it has none."""
+        if await self._parts.store.result(task) is None:
+            await self.failed(task, TaskResultLost(str(task)), body, attempt)
+
+    async def remove(self, subjects: set[str]) -> None:
+        """Remove a task that has a result from its stream, with its copies for later attempts."""
+        await self._parts.store.remove_handled(subjects)
+
+    def told(self, task: TaskId, attempt: int) -> Telling:
+        """What is told of a task while a handler works."""
+        return Telling(self._parts, task, attempt)
+
+
+class Telling:
+    """Tells how far one attempt to handle a task is. `begin` it when the handler begins, and `end` it."""
+
+    def __init__(self, parts: TaskParts, task: TaskId, attempt: int) -> None:
+        self._parts = parts
+        self._task = task
+        self.attempt: int = attempt
+        self._fraction: float | None = None
+        self._text: str | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._told_at = -math.inf
+        self._ended = False
+
+    def begin(self) -> None:
+        """Its handler begins."""
+        self._plan(_TOLD_AFTER)
+
+    def progress(self, fraction: float | None, text: str | None) -> None:
+        """Its handler says how far it is."""
+        if self._ended:
+            return
+        self._fraction, self._text = fraction, text
+        self._plan(max(0.0, self._told_at + _TOLD_EVERY - asyncio.get_running_loop().time()))
+
+    def _plan(self, after: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(after, self._tell)
+
+    def _tell(self) -> None:
+        self._told_at = asyncio.get_running_loop().time()
+        self._spawn(fraction=self._fraction, text=self._text)
+        self._plan(_TOLD_AGAIN)
+
+    def _spawn(self, *, fraction: float | None = None, text: str | None = None) -> None:
+        store = self._parts.store
+        self._parts.background.spawn(
+            store.tell(self._task, "running", attempt=self.attempt, fraction=fraction, text=text)
+        )
+
+    def _stop(self) -> None:
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def end(self) -> None:
+        """The task has ended."""
+        was_told = self._told_at > -math.inf
+        self._stop()
+        if was_told or self.attempt > 1:
+            await self._parts.store.tell_end(self._task)
+
+    async def wait(self, due: float) -> None:
+        """The attempt has failed, and the next one is ``due`` then, in seconds since the epoch."""
+        self._stop()
+        await self._parts.store.tell(self._task, "waiting", attempt=self.attempt, due=due)
+
+    def break_off(self) -> None:
+        """The attempt has ended, and counts for nothing."""
+        self._stop()

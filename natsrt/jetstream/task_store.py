@@ -1,0 +1,288 @@
+"""What is kept of tasks: their results, and their progress. See `natsrt.task_types`.
+
+Both are in one stream, which keeps the last message on each subject, each with its own time to live. Rules:
+
+1. The first result of a task stays, whoever else stores one. Only that of a task which failed gives way to a success:
+   the task was tried again by hand.
+2. A result is stored before its task is removed, so a task that is in neither place never was, or has expired.
+3. Progress is told without waiting for the stream, and may get lost. It says nothing of a task that has a result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+from autogen_core import TopicId
+
+from natsrt.errors import CannotDecode, NatsrtError
+from natsrt.jetstream.acks import WrongRevision
+from natsrt.jetstream.durable import DurableStreams
+from natsrt.jetstream.stored_once import WritesOnce
+from natsrt.jetstream.stream_reader import StoredMessage, StreamReader
+from natsrt.jetstream.streams import RESULTS, events_name
+from natsrt.options import Options
+from natsrt.task_types import ENDS, TASK_TOPICS, TaskId, TaskState, TaskStatus, task_of
+from natsrt.transport.connection import Connection
+from natsrt.wire.subjects import Subjects, encode_text
+
+logger: logging.Logger = logging.getLogger("natsrt.tasks")
+
+STATE_HEADER: Final = "Natsrt-Task-State"
+"""Header of a result: ``done``, ``failed`` or ``cancelled``."""
+TASK_HEADER: Final = "Natsrt-Task"
+"""Header of a result and of progress: the id of the task's ticket, percent-encoded."""
+ATTEMPT_HEADER: Final = "Natsrt-Task-Attempt"
+"""Header of a result: the number of the attempt that ended with it."""
+WORKER_HEADER: Final = "Natsrt-Task-Worker"
+"""Header of a result: the worker that stored it."""
+_TTL: Final = "Nats-TTL"
+_PROGRESS_TTL: Final = 7 * 86400
+"""Seconds for which progress is kept that nothing replaces: a worker may have died."""
+_GONE_TTL: Final = 1
+"""Seconds for which the end of progress is kept."""
+_LONGEST_TEXT: Final = 500
+"""Characters of a text of progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """The result of a task as it is stored. ``body`` is a reply, or empty if the task was cancelled."""
+
+    state: TaskState
+    body: bytes
+    headers: dict[str, str]
+    sequence: int
+    stored_at: float
+
+
+class TaskStore:
+    """Keeps and reads the results and the progress of tasks. Methods that wait raise as `StreamReader`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        subjects: Subjects,
+        options: Options,
+        streams: DurableStreams,
+        reader: StreamReader,
+        worker_id: str,
+    ) -> None:
+        self._connection = connection
+        self._subjects = subjects
+        self._reader = reader
+        self._streams = streams
+        self._worker_id = worker_id
+        self.stream: str = subjects.bucket(RESULTS)
+        """The stream of results and progress."""
+        self.tasks: str = events_name(subjects, TASK_TOPICS.name)
+        """The stream of the tasks themselves."""
+        self._writer = WritesOnce(connection, options, streams.mend_other)
+
+    async def stop(self) -> None:
+        """Write no more. Has no effect if stopped."""
+        await self._writer.stop()
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    async def finish(
+        self,
+        task: TaskId,
+        state: TaskState,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        *,
+        ttl: float,
+        attempt: int | None = None,
+    ) -> bool:
+        """Store the result of a task for ``ttl`` seconds, in the ``state`` in which it ends.
+
+        ``body`` and ``headers`` are those of a reply. ``attempt`` is the number of the attempt that ended; None: none
+        did. Returns False if it has another result, which stays.
+
+        Raises `JetStreamFull`, `MessageTooLarge`, `StreamUnavailable` and `PermissionDenied`.
+        """
+        subject = self._subject("result", task)
+        headers = (headers or {}) | {
+            _TTL: str(math.ceil(ttl)),
+            STATE_HEADER: state,
+            TASK_HEADER: encode_text(str(task)),
+            WORKER_HEADER: self._worker_id,
+        }
+        if attempt is not None:
+            headers[ATTEMPT_HEADER] = str(attempt)
+        self._writer.check_size(self.stream, body, headers)
+        follows = 0
+        while True:
+            try:
+                await self._writer.write(self.stream, subject, body, headers, follows=follows)
+                return True
+            except WrongRevision:
+                present = await self.result(task)
+            if present is None:
+                follows = 0  # it has expired
+            elif present.state == "failed" and state == "done" and present.sequence != follows:
+                follows = present.sequence
+            else:
+                return present.state == state and present.body == body
+
+    async def result(self, task: TaskId) -> TaskResult | None:
+        """The result of a task; None if it has none."""
+        found = await self._reader.last(self.stream, self._subject("result", task))
+        return None if found is None else self.read(found)
+
+    def read(self, message: StoredMessage) -> TaskResult:
+        """The result that a message of the stream is. Raises `CannotDecode`."""
+        state: Any = message.headers.get(STATE_HEADER)
+        if state not in ENDS:
+            raise CannotDecode("the result of a task", f"its {STATE_HEADER} is {state!r}", message.data)
+        return TaskResult(state, message.data, dict(message.headers), message.sequence, message.stored_at)
+
+    async def drop_result(self, task: TaskId) -> bool:
+        """Delete the result of a task. Returns False if it has none. Raises as `DurableStreams.purge`."""
+        return await self._streams.purge(self.stream, self._subject("result", task)) > 0
+
+    def told(self, task: TaskId) -> tuple[str, str]:
+        """The subjects on which the server tells the result and the progress of a task."""
+        return (
+            self._subjects.told(self._subject("result", task)),
+            self._subjects.told(self._subject("progress", task)),
+        )
+
+    # -- progress ------------------------------------------------------------------------------------------------
+
+    async def tell(
+        self,
+        task: TaskId,
+        state: TaskState,
+        *,
+        attempt: int,
+        fraction: float | None = None,
+        text: str | None = None,
+        due: float | None = None,
+    ) -> None:
+        """Say how far a task is. ``due`` is when it is tried again, in seconds since the epoch. Does not fail."""
+        content = {
+            "state": state,
+            "attempt": attempt,
+            "fraction": fraction,
+            "text": None if text is None else text[:_LONGEST_TEXT],
+            "workerid": self._worker_id,
+            "due": due,
+        }
+        await self._tell(task, orjson.dumps({k: v for k, v in content.items() if v is not None}), _PROGRESS_TTL)
+
+    async def tell_end(self, task: TaskId) -> None:
+        """Say that there is no more progress of a task, which has ended. Does not fail."""
+        await self._tell(task, b"{}", _GONE_TTL)
+
+    async def _tell(self, task: TaskId, body: bytes, ttl: int) -> None:
+        headers = {_TTL: str(ttl), TASK_HEADER: encode_text(str(task))}
+        try:
+            await self._connection.publish(self._subject("progress", task), body, headers=headers)
+        except NatsrtError as error:
+            logger.debug("the progress of %s could not be told: %s", task, error)
+
+    # -- status --------------------------------------------------------------------------------------------------
+
+    async def status(self, task: TaskId) -> TaskStatus | None:
+        """What is known of a task; None if there is no such task, and no result of one."""
+        # A result is stored before its task is removed, so it is looked for again after that.
+        for _ in range(2):
+            if (result := await self.result(task)) is not None:
+                return self.status_of_result(task, result)
+            queued, delayed, told = await asyncio.gather(
+                self._reader.last(self.tasks, self._subjects.topic(task.topic.type, task.topic.source)),
+                self._reader.last(self.tasks, self._delayed(task)),
+                self._reader.last(self.stream, self._subject("progress", task)),
+            )
+            if queued is not None:
+                told_of = None if told is None else progress_of(task, told.data, told.stored_at)
+                return told_of or TaskStatus(id=str(task), state="queued", since=_time(queued.stored_at))
+            if delayed is not None:
+                return TaskStatus(
+                    id=str(task), state="scheduled", since=_time(delayed.stored_at), due=due_of(delayed.headers)
+                )
+        return None
+
+    def status_of_result(self, task: TaskId, result: TaskResult) -> TaskStatus:
+        """The status of a task with this result."""
+        attempt = result.headers.get(ATTEMPT_HEADER, "")
+        return TaskStatus(
+            id=str(task),
+            state=result.state,
+            attempt=int(attempt) if attempt.isdecimal() else None,
+            worker_id=result.headers.get(WORKER_HEADER),
+            since=_time(result.stored_at),
+        )
+
+    # -- the task itself -----------------------------------------------------------------------------------------
+
+    async def remove(self, task: TaskId) -> int:
+        """Remove a task from its stream, whether it waits for a worker or for its time. Returns the number of its
+        messages there. Raises as `DurableStreams.purge`."""
+        topic = self._subjects.topic(task.topic.type, task.topic.source)
+        removed = await asyncio.gather(
+            self._streams.purge(self.tasks, topic), self._streams.purge(self.tasks, self._delayed(task))
+        )
+        return sum(removed)
+
+    async def remove_handled(self, subjects: set[str]) -> None:
+        """Remove a task that has a result from its stream. Does not fail: who gets it next sees its result."""
+        try:
+            await asyncio.gather(*(self._streams.purge(self.tasks, subject) for subject in subjects))
+        except NatsrtError as error:
+            logger.warning("a task that has ended is still in %s, on %s: %s", self.tasks, ", ".join(subjects), error)
+
+    def task_on(self, subject: str) -> TaskId | None:
+        """The task whose message is on ``subject``; None if it cannot be read."""
+        try:
+            return task_of(TopicId(*self._subjects.parse_topic(subject)))
+        except ValueError:
+            return None
+
+    def _delayed(self, task: TaskId) -> str:
+        topic = self._subjects.topic(task.topic.type, task.topic.source)
+        return self._subjects.delayed(self.tasks, task.message_id, topic)
+
+    def _subject(self, kind: str, task: TaskId) -> str:
+        return self._subjects.task(kind, task.agent.type, task.agent.key, task.message_id)
+
+
+def progress_of(task: TaskId, data: bytes, told_at: float | None) -> TaskStatus | None:
+    """The status that a message of progress says; None if it says that there is none any more, or nothing."""
+    try:
+        said = orjson.loads(data)
+    except ValueError:
+        return None
+    if not isinstance(said, dict) or said.get("state") not in ("running", "waiting"):
+        return None
+    due = said.get("due")
+    return TaskStatus(
+        id=str(task),
+        state=said["state"],
+        attempt=said.get("attempt") if isinstance(said.get("attempt"), int) else None,
+        fraction=said.get("fraction") if isinstance(said.get("fraction"), int | float) else None,
+        text=said.get("text") if isinstance(said.get("text"), str) else None,
+        worker_id=said.get("workerid") if isinstance(said.get("workerid"), str) else None,
+        since=None if told_at is None else _time(told_at),
+        due=_time(due) if isinstance(due, int | float) else None,
+    )
+
+
+def due_of(headers: Any) -> datetime.datetime | None:
+    """When a schedule publishes its message once; None if its headers do not say so."""
+    text = str(headers.get("Nats-Schedule", ""))
+    try:
+        return datetime.datetime.fromisoformat(text.removeprefix("@at ")) if text.startswith("@at ") else None
+    except ValueError:
+        return None
+
+
+def _time(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)

@@ -1,0 +1,318 @@
+"""Tickets of tasks: their results, how far they are, and their end. See `natsrt.task_types`.
+
+A result is waited for on the subject on which the server tells it, and looked for in its stream: at first, then again
+after a subscription is in effect, after each reconnect, and from time to time, because what is told may get lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
+from typing import Any, Final
+
+from autogen_core import AgentId
+from nats.aio.msg import Msg
+
+from natsrt.errors import (
+    CallTimeout,
+    PermissionDenied,
+    ServerUnreachable,
+    StreamUnavailable,
+    TaskCancelled,
+    TaskUnknown,
+)
+from natsrt.jetstream.dead_letter_box import DeadLetterBox
+from natsrt.jetstream.registry.registry import Registry
+from natsrt.jetstream.task_store import TaskResult, TaskStore, progress_of
+from natsrt.options import Options
+from natsrt.sending.again import Again
+from natsrt.sending.replies import Replies
+from natsrt.task_types import TaskId, TaskStatus, task_of
+from natsrt.transport.bodies import Bodies
+from natsrt.transport.cancellation import Cancellations
+from natsrt.transport.connection import Connection
+
+logger: logging.Logger = logging.getLogger("natsrt.tasks")
+
+_LOOK_EVERY: Final = 10.0
+"""Seconds between two looks for a result that was not told."""
+_AGAIN: Final = 0.5
+"""Seconds between two looks while the stream does not answer."""
+
+
+def cancel_id(task: TaskId) -> str:
+    """The id of the cancellation token of a task."""
+    return f"task/{task}"
+
+
+class Ticket:
+    """A task that was submitted, here or by another process: from `NatsAgentRuntime.submit_message` and
+    `NatsAgentRuntime.ticket`.
+
+    Use it with the runtime that made it, while that is started. To iterate over it is to follow its progress:
+    ``async for status in ticket`` yields a `TaskStatus` whenever it changes, the last one with the end of the task.
+    """
+
+    def __init__(self, tickets: Tickets, task: TaskId, sent: type[Any] | None = None) -> None:
+        self._tickets = tickets
+        self._task = task
+        self._sent = sent
+
+    @property
+    def id(self) -> str:
+        """Names the task in any process that uses the same servers: ``<agent type>/<agent key>/<message id>``."""
+        return str(self._task)
+
+    @property
+    def agent(self) -> AgentId:
+        """The agent that handles the task."""
+        return self._task.agent
+
+    @property
+    def message_id(self) -> str:
+        """The id of the task's message, as its handler gets it."""
+        return self._task.message_id
+
+    def __repr__(self) -> str:
+        return f"Ticket({self.id!r})"
+
+    async def result(self, timeout: float | None = None, *, reply_type: type[Any] | None = None) -> Any:
+        """Wait for the task, and return what its handler returned.
+
+        Args:
+            timeout: Seconds to wait. None: without a limit.
+            reply_type: The class to which the result is decoded. None: the result names its class.
+
+        Raises:
+            CallTimeout: The time is up. The task goes on.
+            TaskCancelled: The task was cancelled.
+            TaskUnknown: There is no such task, and no result of one.
+            TaskResultLost: A keyed agent handled the task, and its worker was lost before it stored the result.
+            BlobLost, BlobDamaged, CannotDecode: The result cannot be read.
+            PermissionDenied: This user may not read results.
+            ServerUnreachable: The runtime was stopped.
+            Exception: What the handler raised in the last attempt, with its class if that is known here, else
+                `RemoteAgentError`.
+        """
+        return await self._tickets.result(self._task, timeout, self._sent, reply_type)
+
+    async def status(self) -> TaskStatus:
+        """Return what is known of the task now.
+
+        Raises `TaskUnknown`, `StreamUnavailable` and `PermissionDenied`.
+        """
+        return await self._tickets.status(self._task)
+
+    async def cancel(self) -> bool:
+        """Cancel the task. Returns False if it has a result already.
+
+        A task that waits, for a worker, for its time or for its next attempt, is not handled any more. If its handler
+        runs, the handler's cancellation token is set, and what it returns is dropped. In all cases the result is
+        `TaskCancelled` from now on.
+
+        Raises `TaskUnknown`, `JetStreamFull`, `StreamUnavailable` and `PermissionDenied`.
+        """
+        return await self._tickets.cancel(self._task)
+
+    def __aiter__(self) -> AsyncIterator[TaskStatus]:
+        return self._tickets.follow(self._task)
+
+
+class Tickets:
+    """The tickets of one runtime."""
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        options: Options,
+        registry: Registry,
+        store: TaskStore,
+        replies: Replies,
+        bodies: Bodies,
+        cancellations: Cancellations,
+        dead_letters: DeadLetterBox,
+        again: Again,
+    ) -> None:
+        self._connection = connection
+        self._registry = registry
+        self._store = store
+        self._replies = replies
+        self._bodies = bodies
+        self._cancellations = cancellations
+        self._dead_letters = dead_letters
+        self._again = again
+        self._result_ttl = options.result_ttl
+
+    def ticket(self, task: TaskId, sent: type[Any] | None = None) -> Ticket:
+        """The ticket of a task. ``sent`` is the class of its message; None: not known here."""
+        return Ticket(self, task, sent)
+
+    def _require(self, task: TaskId) -> None:
+        """Raise `TaskUnknown` if no task was ever submitted."""
+        if self._store.tasks not in self._registry.view.durable:
+            raise TaskUnknown(str(task))
+
+    async def status(self, task: TaskId) -> TaskStatus:
+        """See `Ticket.status`."""
+        self._require(task)
+        status = await self._store.status(task)
+        if status is None:
+            raise TaskUnknown(str(task))
+        return status
+
+    async def has_result(self, task: TaskId) -> bool:
+        """True if a task has a result, as far as this user may know that. Raises `StreamUnavailable`."""
+        try:
+            return await self._store.result(task) is not None
+        except PermissionDenied:
+            return False
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    async def result(
+        self, task: TaskId, timeout: float | None, sent: type[Any] | None, reply_type: type[Any] | None
+    ) -> Any:
+        """See `Ticket.result`. ``sent`` is the class of the message; None: not known."""
+        if timeout is not None and (
+            isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0
+        ):
+            raise ValueError(f"timeout must be a number of seconds above 0, or None, not {timeout!r:.60}")
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                result = await self._wait(task)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise CallTimeout(str(task.agent), timeout or 0.0, "timeout") from None
+        return await self._read(task, result, sent, reply_type)
+
+    async def _read(
+        self, task: TaskId, result: TaskResult, sent: type[Any] | None, reply_type: type[Any] | None
+    ) -> Any:
+        if result.state == "cancelled":
+            raise TaskCancelled(str(task))
+        reply = Msg(self._connection.client, "", "", result.body, dict(result.headers))
+        answer = self._replies.unpack(reply)
+        if answer is not None:
+            await self._bodies.load(answer)
+        return self._replies.result(answer, reply, sent or object, reply_type, task.agent)
+
+    async def _wait(self, task: TaskId) -> TaskResult:
+        """Return the result of a task when it has one. Raises `TaskUnknown`."""
+        self._require(task)
+        if (result := await self._look(task)) is not None:
+            return result
+        told = asyncio.Event()
+        subject, _ = self._store.told(task)
+        interest = await self._connection.subscribe(subject, lambda _: told.set())
+        try:
+            while True:
+                reconnects = await self._settled()
+                interest.check()
+                told.clear()
+                result = await self._look(task)
+                if result is not None:
+                    return result
+                if await self._is_unknown(task):
+                    raise TaskUnknown(str(task))
+                await self._until_told(told, reconnects)
+        finally:
+            await self._connection.unsubscribe(interest)
+
+    async def _settled(self) -> int:
+        """Wait until subscriptions are in effect. Returns the number of reconnects."""
+        while True:
+            await self._connection.wait_connected(None)
+            reconnects = self._connection.reconnects
+            try:
+                await self._connection.barrier()
+                return reconnects
+            except ServerUnreachable:
+                await asyncio.sleep(_AGAIN)
+
+    async def _until_told(self, told: asyncio.Event, reconnects: int) -> None:
+        until = asyncio.get_running_loop().time() + _LOOK_EVERY
+        while asyncio.get_running_loop().time() < until and self._connection.reconnects == reconnects:
+            try:
+                async with asyncio.timeout(_AGAIN):
+                    await told.wait()
+                    return
+            except TimeoutError:
+                continue
+
+    async def _look(self, task: TaskId) -> TaskResult | None:
+        """The result of a task; None if it has none, or the stream does not answer now."""
+        try:
+            return await self._store.result(task)
+        except StreamUnavailable as error:
+            logger.debug("%s", error)
+            return None
+
+    async def _is_unknown(self, task: TaskId) -> bool:
+        try:
+            return await self._store.status(task) is None
+        except StreamUnavailable as error:
+            logger.debug("%s", error)
+            return False
+
+    # -- progress ------------------------------------------------------------------------------------------------
+
+    async def follow(self, task: TaskId) -> AsyncGenerator[TaskStatus, None]:
+        """Yield the status of a task, and then each change, until it has ended. Raises as `status`."""
+        self._require(task)
+        told: asyncio.Queue[Msg | None] = asyncio.Queue()
+        interests = [await self._connection.subscribe(subject, told.put_nowait) for subject in self._store.told(task)]
+        last: TaskStatus | None = None
+        try:
+            while True:
+                await self._settled()
+                status: TaskStatus | None = await self.status(task)
+                while status is not None:
+                    if last is None or replace(status, since=None) != replace(last, since=None):
+                        yield status
+                        last = status
+                    if status.has_ended:
+                        return
+                    status = await self._next(task, told)
+        finally:
+            for interest in interests:
+                await self._connection.unsubscribe(interest)
+
+    async def _next(self, task: TaskId, told: asyncio.Queue[Msg | None]) -> TaskStatus | None:
+        """The next status that is told; None: look for it."""
+        try:
+            async with asyncio.timeout(_LOOK_EVERY):
+                message = await told.get()
+        except TimeoutError:
+            return None
+        return None if message is None else progress_of(task, message.data, None)
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    async def cancel(self, task: TaskId) -> bool:
+        """See `Ticket.cancel`."""
+        status = await self.status(task)
+        if status.has_ended:
+            return False
+        # Its result comes first: a worker that gets the task after this sees it, and does not handle it.
+        stored = await self._store.finish(task, "cancelled", ttl=self._result_ttl)
+        if not stored:
+            return False
+        await self._store.remove(task)
+        self._cancellations.announce(cancel_id(task))
+        return True
+
+    async def retry(self, task: TaskId) -> bool:
+        """Give a task that has failed to its agent type again. Returns False if there is no dead letter of it.
+
+        Raises as `NatsAgentRuntime.redrive`.
+        """
+        async for letter in self._dead_letters.read(task.agent.type):
+            if task_of(letter.topic) == task:
+                await self._store.drop_result(task)
+                await self._again.redrive(letter)
+                return True
+        return False

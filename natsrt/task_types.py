@@ -1,0 +1,113 @@
+"""Tasks: calls that are stored before they are handled, and whose results are stored too.
+
+A task is an event on a durable topic of its own, ``natsrt.task.<agent type>:<id>``, whose source is the agent's key. So
+it is stored, handled at least once, tried again, and kept as a dead letter, as other durable events. But it is handled
+as a call, and what its handler returns or raises is its result.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from autogen_core import AgentId, TopicId
+
+from natsrt.durable_types import DurableTopics
+from natsrt.wire.subjects import decode_token, encode_token, is_hashed
+
+_TOPICS: Final = "natsrt.task."
+TASK_TOPICS: Final = DurableTopics(_TOPICS, name="tasks", max_age=None)
+"""The topics of all tasks. A task waits for a worker without a limit of time."""
+
+TaskState = Literal["scheduled", "queued", "running", "waiting", "done", "failed", "cancelled"]
+"""``scheduled``: it is due later. ``queued``: no handler has begun, as far as that is known. ``running``: a handler has
+begun some time ago. ``waiting``: an attempt failed, and the next one follows. The others are ends."""
+ENDS: Final = ("done", "failed", "cancelled")
+"""The states in which a task has a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskId:
+    """Names a task: its agent, and the id of its message, which is unique among the tasks of the agent.
+
+    As text it is ``<agent type>/<agent key>/<message id>``, the id encoded as in subjects.
+    """
+
+    agent: AgentId
+    message_id: str
+
+    def __str__(self) -> str:
+        return f"{self.agent}/{encode_token(self.message_id)}"
+
+    @property
+    def topic(self) -> TopicId:
+        """The topic of its message."""
+        return TopicId(f"{task_prefix(self.agent.type)}{encode_token(self.message_id)}", self.agent.key)
+
+    @classmethod
+    def of(cls, agent: AgentId, message_id: str) -> TaskId:
+        """The task of this agent and message id. Raises ValueError if no task can have the id."""
+        if not isinstance(message_id, str) or not message_id or is_hashed(encode_token(message_id)):
+            raise ValueError(f"the message id of a task must be a text of 1 to 200 bytes, not {message_id!r:.80}")
+        return cls(agent, message_id)
+
+    @classmethod
+    def parse(cls, text: str) -> TaskId:
+        """The task whose id is ``text``. Raises ValueError."""
+        agent, slash, token = text.rpartition("/") if isinstance(text, str) else ("", "", "")
+        try:
+            if not slash or "/" not in agent:
+                raise ValueError
+            return cls.of(AgentId.from_str(agent), decode_token(token))
+        except ValueError:
+            raise ValueError(
+                f"{text!r:.200} is not the id of a task: it must be <agent type>/<agent key>/<message id>"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskStatus:
+    """What is known of a task.
+
+    ``id`` is the id of its ticket. ``attempt`` is the number of the present or last attempt to handle it, from 1; None
+    if that is not known, or none has begun. ``fraction`` and ``text`` are what its handler said last with
+    `natsrt.progress`; None if it said nothing. ``worker_id`` is the worker that handles it, or handled it; None if that
+    is not known. ``since`` is when it got into this state, or when that was last told. ``due`` is when it is handled,
+    or tried again; None for tasks that do not wait for a time.
+    """
+
+    id: str
+    state: TaskState
+    attempt: int | None = None
+    fraction: float | None = None
+    text: str | None = None
+    worker_id: str | None = None
+    since: datetime.datetime | None = None
+    due: datetime.datetime | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the task has a result."""
+        return self.state in ENDS
+
+
+def task_prefix(agent_type: str) -> str:
+    """The start of the topic types of all tasks of an agent type."""
+    return f"{_TOPICS}{agent_type}:"
+
+
+def is_task(topic_type: str) -> bool:
+    """True if a topic of this type is that of a task."""
+    return topic_type.startswith(_TOPICS)
+
+
+def task_of(topic: TopicId | None) -> TaskId | None:
+    """The task with this topic; None if it is not that of a task."""
+    if topic is None or not topic.type.startswith(_TOPICS):
+        return None
+    agent_type, colon, token = topic.type.removeprefix(_TOPICS).partition(":")
+    try:
+        return TaskId.of(AgentId(agent_type, topic.source), decode_token(token)) if colon else None
+    except ValueError:
+        return None

@@ -1,0 +1,43 @@
+"""The attributes of an envelope that only tasks have."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from natsrt.wire.envelope import Envelope, attribute
+
+_RESULT_TTL: Final = "resultttl"
+"""For how many seconds the result is kept."""
+_ATTEMPTS: Final = "maxdeliver"
+"""How often the task is tried; absent: as often as events of its agent type."""
+_MOST: Final = 2**53
+
+
+def task_attributes(key: str, cancel_id: str, result_ttl: float, attempts: int | None) -> str:
+    """The attributes that a task has beside those of every message, with a leading comma.
+
+    ``key`` is the encoded key of its agent. ``result_ttl`` is in seconds. ``attempts`` is how often it is tried; None:
+    as often as events of its agent type.
+    """
+    text = (
+        f",{attribute('subject', key)},{attribute('cancelid', cancel_id)},"
+        f"{attribute(_RESULT_TTL, str(math.ceil(result_ttl)))}"
+    )
+    return text if attempts is None else f"{text},{attribute(_ATTEMPTS, str(attempts))}"
+
+
+def result_ttl_of(body: Envelope) -> float | None:
+    """Seconds for which the result of a task is kept; None if it does not say so in a way that can be read."""
+    return _number(body, _RESULT_TTL)
+
+
+def attempts_of(body: Envelope) -> int | None:
+    """How often a task is tried; None if it does not say so in a way that can be read."""
+    return _number(body, _ATTEMPTS)
+
+
+def _number(body: Envelope, name: str) -> int | None:
+    text = body.attributes.get(name)
+    number = int(text) if isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 16 else 0
+    return number if 0 < number <= _MOST else None
