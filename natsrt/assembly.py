@@ -231,6 +231,7 @@ class Incoming:
             TaskParts(
                 store=network.tasks,
                 answers=answers,
+                bodies=network.bodies,
                 result_ttl=options.result_ttl,
                 background=BackgroundTasks(logger, "the progress of a task could not be told"),
             )

@@ -74,6 +74,7 @@ class Membership(RegistryListener):
         self._worker_id = worker_id
         self._joined = False
         self._joining = asyncio.Lock()
+        self._taking = asyncio.Lock()
         self._tasks = BackgroundTasks(logger, "listening for cancellations failed")
         self._registry.on_rejoined(self._rejoined)
         self._registry.add_listener(self._declarations)
@@ -367,6 +368,17 @@ class Membership(RegistryListener):
 
     async def _take(self, agent_type: str, what: str, topics: DurableTopics, prefix: str) -> None:
         """Subscribe an agent type to topics of natsrt's own, which begin with ``prefix``."""
+        # Of no runtime: it stays, whoever was first and whoever hosts the type.
+        entry = SubscriptionEntry(agent_type, "prefix", prefix, NOBODY, prefix, {NOBODY: prefix})
+        if self._registry.view.durable_stream(prefix) is not None and self._takes(entry):
+            return
+        async with self._taking:  # what is sent at the same moment waits, and keeps its order
+            await self._begin_to_take(agent_type, what, topics, entry)
+
+    def _takes(self, entry: SubscriptionEntry) -> bool:
+        return self._registry.view.entry(entry.key) is not None
+
+    async def _begin_to_take(self, agent_type: str, what: str, topics: DurableTopics, entry: SubscriptionEntry) -> None:
         hosts = self._registry.view.hosts.get(agent_type, {}).values()
         if any(entry.instances for entry in hosts):
             raise ValueError(
@@ -374,9 +386,7 @@ class Membership(RegistryListener):
             )
         self._streams.require_version(what)
         await self._streams.add(topics)
-        # Of no runtime: it stays, whoever was first and whoever hosts the type.
-        entry = SubscriptionEntry(agent_type, "prefix", prefix, NOBODY, prefix, {NOBODY: prefix})
-        if self._registry.view.entry(entry.key) is None:
+        if not self._takes(entry):
             await self._registry.declare([entry])
             await self._confirm(agent_type)
 

@@ -15,7 +15,7 @@ from natsrt.options import Options
 from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
-from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Failure, describe
+from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Failure, describe, passed_on
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import encode_text
 
@@ -134,6 +134,18 @@ class Answers:
         assert too_large is not None
         # Without the names from the message, which may be long too.
         return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-")
+
+    def passed_on(self, error: BaseException, body: Envelope | None, agent: AgentId) -> Answer:
+        """Return the answer that reports ``error`` of ``agent``: as the agent's worker has sent it, if it has; else as
+        `failure` does.
+        """
+        source = f"{agent.type}/{encode_text(agent.key)}"
+        if (failure := passed_on(error, str(agent))) is not None:
+            try:
+                return self._failure(failure, body is None, source, _id_of(body))
+            except MessageTooLarge:
+                pass
+        return self.failure(error, body, source)
 
     def not_for_an_agent(self, error: BaseException) -> Answer:
         """Return the answer that reports ``error`` to the sender of a message that is not for an agent."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -360,7 +361,7 @@ class Feeder:
             attempts += 1
             decided = fate(retries, await self._attempt(place, message, stored, attempts))
         if task is not None:
-            decided = await self._settle_task(task, message, decided)
+            decided = await self._settle_task(task, message, attempts, decided)
         return await self._carry_out(place, message, stored, attempts, decided, retries)
 
     async def _ended_before(self, task: TaskId, message: Inbound, attempts: int) -> Fate | None:
@@ -373,7 +374,7 @@ class Feeder:
             logger.warning("it is not known yet whether %s has a result: %s", task, error)
             return GiveBack(self._retries.retry_delay)
 
-    async def _settle_task(self, task: TaskId, message: Inbound, decided: Fate) -> Fate:
+    async def _settle_task(self, task: TaskId, message: Inbound, attempts: int, decided: Fate) -> Fate:
         """Store the result of a task that has failed, and remove one that has ended."""
         if isinstance(decided, Bury):
             try:
@@ -382,7 +383,9 @@ class Feeder:
                 logger.error("the failure of %s cannot be stored, and it is tried again: %s", task, error)
                 return GiveBack(self._retries.retry_delay_max)
         elif isinstance(decided, Acknowledge):
-            await self._tasks_of.remove({message.message.subject})
+            await self._tasks_of.remove({message.message.subject}, message.body)
+        elif isinstance(decided, TryAgain):
+            await self._tasks_of.told(task, attempts).wait(time.time() + decided.after)
         return decided
 
     async def _attempt(self, place: _Place, message: Inbound, stored: Delivery, attempts: int) -> Ending:
@@ -447,7 +450,7 @@ class Feeder:
                     self._parts.attempts.gave_up(*self._countable(place))
                     self._given_up[place.sequence] = decided.reason
                     if task_of(message.topic) is not None:
-                        await self._tasks_of.remove({message.message.subject})
+                        await self._tasks_of.remove({message.message.subject}, None)
                     return Settled.GIVEN_UP
                 return self._without_attempt(place, self._retries.retry_delay_max)
 

@@ -20,6 +20,7 @@ from natsrt.hosting.settlements import ConfirmedSettlement, ReplySettlement
 from natsrt.hosting.tasks import Tasks, Telling, as_task, retries_of
 from natsrt.retry_types import RetryOptions
 from natsrt.task_types import TaskId
+from natsrt.wire.envelope import Envelope
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
 
@@ -81,7 +82,7 @@ class TaskSettlement(DurableSettlement):
     async def _settle(self, inbound: Inbound, held: Held, decided: Fate) -> None:
         match decided:
             case Acknowledge():
-                await self._remove(inbound, held)
+                await self._remove(inbound, held, inbound.body)
             case TryAgain(after=after) if inbound in self._telling:
                 await self._telling[inbound][1].wait(time.time() + after)
         await super()._settle(inbound, held, decided)
@@ -97,15 +98,15 @@ class TaskSettlement(DurableSettlement):
         await super()._bury(inbound, held, decided)
 
     async def _buried(self, inbound: Inbound, held: Held, decided: Bury) -> None:
-        await self._remove(inbound, held)
+        await self._remove(inbound, held, None)
         await super()._buried(inbound, held, decided)
 
-    async def _remove(self, inbound: Inbound, held: Held) -> None:
-        """Remove a task that has a result, before its delivery is acknowledged."""
+    async def _remove(self, inbound: Inbound, held: Held, body: Envelope | None) -> None:
+        """Remove a task that has a result, before its delivery is acknowledged. ``body`` as in `Tasks.remove`."""
         if inbound in self._telling:
             await self._telling[inbound][1].end()
         if self._task(inbound) is not None:
-            await self._tasks.remove({inbound.message.subject, held.stored_on})
+            await self._tasks.remove({inbound.message.subject, held.stored_on}, body)
 
     def _task(self, inbound: Inbound) -> TaskId | None:
         """The task that a message is, also if it could not be read; None if it is none."""

@@ -24,8 +24,8 @@ from natsrt.hosting.answers import Answers
 from natsrt.jetstream.task_store import TaskStore
 from natsrt.retry_types import RetryOptions
 from natsrt.task_types import TaskId, task_of
+from natsrt.transport.bodies import Bodies
 from natsrt.wire.envelope import Envelope
-from natsrt.wire.subjects import encode_text
 from natsrt.wire.task_attributes import attempts_of, result_ttl_of
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
@@ -46,6 +46,7 @@ class TaskParts:
 
     store: TaskStore
     answers: Answers
+    bodies: Bodies
     result_ttl: float
     background: BackgroundTasks
 
@@ -95,8 +96,7 @@ class Tasks:
 
     async def failed(self, task: TaskId, error: BaseException, body: Envelope | None, attempt: int) -> None:
         """Store that a task is not tried again, and why. Raises as `TaskStore.finish`."""
-        source = f"{task.agent.type}/{encode_text(task.agent.key)}"
-        answer = self._parts.answers.failure(error, body, source)
+        answer = self._parts.answers.passed_on(error, body, task.agent)
         store = self._parts.store
         await store.finish(task, "failed", answer.body, answer.headers, ttl=self.ttl(body), attempt=attempt)
 
@@ -113,8 +113,11 @@ class Tasks:
         if await self._parts.store.result(task) is None:
             await self.failed(task, TaskResultLost(str(task)), body, attempt)
 
-    async def remove(self, subjects: set[str]) -> None:
-        """Remove a task that has a result from its stream, with its copies for later attempts."""
+    async def remove(self, subjects: set[str], body: Envelope | None) -> None:
+        """Remove a task that has a result from its stream, and its payload. ``subjects`` are those on which it is
+        stored. ``body`` is None if its payload is still needed."""
+        if body is not None and body.reference is not None:
+            self._parts.bodies.discard(body.reference)
         await self._parts.store.remove_handled(subjects)
 
     def told(self, task: TaskId, attempt: int) -> Telling:

@@ -42,6 +42,7 @@ from natsrt.options import Options
 from natsrt.sending.attributes import milliseconds
 from natsrt.sending.owner_cache import CachedOwner, OwnerCache
 from natsrt.sending.replies import Replies
+from natsrt.task_types import is_task
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
 from natsrt.transport.connection import Connection
@@ -66,8 +67,10 @@ _MANY_WAITING = 10_000
 """Maximum number of events that wait while their publishers go on. In addition to its data, each takes about 3 kB."""
 
 
-_NOT_OF_STORED_EVENTS: dict[str, str | None] = {"keyed": None, "chain": None, "timeout": None, "cancelid": None}
-"""Attributes that an event of a stream does not keep: nobody waits for it, and nobody can cancel it."""
+_NOT_OF_STORED_TASKS: dict[str, str | None] = {"keyed": None, "chain": None, "timeout": None}
+"""Attributes that a task does not keep: nobody waits for it."""
+_NOT_OF_STORED_EVENTS: dict[str, str | None] = {**_NOT_OF_STORED_TASKS, "cancelid": None}
+"""Attributes that an event of a stream does not keep: nobody can cancel it either."""
 
 
 class KeyedDelivery:
@@ -180,7 +183,7 @@ class KeyedDelivery:
             acceptto=self._calls.accept_to,
             **_addressed(agent, topic),
             **event.attributes,
-            **_NOT_OF_STORED_EVENTS,
+            **(_NOT_OF_STORED_TASKS if is_task(topic.type) else _NOT_OF_STORED_EVENTS),
         )
         reply = await self._calls.call(agent, data, destination=owner)
         failure = self._replies.failure(reply, agent)

@@ -11,7 +11,7 @@ import asyncio
 import builtins
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any, Final
 
@@ -70,12 +70,14 @@ _FORBIDDEN = (
 class Remote:
     """Where a rebuilt exception was raised. It is stored in ``exception.natsrt_remote``.
 
-    ``traceback`` is None if the worker does not send tracebacks (``send_tracebacks=False``).
+    ``traceback`` is None if the worker does not send tracebacks (``send_tracebacks=False``). ``payload`` is the
+    exception as it was sent, to be passed on unchanged.
     """
 
     agent: str | None
     worker_id: str | None
     traceback: str | None
+    payload: bytes = field(default=b"", repr=False)
 
 
 class ErrorTypes:
@@ -162,7 +164,7 @@ class ErrorTypes:
         if missing and is_object and (text is None or len(missing) == 1):
             message = f"{message} (the data of the error has no {' and no '.join(map(repr, missing))})"
         trace = data.get("traceback")
-        remote = Remote(agent, worker_id, trace if isinstance(trace, str) else None)
+        remote = Remote(agent, worker_id, trace if isinstance(trace, str) else None, b"" if missing else payload)
         if missing:
             exception: BaseException = RemoteAgentError(name, message)
         elif data.get("code") == CANCELLED:
@@ -211,6 +213,16 @@ class ErrorTypes:
         sent = data.get("exceptions")
         members = (self._related(member, remote, depth) for member in (sent if isinstance(sent, list) else ()))
         return [member for member in members if member is not None]
+
+
+def passed_on(exception: BaseException, agent: str) -> Failure | None:
+    """An exception as ``agent`` sent it; None if it is not one that this agent sent."""
+    remote = getattr(exception, "natsrt_remote", None)
+    if not isinstance(remote, Remote) or remote.agent != agent or not remote.payload:
+        return None
+    data = orjson.loads(remote.payload)
+    code = data.get("code")
+    return Failure(remote.payload, code if isinstance(code, int) else 500, str(data.get("message")))
 
 
 def _where(remote: Remote) -> str:
