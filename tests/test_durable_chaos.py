@@ -14,7 +14,7 @@ from benchmarks.chaos import many_types
 from benchmarks.chaos.durable import KEYED, PLAIN
 from benchmarks.chaos.proxy import Proxy
 from benchmarks.chaos.scenario import broken
-from benchmarks.chaos.scenarios import confirmation, durable_events, long_handlers, past_and_present, poison
+from benchmarks.chaos.scenarios import confirmation, durable_events, long_handlers, past_and_present, poison, tasks
 from benchmarks.chaos.scenarios import many_types as many_types_scenario
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
@@ -30,6 +30,26 @@ async def test_every_confirmed_event_is_handled_while_workers_and_servers_are_ki
 ) -> None:
     figures = await durable_events.measure(agent_type, events=600, sources=25, every=every, pause=0.1, work=0.2)
     assert broken(figures) == []
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("agent_type", "every"), [(PLAIN, 0.5), (KEYED, 4.0)])
+async def test_another_process_gets_every_result_although_submitter_workers_and_server_are_killed(
+    agent_type: str, every: float
+) -> None:
+    assert broken(await tasks.measure(agent_type, count=300, every=every)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("agent_type", [PLAIN, KEYED])
+async def test_tasks_that_are_due_at_once_are_all_handled(agent_type: str) -> None:
+    count = 10_000 if agent_type == PLAIN else 2_000
+    assert broken(await tasks.due_at_once(agent_type, count)) == []
 
 
 # -- poison ----------------------------------------------------------------------------------------------------------
