@@ -15,7 +15,7 @@ from typing import Any
 
 import nats
 import pytest
-from autogen_core import AgentId, MessageContext, RoutedAgent, TypeSubscription, message_handler
+from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubscription, message_handler
 from nats.aio.msg import Msg
 
 import natsrt
@@ -36,10 +36,13 @@ from natsrt.jetstream.registry.pages import Pages, read_page, read_question
 from natsrt.jetstream.registry.view import View
 from natsrt.jetstream.stream_reader import StoredMessage
 from natsrt.jetstream.streams import events_name, topic_filter
+from natsrt.jetstream.task_store import result_headers
 from natsrt.reminder_types import REMINDER_TOPICS, reminder_topic
 from natsrt.sending.again import redrive_headers
 from natsrt.sending.durable import delayed_headers, event_headers
 from natsrt.sending.reminders import reminder_headers
+from natsrt.sending.tickets import cancel_id
+from natsrt.task_types import TaskId, task_of
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
 from natsrt.wire.failures import FULL, ErrorTypes, decode_answer, is_refusal
@@ -48,7 +51,8 @@ from natsrt.wire.references import OfEvent, Reference, event_of, new_blob_id, st
 from natsrt.wire.retry_subjects import attempts_of, redriven, retried, retries_of, retry_of
 from natsrt.wire.schedules import of_reminder
 from natsrt.wire.stored_events import StoredEvent, stored_event, stream_id
-from natsrt.wire.subjects import Subjects
+from natsrt.wire.subjects import Subjects, encode_text
+from natsrt.wire.task_attributes import task_attributes
 from tests.support.processes import eventually
 
 
@@ -293,6 +297,20 @@ def test_reminders_are_those_of_the_vectors(case: dict[str, Any]) -> None:
     schedule = of_reminder(case.get("every"), case.get("cron"), case.get("timezone"), None)
     assert subjects.reminder(stream, agent.type, agent.key, name) == case["subject"]
     assert reminder_headers(subjects, stream, topic, "Order", schedule) == case["headers"]
+
+
+@cases("tasks", DURABLE)
+def test_tasks_are_those_of_the_vectors(case: dict[str, Any]) -> None:
+    subjects, task = Subjects(case.get("namespace", "")), TaskId.of(AgentId(*case["agent"]), case["id"])
+    result, progress = (subjects.task(kind, *case["agent"], case["id"]) for kind in ("result", "progress"))
+    assert (str(task), str(TaskId.parse(case["ticket"]))) == (case["ticket"], case["ticket"])
+    assert subjects.topic(task.topic.type, task.topic.source) == case["subject"]
+    assert task_of(TopicId(*subjects.parse_topic(case["subject"]))) == task
+    assert (result, progress, subjects.told(result)) == (case["result"], case["progress"], case["told"])
+    key = encode_text(task.agent.key)
+    attributes = task_attributes(key, cancel_id(task), case["result_ttl"], case.get("attempts"))
+    assert json.loads(f"{{{attributes.removeprefix(',')}}}") == case["attributes"]
+    assert result_headers(task, case["state"], case["result_ttl"], "w-1", case.get("attempt")) == case["headers"]
 
 
 def subjects_of(case: dict[str, Any]) -> Subjects:

@@ -36,7 +36,7 @@ logger: logging.Logger = logging.getLogger("natsrt.tasks")
 STATE_HEADER: Final = "Natsrt-Task-State"
 """Header of a result: ``done``, ``failed`` or ``cancelled``."""
 TASK_HEADER: Final = "Natsrt-Task"
-"""Header of a result and of progress: the id of the task's ticket, percent-encoded."""
+"""Header of a result and of progress: the id of the task's ticket, encoded as in subjects."""
 ATTEMPT_HEADER: Final = "Natsrt-Task-Attempt"
 """Header of a result: the number of the attempt that ended with it."""
 WORKER_HEADER: Final = "Natsrt-Task-Worker"
@@ -108,14 +108,7 @@ class TaskStore:
         Raises `JetStreamFull`, `MessageTooLarge`, `StreamUnavailable` and `PermissionDenied`.
         """
         subject = self._subject("result", task)
-        headers = (headers or {}) | {
-            _TTL: str(math.ceil(ttl)),
-            STATE_HEADER: state,
-            TASK_HEADER: encode_text(str(task)),
-            WORKER_HEADER: self._worker_id,
-        }
-        if attempt is not None:
-            headers[ATTEMPT_HEADER] = str(attempt)
+        headers = (headers or {}) | result_headers(task, state, ttl, self._worker_id, attempt)
         self._writer.check_size(self.stream, body, headers)
         follows = 0
         while True:
@@ -252,6 +245,17 @@ class TaskStore:
 
     def _subject(self, kind: str, task: TaskId) -> str:
         return self._subjects.task(kind, task.agent.type, task.agent.key, task.message_id)
+
+
+def result_headers(task: TaskId, state: TaskState, ttl: float, worker_id: str, attempt: int | None) -> dict[str, str]:
+    """The headers of a result, beside those of the reply that it is. The arguments are as in `TaskStore.finish`."""
+    headers = {
+        _TTL: str(math.ceil(ttl)),
+        STATE_HEADER: state,
+        TASK_HEADER: encode_text(str(task)),
+        WORKER_HEADER: worker_id,
+    }
+    return headers if attempt is None else headers | {ATTEMPT_HEADER: str(attempt)}
 
 
 def progress_of(task: TaskId, data: bytes, told_at: float | None) -> TaskStatus | None:
