@@ -32,6 +32,7 @@ from natsrt.hosting.reader import Reader
 from natsrt.hosting.reply_subjects import ReplySubjects
 from natsrt.hosting.settlements import EventSettlement, ReplySettlement
 from natsrt.hosting.subscriptions import Subscriptions
+from natsrt.hosting.task_answers import TaskAnswers
 from natsrt.hosting.task_settlement import ConfirmedTasks
 from natsrt.hosting.tasks import TaskParts, Tasks
 from natsrt.hosting.view_answers import ViewAnswers
@@ -259,6 +260,15 @@ class Incoming:
                 delivery=outgoing.delivery,
                 events=self.events,
                 tasks=tasks,
+                task_answers=TaskAnswers(
+                    connection=connection,
+                    subjects=subjects,
+                    registry=registry,
+                    store=network.tasks,
+                    result_ttl=options.result_ttl,
+                    answers=answers,
+                    reply_subjects=self.reply_subjects,
+                ),
             ),
             subjects,
             program.declarations,

@@ -20,7 +20,7 @@ from natsrt.agents.hosted_type import HostedType
 from natsrt.assembly import Incoming, Network, Program
 from natsrt.background import BackgroundTasks
 from natsrt.durable_types import DurableTopics
-from natsrt.errors import NatsrtError, SubscriptionNotServed
+from natsrt.errors import NatsrtError, RegistryUnavailable, SubscriptionNotServed
 from natsrt.jetstream.registry.entries import (
     CANCEL,
     FEATURES,
@@ -385,6 +385,13 @@ class Membership(RegistryListener):
                 f"agent type {agent_type!r} has registered instances only, which get no {what}: register a factory"
             )
         self._streams.require_version(what)
+        if not self._registry.reads_bucket:
+            raise RegistryUnavailable(
+                "write",
+                f"agent type {agent_type!r} takes no {what} yet, and this user may send no requests to JetStream. A "
+                "runtime that may do so, such as a worker of the type, must be the first one to "
+                + (f"call `take_tasks({agent_type!r})`" if topics is TASK_TOPICS else "set a reminder of the type"),
+            )
         await self._streams.add(topics)
         if not self._takes(entry):
             await self._registry.declare([entry])

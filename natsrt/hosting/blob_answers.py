@@ -55,7 +55,7 @@ class BlobAnswers(ServiceAnswers):
         reply_subjects: ReplySubjects,
     ) -> None:
         super().__init__(
-            connection, subjects.blobs, _QUESTION, registry=registry, answers=answers, reply_subjects=reply_subjects
+            connection, _QUESTION, (subjects.blobs,), registry=registry, answers=answers, reply_subjects=reply_subjects
         )
         self._name = subjects.bucket(BLOBS)
         self._blobs = blobs

@@ -86,6 +86,7 @@ class DurableConsumers(RegistryListener):
         present = [settlement for of_type in self._of_type.values() for settlement in of_type.values()]
         self._of_type.clear()
         await asyncio.gather(*map(self._end, present))
+        await self._feeding.task_answers.stop()
 
     async def close(self) -> None:
         """Hold nothing any more. What was not settled is delivered again after ``ack_wait``."""
@@ -131,6 +132,8 @@ class DurableConsumers(RegistryListener):
                 await settlement.start()
                 del self._since[hosted.agent_type, stream]
                 present[stream] = settlement
+                if stream == self._tasks:
+                    await self._feeding.task_answers.serve(hosted.agent_type)
                 self._parts.settlements.add(settlement)
                 self._give_signs()
             elif settlement.config != config:
@@ -186,6 +189,7 @@ class DurableConsumers(RegistryListener):
 
     async def end(self, agent_type: str) -> None:
         """Pull no more for a type that is no longer hosted. What its running handlers have is still settled."""
+        await self._feeding.task_answers.end(agent_type)
         self._give_up(agent_type, ())
         await asyncio.gather(*map(self._end, self._of_type.pop(agent_type, {}).values()))
 

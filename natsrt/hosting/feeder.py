@@ -42,6 +42,7 @@ from natsrt.hosting.lines import Again, Lines, Outcome, Settled, Tries
 from natsrt.hosting.pinned_consumer import GROUP, PIN, WAITS, is_pinned, noting_suspects, pulls_with, suspects
 from natsrt.hosting.reader import Reader
 from natsrt.hosting.settlements import EventSettlement
+from natsrt.hosting.task_answers import TaskAnswers
 from natsrt.hosting.tasks import Tasks, retries_of
 from natsrt.jetstream.attempts import Counted
 from natsrt.jetstream.consumers import ConsumerConfig, Consumers, Start
@@ -85,6 +86,7 @@ class FeederParts:
     delivery: KeyedDelivery
     events: EventSettlement
     tasks: Tasks
+    task_answers: TaskAnswers
 
 
 class Feeder:

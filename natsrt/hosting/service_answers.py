@@ -1,4 +1,4 @@
-"""Answers questions of callers on a subject that all able runtimes share: the mechanism, without what is asked.
+"""Answers questions of callers on subjects that all able runtimes share: the mechanism, without what is asked.
 
 All runtimes that may send requests to JetStream answer, as one queue group. A caller that is refused asks again.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from nats.aio.msg import Msg
 
@@ -30,12 +31,12 @@ are refused."""
 
 
 class ServiceAnswers(ABC):
-    """Answers the questions on one subject that reach one runtime.
+    """Answers the questions on some subjects that reach one runtime.
 
     Args:
         connection: The runtime's connection.
-        subject: The subject of the questions.
         question: What a question is called in errors: ``a question about the registry``.
+        subjects: The subjects of the questions, from the start on.
         registry: Tells whether this runtime may send requests to JetStream.
         answers: Makes the answers that are errors.
         reply_subjects: Says where answers may be sent.
@@ -44,35 +45,43 @@ class ServiceAnswers(ABC):
     def __init__(
         self,
         connection: Connection,
-        subject: str,
         question: str,
+        subjects: Sequence[str],
         *,
         registry: Registry,
         answers: Answers,
         reply_subjects: ReplySubjects,
     ) -> None:
         self._connection = connection
-        self._subject = subject
         self._question = question
+        self._at_first = subjects
         self._registry = registry
         self._answers = answers
         self._reply_subjects = reply_subjects
-        self._interest: Interest | None = None
+        self._interests: dict[str, Interest] = {}
         self._tasks = BackgroundTasks(logger, f"{question} could not be answered")
         connection.on_denied(self._on_denied)
 
     async def start(self) -> None:
         """Subscribe, if this runtime may send requests to JetStream."""
-        if self._registry.reads_bucket:
-            self._interest = await self._connection.subscribe(
-                self._subject, self._on_question, queue=_QUEUE, optional=True
+        for subject in self._at_first:
+            await self._listen(subject)
+
+    async def _listen(self, subject: str) -> None:
+        if self._registry.reads_bucket and subject not in self._interests:
+            self._interests[subject] = await self._connection.subscribe(
+                subject, self._on_question, queue=_QUEUE, optional=True
             )
+
+    async def _stop_listening(self, subject: str) -> None:
+        interest = self._interests.pop(subject, None)
+        if interest is not None:
+            await self._connection.unsubscribe(interest)
 
     async def stop(self) -> None:
         """Answer what has arrived, and stop. Has no effect if stopped."""
-        interest, self._interest = self._interest, None
-        if interest is not None:
-            await self._connection.unsubscribe(interest)
+        for subject in list(self._interests):
+            await self._stop_listening(subject)
         await self._tasks.wait(_FINISH_WITHIN)
         await self._tasks.cancel()
 
@@ -82,7 +91,7 @@ class ServiceAnswers(ABC):
 
     def _on_denied(self, denied: Refusal) -> bool:
         """Say nothing of it: operators may not answer, and callers are told if nobody does."""
-        return denied.operation == "subscribe to" and denied.subject == self._subject
+        return denied.operation == "subscribe to" and denied.subject in self._interests
 
     def _on_question(self, message: Msg) -> None:
         if not self._reply_subjects.may_answer_service(message.reply):

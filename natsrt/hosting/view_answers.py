@@ -39,7 +39,7 @@ class ViewAnswers(ServiceAnswers):
         reply_subjects: ReplySubjects,
     ) -> None:
         super().__init__(
-            connection, subjects.view, _QUESTION, registry=registry, answers=answers, reply_subjects=reply_subjects
+            connection, _QUESTION, (subjects.view,), registry=registry, answers=answers, reply_subjects=reply_subjects
         )
         self._pages = Pages()
         self._expected = False
@@ -47,8 +47,9 @@ class ViewAnswers(ServiceAnswers):
     def expect(self) -> None:
         """This runtime hosts agents, so its user should be allowed to answer. Log a warning if it is not."""
         self._expected = True
-        if self._interest is not None and self._interest.refusal is not None:
-            logger.warning("%s", self._interest.refusal)
+        for interest in self._interests.values():
+            if interest.refusal is not None:
+                logger.warning("%s", interest.refusal)
 
     def _on_denied(self, denied: Refusal) -> bool:
         """Say nothing of it where nothing is hosted: operators may read the bucket, but not answer callers."""

@@ -216,6 +216,17 @@ class TaskStore:
 
     # -- the task itself -----------------------------------------------------------------------------------------
 
+    async def cancel(self, task: TaskId, ttl: float) -> bool:
+        """Give a task the result ``cancelled``, kept for ``ttl`` seconds, and remove it.
+
+        Returns False if it has another result. Otherwise its cancellation is to be announced.
+        """
+        # Its result comes first: a worker that gets the task after this sees it, and does not handle it.
+        if not await self.finish(task, "cancelled", ttl=ttl):
+            return False
+        await self.remove(task)
+        return True
+
     async def remove(self, task: TaskId) -> int:
         """Remove a task from its stream, whether it waits for a worker or for its time. Returns the number of its
         messages there. Raises as `DurableStreams.purge`."""

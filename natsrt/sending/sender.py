@@ -134,6 +134,7 @@ class Sender(RegistryListener):
         self.again: Again = Again(self._durable, subjects, dead_letters, bodies, registry)
         self.tickets: Tickets = Tickets(
             connection=connection,
+            subjects=subjects,
             options=options,
             registry=registry,
             store=tasks,

@@ -25,6 +25,7 @@ from natsrt.errors import (
 )
 from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.registry.registry import Registry
+from natsrt.jetstream.served_tasks import ServedTasks, TaskSource
 from natsrt.jetstream.task_store import TaskResult, TaskStore, progress_of
 from natsrt.options import Options
 from natsrt.sending.again import Again
@@ -33,11 +34,14 @@ from natsrt.task_types import TaskId, TaskStatus, task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
+from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
 
 _LOOK_EVERY: Final = 10.0
 """Seconds between two looks for a result that was not told."""
+_LOOK_OFTEN: Final = 1.0
+"""The same, where this user may not hear what is told."""
 _AGAIN: Final = 0.5
 """Seconds between two looks while the stream does not answer."""
 
@@ -127,6 +131,7 @@ class Tickets:
         self,
         *,
         connection: Connection,
+        subjects: Subjects,
         options: Options,
         registry: Registry,
         store: TaskStore,
@@ -144,11 +149,16 @@ class Tickets:
         self._cancellations = cancellations
         self._dead_letters = dead_letters
         self._again = again
+        self._served = ServedTasks(connection, subjects, store.stream)
         self._result_ttl = options.result_ttl
 
     def ticket(self, task: TaskId, sent: type[Any] | None = None) -> Ticket:
         """The ticket of a task. ``sent`` is the class of its message; None: not known here."""
         return Ticket(self, task, sent)
+
+    @property
+    def _source(self) -> TaskSource:
+        return self._store if self._registry.reads_bucket else self._served
 
     def _require(self, task: TaskId) -> None:
         """Raise `TaskUnknown` if no task was ever submitted."""
@@ -158,7 +168,7 @@ class Tickets:
     async def status(self, task: TaskId) -> TaskStatus:
         """See `Ticket.status`."""
         self._require(task)
-        status = await self._store.status(task)
+        status = await self._source.status(task)
         if status is None:
             raise TaskUnknown(str(task))
         return status
@@ -166,7 +176,7 @@ class Tickets:
     async def has_result(self, task: TaskId) -> bool:
         """True if a task has a result, as far as this user may know that. Raises `StreamUnavailable`."""
         try:
-            return await self._store.result(task) is not None
+            return await self._source.result(task) is not None
         except PermissionDenied:
             return False
 
@@ -207,18 +217,17 @@ class Tickets:
             return result
         told = asyncio.Event()
         subject, _ = self._store.told(task)
-        interest = await self._connection.subscribe(subject, lambda _: told.set())
+        interest = await self._connection.subscribe(subject, lambda _: told.set(), optional=True)
         try:
             while True:
                 reconnects = await self._settled()
-                interest.check()
                 told.clear()
                 result = await self._look(task)
                 if result is not None:
                     return result
                 if await self._is_unknown(task):
                     raise TaskUnknown(str(task))
-                await self._until_told(told, reconnects)
+                await self._until_told(told, reconnects, _LOOK_EVERY if interest.refusal is None else _LOOK_OFTEN)
         finally:
             await self._connection.unsubscribe(interest)
 
@@ -233,8 +242,8 @@ class Tickets:
             except ServerUnreachable:
                 await asyncio.sleep(_AGAIN)
 
-    async def _until_told(self, told: asyncio.Event, reconnects: int) -> None:
-        until = asyncio.get_running_loop().time() + _LOOK_EVERY
+    async def _until_told(self, told: asyncio.Event, reconnects: int, seconds: float) -> None:
+        until = asyncio.get_running_loop().time() + seconds
         while asyncio.get_running_loop().time() < until and self._connection.reconnects == reconnects:
             try:
                 async with asyncio.timeout(_AGAIN):
@@ -246,14 +255,14 @@ class Tickets:
     async def _look(self, task: TaskId) -> TaskResult | None:
         """The result of a task; None if it has none, or the stream does not answer now."""
         try:
-            return await self._store.result(task)
+            return await self._source.result(task)
         except StreamUnavailable as error:
             logger.debug("%s", error)
             return None
 
     async def _is_unknown(self, task: TaskId) -> bool:
         try:
-            return await self._store.status(task) is None
+            return await self._source.status(task) is None
         except StreamUnavailable as error:
             logger.debug("%s", error)
             return False
@@ -264,7 +273,10 @@ class Tickets:
         """Yield the status of a task, and then each change, until it has ended. Raises as `status`."""
         self._require(task)
         told: asyncio.Queue[Msg | None] = asyncio.Queue()
-        interests = [await self._connection.subscribe(subject, told.put_nowait) for subject in self._store.told(task)]
+        interests = [
+            await self._connection.subscribe(subject, told.put_nowait, optional=True)
+            for subject in self._store.told(task)
+        ]
         last: TaskStatus | None = None
         try:
             while True:
@@ -276,15 +288,16 @@ class Tickets:
                         last = status
                     if status.has_ended:
                         return
-                    status = await self._next(task, told)
+                    heard = all(interest.refusal is None for interest in interests)
+                    status = await self._next(task, told, _LOOK_EVERY if heard else _LOOK_OFTEN)
         finally:
             for interest in interests:
                 await self._connection.unsubscribe(interest)
 
-    async def _next(self, task: TaskId, told: asyncio.Queue[Msg | None]) -> TaskStatus | None:
+    async def _next(self, task: TaskId, told: asyncio.Queue[Msg | None], seconds: float) -> TaskStatus | None:
         """The next status that is told; None: look for it."""
         try:
-            async with asyncio.timeout(_LOOK_EVERY):
+            async with asyncio.timeout(seconds):
                 message = await told.get()
         except TimeoutError:
             return None
@@ -297,11 +310,8 @@ class Tickets:
         status = await self.status(task)
         if status.has_ended:
             return False
-        # Its result comes first: a worker that gets the task after this sees it, and does not handle it.
-        stored = await self._store.finish(task, "cancelled", ttl=self._result_ttl)
-        if not stored:
+        if not await self._source.cancel(task, self._result_ttl):
             return False
-        await self._store.remove(task)
         self._cancellations.announce(cancel_id(task))
         return True
 

@@ -44,6 +44,7 @@ ABANDONED: Final = "natsrt.abandoned"
 WITHDRAWN: Final = "natsrt.withdrawn"
 VIEW: Final = "natsrt.view"
 BLOBS: Final = "natsrt.blobs"
+TASKS: Final = "natsrt.tasks"
 
 BLOBS_FEATURE: Final = "blobs"
 """Feature: it reads payloads that are sent by reference. A call lists what its caller understands in ``features``, and

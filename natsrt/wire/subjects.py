@@ -305,6 +305,11 @@ class Subjects:
         """The subject on which any worker reads and deletes blobs, for those who may send no requests to JetStream."""
         return f"{self._root}natsrt.blobs"
 
+    def asks_tasks(self, agent_type: str) -> str:
+        """The subject on which workers tell about tasks of an agent type, to those who may send no requests to
+        JetStream."""
+        return f"{self._root}natsrt.tasks.{encode_token(agent_type)}"
+
     def blob(self, blob_id: str, chunk: str) -> str:
         """The subject of the chunks of payloads that are sent by reference: ``natsrt.blob.<id>.<chunk>``.
 
