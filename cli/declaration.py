@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from natsrt.durable_types import DurableTopics, is_prefix
 from natsrt.errors import ConfigurationError
 from natsrt.options.values import Durable
+from natsrt.task_types import TASK_TOPICS
 from natsrt.wire.subjects import Subjects, inbox_problem
 
 Role = Literal["worker", "caller", "publisher", "client", "operator", "tool"]
@@ -30,17 +31,22 @@ USERS_ACCOUNT: Final = "AGENTS"
 """The account of the users where the buckets have an account of their own."""
 
 _MAY: Mapping[str, frozenset[str]] = {
-    "worker": frozenset({"hosts", "calls", "publishes", "controls", "subscribes"}),
-    "caller": frozenset({"calls", "publishes", "controls"}),
+    "worker": frozenset({"hosts", "calls", "publishes", "controls", "subscribes", "submits"}),
+    "caller": frozenset({"calls", "publishes", "controls", "submits"}),
     "publisher": frozenset({"publishes"}),
     "client": frozenset({"calls", "publishes"}),
     "operator": frozenset(),
     "tool": frozenset({"calls", "publishes", "subscribes"}),
 }
 """The lists that the table of a user may have, by role."""
-_USUAL: Mapping[str, frozenset[str]] = {**_MAY, "caller": frozenset({"calls", "publishes"}), "client": frozenset()}
+_USUAL: Mapping[str, frozenset[str]] = {
+    **_MAY,
+    "worker": _MAY["worker"] - {"submits"},
+    "caller": frozenset({"calls", "publishes"}),
+    "client": frozenset(),
+}
 """The lists that a user has who was not declared. What such a client calls is not known: no client calls all."""
-_LISTS = ("hosts", "calls", "publishes", "controls", "subscribes")
+_LISTS = ("hosts", "calls", "publishes", "controls", "subscribes", "submits")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NKEY = re.compile(r"U[A-Z2-7]{55}")
 
@@ -96,8 +102,9 @@ class User:
     """A user of the server, and what the programs that connect as this user do.
 
     ``hosts``, ``calls`` and ``controls`` are agent types: those that it hosts, those that it sends messages to, and
-    those whose state it reads and writes on other workers. ``publishes`` are topics; ``subscribes`` too, for tools that
-    look at them and for workers that add subscriptions later. ``nkey`` is its public key; empty: it has a password.
+    those whose state it reads and writes on other workers; ``submits`` are those that it submits tasks to, whose
+    results it reads, and whose tasks it cancels. ``publishes`` are topics; ``subscribes`` too, for tools that look at
+    them and for workers that add subscriptions later. ``nkey`` is its public key; empty: it has a password.
     """
 
     name: str
@@ -107,6 +114,7 @@ class User:
     publishes: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
     subscribes: tuple[str, ...] = ()
+    submits: tuple[str, ...] = ()
     inbox_prefix: str = ""
     nkey: str = ""
 
@@ -142,12 +150,22 @@ class Declaration:
     jetstream_account: str = ""
     durable: tuple[DurableTopics, ...] = ()
 
+    @property
+    def streams(self) -> tuple[DurableTopics, ...]:
+        """All topics that streams store: the durable ones, and those of tasks if a user submits some."""
+        return (*self.durable, TASK_TOPICS) if any(user.submits for user in self.users.values()) else self.durable
+
+    def takes_tasks(self, agent_type: str) -> bool:
+        """Whether a user submits tasks to an agent type; of ``"*"``, whether to any."""
+        submitted = {name for user in self.users.values() for name in user.submits}
+        return bool(submitted) if agent_type == EVERY else not submitted.isdisjoint({agent_type, EVERY})
+
     def streams_of(self, topics: Iterable[str]) -> list[DurableTopics]:
         """The durable topics that are among these topics, or of which some are."""
         topics = tuple(topics)
         return [
             durable
-            for durable in self.durable
+            for durable in self.streams
             if any(overlap(topic, _as_topic(pattern)) for topic in topics for pattern in durable.patterns)
         ]
 
@@ -214,10 +232,11 @@ def parse(text: str, where: str, namespace: str | None = None) -> Declaration:
     _check_names(where, types, users)
     domain, account = _jetstream(where, data)
     durable = _durable(f"{where}: durable", data.get("durable", []))
-    if durable and account:
+    declared = Declaration(types, users, namespace, domain, account, durable)
+    if declared.streams and account:
         problem = f"streams store what is published in their own account only, and jetstream_account is {account}"
-        raise ConfigurationError(f"{where}: durable", problem)
-    return Declaration(types, users, namespace, domain, account, durable)
+        raise ConfigurationError(f"{where}: {'durable' if durable else 'submits'}", problem)
+    return declared
 
 
 def _durable(where: str, value: object) -> tuple[DurableTopics, ...]:
@@ -354,7 +373,7 @@ def topic_subject(subjects: Subjects, topic: str) -> str:
 
 def _check_names(where: str, types: Mapping[str, AgentType], users: Mapping[str, User]) -> None:
     for user in users.values():
-        for key in ("hosts", "calls", "controls"):
+        for key in ("hosts", "calls", "controls", "submits"):
             for name in getattr(user, key):
                 if name != EVERY and name not in types:
                     raise ConfigurationError(

@@ -14,7 +14,8 @@ from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.registry.entries import FEED, HEARTBEAT
 from natsrt.jetstream.registry.registry import BUCKET
-from natsrt.jetstream.streams import ATTEMPTS, BLOBS, DEAD, events_name
+from natsrt.jetstream.streams import ATTEMPTS, BLOBS, DEAD, RESULTS, events_name
+from natsrt.task_types import TASK_TOPICS, task_prefix
 from natsrt.wire.subjects import Subjects, encode_token
 
 from .declaration import EVERY, AgentType, Declaration, User, is_exact, topic_subject
@@ -147,6 +148,11 @@ def _requests(domain: Domain, stream: str, nobody: str) -> Iterator[str]:
     yield from (domain.api(f"DIRECT.GET.{stream}{rest}") for rest in ("", f".{nobody}"))
 
 
+def _token(agent_type: str) -> str:
+    """An agent type in a subject; ``"*"``: all of them."""
+    return EVERY if agent_type == EVERY else encode_token(agent_type)
+
+
 class _Maker:
     """Makes the grants of one user. One method for each thing that a user does."""
 
@@ -173,12 +179,21 @@ class _Maker:
         if keyed:
             yield from self._keeps_agents(types, every)
         yield from self._handles_durable(types, every)
+        for name in [EVERY] if every else [hosted.name for hosted in types]:
+            if self._declaration.takes_tasks(name):
+                yield from self._handles_tasks(name)
+        for name in user.submits:
+            yield from self._submits(name)
+            yield from self._knows_tasks(name)
 
     def caller(self) -> Iterator[Grant]:
         yield from self._runtime()
         yield from self._sends()
         yield Grant(PUBLISH, self._subjects.view, "what is in the registry: a worker tells it")
         yield Grant(PUBLISH, self._subjects.blobs, f"{_LARGE}: workers store and read them")
+        for name in self._user.submits:
+            yield from self._submits(name)
+            yield Grant(PUBLISH, self._asks_tasks(name), "tasks: questions to workers about results")
 
     def client(self) -> Iterator[Grant]:
         for subject in self._agents(self._user.calls, locates=False):
@@ -230,7 +245,11 @@ class _Maker:
         yield Grant(SUBSCRIBE, f"{self._root}natsrt.control.>", "it answers in place of agents")
         yield Grant(SUBSCRIBE, f"{self._root}agent.>", "it reads calls, and answers them in place of agents")
         yield Grant(PUBLISH, f"{self._subjects.registry_feed}.>", "it tells others of workers that are not there")
-        if self._declaration.durable:
+        if self._declaration.takes_tasks(EVERY):
+            yield Grant(PUBLISH, f"{self._subjects.tasks}.>", "it forges results of tasks")
+            yield Grant(PUBLISH, f"{self._subjects.tasks_told}.>", "it tells of results that are not there")
+            yield Grant(SUBSCRIBE, f"{self._root}natsrt.tasks.>", "it answers in place of workers")
+        if self._declaration.streams:
             yield Grant(PUBLISH, f"{self._root}natsrt.again.>", "it gives events to single agent types")
             yield Grant(PUBLISH, f"{self._subjects.dead}.>", "it forges dead letters")
             yield Grant(PUBLISH, f"{self._subjects.attempts}.>", "it gives events more attempts")
@@ -382,7 +401,7 @@ class _Maker:
 
     def _handles_durable(self, types: Sequence[AgentType], every: bool) -> Iterator[Grant]:
         """What a worker needs whose agents have subscriptions to durable topics."""
-        topics = {hosted.name: hosted.topics for hosted in types}
+        topics = {hosted.name: self._stored_topics(hosted) for hosted in types}
         keyed = {hosted.name for hosted in types if hosted.keyed}
         if every:
             topics, keyed = {EVERY: (EVERY,)}, {EVERY}
@@ -394,7 +413,8 @@ class _Maker:
         yield Grant(PUBLISH, self._domain.api("STREAM.NAMES"), why)
         for stream in streams:
             for request in ("STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE"):
-                yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
+                if request != "STREAM.UPDATE" or stream != self._tasks_stream:  # that one never gets other topics
+                    yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
         for stream in map(self._subjects.bucket, (DEAD, ATTEMPTS)):
             for request in ("STREAM.INFO", "STREAM.CREATE"):
                 yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
@@ -406,10 +426,15 @@ class _Maker:
             if of_type:
                 yield from self._keeps_count(name)
 
+    def _stored_topics(self, hosted: AgentType) -> tuple[str, ...]:
+        """The topics of a type, with those of its tasks."""
+        tasks = (f"{task_prefix(hosted.name)}{EVERY}",) if self._declaration.takes_tasks(hosted.name) else ()
+        return (*hosted.topics, *tasks)
+
     def _pulls(self, agent_type: str, stream: str) -> Iterator[Grant]:
         """The consumer of an agent type."""
         why = "durable topics: the events of each agent type"
-        token = EVERY if agent_type == EVERY else encode_token(agent_type)
+        token = _token(agent_type)
         for request in ("CREATE", "INFO", "MSG.NEXT", "RESET", "PAUSE"):
             yield Grant(PUBLISH, self._domain.api(f"CONSUMER.{request}.{stream}.{token}"), why)
         yield Grant(PUBLISH, f"$JS.ACK.{stream}.{token}.>", why)
@@ -420,7 +445,7 @@ class _Maker:
     def _feeds(self, agent_type: str, stream: str) -> Iterator[Grant]:
         """What the feeder of a keyed type needs in addition."""
         why = "durable topics: the events of keyed agents, fed to their owners"
-        token = EVERY if agent_type == EVERY else encode_token(agent_type)
+        token = _token(agent_type)
         yield Grant(PUBLISH, self._domain.api(f"CONSUMER.UNPIN.{stream}.{token}"), why)
 
     def _keeps_count(self, agent_type: str) -> Iterator[Grant]:
@@ -434,18 +459,67 @@ class _Maker:
 
     def _looks_after_durable(self) -> Iterator[Grant]:
         """What an operator does with durable topics."""
-        for stream in [events_name(self._subjects, one.name) for one in self._declaration.durable]:
+        for stream in [events_name(self._subjects, one.name) for one in self._declaration.streams]:
             for request in ("STREAM.INFO", "CONSUMER.LIST"):
                 yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), "durable topics: how far agent types are")
-            yield Grant(PUBLISH, self._domain.api(f"STREAM.UPDATE.{stream}"), "durable topics: removed")
+            if stream != self._tasks_stream:
+                yield Grant(PUBLISH, self._domain.api(f"STREAM.UPDATE.{stream}"), "durable topics: removed")
             yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}"), "durable topics: events, read and replayed")
             again, why = self._subjects.again(stream), "durable topics: events, given to a type again"
             yield Grant(PUBLISH, f"{again}.*", why)
             yield Grant(PUBLISH, f"{again}.redrive.*.*.*", why)
-        if self._declaration.durable:
+        if self._declaration.takes_tasks(EVERY):
+            yield from self._knows_tasks(EVERY)
+            yield from self._submits(EVERY)
+        if self._declaration.streams:
             dead = self._subjects.bucket(DEAD)
             for request in ("STREAM.INFO", "DIRECT.GET", "STREAM.MSG.DELETE"):
                 yield Grant(PUBLISH, self._domain.api(f"{request}.{dead}"), "dead letters: read and removed")
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+
+    def _submits(self, agent_type: str) -> Iterator[Grant]:
+        """What every user needs who submits tasks to a type."""
+        topics, told = self._task_topics(agent_type), "tasks: their results and progress, told by the server"
+        yield Grant(PUBLISH, topics, "tasks, submitted")
+        yield Grant(PUBLISH, self._task_schedules(agent_type), "tasks, submitted for later")
+        yield Grant(SUBSCRIBE, f"{self._subjects.tasks_told}.*.{_token(agent_type)}.*.*", told)
+        yield Grant(PUBLISH, self._subjects.cancel, "cancellations")
+
+    def _knows_tasks(self, agent_type: str) -> Iterator[Grant]:
+        """Results, progress and status of the tasks of a type, read and written in JetStream."""
+        results, tasks = self._subjects.bucket(RESULTS), self._tasks_stream
+        own = f"{self._subjects.tasks}.*.{_token(agent_type)}.*.*"
+        yield Grant(PUBLISH, own, "tasks: results and progress")
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{results}.{own}"), "tasks: results and progress")
+        why = "tasks: their status"
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{tasks}.{self._task_topics(agent_type)}"), why)
+        yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{tasks}.{self._task_schedules(agent_type)}"), why)
+        yield Grant(PUBLISH, self._domain.api(f"STREAM.PURGE.{tasks}"), "tasks: removed when they have ended")
+
+    def _handles_tasks(self, agent_type: str) -> Iterator[Grant]:
+        """What a worker needs for tasks of a type, beside what it needs for other events of streams."""
+        yield from self._knows_tasks(agent_type)
+        for request in ("STREAM.INFO", "STREAM.CREATE"):
+            yield Grant(PUBLISH, self._domain.api(f"{request}.{self._subjects.bucket(RESULTS)}"), "tasks: results")
+        yield Grant(SUBSCRIBE, self._asks_tasks(agent_type), "tasks: questions of callers about results")
+
+    @property
+    def _tasks_stream(self) -> str:
+        return events_name(self._subjects, TASK_TOPICS.name)
+
+    def _asks_tasks(self, agent_type: str) -> str:
+        return f"{self._root}natsrt.tasks.{_token(agent_type)}"
+
+    def _task_topics(self, agent_type: str) -> str:
+        """The subject of all tasks of a type."""
+        prefix = TASK_TOPICS.patterns[0] if agent_type == EVERY else task_prefix(agent_type)
+        return topic_subject(self._subjects, f"{prefix}{EVERY}")
+
+    def _task_schedules(self, agent_type: str) -> str:
+        """The subject of all tasks of a type that wait for their time."""
+        tasks = self._task_topics(agent_type).removeprefix(f"{self._root}topic.")
+        return f"{self._subjects.later(self._tasks_stream)}.event.*.{tasks}"
 
     def _stream(self, bucket: str) -> str:
         return f"KV_{self._subjects.bucket(bucket)}"

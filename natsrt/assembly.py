@@ -115,7 +115,9 @@ class Network:
         self.streams: DurableStreams = DurableStreams(self.connection, self.subjects, options, self.registry)
         self.reader: StreamReader = StreamReader(self.connection, options)
         self.dead_letter_box: DeadLetterBox = DeadLetterBox(self.subjects, self.reader)
-        self.tasks: TaskStore = TaskStore(self.connection, self.subjects, options, self.streams, self.reader, worker_id)
+        self.tasks: TaskStore = TaskStore(
+            self.connection, self.subjects, options, self.streams, self.reader, self.blobs, worker_id
+        )
         self.later: LaterRetries = LaterRetries(self.connection, self.subjects, options, self.registry, self.reader)
 
     # These are methods, so that all other parts can be explored without a server: see tests/support/keyed_world.py.

@@ -462,6 +462,19 @@ async def test_large_tasks_and_results_arrive_and_leave_nothing(make: Make, agen
     await eventually(lambda: _nothing_at_all(submitter), timeout=LONG)
 
 
+@TYPES
+@pytest.mark.parametrize("delay", [None, 3600.0])
+async def test_the_payload_of_a_large_task_that_is_cancelled_is_deleted(
+    make: Make, agent_type: str, delay: float | None
+) -> None:
+    submitter = await make(name="submitter", result_ttl=1.0)
+    size = 2 * submitter.running.connection.max_payload
+    ticket = await submitter.submit_message(Work("a", text="x" * size), AgentId(agent_type, "k"), delay=delay)
+    assert await left(submitter, "natsrt_blobs") > 0
+    assert await ticket.cancel()
+    await eventually(lambda: _nothing_at_all(submitter), timeout=LONG)
+
+
 async def _nothing_at_all(runtime: NatsAgentRuntime) -> bool:
     streams = ("natsrt_events_tasks", "natsrt_results", "natsrt_blobs")
     return [await left(runtime, stream) for stream in streams] == [0, 0, 0]

@@ -22,6 +22,7 @@ from autogen_core import TopicId
 
 from natsrt.errors import CannotDecode, NatsrtError
 from natsrt.jetstream.acks import WrongRevision
+from natsrt.jetstream.blobs import Blobs
 from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.stored_once import WritesOnce
 from natsrt.jetstream.stream_reader import StoredMessage, StreamReader
@@ -29,6 +30,7 @@ from natsrt.jetstream.streams import RESULTS, events_name
 from natsrt.options import Options
 from natsrt.task_types import ENDS, TASK_TOPICS, TaskId, TaskState, TaskStatus, task_of
 from natsrt.transport.connection import Connection
+from natsrt.wire.envelope import reference_of
 from natsrt.wire.subjects import Subjects, encode_text
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
@@ -71,12 +73,14 @@ class TaskStore:
         options: Options,
         streams: DurableStreams,
         reader: StreamReader,
+        blobs: Blobs,
         worker_id: str,
     ) -> None:
         self._connection = connection
         self._subjects = subjects
         self._reader = reader
         self._streams = streams
+        self._blobs = blobs
         self._worker_id = worker_id
         self.stream: str = subjects.bucket(RESULTS)
         """The stream of results and progress."""
@@ -228,12 +232,14 @@ class TaskStore:
         return True
 
     async def remove(self, task: TaskId) -> int:
-        """Remove a task from its stream, whether it waits for a worker or for its time. Returns the number of its
-        messages there. Raises as `DurableStreams.purge`."""
-        topic = self._subjects.topic(task.topic.type, task.topic.source)
-        removed = await asyncio.gather(
-            self._streams.purge(self.tasks, topic), self._streams.purge(self.tasks, self._delayed(task))
-        )
+        """Remove a task from its stream, whether it waits for a worker or for its time, and its payload. Returns the
+        number of its messages there. Raises as `DurableStreams.purge`."""
+        places = (self._subjects.topic(task.topic.type, task.topic.source), self._delayed(task))
+        present = await asyncio.gather(*(self._reader.last(self.tasks, place) for place in places))
+        removed = await asyncio.gather(*(self._streams.purge(self.tasks, place) for place in places))
+        for message in present:
+            if message is not None and (reference := reference_of(message.data)) is not None:
+                self._blobs.delete(reference.blob_id)
         return sum(removed)
 
     async def remove_handled(self, subjects: set[str]) -> None:

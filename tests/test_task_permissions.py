@@ -1,0 +1,308 @@
+"""Each permission that natsrt generates for tasks is necessary and sufficient.
+
+See `tests.support.permission_matrix`. The matrix has the permissions of tasks alone: a worker handles them with those
+of durable topics too, which tests/test_durable_permissions.py has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
+from natsrt_cli.declaration import parse
+from natsrt_cli.permissions import grants
+
+import natsrt
+from natsrt import NatsAgentRuntime
+from natsrt.embedded import EmbeddedServer
+from natsrt.errors import ConfigurationError, NatsrtError
+from tests.support.permission_matrix import Matrix
+from tests.support.permission_scene import Scene
+from tests.support.processes import eventually
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each permission is a case with workers of its own
+
+DECLARATION = parse(
+    """
+    [types.jobs]
+    [types.others]
+
+    [users.mill]
+    role = "worker"
+    hosts = ["jobs"]
+    [users.yard]
+    role = "worker"
+    hosts = ["others"]
+    submits = ["jobs"]
+    [users.web]
+    role = "caller"
+    submits = ["jobs"]
+    [users.ops]
+    role = "operator"
+    """,
+    "tasks",
+)
+MATRIX = Matrix(
+    DECLARATION,
+    [
+        (name, grant)
+        for name, user in DECLARATION.users.items()
+        for grant in grants(DECLARATION, user)
+        if grant.why.startswith("tasks")
+    ],
+    "t",
+)
+needs = MATRIX.needs
+AGENT = AgentId("jobs", "k")
+API = "publish to $JS.API"
+RESULTS, TASKS = "natsrt_results", "natsrt_events_tasks"
+WAITS = 10.0
+
+
+@dataclass
+class Job:
+    name: str
+
+
+class Works(RoutedAgent):
+    free = asyncio.Event()
+
+    def __init__(self) -> None:
+        super().__init__("works")
+
+    @rpc
+    async def on_job(self, message: Job, ctx: MessageContext) -> str:
+        if message.name == "wait":
+            while not ctx.cancellation_token.is_cancelled():
+                natsrt.progress(0.5, "waiting")
+                await asyncio.sleep(0.05)
+        return message.name
+
+
+async def worker(scene: Scene, user: str = "mill") -> NatsAgentRuntime:
+    runtime = scene.unstarted(user)
+    await natsrt.register(runtime, Works, "jobs", Works)
+    started: NatsAgentRuntime = await scene._stack.enter_async_context(runtime)
+    await started.take_tasks("jobs")
+    return started
+
+
+async def queued(runtime: NatsAgentRuntime) -> int:
+    """The number of tasks that are stored."""
+    js, subjects = runtime.running.connection.jetstream, runtime.running.network.subjects
+    return (await js.stream_info(subjects.bucket(TASKS))).state.messages
+
+
+def hears_what_is_told(runtime: NatsAgentRuntime) -> bool:
+    return "told" not in (runtime.running.connection.server_error or "")
+
+
+# -- a worker that hosts the agents ------------------------------------------------------------------------------------
+
+
+@needs(
+    "mill",
+    *(f"{API}.STREAM.{what}.{RESULTS}" for what in ("INFO", "CREATE")),
+    f"{API}.STREAM.PURGE.{TASKS}",
+    "publish to natsrt.task.*.jobs.*.*",
+)
+async def handles_tasks_in_an_empty_account(scene: Scene) -> None:
+    await worker(scene)
+    plain = await scene.runtime("plain")
+    ticket = await plain.submit_message(Job("a"), AGENT)
+    assert await ticket.result(WAITS) == "a"
+
+    async def is_removed() -> bool:
+        return await queued(plain) == 0
+
+    await eventually(is_removed, 5.0)
+
+
+@needs(
+    "mill",
+    "subscribe to natsrt.tasks.jobs",
+    f"{API}.DIRECT.GET.{RESULTS}.natsrt.task.*.jobs.*.*",
+    f"{API}.DIRECT.GET.{TASKS}.topic.natsrt.task.jobs=3A.*.>",
+    f"{API}.DIRECT.GET.{TASKS}.natsrt.later.{TASKS}.event.*.natsrt.task.jobs=3A.*.>",
+)
+async def answers_callers(scene: Scene) -> None:
+    await scene.runtime("plain")
+    await worker(scene)
+    web = await scene.runtime("web")
+    ticket = await web.submit_message(Job("a"), AGENT, delay=3600)
+    assert (await ticket.status()).state == "scheduled"
+    assert await ticket.cancel()
+    with pytest.raises(natsrt.TaskCancelled):
+        await ticket.result(WAITS)
+
+
+# -- a caller ----------------------------------------------------------------------------------------------------------
+
+
+@needs(
+    "web",
+    "publish to topic.natsrt.task.jobs=3A.*.>",
+    "publish to natsrt.tasks.jobs",
+    "subscribe to natsrt.told.*.jobs.*.*",
+)
+async def submits_and_reads_results_and_progress(scene: Scene) -> None:
+    await worker(scene)
+    web = await scene.runtime("web")
+    ticket = await web.submit_message(Job("a"), AGENT, message_id="mine")
+    assert await ticket.result(WAITS) == "a"
+    waiting = await web.submit_message(Job("wait"), AGENT)
+    async for status in waiting:
+        if status.state == "running":
+            assert await waiting.cancel()
+    assert status.state == "cancelled"
+    assert hears_what_is_told(web)
+
+
+@needs("web", f"publish to natsrt.later.{TASKS}.event.*.natsrt.task.jobs=3A.*.>")
+async def submits_for_later(scene: Scene) -> None:
+    await worker(scene)
+    web = await scene.runtime("web", publish_timeout=3)
+    ticket = await web.submit_message(Job("a"), AGENT, delay=0.5)
+    assert await ticket.result(WAITS) == "a"
+
+
+async def test_a_caller_is_told_that_a_type_takes_no_tasks_yet(matrix: EmbeddedServer) -> None:
+    async with AsyncExitStack() as stack:
+        scene = Scene(matrix.url, MATRIX.case_of("web", None), stack)
+        await purge(scene)
+        runtime = scene.unstarted("mill")
+        await natsrt.register(runtime, Works, "jobs", Works)
+        await stack.enter_async_context(runtime)
+        web = await scene.runtime("web")
+        with pytest.raises(natsrt.RegistryUnavailable, match=r"take_tasks\('jobs'\)"):
+            await web.submit_message(Job("a"), AGENT)
+        await runtime.take_tasks("jobs")
+        ticket = await web.submit_message(Job("a"), AGENT)
+        assert await ticket.result(WAITS) == "a"
+
+
+async def test_a_caller_knows_nothing_of_the_tasks_of_other_types(matrix: EmbeddedServer) -> None:
+    async with AsyncExitStack() as stack:
+        scene = Scene(matrix.url, MATRIX.case_of("web", None), stack)
+        await purge(scene)
+        plain = scene.unstarted("plain")
+        await natsrt.register(plain, Works, "others", Works)
+        await stack.enter_async_context(plain)
+        ticket = await plain.submit_message(Job("a"), AgentId("others", "k"))
+        web = await scene.runtime("web", publish_timeout=2)
+        for attempt in (web.ticket(ticket.id).status(), web.ticket(ticket.id).cancel()):
+            with pytest.raises(NatsrtError):
+                await attempt
+        with pytest.raises(natsrt.CallTimeout):
+            await web.ticket(ticket.id).result(1.0)
+        with pytest.raises(natsrt.PermissionDenied):
+            await web.submit_message(Job("a"), AgentId("others", "k"))
+
+
+# -- a worker that submits ---------------------------------------------------------------------------------------------
+
+
+@needs(
+    "yard",
+    "publish to topic.natsrt.task.jobs=3A.*.>",
+    "subscribe to natsrt.told.*.jobs.*.*",
+    "publish to natsrt.task.*.jobs.*.*",
+    f"{API}.STREAM.PURGE.{TASKS}",
+    f"{API}.DIRECT.GET.{RESULTS}.natsrt.task.*.jobs.*.*",
+    f"{API}.DIRECT.GET.{TASKS}.topic.natsrt.task.jobs=3A.*.>",
+    f"{API}.DIRECT.GET.{TASKS}.natsrt.later.{TASKS}.event.*.natsrt.task.jobs=3A.*.>",
+)
+async def submits_and_cancels_as_a_worker(scene: Scene) -> None:
+    await worker(scene)
+    yard = await scene.runtime("yard", publish_timeout=3)
+    ticket = await yard.submit_message(Job("a"), AGENT)
+    assert await ticket.result(WAITS) == "a"
+    waiting = await yard.submit_message(Job("wait"), AGENT)
+    await waiting.status()
+    assert await waiting.cancel()
+    assert hears_what_is_told(yard)
+
+
+@needs("yard", f"publish to natsrt.later.{TASKS}.event.*.natsrt.task.jobs=3A.*.>")
+async def submits_for_later_as_a_worker(scene: Scene) -> None:
+    await worker(scene)
+    yard = await scene.runtime("yard", publish_timeout=3)
+    ticket = await yard.submit_message(Job("a"), AGENT, delay=0.5)
+    assert await ticket.result(WAITS) == "a"
+
+
+# -- an operator -------------------------------------------------------------------------------------------------------
+
+
+@needs(
+    "ops",
+    "publish to natsrt.task.*.*.*.*",
+    "subscribe to natsrt.told.*.*.*.*",
+    f"{API}.STREAM.PURGE.{TASKS}",
+    f"{API}.DIRECT.GET.{RESULTS}.natsrt.task.*.*.*.*",
+    f"{API}.DIRECT.GET.{TASKS}.topic.natsrt.task.*.>",
+    f"{API}.DIRECT.GET.{TASKS}.natsrt.later.{TASKS}.event.*.natsrt.task.*.>",
+    f"publish to natsrt.later.{TASKS}.event.*.natsrt.task.*.>",
+)
+async def looks_after_tasks(scene: Scene) -> None:
+    await worker(scene)
+    ops = await scene.runtime("ops", publish_timeout=3)
+    ticket = await ops.submit_message(Job("a"), AGENT, delay=0.5)
+    assert await ticket.result(WAITS) == "a"
+    waiting = await ops.submit_message(Job("wait"), AGENT)
+    await waiting.status()
+    assert await waiting.cancel()
+    assert hears_what_is_told(ops)
+
+
+# -- the tests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
+    """A server with the users of all cases."""
+    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("tasks"))) as server:
+        yield server
+
+
+def test_each_permission_has_a_use_that_needs_it() -> None:
+    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
+
+
+def test_tasks_need_streams_in_the_account_of_the_users() -> None:
+    text = """
+        jetstream_domain = "hub"
+        jetstream_account = "STORE"
+        [types.jobs]
+        [users.web]
+        role = "caller"
+        submits = ["jobs"]
+        """
+    with pytest.raises(ConfigurationError, match="submits.*their own account"):
+        parse(text, "tasks")
+
+
+@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
+async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
+    await MATRIX.fails_without(matrix, user, permission)
+
+
+@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
+async def test_with_its_permissions_each_use_succeeds(
+    matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    await MATRIX.succeeds(matrix, user, number, caplog, before=purge)
+
+
+async def purge(scene: Scene) -> None:
+    """Remove what the use before has left."""
+    plain = await scene.client("plain")
+    js, namespace = plain.jetstream(), scene.case.declaration.namespace
+    for info in await js.streams_info():
+        if namespace in (info.config.name or "").removeprefix("KV_").split("_"):
+            await js.delete_stream(info.config.name or "")
