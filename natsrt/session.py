@@ -274,6 +274,7 @@ class Session:
             jetstream_full=self._jetstream_full,
             dead_letters_kept=self.dead_letters.measured,
             retries_waiting=self.incoming.durable.retries_waiting,
+            tasks_waiting=self.incoming.durable.tasks_waiting,
             jetstream_usage=registry.usage | self.records.usage,
             in_step=registry.synced,
             workers=len(registry.view.workers),

@@ -18,6 +18,7 @@ from nats.js.errors import NotFoundError
 import natsrt
 from natsrt import NatsAgentRuntime, Ticket
 from natsrt.embedded import EmbeddedServer
+from natsrt.hosting import durable
 from natsrt.task_types import TaskId, task_of
 from tests.programs import task_worker
 from tests.programs.task_worker import Broken, Done, Work
@@ -478,6 +479,22 @@ async def test_the_payload_of_a_large_task_that_is_cancelled_is_deleted(
 async def _nothing_at_all(runtime: NatsAgentRuntime) -> bool:
     streams = ("natsrt_events_tasks", "natsrt_results", "natsrt_blobs")
     return [await left(runtime, stream) for stream in streams] == [0, 0, 0]
+
+
+# -- health ----------------------------------------------------------------------------------------------------------
+
+
+async def test_health_counts_the_tasks_that_wait(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "_MEASURED_EVERY", 0.05)
+    seen = Seen()
+    worker = await make(seen, max_running=1)
+    assert worker.health().tasks_waiting is None
+    tickets = [await worker.submit_message(Work(str(n), "wait"), AgentId(PLAIN, "k")) for n in range(5)]
+    # It holds the one that runs, and the next one.
+    await eventually(lambda: worker.health().tasks_waiting == 3)
+    seen.free.set()
+    await asyncio.gather(*(ticket.result(LONG) for ticket in tickets))
+    await eventually(lambda: worker.health().tasks_waiting == 0)
 
 
 # -- what there is not -----------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ class DurableConsumers(RegistryListener):
         self._signs: asyncio.Task[None] | None = None
         self._measuring: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
+        self._tasks_waiting: int | None = None
         self._first = FirstIsWarning()
 
     # -- lifecycle -----------------------------------------------------------------------------------------------
@@ -102,6 +103,11 @@ class DurableConsumers(RegistryListener):
     def retries_waiting(self) -> int | None:
         """Number of events that wait for a later attempt when it was last counted; None: that is not known."""
         return self._parts.later.measured
+
+    @property
+    def tasks_waiting(self) -> int | None:
+        """Number of tasks that no worker held when they were last counted; None: that is not known."""
+        return self._tasks_waiting
 
     @property
     def settlements(self) -> Collection[Puller]:
@@ -173,19 +179,19 @@ class DurableConsumers(RegistryListener):
         """
         for settlement in list(self._parts.settlements):
             # What was delivered before the server's answer has been taken in when that comes.
-            if settlement.holds or await self._has_undelivered(settlement) or settlement.holds:
+            if settlement.holds or await self._undelivered(settlement) or settlement.holds:
                 return True
         return False
 
-    async def _has_undelivered(self, settlement: Puller) -> bool:
-        """True if the stream has events that the consumer has not delivered yet. False if the server does not say."""
+    async def _undelivered(self, settlement: Puller) -> int | None:
+        """How many events of the stream the consumer has not delivered yet. None if the server does not say."""
         domain = Domain(self._parts.options.jetstream_domain)
         try:
             info = await Consumers(self._parts.connection, domain, settlement.stream).info(settlement.config.name)
         except NatsrtError as error:
             logger.debug("whether events of %s wait is not known: %s", settlement.stream, error)
-            return False
-        return info is not None and info["num_pending"] > 0
+            return None
+        return None if info is None else int(info["num_pending"])
 
     async def end(self, agent_type: str) -> None:
         """Pull no more for a type that is no longer hosted. What its running handlers have is still settled."""
@@ -224,7 +230,17 @@ class DurableConsumers(RegistryListener):
             await self._parts.later.measure(
                 [(stream, agent_type) for agent_type, of_type in self._of_type.items() for stream in of_type]
             )
+            await self._measure_tasks()
             await asyncio.sleep(_MEASURED_EVERY)
+
+    async def _measure_tasks(self) -> None:
+        """Count the tasks that wait for a worker. Does not fail."""
+        waiting: int | None = None
+        for settlement in [one for one in self._parts.settlements if one.stream == self._tasks]:
+            undelivered = await self._undelivered(settlement)
+            if undelivered is not None:
+                waiting = (waiting or 0) + undelivered
+        self._tasks_waiting = waiting
 
     async def _sign_regularly(self) -> None:
         while True:

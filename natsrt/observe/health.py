@@ -94,6 +94,8 @@ class Health:
     """Events of durable topics that this runtime has made dead letters: see ``docs/durable.md``."""
     retries_waiting: int | None = None
     """Events that are tried again more than a minute after they failed, counted every 30 s; None if not known."""
+    tasks_waiting: int | None = None
+    """Tasks of the hosted agent types that no worker holds, counted every 30 s; None if there are none to take."""
     dead_letters_kept: int | None = None
     """Dead letters of the whole namespace, counted every 30 s; None if this runtime handles no durable topics."""
 
