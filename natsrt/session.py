@@ -135,6 +135,7 @@ class Session:
             (network.calls.start, network.calls.stop),
             (self._open_registry, network.registry.close),
             (None, network.blobs.stop),
+            (None, network.tasks.stop),
             (None, incoming.call_log.stop),
             (None, incoming.peer_answers.stop),
             (incoming.view_answers.start, incoming.view_answers.stop),

@@ -98,6 +98,7 @@ class DurableConsumers(RegistryListener):
         self._ended.clear()
         await self._parts.dead_letters.stop()
         await self._parts.later.stop()
+        await self._feeding.tasks.stop()
 
     @property
     def retries_waiting(self) -> int | None:

@@ -385,7 +385,8 @@ class Feeder:
                 logger.error("the failure of %s cannot be stored, and it is tried again: %s", task, error)
                 return GiveBack(self._retries.retry_delay_max)
         elif isinstance(decided, Acknowledge):
-            await self._tasks_of.remove({message.message.subject}, message.body)
+            if not await self._tasks_of.remove({message.message.subject}, message.body):
+                return GiveBack(self._retries.retry_delay_max)
         elif isinstance(decided, TryAgain):
             await self._tasks_of.told(task, attempts).wait(time.time() + decided.after)
         return decided

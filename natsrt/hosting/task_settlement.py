@@ -81,8 +81,8 @@ class TaskSettlement(DurableSettlement):
 
     async def _settle(self, inbound: Inbound, held: Held, decided: Fate) -> None:
         match decided:
-            case Acknowledge():
-                await self._remove(inbound, held, inbound.body)
+            case Acknowledge() if not await self._remove(inbound, held, inbound.body):
+                decided = GiveBack(self._retries.retry_delay_max)
             case TryAgain(after=after) if inbound in self._telling:
                 await self._telling[inbound][1].wait(time.time() + after)
         await super()._settle(inbound, held, decided)
@@ -98,15 +98,19 @@ class TaskSettlement(DurableSettlement):
         await super()._bury(inbound, held, decided)
 
     async def _buried(self, inbound: Inbound, held: Held, decided: Bury) -> None:
-        await self._remove(inbound, held, None)
-        await super()._buried(inbound, held, decided)
+        if await self._remove(inbound, held, None):
+            await super()._buried(inbound, held, decided)
+        else:
+            self._give_back(inbound, held, self._retries.retry_delay_max)
 
-    async def _remove(self, inbound: Inbound, held: Held, body: Envelope | None) -> None:
-        """Remove a task that has a result, before its delivery is acknowledged. ``body`` as in `Tasks.remove`."""
+    async def _remove(self, inbound: Inbound, held: Held, body: Envelope | None) -> bool:
+        """Remove a task that has a result, before its delivery is acknowledged. Returns False if that is not possible
+        now. ``body`` as in `Tasks.remove`."""
         if inbound in self._telling:
             await self._telling[inbound][1].end()
-        if self._task(inbound) is not None:
-            await self._tasks.remove({inbound.message.subject, held.stored_on}, body)
+        if self._task(inbound) is None:
+            return True
+        return await self._tasks.remove({inbound.message.subject, held.stored_on}, body)
 
     def _task(self, inbound: Inbound) -> TaskId | None:
         """The task that a message is, also if it could not be read; None if it is none."""
@@ -152,7 +156,11 @@ class ConfirmedTasks(ConfirmedSettlement):
         return self._finish(inbound, answer)
 
     async def _finish(self, inbound: Inbound, answer: Answer | None) -> None:
-        task, telling = self._telling.pop(inbound)
+        known = self._telling.pop(inbound, None)
+        if known is None:  # it is for no agent here
+            await super().handled(inbound, None)
+            return
+        task, telling = known
         try:
             if answer is None:
                 await self._tasks.applied(task, inbound.body, _attempt(inbound))

@@ -113,12 +113,18 @@ class Tasks:
         if await self._parts.store.result(task) is None:
             await self.failed(task, TaskResultLost(str(task)), body, attempt)
 
-    async def remove(self, subjects: set[str], body: Envelope | None) -> None:
-        """Remove a task that has a result from its stream, and its payload. ``subjects`` are those on which it is
-        stored. ``body`` is None if its payload is still needed."""
+    async def remove(self, subjects: set[str], body: Envelope | None) -> bool:
+        """Remove a task that has a result from its stream, and its payload. Returns False if that is not possible now.
+
+        ``subjects`` are those on which it is stored. ``body`` is None if its payload is still needed.
+        """
         if body is not None and body.reference is not None:
             self._parts.bodies.discard(body.reference)
-        await self._parts.store.remove_handled(subjects)
+        return await self._parts.store.remove_handled(subjects)
+
+    async def stop(self) -> None:
+        """Tell no more progress. Has no effect if stopped."""
+        await self._parts.background.cancel()
 
     def told(self, task: TaskId, attempt: int) -> Telling:
         """What is told of a task while a handler works."""

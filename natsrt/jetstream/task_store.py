@@ -2,8 +2,8 @@
 
 Both are in one stream, which keeps the last message on each subject, each with its own time to live. Rules:
 
-1. The first result of a task stays, whoever else stores one. Only that of a task which failed gives way to a success:
-   the task was tried again by hand.
+1. The first result of a task stays, whoever else stores one. Only that of a task which failed gives way to another
+   one: the task was tried again by hand.
 2. A result is stored before its task is removed, so a task that is in neither place never was, or has expired.
 3. Progress is told without waiting for the stream, and may get lost. It says nothing of a task that has a result.
 """
@@ -123,7 +123,7 @@ class TaskStore:
                 present = await self.result(task)
             if present is None:
                 follows = 0  # it has expired
-            elif present.state == "failed" and state == "done" and present.sequence != follows:
+            elif present.state == "failed" and state != "cancelled" and present.sequence != follows:
                 follows = present.sequence
             else:
                 return present.state == state and present.body == body
@@ -242,12 +242,15 @@ class TaskStore:
                 self._blobs.delete(reference.blob_id)
         return sum(removed)
 
-    async def remove_handled(self, subjects: set[str]) -> None:
-        """Remove a task that has a result from its stream. Does not fail: who gets it next sees its result."""
+    async def remove_handled(self, subjects: set[str]) -> bool:
+        """Remove a task that has a result from its stream. Returns False if that is not possible now: who gets it next
+        sees its result."""
         try:
             await asyncio.gather(*(self._streams.purge(self.tasks, subject) for subject in subjects))
         except NatsrtError as error:
-            logger.warning("a task that has ended is still in %s, on %s: %s", self.tasks, ", ".join(subjects), error)
+            logger.error("a task that has ended is still in %s, on %s: %s", self.tasks, ", ".join(subjects), error)
+            return False
+        return True
 
     def task_on(self, subject: str) -> TaskId | None:
         """The task whose message is on ``subject``; None if it cannot be read."""
