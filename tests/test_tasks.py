@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -22,7 +23,7 @@ from natsrt.hosting import durable
 from natsrt.task_types import TaskId, task_of
 from tests.programs import task_worker
 from tests.programs.task_worker import Broken, Done, Work
-from tests.support.processes import eventually
+from tests.support.processes import Processes, eventually
 
 PROGRAM = Path(task_worker.__file__)
 PLAIN, KEYED = "plain", "keyed"
@@ -495,6 +496,43 @@ async def test_health_counts_the_tasks_that_wait(make: Make, monkeypatch: pytest
     seen.free.set()
     await asyncio.gather(*(ticket.result(LONG) for ticket in tickets))
     await eventually(lambda: worker.health().tasks_waiting == 0)
+
+
+# -- workers that die ------------------------------------------------------------------------------------------------
+
+
+@TYPES
+@pytest.mark.parametrize("where", ["before the result", "before the removal", "before the acknowledgement"])
+@pytest.mark.timeout(90)
+async def test_a_worker_that_is_killed_at_the_end_of_a_task_loses_and_doubles_nothing(
+    server: EmbeddedServer,
+    make: Make,
+    namespace: str,
+    processes: Processes,
+    tmp_path: Path,
+    agent_type: str,
+    where: str,
+) -> None:
+    file = tmp_path / "handled"
+    submitter = await make(name="submitter")
+    arguments = (server.url, namespace, str(file))
+    with processes.python(PROGRAM, *arguments, where, name="dies") as dies:
+        await dies.wait_for_line("ready")
+        ticket = await submitter.submit_message(Work("a"), AgentId(agent_type, "k"))
+        assert await dies.wait(20) == -signal.SIGKILL
+    with processes.python(PROGRAM, *arguments, name="goes on") as goes_on:
+        await goes_on.wait_for_line("ready")
+        handled_twice = where == "before the result" and agent_type == PLAIN
+        if where == "before the result" and agent_type == KEYED:
+            with pytest.raises(natsrt.TaskResultLost):  # its effect is in the state
+                await ticket.result(30)
+        else:
+            assert (await ticket.result(30)).count == 1
+        await eventually(lambda: _is_empty(submitter), timeout=30.0)
+        after = await submitter.submit_message(Work("b"), AgentId(agent_type, "k"))
+        result = await after.result(30)
+        assert result.text == ("a b" if handled_twice or agent_type == KEYED else "b")
+    assert file.read_text().split() == (["a", "a", "b"] if handled_twice else ["a", "b"])
 
 
 # -- what there is not -----------------------------------------------------------------------------------------------

@@ -1,8 +1,14 @@
-"""A worker whose agents handle tasks: ``task_worker.py URL NAMESPACE FILE``. It writes what it handles into FILE."""
+"""A worker whose agents handle tasks: ``task_worker.py URL NAMESPACE FILE [WHERE]``.
+
+It writes what it handles into FILE. With WHERE, the process is killed at that step of a task's end: ``before the
+result``, ``before the removal`` or ``before the acknowledgement``.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +16,8 @@ from typing import Any
 from autogen_core import MessageContext, RoutedAgent, rpc
 
 from natsrt import NatsAgentRuntime
+from natsrt.jetstream.pulling import Pull
+from natsrt.jetstream.task_store import TaskStore
 
 
 @dataclass
@@ -64,8 +72,24 @@ class Worker(RoutedAgent):
         return Done(message.name, len(self._names), " ".join(self._names))
 
 
-async def main(url: str, namespace: str, file: str) -> None:
+def die(*_: Any, **__: Any) -> None:
+    """Kill this process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(where: str) -> None:
+    """Have this process killed at a step of a task's end."""
+    if where == "before the result":
+        TaskStore.finish = die  # type: ignore[assignment,method-assign]
+    elif where == "before the removal":
+        TaskStore.remove_handled = die  # type: ignore[assignment,method-assign]
+    elif where == "before the acknowledgement":
+        Pull.ack = die  # type: ignore[assignment,method-assign]
+
+
+async def main(url: str, namespace: str, file: str, where: str = "") -> None:
     Worker.file = file
+    die_at(where)
     runtime = NatsAgentRuntime(
         url,
         namespace=namespace,
