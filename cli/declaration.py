@@ -17,15 +17,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from natsrt.durable_types import DurableTopics, is_prefix
 from natsrt.errors import ConfigurationError
+from natsrt.jetstream.recorder import record_tree
 from natsrt.options.values import Durable
 from natsrt.task_types import TASK_TOPICS
 from natsrt.wire.subjects import Subjects, inbox_problem
 
-Role = Literal["worker", "caller", "publisher", "client", "operator", "tool"]
+Role = Literal["worker", "caller", "publisher", "client", "operator", "tool", "recorder"]
 
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 RUNTIMES: Final = ("worker", "caller", "publisher", "operator", "tool")
-"""The roles that run natsrt. A client is any NATS client, which sends plain bodies."""
+"""The roles that run natsrt, with the registry. A client is any NATS client, which sends plain bodies; a recorder only
+listens."""
 EVERY: Final = "*"
 USERS_ACCOUNT: Final = "AGENTS"
 """The account of the users where the buckets have an account of their own."""
@@ -37,6 +39,7 @@ _MAY: Mapping[str, frozenset[str]] = {
     "client": frozenset({"calls", "publishes"}),
     "operator": frozenset(),
     "tool": frozenset({"calls", "publishes", "subscribes"}),
+    "recorder": frozenset({"records"}),
 }
 """The lists that the table of a user may have, by role."""
 _USUAL: Mapping[str, frozenset[str]] = {
@@ -44,9 +47,10 @@ _USUAL: Mapping[str, frozenset[str]] = {
     "worker": _MAY["worker"] - {"submits"},
     "caller": frozenset({"calls", "publishes"}),
     "client": frozenset(),
+    "recorder": frozenset(),
 }
 """The lists that a user has who was not declared. What such a client calls is not known: no client calls all."""
-_LISTS = ("hosts", "calls", "publishes", "controls", "subscribes", "submits")
+_LISTS = ("hosts", "calls", "publishes", "controls", "subscribes", "submits", "records")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NKEY = re.compile(r"U[A-Z2-7]{55}")
 
@@ -104,7 +108,8 @@ class User:
     ``hosts``, ``calls`` and ``controls`` are agent types: those that it hosts, those that it sends messages to, and
     those whose state it reads and writes on other workers; ``submits`` are those that it submits tasks to, whose
     results it reads, and whose tasks it cancels. ``publishes`` are topics; ``subscribes`` too, for tools that look at
-    them and for workers that add subscriptions later. ``nkey`` is its public key; empty: it has a password.
+    them and for workers that add subscriptions later. ``records`` are the streams in which a recorder stores what
+    passes. ``nkey`` is its public key; empty: it has a password.
     """
 
     name: str
@@ -115,6 +120,7 @@ class User:
     controls: tuple[str, ...] = ()
     subscribes: tuple[str, ...] = ()
     submits: tuple[str, ...] = ()
+    records: tuple[str, ...] = ()
     inbox_prefix: str = ""
     nkey: str = ""
 
@@ -159,6 +165,11 @@ class Declaration:
         """Whether a user submits tasks to an agent type; of ``"*"``, whether to any."""
         submitted = {name for user in self.users.values() for name in user.submits}
         return bool(submitted) if agent_type == EVERY else not submitted.isdisjoint({agent_type, EVERY})
+
+    @property
+    def record_streams(self) -> tuple[str, ...]:
+        """The streams of records."""
+        return tuple(dict.fromkeys(stream for user in self.users.values() for stream in user.records))
 
     def streams_of(self, topics: Iterable[str]) -> list[DurableTopics]:
         """The durable topics that are among these topics, or of which some are."""
@@ -282,6 +293,11 @@ def _user(where: str, name: str, table: Mapping[str, Any], subjects: Subjects) -
     lists = {key: _texts(where, table, key) for key in _LISTS}
     for key in ("publishes", "subscribes"):
         _check_topics(f"{where}.{key}", lists[key], subjects)
+    for stream in lists["records"]:
+        try:
+            record_tree(subjects, stream)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{where}.records", error.problem) from None
     for topic in lists["publishes"]:
         if not is_exact(topic):
             raise ConfigurationError(f"{where}.publishes", _inexact(topic))

@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.domains import Domain
+from natsrt.jetstream.recorder import record_tree
 from natsrt.jetstream.registry.entries import FEED, HEARTBEAT
 from natsrt.jetstream.registry.registry import BUCKET
 from natsrt.jetstream.streams import ATTEMPTS, BLOBS, DEAD, RESULTS, events_name
@@ -54,6 +55,7 @@ def grants(declaration: Declaration, user: User) -> list[Grant]:
         "client": made.client,
         "operator": made.operator,
         "tool": made.tool,
+        "recorder": made.recorder,
     }[user.role]()
     first: dict[tuple[Operation, str], Grant] = {}
     for grant in found:
@@ -227,6 +229,20 @@ class _Maker:
         yield from self._bucket(AGENTS_BUCKET, "keyed agents: where they are, and their states")
         yield from self._consumers(AGENTS_BUCKET, "keyed agents: all of them, listed")
         yield from self._looks_after_durable()
+        for stream in self._declaration.record_streams:
+            for request in ("STREAM.INFO", "DIRECT.GET"):
+                yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), "records: read and replayed")
+
+    def recorder(self) -> Iterator[Grant]:
+        for subject in ("agent.>", "topic.>", "natsrt.blob.>"):
+            yield Grant(SUBSCRIBE, f"{self._root}{subject}", "all that passes, to be recorded")
+        yield Grant(SUBSCRIBE, "_INBOX.>", "replies, where a user has no inboxes of its own")
+        for user in self._declaration.users.values():
+            yield Grant(SUBSCRIBE, f"{user.inbox}.>", "replies, to be recorded")
+        for stream in self._user.records:
+            yield Grant(PUBLISH, f"{record_tree(self._subjects, stream)}.>", "records, stored")
+            for request in ("STREAM.INFO", "STREAM.CREATE"):
+                yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), "the stream of records")
 
     def never(self) -> Iterator[Grant]:
         """What only some roles may do, and what gives a user more than it is meant to have."""
@@ -245,6 +261,8 @@ class _Maker:
         yield Grant(SUBSCRIBE, f"{self._root}natsrt.control.>", "it answers in place of agents")
         yield Grant(SUBSCRIBE, f"{self._root}agent.>", "it reads calls, and answers them in place of agents")
         yield Grant(PUBLISH, f"{self._subjects.registry_feed}.>", "it tells others of workers that are not there")
+        for stream in self._declaration.record_streams:
+            yield Grant(PUBLISH, f"{record_tree(self._subjects, stream)}.>", "it forges records")
         if self._declaration.takes_tasks(EVERY):
             yield Grant(PUBLISH, f"{self._subjects.tasks}.>", "it forges results of tasks")
             yield Grant(PUBLISH, f"{self._subjects.tasks_told}.>", "it tells of results that are not there")

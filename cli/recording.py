@@ -28,6 +28,7 @@ from nats.aio.msg import Msg
 from natsrt.errors import CannotDecode
 from natsrt.jetstream.registry.entries import DurableEntry, Rule, WorkerEntry
 from natsrt.jetstream.registry.view import View
+from natsrt.task_types import TASK_TOPICS, task_of, task_prefix
 from natsrt.transport.connection import Refusal
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
@@ -54,6 +55,7 @@ class _Seen:
     calls: dict[str, None] = field(default_factory=dict)
     publishes: dict[str, None] = field(default_factory=dict)
     controls: dict[str, None] = field(default_factory=dict)
+    submits: dict[str, None] = field(default_factory=dict)
 
     def add(self, other: _Seen) -> None:
         """Add what another one did."""
@@ -63,6 +65,7 @@ class _Seen:
             (self.calls, other.calls),
             (self.publishes, other.publishes),
             (self.controls, other.controls),
+            (self.submits, other.submits),
         ):
             mine.update(theirs)
 
@@ -77,7 +80,7 @@ class _Seen:
             return "worker"
         if not self.is_runtime:
             return "client"
-        return "caller" if self.calls or self.controls else "publisher"
+        return "caller" if self.calls or self.controls or self.submits else "publisher"
 
 
 class Recording:
@@ -102,7 +105,7 @@ class Recording:
 
     def registered(self, view: View) -> None:
         """Take in what the registry says. May be called again."""
-        self._durable = tuple(view.durable.values())
+        self._durable = tuple(entry for entry in view.durable.values() if entry.patterns != TASK_TOPICS.patterns)
         for agent_type, hosts in view.hosts.items():
             if agent_type_problem(agent_type, self._subjects):
                 continue
@@ -150,7 +153,12 @@ class Recording:
             TopicId(topic, EVERY)  # raises ValueError where it is no topic
             if problem := topic_problem(topic, self._subjects):
                 raise ValueError(problem)
-            self._sender(reply, body).publishes[topic] = None
+            seen, task = self._sender(reply, body), task_of(TopicId(topic, EVERY))
+            if task is None:
+                seen.publishes[topic] = None
+            else:
+                self._types.setdefault(task.agent.type, AgentType(task.agent.type))
+                seen.submits[task.agent.type] = None
 
     def _agent_type(self, subject: str, tree: str) -> str | None:
         """The agent type in a subject, None if it is in another tree. Raises ValueError if it cannot be one."""
@@ -240,7 +248,13 @@ class Recording:
             lines += ["", f"[users.{_text(name)}]", f"role = {_text(seen.role)}"]
             if seen.inbox_prefix not in (_SHARED, User(name, seen.role).inbox):
                 lines.append(f"inbox_prefix = {_text(seen.inbox_prefix)}")
-            lists = {"hosts": seen.hosts, "calls": seen.calls, "publishes": seen.publishes, "controls": seen.controls}
+            lists = {
+                "hosts": seen.hosts,
+                "calls": seen.calls,
+                "publishes": seen.publishes,
+                "controls": seen.controls,
+                "submits": seen.submits,
+            }
             for key, values in lists.items():
                 if may_have(seen.role, key):
                     lines += _list(key, values)
@@ -253,7 +267,8 @@ def _topics(agent_type: str, rules: Iterable[Rule]) -> Iterable[str]:
     """The topics of an agent type's subscriptions, as a declaration has them."""
     patterns = {"type": "{}", "prefix": "{}" + EVERY, "custom": EVERY}
     written = (patterns[rule.kind].format(rule.pattern) for rule in rules)
-    return [topic for topic in written if topic not in AgentType(agent_type).topics]
+    own = (*AgentType(agent_type).topics, f"{task_prefix(agent_type)}{EVERY}")
+    return [topic for topic in written if topic not in own]
 
 
 def _name(text: str) -> str:

@@ -14,13 +14,18 @@ from dataclasses import dataclass
 import pytest
 import pytest_asyncio
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
+from nats.aio.msg import Msg
 from natsrt_cli.declaration import parse
 from natsrt_cli.permissions import grants
+from natsrt_cli.recording import Recording
 
 import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import ConfigurationError, NatsrtError
+from natsrt.task_types import TaskId
+from natsrt.wire import envelope
+from natsrt.wire.subjects import Subjects
 from tests.support.permission_matrix import Matrix
 from tests.support.permission_scene import Scene
 from tests.support.processes import eventually
@@ -272,6 +277,20 @@ async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Embe
 
 def test_each_permission_has_a_use_that_needs_it() -> None:
     assert set(MATRIX.permissions) == set(MATRIX.needed_for)
+
+
+def test_a_recording_declares_who_submits_tasks() -> None:
+    recording = Recording(Subjects())
+    attributes = '"id":"r1-1","source":"/","messagetype":"Job"'
+    body = envelope.encode(envelope.EVENT, attributes, b"{}")
+    for name in ("jobs", "others"):
+        task = TaskId.of(AgentId(name, "k"), "m1").topic
+        subject = Subjects().topic(task.type, task.source)
+        recording.take(Msg(None, subject, "_INBOX_web.x.1", body))  # type: ignore[arg-type]
+    declared = parse(recording.toml(""), "recorded")
+    [user] = declared.users.values()
+    assert (user.role, user.submits, user.publishes) == ("caller", ("jobs", "others"), ())
+    assert set(declared.types) == {"jobs", "others"}
 
 
 def test_tasks_need_streams_in_the_account_of_the_users() -> None:

@@ -1,0 +1,161 @@
+"""Each permission that natsrt generates for recorders, and for those who read records, is necessary and sufficient.
+
+See `tests.support.permission_matrix`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
+from natsrt_cli.declaration import parse
+from natsrt_cli.permissions import forbidden, grants
+
+import natsrt
+from natsrt.embedded import EmbeddedServer
+from natsrt.errors import ConfigurationError
+from tests.support.permission_matrix import Matrix
+from tests.support.permission_scene import Scene
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each permission is a case with a recorder of its own
+
+DECLARATION = parse(
+    """
+    [types.shop]
+    [users.mill]
+    role = "worker"
+    hosts = ["shop"]
+    [users.web]
+    role = "caller"
+    calls = ["shop"]
+    [users.ear]
+    role = "recorder"
+    records = ["audit"]
+    [users.ops]
+    role = "operator"
+    """,
+    "recorders",
+)
+MATRIX = Matrix(
+    DECLARATION,
+    [
+        (name, grant)
+        for name in ("ear", "ops")
+        for grant in grants(DECLARATION, DECLARATION.users[name])
+        if name == "ear" or grant.why.startswith("records")
+    ],
+    "r",
+)
+needs = MATRIX.needs
+API = "publish to $JS.API"
+
+
+class Shop(RoutedAgent):
+    def __init__(self) -> None:
+        super().__init__("sells")
+
+    @rpc
+    async def on_text(self, message: str, ctx: MessageContext) -> str:
+        return message.upper()
+
+
+async def recorded(scene: Scene) -> Counter[str]:
+    """Record a call, and an event, and count what was recorded."""
+    worker = scene.unstarted("mill")
+    await natsrt.register(worker, Shop, "shop", Shop)
+    await scene._stack.enter_async_context(worker)
+    web = await scene.runtime("web")
+    recording = asyncio.create_task(scene.command("ear", "record", "--to", "audit", "--for", "4"))
+    calls = 0
+    while not recording.done():
+        calls += 1
+        assert await web.send_message("a", AgentId("shop", "k")) == "A"
+        await asyncio.sleep(0.2)
+    await recording
+    reader = await scene.runtime("plain")
+    found = Counter([entry.kind async for entry in reader.recorded("audit")])
+    assert found["call"] and found["reply"], found
+    return found
+
+
+@needs(
+    "ear",
+    "subscribe to agent.>",
+    "subscribe to topic.>",
+    "subscribe to natsrt.blob.>",
+    "publish to natsrt.record.audit.>",
+    *(f"{API}.STREAM.{what}.audit" for what in ("INFO", "CREATE")),
+    *(f"subscribe to {inbox}.>" for inbox in ("_INBOX", "_INBOX_ear", "_INBOX_web")),
+)
+async def records_calls_and_replies(scene: Scene) -> None:
+    await recorded(scene)
+
+
+@needs("ear", "subscribe to _INBOX_mill.>", "subscribe to _INBOX_ops.>")
+async def hears_the_inboxes_of_all_users(scene: Scene) -> None:
+    await recorded(scene)
+    assert scene.violations == []
+
+
+@needs("ops", f"{API}.STREAM.INFO.audit", f"{API}.DIRECT.GET.audit")
+async def reads_records(scene: Scene) -> None:
+    plain = await scene.client("plain")
+    namespace = scene.case.declaration.namespace
+    await plain.jetstream().add_stream(name="audit", subjects=[f"{namespace}.natsrt.record.audit.>"], allow_direct=True)
+    ops = await scene.runtime("ops")
+    assert [entry async for entry in ops.recorded("audit")] == []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
+    """A server with the users of all cases."""
+    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("recorders"))) as server:
+        yield server
+
+
+def test_each_permission_has_a_use_that_needs_it() -> None:
+    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
+
+
+def test_a_recorder_publishes_nothing_but_records() -> None:
+    user = DECLARATION.users["ear"]
+    own = {grant.subject for grant in grants(DECLARATION, user) if grant.operation == "publish"}
+    assert own == {"natsrt.record.audit.>", "$JS.API.STREAM.INFO.audit", "$JS.API.STREAM.CREATE.audit"}
+    assert any(grant.subject == "natsrt.control.>" for grant in forbidden(DECLARATION, user))
+
+
+@pytest.mark.parametrize("name", ["natsrt_events", "KV_x", "a.b"])
+def test_a_stream_that_cannot_have_records_is_refused(name: str) -> None:
+    text = f"""
+        [users.ear]
+        role = "recorder"
+        records = ["{name}"]
+        """
+    with pytest.raises(ConfigurationError, match="users.ear.records"):
+        parse(text, "recorders")
+
+
+@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
+async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
+    await MATRIX.fails_without(matrix, user, permission)
+
+
+@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
+async def test_with_its_permissions_each_use_succeeds(
+    matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    await MATRIX.succeeds(matrix, user, number, caplog, before=purge)
+
+
+async def purge(scene: Scene) -> None:
+    """Remove what the use before has left."""
+    plain = await scene.client("plain")
+    js, namespace = plain.jetstream(), scene.case.declaration.namespace
+    for info in await js.streams_info():
+        name = info.config.name or ""
+        if name == "audit" or namespace in name.removeprefix("KV_").split("_"):
+            await js.delete_stream(name)
