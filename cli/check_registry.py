@@ -17,9 +17,9 @@ from natsrt.jetstream.registry.store import registry_bucket
 from natsrt.jetstream.registry.view import View
 
 from .asking import gather_answers, other_workers
-from .check_blobs import check_blobs
 from .check_durable import check_durable
 from .check_jetstream import ENABLE_JETSTREAM, WITHOUT_JETSTREAM, check_bucket, check_room
+from .check_streams import check_blobs, check_records, check_results
 from .exits import CommandFailed
 from .owner_finder import Survey
 from .patient import LIST_AT_MOST, OPERATOR, Level, Patient, allowing
@@ -72,6 +72,8 @@ async def check_registry(patient: Patient) -> None:
             await _check_keyed_agents(patient, registry.view)
             await check_blobs(patient)
             await check_durable(patient, registry.view)
+            await check_results(patient, registry.view)
+            await check_records(patient)
     except NatsrtError as error:
         _found_registry_problem(patient, str(error))
 

@@ -229,6 +229,8 @@ class _Maker:
         yield from self._bucket(AGENTS_BUCKET, "keyed agents: where they are, and their states")
         yield from self._consumers(AGENTS_BUCKET, "keyed agents: all of them, listed")
         yield from self._looks_after_durable()
+        if self._declaration.record_streams:
+            yield Grant(PUBLISH, self._domain.api("STREAM.NAMES"), "records: their streams, found")
         for stream in self._declaration.record_streams:
             for request in ("STREAM.INFO", "DIRECT.GET"):
                 yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), "records: read and replayed")
@@ -489,6 +491,8 @@ class _Maker:
         if self._declaration.takes_tasks(EVERY):
             yield from self._knows_tasks(EVERY)
             yield from self._submits(EVERY)
+            results = self._domain.api(f"STREAM.INFO.{self._subjects.bucket(RESULTS)}")
+            yield Grant(PUBLISH, results, "tasks: results, looked at")
         if self._declaration.streams:
             dead = self._subjects.bucket(DEAD)
             for request in ("STREAM.INFO", "DIRECT.GET", "STREAM.MSG.DELETE"):

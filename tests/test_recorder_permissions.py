@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
+from natsrt_cli.check_streams import judge_record
 from natsrt_cli.declaration import parse
 from natsrt_cli.permissions import forbidden, grants
 
@@ -108,6 +110,34 @@ async def reads_records(scene: Scene) -> None:
     await plain.jetstream().add_stream(name="audit", subjects=[f"{namespace}.natsrt.record.audit.>"], allow_direct=True)
     ops = await scene.runtime("ops")
     assert [entry async for entry in ops.recorded("audit")] == []
+
+
+@needs("ops", f"{API}.STREAM.NAMES")
+async def finds_streams_of_records(scene: Scene) -> None:
+    await reads_records(scene)
+    said = (await scene.command("ops", "doctor", "--json", code=None)).json
+    [found] = [one for one in said if one["check"] == "records"]
+    assert (found["level"], found["text"]) == ("ok", "the stream audit has 0 records in 0 bytes")
+
+
+@pytest.mark.parametrize(
+    ("config", "bytes_used", "level", "says"),
+    [
+        ({"max_bytes": -1, "max_msgs": -1}, 10**12, "ok", "the last one of 2030-01-31T09:00:00Z"),
+        ({"max_bytes": 1000, "max_msgs": -1}, 949, "ok", "949 bytes"),
+        (
+            {"max_bytes": 1000, "discard": "old"},
+            950,
+            "warning",
+            "max_bytes is 1,000, so the oldest records are dropped",
+        ),
+        ({"max_msgs": 5, "discard": "new"}, 10, "warning", "max_msgs is 5, so no more records are stored"),
+    ],
+)
+def test_doctor_judges_a_stream_of_records(config: dict[str, Any], bytes_used: int, level: str, says: str) -> None:
+    state = {"messages": 5, "bytes": bytes_used, "last_ts": "2030-01-31T09:00:00.123456789Z"}
+    found, text, advice = judge_record("audit", config, state)
+    assert (found, says in text, bool(advice)) == (level, True, level == "warning"), text
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

@@ -265,6 +265,14 @@ async def looks_after_tasks(scene: Scene) -> None:
     assert hears_what_is_told(ops)
 
 
+@needs("ops", f"{API}.STREAM.INFO.{RESULTS}")
+async def examines_tasks(scene: Scene) -> None:
+    await worker(scene)
+    said = (await scene.command("ops", "doctor", "--json", code=None)).json
+    [found] = [one for one in said if one["check"] == "tasks"]
+    assert found["level"] == "ok" and "results" in found["text"]
+
+
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
