@@ -34,7 +34,9 @@ _MODULES: Mapping[str, str] = {
     "send": "messages",
     "server": "server",
     "state": "state",
+    "submit": "submit",
     "tail": "tail",
+    "tasks": "tasks",
     "topics": "topics",
     "worker": "worker",
 }

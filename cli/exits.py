@@ -24,6 +24,7 @@ from natsrt.errors import (
     StreamUnavailable,
     SubscriptionNotServed,
     SubscriptionRefused,
+    TaskUnknown,
     TlsFailed,
     UnknownAgent,
     UnknownAgentType,
@@ -53,8 +54,8 @@ MEANINGS = {
     Exit.FAILED: "a failure that has no exit code of its own",
     Exit.USAGE: "a wrong option, setting, module or name",
     Exit.NOT_CONNECTED: "no server, access denied, or no JetStream or registry",
-    Exit.UNKNOWN_AGENT: "the agent is unknown, or no live worker hosts it",
-    Exit.TIMEOUT: "no answer, or no worker to wait for, in time",
+    Exit.UNKNOWN_AGENT: "the agent, or what else was named, is unknown, or no live worker hosts the agent",
+    Exit.TIMEOUT: "no answer, no result, or no worker to wait for, in time",
     Exit.REMOTE_ERROR: "the agent answered with an error",
     Exit.PROBLEMS: "problems were found",
     Exit.CUT_SHORT: "a worker stopped before all its handlers had finished",
@@ -85,7 +86,7 @@ _CODES: tuple[tuple[tuple[type[NatsrtError], ...], Exit], ...] = (
         ),
         Exit.NOT_CONNECTED,
     ),
-    ((UnknownAgentType, UnknownAgent, NoLiveWorker), Exit.UNKNOWN_AGENT),
+    ((UnknownAgentType, UnknownAgent, NoLiveWorker, TaskUnknown), Exit.UNKNOWN_AGENT),
     ((AgentNotServed, CallTimeout, SubscriptionNotServed), Exit.TIMEOUT),
 )
 

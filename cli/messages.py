@@ -25,14 +25,14 @@ from .naming import DEFAULT, agent_id, topic_id
 from .output import line, note
 from .times import seconds, time
 
-_type_name = click.option(
+type_name_option = click.option(
     "--type-name",
     metavar="T",
     help="Type of the message. [default: the type of the agent's messages that the body fits]",
 )
 
 
-def _body(given: str | None) -> bytes:
+def given_body(given: str | None) -> bytes:
     """The body: the argument, or standard input if the argument is ``-`` or missing."""
     if given is not None and given != "-":
         return given.encode("utf-8", "surrogateescape")
@@ -57,13 +57,20 @@ def _require_type(type_name: str | None, body: bytes) -> str:
     return type_name
 
 
+def with_option(failure: BaseException) -> BaseException:
+    """What an agent has answered, with the option in place of the header that names the type of a message."""
+    if NAME_THE_TYPE not in str(failure):
+        return failure
+    return CommandFailed(answered(failure).replace(NAME_THE_TYPE, "name the type with --type-name"), Exit.REMOTE_ERROR)
+
+
 # -- send --------------------------------------------------------------------------------------------------------
 
 
 @click.command()
 @click.argument("agent", metavar="TYPE[/KEY]")
 @click.argument("body", required=False)
-@_type_name
+@type_name_option
 @connects()
 def send(connecting: Connecting, agent: str, body: str | None, type_name: str | None) -> None:
     """Call an agent and print its reply.
@@ -75,7 +82,7 @@ def send(connecting: Connecting, agent: str, body: str | None, type_name: str | 
     \b
     natsrt send upper/demo '{"text": "hi"}'
     """
-    asyncio.run(_send(connecting, agent_id(agent, default_key=DEFAULT), _body(body), type_name))
+    asyncio.run(_send(connecting, agent_id(agent, default_key=DEFAULT), given_body(body), type_name))
 
 
 async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: str | None) -> None:
@@ -95,11 +102,7 @@ async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: 
                 raise
             raise CallTimeout(str(agent), limit, "--timeout") from None
     if SERVICE_ERROR in (reply.headers or {}):
-        failure = ErrorTypes().rebuild(reply.data, agent=str(agent), worker_id=None)
-        if NAME_THE_TYPE in str(failure):
-            text = answered(failure).replace(NAME_THE_TYPE, "name the type with --type-name")
-            raise CommandFailed(text, Exit.REMOTE_ERROR)
-        raise failure
+        raise with_option(ErrorTypes().rebuild(reply.data, agent=str(agent), worker_id=None))
     line(reply.data.decode("utf-8", "backslashreplace"))
 
 
@@ -109,7 +112,7 @@ async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: 
 @click.command()
 @click.argument("topic", metavar="TOPIC_TYPE[/SOURCE]")
 @click.argument("body", required=False)
-@_type_name
+@type_name_option
 @click.option("--delay", metavar="DURATION", help="Publish it after this time, on a durable topic: 90s, 24h.")
 @click.option("--at", metavar="TIME", help="Publish it at this time, on a durable topic: 2030-01-31T09:00:00Z.")
 @connects()
@@ -131,7 +134,7 @@ def publish(
         raise click.UsageError("give --delay or --at, not both")
     due = due_time(None if delay is None else seconds("--delay", delay), None if at is None else time("--at", at))
     publishing = _publish if due is None else partial(_publish_later, due)
-    asyncio.run(publishing(connecting, topic_id(topic), _body(body), type_name))
+    asyncio.run(publishing(connecting, topic_id(topic), given_body(body), type_name))
 
 
 async def _publish_later(

@@ -414,8 +414,12 @@ class _Maker:
 
     def _consumers(self, name: str, why: str) -> Iterator[Grant]:
         """What reads a bucket as a whole."""
+        return self._reads_all(self._stream(name), why)
+
+    def _reads_all(self, stream: str, why: str) -> Iterator[Grant]:
+        """Consumers that read a stream once."""
         for request in ("CONSUMER.CREATE", "CONSUMER.INFO", "CONSUMER.MSG.NEXT", "CONSUMER.DELETE"):
-            yield Grant(PUBLISH, self._domain.api(f"{request}.{self._stream(name)}.>"), why)
+            yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}.>"), why)
 
     # -- durable topics ----------------------------------------------------------------------------------------------
 
@@ -491,8 +495,14 @@ class _Maker:
         if self._declaration.takes_tasks(EVERY):
             yield from self._knows_tasks(EVERY)
             yield from self._submits(EVERY)
-            results = self._domain.api(f"STREAM.INFO.{self._subjects.bucket(RESULTS)}")
-            yield Grant(PUBLISH, results, "tasks: results, looked at")
+            results = self._subjects.bucket(RESULTS)
+            for stream in (self._tasks_stream, results):
+                yield from self._reads_all(stream, "tasks: all of them, listed")
+            yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{results}"), "tasks: all of them, listed")
+            yield Grant(
+                PUBLISH, self._domain.api(f"STREAM.PURGE.{results}"), "tasks: tried again after they have failed"
+            )
+            yield Grant(PUBLISH, self._domain.api(f"STREAM.INFO.{results}"), "tasks: results, looked at")
         if self._declaration.streams:
             dead = self._subjects.bucket(DEAD)
             for request in ("STREAM.INFO", "DIRECT.GET", "STREAM.MSG.DELETE"):

@@ -8,7 +8,6 @@ A call passes from ``send_message`` through `natsrt.sending.sender`, `natsrt.tra
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar, Unpack, cast, overload
@@ -47,7 +46,7 @@ from natsrt.options.arguments import MoreSettings
 from natsrt.reminder_types import Reminder, reminder_topic
 from natsrt.sending.limits import Limit
 from natsrt.sending.tickets import Ticket
-from natsrt.task_types import TaskId
+from natsrt.task_types import TaskId, TaskStatus, checked_result_ttl
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.schedules import due_time, of_reminder
 from natsrt.wire.serialization import Serialization
@@ -626,9 +625,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         due = None if delay is None and at is None else due_time(delay, at)
         if retries is not None and (isinstance(retries, bool) or not isinstance(retries, int) or retries < 0):
             raise ValueError(f"retries must be a whole number of at least 0, not {retries!r:.60}")
-        ttl = self._options.result_ttl if result_ttl is None else result_ttl
-        if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 1 <= ttl < math.inf:
-            raise ValueError(f"result_ttl must be a number of seconds of at least 1, not {result_ttl!r:.60}")
+        ttl = checked_result_ttl(self._options.result_ttl if result_ttl is None else result_ttl)
         if message_id is not None:
             TaskId.of(recipient, message_id)
         session = self._running()
@@ -654,6 +651,22 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             RuntimeError: The runtime is not started.
         """
         return self._running().sender.tickets.ticket(TaskId.parse(id))
+
+    def tasks(self, agent_type: str | AgentType | None = None) -> AsyncIterator[TaskStatus]:
+        """Return what is known of each task that is stored, or whose result is: the one that changed last comes last.
+
+        Tasks that go on meanwhile are listed once. A task is in the list until its result has expired.
+
+        Args:
+            agent_type: Only the tasks of this agent type. None: of all types.
+
+        Raises:
+            StreamUnavailable: JetStream does not answer, or refuses the request.
+            PermissionDenied: This user may not read the tasks or their results.
+            RuntimeError: The runtime is not started.
+        """
+        name = agent_type.type if isinstance(agent_type, AgentType) else agent_type
+        return self._running().sender.tickets.statuses(name)
 
     async def take_tasks(self, type: str | AgentType) -> None:
         """Have the workers of an agent type take tasks, now and later. `submit_message` does so itself.

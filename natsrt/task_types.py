@@ -8,6 +8,7 @@ as a call, and what its handler returns or raises is its result.
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -95,6 +96,14 @@ class TaskStatus:
 def task_prefix(agent_type: str) -> str:
     """The start of the topic types of all tasks of an agent type."""
     return f"{_TOPICS}{agent_type}:"
+
+
+def checked_result_ttl(result_ttl: float) -> float:
+    """The seconds for which the result of a task is to be kept. Raises ValueError if it is not a number of at least 1,
+    which is the least time to live of a message."""
+    if isinstance(result_ttl, bool) or not isinstance(result_ttl, int | float) or not 1 <= result_ttl < math.inf:
+        raise ValueError(f"result_ttl must be a number of seconds of at least 1, not {result_ttl!r:.60}")
+    return result_ttl
 
 
 def is_task(topic_type: str) -> bool:

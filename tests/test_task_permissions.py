@@ -82,6 +82,8 @@ class Works(RoutedAgent):
 
     @rpc
     async def on_job(self, message: Job, ctx: MessageContext) -> str:
+        if message.name == "fail":
+            raise ValueError(message.name)
         if message.name == "wait":
             while not ctx.cancellation_token.is_cancelled():
                 natsrt.progress(0.5, "waiting")
@@ -271,6 +273,41 @@ async def examines_tasks(scene: Scene) -> None:
     said = (await scene.command("ops", "doctor", "--json", code=None)).json
     [found] = [one for one in said if one["check"] == "tasks"]
     assert found["level"] == "ok" and "results" in found["text"]
+
+
+@needs(
+    "ops",
+    *(f"{API}.CONSUMER.{what}.{stream}.>" for what in ("CREATE", "INFO", "MSG.NEXT") for stream in (TASKS, RESULTS)),
+    f"{API}.DIRECT.GET.{RESULTS}",
+    f"{API}.STREAM.PURGE.{RESULTS}",
+)
+async def lists_tasks_and_tries_them_again(scene: Scene) -> None:
+    await worker(scene)
+    plain = await scene.runtime("plain")
+    failed = await plain.submit_message(Job("fail"), AGENT, retries=0)
+    with pytest.raises(ValueError, match="fail"):
+        await failed.result(WAITS)
+    later = await plain.submit_message(Job("a"), AGENT, delay=3600)
+    listed = (await scene.command("ops", "tasks", "ls", "--json")).json
+    assert [row["id"] for row in listed] == [failed.id, later.id]
+    await scene.command("ops", "tasks", "retry", failed.id)
+
+
+@needs("ops", *(f"{API}.CONSUMER.DELETE.{stream}.>" for stream in (TASKS, RESULTS)))
+async def leaves_no_consumers_when_it_has_listed_tasks(scene: Scene) -> None:
+    plain = await scene.runtime("plain")
+    ticket = await plain.submit_message(Job("a"), AGENT)
+    cancelled = await plain.submit_message(Job("a"), AGENT)
+    await cancelled.cancel()
+    listed = (await scene.command("ops", "tasks", "ls", "--json")).json
+    assert [row["id"] for row in listed] == [ticket.id, cancelled.id]
+    for stream in (TASKS, RESULTS):
+        await eventually(lambda stream=stream: _has_no_consumers(plain, stream))  # type: ignore[misc]
+
+
+async def _has_no_consumers(runtime: NatsAgentRuntime, stream: str) -> bool:
+    js, subjects = runtime.running.connection.jetstream, runtime.running.network.subjects
+    return (await js.stream_info(subjects.bucket(stream))).state.consumer_count == 0
 
 
 # -- the tests ---------------------------------------------------------------------------------------------------------

@@ -384,6 +384,7 @@ class Feeder:
             except NatsrtError as error:
                 logger.error("the failure of %s cannot be stored, and it is tried again: %s", task, error)
                 return GiveBack(self._retries.retry_delay_max)
+            await self._tasks_of.tell_end(task)
         elif isinstance(decided, Acknowledge):
             if not await self._tasks_of.remove({message.message.subject}, message.body):
                 return GiveBack(self._retries.retry_delay_max)

@@ -209,9 +209,9 @@ class Reader:
     def delivery(self, body: Envelope, topic: TopicId | None, handled: NamedClasses) -> Delivery:
         """Return the handler's arguments for a message in an envelope.
 
-        ``topic`` is None for a call. ``handled`` are the message types that the agent handles.
-        A message of a type that is unknown here becomes an ``UnknownPayload``. Its class may be known although it has
-        no serializer here.
+        ``topic`` is None for a call. ``handled`` are the message types that the agent handles. A message whose type is
+        empty in the envelope gets the one that it fits, as a plain body does. A message of a type that is unknown here
+        becomes an ``UnknownPayload``. Its class may be known although it has no serializer here.
         """
         attributes = body.attributes
         try:
@@ -219,13 +219,17 @@ class Reader:
         except KeyError as missing:
             raise CannotDecode("an envelope", f"the attribute {missing} is missing") from None
         try:
-            message, registered = self._decoded(
-                type_name,
-                attributes.get("datacontenttype", envelope.JSON_CONTENT),
-                body.payload,
-                attributes.get("messageclass"),
-                handled,
-            )
+            if not type_name:
+                message, registered = self._inferred(body.payload, handled)
+                type_name = type_name_of(type(message))
+            else:
+                message, registered = self._decoded(
+                    type_name,
+                    attributes.get("datacontenttype", envelope.JSON_CONTENT),
+                    body.payload,
+                    attributes.get("messageclass"),
+                    handled,
+                )
         except CannotDecode:
             general = body.general()
             if general is None:
@@ -257,16 +261,8 @@ class Reader:
             await self._catalog.wait_for_serializer(hosted, type_name)
             content_type = self._serialization.content_type_of(type_name)
             message, registered = self._decoded(type_name, content_type, payload, None, handled)
-        elif self._infer_types:
-            message = self._serialization.infer(payload, list(handled))
-            registered = self._is_known(type(message), handled)
         else:
-            raise CannotDecode(
-                "a plain body",
-                f"type inference is off: set the header {TYPE_HEADER} to the message type, "
-                f"one of {', '.join(hosted.handles.names) or 'none'}",
-                payload,
-            )
+            message, registered = self._inferred(payload, handled)
         context = MessageContext(
             sender=None,
             topic_id=topic,
@@ -284,6 +280,18 @@ class Reader:
                     raise EventDropped from None
         attributes = {"id": context.message_id}
         return Delivery(message, context, payload, type_name or type(message).__name__, attributes, registered)
+
+    def _inferred(self, payload: bytes, handled: NamedClasses) -> tuple[Any, bool]:
+        """Return a message whose type is not said, and whether there is a serializer for it. Raises `CannotDecode`."""
+        if not self._infer_types:
+            raise CannotDecode(
+                "a plain body",
+                f"type inference is off: set the header {TYPE_HEADER} to the message type, "
+                f"one of {', '.join(handled.names) or 'none'}",
+                payload,
+            )
+        message = self._serialization.infer(payload, list(handled))
+        return message, self._is_known(type(message), handled)
 
     def _decoded(
         self, type_name: str, content_type: str, payload: bytes, class_name: str | None, handled: NamedClasses

@@ -175,17 +175,19 @@ class ConfirmedTasks(ConfirmedSettlement):
         await super().handled(inbound, None)
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
-        self._break_off(inbound)
+        await self._break_off(inbound)
         await super().failed(inbound, error, source)
 
     async def refused(self, inbound: Inbound, error: Exception) -> None:
-        self._break_off(inbound)
+        await self._break_off(inbound)
         await super().refused(inbound, error)
 
-    def _break_off(self, inbound: Inbound) -> None:
+    async def _break_off(self, inbound: Inbound) -> None:
+        """Tell no more. The feeder says what follows, when it gets the answer."""
         known = self._telling.pop(inbound, None)
         if known is not None:
             known[1].break_off()
+            await known[1].all_told()
 
 
 async def _refuse_ended(tasks: Tasks, task: TaskId, inbound: Inbound, attempt: int) -> None:

@@ -100,6 +100,10 @@ class Tasks:
         store = self._parts.store
         await store.finish(task, "failed", answer.body, answer.headers, ttl=self.ttl(body), attempt=attempt)
 
+    async def tell_end(self, task: TaskId) -> None:
+        """Say that a task has ended which another worker handled. Does not fail."""
+        await self._parts.store.tell_end(task)
+
     async def cancelled(self, task: TaskId, body: Envelope | None) -> None:
         """Store that a task was cancelled, if it has no result. Raises as `TaskStore.finish`."""
         await self._parts.store.finish(task, "cancelled", ttl=self.ttl(body))
@@ -142,6 +146,8 @@ class Telling:
         self._text: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._told_at = -math.inf
+        self._telling: asyncio.Task[None] | None = None
+        """The last report, while it is under way or after that."""
         self._ended = False
 
     def begin(self) -> None:
@@ -167,7 +173,7 @@ class Telling:
 
     def _spawn(self, *, fraction: float | None = None, text: str | None = None) -> None:
         store = self._parts.store
-        self._parts.background.spawn(
+        self._telling = self._parts.background.spawn(
             store.tell(self._task, "running", attempt=self.attempt, fraction=fraction, text=text)
         )
 
@@ -177,16 +183,23 @@ class Telling:
             self._timer.cancel()
             self._timer = None
 
+    async def all_told(self) -> None:
+        """Wait until the last report is published, so that what is told now comes after it."""
+        if self._telling is not None:
+            await asyncio.wait({self._telling})
+
     async def end(self) -> None:
         """The task has ended."""
         was_told = self._told_at > -math.inf
         self._stop()
+        await self.all_told()
         if was_told or self.attempt > 1:
             await self._parts.store.tell_end(self._task)
 
     async def wait(self, due: float) -> None:
         """The attempt has failed, and the next one is ``due`` then, in seconds since the epoch."""
         self._stop()
+        await self.all_told()
         await self._parts.store.tell(self._task, "waiting", attempt=self.attempt, due=due)
 
     def break_off(self) -> None:

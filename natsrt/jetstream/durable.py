@@ -142,10 +142,10 @@ class DurableStreams:
         needed = self._domain.api(f"STREAM.PURGE.{stream}")
         return await self._requests_to(stream).run(OPEN, request, subject=needed, within=_ONE_REQUEST)
 
-    async def scheduled(self, stream: str, subject: str) -> list[Msg]:
-        """The messages that a stream publishes later, on the subjects that match ``subject``, without their data.
+    async def headers(self, stream: str, subject: str) -> list[Msg]:
+        """The last message on each subject of a stream that matches ``subject``, in their order, without its data.
 
-        Raises as `purge`.
+        Empty if there is no such stream. Raises as `purge`.
         """
 
         async def request() -> list[Msg]:

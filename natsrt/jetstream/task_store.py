@@ -11,27 +11,32 @@ Both are in one stream, which keeps the last message on each subject, each with 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import math
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
 from autogen_core import TopicId
+from nats.aio.msg import Msg
 
 from natsrt.errors import CannotDecode, NatsrtError
 from natsrt.jetstream.acks import WrongRevision
 from natsrt.jetstream.blobs import Blobs
+from natsrt.jetstream.dead_letter_box import event_topic
 from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.stored_once import WritesOnce
 from natsrt.jetstream.stream_reader import StoredMessage, StreamReader
-from natsrt.jetstream.streams import RESULTS, events_name
+from natsrt.jetstream.streams import RESULTS, events_name, topic_filter
 from natsrt.options import Options
-from natsrt.task_types import ENDS, TASK_TOPICS, TaskId, TaskState, TaskStatus, task_of
+from natsrt.task_types import ENDS, TASK_TOPICS, TaskId, TaskState, TaskStatus, task_of, task_prefix
 from natsrt.transport.connection import Connection
 from natsrt.wire.envelope import reference_of
-from natsrt.wire.subjects import Subjects, encode_text
+from natsrt.wire.schedules import TARGET
+from natsrt.wire.subjects import Subjects, decode_token, encode_text
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
 
@@ -61,6 +66,12 @@ class TaskResult:
     headers: dict[str, str]
     sequence: int
     stored_at: float
+
+    @property
+    def ttl(self) -> int | None:
+        """For how many seconds it is kept; None if it does not say so."""
+        ttl = self.headers.get(_TTL, "")
+        return int(ttl) if ttl.isdecimal() else None
 
 
 class TaskStore:
@@ -140,9 +151,9 @@ class TaskStore:
             raise CannotDecode("the result of a task", f"its {STATE_HEADER} is {state!r}", message.data)
         return TaskResult(state, message.data, dict(message.headers), message.sequence, message.stored_at)
 
-    async def drop_result(self, task: TaskId) -> bool:
-        """Delete the result of a task. Returns False if it has none. Raises as `DurableStreams.purge`."""
-        return await self._streams.purge(self.stream, self._subject("result", task)) > 0
+    async def drop_result(self, task: TaskId) -> None:
+        """Delete the result of a task, and what is left of its progress. Raises as `DurableStreams.purge`."""
+        await self._streams.purge(self.stream, self._subject("*", task))
 
     def told(self, task: TaskId) -> tuple[str, str]:
         """The subjects on which the server tells the result and the progress of a task."""
@@ -218,6 +229,46 @@ class TaskStore:
             since=_time(result.stored_at),
         )
 
+    async def statuses(self, agent_type: str | None = None) -> AsyncGenerator[TaskStatus, None]:
+        """What is known of each task of an agent type; None: of all types. The one that changed last comes last.
+
+        Of the tasks and their results, only headers are read. Raises as `DurableStreams.headers` too.
+        """
+        # A task goes on from its schedule to its stream, and from there to its result. So they are read in that order,
+        # and the last one that is found counts.
+        found: dict[TaskId, TaskStatus] = {}
+        topics = topic_filter(
+            self._subjects, TASK_TOPICS.patterns[0] if agent_type is None else task_prefix(agent_type)
+        )
+        for message in await self._streams.headers(self.tasks, self._subjects.all_delayed(self.tasks, topics)):
+            headers = message.headers or {}
+            if (task := await self._task_in(message, headers.get(TARGET, ""))) is not None:
+                stored = message.metadata.timestamp
+                found[task] = TaskStatus(id=str(task), state="scheduled", since=stored, due=due_of(headers))
+        for message in await self._streams.headers(self.tasks, topics):
+            if (task := await self._task_in(message, message.subject)) is not None:
+                found[task] = TaskStatus(id=str(task), state="queued", since=message.metadata.timestamp)
+        async for told in self._reader.read(self.stream, self._subjects.all_tasks("progress", agent_type)):
+            task = _task_named(told.headers)
+            if task in found and found[task].state == "queued":
+                found[task] = progress_of(task, told.data, told.stored_at) or found[task]
+        for message in await self._streams.headers(self.stream, self._subjects.all_tasks("result", agent_type)):
+            if (task := _task_named(message.headers or {})) is not None:
+                with contextlib.suppress(CannotDecode):  # any NATS client can write one
+                    found[task] = self.status_of_result(task, self.read(_stored(message)))
+        for status in sorted(found.values(), key=_changed):
+            yield status
+
+    async def _task_in(self, message: Msg, subject: str) -> TaskId | None:
+        """The task that a message of the stream of tasks is for, which is or will be published on ``subject``.
+
+        If the subject has a hash of a name, the message is read.
+        """
+        if (task := self.task_on(subject)) is not None:
+            return task
+        whole = await self._reader.message(self.tasks, message.metadata.sequence.stream)
+        return None if whole is None else task_of(event_topic(self._subjects, subject, whole.data))
+
     # -- the task itself -----------------------------------------------------------------------------------------
 
     async def cancel(self, task: TaskId, ttl: float) -> bool:
@@ -276,6 +327,30 @@ def result_headers(task: TaskId, state: TaskState, ttl: float, worker_id: str, a
         WORKER_HEADER: worker_id,
     }
     return headers if attempt is None else headers | {ATTEMPT_HEADER: str(attempt)}
+
+
+def _task_named(headers: Mapping[str, str]) -> TaskId | None:
+    """The task whose result or progress has these headers; None if they do not say so."""
+    try:
+        return TaskId.parse(decode_token(headers.get(TASK_HEADER, "")))
+    except ValueError:
+        return None
+
+
+def _stored(message: Msg) -> StoredMessage:
+    metadata = message.metadata
+    return StoredMessage(
+        stream=metadata.stream,
+        sequence=metadata.sequence.stream,
+        stored_at=metadata.timestamp.timestamp(),
+        subject=message.subject,
+        headers=message.headers or {},
+        data=b"",
+    )
+
+
+def _changed(status: TaskStatus) -> float:
+    return 0.0 if status.since is None else status.since.timestamp()
 
 
 def progress_of(task: TaskId, data: bytes, told_at: float | None) -> TaskStatus | None:

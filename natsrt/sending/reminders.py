@@ -89,7 +89,7 @@ class Reminders:
             return []
         type_token, key_token = ("*" if value is None else encode_token(value) for value in (agent_type, key))
         subject = f"{self._subjects.reminders(stream)}.{type_token}.{key_token}.*"
-        read = map(self._read, await self._streams.scheduled(stream, subject))
+        read = map(self._read, await self._streams.headers(stream, subject))
         found = [reminder for reminder in read if reminder is not None]
         return sorted(found, key=lambda reminder: (reminder.agent.type, reminder.agent.key, reminder.name))
 

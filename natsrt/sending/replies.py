@@ -80,6 +80,14 @@ class Replies:
             )
         return result
 
+    def payload(self, body: envelope.Envelope | None, reply: Msg, recipient: AgentId) -> bytes:
+        """Return the payload of a reply as it is. ``body`` is as in `result`."""
+        if body is None:
+            self._raise_service_error(reply, recipient)
+            return reply.data
+        self._check(body, reply, recipient)
+        return body.payload
+
     def failure(self, reply: Msg, recipient: AgentId) -> BaseException | None:
         """Return the error that a reply reports; None if it reports none. Raises `CannotDecode` as `answered` does."""
         try:

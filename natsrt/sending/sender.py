@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+import orjson
 from autogen_core import AgentId, CancellationToken, MessageContext, TopicId
 from autogen_core.exceptions import MessageDroppedException
 from autogen_core.logging import DeliveryStage, MessageKind
@@ -68,7 +69,7 @@ from natsrt.wire.envelope import MESSAGE_ID_HEADER, TYPE_HEADER, attribute
 from natsrt.wire.references import OfEvent, Reference, stream_mark
 from natsrt.wire.schedules import Schedule
 from natsrt.wire.serialization import Encoded, Serialization
-from natsrt.wire.serializers import JSON
+from natsrt.wire.serializers import BYTES, JSON
 from natsrt.wire.subjects import Subjects, encode_text
 from natsrt.wire.task_attributes import task_attributes
 
@@ -753,14 +754,40 @@ class Sender(RegistryListener):
                 if self._interventions.handlers:
                     context = _context(sender, None, None, task.message_id)
                     message = await turn.intervene(self._interventions.on_send(message, context, recipient))
-                await self._store_task(message, task, sender, due, attempts, result_ttl, turn.end)
+                encoded = self._serialization.encode(message)
+                await self._store_task(encoded, task, sender, due, attempts, result_ttl, turn.end)
             return self.tickets.ticket(task, type(message))
         finally:
             self._under_way -= 1
 
+    async def submit_body(
+        self,
+        body: bytes,
+        recipient: AgentId,
+        type_name: str | None,
+        *,
+        message_id: str | None,
+        due: datetime | None,
+        attempts: int | None,
+        result_ttl: float,
+    ) -> TaskId:
+        """Have a call with a body that is ready stored. It may have any size.
+
+        ``type_name`` is the type of the message, or the full name of its class, and the body is JSON then; None: its
+        agent finds it out, as for a plain body. The others are as in `submit`, which says what is raised; also
+        ValueError if the body is not JSON.
+        """
+        encoded = _untyped(body) if type_name is None else _ready(_checked_json(body), type_name)
+        self._counters.sent += 1
+        task = TaskId.of(recipient, self._attributes.next_id() if message_id is None else message_id)
+        if message_id is None or not await self.tickets.has_result(task):
+            async with self._queue.turn(None) as turn:
+                await self._store_task(encoded, task, None, due, attempts, result_ttl, turn.end)
+        return task
+
     async def _store_task(
         self,
-        message: Any,
+        encoded: Encoded,
         task: TaskId,
         sender: AgentId | None,
         due: datetime | None,
@@ -770,7 +797,6 @@ class Sender(RegistryListener):
     ) -> None:
         topic = task.topic
         subject = self._subjects.topic(topic.type, topic.source)
-        encoded = self._serialization.encode(message)
         attributes = self._attributes.message(task.message_id, sender, encoded, None)
         attributes += task_attributes(encode_text(task.agent.key), cancel_id(task), result_ttl, attempts)
         if events.listening():
@@ -815,6 +841,23 @@ class Sender(RegistryListener):
 def _ready(body: bytes, type_name: str) -> Encoded:
     """A JSON body as a message of the type ``type_name``, which may also be the full name of a class."""
     return Encoded(type_name.rpartition(".")[2], JSON, body, type_name if "." in type_name else None)
+
+
+def _checked_json(body: bytes) -> bytes:
+    """A body that is JSON, as it is. Raises ValueError if it is not: it would spoil the envelope around it."""
+    try:
+        orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"the body is not JSON: {error}") from None
+    return body
+
+
+def _untyped(body: bytes) -> Encoded:
+    """A body as a message whose type its agent finds out."""
+    try:
+        return Encoded("", JSON, _checked_json(body), None)
+    except ValueError:
+        return Encoded("", BYTES, body, None)
 
 
 async def _traced(span: AbstractContextManager[str], send: Callable[[str], Awaitable[None]]) -> None:

@@ -34,6 +34,7 @@ from natsrt.task_types import TaskId, TaskStatus, task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
+from natsrt.wire.envelope import Envelope
 from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
@@ -173,6 +174,12 @@ class Tickets:
             raise TaskUnknown(str(task))
         return status
 
+    async def statuses(self, agent_type: str | None) -> AsyncGenerator[TaskStatus, None]:
+        """See `NatsAgentRuntime.tasks`."""
+        if self._store.tasks in self._registry.view.durable:  # else there never was a task
+            async for status in self._store.statuses(agent_type):
+                yield status
+
     async def has_result(self, task: TaskId) -> bool:
         """True if a task has a result, as far as this user may know that. Raises `StreamUnavailable`."""
         try:
@@ -180,12 +187,26 @@ class Tickets:
         except PermissionDenied:
             return False
 
+    async def stored_result(self, task: TaskId) -> TaskResult | None:
+        """The result of a task as it is stored; None if it has none. Raises as `status`."""
+        return await self._source.result(task)
+
     # -- results -------------------------------------------------------------------------------------------------
 
     async def result(
         self, task: TaskId, timeout: float | None, sent: type[Any] | None, reply_type: type[Any] | None
     ) -> Any:
         """See `Ticket.result`. ``sent`` is the class of the message; None: not known."""
+        answer, reply = await self._reply(task, timeout)
+        return self._replies.result(answer, reply, sent or object, reply_type, task.agent)
+
+    async def payload(self, task: TaskId, timeout: float | None) -> bytes:
+        """Wait for the result of a task, and return the payload of the reply as it is. Raises as `Ticket.result`."""
+        answer, reply = await self._reply(task, timeout)
+        return self._replies.payload(answer, reply, task.agent)
+
+    async def _reply(self, task: TaskId, timeout: float | None) -> tuple[Envelope | None, Msg]:
+        """Wait for the reply that is a task's result, and return its envelope with its payload, and the reply."""
         if timeout is not None and (
             isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0
         ):
@@ -197,18 +218,13 @@ class Tickets:
             if not limit.expired():
                 raise
             raise CallTimeout(str(task.agent), timeout or 0.0, "timeout") from None
-        return await self._read(task, result, sent, reply_type)
-
-    async def _read(
-        self, task: TaskId, result: TaskResult, sent: type[Any] | None, reply_type: type[Any] | None
-    ) -> Any:
         if result.state == "cancelled":
             raise TaskCancelled(str(task))
         reply = Msg(self._connection.client, "", "", result.body, dict(result.headers))
         answer = self._replies.unpack(reply)
         if answer is not None:
             await self._bodies.load(answer)
-        return self._replies.result(answer, reply, sent or object, reply_type, task.agent)
+        return answer, reply
 
     async def _wait(self, task: TaskId) -> TaskResult:
         """Return the result of a task when it has one. Raises `TaskUnknown`."""

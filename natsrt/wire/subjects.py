@@ -358,6 +358,10 @@ class Subjects:
             raise _too_long(f"a delayed event with id {_shown(message_id)} on {subject}", later)
         return later
 
+    def all_delayed(self, stream: str, subject: str) -> str:
+        """The filter of all events that a stream publishes later on ``subject``, which may have wildcards."""
+        return f"{self.later(stream)}.event.*.{subject.removeprefix(self._topics)}"
+
     def reminder(self, stream: str, agent_type: str, key: str, name: str) -> str:
         """The subject on which a stream keeps the reminder ``name`` of an agent.
 
@@ -389,6 +393,10 @@ class Subjects:
         if len(subject) > MAX_SUBJECT_BYTES:
             raise _too_long(f"the task {_shown(f'{agent_type}/{key}/{message_id}')}", subject)
         return subject
+
+    def all_tasks(self, kind: str, agent_type: str | None) -> str:
+        """The filter of the ``result`` or the ``progress`` (``kind``) of all tasks of an agent type; None: of all."""
+        return f"{self.tasks}.{kind}.{'*' if agent_type is None else encode_token(agent_type)}.*.*"
 
     def told(self, subject: str) -> str:
         """The subject on which the server tells what was stored on ``subject``, one of `task`."""
