@@ -51,6 +51,7 @@ from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.schedules import due_time, of_reminder
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
+from natsrt.wire.task_attributes import MOST
 
 logger: logging.Logger = logging.getLogger("natsrt")
 
@@ -605,7 +606,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             at: When the task is handled, with a time zone; in the past: at once. None: at once.
             retries: How often the task is tried again after it has failed: 0 or more. None: ``max_deliver`` of the
                 agent's type on its workers, less 1.
-            result_ttl: Seconds for which the result is kept, at least 1. None: the setting ``result_ttl``.
+            result_ttl: Seconds for which the result is kept: from 1 to 1,000,000,000, which is 31 years. None: the
+                setting ``result_ttl``.
 
         Returns:
             The ticket of the task. Any process can get it with its id: see `ticket`.
@@ -623,8 +625,10 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             RuntimeError: The runtime is not started.
         """
         due = None if delay is None and at is None else due_time(delay, at)
-        if retries is not None and (isinstance(retries, bool) or not isinstance(retries, int) or retries < 0):
-            raise ValueError(f"retries must be a whole number of at least 0, not {retries!r:.60}")
+        if retries is not None and (
+            isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries < MOST
+        ):
+            raise ValueError(f"retries must be a whole number of at least 0 and below {MOST:,}, not {retries!r:.60}")
         ttl = checked_result_ttl(self._options.result_ttl if result_ttl is None else result_ttl)
         if message_id is not None:
             TaskId.of(recipient, message_id)

@@ -8,7 +8,6 @@ as a call, and what its handler returns or raises is its result.
 from __future__ import annotations
 
 import datetime
-import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -16,6 +15,7 @@ from autogen_core import AgentId, TopicId
 
 from natsrt.durable_types import DurableTopics
 from natsrt.wire.subjects import decode_token, encode_token, is_hashed
+from natsrt.wire.task_attributes import MOST
 
 _TOPICS: Final = "natsrt.task."
 TASK_TOPICS: Final = DurableTopics(_TOPICS, name="tasks", max_age=None)
@@ -99,10 +99,12 @@ def task_prefix(agent_type: str) -> str:
 
 
 def checked_result_ttl(result_ttl: float) -> float:
-    """The seconds for which the result of a task is to be kept. Raises ValueError if it is not a number of at least 1,
-    which is the least time to live of a message."""
-    if isinstance(result_ttl, bool) or not isinstance(result_ttl, int | float) or not 1 <= result_ttl < math.inf:
-        raise ValueError(f"result_ttl must be a number of seconds of at least 1, not {result_ttl!r:.60}")
+    """The seconds for which the result of a task is to be kept.
+
+    Raises ValueError if it is not a number from 1, which is the least time to live of a message, to `MOST`.
+    """
+    if isinstance(result_ttl, bool) or not isinstance(result_ttl, int | float) or not 1 <= result_ttl <= MOST:
+        raise ValueError(f"result_ttl must be a number of seconds from 1 to {MOST:,}, not {result_ttl!r:.60}")
     return result_ttl
 
 

@@ -24,6 +24,13 @@ OUTPUT: dict[str, list[str]] = {
         "one process was killed meanwhile: its accounts now live in the 2 others",
         "each acknowledged deposit is in the balance, and no deposit is in it twice",
     ],
+    "tasks.py": [
+        "3 tasks are stored, and who submitted them has ended",
+        "the worker was killed while the first task was running",
+        "TO BE OR NOT TO BE",
+        "THAT IS THE QUESTION",
+        "WHETHER TIS NOBLER",
+    ],
     "web_service.py": [
         'GET /shouter/hello: HTTP/1.1 200 OK: {"text": "HELLO"}',
         "GET /nobody/hello: HTTP/1.1 404 UnknownAgentType: "

@@ -29,7 +29,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from autogen_core import AgentId
+from autogen_core import AgentId, CancellationToken
 from nats.aio.msg import Msg
 
 from natsrt.agents.hosted_type import HostedType
@@ -260,7 +260,7 @@ class Feeder:
         if pin is not None and pin != self._pin:
             self._pin = pin
             self.pull.extra = pulls_with(pin)
-            self._start_over(delivery.sequence)
+            self._start_over(delivery.sequence if delivery.attempt == 1 else 0)
         elif self._stopping or "id" not in self.pull.extra:
             return  # it was sent before the pin ended, and comes again
         elif self._lines is None or delivery.consumer_sequence != self._expected:
@@ -292,7 +292,8 @@ class Feeder:
     def _start_over(self, first: int | None) -> None:
         """Take what is not acknowledged from the beginning.
 
-        ``first`` is the sequence of the message with which this client was pinned anew; None if it still is.
+        ``first`` is the sequence of the message with which this client was pinned anew, 0 if that was delivered before;
+        None if this client still is pinned.
         """
         self.pull.pause()
         if first is not None and self._starting is not None:
@@ -334,9 +335,7 @@ class Feeder:
     async def _make_lines(self, info: dict[str, Any], first: int | None) -> None:
         if self._lines is not None:
             await self._lines.stop()
-        last = suspects(info)
-        if first is not None and first >= last:
-            last = first - 1  # it is new: no former feeder got it
+        last = suspects(info, first or None)
         self._suspects.clear()
         self._counted.clear()
         self._lines = Lines(self, max_bytes=share_of(self._parts), most=self.config.max_ack_pending, suspects_to=last)
@@ -368,7 +367,7 @@ class Feeder:
 
     async def _ended_before(self, task: TaskId, message: Inbound, attempts: int) -> Fate | None:
         """What happens to a task that must not be handled; None if it must, as far as that is known."""
-        if not self._tasks_of.may_have_ended(message.arrived, attempts + 1):
+        if not self._tasks_of.may_have_ended(message, attempts + 1):
             return None
         try:
             return Acknowledge() if await self._tasks_of.has_ended(task) else None
@@ -447,7 +446,7 @@ class Feeder:
                     self._counted.remove(place.sequence)
                 else:
                     self._parts.attempts.failed(*self._countable(place))
-                return Again(decided.after)
+                return Again(decided.after, token=self._token_of_task(message))
             case Bury():
                 letter = letter_of(self._hosted.agent_type, stored, message, decided)
                 if await self._parts.bury(letter, self._retries.retry_delay_max):
@@ -457,6 +456,12 @@ class Feeder:
                         await self._tasks_of.remove({message.message.subject}, None)
                     return Settled.GIVEN_UP
                 return self._without_attempt(place, self._retries.retry_delay_max)
+
+    def _token_of_task(self, message: Inbound) -> CancellationToken | None:
+        """The token of a task: when it is cancelled, its agent's later tasks do not wait for it. None: it is none."""
+        if message.body is None or task_of(message.topic) is None:
+            return None
+        return self._reader.token(message.body)
 
     def _without_attempt(self, place: _Place, after: float) -> Again:
         self._take_back(place)

@@ -4,7 +4,8 @@ Rules:
 
 1. A message is delivered when all earlier ones of its key are settled: handled, given up, or gone from the stream.
    Different keys do not wait for one another.
-2. A message that was not settled is delivered again in its place, after a pause. The rest of its key waits.
+2. A message that was not settled is delivered again in its place, after a pause. The rest of its key waits. The pause
+   ends early if the message is cancelled.
 3. The bytes of messages in memory are limited. Of the limit, one half is for messages that wait, of which one key takes
    a tenth of the limit at most, and the other half for messages that are being delivered. A message that finds no room
    is *set aside*: only its place is kept, and it is read again when its turn comes. So a key that is blocked, or any
@@ -28,6 +29,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from autogen_core import CancellationToken
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
@@ -62,11 +65,13 @@ class Settled(Enum):
 class Again:
     """A message is to be delivered again, ``after`` so many seconds.
 
-    ``failed`` is True if its handler raised, and False if its owner was lost.
+    ``failed`` is True if its handler raised, and False if its owner was lost. ``token``: it is delivered again at once
+    when this is cancelled; None: there is none.
     """
 
     after: float
     failed: bool = True
+    token: CancellationToken | None = None
 
 
 Outcome = Settled | Again
@@ -271,7 +276,7 @@ class Lines(Generic[P, M]):
             else:
                 entry.losses += 1
             if not self._stopping:
-                await asyncio.sleep(outcome.after)
+                await _pause(outcome)
         if not line.entries:
             del self._lines[key]
 
@@ -332,3 +337,13 @@ class Lines(Generic[P, M]):
             await asyncio.wait(tasks)
         self._lines.clear()
         return [self._held[sequence] for sequence in sorted(self._held)]
+
+
+async def _pause(again: Again) -> None:
+    """Wait until a message is delivered again."""
+    if again.token is None:
+        await asyncio.sleep(again.after)
+        return
+    cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    again.token.link_future(cancelled)
+    await asyncio.wait({cancelled}, timeout=again.after)

@@ -48,10 +48,17 @@ def is_pinned(info: dict[str, Any]) -> bool:
     return any(group.get("pinned_client_id") for group in groups)
 
 
-def suspects(info: dict[str, Any]) -> int:
-    """The last sequence that a former feeder got. ``info`` is JetStream's description of the consumer."""
-    noted = (info["config"].get("metadata") or {}).get(_SUSPECTS, "0")
-    return max(int(info["delivered"]["stream_seq"]), int(noted) if noted.isdecimal() else 0)
+def suspects(info: dict[str, Any], new: int | None = None) -> int:
+    """The last sequence that a former feeder got. ``info`` is JetStream's description of the consumer.
+
+    ``new`` is the sequence of a message that was delivered to another client than the former feeder, as the first
+    delivery that JetStream knows of. None: there is no such message. After a reset JetStream knows of no earlier ones.
+    """
+    delivered, text = int(info["delivered"]["stream_seq"]), (info["config"].get("metadata") or {}).get(_SUSPECTS, "0")
+    noted = int(text) if text.isdecimal() else 0
+    if new is not None and new >= delivered:
+        delivered = new - 1
+    return max(delivered, noted)
 
 
 def noting_suspects(config: ConsumerConfig, info: dict[str, Any]) -> ConsumerConfig:

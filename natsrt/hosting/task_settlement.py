@@ -194,7 +194,7 @@ async def _refuse_ended(tasks: Tasks, task: TaskId, inbound: Inbound, attempt: i
     """Raise `EventDropped` for a task that is not to be handled, because it has a result, or was cancelled."""
     token = inbound.token
     cancelled = token is not None and token.is_cancelled()
-    if not cancelled and not tasks.may_have_ended(inbound.arrived, attempt):
+    if not cancelled and not tasks.may_have_ended(inbound, attempt):
         return
     try:
         ended = await tasks.has_ended(task)

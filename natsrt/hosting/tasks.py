@@ -5,7 +5,7 @@ Rules:
 1. A result is stored before its task is removed from its stream, and that before the delivery is acknowledged. So a
    worker that ends between two of these steps loses nothing, and a task that has a result is not handled again.
 2. A task that was cancelled has a result too. So before a handler begins, it is looked for, unless the task has just
-   been delivered for the first time: then the cancellation itself is heard.
+   been stored and delivered for the first time: then the cancellation itself is heard.
 3. How far a task is, is told when its handler has run for a moment, so that short tasks cost nothing.
 """
 
@@ -38,6 +38,8 @@ _TOLD_AGAIN: Final = 8 * 3600.0
 """Seconds after which what was told of a task is told again, because it expires."""
 _HEARD_WITHIN: Final = 1.0
 """Seconds after its arrival within which a task that was cancelled is known by its cancellation."""
+_SCHEDULER: Final = "Nats-Scheduler"
+"""Header with which the server publishes a message that was scheduled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,14 @@ class Tasks:
         result = await self._parts.store.result(task)
         return result is not None and result.state != "failed"
 
-    def may_have_ended(self, arrived: float, attempt: int) -> bool:
-        """True if it must be looked for the result of a task that arrived then, by the event loop's clock, before it is
-        handled. ``attempt`` is 1 if it was not delivered before."""
-        return attempt > 1 or asyncio.get_running_loop().time() > arrived + _HEARD_WITHIN
+    def may_have_ended(self, inbound: Inbound, attempt: int) -> bool:
+        """True if it must be looked for the result of a task before it is handled. ``attempt`` is 1 if it was not
+        delivered before. One that was scheduled may have been submitted again, and handled, meanwhile."""
+        return (
+            attempt > 1
+            or asyncio.get_running_loop().time() > inbound.arrived + _HEARD_WITHIN
+            or _SCHEDULER in (inbound.message.headers or ())
+        )
 
     async def succeeded(self, task: TaskId, answer: Answer, body: Envelope | None, attempt: int) -> None:
         """Store what a handler returned. Raises as `TaskStore.finish`."""

@@ -225,7 +225,7 @@ class TaskStore:
             id=str(task),
             state=result.state,
             attempt=int(attempt) if attempt.isdecimal() else None,
-            worker_id=result.headers.get(WORKER_HEADER),
+            worker_id=None if result.state == "cancelled" else result.headers.get(WORKER_HEADER),
             since=_time(result.stored_at),
         )
 

@@ -42,6 +42,7 @@ from natsrt.options.values import (
     kind_of,
 )
 from natsrt.wire.subjects import inbox_problem
+from natsrt.wire.task_attributes import MOST
 
 MIB = 1024 * 1024
 """Bytes in a mebibyte."""
@@ -247,7 +248,7 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
     )
 
     # Tasks.
-    result_ttl: Annotated[Seconds, Field(ge=1)] = Field(
+    result_ttl: Annotated[Seconds, Field(ge=1, le=MOST)] = Field(
         86400.0, description="Seconds for which the result of a task that this runtime submits is kept."
     )
 

@@ -155,7 +155,9 @@ class Sender(RegistryListener):
         return self._under_way + self._delivery.under_way
 
     async def stop(self) -> None:
-        """End the waits for events on durable topics that are not confirmed yet. Has no effect if stopped."""
+        """End the waits for events on durable topics that are not confirmed yet, and for results of tasks. Has no
+        effect if stopped."""
+        self.tickets.stop()
         await self._durable.stop()
 
     def durable_changed(self) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -45,6 +46,7 @@ _LOOK_OFTEN: Final = 1.0
 """The same, where this user may not hear what is told."""
 _AGAIN: Final = 0.5
 """Seconds between two looks while the stream does not answer."""
+_STOPPED: Final = "this runtime was stopped; get the ticket again, with its id, from one that is started"
 
 
 def cancel_id(task: TaskId) -> str:
@@ -56,8 +58,9 @@ class Ticket:
     """A task that was submitted, here or by another process: from `NatsAgentRuntime.submit_message` and
     `NatsAgentRuntime.ticket`.
 
-    Use it with the runtime that made it, while that is started. To iterate over it is to follow its progress:
-    ``async for status in ticket`` yields a `TaskStatus` whenever it changes, the last one with the end of the task.
+    Use it with the runtime that made it, until that is stopped: then its methods raise `StreamUnavailable`. To iterate
+    over it is to follow its progress: ``async for status in ticket`` yields a `TaskStatus` whenever it changes, the
+    last one with the end of the task.
     """
 
     def __init__(self, tickets: Tickets, task: TaskId, sent: type[Any] | None = None) -> None:
@@ -97,7 +100,8 @@ class Ticket:
             TaskResultLost: A keyed agent handled the task, and its worker was lost before it stored the result.
             BlobLost, BlobDamaged, CannotDecode: The result cannot be read.
             PermissionDenied: This user may not read results.
-            ServerUnreachable: The runtime was stopped.
+            StreamUnavailable: The runtime was stopped. Another one, or this one after a new start, gets the result with
+                the id of the ticket.
             Exception: What the handler raised in the last attempt, with its class if that is known here, else
                 `RemoteAgentError`.
         """
@@ -152,6 +156,15 @@ class Tickets:
         self._again = again
         self._served = ServedTasks(connection, subjects, store.stream)
         self._result_ttl = options.result_ttl
+        self._waiting: set[Callable[[], None]] = set()
+        """Functions that wake those who wait for what is told."""
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End all waits for results and progress: they raise `StreamUnavailable`. Has no effect if stopped."""
+        self._stopped = True
+        for wake in self._waiting:
+            wake()
 
     def ticket(self, task: TaskId, sent: type[Any] | None = None) -> Ticket:
         """The ticket of a task. ``sent`` is the class of its message; None: not known here."""
@@ -162,7 +175,9 @@ class Tickets:
         return self._store if self._registry.reads_bucket else self._served
 
     def _require(self, task: TaskId) -> None:
-        """Raise `TaskUnknown` if no task was ever submitted."""
+        """Raise `TaskUnknown` if no task was ever submitted, and `StreamUnavailable` after the stop."""
+        if self._stopped:
+            raise StreamUnavailable("read", self._store.stream, _STOPPED)
         if self._store.tasks not in self._registry.view.durable:
             raise TaskUnknown(str(task))
 
@@ -234,10 +249,12 @@ class Tickets:
         told = asyncio.Event()
         subject, _ = self._store.told(task)
         interest = await self._connection.subscribe(subject, lambda _: told.set(), optional=True)
+        self._waiting.add(told.set)
         try:
             while True:
-                reconnects = await self._settled()
                 told.clear()
+                self._require(task)
+                reconnects = await self._settled()
                 result = await self._look(task)
                 if result is not None:
                     return result
@@ -245,6 +262,7 @@ class Tickets:
                     raise TaskUnknown(str(task))
                 await self._until_told(told, reconnects, _LOOK_EVERY if interest.refusal is None else _LOOK_OFTEN)
         finally:
+            self._waiting.discard(told.set)
             await self._connection.unsubscribe(interest)
 
     async def _settled(self) -> int:
@@ -286,38 +304,53 @@ class Tickets:
     # -- progress ------------------------------------------------------------------------------------------------
 
     async def follow(self, task: TaskId) -> AsyncGenerator[TaskStatus, None]:
-        """Yield the status of a task, and then each change, until it has ended. Raises as `status`."""
+        """Yield the status of a task, and then each change, until it has ended. Waits while the stream does not answer.
+
+        Raises `TaskUnknown`, `PermissionDenied`, and `StreamUnavailable` when this runtime stops.
+        """
         self._require(task)
-        told: asyncio.Queue[Msg | None] = asyncio.Queue()
+        messages: deque[Msg] = deque()
+        told = asyncio.Event()
+
+        def arrived(message: Msg) -> None:
+            messages.append(message)
+            told.set()
+
         interests = [
-            await self._connection.subscribe(subject, told.put_nowait, optional=True)
-            for subject in self._store.told(task)
+            await self._connection.subscribe(subject, arrived, optional=True) for subject in self._store.told(task)
         ]
+        self._waiting.add(told.set)
         last: TaskStatus | None = None
         try:
             while True:
-                await self._settled()
-                status: TaskStatus | None = await self.status(task)
+                told.clear()
+                self._require(task)
+                reconnects = await self._settled()
+                status = await self._look_at_status(task)
                 while status is not None:
                     if last is None or replace(status, since=None) != replace(last, since=None):
                         yield status
                         last = status
                     if status.has_ended:
                         return
-                    heard = all(interest.refusal is None for interest in interests)
-                    status = await self._next(task, told, _LOOK_EVERY if heard else _LOOK_OFTEN)
+                    if not messages:
+                        heard = all(interest.refusal is None for interest in interests)
+                        await self._until_told(told, reconnects, _LOOK_EVERY if heard else _LOOK_OFTEN)
+                        told.clear()
+                    status = progress_of(task, messages.popleft().data, None) if messages else None
         finally:
+            self._waiting.discard(told.set)
             for interest in interests:
                 await self._connection.unsubscribe(interest)
 
-    async def _next(self, task: TaskId, told: asyncio.Queue[Msg | None], seconds: float) -> TaskStatus | None:
-        """The next status that is told; None: look for it."""
+    async def _look_at_status(self, task: TaskId) -> TaskStatus | None:
+        """The status of a task; None if the stream does not answer now. Raises `TaskUnknown`."""
         try:
-            async with asyncio.timeout(seconds):
-                message = await told.get()
-        except TimeoutError:
+            return await self.status(task)
+        except StreamUnavailable as error:
+            logger.debug("%s", error)
+            await asyncio.sleep(_AGAIN)
             return None
-        return None if message is None else progress_of(task, message.data, None)
 
     # -- ends ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,11 @@ _RESULT_TTL: Final = "resultttl"
 """For how many seconds the result is kept."""
 _ATTEMPTS: Final = "maxdeliver"
 """How often the task is tried; absent: as often as events of its agent type."""
-_MOST: Final = 2**53
+MOST: Final = 10**9
+"""The greatest number of seconds, and of attempts. The server counts in nanoseconds from 1970 with 64 bits, so a result
+with a time to live of more than some 230 years would expire at once."""
+_LONGEST: Final = 100
+"""Digits of a number that is read."""
 
 
 def task_attributes(key: str, cancel_id: str, result_ttl: float, attempts: int | None) -> str:
@@ -28,16 +32,18 @@ def task_attributes(key: str, cancel_id: str, result_ttl: float, attempts: int |
 
 
 def result_ttl_of(body: Envelope) -> float | None:
-    """Seconds for which the result of a task is kept; None if it does not say so in a way that can be read."""
+    """Seconds for which the result of a task is kept, at most `MOST`; None if it does not say so in a way that can be
+    read."""
     return _number(body, _RESULT_TTL)
 
 
 def attempts_of(body: Envelope) -> int | None:
-    """How often a task is tried; None if it does not say so in a way that can be read."""
+    """How often a task is tried, at most `MOST`; None if it does not say so in a way that can be read."""
     return _number(body, _ATTEMPTS)
 
 
 def _number(body: Envelope, name: str) -> int | None:
     text = body.attributes.get(name)
-    number = int(text) if isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 16 else 0
-    return number if 0 < number <= _MOST else None
+    if not (isinstance(text, str) and text.isascii() and text.isdecimal() and text.strip("0")):
+        return None
+    return min(int(text), MOST) if len(text) <= _LONGEST else None

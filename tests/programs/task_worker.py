@@ -67,6 +67,8 @@ class Worker(RoutedAgent):
     async def on_work(self, message: Work, ctx: MessageContext) -> Done:
         with open(self.file, "a") as file:
             file.write(f"{message.name}\n")
+        if message.what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
         await asyncio.sleep(float(message.what or 0))
         self._names.append(message.name)
         return Done(message.name, len(self._names), " ".join(self._names))
