@@ -21,6 +21,8 @@ SETTINGS: dict[str, Any] = {
 }
 """A worker that is killed costs each task that it handles an attempt, so there are more of them than usual."""
 _GIVE_UP = 240.0
+_KILLED_FOR = 30.0
+"""Seconds after which no more workers are killed: a keyed type on a busy machine may need longer for a new feeder."""
 _SETTLED_WITHIN = 60.0
 """Seconds within which every task that has a result is removed: its worker may have been killed before it did that."""
 _KEYS = 20
@@ -63,7 +65,8 @@ async def measure(
                 await submitter.kill()
                 revoked = await reader.ask("cancel", ids=list(delayed["ids"].values()))
                 await fleet.server.restart(kill=True, downtime=1.0)
-                results = await reader.ask("results", ids=submitted["ids"], seconds=_GIVE_UP)
+                await reader.ask("results", ids=submitted["ids"], seconds=_KILLED_FOR)
+            results = await reader.ask("results", ids=submitted["ids"], seconds=_GIVE_UP)
             ended = time.monotonic()
             told = await reader.ask("results", ids=delayed["ids"], seconds=_GIVE_UP)
             left = await reader.ask("left", seconds=_SETTLED_WITHIN)
