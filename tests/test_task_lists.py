@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import json
 import secrets
 from collections import Counter
 from dataclasses import replace
@@ -182,6 +184,17 @@ async def test_a_body_of_any_size_needs_no_type(make: Make, namespace: str, keye
         assert await tickets.payload(typed, LONG) == b"%d" % size
         with pytest.raises(ValueError, match="not JSON"):
             await submit(submitter, b"not JSON", AgentId("echo", "k"), "str")
+
+
+async def test_a_body_that_is_not_json_is_stored_in_an_envelope_that_is(make: Make) -> None:
+    submitter = await make(name="submitter")
+    for body in (b"not JSON", b'","data":', b"\xff"):
+        task = await submit(submitter, body, AgentId("echo", "k"))
+        network = submitter.running.network
+        stored = await network.reader.last(network.tasks.tasks, network.subjects.topic(task.topic.type, "k"))
+        assert stored is not None
+        whole = json.loads(stored.data)
+        assert (whole["messagetype"], base64.b64decode(whole["data_base64"])) == ("", body)
 
 
 @TYPES

@@ -18,29 +18,35 @@ from tests.test_tasks import LONG, TYPES, Make, Seen, make
 
 __all__ = ["make"]
 
+STEPS = ("running", "waiting", "failed")
+
 
 class Hasty(RoutedAgent):
-    """Says how far it is, and fails at once."""
+    """Says how far it is, and fails some rounds of the event loop later."""
 
     @rpc
     async def on_work(self, message: Work, ctx: MessageContext) -> None:
         natsrt.progress(0.5, "half")
-        await asyncio.sleep(0)
+        for _ in range(message.size):
+            await asyncio.sleep(0)
         raise ValueError("at once")
 
 
 @pytest.mark.parametrize("keyed", [False, True])
-async def test_what_a_failed_attempt_said_is_not_told_after_its_end(make: Make, namespace: str, keyed: bool) -> None:
+@pytest.mark.parametrize("rounds", range(4))
+async def test_what_a_failed_attempt_said_is_not_told_after_its_end(
+    make: Make, namespace: str, keyed: bool, rounds: int
+) -> None:
     submitter = await make(name="submitter")
     settings: dict[str, Any] = {"keyed": {"hasty": keyed}, "retry_delay": 0.3, "retry_delay_max": 0.3}
     worker = NatsAgentRuntime(submitter.options.servers, namespace=namespace, **settings)
     await natsrt.register(worker, Hasty, "hasty", lambda: Hasty("fails"))
     async with worker:
-        ticket = await submitter.submit_message(Work("a"), AgentId("hasty", "k"), retries=2)
+        ticket = await submitter.submit_message(Work("a", size=rounds), AgentId("hasty", "k"), retries=2)
         told = [(status.attempt, status.state) async for status in ticket]
-        states = [one for one in told if one[0] is not None]
-        assert {(1, "waiting"), (2, "waiting"), (3, "failed")} <= set(states)
-        assert states == sorted(states)  # "running" before "waiting", and both before the next attempt
+        states = [(one[0], STEPS.index(one[1])) for one in told if one[0] is not None]
+        assert {(1, "waiting"), (2, "waiting"), (3, "failed")} <= set(told)
+        assert states == sorted(states), told  # "running" before "waiting", and both before the next attempt
         network, subjects = submitter.running.network, submitter.running.network.subjects
         subject = subjects.task("progress", "hasty", "k", ticket.message_id)
 

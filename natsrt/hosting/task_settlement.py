@@ -175,19 +175,17 @@ class ConfirmedTasks(ConfirmedSettlement):
         await super().handled(inbound, None)
 
     async def failed(self, inbound: Inbound, error: BaseException, source: str) -> None:
-        await self._break_off(inbound)
+        self._break_off(inbound)
         await super().failed(inbound, error, source)
 
     async def refused(self, inbound: Inbound, error: Exception) -> None:
-        await self._break_off(inbound)
+        self._break_off(inbound)
         await super().refused(inbound, error)
 
-    async def _break_off(self, inbound: Inbound) -> None:
-        """Tell no more. The feeder says what follows, when it gets the answer."""
+    def _break_off(self, inbound: Inbound) -> None:
         known = self._telling.pop(inbound, None)
         if known is not None:
             known[1].break_off()
-            await known[1].all_told()
 
 
 async def _refuse_ended(tasks: Tasks, task: TaskId, inbound: Inbound, attempt: int) -> None:

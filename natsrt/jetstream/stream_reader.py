@@ -216,7 +216,7 @@ def _stored(stream: str, message: Msg, headers: Mapping[str, str]) -> StoredMess
     return StoredMessage(
         stream=stream,
         sequence=int(headers["nats-sequence"]),
-        stored_at=_seconds(headers["nats-time-stamp"]),
+        stored_at=seconds_of(headers["nats-time-stamp"]),
         subject=headers["nats-subject"],
         headers={
             name: value
@@ -227,7 +227,7 @@ def _stored(stream: str, message: Msg, headers: Mapping[str, str]) -> StoredMess
     )
 
 
-def _seconds(time: str) -> float:
+def seconds_of(time: str) -> float:
     """A time of JetStream in seconds since the epoch."""
     return datetime.datetime.fromisoformat(time).timestamp()
 

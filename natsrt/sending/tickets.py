@@ -27,6 +27,7 @@ from natsrt.errors import (
 from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.served_tasks import ServedTasks, TaskSource
+from natsrt.jetstream.stream_reader import seconds_of
 from natsrt.jetstream.task_store import TaskResult, TaskStore, progress_of
 from natsrt.options import Options
 from natsrt.sending.again import Again
@@ -44,6 +45,8 @@ _LOOK_EVERY: Final = 10.0
 """Seconds between two looks for a result that was not told."""
 _LOOK_OFTEN: Final = 1.0
 """The same, where this user may not hear what is told."""
+_TOLD: Final = ("running", "waiting")
+"""The states that are told as progress, by one stream and its clock."""
 _AGAIN: Final = 0.5
 """Seconds between two looks while the stream does not answer."""
 _STOPPED: Final = "this runtime was stopped; get the ticket again, with its id, from one that is started"
@@ -127,6 +130,25 @@ class Ticket:
 
     def __aiter__(self) -> AsyncIterator[TaskStatus]:
         return self._tickets.follow(self._task)
+
+
+def _as_told(task: TaskId, message: Msg) -> TaskStatus | None:
+    """The status of a task that the server tells; None: it is to be looked for."""
+    return progress_of(task, message.data, _told_at(message))
+
+
+def _told_at(message: Msg) -> float | None:
+    """When the stream stored what the server tells, in seconds since the epoch; None if it does not say so."""
+    time = (message.headers or {}).get("Nats-Time-Stamp")
+    return None if time is None else seconds_of(time)
+
+
+def _is_news(status: TaskStatus, last: TaskStatus) -> bool:
+    """True if a status differs from the ``last`` one. What was told before that was looked for is no news."""
+    both_told = status.state in _TOLD and last.state in _TOLD
+    if both_told and status.since is not None and last.since is not None and status.since < last.since:
+        return False
+    return replace(status, since=None) != replace(last, since=None)
 
 
 class Tickets:
@@ -328,7 +350,7 @@ class Tickets:
                 reconnects = await self._settled()
                 status = await self._look_at_status(task)
                 while status is not None:
-                    if last is None or replace(status, since=None) != replace(last, since=None):
+                    if last is None or _is_news(status, last):
                         yield status
                         last = status
                     if status.has_ended:
@@ -337,7 +359,7 @@ class Tickets:
                         heard = all(interest.refusal is None for interest in interests)
                         await self._until_told(told, reconnects, _LOOK_EVERY if heard else _LOOK_OFTEN)
                         told.clear()
-                    status = progress_of(task, messages.popleft().data, None) if messages else None
+                    status = _as_told(task, messages.popleft()) if messages else None
         finally:
             self._waiting.discard(told.set)
             for interest in interests:
