@@ -40,6 +40,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--short", is_flag=True, help="Send a few messages in one round, to check correctness. The figures mean nothing."
 )
 @click.option("--loop", default="asyncio", show_default=True, type=click.Choice(["asyncio", "uvloop"]))
+@click.option(
+    "--server-config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Configuration of the nats-server. By default, it is that of natsrt.embedded.",
+)
 @click.option("--json", "json_file", type=_FILE, help="Write the results to this file.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Write PNG and SVG to this directory.")
 @click.option(
@@ -60,6 +65,7 @@ def main(
     seconds: float,
     short: bool,
     loop: str,
+    server_config: Path | None,
     json_file: Path | None,
     plot: Path | None,
     earlier: tuple[Path, ...],
@@ -86,7 +92,7 @@ def main(
             report.show_scenario(scenario, runs[-1]["environment"]["loop"], console)
     else:
         settings = Settings(rounds=1 if short else rounds, seconds=seconds, short=short, loop=loop)
-        runs = [asyncio.run(_measure(chosen, settings, console))]
+        runs = [asyncio.run(_measure(chosen, settings, console, server_config))]
     results = runs[-1]
     report.show_goals(results, console)
     if json_file is not None:
@@ -122,12 +128,14 @@ def _chosen(patterns: tuple[str, ...], peers: tuple[str, ...], short: bool) -> l
     return [scenario for scenario in narrowed if scenario.variants]
 
 
-async def _measure(scenarios: list[Scenario], settings: Settings, console: Console) -> dict[str, Any]:
+async def _measure(
+    scenarios: list[Scenario], settings: Settings, console: Console, server_config: Path | None
+) -> dict[str, Any]:
     environment = report.environment(settings)
     # Installed packages have bytecode. Without this, each process would compile natsrt, which is not installed.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     measured = []
-    async with EmbeddedServer() as server:
+    async with EmbeddedServer(port=-1, config=server_config) as server:
         runner = Runner(settings, server.url, server.pid, report.say)
         try:
             for scenario in scenarios:

@@ -44,6 +44,7 @@ from natsrt.jetstream.dead_letters import DeadLetters
 from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.later_retries import LaterRetries
 from natsrt.jetstream.payload_sweep import PayloadSweep
+from natsrt.jetstream.payload_uses import PayloadUses
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.stream_reader import StreamReader
 from natsrt.jetstream.task_store import TaskStore
@@ -115,6 +116,7 @@ class Network:
         self.streams: DurableStreams = DurableStreams(self.connection, self.subjects, options, self.registry)
         self.reader: StreamReader = StreamReader(self.connection, options)
         self.dead_letter_box: DeadLetterBox = DeadLetterBox(self.subjects, self.reader)
+        self.payload_uses: PayloadUses = PayloadUses(self.subjects, self.reader)
         self.tasks: TaskStore = TaskStore(
             self.connection, self.subjects, options, self.streams, self.reader, self.blobs, worker_id
         )
@@ -183,6 +185,7 @@ class Outgoing:
             streams=network.streams,
             dead_letters=network.dead_letter_box,
             tasks=network.tasks,
+            payload_uses=network.payload_uses,
             readiness=network.readiness,
             serialization=program.serialization,
             cancellations=network.cancellations,
@@ -251,7 +254,7 @@ class Incoming:
                 box=network.dead_letter_box,
                 attempts=Attempts(connection, subjects),
                 later=network.later,
-                payloads=PayloadSweep(subjects, options, registry, network.reader, network.blobs),
+                payloads=PayloadSweep(subjects, options, registry, network.reader, network.blobs, network.payload_uses),
                 event_errors=event_errors,
                 counters=counters,
             ),
@@ -339,7 +342,7 @@ class Incoming:
             doubts=doubts,
         )
         self.turns: Turns = Turns(slots, self.ownership, instances, self.deadlocks)
-        self.operations: KeyedOperations = KeyedOperations(self.turns, self.ownership, catalog)
+        self.operations: KeyedOperations = KeyedOperations(self.turns, self.ownership, catalog, network.bodies)
         self.peer_answers: PeerAnswers = PeerAnswers(
             connection=connection,
             subjects=subjects,
@@ -414,7 +417,7 @@ class Incoming:
             reader=reader,
             invoker=invoker,
             keyed=keyed,
-            controls=Controls(program.catalog, keyed, answers),
+            controls=Controls(program.catalog, keyed, answers, network.bodies),
             active=self.active,
             counters=counters,
             out_of_step=OutOfStep(network.registry, self.intake),

@@ -525,7 +525,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         Args:
             agent: The agent. Its type may be hosted by any worker, and need not be hosted now.
             name: The name of the reminder, among those of the agent: letters, digits and ``_ - . : =``.
-            message: As in `send_message`. It is the same each time.
+            message: As in `send_message`. It is the same each time. One that is large is stored until the reminder is
+                removed or replaced: see docs/payloads.md.
             every: The interval in seconds, at least 1. The first time is one interval from now. None: see ``cron``.
             cron: Six fields: second, minute, hour, day of month, month, day of week. None: see ``at``.
             timezone: The time zone of ``cron``, such as ``Europe/Berlin``. None: UTC.

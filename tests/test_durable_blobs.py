@@ -16,7 +16,7 @@ import nats
 import nats.js.errors
 import pytest
 import pytest_asyncio
-from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubscription, event
+from autogen_core import MessageContext, RoutedAgent, TopicId, TypeSubscription, event
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import parse
@@ -334,12 +334,6 @@ async def test_a_large_body_waits_for_its_time_and_can_be_cancelled(place: Place
     assert not place.seen.begun
 
 
-async def test_a_reminder_is_limited_by_the_server(place: Place) -> None:
-    runtime = await place.runtime()
-    with pytest.raises(MessageTooLarge):
-        await runtime.remind(AgentId("jobs", "a"), "poll", Note(LARGE), every=60)
-
-
 DECLARATION = parse(
     """
     durable = ["work."]
@@ -377,7 +371,7 @@ async def test_workers_publish_large_events_with_their_permissions_and_publisher
         assert seen.texts == ["small", large.text]
         sweep = mill.running.incoming.durable._parts.payloads
         stream = f"{namespace}_natsrt_events"
-        assert await sweep._candidates() == {} and await sweep._referred_to(stream) == set()  # it may ask
+        assert await sweep._candidates() == {} and await sweep._used(stream) == set()  # it may ask
 
 
 # -- what becomes of a payload after its event ------------------------------------------------------------------------

@@ -296,7 +296,7 @@ def test_reminders_are_those_of_the_vectors(case: dict[str, Any]) -> None:
     stream, topic = events_name(subjects, REMINDER_TOPICS.name), reminder_topic(agent, name)
     schedule = of_reminder(case.get("every"), case.get("cron"), case.get("timezone"), None)
     assert subjects.reminder(stream, agent.type, agent.key, name) == case["subject"]
-    assert reminder_headers(subjects, stream, topic, "Order", schedule) == case["headers"]
+    assert reminder_headers(subjects, stream, topic, "Order", schedule, case.get("blob")) == case["headers"]
 
 
 @cases("tasks", DURABLE)

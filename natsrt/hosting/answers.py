@@ -17,6 +17,7 @@ from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
 from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Failure, describe, passed_on
 from natsrt.wire.serialization import Encoded, Serialization
+from natsrt.wire.serializers import JSON
 from natsrt.wire.subjects import encode_text
 
 WORKER_EXTENSION = "workerid"
@@ -100,15 +101,21 @@ class Answers:
         return Answer(self._bodies.pack_reference(envelope.REPLY, attributes, reference, encoded.content_type))
 
     def control_reply(self, result: object, body: Envelope, agent_type: str, key: str) -> Answer:
-        """Return the reply to a control message or a question.
+        """Return the reply to a question, or to a control message whose result is small.
 
         Raises `CannotDecode` if ``result`` cannot be written as JSON, and `MessageTooLarge`.
         """
-        try:
-            payload = orjson.dumps(result)
-        except TypeError as error:
-            raise CannotDecode("a control result", f"an agent's metadata must be JSON: {error}") from None
         attributes = self._attributes(_id_of(body), f"{agent_type}/{encode_text(key)}")
+        return Answer(self._bodies.pack(envelope.REPLY, attributes, _control_payload(result)))
+
+    async def control_result(self, result: object, body: Envelope, agent_type: str, key: str) -> Answer:
+        """Return the reply to a control message, which may be a state of any size. Raises as `reply` and
+        `control_reply`.
+        """
+        attributes = self._attributes(_id_of(body), f"{agent_type}/{encode_text(key)}")
+        payload = _control_payload(result)
+        if len(payload) > self._bodies.surely_fits and not self._bodies.fits(envelope.REPLY, attributes, payload, JSON):
+            return await self._by_reference(body, attributes, Encoded("", JSON, payload, None), None)
         return Answer(self._bodies.pack(envelope.REPLY, attributes, payload))
 
     def failure(self, error: BaseException, body: Envelope | None, source: str, *, refused: bool = False) -> Answer:
@@ -173,6 +180,13 @@ class Answers:
 
     def _from(self, source: str) -> str:
         return f'"source":{quote(source)},{self._worker_attribute}'
+
+
+def _control_payload(result: object) -> bytes:
+    try:
+        return orjson.dumps(result)
+    except TypeError as error:
+        raise CannotDecode("a control result", f"an agent's metadata must be JSON: {error}") from None
 
 
 def _id_of(body: Envelope | None) -> str:

@@ -44,6 +44,7 @@ from natsrt.jetstream.registry.registry import Registry
 from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
 from natsrt.options import Options
+from natsrt.reminder_types import reminder_of
 from natsrt.retry_types import RetryOptions
 from natsrt.transport.connection import Connection
 from natsrt.wire.envelope import MESSAGE_ID_HEADER
@@ -308,7 +309,9 @@ class DurableSettlement(Settlement):
     def identified(self, inbound: Inbound) -> None:
         if self._stopping:
             raise self._stopped()
-        handled_delivery.set(self._held[inbound].delivery)
+        delivery = self._held[inbound].delivery
+        number_reminder(inbound, delivery)
+        handled_delivery.set(delivery)
 
     def waits_for_place(self, inbound: Inbound, refuse: Callable[[Exception], None]) -> None:
         self._waiting[inbound] = refuse
@@ -491,6 +494,16 @@ def message_id_of(delivery: Delivery) -> str:
     """The message id of an event with a plain body: the same in all attempts."""
     own = f"{delivery.stream}-{delivery.first_sequence}"
     return (delivery.message.headers or {}).get(MESSAGE_ID_HEADER) or own
+
+
+def number_reminder(inbound: Inbound, delivery: Delivery) -> None:
+    """Give a reminder in an envelope, which has the same message id each time, that of one with a plain body.
+
+    Has no effect for another event.
+    """
+    topic = inbound.topic
+    if inbound.body is not None and topic is not None and reminder_of(topic.type, topic.source) is not None:
+        inbound.body.attributes["id"] = message_id_of(delivery)
 
 
 def letter_of(agent_type: str, delivery: Delivery, inbound: Inbound, decided: Bury) -> Unhandled:

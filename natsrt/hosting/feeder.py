@@ -36,7 +36,7 @@ from natsrt.agents.hosted_type import HostedType
 from natsrt.agents.inbound import EVENT, EventDropped, Inbound, Route
 from natsrt.background import BackgroundTasks, end_tasks
 from natsrt.errors import CannotDecode, MessageTooLarge, NatsrtError, StreamUnavailable, WorkerLost
-from natsrt.hosting.durable_settlement import DurableParts, letter_of, message_id_of, share_of
+from natsrt.hosting.durable_settlement import DurableParts, letter_of, message_id_of, number_reminder, share_of
 from natsrt.hosting.endings import Acknowledge, Bury, Ending, Fate, GiveBack, TryAgain, before_it_begins, fate
 from natsrt.hosting.lines import Again, Lines, Outcome, Settled, Tries
 from natsrt.hosting.pinned_consumer import GROUP, PIN, WAITS, is_pinned, noting_suspects, pulls_with, suspects
@@ -400,6 +400,7 @@ class Feeder:
             if message.key is None or message.topic is None:
                 return Ending(attempts=attempts, unknown=not self._parts.registry.synced)
             agent = AgentId(self._hosted.agent_type, message.key)
+            number_reminder(message, stored)
             body = message.body
             if body is None:
                 message_id = message_id_of(stored)

@@ -103,7 +103,7 @@ class KeyedMessages:
             return _as_answer(await self._delivery.forward_control(agent, owner.worker_id, body))
         if not inbound.settlement.wants_answer:
             return None
-        return self._answers.control_reply(result, body, hosted.agent_type, key)
+        return await self._answers.control_result(result, body, hosted.agent_type, key)
 
     async def _locate(self, inbound: Inbound, key: str) -> Answer | None:
         body = inbound.body

@@ -41,8 +41,9 @@ logger: logging.Logger = logging.getLogger("natsrt.blobs")
 
 _CHUNK_BYTES = 512 * 1024
 """Bytes of one chunk, less where the server's max_payload is smaller."""
-_HEADER_BYTES = 256
-"""Room for the headers of a chunk, and of a worker's answer that is one."""
+_HEADER_BYTES = 2048
+"""Room for the headers of a chunk, of a worker's answer that is one, and of a record of it: see
+`natsrt.jetstream.recorder`. At most half of a message."""
 _CHUNKS_AT_ONCE = 8
 """Chunks of one blob that are under way at a time."""
 _LOADS_AT_ONCE = 4
@@ -120,7 +121,8 @@ class Blobs:
             )
         await self._open()
         blob_id = new_blob_id(of_event)
-        piece = min(_CHUNK_BYTES, self._connection.max_payload - _HEADER_BYTES)
+        most = self._connection.max_payload
+        piece = min(_CHUNK_BYTES, max(most - _HEADER_BYTES, most // 2))
         seconds = self._options.blob_ttl if ttl is None else ttl
         digest, storing = sha256(), deque[asyncio.Task[None]]()
         try:

@@ -10,6 +10,10 @@ deleted when all of this is true:
 3. This was so ``blob_ttl`` ago, too: a handler that was given the event then has loaded the payload by now.
 
 What is found too late is still deleted, by the payload's time to live, unless the stream keeps events for ever.
+
+Payloads of reminders are the exception to the first condition: a reminder stays in its stream, and is published there
+again and again. Its payload can be deleted when the reminder is gone, and no event that it has published waits to be
+handled. Whoever removes or replaces it deletes its payload then; the sweep deletes what could not be deleted at once.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from typing import Final
 
 from natsrt.errors import NatsrtError, PermissionDenied
 from natsrt.jetstream.blobs import Blobs
+from natsrt.jetstream.payload_uses import PayloadUses
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.stream_reader import StreamReader
-from natsrt.jetstream.streams import BLOBS, DEAD, own_filters
+from natsrt.jetstream.streams import BLOBS, events_name
 from natsrt.options import Options
-from natsrt.wire import envelope
+from natsrt.reminder_types import REMINDER_TOPICS
 from natsrt.wire.references import OfEvent, event_of, stream_mark
 from natsrt.wire.subjects import Subjects
 
@@ -47,11 +52,13 @@ class PayloadSweep:
         registry: Registry,
         reader: StreamReader,
         blobs: Blobs,
+        uses: PayloadUses,
     ) -> None:
         self._subjects = subjects
         self._registry = registry
         self._reader = reader
-        self._dead = subjects.bucket(DEAD)
+        self._uses = uses
+        self._reminders = events_name(subjects, REMINDER_TOPICS.name)
         self._blobs = blobs
         self._grace = options.blob_ttl
         self._pause = min(_LONGEST_PAUSE, options.blob_ttl / 2)
@@ -81,7 +88,7 @@ class PayloadSweep:
             found |= {blob_id: self._gone_since.get(blob_id, now) for blob_id in blob_ids}
             ripe = {blob_id for blob_id in blob_ids if now - found[blob_id] >= self._grace}
             try:
-                ripe -= await self._referred_to(stream) if ripe else set()
+                ripe -= await self._used(stream) if ripe else set()
             except PermissionDenied as denied:
                 logger.debug("payloads of %s stay while it has dead letters: %s", stream, denied)
                 continue
@@ -106,9 +113,17 @@ class PayloadSweep:
         for stream in list(self._registry.view.durable) if stored else ():
             of_stream = stored.get(stream_mark(stream), ())
             settled = [(blob_id, event.settled_at) for blob_id, event in of_stream if event.settled_at < time.time()]
-            if settled and (oldest := await self._oldest(stream)) is not None:
+            if settled and stream == self._reminders:
+                found[stream] = {blob_id for blob_id, _ in settled} - await self._used(stream)
+            elif settled and (oldest := await self._oldest(stream)) is not None:
                 found[stream] = {blob_id for blob_id, settled_at in settled if settled_at < oldest}
         return found
+
+    async def _used(self, stream: str) -> set[str]:
+        """The payloads that something beside the events on the topics of a stream refers to. For reminders, events that
+        wait to be handled count too."""
+        waiting = await self._uses.by_reminders(stream) if stream == self._reminders else set()
+        return waiting | await self._uses.by_copies(stream)  # an event that has failed meanwhile is found there
 
     async def _oldest(self, stream: str) -> float | None:
         """When the oldest message was stored, in seconds since the epoch; infinity: there is none. None: unknown."""
@@ -119,22 +134,3 @@ class PayloadSweep:
             return math.inf
         message = await self._reader.message(stream, info.state.first_seq)
         return None if message is None else message.stored_at
-
-    async def _referred_to(self, stream: str) -> set[str]:
-        """The payloads of all dead letters of a stream, and of the events that wait there for a later attempt.
-
-        Dead letters first: what is redriven meanwhile is stored in the stream before it ceases to be a dead letter.
-        """
-        found: set[str] = set()
-        letters = f"{self._subjects.dead}.*.{stream}.>"
-        info = await self._reader.info(self._dead, letters)
-        if info is not None and info.state.subjects:  # workers may count them, and not all workers may read them
-            found |= await self._references(self._dead, letters)
-        for subject in own_filters(self._subjects, stream):
-            found |= await self._references(stream, subject)
-        return found
-
-    async def _references(self, stream: str, subject: str) -> set[str]:
-        """The payloads of the events in a stream, on subjects that match ``subject``."""
-        read = [envelope.reference_of(message.data) async for message in self._reader.read(stream, subject)]
-        return {reference.blob_id for reference in read if reference is not None}

@@ -33,6 +33,8 @@ _ONE_ANSWER: Final = 3.0
 """Seconds until the next message of a page, or an answer, beside the round trip."""
 _NO_MESSAGE: Final = (10037, 10043, 10057)
 """JetStream's error codes for a message that does not exist."""
+_NO_CONSUMER: Final = 10014
+"""JetStream's error code for a consumer that does not exist."""
 _ABOUT: Final = ("nats-sequence", "nats-stream", "nats-subject", "nats-time-stamp", "nats-num-pending")
 """The headers, in lower case, that the server adds to a message that it reads."""
 _LAST: Final = "nats-last-sequence"
@@ -92,6 +94,10 @@ class StreamReader:
             found += page
             if answer is None or not page or len(found) >= answer.get("total", 0):
                 return found
+
+    async def consumer(self, stream: str, name: str) -> dict[str, Any] | None:
+        """JetStream's description of a consumer of the stream; None if there is none."""
+        return await self._request(READ, stream, f"CONSUMER.INFO.{stream}.{name}", {})
 
     async def delete(self, stream: str, sequence: int) -> bool:
         """Delete a message. Returns False if it does not exist."""
@@ -195,7 +201,7 @@ class StreamReader:
         except NatsrtError:  # some are an OSError too
             raise
         except nats.js.errors.APIError as error:
-            if error.err_code == NO_STREAM or error.err_code in _NO_MESSAGE:
+            if error.err_code in (NO_STREAM, _NO_CONSUMER, *_NO_MESSAGE):
                 return None
             if error.err_code in NO_JETSTREAM:
                 raise JetStreamRequired(self._connection.server) from None

@@ -16,6 +16,7 @@ from natsrt.errors import CannotDecode
 from natsrt.keyed.claiming import CannotOwn
 from natsrt.keyed.ownership import Ownership
 from natsrt.keyed.turns import Turns
+from natsrt.transport.bodies import Bodies
 from natsrt.wire.envelope import Envelope
 
 T = TypeVar("T")
@@ -24,10 +25,11 @@ T = TypeVar("T")
 class KeyedOperations:
     """Operations on the keyed agents of one worker."""
 
-    def __init__(self, turns: Turns, ownership: Ownership, catalog: Catalog) -> None:
+    def __init__(self, turns: Turns, ownership: Ownership, catalog: Catalog, bodies: Bodies) -> None:
         self._turns = turns
         self._ownership = ownership
         self._catalog = catalog
+        self._bodies = bodies
 
     async def instance(self, hosted: HostedType, key: str) -> Agent:
         """The live instance, made if there is none. Raises `OwnedElsewhere`, and what making it raises."""
@@ -63,6 +65,7 @@ class KeyedOperations:
             self._ownership.check_able(AgentId(hosted.agent_type, key))
 
         async def carry_out() -> Any:
+            await self._bodies.load(body)
             return await control.carry_out_message(self._catalog, hosted, key, body)
 
         try:

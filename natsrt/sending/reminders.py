@@ -4,33 +4,71 @@ A reminder is a schedule in the stream of the reminders' topics, on a subject of
 replaces it. Its message has no envelope: an envelope has a message id, which would be the same each time. So the
 handler gets the id that events with a plain body have, which says the stream and the sequence: another one for each
 time at which the reminder is due, and the same in all attempts to handle it.
+
+A message that does not fit is sent by reference, which only an envelope can have. Its message id is put in the place of
+that in the envelope. The payload lives until the reminder is removed or replaced, and longer if something that was due
+before is not handled yet: see `natsrt.jetstream.payload_sweep`.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from autogen_core import AgentId, TopicId
 from nats.aio.msg import Msg
+from nats.js import api
+from nats.nuid import NUID
 
-from natsrt.errors import CannotSchedule
+from natsrt.errors import CannotSchedule, MessageTooLarge, NatsrtError
 from natsrt.jetstream.durable import DurableStreams
+from natsrt.jetstream.payload_uses import PayloadUses
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.reminder_types import Reminder, reminder_of, reminder_prefix, reminder_topic
 from natsrt.sending.durable import EXPECTED_STREAM, DurablePublisher
-from natsrt.wire.envelope import TYPE_HEADER
+from natsrt.sending.referring import ADDED_LATER, Referring
+from natsrt.transport.bodies import Bodies
+from natsrt.transport.connection import headers_size
+from natsrt.wire import envelope
+from natsrt.wire.envelope import TYPE_HEADER, attribute
+from natsrt.wire.references import Reference
 from natsrt.wire.schedules import SCHEDULE, TARGET, TIME_ZONE, Schedule
-from natsrt.wire.serialization import Serialization
+from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import Subjects, encode_token
+
+logger: logging.Logger = logging.getLogger("natsrt.sending")
+
+_MSG_ID: Final = api.Header.MSG_ID.value
 
 
 def reminder_headers(
-    subjects: Subjects, stream: str, topic: TopicId, type_name: str, schedule: Schedule
+    subjects: Subjects,
+    stream: str,
+    topic: TopicId,
+    type_name: str,
+    schedule: Schedule,
+    blob_id: str | None = None,
 ) -> dict[str, str]:
-    """The headers of a reminder on ``topic``, with a message of the type ``type_name``."""
+    """The headers of a reminder on ``topic``, with a message of the type ``type_name``.
+
+    ``blob_id`` is that of its payload if it is sent by reference; None: it is not.
+    """
     headers = schedule.headers(subjects.topic(topic.type, topic.source))
-    return headers | {TYPE_HEADER: type_name, EXPECTED_STREAM: stream}
+    headers |= {TYPE_HEADER: type_name, EXPECTED_STREAM: stream}
+    # A payload is of one reminder: what is sent again must not take the place of another one that is set meanwhile.
+    return headers if blob_id is None else headers | {_MSG_ID: blob_id}
+
+
+def reminder_attributes(encoded: Encoded) -> str:
+    """The attributes of the envelope that a reminder has if its message is sent by reference, as JSON text.
+
+    The id is the same each time, so those who handle what the server publishes put another one in its place.
+    """
+    names = envelope.message_names(encoded.type_name, encoded.class_name)
+    return f"{attribute('id', NUID().next().decode())},{attribute('source', envelope.NO_AGENT)},{names}"
 
 
 class Reminders:
@@ -38,17 +76,24 @@ class Reminders:
 
     def __init__(
         self,
+        *,
         subjects: Subjects,
         registry: Registry,
         serialization: Serialization,
         streams: DurableStreams,
         publisher: DurablePublisher,
+        bodies: Bodies,
+        referring: Referring,
+        uses: PayloadUses,
     ) -> None:
         self._subjects = subjects
         self._registry = registry
         self._serialization = serialization
         self._streams = streams
         self._publisher = publisher
+        self._bodies = bodies
+        self._referring = referring
+        self._uses = uses
 
     def _stream(self, agent_type: str) -> str | None:
         """The stream of the reminders of a type; None as long as no reminder was ever set."""
@@ -69,7 +114,69 @@ class Reminders:
         encoded = self._serialization.encode(message)
         subject = self._subjects.reminder(stream, agent.type, agent.key, name)
         headers = reminder_headers(self._subjects, stream, topic, encoded.type_name, schedule)
-        await self._publisher.store(subject, topic, stream, encoded.payload, headers, sent)
+        replaced = await self._payload(stream, subject)
+        attributes = reminder_attributes(encoded)
+        if self._fits(attributes, encoded, headers, topic):
+            await self._publisher.store(subject, topic, stream, encoded.payload, headers, sent)
+        else:
+            await self._set_large(subject, topic, stream, attributes, encoded, schedule, sent)
+        if replaced is not None:
+            await self._release(stream, agent, name, replaced)
+
+    def _fits(self, attributes: str, encoded: Encoded, headers: dict[str, str], topic: TopicId) -> bool:
+        """True if the message is stored in the reminder itself. It becomes an envelope on its way to a keyed agent."""
+        if len(encoded.payload) <= self._bodies.surely_fits:
+            return True
+        more = headers_size(headers)
+        if self._registry.reads_bucket:  # others cannot send it by reference
+            more += ADDED_LATER + 4 * len(str(topic).encode())
+        return self._bodies.fits(envelope.EVENT, attributes, encoded.payload, encoded.content_type, more)
+
+    async def _set_large(
+        self,
+        subject: str,
+        topic: TopicId,
+        stream: str,
+        attributes: str,
+        encoded: Encoded,
+        schedule: Schedule,
+        sent: Callable[[], None] | None,
+    ) -> None:
+        """Set a reminder whose message is sent by reference: it lives until the reminder is gone."""
+        self._referring.require_readers(self._registry.view.workers, len(encoded.payload))
+        last = schedule.last
+        ttl = math.inf if last is None else self._referring.kept_for(stream, last)
+        reference = await self._bodies.store(encoded.payload, ttl, self._referring.event_in(stream))
+        unused = partial(self._bodies.discard, reference)
+        headers = reminder_headers(self._subjects, stream, topic, encoded.type_name, schedule, reference.blob_id)
+        try:
+            body = self._bodies.pack_reference(envelope.EVENT, attributes, reference, encoded.content_type)
+        except MessageTooLarge:
+            unused()
+            raise
+        await self._publisher.store(subject, topic, stream, body, headers, sent, unused)
+
+    async def _payload(self, stream: str, subject: str) -> Reference | None:
+        """The payload of a reminder that is set; None if it has none by reference, or if that cannot be found out."""
+        if not self._registry.reads_bucket:
+            return None
+        try:
+            return await self._uses.of_reminder(stream, subject)
+        except NatsrtError as error:
+            logger.debug("the payload on %s is left to be swept: %s", subject, error)
+            return None
+
+    async def _release(self, stream: str, agent: AgentId, name: str, payload: Reference) -> None:
+        """Delete the payload of a reminder that is gone, unless an event that it has published still needs it."""
+        try:
+            used = await self._uses.by_reminder(stream, agent, name)
+            # An event that has failed meanwhile is found here.
+            used |= await self._uses.by_copies_for(stream, agent.type)
+        except NatsrtError as error:
+            logger.debug("the payload of the reminder %s of %s is left to be swept: %s", name, agent, error)
+            return
+        if payload.blob_id not in used:
+            self._bodies.discard(payload)
 
     async def forget(self, agent: AgentId, name: str) -> bool:
         """Remove a reminder. Returns False if there was none. Raises ValueError, and as `DurableStreams.purge`."""
@@ -77,7 +184,12 @@ class Reminders:
         stream = self._stream(agent.type)
         if stream is None:
             return False
-        return await self._streams.purge(stream, self._subjects.reminder(stream, agent.type, agent.key, name)) > 0
+        subject = self._subjects.reminder(stream, agent.type, agent.key, name)
+        payload = await self._payload(stream, subject)
+        removed = await self._streams.purge(stream, subject) > 0
+        if removed and payload is not None:
+            await self._release(stream, agent, name, payload)
+        return removed
 
     async def list(self, agent_type: str | None, key: str | None) -> list[Reminder]:
         """The reminders of all agents, of one type, or of one agent, in the order of agents and names.

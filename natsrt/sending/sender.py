@@ -17,11 +17,9 @@ Each message passes the same steps: the turn and the interventions if needed (`s
 from __future__ import annotations
 
 import asyncio
-import math
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractContextManager, asynccontextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -39,6 +37,7 @@ from natsrt.agents.interventions import Interventions
 from natsrt.errors import CannotSchedule, EventNotStored, MessageTooLarge
 from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.durable import DurableStreams
+from natsrt.jetstream.payload_uses import PayloadUses
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
 from natsrt.jetstream.registry.view import NO_TAKERS
 from natsrt.jetstream.task_store import TaskStore
@@ -54,6 +53,7 @@ from natsrt.sending.limits import Limit
 from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.reach import Reach
+from natsrt.sending.referring import ADDED_LATER, Referring
 from natsrt.sending.reminders import Reminders
 from natsrt.sending.replies import Replies
 from natsrt.sending.send_queue import SendQueue
@@ -66,19 +66,12 @@ from natsrt.transport.connection import Connection, headers_size
 from natsrt.transport.readiness import Readiness
 from natsrt.wire import envelope
 from natsrt.wire.envelope import MESSAGE_ID_HEADER, TYPE_HEADER, attribute
-from natsrt.wire.references import OfEvent, Reference, stream_mark
+from natsrt.wire.references import OfEvent, Reference
 from natsrt.wire.schedules import Schedule
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.serializers import BYTES, JSON
 from natsrt.wire.subjects import Subjects, encode_text
 from natsrt.wire.task_attributes import task_attributes
-
-_ADDED_LATER = 1024
-"""Bytes, beside the topic, that a stored event may grow by: the attributes for the owner of a keyed agent, and the
-headers of a dead letter or of an event that is stored once more."""
-_LONGEST_TTL = 100 * 365 * 86400.0
-"""Seconds of the longest time to live that is written as such. The server adds it to the time in 64 bits of
-nanoseconds."""
 
 
 class Sender(RegistryListener):
@@ -100,6 +93,7 @@ class Sender(RegistryListener):
         streams: DurableStreams,
         dead_letters: DeadLetterBox,
         tasks: TaskStore,
+        payload_uses: PayloadUses,
         readiness: Readiness,
         attributes: MessageAttributes,
         owners: OwnerCache,
@@ -112,7 +106,6 @@ class Sender(RegistryListener):
         self._bodies = bodies
         self._subjects = subjects
         self._limit = Limit(options.call_timeout, "call_timeout")
-        self._blob_ttl = options.blob_ttl
         self._publish_timeout = options.publish_timeout
         self._calls = calls
         self._serialization = serialization
@@ -130,8 +123,18 @@ class Sender(RegistryListener):
         self._queue = SendQueue()
         self._reach = Reach(connection, subjects, self._queue)
         self._streams = streams
+        self._referring = Referring(connection, registry, options)
         self._durable = DurablePublisher(connection, subjects, options, self._queue, streams)
-        self.reminders: Reminders = Reminders(subjects, registry, serialization, streams, self._durable)
+        self.reminders: Reminders = Reminders(
+            subjects=subjects,
+            registry=registry,
+            serialization=serialization,
+            streams=streams,
+            publisher=self._durable,
+            bodies=bodies,
+            referring=self._referring,
+            uses=payload_uses,
+        )
         self.again: Again = Again(self._durable, subjects, dead_letters, bodies, registry)
         self.tickets: Tickets = Tickets(
             connection=connection,
@@ -287,7 +290,7 @@ class Sender(RegistryListener):
     ) -> Awaitable[Msg]:
         """Send a call, in one message or by reference, and return the reply. Raises `MessageTooLarge`."""
         if len(encoded.payload) > self._bodies.surely_fits and not self._fits(envelope.CALL, attributes, encoded):
-            return self._exchange_large(recipient, attributes, encoded, token, sent)
+            return self._exchange_large(recipient, envelope.CALL, attributes, encoded, token=token, sent=sent)
         body = self._bodies.pack(envelope.CALL, attributes, encoded.payload, encoded.content_type)
         return self._exchange(recipient, body, token=token, sent=sent)
 
@@ -305,9 +308,19 @@ class Sender(RegistryListener):
         self._counters.sent += 1
         chain = chain_attribute(current_chain.get())
         attributes = f"{self._attributes.question(recipient)},{attribute('operation', operation)}{chain}"
-        body = self._bodies.pack(envelope.CONTROL, attributes, payload)
-        reply = await self._exchange(recipient, body, subject=subject)
-        return self._replies.answered(reply, recipient).json()
+        encoded = Encoded("", JSON, payload, None)
+        if len(payload) > self._bodies.surely_fits and not self._fits(envelope.CONTROL, attributes, encoded):
+            del payload  # so that memory does not hold a large state until the reply arrives
+            exchange = self._exchange_large(recipient, envelope.CONTROL, attributes, encoded, subject=subject)
+            del encoded
+            reply = await exchange
+        else:
+            body = self._bodies.pack(envelope.CONTROL, attributes, payload)
+            reply = await self._exchange(recipient, body, subject=subject)
+        answer = self._replies.answered(reply, recipient)
+        if answer.reference is not None:
+            await self._replies.load(answer, answer.reference)
+        return answer.json()
 
     def _exchange(
         self,
@@ -337,21 +350,26 @@ class Sender(RegistryListener):
     async def _exchange_large(
         self,
         recipient: AgentId,
+        kind: str,
         attributes: str,
         encoded: Encoded,
-        token: CancellationToken | None,
-        sent: Callable[[], None] | None,
+        *,
+        subject: str | None = None,
+        token: CancellationToken | None = None,
+        sent: Callable[[], None] | None = None,
     ) -> Msg:
-        """Send a call by reference, and return the reply. Sends that begin later wait until it is sent."""
+        """Send a call or a control message by reference, and return the reply. Sends that begin later wait until it is
+        sent. If ``subject`` is None, it is sent to the recipient.
+        """
         if (failure := await self._registry.verify(recipient)) is not None:
             raise failure
-        self._require_blobs(self._registry.workers_of(recipient), encoded)
+        self._referring.require_readers(self._registry.workers_of(recipient), len(encoded.payload))
         async with self._turn(sent, token) as end:
             reference, content_type = await self._store(encoded.payload, token), encoded.content_type
             del encoded
             try:
-                body = self._bodies.pack_reference(envelope.CALL, attributes, reference, content_type)
-                return await self._exchange(recipient, body, token=token, sent=end)
+                body = self._bodies.pack_reference(kind, attributes, reference, content_type)
+                return await self._exchange(recipient, body, subject=subject, token=token, sent=end)
             finally:  # it was answered, or nobody waits for an answer any more
                 self._bodies.discard(reference)
 
@@ -383,17 +401,6 @@ class Sender(RegistryListener):
             return await storing
         finally:
             storing.cancel()
-
-    def _require_blobs(self, workers: Iterable[str], encoded: Encoded) -> None:
-        """Raise `MessageTooLarge` if one of these workers cannot read a payload by reference."""
-        for worker_id in workers:
-            if not self._registry.view.understands(worker_id, envelope.BLOBS_FEATURE):
-                raise MessageTooLarge(
-                    len(encoded.payload),
-                    self._connection.max_payload,
-                    f"but one message may have {self._connection.max_payload:,}, and the worker {worker_id} has an "
-                    "older version, which cannot read payloads that are sent by reference: update it",
-                )
 
     def _link(self, token: CancellationToken | None) -> Callable[[asyncio.Future[Any]], None] | None:
         """A function that makes ``token`` cancel a future; None if there is no token."""
@@ -586,7 +593,7 @@ class Sender(RegistryListener):
         sent: Callable[[], None] | None,
     ) -> None:
         """Send an event by reference. Its payload expires: any number of workers may read it."""
-        self._require_blobs(self._registry.view.workers, encoded)
+        self._referring.require_readers(self._registry.view.workers, len(encoded.payload))
         async with self._turn(sent, None) as end:
             reference = await self._store(encoded.payload)
             referring = encoded._replace(payload=envelope.NO_DATA)
@@ -615,12 +622,13 @@ class Sender(RegistryListener):
                 headers |= delayed_headers(subject, due)
             more = headers_size(headers)
             if self._registry.reads_bucket:  # others may not be able to send it by reference
-                more += _ADDED_LATER + 4 * len(str(topic).encode())
+                more += ADDED_LATER + 4 * len(str(topic).encode())
             if not self._fits(envelope.EVENT, attributes, encoded, more):
-                self._require_blobs(self._registry.view.workers, encoded)
+                self._referring.require_readers(self._registry.view.workers, len(encoded.payload))
                 async with self._turn(sent, None) as end:
-                    of_event = None if due is not None else self._event_in(stream)
-                    reference = await self._store(payload, ttl=self._kept_for(stream, due), of_event=of_event)
+                    of_event = None if due is not None else self._referring.event_in(stream)
+                    ttl = self._referring.kept_for(stream, due)
+                    reference = await self._store(payload, ttl=ttl, of_event=of_event)
                     unused = partial(self._bodies.discard, reference)
                     try:
                         body = self._bodies.pack_reference(envelope.EVENT, attributes, reference, content_type)
@@ -631,23 +639,6 @@ class Sender(RegistryListener):
                 return
         body = self._bodies.pack(envelope.EVENT, attributes, payload, content_type)
         await self._durable.publish(subject, topic, stream, message_id, body, sent, due, begun=begun)
-
-    def _event_in(self, stream: str) -> OfEvent:
-        """What the id of a payload says of an event that is published now on a topic of ``stream``."""
-        settled_at = math.ceil(time.time() + 2 * self._publish_timeout + self._blob_ttl)  # it may wait twice
-        return OfEvent(stream_mark(stream), settled_at)
-
-    def _kept_for(self, stream: str, due: datetime | None) -> float:
-        """Seconds for which the payload of an event is needed that ``stream`` stores; infinity: for ever.
-
-        It is stored before the event, and loaded after the event was read, so it outlives the event by ``blob_ttl``.
-        """
-        max_age = self._registry.view.durable[stream].topics.max_age
-        if max_age is None:
-            return math.inf
-        wait = 0.0 if due is None else max(0.0, (due - datetime.now(UTC)).total_seconds())
-        seconds = wait + max_age + self._blob_ttl
-        return seconds if seconds < _LONGEST_TTL else math.inf
 
     # -- later ---------------------------------------------------------------------------------------------------
 

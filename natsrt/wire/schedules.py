@@ -24,6 +24,7 @@ _TTL: Final = "Nats-TTL"
 LEAST_EVERY: Final = 1.0
 """The server's shortest interval, in seconds."""
 _CRON_FIELDS: Final = 6
+_AT: Final = "@at "
 _LINE: Final = re.compile(r"[\x20-\x7E]+")
 
 
@@ -43,10 +44,16 @@ class Schedule:
         headers = {SCHEDULE: self.text, TARGET: target, _TTL: "never"}
         return headers if self.timezone is None else headers | {TIME_ZONE: self.timezone}
 
+    @property
+    def last(self) -> datetime.datetime | None:
+        """The last time at which it is published; None: there is none."""
+        at = self.text.removeprefix(_AT)
+        return None if at == self.text else datetime.datetime.fromisoformat(at)
+
 
 def once(due: datetime.datetime) -> Schedule:
     """The schedule of a message that is published once. ``due`` has a time zone."""
-    return Schedule(f"@at {due.astimezone(datetime.UTC).isoformat(timespec='microseconds').replace('+00:00', 'Z')}")
+    return Schedule(f"{_AT}{due.astimezone(datetime.UTC).isoformat(timespec='microseconds').replace('+00:00', 'Z')}")
 
 
 def due_time(delay: float | None, at: datetime.datetime | None) -> datetime.datetime | None:

@@ -27,6 +27,9 @@ _PARTS = 8
 """Parts of the reserve. Each makes room once; several, since others may take the room that one has freed."""
 _PART_BYTES = 16 * 1024
 """Bytes of one part: more than a worker with 20 types and their subscriptions declares."""
+_HEADER_BYTES = 256
+"""Room for the headers of a part, where the server's max_payload is small. The server counts them, and closes the
+connection of a client that sends more."""
 _SHARE = 8
 """The reserve takes at most one eighth of the storage that the account or the bucket may have."""
 
@@ -86,9 +89,10 @@ class Reserve:
         info = await js.stream_info(self._stream, subjects_filter=f"{self._subjects}*")
         self.usage = of_stream(info) | of_account(await js.account_info())
         present = info.state.subjects or {}
+        filling = bytes(min(_PART_BYTES, self._connection.max_payload - _HEADER_BYTES))
         for part in range(_PARTS - self._wanted, _PARTS):
             if (subject := f"{self._subjects}{part}") not in present:
-                await js.publish(self._domain.publish(subject), bytes(_PART_BYTES), stream=self._stream)
+                await js.publish(self._domain.publish(subject), filling, stream=self._stream)
 
     @property
     def _wanted(self) -> int:
