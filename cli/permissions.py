@@ -268,6 +268,8 @@ class _Maker:
         if self._declaration.takes_tasks(EVERY):
             yield Grant(PUBLISH, f"{self._subjects.tasks}.>", "it forges results of tasks")
             yield Grant(PUBLISH, f"{self._subjects.tasks_told}.>", "it tells of results that are not there")
+            yield Grant(SUBSCRIBE, f"{self._subjects.tasks_told}.>", "it reads the results of tasks")
+            yield Grant(PUBLISH, f"{self._root}natsrt.tasks.>", "it reads the results of tasks, and cancels tasks")
             yield Grant(SUBSCRIBE, f"{self._root}natsrt.tasks.>", "it answers in place of workers")
         if self._declaration.streams:
             yield Grant(PUBLISH, f"{self._root}natsrt.again.>", "it gives events to single agent types")
@@ -296,12 +298,16 @@ class _Maker:
             yield (f"{feed}.type.{token}.{nobody}", True)
             keys[BUCKET] += [f"{FEED}.type.{token}.{nobody}", f"{FEED}.known.{token}"]
             keys[AGENTS_BUCKET] += [f"a.{token}.{nobody}", f"c.{token}.{nobody}.{nobody}"]
+            for tree, heard in ((subjects.tasks, False), (subjects.tasks_told, True)):
+                yield from ((f"{tree}.{kind}.{token}.{nobody}.{nobody}", heard) for kind in ("result", "progress"))
+            yield subjects.asks_tasks(name), True
         for domain in {self._domain.name, None}:
             for bucket, own in keys.items():
                 for request in _jetstream(Domain(domain), self._subjects.bucket(bucket), nobody, own):
                     yield request, False
-            for request in _requests(Domain(domain), subjects.bucket(BLOBS), nobody):
-                yield request, False
+            for stream in (subjects.bucket(BLOBS), subjects.bucket(RESULTS), self._tasks_stream):
+                for request in _requests(Domain(domain), stream, nobody):
+                    yield request, False
         yield subjects.blob(nobody, "0"), True
 
     # -- what they do ------------------------------------------------------------------------------------------------

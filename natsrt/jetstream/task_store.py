@@ -4,8 +4,10 @@ Both are in one stream, which keeps the last message on each subject, each with 
 
 1. The first result of a task stays, whoever else stores one. Only that of a task which failed gives way to another
    one: the task was tried again by hand.
-2. A result is stored before its task is removed, so a task that is in neither place never was, or has expired.
-3. Progress is told without waiting for the stream, and may get lost. It says nothing of a task that has a result.
+2. A message without a state is no result, and gives way to one. Such messages can be stored by those who may publish on
+   a durable topic: the server's acknowledgement goes to the reply subject that they choose (docs/security.md).
+3. A result is stored before its task is removed, so a task that is in neither place never was, or has expired.
+4. Progress is told without waiting for the stream, and may get lost. It says nothing of a task that has a result.
 """
 
 from __future__ import annotations
@@ -131,18 +133,24 @@ class TaskStore:
                 await self._writer.write(self.stream, subject, body, headers, follows=follows)
                 return True
             except WrongRevision:
-                present = await self.result(task)
-            if present is None:
-                follows = 0  # it has expired
-            elif present.state == "failed" and state != "cancelled" and present.sequence != follows:
+                stored = await self._stored(task)
+            if stored is None or not _is_result(stored):
+                follows = 0 if stored is None else stored.sequence  # None: it has expired
+                continue
+            present = self.read(stored)
+            if present.state == "failed" and state != "cancelled" and present.sequence != follows:
                 follows = present.sequence
             else:
                 return present.state == state and present.body == body
 
     async def result(self, task: TaskId) -> TaskResult | None:
         """The result of a task; None if it has none."""
-        found = await self._reader.last(self.stream, self._subject("result", task))
-        return None if found is None else self.read(found)
+        found = await self._stored(task)
+        return None if found is None or not _is_result(found) else self.read(found)
+
+    async def _stored(self, task: TaskId) -> StoredMessage | None:
+        """What is stored in the place of a task's result; None if nothing is."""
+        return await self._reader.last(self.stream, self._subject("result", task))
 
     def read(self, message: StoredMessage) -> TaskResult:
         """The result that a message of the stream is. Raises `CannotDecode`."""
@@ -351,6 +359,11 @@ def _stored(message: Msg) -> StoredMessage:
 
 def _changed(status: TaskStatus) -> float:
     return 0.0 if status.since is None else status.since.timestamp()
+
+
+def _is_result(message: StoredMessage) -> bool:
+    """False for a message that nobody stored as a result."""
+    return STATE_HEADER in message.headers
 
 
 def progress_of(task: TaskId, data: bytes, told_at: float | None) -> TaskStatus | None:
