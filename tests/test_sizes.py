@@ -189,6 +189,20 @@ async def test_an_error_with_a_long_text_keeps_its_type_and_says_what_is_left_ou
     await place.is_empty()
 
 
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@LARGE
+@pytest.mark.parametrize("agent", [AGENT, KEPT], ids=["plain", "keyed"])
+async def test_a_task_leaves_nothing_and_its_result_expires(place: Place, part: float, agent: AgentId) -> None:
+    await place.worker(blob_ttl=5)
+    submitter = await place.runtime(blob_ttl=5)
+    ticket = await submitter.submit_message(Text(text(part)), agent, result_ttl=5)
+    assert await ticket.result(30) == Text(text(part))
+    assert set(await place.ttls()) <= {"10s"}  # that of the result
+    await place.is_empty()
+
+
 # -- events ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Payloads of 2 to 200 MB in each kind of message: how fast, how much memory they take, and what is left of them.
 
 The messages of a turn are sent one after the other. A turn fails if the stream of payloads is not empty afterwards
-where it should be: after calls, replies and states. Run it with the max_payload that nats-server has by default:
+where it should be: after calls, replies, tasks and states. Run it with the max_payload that nats-server has by default:
 
     echo 'jetstream { store_dir: "/tmp/large" }' >large.conf
     python -m benchmarks --server-config large.conf 'large-*'
@@ -30,7 +30,8 @@ from natsrt import DurableTopics, NatsAgentRuntime
 
 MB = 1_000_000
 CALL, REPLY, CORE, DURABLE, STATE = "call", "reply", "core event", "durable event", "state of a keyed agent"
-KINDS = (CALL, REPLY, CORE, DURABLE, STATE)
+TASK, RESULT = "task", "result of a task"
+KINDS = (CALL, REPLY, CORE, DURABLE, TASK, RESULT, STATE)
 LOADED = "state, loaded by another worker"
 _TOPICS = {CORE: TopicId("news", "0"), DURABLE: TopicId("work", "0")}
 _PLAIN, _KEYED = AgentId("plain", "0"), AgentId("kept", "0")
@@ -158,14 +159,14 @@ class Sends(_Runs):
     async def send(self, kind: str, size: int, count: int) -> float:
         """Send ``count`` messages of a kind, with ``size`` characters, one after the other. Returns the seconds until
         they are handled, and fails if payloads are left that should not be."""
-        message = Large("x" * size) if kind in (CALL, CORE, DURABLE) else None
+        message = Large("x" * size) if kind in (CALL, CORE, DURABLE, TASK) else None
         gc.collect()
         began = time.perf_counter()
         async with asyncio.timeout(_GIVE_UP):
             for _ in range(count):
                 await self._send(kind, size, message)
         took = time.perf_counter() - began
-        if message is None or kind == CALL:
+        if kind not in (CORE, DURABLE, RESULT):
             await self._check_empty()
         await self.clear()
         return took
@@ -177,6 +178,11 @@ class Sends(_Runs):
             return
         if kind == CALL:
             got = (await self._runtime.send_message(message, _PLAIN)).number
+        elif kind == TASK:
+            got = (await (await self._runtime.submit_message(message, _PLAIN)).result(reply_type=Count)).number
+        elif kind == RESULT:
+            ticket = await self._runtime.submit_message(Wanted(size), _PLAIN)
+            got = len((await ticket.result(reply_type=Large)).content)
         elif kind == REPLY:
             got = len((await self._runtime.send_message(Wanted(size), _PLAIN, reply_type=Large)).content)
         else:
@@ -250,7 +256,7 @@ def scenarios(short: bool) -> Iterator[Scenario]:
                     Variant(
                         name=f"{kind}, {'receiver' if receives else 'sender'}",
                         peer=TWO_PROCESSES,
-                        measure=_peak(kind, size, (kind == REPLY) != receives),
+                        measure=_peak(kind, size, (kind in (REPLY, RESULT)) != receives),
                     )
                     for kind in KINDS[:-1]
                     for receives in (False, True)
