@@ -144,6 +144,24 @@ async def test_a_task_that_ends_its_workers_ends_as_many_as_it_has_attempts_and_
     assert file.read_text().split() in (["a", "a"], ["a", "a", "a"])
 
 
+@pytest.mark.slow  # a worker is killed, and another must notice it
+async def test_a_worker_that_started_last_takes_over_from_a_feeder_that_is_killed(
+    server: EmbeddedServer, namespace: str, make: Make, processes: Processes, tmp_path: Path
+) -> None:
+    file = tmp_path / "handled"
+    program, arguments = Path(task_worker.__file__), (server.url, namespace, str(file), "", "3600.0")
+    submitter, agent = await make(), AgentId(KEYED, "k")
+    first = processes.python(program, *arguments)
+    await first.wait_for_line("ready", timeout=LONG)
+    await (await submitter.submit_message(Work("a"), agent)).result(LONG)
+    second = processes.python(program, *arguments)
+    await second.wait_for_line("ready", timeout=LONG)
+    await submitter.submit_message(Work("b", "3600"), agent)
+    await eventually(lambda: _is(file.read_text().split(), ["a", "b"]), timeout=LONG)
+    first.kill()
+    await eventually(lambda: _is(file.read_text().split(), ["a", "b", "b"]), timeout=LONG)
+
+
 async def _is_over(worker: Process, ticket: Ticket) -> bool:
     return not worker.running or (await ticket.status()).has_ended
 

@@ -164,14 +164,12 @@ class DurableConsumers(RegistryListener):
 
     def view_changed(self) -> None:
         """Called when the registry's view has changed: the feeder of a keyed type may be gone."""
-        feeders = [puller for puller in self._parts.settlements if isinstance(puller, Feeder)]
-        if not feeders:
-            return
         workers = set(self._parts.registry.view.workers)
         if not self._workers <= workers:
-            for feeder in feeders:
-                feeder.look_after()
-        self._workers = workers
+            for puller in self._parts.settlements:
+                if isinstance(puller, Feeder):
+                    puller.look_after()
+        self._workers = workers  # also while there is no feeder here: those that are there then may go later
 
     async def has_waiting(self) -> bool:
         """True if a stream has an event for a type of this worker that was not delivered yet, or if one is held here.

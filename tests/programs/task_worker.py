@@ -1,7 +1,7 @@
-"""A worker whose agents handle tasks: ``task_worker.py URL NAMESPACE FILE [WHERE]``.
+"""A worker whose agents handle tasks: ``task_worker.py URL NAMESPACE FILE [WHERE [ACK_WAIT]]``.
 
 It writes what it handles into FILE. With WHERE, the process is killed at that step of a task's end: ``before the
-result``, ``before the removal`` or ``before the acknowledgement``.
+result``, ``before the removal`` or ``before the acknowledgement``. ACK_WAIT is in seconds.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ def die_at(where: str) -> None:
         Pull.ack = die  # type: ignore[assignment,method-assign]
 
 
-async def main(url: str, namespace: str, file: str, where: str = "") -> None:
+async def main(url: str, namespace: str, file: str, where: str = "", ack_wait: str = "2.0") -> None:
     Worker.file = file
     die_at(where)
     runtime = NatsAgentRuntime(
         url,
         namespace=namespace,
         name="w",
-        ack_wait=2.0,
+        ack_wait=float(ack_wait),
         retry_delay=0.1,
         max_deliver=20,
         heartbeat_interval=0.5,
