@@ -32,11 +32,11 @@ from natsrt.jetstream.streams import (
     ensure_stream,
     events_name,
     events_stream,
-    own_filters,
     require_settings,
     require_version,
     results_stream,
     streams_over,
+    with_topics_of,
 )
 from natsrt.options import Options
 from natsrt.task_types import TASK_TOPICS
@@ -280,14 +280,8 @@ class DurableStreams:
             raise
 
     def _require(self, info: api.StreamInfo, wanted: api.StreamConfig) -> None:
-        """Raise `StreamUnavailable` if a stream is configured so that natsrt cannot use it, unless it lacks topics.
-
-        It keeps topics that are not wanted: once declared, they stay.
-        """
-        present, own = {*(info.config.subjects or ())}, {*own_filters(self._subjects, wanted.name or "")}
-        topics = self._subjects.everything.removesuffix("*.>")
-        if own <= present and all(subject.startswith(topics) for subject in present - own):
-            wanted = wanted.evolve(subjects=info.config.subjects)
+        """Raise `StreamUnavailable` if a stream is configured so that natsrt cannot use it, unless it lacks topics."""
+        wanted = with_topics_of(self._subjects, info.config, wanted)
         require_settings(info, wanted, partial(_unavailable, wanted.name or ""))
 
     async def _make_other(self, stream: str) -> None:

@@ -86,6 +86,19 @@ def events_stream(subjects: Subjects, options: Options, topics: DurableTopics) -
     )
 
 
+def with_topics_of(subjects: Subjects, present: api.StreamConfig, wanted: api.StreamConfig) -> api.StreamConfig:
+    """``wanted``, the configuration of a stream of events, with the topics of the stream as it is, ``present``.
+
+    A stream keeps topics that are not wanted: once declared, they stay. If it lacks subjects that are no topics, or has
+    others of these, ``wanted`` is returned unchanged.
+    """
+    captured, own = {*(present.subjects or ())}, {*own_filters(subjects, wanted.name or "")}
+    topics = subjects.everything.removesuffix("*.>")
+    if own <= captured and all(subject.startswith(topics) for subject in captured - own):
+        return wanted.evolve(subjects=present.subjects)
+    return wanted
+
+
 def _description(name: str | None) -> str:
     """What people are told about the stream of the topics whose `DurableTopics.name` is ``name``."""
     if name == REMINDER_TOPICS.name:

@@ -133,7 +133,7 @@ class TaskStore:
                 await self._writer.write(self.stream, subject, body, headers, follows=follows)
                 return True
             except WrongRevision:
-                stored = await self._stored(task)
+                stored = await self._kept(task)
             if stored is None or not _is_result(stored):
                 follows = 0 if stored is None else stored.sequence  # None: it has expired
                 continue
@@ -145,10 +145,10 @@ class TaskStore:
 
     async def result(self, task: TaskId) -> TaskResult | None:
         """The result of a task; None if it has none."""
-        found = await self._stored(task)
+        found = await self._kept(task)
         return None if found is None or not _is_result(found) else self.read(found)
 
-    async def _stored(self, task: TaskId) -> StoredMessage | None:
+    async def _kept(self, task: TaskId) -> StoredMessage | None:
         """What is stored in the place of a task's result; None if nothing is."""
         return await self._reader.last(self.stream, self._subject("result", task))
 
