@@ -36,20 +36,12 @@ class _Task:
     retries: int | None
     result_ttl: float | None
 
-    def check(self) -> None:
-        """Raise `CommandFailed` for what no task can have."""
-        try:
-            if self.message_id is not None:
-                TaskId.of(self.agent, self.message_id)
-            if self.result_ttl is not None:
-                checked_result_ttl(self.result_ttl)
-        except ValueError as error:
-            raise CommandFailed(str(error), Exit.USAGE) from None
-
     async def submit(self, runtime: NatsAgentRuntime) -> TaskId:
         session = runtime.running
-        ttl = runtime.options.result_ttl if self.result_ttl is None else self.result_ttl
         try:
+            ttl = checked_result_ttl(runtime.options.result_ttl if self.result_ttl is None else self.result_ttl)
+            if self.message_id is not None:
+                TaskId.of(self.agent, self.message_id)
             await session.membership.take_tasks(self.agent.type)
             return await session.sender.submit_body(
                 self.body,
@@ -58,7 +50,7 @@ class _Task:
                 message_id=self.message_id,
                 due=self.due,
                 attempts=None if self.retries is None else self.retries + 1,
-                result_ttl=checked_result_ttl(ttl),
+                result_ttl=ttl,
             )
         except ValueError as error:
             raise CommandFailed(str(error), Exit.USAGE) from None
@@ -113,7 +105,6 @@ def submit(
     ttl = None if result_ttl is None else seconds("--result-ttl", result_ttl)
     named = agent_id(agent, default_key=DEFAULT)
     task = _Task(named, given_body(body), type_name, message_id, due, retries, ttl)
-    task.check()
     asyncio.run(_submit(connecting, task, wait, begun))
 
 

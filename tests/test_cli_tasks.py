@@ -154,13 +154,19 @@ async def test_the_options_of_submit_are_those_of_submit_message(make: Make, run
         ((PLAIN, WORK, "--retries", "-1"), "-1 is not in the range"),
         ((PLAIN, WORK, "--result-ttl", "500ms"), "result_ttl must be a number of seconds from 1 to"),
         ((PLAIN, WORK, "--message-id", ""), "must be a text of 1 to 200 bytes"),
-        ((PLAIN, "not JSON", "--type-name", "Work"), "the body is not JSON"),
     ],
 )
 async def test_what_no_task_can_have_is_refused(run: Command, arguments: tuple[str, ...], said: str) -> None:
     refused = await run("submit", *arguments)
     assert (refused.code, refused.stdout) == (2, "")
     assert said in refused.stderr
+    assert (await run("topics", "ls", "--json")).json == []  # nothing was made for it
+
+
+async def test_a_body_that_is_not_json_has_no_type(run: Command) -> None:
+    refused = await run("submit", PLAIN, "not JSON", "--type-name", "Work")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "the body is not JSON" in refused.stderr
     assert (await run("tasks", "ls", "--json")).json == []
 
 

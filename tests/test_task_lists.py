@@ -32,12 +32,18 @@ async def listed(runtime: NatsAgentRuntime, agent_type: str | None = None) -> di
     return by_id
 
 
-async def submit(runtime: NatsAgentRuntime, body: bytes, agent: AgentId, type_name: str | None = None) -> TaskId:
+async def submit(
+    runtime: NatsAgentRuntime,
+    body: bytes,
+    agent: AgentId,
+    type_name: str | None = None,
+    message_id: str | None = None,
+) -> TaskId:
     """Submit a task whose body is ready."""
     session = runtime.running
     await session.membership.take_tasks(agent.type)
     return await session.sender.submit_body(
-        body, agent, type_name, message_id=None, due=None, attempts=1, result_ttl=60
+        body, agent, type_name, message_id=message_id, due=None, attempts=1, result_ttl=60
     )
 
 
@@ -195,6 +201,17 @@ async def test_a_body_that_is_not_json_is_stored_in_an_envelope_that_is(make: Ma
         assert stored is not None
         whole = json.loads(stored.data)
         assert (whole["messagetype"], base64.b64decode(whole["data_base64"])) == ("", body)
+
+
+async def test_a_body_whose_id_has_a_result_is_not_stored_again(make: Make) -> None:
+    submitter, agent = await make(name="submitter"), AgentId(PLAIN, "k")
+    await submit(submitter, b"{}", agent, message_id="first")
+    ended = TaskId.of(agent, "ended")  # so long ago that the stream has forgotten its id
+    await submitter.running.network.tasks.finish(ended, "done", b"7", ttl=60)
+    assert await submit(submitter, b"{}", agent, message_id="ended") == ended
+    assert await submit(submitter, b"{}", agent, message_id="first") == TaskId.of(agent, "first")
+    assert await left(submitter, "natsrt_events_tasks") == 1
+    assert await submitter.ticket(str(ended)).result(LONG) == 7
 
 
 @TYPES
