@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
-from enum import IntFlag
+from enum import IntFlag, StrEnum
 from types import MappingProxyType
 from typing import Any, cast
 from uuid import uuid4
@@ -437,6 +437,35 @@ def test_a_state_that_would_be_loaded_as_something_else_is_refused_by_name(value
 @pytest.mark.parametrize("state", [{}, {"a": [True, 1, 1.5, -0.0, None, 2**63, {"ä": "\U0001f600"}]}])
 def test_a_state_of_json_values_comes_back_as_it_is(state: Mapping[str, Any]) -> None:
     assert json.loads(encode_state(state)) == state
+
+
+FILLINGS: dict[str, Any] = {
+    "one text": {"text": "x" * 6_000_000},
+    "many entries": {"list": [{"id": str(number), "number": number / 3} for number in range(200_000)]},
+    "many keys": {str(number): [None, True, "y" * 100] for number in range(50_000)},
+    "texts of all sizes": {"list": ["z" * (number * 3000) for number in range(70)]},
+}
+
+
+@pytest.mark.parametrize("filling", FILLINGS.values(), ids=FILLINGS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_large_state_comes_back_as_it_is_or_is_refused(filling: dict[str, Any], first: bool) -> None:
+    """Wherever in it the value is that JSON does not carry."""
+    assert json.loads(encode_state(filling)) == filling
+
+    class Name(StrEnum):
+        A = "a"
+
+    for value in ((1, 2), IntFlag("F", ["A"])(1), 2**64, {Name.A: 1}, Name.A):
+        for inner in ({"deep": [value]}, ["a", value]):
+            state = {"odd": inner, **filling} if first else {**filling, "odd": inner}
+            with pytest.raises(natsrt.CannotSerialize, match="under 'odd"):
+                encode_state(state)
+            name = next(iter(filling))
+            if isinstance(filling[name], list):
+                changed = [inner, *filling[name]] if first else [*filling[name], inner]
+                with pytest.raises(natsrt.CannotSerialize, match=f"under '{name}"):
+                    encode_state({name: changed})
 
 
 @pytest.mark.parametrize("state", [None, [["a", 1]], MappingProxyType({"a": 1}), OrderedDict(a=1)], ids=repr)

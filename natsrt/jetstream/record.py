@@ -18,6 +18,7 @@ import json
 import marshal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from types import MappingProxyType
 from typing import Annotated, Any, Final
 
@@ -49,6 +50,14 @@ _LONGEST_PATH: Final = 300
 """How many characters of a path an error shows."""
 _EXACT: Final = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 """orjson refuses what it would otherwise convert."""
+_LARGE: Final = 4 * 1024 * 1024
+"""Bytes of JSON up to which it is read back as a whole, to find out whether it is exact."""
+_BATCH: Final = 512 * 1024
+"""Bytes of JSON that are read back together of a larger one, about."""
+_MOST: Final = 4096
+"""Entries that are read back together, at most."""
+_MANY: Final = 64
+"""Entries of a list or a dictionary that may be large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,11 +253,38 @@ def _exact_json(tree: Any) -> bytes | None:
     """The JSON of ``tree`` if that reads as an equal value, else None. Runs in compiled code, as every reply waits."""
     try:
         text = orjson.dumps(tree, option=_EXACT)
+        if len(text) > _LARGE:
+            return text if _is_exact_in_batches(tree) else None
         # orjson writes the value of an enum, which may equal the member. marshal knows the built-in types only.
         marshal.dumps(tree, 2)
         return text if orjson.loads(text) == tree else None
     except (TypeError, ValueError, RecursionError):
         return None
+
+
+def _is_exact_in_batches(tree: Any) -> bool:
+    """Whether a value that JSON was made of reads as an equal value, in batches of its entries: to read a large state
+    back as a whole would take its memory twice more.
+    """
+    if type(tree) is str:
+        return True
+    if type(tree) is not dict and type(tree) is not list:
+        return _exact_json([tree]) is not None
+    entries, most = iter(tree.items() if type(tree) is dict else enumerate(tree)), 1
+    while batch := dict(islice(entries, most)):
+        values = list(batch.values())
+        is_large = any(map(_may_be_large, values)) or len(orjson.dumps(values, option=_EXACT)) > _BATCH
+        most = max(1, most // 2) if is_large else min(2 * most, _MOST)
+        if type(tree) is dict and not all(type(key) is str for key in batch):
+            return False
+        if not (all(map(_is_exact_in_batches, values)) if is_large else _exact_json(values) is not None):
+            return False
+    return True
+
+
+def _may_be_large(value: Any) -> bool:
+    """Whether a value is not to be written to find out its size."""
+    return (type(value) is str and len(value) > _BATCH) or (type(value) in (dict, list) and len(value) > _MANY)
 
 
 def _inexact_part(tree: dict[Any, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from io import BytesIO
 from typing import Final, cast
 
 import nats.errors
@@ -73,7 +74,7 @@ class StateParts:
     async def read(self, agent: AgentId, stored: Stored) -> bytes | None:
         """The state; None if a part is missing."""
         key = parts_key(agent, stored.saved_by)
-        pieces: list[bytes] = []
+        buffer = BytesIO()  # so that memory holds the state once, and a few parts
         for start in range(0, stored.parts, _PARTS_AT_ONCE):
             numbers = range(start, min(stored.parts, start + _PARTS_AT_ONCE))
 
@@ -83,8 +84,8 @@ class StateParts:
             for piece in await self._bucket.requests.run(READ, load):
                 if piece is None:
                     return None
-                pieces.append(piece)
-        return b"".join(pieces)
+                buffer.write(piece)
+        return buffer.getvalue()  # shares the buffer
 
     async def _part(self, key: str) -> bytes | None:
         """One part; None if there is none. A replica may lag behind, so the leader is asked if it has none."""
