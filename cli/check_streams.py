@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 import nats.errors
 import nats.js.errors
 from nats.js import api
 
-from natsrt.errors import NatsrtError
+from natsrt.errors import ConfigurationError, NatsrtError
+from natsrt.jetstream.recorder import record_tree, wrong_records
 from natsrt.jetstream.registry.view import View
-from natsrt.jetstream.stream_settings import described, remedy, wrong_settings
+from natsrt.jetstream.stream_settings import Wrong, described, remedy, wrong_settings
 from natsrt.jetstream.streams import (
     BLOBS,
     MAKE_BLOBS_AGAIN,
@@ -57,22 +60,44 @@ async def check_results(patient: Patient, view: View) -> None:
 
 
 async def check_records(patient: Patient) -> None:
-    """Say how full the streams of `natsrt record` are, as far as this user may know that."""
+    """Say whether the streams of `natsrt record` can store records, how full they are, and when they last did.
+
+    Only of those that this user may ask for. Other streams that store the same subjects are not meant.
+    """
     subjects = f"{patient.subjects.view.removesuffix('view')}record.>"
     try:
         streams = await patient.ask(streams_over(patient.connection.jetstream, subjects))
     except (NatsrtError, nats.errors.Error, nats.js.errors.Error, TimeoutError):
         return
     for stream in streams:
+        try:
+            tree = record_tree(patient.subjects, stream)
+        except ConfigurationError:
+            continue
         answer = await patient.request(f"{patient.connection.jetstream._prefix}.STREAM.INFO.{stream}")
-        if answer is not None and "error" not in answer:
-            patient.found(_RECORDS, *judge_record(stream, answer["config"], answer["state"]))
+        if answer is None or "error" in answer:
+            continue
+        config = answer["config"]
+        if any(subject.startswith(f"{tree}.") for subject in config.get("subjects") or ()):
+            wrong = wrong_records(patient.subjects, stream, api.StreamConfig.from_response(dict(config)))
+            patient.found(_RECORDS, *judge_record(stream, config, answer["state"], wrong, time.time()))
 
 
-def judge_record(stream: str, config: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Level, str, str]:
-    """What a stream's configuration and state, as the server tells them, mean for its records."""
-    last = f", the last one of {state['last_ts'][:19]}Z" if state["messages"] else ""
-    text = f"the stream {stream} has {state['messages']:,} records in {state['bytes']:,} bytes{last}"
+def judge_record(
+    stream: str, config: Mapping[str, Any], state: Mapping[str, Any], wrong: list[Wrong], now: float
+) -> tuple[Level, str, str]:
+    """What a stream's configuration and state, as the server tells them, mean for its records.
+
+    ``wrong`` are the settings with which no recorder uses it; ``now`` is the time in seconds since the epoch.
+    """
+    if wrong:
+        text = f"{described(stream, wrong)}: natsrt record refuses it"
+        return "problem", text, remedy(stream, wrong, "record into another stream")
+    text = f"the stream {stream} has {state['messages']:,} records in {state['bytes']:,} bytes"
+    if state["messages"]:
+        at = state["last_ts"][:19]  # whole seconds, in UTC
+        age = max(0, int(now - datetime.fromisoformat(f"{at}+00:00").timestamp()))
+        text += f", the last one of {at}Z, {timedelta(seconds=age)} ago"
     for name, used in (("max_bytes", state["bytes"]), ("max_msgs", state["messages"])):
         limit = config.get(name) or 0
         if limit > 0 and used >= _NEARLY * limit:

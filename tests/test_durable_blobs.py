@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import time
 from collections.abc import AsyncIterator
@@ -346,6 +347,8 @@ DECLARATION = parse(
     [users.web]
     role = "publisher"
     publishes = ["work.*"]
+    [users.ops]
+    role = "operator"
     """,
     "durable blobs",
 )
@@ -372,6 +375,35 @@ async def test_workers_publish_large_events_with_their_permissions_and_publisher
         sweep = mill.running.incoming.durable._parts.payloads
         stream = f"{namespace}_natsrt_events"
         assert await sweep._candidates() == {} and await sweep._used(stream) == set()  # it may ask
+
+
+async def test_a_worker_that_may_not_read_dead_letters_leaves_the_payloads_of_their_stream(
+    tmp_path: Path, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "natsrt.blobs")
+    case = Case(in_namespace(DECLARATION, namespace), "mill", None)
+    async with EmbeddedServer(config=configuration([case], tmp_path), port=-1) as own, AsyncExitStack() as stack:
+        scene, seen = Scene(own.url, case, stack), Seen()
+        place = Place(own.url, namespace, stack, await scene.client("plain"))
+        mill = scene.unstarted("mill", **soon(), max_deliver=1)
+        await natsrt.register(mill, Works, "jobs", lambda: Works(seen))
+        await mill.add_subscription(TypeSubscription("work.jobs", "jobs"))
+        await stack.enter_async_context(mill)
+        seen.fails = 1
+        await mill.publish_message(Note(LARGE), TOPIC)
+        await place.dead()
+        await mill.publish_message(Note(LARGE), TOPIC)
+        await eventually(lambda: seen.texts == [LARGE])
+        await place.js.purge_stream(place.events)
+        skipped = f"payloads of {place.events} stay while it has dead letters"
+        await eventually(lambda: sum(skipped in line for line in caplog.messages) >= 3, 30.0)  # it does not give up
+        assert len(await ids(place)) == 2
+        refused = [record for record in caplog.records if "not let" in record.getMessage()]
+        assert all(record.levelno == logging.DEBUG for record in refused)  # nothing that an operator must look at
+        ops = await scene.runtime("ops")
+        (letter,) = [one async for one in ops.dead_letters()]
+        assert await ops.discard(letter)
+        await eventually_none(place)
 
 
 # -- what becomes of a payload after its event ------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
+import nats
 import pytest
 import pytest_asyncio
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
@@ -19,7 +21,9 @@ from natsrt_cli.permissions import forbidden, grants
 
 import natsrt
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import ConfigurationError
+from natsrt.errors import ConfigurationError, StreamUnavailable
+from natsrt.jetstream.recorder import Recorder
+from tests.support.cli import natsrt as natsrt_command
 from tests.support.permission_matrix import Matrix
 from tests.support.permission_scene import Scene
 
@@ -123,7 +127,7 @@ async def finds_streams_of_records(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("config", "bytes_used", "level", "says"),
     [
-        ({"max_bytes": -1, "max_msgs": -1}, 10**12, "ok", "the last one of 2030-01-31T09:00:00Z"),
+        ({"max_bytes": -1, "max_msgs": -1}, 10**12, "ok", "the last one of 2030-01-31T09:00:00Z, 1 day, 0:05:00 ago"),
         ({"max_bytes": 1000, "max_msgs": -1}, 949, "ok", "949 bytes"),
         (
             {"max_bytes": 1000, "discard": "old"},
@@ -136,8 +140,43 @@ async def finds_streams_of_records(scene: Scene) -> None:
 )
 def test_doctor_judges_a_stream_of_records(config: dict[str, Any], bytes_used: int, level: str, says: str) -> None:
     state = {"messages": 5, "bytes": bytes_used, "last_ts": "2030-01-31T09:00:00.123456789Z"}
-    found, text, advice = judge_record("audit", config, state)
+    now = datetime(2030, 2, 1, 9, 5, tzinfo=UTC).timestamp()
+    found, text, advice = judge_record("audit", config, state, [], now)
     assert (found, says in text, bool(advice)) == (level, True, level == "warning"), text
+
+
+async def test_doctor_finds_a_stream_of_records_that_somebody_has_changed(
+    server: EmbeddedServer, namespace: str
+) -> None:
+    client = await nats.connect(server.url)
+    js, tree = client.jetstream(), f"{namespace}.natsrt.record.{namespace}"
+    try:
+        # The first is a copy of all that passes, and no stream of records.
+        await js.add_stream(name=f"{namespace}-all", subjects=[f"{namespace}.natsrt.>"])
+
+        async def said() -> list[dict[str, Any]]:
+            ended = await natsrt_command("doctor", "--json", "--server", server.url, "--namespace", namespace)
+            return [one for one in ended.json if one["check"] == "records"]
+
+        assert await said() == []
+        await js.delete_stream(f"{namespace}-all")
+        async with natsrt.NatsAgentRuntime(server.url, namespace=namespace) as runtime:
+            recorder = Recorder(runtime.options, namespace, tell=lambda line: None)
+            await recorder.open()
+            await recorder.close()
+        [found] = await said()
+        assert found["level"] == "ok"
+        config = (await js.stream_info(namespace)).config
+        await js.update_stream(config.evolve(subjects=[f"{tree}.call.>"]))
+        [found] = await said()
+        assert found["level"] == "problem" and f"{tree}.call.>" in found["text"], found
+        assert f"--subjects='{tree}.>'" in found["advice"]
+        refused = Recorder(runtime.options, namespace, tell=lambda line: None)
+        with pytest.raises(StreamUnavailable, match="subjects"):
+            await refused.open()
+        await refused.close()
+    finally:
+        await client.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

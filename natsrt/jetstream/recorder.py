@@ -34,7 +34,7 @@ from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.limits import explained, limit_reached
 from natsrt.jetstream.passing import Passing
 from natsrt.jetstream.requests import NO_JETSTREAM
-from natsrt.jetstream.stream_settings import described, remedy, wrong_settings
+from natsrt.jetstream.stream_settings import Wrong, described, remedy, wrong_settings
 from natsrt.jetstream.streams import DUPLICATE_WINDOW, WEEK, ensure_stream
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest, Refusal, headers_size
@@ -70,6 +70,40 @@ def record_tree(subjects: Subjects, stream: str) -> str:
     if _OF_NATSRT.match(stream):
         raise ConfigurationError("stream", f"{stream!r} is a name of natsrt's own streams and of buckets: use another")
     return f"{subjects.view.removesuffix('view')}record.{stream}"
+
+
+def records_stream(
+    subjects: Subjects, stream: str, max_age: float, max_bytes: int, replicas: int | None = None
+) -> api.StreamConfig:
+    """How a stream of records is made. Raises `ConfigurationError` if its name cannot be that of one."""
+    return api.StreamConfig(
+        name=stream,
+        description="natsrt: records of calls, replies and events",
+        subjects=[f"{record_tree(subjects, stream)}.>"],
+        retention=api.RetentionPolicy.LIMITS,
+        num_replicas=replicas,
+        discard=api.DiscardPolicy.OLD,
+        max_age=max_age,
+        max_bytes=max_bytes,
+        duplicate_window=min(DUPLICATE_WINDOW, max_age),
+        allow_direct=True,
+    )
+
+
+def wrong_records(subjects: Subjects, stream: str, there: api.StreamConfig) -> list[Wrong]:
+    """The settings of a stream with which it is no stream of records. Raises `ConfigurationError` as `record_tree`.
+
+    Its limits, and what happens when it is full, are the operator's.
+    """
+    wanted = records_stream(subjects, stream, WEEK, GIGABYTE).evolve(
+        discard=there.discard,
+        max_age=there.max_age,
+        max_bytes=there.max_bytes,
+        duplicate_window=there.duplicate_window,
+        max_msgs_per_subject=there.max_msgs_per_subject,
+        storage=there.storage,
+    )
+    return wrong_settings(there, wanted)
 
 
 @dataclass(slots=True)
@@ -171,18 +205,7 @@ class Recorder:
     async def _make(self) -> None:
         """Make the stream if it is missing. Raises what `open` does, except for what passes by itself."""
         max_age, max_bytes = self._limits
-        wanted = api.StreamConfig(
-            name=self._stream,
-            description="natsrt: records of calls, replies and events",
-            subjects=[f"{self._tree}.>"],
-            retention=api.RetentionPolicy.LIMITS,
-            num_replicas=self._replicas,
-            discard=api.DiscardPolicy.OLD,
-            max_age=max_age,
-            max_bytes=max_bytes,
-            duplicate_window=min(DUPLICATE_WINDOW, max_age),
-            allow_direct=True,
-        )
+        wanted = records_stream(self._subjects, self._stream, max_age, max_bytes, self._replicas)
         js = self._storing.jetstream
         self._refused = None
         try:
@@ -195,17 +218,7 @@ class Recorder:
             if self._refused is not None:
                 raise self._refused from None
             raise StreamUnavailable("make", self._stream, "JetStream does not answer", passing=True) from error
-        there = info.config
-        # Its limits, and what happens when it is full, are the operator's.
-        own = wanted.evolve(
-            discard=there.discard,
-            max_age=there.max_age,
-            max_bytes=there.max_bytes,
-            duplicate_window=there.duplicate_window,
-            max_msgs_per_subject=there.max_msgs_per_subject,
-            storage=there.storage,
-        )
-        if wrong := wrong_settings(there, own):
+        if wrong := wrong_records(self._subjects, self._stream, info.config):
             reason = f"{described(self._stream, wrong)}: {remedy(self._stream, wrong, 'use another name')}"
             raise StreamUnavailable("record into", self._stream, reason)
 
