@@ -254,7 +254,7 @@ class Tickets:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise CallTimeout(str(task.agent), timeout or 0.0, "timeout") from None
+            raise CallTimeout(f"the task {task}", timeout or 0.0, "timeout") from None
         if result.state == "cancelled":
             raise TaskCancelled(str(task))
         reply = Msg(self._connection.client, "", "", result.body, dict(result.headers))
