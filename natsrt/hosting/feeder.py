@@ -424,7 +424,9 @@ class Feeder:
                 "event %d of %s could not be delivered to %s yet: %s", place.sequence, self.stream, agent, error
             )
             return Ending(attempts=attempts, refused=True)
-        return Ending(attempts=attempts, error=failure, begun=None, left=left)
+        token = self._token_of_task(message)
+        cancelled = token is not None and token.is_cancelled()
+        return Ending(attempts=attempts, error=failure, begun=None, left=left, cancelled=cancelled)
 
     async def _carry_out(
         self,
