@@ -8,6 +8,7 @@ as a call, and what its handler returns or raises is its result.
 from __future__ import annotations
 
 import datetime
+import secrets
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -45,6 +46,11 @@ class TaskId:
     def topic(self) -> TopicId:
         """The topic of its message."""
         return TopicId(f"{task_prefix(self.agent.type)}{encode_token(self.message_id)}", self.agent.key)
+
+    @classmethod
+    def new(cls, agent: AgentId) -> TaskId:
+        """A task of this agent with an id that nobody can guess: who knows it may be able to cancel the task."""
+        return cls(agent, secrets.token_hex(12))
 
     @classmethod
     def of(cls, agent: AgentId, message_id: str) -> TaskId:

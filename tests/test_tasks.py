@@ -450,6 +450,14 @@ async def test_tasks_with_one_id_are_one_task(make: Make, agent_type: str, messa
     assert seen.begun == ["a"] and seen.contexts[0].message_id == message_id
 
 
+async def test_ids_of_tasks_cannot_be_guessed(make: Make) -> None:
+    submitter = await make(name="submitter")
+    tickets = [await submitter.submit_message(Work("a"), AgentId(PLAIN, "k")) for _ in range(20)]
+    ids = [ticket.message_id for ticket in tickets]
+    assert all(len(bytes.fromhex(one)) == 12 for one in ids)
+    assert len({one[:8] for one in ids}) == len({one[-8:] for one in ids}) == 20
+
+
 # -- payloads of any size --------------------------------------------------------------------------------------------
 
 

@@ -739,7 +739,7 @@ class Sender(RegistryListener):
         begun = asyncio.get_running_loop().time()
         try:
             self._counters.sent += 1
-            task = TaskId.of(recipient, self._attributes.next_id() if message_id is None else message_id)
+            task = TaskId.new(recipient) if message_id is None else TaskId.of(recipient, message_id)
             if message_id is not None and await self.tickets.has_result(task):
                 return self.tickets.ticket(task, type(message))
             async with self._queue.turn(None) as turn:
@@ -772,7 +772,7 @@ class Sender(RegistryListener):
         """
         encoded = _untyped(body) if type_name is None else _ready(_checked_json(body), type_name)
         self._counters.sent += 1
-        task = TaskId.of(recipient, self._attributes.next_id() if message_id is None else message_id)
+        task = TaskId.new(recipient) if message_id is None else TaskId.of(recipient, message_id)
         if message_id is None or not await self.tickets.has_result(task):
             async with self._queue.turn(None) as turn:
                 await self._store_task(encoded, task, None, due, attempts, result_ttl, turn.end)
