@@ -287,15 +287,20 @@ async def test_a_frozen_owner_is_passed_by_force_only_and_loses(
     await eventually(continues, 30)
 
 
-async def test_a_state_for_a_live_agent_that_is_too_large_for_a_message_is_refused(
-    run: Run, records: AgentRecords, worker: NatsAgentRuntime, tmp_path: Path
+async def test_a_live_agent_gets_a_state_of_any_size_up_to_max_blob_size(
+    run: Run, records: AgentRecords, worker: NatsAgentRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await worker.send_message(1, agent("k"))
     (tmp_path / "state.json").write_text(json.dumps({"value": 70, "text": "x" * 9_000_000}))
     ended = await run("state", "set", "counter/k", str(tmp_path / "state.json"))
+    assert ended.code == 0, ended.stderr
+    assert (await state_in(records, "k") or {})["value"] == 70
+    (tmp_path / "state.json").write_text(json.dumps({"value": 71, "text": "x" * 9_000_000}))
+    monkeypatch.setenv("NATSRT_MAX_BLOB_SIZE", "8500000")
+    ended = await run("state", "set", "counter/k", str(tmp_path / "state.json"))
     assert ended.code == 1
-    assert "max_payload" in ended.stderr
-    assert await state_in(records, "k") == {"value": 1}
+    assert "max_blob_size" in ended.stderr
+    assert (await state_in(records, "k") or {})["value"] == 70
 
 
 # -- rm ----------------------------------------------------------------------------------------------------------

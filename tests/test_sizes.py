@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import nats
@@ -21,7 +22,7 @@ from nats.js import JetStreamContext
 import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
-from tests.support.processes import Processes, eventually
+from tests.support.processes import REPOSITORY, Processes, eventually
 
 MAX_PAYLOAD = 16 * 1024
 LARGE = pytest.mark.parametrize("part", [0.9, 1, 50])
@@ -331,3 +332,22 @@ async def test_what_passes_is_recorded_and_read_back(place: Place, part: float, 
     await recorder.wait(30.0)
     entries = [entry async for entry in worker.recorded(stream)]
     assert [entry.message for entry in entries if entry.message is not None] == [Text(text(part))] * 3
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says how much memory a process has had")
+async def test_a_large_call_takes_the_memory_of_its_message_its_json_and_what_reading_that_needs(
+    own_server: EmbeddedServer, namespace: str, processes: Processes
+) -> None:
+    program = REPOSITORY / "tests" / "programs" / "large_messages.py"
+    worker = processes.python(program, "worker", own_server.url, namespace)
+    await worker.wait_for_line("ready", 30.0)
+    caller = processes.python(program, "caller", own_server.url, namespace, "100000000")
+    assert await caller.wait(120.0) == 0, caller.describe()
+    sender, receiver = map(float, caller.stdout.split())
+    # The message and its JSON; and at the receiver a second copy of the JSON while that is read. Chunks are the rest.
+    assert 2.0 <= sender < 2.5
+    assert 3.0 <= receiver < 3.5
