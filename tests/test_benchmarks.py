@@ -260,6 +260,7 @@ def test_a_short_run_measures_every_row_of_every_scenario(tmp_path: Path) -> Non
         "stores",
         "serializers",
         "tasks",
+        "large",
     }
 
 

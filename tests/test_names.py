@@ -284,7 +284,7 @@ async def test_type_names_and_content_types_arrive_as_they_are_or_are_refused(
         runtime.add_message_serializer(serializer)
     async with pair.hosting("notes"):
         call = pair.sender.send_message(cls("hi"), AgentId("notes", "k"))
-        if can_travel(type_name) and can_travel(content_type):
+        if type_name and can_travel(type_name) and can_travel(content_type):
             assert await call == ["notes", "k"]
             [(_, message, _)] = Recorder.seen
             assert type(message) is cls

@@ -198,6 +198,8 @@ class Serialization:
         else:
             serializer = custom
             self._learn(custom, cls)
+        if not serializer.type_name:  # receivers would find the type out by themselves
+            raise CannotSerialize(full_name(cls), "its serializer has no name for the type")
         self._sending[cls] = serializer
         return serializer
 
