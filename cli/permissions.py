@@ -533,7 +533,7 @@ class _Maker:
         why = "tasks: their status"
         yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{tasks}.{self._task_topics(agent_type)}"), why)
         yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{tasks}.{self._task_schedules(agent_type)}"), why)
-        yield Grant(PUBLISH, self._domain.api(f"STREAM.PURGE.{tasks}"), "tasks: removed when they have ended")
+        yield Grant(PUBLISH, self._domain.api(f"STREAM.MSG.DELETE.{tasks}"), "tasks: removed when they have ended")
 
     def _handles_tasks(self, agent_type: str) -> Iterator[Grant]:
         """What a worker needs for tasks of a type, beside what it needs for other events of streams."""

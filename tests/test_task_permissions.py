@@ -115,7 +115,7 @@ def hears_what_is_told(runtime: NatsAgentRuntime) -> bool:
 @needs(
     "mill",
     *(f"{API}.STREAM.{what}.{RESULTS}" for what in ("INFO", "CREATE")),
-    f"{API}.STREAM.PURGE.{TASKS}",
+    f"{API}.STREAM.MSG.DELETE.{TASKS}",
     "publish to natsrt.task.*.jobs.*.*",
 )
 async def handles_tasks_in_an_empty_account(scene: Scene) -> None:
@@ -219,7 +219,7 @@ async def test_a_caller_knows_nothing_of_the_tasks_of_other_types(matrix: Embedd
     "publish to topic.natsrt.task.jobs=3A.*.>",
     "subscribe to natsrt.told.*.jobs.*.*",
     "publish to natsrt.task.*.jobs.*.*",
-    f"{API}.STREAM.PURGE.{TASKS}",
+    f"{API}.STREAM.MSG.DELETE.{TASKS}",
     f"{API}.DIRECT.GET.{RESULTS}.natsrt.task.*.jobs.*.*",
     f"{API}.DIRECT.GET.{TASKS}.topic.natsrt.task.jobs=3A.*.>",
     f"{API}.DIRECT.GET.{TASKS}.natsrt.later.{TASKS}.event.*.natsrt.task.jobs=3A.*.>",
@@ -252,7 +252,7 @@ async def submits_for_later_as_a_worker(scene: Scene) -> None:
     "ops",
     "publish to natsrt.task.*.*.*.*",
     "subscribe to natsrt.told.*.*.*.*",
-    f"{API}.STREAM.PURGE.{TASKS}",
+    f"{API}.STREAM.MSG.DELETE.{TASKS}",
     f"{API}.DIRECT.GET.{RESULTS}.natsrt.task.*.*.*.*",
     f"{API}.DIRECT.GET.{TASKS}.topic.natsrt.task.*.>",
     f"{API}.DIRECT.GET.{TASKS}.natsrt.later.{TASKS}.event.*.natsrt.task.*.>",

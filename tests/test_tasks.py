@@ -509,6 +509,28 @@ async def test_health_counts_the_tasks_that_wait(make: Make, monkeypatch: pytest
     await eventually(lambda: worker.health().tasks_waiting == 0)
 
 
+@TYPES
+async def test_a_task_that_ends_or_is_cancelled_does_not_acknowledge_earlier_ones(make: Make, agent_type: str) -> None:
+    """The server would take them for handled, and a new feeder would leave them out."""
+    seen = Seen()
+    await make(seen)
+    submitter = await make(name="submitter")
+    waits = await submitter.submit_message(Work("waits", "wait"), AgentId(agent_type, "slow"))
+    await eventually(lambda: seen.begun == ["waits"])
+    queued = await submitter.submit_message(Work("queued", "wait"), AgentId(agent_type, "slow"))
+    for number in range(5):
+        done = await submitter.submit_message(Work(str(number)), AgentId(agent_type, "quick"))
+        await done.result(LONG)
+    assert await queued.cancel()
+    js, network = submitter.running.connection.jetstream, submitter.running.network
+    info = await js.consumer_info(network.tasks.tasks, agent_type)
+    assert info.ack_floor is not None
+    assert (info.ack_floor.consumer_seq, info.ack_floor.stream_seq) == (0, 0)
+    seen.free.set()
+    assert (await waits.result(LONG)).name == "waits"
+    await nothing_is_left(submitter)
+
+
 # -- workers that die ------------------------------------------------------------------------------------------------
 
 

@@ -162,15 +162,13 @@ class Held:
     """An event that is held.
 
     ``attempts`` is the number of its attempts, with the present one. ``counted``: the present one was counted before
-    its handler began. ``fate``: what was decided before that; None: nothing was. ``stored_on``: the subject on which
-    the stream has it, which is not that of its topic if it is stored once more.
+    its handler began. ``fate``: what was decided before that; None: nothing was.
     """
 
-    __slots__ = ("attempts", "counted", "delivery", "fate", "stored_on")
+    __slots__ = ("attempts", "counted", "delivery", "fate")
 
-    def __init__(self, delivery: Delivery, stored_on: str) -> None:
+    def __init__(self, delivery: Delivery) -> None:
         self.delivery: Delivery = delivery
-        self.stored_on: str = stored_on
         self.attempts: int = delivery.before + 1
         self.counted: bool = False
         self.fate: Fate | None = None
@@ -212,7 +210,6 @@ class DurableSettlement(Settlement):
         self._waiting: dict[Inbound, Callable[[Exception], None]] = {}
         """The events that may wait for a place, and what ends that wait."""
         self._arriving: Delivery | None = None
-        self._stored_on = ""
         self._stopping = False
         options = parts.options
         limits = [limit for limit in (options.max_running, hosted.max_running) if limit is not None]
@@ -273,7 +270,6 @@ class DurableSettlement(Settlement):
     def _take_in(self, delivery: Delivery) -> None:
         """Take in a delivery. Called in the client's read loop."""
         message = delivery.message
-        self._stored_on = message.subject
         if message.subject.startswith(self._again):
             self._parts.later.recognise(delivery)
             message.subject = published_on(message, self._again)
@@ -301,7 +297,7 @@ class DurableSettlement(Settlement):
 
     def take(self, inbound: Inbound) -> bool:
         assert self._arriving is not None
-        self._held[inbound] = Held(self._arriving, self._stored_on)
+        self._held[inbound] = Held(self._arriving)
         self._by_sequence[self._arriving.sequence] = inbound
         self._held_bytes += inbound.size
         return True

@@ -69,11 +69,12 @@ _END_WITHIN: Final = 1.0
 
 class _Place(NamedTuple):
     """Where an event is stored, and when, in seconds since the epoch. ``reply`` is the subject on which its delivery is
-    acknowledged."""
+    acknowledged, and ``epoch`` the number of the start over since which that holds."""
 
     sequence: int
     reply: str
     stored_at: float
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,8 @@ class Feeder:
         """The last id with which the server pinned this client."""
         self._expected = 1
         """The number of the next delivery."""
+        self._epoch = 0
+        """How often this feeder has started over."""
         self._suspects: dict[int, Counted] = {}
         """What was counted of suspects, by sequence: they are counted before each attempt."""
         self._counted: set[int] = set()
@@ -272,7 +275,7 @@ class Feeder:
     def _put(self, lines: Lines[_Place, Inbound], delivery: Delivery) -> None:
         message = delivery.message
         inbound = self._inbound(message)
-        place = _Place(delivery.sequence, message.reply, delivery.stored_at)
+        place = _Place(delivery.sequence, message.reply, delivery.stored_at, self._epoch)
         lines.take(self._key(inbound), place, inbound, inbound.size)
 
     def _inbound(self, message: Msg) -> Inbound:
@@ -296,6 +299,7 @@ class Feeder:
         None if this client still is pinned.
         """
         self.pull.pause()
+        self._epoch += 1
         if first is not None and self._starting is not None:
             self._starting.cancel()
         elif self._starting is not None:
@@ -318,6 +322,7 @@ class Feeder:
     async def _started(self, first: int | None) -> bool:
         consumers = Consumers(self._parts.connection, self._domain, self.stream)
         try:
+            await self.pull.settlements_arrived()
             info = await consumers.info(self.config.name)
             if info is None:
                 raise StreamUnavailable("read", self.stream, f"its consumer {self.config.name} is gone", passing=True)
@@ -385,7 +390,7 @@ class Feeder:
                 return GiveBack(self._retries.retry_delay_max)
             await self._tasks_of.tell_end(task)
         elif isinstance(decided, Acknowledge):
-            if not await self._tasks_of.remove({message.message.subject}, message.body):
+            if not await self._tasks_of.remove(message.message.subject, message.body):
                 return GiveBack(self._retries.retry_delay_max)
         elif isinstance(decided, TryAgain):
             await self._tasks_of.told(task, attempts).wait(time.time() + decided.after)
@@ -456,7 +461,7 @@ class Feeder:
                     self._parts.attempts.gave_up(*self._countable(place))
                     self._given_up[place.sequence] = decided.reason
                     if task_of(message.topic) is not None:
-                        await self._tasks_of.remove({message.message.subject}, None)
+                        await self._tasks_of.remove(message.message.subject, None)
                     return Settled.GIVEN_UP
                 return self._without_attempt(place, self._retries.retry_delay_max)
 
@@ -504,7 +509,13 @@ class Feeder:
         return self._hosted.agent_type, self.stream, place.sequence, place.stored_at
 
     def settled(self, place: _Place, outcome: Settled) -> None:
-        """Acknowledge an event."""
+        """Acknowledge an event, unless the consumer was reset since its delivery: it comes again then, if it is stored.
+
+        A reset numbers the deliveries anew. The server takes an acknowledgement with a former number, of an event that
+        is gone, for one of the event that has this number now, and with it for all events before the one that is gone.
+        """
+        if place.epoch != self._epoch:
+            return
         self._suspects.pop(place.sequence, None)
         if outcome is Settled.GIVEN_UP:
             self._counted.discard(place.sequence)

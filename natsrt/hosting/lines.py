@@ -239,7 +239,10 @@ class Lines(Generic[P, M]):
         if outcome is not None:
             self._deliverer.settled(place, outcome)
             return True
-        return place.sequence in self._held
+        if place.sequence not in self._held:
+            return False
+        self._held[place.sequence] = place  # how it is acknowledged may have changed
+        return True
 
     def _keep(self, line: _Line[P, M], entry: _Entry[P, M]) -> None:
         """Let a message wait in memory, or set it aside."""
@@ -269,7 +272,7 @@ class Lines(Generic[P, M]):
             outcome = await self._try(line, entry)
             if isinstance(outcome, Settled):
                 line.entries.popleft()
-                self._settle(entry.place, outcome)
+                self._settle(self._held[entry.place.sequence], outcome)
                 continue
             if outcome.failed:
                 entry.failures += 1

@@ -110,7 +110,9 @@ class TaskSettlement(DurableSettlement):
             await self._telling[inbound][1].end()
         if self._task(inbound) is None:
             return True
-        return await self._tasks.remove({inbound.message.subject, held.stored_on}, body)
+        delivery = held.delivery
+        copy = delivery.sequence if delivery.sequence != delivery.first_sequence else None
+        return await self._tasks.remove(inbound.message.subject, body, copy)
 
     def _task(self, inbound: Inbound) -> TaskId | None:
         """The task that a message is, also if it could not be read; None if it is none."""

@@ -123,14 +123,15 @@ class Tasks:
         if await self._parts.store.result(task) is None:
             await self.failed(task, TaskResultLost(str(task)), body, attempt)
 
-    async def remove(self, subjects: set[str], body: Envelope | None) -> bool:
+    async def remove(self, subject: str, body: Envelope | None, copy: int | None = None) -> bool:
         """Remove a task that has a result from its stream, and its payload. Returns False if that is not possible now.
 
-        ``subjects`` are those on which it is stored. ``body`` is None if its payload is still needed.
+        ``subject`` is that of its topic. ``body`` is None if its payload is still needed. ``copy`` is the sequence of
+        its copy for a later attempt; None: there is none.
         """
         if body is not None and body.reference is not None:
             self._parts.bodies.discard(body.reference)
-        return await self._parts.store.remove_handled(subjects)
+        return await self._parts.store.remove_handled(subject, copy)
 
     async def stop(self) -> None:
         """Tell no more progress. Has no effect if stopped."""

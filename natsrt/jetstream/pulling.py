@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
+import nats.errors
 import orjson
 from nats.aio.msg import Msg
 from nats.nuid import NUID
@@ -65,6 +66,9 @@ _FINISHES: Final = 0.5
 _WRONG_PIN: Final = "423"
 _MOST_OLD: Final = 4
 """Old generations that are kept subscribed."""
+_ACK: Final = b"+ACK"
+_SETTLED_WITHIN: Final = 2.0
+"""Seconds within which the server has taken in acknowledgements, beside the round trip."""
 _LONGEST_REASON: Final = 1_000
 """Characters of a reason with which a message is terminated."""
 
@@ -166,6 +170,8 @@ class Pull:
         self._tasks = BackgroundTasks(logger, f"ending a pull from the stream {stream} failed")
         self._task: asyncio.Task[None] | None = None
         self._paused = False
+        self._last_settled = ""
+        """The subject of the last acknowledgement that was sent; empty: none was, or the server has taken it in."""
         self._late: deque[Delivery] = deque()
         """What came while paused."""
         self._last: Delivery | None = None
@@ -465,7 +471,7 @@ class Pull:
 
     def ack(self, delivery: Acknowledged) -> None:
         """The message is handled: it is not delivered again."""
-        self._settle(delivery, b"+ACK")
+        self._settle(delivery, _ACK)
 
     def retry(self, delivery: Acknowledged, delay: float) -> None:
         """Have the message delivered again after ``delay`` seconds. Until then it counts as not acknowledged."""
@@ -480,7 +486,23 @@ class Pull:
         for delivery in deliveries:
             self._post(delivery.reply, b"+WPI")
 
+    async def settlements_arrived(self) -> None:
+        """Wait until the server has taken in all acknowledgements that were sent, for some seconds at most.
+
+        It answers an acknowledgement when it has taken in those before it. To acknowledge a message twice does no harm.
+        """
+        reply, self._last_settled = self._last_settled, ""
+        if not reply:
+            return
+        try:
+            timeout = _SETTLED_WITHIN + self._connection.rtt.allowance
+            await self._connection.client.request(reply, _ACK, timeout=timeout)
+        except (nats.errors.Error, NatsrtError, OSError, TimeoutError) as error:
+            logger.debug("acknowledgements of %s may still be on their way: %s", self._config.name, error)
+
     def _settle(self, delivery: Acknowledged, payload: bytes) -> None:
+        if payload == _ACK:
+            self._last_settled = delivery.reply
         self._post(delivery.reply, payload)
         if self._plan.hungry:  # the receiver was full, and may have room now
             self._ask()

@@ -290,26 +290,35 @@ class TaskStore:
         await self.remove(task)
         return True
 
+    # Messages are deleted one by one, by their sequences. After a purge of a subject, the server takes messages for
+    # acknowledged that come before the one that is gone: see decision 54.
+
     async def remove(self, task: TaskId) -> int:
         """Remove a task from its stream, whether it waits for a worker or for its time, and its payload. Returns the
-        number of its messages there. Raises as `DurableStreams.purge`."""
+        number of its messages there."""
         places = (self._subjects.topic(task.topic.type, task.topic.source), self._delayed(task))
-        present = await asyncio.gather(*(self._reader.last(self.tasks, place) for place in places))
-        removed = await asyncio.gather(*(self._streams.purge(self.tasks, place) for place in places))
+        present = [m for m in await asyncio.gather(*map(self._last_task, places)) if m is not None]
+        removed = await asyncio.gather(*(self._reader.delete(self.tasks, message.sequence) for message in present))
         for message in present:
-            if message is not None and (reference := reference_of(message.data)) is not None:
+            if (reference := reference_of(message.data)) is not None:
                 self._blobs.delete(reference.blob_id)
         return sum(removed)
 
-    async def remove_handled(self, subjects: set[str]) -> bool:
-        """Remove a task that has a result from its stream. Returns False if that is not possible now: who gets it next
-        sees its result."""
+    async def remove_handled(self, subject: str, copy: int | None) -> bool:
+        """Remove a task that has a result from its stream, where it is on ``subject``, and its ``copy`` for a later
+        attempt, by its sequence; None: there is none. Returns False if that is not possible now: who gets it next sees
+        its result."""
         try:
-            await asyncio.gather(*(self._streams.purge(self.tasks, subject) for subject in subjects))
+            message = await self._last_task(subject)
+            for sequence in {copy, None if message is None else message.sequence} - {None}:
+                await self._reader.delete(self.tasks, int(sequence or 0))
         except NatsrtError as error:
-            logger.error("a task that has ended is still in %s, on %s: %s", self.tasks, ", ".join(subjects), error)
+            logger.error("a task that has ended is still in %s, on %s: %s", self.tasks, subject, error)
             return False
         return True
+
+    async def _last_task(self, subject: str) -> StoredMessage | None:
+        return await self._reader.last(self.tasks, subject)
 
     def task_on(self, subject: str) -> TaskId | None:
         """The task whose message is on ``subject``; None if it cannot be read."""
