@@ -380,7 +380,7 @@ authorization {{ users: [
         ('"$JS.API.DIRECT.GET.natsrt_results.>"', ("tasks", "result", "ID")),
         ('"$JS.API.DIRECT.GET.natsrt_results.>"', ("tasks", "result", "ID", "--wait")),
         ('"natsrt.task.>"', ("tasks", "cancel", "ID")),
-        ('"$JS.API.STREAM.PURGE.natsrt_events_tasks"', ("tasks", "cancel", "ID")),
+        ('"$JS.API.STREAM.MSG.DELETE.natsrt_events_tasks"', ("tasks", "cancel", "ID")),
     ],
 )
 async def test_what_is_denied_is_named(tmp_path: Path, denied: str, command: tuple[str, ...]) -> None:
