@@ -3,7 +3,7 @@
 The messages of a turn are sent one after the other. A turn fails if the stream of payloads is not empty afterwards
 where it should be: after calls, replies, tasks and states. Run it with the max_payload that nats-server has by default:
 
-    echo 'jetstream { store_dir: "/tmp/large" }' >large.conf
+    echo 'jetstream { store_dir: "large" }' >large.conf
     python -m benchmarks --server-config large.conf 'large-*'
 """
 
