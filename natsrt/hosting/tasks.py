@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from natsrt.agents.inbound import CALL, Answer, Inbound
@@ -65,9 +65,7 @@ def as_task(inbound: Inbound) -> TaskId | None:
 def retries_of(general: RetryOptions, body: Envelope | None) -> RetryOptions:
     """How a task is tried again: as its agent type's events, and as often as its submitter said."""
     attempts = None if body is None else attempts_of(body)
-    if attempts is None:
-        return general
-    return RetryOptions(retry_delay=general.retry_delay, retry_delay_max=general.retry_delay_max, max_deliver=attempts)
+    return general if attempts is None else replace(general, max_deliver=attempts)
 
 
 class Tasks:

@@ -37,7 +37,7 @@ from natsrt.options import Options
 from natsrt.task_types import ENDS, TASK_TOPICS, TaskId, TaskState, TaskStatus, task_of, task_prefix
 from natsrt.transport.connection import Connection
 from natsrt.wire.envelope import reference_of
-from natsrt.wire.schedules import TARGET
+from natsrt.wire.schedules import SCHEDULE, TARGET, Schedule
 from natsrt.wire.subjects import Subjects, decode_token, encode_text
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
@@ -213,8 +213,8 @@ class TaskStore:
             if (result := await self.result(task)) is not None:
                 return self.status_of_result(task, result)
             queued, delayed, told = await asyncio.gather(
-                self._reader.last(self.tasks, self._subjects.topic(task.topic.type, task.topic.source)),
-                self._reader.last(self.tasks, self._delayed(task)),
+                self._last_task(self._queued(task)),
+                self._last_task(self._delayed(task)),
                 self._reader.last(self.stream, self._subject("progress", task)),
             )
             if queued is not None:
@@ -296,7 +296,7 @@ class TaskStore:
     async def remove(self, task: TaskId) -> int:
         """Remove a task from its stream, whether it waits for a worker or for its time, and its payload. Returns the
         number of its messages there."""
-        places = (self._subjects.topic(task.topic.type, task.topic.source), self._delayed(task))
+        places = (self._queued(task), self._delayed(task))
         present = [m for m in await asyncio.gather(*map(self._last_task, places)) if m is not None]
         removed = await asyncio.gather(*(self._reader.delete(self.tasks, message.sequence) for message in present))
         for message in present:
@@ -310,8 +310,10 @@ class TaskStore:
         its result."""
         try:
             message = await self._last_task(subject)
-            for sequence in {copy, None if message is None else message.sequence} - {None}:
-                await self._reader.delete(self.tasks, int(sequence or 0))
+            present = copy if message is None else message.sequence
+            for sequence in {present, copy}:
+                if sequence is not None:
+                    await self._reader.delete(self.tasks, sequence)
         except NatsrtError as error:
             logger.error("a task that has ended is still in %s, on %s: %s", self.tasks, subject, error)
             return False
@@ -327,9 +329,13 @@ class TaskStore:
         except ValueError:
             return None
 
+    def _queued(self, task: TaskId) -> str:
+        """The subject on which a task waits for a worker."""
+        return self._subjects.topic(task.topic.type, task.topic.source)
+
     def _delayed(self, task: TaskId) -> str:
-        topic = self._subjects.topic(task.topic.type, task.topic.source)
-        return self._subjects.delayed(self.tasks, task.message_id, topic)
+        """The subject on which a task waits for its time."""
+        return self._subjects.delayed(self.tasks, task.message_id, self._queued(task))
 
     def _subject(self, kind: str, task: TaskId) -> str:
         return self._subjects.task(kind, task.agent.type, task.agent.key, task.message_id)
@@ -396,11 +402,10 @@ def progress_of(task: TaskId, data: bytes, told_at: float | None) -> TaskStatus 
     )
 
 
-def due_of(headers: Any) -> datetime.datetime | None:
+def due_of(headers: Mapping[str, str]) -> datetime.datetime | None:
     """When a schedule publishes its message once; None if its headers do not say so."""
-    text = str(headers.get("Nats-Schedule", ""))
     try:
-        return datetime.datetime.fromisoformat(text.removeprefix("@at ")) if text.startswith("@at ") else None
+        return Schedule(headers.get(SCHEDULE, "")).last
     except ValueError:
         return None
 
