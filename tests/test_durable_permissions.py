@@ -29,7 +29,7 @@ from natsrt.jetstream.registry.entries import DurableEntry
 from natsrt.jetstream.registry.view import View
 from natsrt.wire.subjects import Subjects
 from tests.support.cli import natsrt as run
-from tests.support.permission_matrix import Matrix, label
+from tests.support.permission_matrix import Matrix, delete_streams, label
 from tests.support.permission_scene import PASSWORD, Case, Scene, configuration
 from tests.support.processes import eventually
 
@@ -284,7 +284,7 @@ async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: 
 async def test_with_its_permissions_each_use_succeeds(
     matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await MATRIX.succeeds(matrix, user, number, caplog, before=purge)
+    await MATRIX.succeeds(matrix, user, number, caplog, before=delete_streams)
 
 
 async def test_tail_ends_if_its_user_may_not_read_the_stream(matrix: EmbeddedServer) -> None:
@@ -296,15 +296,6 @@ async def test_tail_ends_if_its_user_may_not_read_the_stream(matrix: EmbeddedSer
         place = ("--server", matrix.url, "--namespace", scene.case.declaration.namespace)
         ended = await run("tail", "--since", "1h", *login, *place)
         assert (ended.code, f"DIRECT.GET.{scene.case.declaration.namespace}_{EVENTS}" in ended.stderr) == (3, True)
-
-
-async def purge(scene: Scene) -> None:
-    """Remove what the use before has left."""
-    plain = await scene.client("plain")
-    js, namespace = plain.jetstream(), scene.case.declaration.namespace
-    for info in await js.streams_info():
-        if namespace in (info.config.name or "").removeprefix("KV_").split("_"):
-            await js.delete_stream(info.config.name or "")
 
 
 @pytest.mark.parametrize("user", ["mill", "web", "ops"])

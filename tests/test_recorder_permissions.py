@@ -25,7 +25,7 @@ from natsrt.embedded import EmbeddedServer
 from natsrt.errors import ConfigurationError, StreamUnavailable
 from natsrt.jetstream.recorder import Recorder
 from tests.support.cli import natsrt as natsrt_command
-from tests.support.permission_matrix import Matrix
+from tests.support.permission_matrix import Matrix, delete_streams
 from tests.support.permission_scene import Scene
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each permission is a case with a recorder of its own
@@ -220,9 +220,4 @@ async def test_with_its_permissions_each_use_succeeds(
 
 async def purge(scene: Scene) -> None:
     """Remove what the use before has left."""
-    plain = await scene.client("plain")
-    js, namespace = plain.jetstream(), scene.case.declaration.namespace
-    for info in await js.streams_info():
-        name = info.config.name or ""
-        if name == "audit" or namespace in name.removeprefix("KV_").split("_"):
-            await js.delete_stream(name)
+    await delete_streams(scene, "audit")

@@ -26,7 +26,7 @@ from natsrt.errors import ConfigurationError, NatsrtError
 from natsrt.task_types import TaskId
 from natsrt.wire import envelope
 from natsrt.wire.subjects import Subjects
-from tests.support.permission_matrix import Matrix
+from tests.support.permission_matrix import Matrix, delete_streams
 from tests.support.permission_scene import Scene
 from tests.support.processes import eventually
 
@@ -181,7 +181,7 @@ async def submits_for_later(scene: Scene) -> None:
 async def test_a_caller_is_told_that_a_type_takes_no_tasks_yet(matrix: EmbeddedServer) -> None:
     async with AsyncExitStack() as stack:
         scene = Scene(matrix.url, MATRIX.case_of("web", None), stack)
-        await purge(scene)
+        await delete_streams(scene)
         runtime = scene.unstarted("mill")
         await natsrt.register(runtime, Works, "jobs", Works)
         await stack.enter_async_context(runtime)
@@ -196,7 +196,7 @@ async def test_a_caller_is_told_that_a_type_takes_no_tasks_yet(matrix: EmbeddedS
 async def test_a_caller_knows_nothing_of_the_tasks_of_other_types(matrix: EmbeddedServer) -> None:
     async with AsyncExitStack() as stack:
         scene = Scene(matrix.url, MATRIX.case_of("web", None), stack)
-        await purge(scene)
+        await delete_streams(scene)
         plain = scene.unstarted("plain")
         await natsrt.register(plain, Works, "others", Works)
         await stack.enter_async_context(plain)
@@ -362,13 +362,4 @@ async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: 
 async def test_with_its_permissions_each_use_succeeds(
     matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await MATRIX.succeeds(matrix, user, number, caplog, before=purge)
-
-
-async def purge(scene: Scene) -> None:
-    """Remove what the use before has left."""
-    plain = await scene.client("plain")
-    js, namespace = plain.jetstream(), scene.case.declaration.namespace
-    for info in await js.streams_info():
-        if namespace in (info.config.name or "").removeprefix("KV_").split("_"):
-            await js.delete_stream(info.config.name or "")
+    await MATRIX.succeeds(matrix, user, number, caplog, before=delete_streams)

@@ -106,3 +106,13 @@ class Matrix:
             said = [record.getMessage() for record in caplog.records]
             assert [text for text in said if "not let" in text and not PROBED.search(text)] == []
             assert scene.violations == []
+
+
+async def delete_streams(scene: Scene, *others: str) -> None:
+    """Remove what the use before has left: the streams of the scene's namespace, and ``others``."""
+    plain = await scene.client("plain")
+    js, namespace = plain.jetstream(), scene.case.declaration.namespace
+    for info in await js.streams_info():
+        name = info.config.name or ""
+        if name in others or namespace in name.removeprefix("KV_").split("_"):
+            await js.delete_stream(name)
