@@ -12,7 +12,8 @@ from autogen_core import AgentId, TopicId
 
 from natsrt.errors import CallTimeout
 from natsrt.runtime import NatsAgentRuntime
-from natsrt.transport.connection import Refusal, headers_size
+from natsrt.transport.connection import Refusal
+from natsrt.transport.headers import headers_size
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, ErrorTypes
 from natsrt.wire.schedules import due_time
@@ -93,8 +94,8 @@ async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: 
         try:
             async with asyncio.timeout(limit):
                 if not _in_one_message(runtime, body, headers):
-                    sender, named = runtime.running.sender, _require_type(type_name, body)
-                    line((await sender.call_large_body(body, agent, named)).decode("utf-8", "backslashreplace"))
+                    calls, named = runtime.running.outgoing.calls, _require_type(type_name, body)
+                    line((await calls.call_large_body(body, agent, named)).decode("utf-8", "backslashreplace"))
                     return
                 reply = await runtime.running.calls.call(agent, body, headers=headers)
         except TimeoutError as error:
@@ -143,11 +144,11 @@ async def _publish_later(
     async with connecting.runtime() as runtime:
         try:
             headers = {TYPE_HEADER: type_name} if type_name else {}
-            sender = runtime.running.sender
+            events = runtime.running.outgoing.events
             if _in_one_message(runtime, body, headers):
-                message_id = await sender.publish_body(body, topic, due, type_name)
+                message_id = await events.publish_body(body, topic, due, type_name)
             else:
-                message_id = await sender.publish_large_body(body, topic, _require_type(type_name, body), due)
+                message_id = await events.publish_large_body(body, topic, _require_type(type_name, body), due)
         except ValueError as error:
             raise CommandFailed(str(error), Exit.USAGE) from None
     note(f"{len(body):,} bytes will be published on {topic} at {due.isoformat(timespec='seconds')}, with the id:")
@@ -174,7 +175,7 @@ async def _publish(connecting: Connecting, topic: TopicId, body: bytes, type_nam
         if _in_one_message(runtime, body, headers):
             await running.connection.publish(subject, body, headers=headers or None)
         else:
-            await running.sender.publish_large_body(body, topic, _require_type(type_name, body), None)
+            await running.outgoing.events.publish_large_body(body, topic, _require_type(type_name, body), None)
         await running.connection.barrier()
         for denied in refused:
             raise denied

@@ -93,7 +93,9 @@ class OwnerFinder:
 
     async def ask(self, agent: AgentId, owner: str, operation: str, data: Any = None) -> Any:
         """Run a control operation on an agent, at its owner. Raises the errors of calls, and those of the agent."""
-        return await self._running.sender.control(agent, self._subjects.control_at(agent.type, owner), operation, data)
+        return await self._running.outgoing.calls.control(
+            agent, self._subjects.control_at(agent.type, owner), operation, data
+        )
 
 
 @dataclass(slots=True)

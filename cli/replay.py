@@ -107,7 +107,7 @@ class _Pace:
 
 async def _replay(connecting: Connecting, chosen: _Chosen, speed: float | None) -> None:
     async with connecting.runtime() as runtime:
-        name, again = secrets.token_hex(4), runtime.running.sender.again
+        name, again = secrets.token_hex(4), runtime.running.outgoing.again
         pace = None if speed is None else _Pace(speed)
         count, told_at, batch = 0, time.monotonic(), list[tuple[StoredMessage, str]]()
 

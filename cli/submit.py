@@ -43,7 +43,7 @@ class _Task:
             if self.message_id is not None:
                 TaskId.of(self.agent, self.message_id)
             await session.membership.take_tasks(self.agent.type)
-            return await session.sender.submit_body(
+            return await session.outgoing.tasks.submit_body(
                 self.body,
                 self.agent,
                 self.type_name,

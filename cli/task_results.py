@@ -24,7 +24,7 @@ async def print_result(connecting: Connecting, runtime: NatsAgentRuntime, task: 
 
     ``--timeout`` limits the wait, from ``begun`` on, by `time.monotonic`. Raises what the task's handler raised.
     """
-    tickets = runtime.running.sender.tickets
+    tickets = runtime.running.outgoing.tickets
     telling = asyncio.create_task(_tell_progress(tickets, task))
     try:
         payload = await tickets.payload(task, _time_left(connecting, runtime, begun))

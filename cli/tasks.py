@@ -135,7 +135,7 @@ def show(connecting: Connecting, task_id: str, as_json: bool) -> None:
 
 async def _whole(runtime: NatsAgentRuntime, task: TaskId) -> dict[str, Any]:
     """All that is known of a task."""
-    tickets = runtime.running.sender.tickets
+    tickets = runtime.running.outgoing.tickets
     status = await tickets.status(task)
     row = _row(status)
     result = await tickets.stored_result(task) if status.has_ended else None
@@ -171,7 +171,7 @@ def result(connecting: Connecting, task_id: str, wait: bool) -> None:
         task = _task(task_id)
         async with connecting.runtime() as runtime:
             if not wait:
-                status = await runtime.running.sender.tickets.status(task)
+                status = await runtime.running.outgoing.tickets.status(task)
                 if not status.has_ended:
                     text = f"{task} has no result yet: it is {status_text(status)}; --wait waits for it"
                     raise CommandFailed(printable(text), Exit.TIMEOUT)
@@ -231,7 +231,7 @@ async def _each(
     async with connecting.runtime() as runtime:
         for task in named:
             try:
-                await work(runtime.running.sender.tickets, task)
+                await work(runtime.running.outgoing.tickets, task)
                 note(f"{done}: {task}")
             except (CommandFailed, NatsrtError) as error:
                 note(f"natsrt: {error}", "error")

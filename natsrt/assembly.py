@@ -60,14 +60,22 @@ from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
 from natsrt.observe.telemetry import Telemetry
 from natsrt.options import Options
+from natsrt.sending.again import Again
 from natsrt.sending.arrivals import Arrivals
 from natsrt.sending.attributes import MessageAttributes
+from natsrt.sending.call_sender import CallSender
+from natsrt.sending.durable import DurablePublisher
+from natsrt.sending.event_sender import EventSender
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.owner_locator import OwnerLocator
+from natsrt.sending.referring import Referring
+from natsrt.sending.reminders import Reminders
 from natsrt.sending.replies import Replies
-from natsrt.sending.sender import Sender
+from natsrt.sending.steps import SendSteps
+from natsrt.sending.task_sender import TaskSender
+from natsrt.sending.tickets import Tickets
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.call_watch import CallWatch
 from natsrt.transport.calls import Calls
@@ -132,7 +140,7 @@ class Network:
 
 
 class Outgoing:
-    """The sending side: calls, events, and the locations of keyed agents."""
+    """The sending side: calls, events, tasks, and the locations of keyed agents."""
 
     def __init__(
         self,
@@ -175,29 +183,94 @@ class Outgoing:
             replies=replies,
             counters=counters,
         )
-        self.sender: Sender = Sender(
-            connection=network.connection,
+        steps = self._steps = SendSteps(
+            bodies=network.bodies,
+            cancellations=network.cancellations,
+            interventions=program.interventions,
+            readiness=network.readiness,
+        )
+        referring = Referring(network.connection, network.registry, program.options, network.bodies)
+        self.calls: CallSender = CallSender(
+            steps=steps,
             bodies=network.bodies,
             subjects=network.subjects,
             options=program.options,
             calls=network.calls,
-            registry=network.registry,
-            streams=network.streams,
-            dead_letters=network.dead_letter_box,
-            tasks=network.tasks,
-            payload_uses=network.payload_uses,
-            readiness=network.readiness,
             serialization=program.serialization,
-            cancellations=network.cancellations,
             interventions=program.interventions,
             replies=replies,
+            registry=network.registry,
+            referring=referring,
             attributes=attributes,
             owners=owners,
+            counters=counters,
+            telemetry=telemetry,
+        )
+        self.publisher: DurablePublisher = DurablePublisher(
+            network.connection, network.subjects, program.options, steps.queue, network.streams
+        )
+        self.events: EventSender = EventSender(
+            steps=steps,
+            connection=network.connection,
+            bodies=network.bodies,
+            subjects=network.subjects,
+            options=program.options,
+            serialization=program.serialization,
+            interventions=program.interventions,
+            registry=network.registry,
+            streams=network.streams,
+            publisher=self.publisher,
+            referring=referring,
+            readiness=network.readiness,
+            attributes=attributes,
             delivery=self.delivery,
             missing=MissingInstances(network.registry, counters, event_errors),
             counters=counters,
             telemetry=telemetry,
         )
+        self.send = self.calls.send
+        self.publish = self.events.publish
+        self.again: Again = Again(
+            self.publisher, network.subjects, network.dead_letter_box, network.bodies, network.registry
+        )
+        self.reminders: Reminders = Reminders(
+            steps=steps,
+            subjects=network.subjects,
+            registry=network.registry,
+            serialization=program.serialization,
+            streams=network.streams,
+            publisher=self.publisher,
+            bodies=network.bodies,
+            referring=referring,
+            uses=network.payload_uses,
+        )
+        self.tickets: Tickets = Tickets(
+            connection=network.connection,
+            subjects=network.subjects,
+            options=program.options,
+            registry=network.registry,
+            store=network.tasks,
+            replies=replies,
+            bodies=network.bodies,
+            cancellations=network.cancellations,
+            dead_letters=network.dead_letter_box,
+            again=self.again,
+        )
+        self.tasks: TaskSender = TaskSender(
+            steps=steps,
+            subjects=network.subjects,
+            serialization=program.serialization,
+            interventions=program.interventions,
+            events=self.events,
+            tickets=self.tickets,
+            attributes=attributes,
+            counters=counters,
+        )
+
+    @property
+    def under_way(self) -> int:
+        """Number of sends that have not completed: calls without a reply, and events not yet published or delivered."""
+        return self._steps.under_way + self.delivery.under_way
 
 
 class Incoming:
@@ -261,7 +334,7 @@ class Incoming:
             FeederParts(
                 bodies=network.bodies,
                 reader=reader,
-                sender=outgoing.sender,
+                sender=outgoing.events,
                 delivery=outgoing.delivery,
                 events=self.events,
                 tasks=tasks,
@@ -407,7 +480,7 @@ class Incoming:
             reader=reader,
             answers=answers,
             intake=self.intake,
-            sender=outgoing.sender,
+            sender=outgoing.events,
             delivery=outgoing.delivery,
         )
         return Dispatch(

@@ -26,9 +26,8 @@ from natsrt.agents.message_types import explain_refused_types
 from natsrt.assembly import Network, Program
 from natsrt.errors import NatsrtError
 from natsrt.observe.health import Counts, Health
-from natsrt.sending.outbox import Outbox
+from natsrt.sending.outbox import Outbox, WayOut
 from natsrt.sending.send_queue import in_intervention
-from natsrt.sending.sender import Sender
 from natsrt.session import Session
 from natsrt.signals import STOP_SIGNALS, StopSignals
 
@@ -140,13 +139,13 @@ class Lifecycle:
 
     async def _pass_on(self, session: Session, *, hold: bool) -> None:
         """Send what waits. ``hold``: what is sent later waits again."""
-        await self._outbox.pass_on(session.sender, session.network.readiness)
+        await self._outbox.pass_on(session.outgoing, session.network.readiness)
         self._outbox.holds = hold
 
     async def _start(self, session: Session) -> None:
         try:
             if self._outbox.holds and not self._stepping:
-                await self._pass_on(session, hold=False)  # it joins the queue of the sender, which waits for the start
+                await self._pass_on(session, hold=False)  # it joins the queue of sends, which waits for the start
             await session.start(self._abort)
         except BaseException:
             self._counts = session.counts()
@@ -346,13 +345,13 @@ class Lifecycle:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _way_out(self) -> Sender | Outbox:
+    def _way_out(self) -> WayOut:
         """What takes a message that is sent now. Raises RuntimeError after a stop."""
         session = self._session
         if session is None:
-            return self._running().sender if self._stopped.is_set() else self._outbox
+            return self._running().outgoing if self._stopped.is_set() else self._outbox
         _in_its_loop(session)
-        return self._outbox if self._outbox.holds and not in_intervention() else session.sender
+        return self._outbox if self._outbox.holds and not in_intervention() else session.outgoing
 
     def _started(self) -> Session:
         """Return the session if it is started and not stepped. Raises RuntimeError if not."""

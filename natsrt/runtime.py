@@ -1,6 +1,6 @@
 """`NatsAgentRuntime`: AutoGen's `AgentRuntime` over NATS.
 
-A call passes from ``send_message`` through `natsrt.sending.sender`, `natsrt.transport.calls`, NATS,
+A call passes from ``send_message`` through `natsrt.sending.call_sender`, `natsrt.transport.calls`, NATS,
 `natsrt.hosting.intake` and `natsrt.hosting.dispatch` to the agent. The reply returns over NATS to
 `natsrt.transport.calls`.
 """
@@ -503,7 +503,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             PermissionDenied: This user may not remove messages of the stream.
             RuntimeError: The runtime is not started.
         """
-        return await self._running().sender.cancel_delayed(message_id, topic_id)
+        return await self._running().outgoing.events.cancel_delayed(message_id, topic_id)
 
     async def remind(
         self,
@@ -548,7 +548,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         reminder_topic(agent, name)
         session = self._running()
         await session.membership.take_reminders(agent.type)
-        await session.sender.remind(agent, name, message, schedule)
+        await session.outgoing.reminders.set(agent, name, message, schedule)
 
     async def forget_reminder(self, agent: AgentId, name: str) -> bool:
         """Remove a reminder. Returns False if the agent has none with this name.
@@ -561,7 +561,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             PermissionDenied: This user may not remove messages of the stream.
             RuntimeError: The runtime is not started.
         """
-        return await self._running().sender.reminders.forget(agent, name)
+        return await self._running().outgoing.reminders.forget(agent, name)
 
     async def reminders(self, agent: AgentId | AgentType | str | None = None) -> list[Reminder]:
         """Return the reminders that are set, in the order of agents and names.
@@ -575,9 +575,9 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             RuntimeError: The runtime is not started.
         """
         if isinstance(agent, AgentId):
-            return await self._running().sender.reminders.list(agent.type, agent.key)
+            return await self._running().outgoing.reminders.list(agent.type, agent.key)
         agent_type = agent.type if isinstance(agent, AgentType) else agent
-        return await self._running().sender.reminders.list(agent_type, None)
+        return await self._running().outgoing.reminders.list(agent_type, None)
 
     async def submit_message(
         self,
@@ -635,7 +635,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             TaskId.of(recipient, message_id)
         session = self._running()
         await session.membership.take_tasks(recipient.type)
-        return await session.sender.submit(
+        return await session.outgoing.tasks.submit(
             message,
             recipient,
             sender=sender,
@@ -655,7 +655,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             ValueError: No ticket can have this id.
             RuntimeError: The runtime is not started.
         """
-        return self._running().sender.tickets.ticket(TaskId.parse(id))
+        return self._running().outgoing.tickets.ticket(TaskId.parse(id))
 
     def tasks(self, agent_type: str | AgentType | None = None) -> AsyncIterator[TaskStatus]:
         """Return what is known of each task that is stored, or whose result is: the one that changed last comes last.
@@ -671,7 +671,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             RuntimeError: The runtime is not started.
         """
         name = agent_type.type if isinstance(agent_type, AgentType) else agent_type
-        return self._running().sender.tickets.statuses(name)
+        return self._running().outgoing.tickets.statuses(name)
 
     async def take_tasks(self, type: str | AgentType) -> None:
         """Have the workers of an agent type take tasks, now and later. `submit_message` does so itself.
@@ -753,7 +753,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             MessageTooLarge: The event does not fit into a message together with the headers that it needs now.
             JetStreamFull, PermissionDenied, StreamUnavailable: The dead letter stays.
         """
-        await self._running().sender.again.redrive(dead_letter)
+        await self._running().outgoing.again.redrive(dead_letter)
 
     async def discard(self, dead_letter: DeadLetter) -> bool:
         """Remove a dead letter for good. Returns False if it was removed before.

@@ -32,7 +32,6 @@ from natsrt.observe.metrics import Counters
 from natsrt.observe.services import Services, service_name
 from natsrt.observe.telemetry import telemetry_for
 from natsrt.sending.arrivals import Arrivals
-from natsrt.sending.sender import Sender
 from natsrt.transport.calls import Calls
 from natsrt.transport.connection import Connection
 from natsrt.transport.peers import alive_within
@@ -101,7 +100,6 @@ class Session:
         self.calls: Calls = self.network.calls
         self.records: AgentRecords = self.network.records
         self.dead_letters: DeadLetterBox = self.network.dead_letter_box
-        self.sender: Sender = self.outgoing.sender
         self.arrivals: Arrivals = self.outgoing.arrivals
         self.intake: Intake = self.incoming.intake
         self.dispatch: Dispatch = self.incoming.dispatch
@@ -141,7 +139,8 @@ class Session:
             (incoming.view_answers.start, incoming.view_answers.stop),
             (incoming.blob_answers.start, incoming.blob_answers.stop),
             (None, self.outgoing.delivery.stop),
-            (None, self.outgoing.sender.stop),
+            (None, self.outgoing.publisher.stop),
+            (None, self.outgoing.tickets.stop),
             (None, incoming.ownership.stop),
             (None, incoming.deadlocks.stop),
             (None, self._services.stop),
@@ -286,7 +285,7 @@ class Session:
             pending_bytes=intake.pending_bytes,
             max_pending_bytes=self._options.max_pending_bytes,
             calls_pending=self.calls.pending,
-            sends_under_way=self.sender.under_way,
+            sends_under_way=self.outgoing.under_way,
             **self.counts(),
         )
 
@@ -315,7 +314,7 @@ class Session:
     @property
     def idle(self) -> bool:
         """True if nothing is queued, running or awaited in this runtime."""
-        return not (self.intake.queued or self.dispatch.running or self.sender.under_way)
+        return not (self.intake.queued or self.dispatch.running or self.outgoing.under_way)
 
     async def is_idle(self) -> bool:
         """True if nothing is queued, running or awaited here, both before and after a round trip to the server, and no
@@ -345,12 +344,12 @@ class Session:
         subjects = self.network.subjects
         if self.registry.is_keyed(agent.type):
             owner = (await self.outgoing.locator.locate(agent)).worker_id
-            return await self.sender.control(agent, subjects.control_at(agent.type, owner), operation, data)
+            return await self.outgoing.calls.control(agent, subjects.control_at(agent.type, owner), operation, data)
         holders = self.registry.view.instance_holders(agent.type, agent.key)
         subject = subjects.control(agent.type, agent.key if holders else None)
         if not await self.network.peers.has_listener(subject):
             await self._check_control(agent, subject)
-        return await self.sender.control(agent, subject, operation, data)
+        return await self.outgoing.calls.control(agent, subject, operation, data)
 
     async def _check_control(self, agent: AgentId, subject: str) -> None:
         """Raise `UndeliveredCall` if the agent's workers are there, though nobody listens on its control subject."""

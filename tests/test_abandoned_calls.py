@@ -209,7 +209,7 @@ async def test_a_call_that_was_forwarded_to_the_owner_is_given_up_there(place: P
     first = asyncio.ensure_future(caller.send_message(Work(0), agent))
     await eventually(lambda: place.log.started.count(0) == 1)
     before = len(place.log.started)
-    sender = caller.running.sender
+    sender = caller.running.outgoing.calls
     body = envelope.encode(
         envelope.CALL,
         f'"id":"m","source":"/","messagetype":"Work","subject":"{agent.key}",'

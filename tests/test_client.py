@@ -27,6 +27,7 @@ from natsrt.errors import CannotDecode
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered
 from natsrt.transport.connection import Connection
+from natsrt.transport.headers import header_block
 from natsrt.transport.stall_watch import StallWatch
 from tests.support.processes import eventually
 
@@ -223,7 +224,7 @@ async def test_a_posted_message_has_the_headers_that_a_published_one_has(
     heard: list[tuple[str, bytes, dict[str, str] | None]] = []
     await connection.subscribe(namespace, lambda message: heard.append((message.reply, message.data, message.headers)))
     headers = {"Natsrt-Record": '{"key":"k"}', "Nats-Expected-Last-Subject-Sequence": "7", "Other": "grüß: dich"}
-    assert connection.client.post(namespace, b"payload\r\n", "answer", headers)
+    assert connection.client.post(namespace, b"payload\r\n", "answer", header_block(headers))
     await connection.client.publish(namespace, b"payload\r\n", "answer", headers)
     await connection.barrier()
     assert heard == [("answer", b"payload\r\n", headers)] * 2
@@ -231,8 +232,8 @@ async def test_a_posted_message_has_the_headers_that_a_published_one_has(
 
 async def test_headers_count_for_what_is_too_large_to_be_posted(connection: Connection, namespace: str) -> None:
     payload = bytes(connection.client.max_payload - 100)
-    assert connection.client.post(namespace, payload, "", {"A": "a"})
-    assert not connection.client.post(namespace, payload, "", {"A": "a" * 100})
+    assert connection.client.post(namespace, payload, "", header_block({"A": "a"}))
+    assert not connection.client.post(namespace, payload, "", header_block({"A": "a" * 100}))
     await connection.barrier()
 
 
@@ -382,7 +383,7 @@ async def test_messages_with_some_reply_subjects_are_withdrawn_and_others_are_se
     heard: list[bytes] = []
     await connection.subscribe(f"{namespace}.>", lambda message: heard.append(message.data))
     await connection.barrier()
-    assert client.post(f"{namespace}.a", b"1", "_INBOX.mine.1", {"A": "a"})
+    assert client.post(f"{namespace}.a", b"1", "_INBOX.mine.1", header_block({"A": "a"}))
     assert client.post(f"{namespace}.a", b"2", "_INBOX.other.1")
     assert client.post(f"{namespace}.a", b"3 _INBOX.mine.", "")
     assert client.post(f"{namespace}.a", b"4", "_INBOX.mine.2")

@@ -188,7 +188,7 @@ async def test_events_wait_for_room_in_the_window_and_keep_their_order(
 ) -> None:
     monkeypatch.setattr("natsrt.sending.durable.WINDOW", 3)
     runtime = await place.runtime(durable=["orders."])
-    publisher = runtime.running.sender._durable
+    publisher = runtime.running.outgoing.publisher
     most = 0
 
     async def publish(number: int) -> None:
@@ -267,7 +267,7 @@ async def test_events_are_confirmed_in_their_order_after_a_restart_of_the_server
     publishing = [
         asyncio.create_task(runtime.publish_message(Order(number), TopicId("orders.new", "a"))) for number in range(20)
     ]
-    await eventually(lambda: len(runtime.running.sender._durable._under_way) == 20)
+    await eventually(lambda: len(runtime.running.outgoing.publisher._under_way) == 20)
     restarting = asyncio.create_task(own_place.server.restart(kill=True, downtime=0.3))
     await eventually(lambda: not runtime.running.connection.connected)
     later = [runtime.publish_message(Order(number), TopicId("orders.new", "a")) for number in range(20, 30)]
@@ -314,7 +314,7 @@ async def test_events_that_were_not_written_do_not_overtake_those_that_were_lost
         return [asyncio.create_task(runtime.publish_message(Order(number), topic)) for number in numbers]
 
     lost = publish(range(10))
-    await eventually(lambda: runtime.running.sender.under_way == 10 and client.pending_data_size == 0)
+    await eventually(lambda: runtime.running.outgoing.under_way == 10 and client.pending_data_size == 0)
     filling = "x" * 100_000
     while socket.get_write_buffer_size() == 0:  # more than the kernel takes, so that nothing is written any more
         await runtime.publish_message(filling, TopicId("other", "a"))
@@ -332,11 +332,11 @@ async def test_an_event_is_sent_again_when_the_stream_is_silent(place: Place, mo
     await place.runtime(durable=["orders."])
     caller = await place.runtime()
     config = (await place.js.stream_info(place.stream)).config
-    monkeypatch.setattr(caller.running.sender._durable, "_find_out", lambda stream: None)
+    monkeypatch.setattr(caller.running.outgoing.publisher, "_find_out", lambda stream: None)
     await place.client.subscribe(f"{place.namespace}.topic.>")  # so the server does not say that nobody listens
     await place.js.delete_stream(place.stream)
     publishing = asyncio.create_task(caller.publish_message(Order(1), TopicId("orders.new", "a")))
-    await eventually(lambda: any(event.sent for event in caller.running.sender._durable._under_way))
+    await eventually(lambda: any(event.sent for event in caller.running.outgoing.publisher._under_way))
     await place.js.add_stream(config)
     await publishing
     assert await place.stored() == [("topic.orders.new.a", 1)]
@@ -380,7 +380,7 @@ async def test_a_runtime_that_stops_ends_what_is_not_confirmed(own_place: Place)
     own_place.server.pause()
     try:
         publishing = asyncio.create_task(runtime.publish_message(Order(1), TopicId("orders.new", "a")))
-        await eventually(lambda: runtime.running.sender.under_way == 1)
+        await eventually(lambda: runtime.running.outgoing.under_way == 1)
         stopping = asyncio.create_task(runtime.stop())
         with pytest.raises(natsrt.EventNotStored, match="this runtime was stopped"):
             await publishing

@@ -42,7 +42,7 @@ async def submit(
     """Submit a task whose body is ready."""
     session = runtime.running
     await session.membership.take_tasks(agent.type)
-    return await session.sender.submit_body(
+    return await session.outgoing.tasks.submit_body(
         body, agent, type_name, message_id=message_id, due=None, attempts=1, result_ttl=60
     )
 
@@ -178,7 +178,7 @@ async def test_a_body_of_any_size_needs_no_type(make: Make, namespace: str, keye
     worker = NatsAgentRuntime(submitter.options.servers, namespace=namespace, keyed={"echo": keyed})
     await natsrt.register(worker, Echo, "echo", lambda: Echo("echoes"))
     async with worker:
-        tickets = submitter.running.sender.tickets
+        tickets = submitter.running.outgoing.tickets
         for body, expected in (
             (b"not JSON" + b"x" * size, f"{size + 8}"),
             (b'"' + b"x" * size + b'"', f"{size}"),
@@ -253,5 +253,5 @@ async def test_a_plain_message_on_the_subject_of_a_task_is_one(make: Make) -> No
         return found is not None and found.state == "done"
 
     await eventually(is_done, LONG)
-    assert await submitter.running.sender.tickets.payload(task, LONG) == b'{"name":"a","count":1,"text":""}'
+    assert await submitter.running.outgoing.tickets.payload(task, LONG) == b'{"name":"a","count":1,"text":""}'
     assert await submitter.ticket(str(task)).result(LONG) == {"name": "a", "count": 1, "text": ""}

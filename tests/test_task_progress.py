@@ -68,5 +68,5 @@ async def test_a_task_that_is_tried_again_by_hand_begins_anew(make: Make, agent_
     network = submitter.running.network
     # As a worker leaves it that dies when it has stored the result.
     await network.tasks.tell(TaskId.parse(ticket.id), "running", attempt=3)
-    assert await submitter.running.sender.tickets.retry(TaskId.parse(ticket.id))
+    assert await submitter.running.outgoing.tickets.retry(TaskId.parse(ticket.id))
     assert (await ticket.status()).state == "queued"

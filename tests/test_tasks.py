@@ -253,7 +253,7 @@ async def test_a_task_that_has_failed_is_tried_again_by_hand(make: Make, agent_t
     ticket = await submitter.submit_message(Work("a"), AgentId(agent_type, "k"))
     with pytest.raises(natsrt.NatsrtError):
         await ticket.result(LONG)
-    tickets = submitter.running.sender.tickets
+    tickets = submitter.running.outgoing.tickets
     assert await tickets.retry(TaskId.parse(ticket.id))
     assert (await ticket.result(LONG)).name == "a"
     assert not await tickets.retry(TaskId.parse(ticket.id))

@@ -103,7 +103,7 @@ async def test_who_waits_for_a_task_is_told_at_once_that_the_runtime_is_stopped(
 
 
 async def _so_many_wait(runtime: NatsAgentRuntime, number: int) -> bool:
-    return len(runtime.running.sender.tickets._waiting) == number
+    return len(runtime.running.outgoing.tickets._waiting) == number
 
 
 async def test_a_ticket_of_a_stopped_runtime_says_so_and_a_new_one_has_the_result(make: Make) -> None:

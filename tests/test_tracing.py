@@ -274,7 +274,10 @@ async def bodies_on(server: EmbeddedServer, subject: str, work: Callable[[], Awa
 async def test_without_a_provider_nothing_travels(server: EmbeddedServer, namespace: str, start: Start) -> None:
     assert isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider), "some test set a global provider"
     runtime = await start(None)
-    assert runtime.running.incoming.dispatch._invoker._telemetry is None and runtime.running.sender._telemetry is None
+    assert (
+        runtime.running.incoming.dispatch._invoker._telemetry is None
+        and runtime.running.outgoing.calls._telemetry is None
+    )
     await Answerer.register(runtime, "answerer", Answerer)
     (body,) = await bodies_on(
         server, f"{namespace}.agent.answerer", lambda: runtime.send_message(Ask("hi"), AgentId("answerer", "x"))

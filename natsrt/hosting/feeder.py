@@ -51,8 +51,8 @@ from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.pulling import BATCH, Pull, Room
 from natsrt.retry_types import RetryOptions
+from natsrt.sending.event_sender import EventSender
 from natsrt.sending.keyed_delivery import KeyedDelivery
-from natsrt.sending.sender import Sender
 from natsrt.task_types import TaskId, task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.wire.stored_events import StoredEvent, stream_id
@@ -83,7 +83,7 @@ class FeederParts:
 
     bodies: Bodies
     reader: Reader
-    sender: Sender
+    sender: EventSender
     delivery: KeyedDelivery
     events: EventSettlement
     tasks: Tasks

@@ -25,8 +25,8 @@ from natsrt.keyed.claiming import CannotOwn
 from natsrt.keyed.operations import KeyedOperations
 from natsrt.keyed.ownership import NotOwned, OwnedElsewhere, Ownership
 from natsrt.keyed.turns import Turns
+from natsrt.sending.event_sender import EventSender
 from natsrt.sending.keyed_delivery import KeyedDelivery
-from natsrt.sending.sender import Sender
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.peer_messages import says_missing
 
@@ -45,7 +45,7 @@ class KeyedMessages:
         reader: Reader,
         answers: Answers,
         intake: Intake,
-        sender: Sender,
+        sender: EventSender,
         delivery: KeyedDelivery,
     ) -> None:
         self._worker_id = worker_id

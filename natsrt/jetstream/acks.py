@@ -6,8 +6,7 @@ That cost limits how often the states of keyed agents can be saved.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import nats.js.errors
 import orjson
@@ -16,6 +15,7 @@ from nats.nuid import NUID
 
 from natsrt.errors import CannotDecode
 from natsrt.transport.connection import Connection, Interest
+from natsrt.transport.headers import header_block
 from natsrt.transport.inbox import is_nobody
 
 WRONG_REVISION = (10071, 10164)
@@ -39,6 +39,27 @@ class Ack(NamedTuple):
     """True if the stream had stored a message with this id before; `sequence` is the sequence of that one."""
 
 
+class Receiver(Protocol):
+    """Waits for what arrives on a reply subject."""
+
+    def receive(self, message: Msg) -> None:
+        """Called in the read loop with each message there. It must not block, and may raise only `CannotDecode`."""
+
+
+class _First:
+    """Waits for the first message."""
+
+    __slots__ = ("waiter",)
+
+    def __init__(self) -> None:
+        self.waiter: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+
+    def receive(self, message: Msg) -> None:
+        """Part of `Receiver`."""
+        if not self.waiter.done():
+            self.waiter.set_result(message)
+
+
 class Acks:
     """Publishes messages to streams, and receives the acknowledgements on its own inbox below ``inbox_prefix``."""
 
@@ -46,8 +67,8 @@ class Acks:
         self._connection = connection
         self.inbox: str = f"{inbox_prefix}.{NUID().next().decode()}."
         """The start of the reply subjects, with the last dot."""
-        self._receivers: dict[str, Callable[[Msg], None]] = {}
-        """What is called with each message on a reply subject."""
+        self._receivers: dict[str, Receiver] = {}
+        """Who waits, by reply subject."""
         self._number = 0
         self._interest: Interest | None = None
 
@@ -69,13 +90,10 @@ class Acks:
     def _on_ack(self, message: Msg) -> None:
         receiver = self._receivers.get(message.subject)
         if receiver is not None:
-            receiver(message)
+            receiver.receive(message)
 
-    def expect(self, receiver: Callable[[Msg], None]) -> str:
-        """A new reply subject. ``receiver`` is called in the read loop with what arrives there, until `forget`.
-
-        It must not block, and may raise only `CannotDecode`.
-        """
+    def expect(self, receiver: Receiver) -> str:
+        """A new reply subject. ``receiver`` gets what arrives there, until `forget`."""
         self._number += 1
         reply = f"{self.inbox}{self._number:x}"
         self._receivers[reply] = receiver
@@ -96,13 +114,13 @@ class Acks:
         The caller limits the time, has checked the size, and guarantees that the headers contain no line ends. Raises
         `WrongRevision`, `CannotDecode`, and what nats-py raises.
         """
-        waiter: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        reply = self.expect(lambda message: None if waiter.done() else waiter.set_result(message))
+        first = _First()
+        reply = self.expect(first)
         try:
             client = self._connection.client
-            if not client.post(subject, payload, reply, headers):
+            if not client.post(subject, payload, reply, header_block(headers) if headers else b""):
                 await client.publish(subject, payload, reply, headers)
-            message = await waiter
+            message = await first.waiter
         finally:
             self.forget(reply)
         return read_ack(message).sequence

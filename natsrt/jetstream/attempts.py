@@ -26,6 +26,7 @@ import orjson
 from natsrt.background import BackgroundTasks
 from natsrt.errors import ServerUnreachable
 from natsrt.transport.connection import Connection
+from natsrt.transport.headers import header_block
 from natsrt.wire.retry_subjects import attempts_of
 from natsrt.wire.subjects import Subjects
 
@@ -101,7 +102,7 @@ class Attempts:
 
     def _post(self, subject: str, change: int) -> None:
         try:
-            if self._connection.client.post(subject, b"", "", _added(change)):
+            if self._connection.client.post(subject, b"", "", header_block(_added(change))):
                 return
         except ServerUnreachable:  # a new client is being connected
             pass

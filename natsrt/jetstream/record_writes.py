@@ -23,7 +23,8 @@ from natsrt.jetstream.agent_bucket import ANSWER_WITHIN, RETRY_FOR, AgentBucket
 from natsrt.jetstream.buckets import MARKER, is_gone
 from natsrt.jetstream.record import OTHER_HEADER_BYTES, RECORD, Record, decode_record, record_key, write_of
 from natsrt.jetstream.requests import READ, WRITE
-from natsrt.transport.connection import HEADER_OVERHEAD, Connection
+from natsrt.transport.connection import Connection
+from natsrt.transport.headers import HEADER_OVERHEAD
 
 _PAUSE = 0.05
 """Seconds until a write is sent again that was refused because of another write, which then failed."""

@@ -37,7 +37,8 @@ from natsrt.jetstream.requests import NO_JETSTREAM
 from natsrt.jetstream.stream_settings import Wrong, described, remedy, wrong_settings
 from natsrt.jetstream.streams import DUPLICATE_WINDOW, WEEK, ensure_stream
 from natsrt.options import Options
-from natsrt.transport.connection import Connection, Interest, Refusal, headers_size
+from natsrt.transport.connection import Connection, Interest, Refusal
+from natsrt.transport.headers import headers_size
 from natsrt.wire.recorded import RECORD_HEADER, Record
 from natsrt.wire.subjects import Subjects, inbox_problem
 

@@ -26,7 +26,7 @@ import asyncio
 import datetime
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 
 import nats.errors
@@ -45,6 +45,7 @@ from natsrt.sending.patience import Patience
 from natsrt.sending.send_queue import SendQueue
 from natsrt.task_types import is_task
 from natsrt.transport.connection import Connection, Refusal
+from natsrt.transport.headers import header_block
 from natsrt.wire.schedules import is_due, once
 from natsrt.wire.subjects import Subjects, encode_text
 
@@ -90,13 +91,15 @@ def delayed_headers(subject: str, due: datetime.datetime) -> dict[str, str]:
 
 
 class _Event:
-    """One event under way."""
+    """One event under way. A `Receiver`."""
 
     __slots__ = (
         "begun",
         "body",
+        "head",
         "headers",
         "problem",
+        "publisher",
         "refused",
         "reply",
         "sent",
@@ -111,15 +114,24 @@ class _Event:
     )
 
     def __init__(
-        self, subject: str, topic: TopicId, stream: str, body: bytes, headers: dict[str, str], size: int
+        self,
+        publisher: DurablePublisher,
+        subject: str,
+        topic: TopicId,
+        stream: str,
+        body: bytes,
+        headers: dict[str, str],
+        begun: float,
     ) -> None:
+        self.publisher = publisher
         self.subject = subject
         self.topic = topic
         self.stream = stream
         self.body = body
         self.headers = headers
-        self.size = size
-        self.begun: float = 0.0
+        self.head: bytes = header_block(headers)
+        self.size: int = len(self.head) + len(body)
+        self.begun = begun
         """When its publisher began to wait, by the event loop's clock."""
         self.until: float = math.inf
         """When its publisher stops waiting, by the event loop's clock."""
@@ -134,6 +146,10 @@ class _Event:
         """How often it is certain that what was sent was not stored."""
         self.problem: str = ""
         """Why it is not stored yet, as far as that is known."""
+
+    def receive(self, message: Msg) -> None:
+        """Part of `Receiver`."""
+        self.publisher.on_answer(self, message)
 
     def end(self, error: Exception | None = None) -> None:
         """End the wait of its publisher. Has no effect if it has ended."""
@@ -185,7 +201,7 @@ class DurablePublisher:
         connection.on_denied(self._on_denied)
         connection.add_listener(self)
 
-    async def publish(
+    def publish(
         self,
         subject: str,
         topic: TopicId,
@@ -197,8 +213,8 @@ class DurablePublisher:
         headers: Mapping[str, str] | None = None,
         unused: Callable[[], None] | None = None,
         begun: float | None = None,
-    ) -> None:
-        """Publish an event, and wait until its stream has stored it.
+    ) -> Awaitable[None]:
+        """Publish an event. Await the result at once: it waits until the event's stream has stored it.
 
         ``begun`` is when its publisher began to wait, by the event loop's clock; None: now.
         ``due``: when the stream publishes it; in the past, or None: now. ``headers``: those of an event without an
@@ -218,7 +234,7 @@ class DurablePublisher:
         if due is not None and not is_due(due):
             of_event |= delayed_headers(subject, due)
             subject = self._subjects.delayed(stream, message_id, subject)
-        await self.store(subject, topic, stream, body, of_event, sent, unused, begun)
+        return self.store(subject, topic, stream, body, of_event, sent, unused, begun)
 
     async def store(
         self,
@@ -232,13 +248,13 @@ class DurablePublisher:
         begun: float | None = None,
     ) -> None:
         """Publish a message, and wait until its stream has stored it. ``topic`` is for errors. Raises as `publish`."""
-        event: _Event | None = None
+        now = asyncio.get_running_loop().time()
+        event = _Event(self, subject, topic, stream, body, headers, now if begun is None else begun)
         try:
-            event = _Event(subject, topic, stream, body, headers, self._connection.check_size(body, headers))
-            event.begun = asyncio.get_running_loop().time() if begun is None else begun
+            self._connection.check_length(event.size)
             self._acks.check()
             if self._acks.open and self._has_room(event):
-                self._begin(event)
+                self._begin(event, now)
             elif self._queue.waiting:  # the present message has the turn
                 await self._begin_when_possible(event)
             else:
@@ -248,9 +264,9 @@ class DurablePublisher:
                 sent()
             await event.waiter
         finally:
-            if event is not None:
+            if event in self._under_way:
                 self._end(event)
-            if unused is not None and (event is None or event.sent <= event.refused):
+            if unused is not None and event.sent <= event.refused:
                 unused()
 
     def patience(self, begun: float, limited: bool) -> Patience:
@@ -262,12 +278,12 @@ class DurablePublisher:
 
     def _until_sent(self, begun: float) -> float:
         """When a publisher stops waiting that cannot send because the connection is lost."""
-        return self._until(max(begun, self._lost_at) if self._is_idle else begun)
+        is_idle = self._is_idle(asyncio.get_running_loop().time())
+        return self._until(max(begun, self._lost_at) if is_idle else begun)
 
-    @property
-    def _is_idle(self) -> bool:
+    def _is_idle(self, now: float) -> bool:
         """True if nothing is under way, and nothing was a moment ago."""
-        return not self._under_way and asyncio.get_running_loop().time() > self._ended_at + _IDLE_AFTER
+        return not self._under_way and now > self._ended_at + _IDLE_AFTER
 
     def _until(self, begun: float) -> float:
         """When a publisher that began to wait at ``begun`` stops waiting, by the event loop's clock.
@@ -276,10 +292,10 @@ class DurablePublisher:
         """
         return max(begun, self._silent_since) + self._timeout
 
-    def _until_confirmed(self, begun: float) -> float:
+    def _until_confirmed(self, begun: float, now: float) -> float:
         """The same for an event that can be sent. The time in which nothing was under way does not count either."""
-        if self._is_idle:
-            self._silent_since = asyncio.get_running_loop().time()
+        if self._is_idle(now):
+            self._silent_since = now
         return self._until(begun)
 
     def _has_room(self, event: _Event) -> bool:
@@ -292,7 +308,8 @@ class DurablePublisher:
             room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._room.append(room)
             try:
-                async with asyncio.timeout_at(self._until_confirmed(event.begun)):
+                now = asyncio.get_running_loop().time()
+                async with asyncio.timeout_at(self._until_confirmed(event.begun, now)):
                     await room
             except TimeoutError:
                 if self._until(event.begun) > asyncio.get_running_loop().time():
@@ -304,12 +321,12 @@ class DurablePublisher:
             finally:
                 if room in self._room:
                     self._room.remove(room)
-        self._begin(event)
+        self._begin(event, asyncio.get_running_loop().time())
 
-    def _begin(self, event: _Event) -> None:
+    def _begin(self, event: _Event, now: float) -> None:
         """Put an event under way, and into the client's buffer if those before it are there."""
-        event.until = self._until_confirmed(event.begun)
-        event.reply = self._acks.expect(partial(self._on_answer, event))
+        event.until = self._until_confirmed(event.begun, now)
+        event.reply = self._acks.expect(event)
         self._under_way[event] = None
         self._bytes += event.size
         if self._looking is None:
@@ -318,23 +335,22 @@ class DurablePublisher:
         if (
             not self._is_sending
             and connection.connected
-            and connection.client.post(event.subject, event.body, event.reply, event.headers)
+            and connection.client.post(event.subject, event.body, event.reply, event.head)
         ):
-            self._note_sent(event)
+            self._note_sent(event, now)
         else:
             self._send_all()
 
     def _end(self, event: _Event) -> None:
-        if event not in self._under_way:
-            return
         del self._under_way[event]
         self._ended_at = asyncio.get_running_loop().time()
         self._bytes -= event.size
         self._acks.forget(event.reply)
-        room, self._room = self._room, []
-        for waiter in room:
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._room:
+            room, self._room = self._room, []
+            for waiter in room:
+                if not waiter.done():
+                    waiter.set_result(None)
 
     # -- sending -------------------------------------------------------------------------------------------------
 
@@ -342,9 +358,9 @@ class DurablePublisher:
     def _is_sending(self) -> bool:
         return self._sending is not None and not self._sending.done()
 
-    def _note_sent(self, event: _Event) -> None:
+    def _note_sent(self, event: _Event, now: float) -> None:
         event.sent_in = self._connection.reconnects
-        event.sent_at = asyncio.get_running_loop().time()
+        event.sent_at = now
         event.sent += 1
 
     def _send_all(self) -> None:
@@ -354,7 +370,7 @@ class DurablePublisher:
 
     async def _send_in_order(self) -> None:
         while self._connection.connected and (event := next(self._to_be_sent(), None)) is not None:
-            self._note_sent(event)
+            self._note_sent(event, asyncio.get_running_loop().time())
             try:
                 await self._connection.client.publish(event.subject, event.body, event.reply, event.headers)
             except (nats.errors.Error, NatsrtError, OSError) as error:
@@ -401,8 +417,8 @@ class DurablePublisher:
 
     # -- answers -------------------------------------------------------------------------------------------------
 
-    def _on_answer(self, event: _Event, message: Msg) -> None:
-        """Called in the read loop with what arrived on the reply subject of an event."""
+    def on_answer(self, event: _Event, message: Msg) -> None:
+        """Take what arrived on the reply subject of an event."""
         try:
             ack = read_ack(message)
         except nats.js.errors.NoStreamResponseError:

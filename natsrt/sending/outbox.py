@@ -4,7 +4,7 @@ Rules:
 
 1. An event waits here, and `Outbox.publish` returns at once. A call waits here until it is passed on, and then for its
    reply, as in AutoGen's `SingleThreadedAgentRuntime`.
-2. The order in which messages came is kept: they join the queue of the `Sender` in this order, and while any of them is
+2. The order in which messages came is kept: they join the `SendQueue` in this order, and while any of them is
    left here, later messages join them here.
 3. Nothing here runs or holds an event loop. A runtime that is dropped without a start leaves nothing behind.
 """
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from contextvars import Context, copy_context
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from autogen_core import AgentId, CancellationToken, TopicId
 
@@ -23,7 +24,6 @@ from natsrt.agents.interventions import Interventions
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotSerialize, UndeliveredCall
 from natsrt.options import Options
-from natsrt.sending.sender import Sender
 from natsrt.transport.readiness import Readiness
 from natsrt.wire.serialization import Serialization
 
@@ -34,6 +34,35 @@ _ROUNDS = 1000
 on. It only matters for a task that sends in every turn."""
 _OVERHEAD = 512
 """Bytes of memory that a message takes in addition to its data."""
+
+
+class WayOut(Protocol):
+    """Where messages are passed to be sent."""
+
+    def publish(
+        self,
+        message: Any,
+        topic: TopicId,
+        *,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+        due: datetime | None = None,
+    ) -> Awaitable[None]:
+        """Publish an event, as `EventSender.publish`."""
+
+    def send(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+        reply_type: type[Any] | None = None,
+        deadline: float | None = None,
+    ) -> Awaitable[Any]:
+        """Call an agent, as `CallSender.send`."""
 
 
 class _WaitingEvent:
@@ -69,11 +98,11 @@ class _WaitingCall:
     def __init__(self, recipient: AgentId, size: int) -> None:
         self.recipient = recipient
         self.size = size
-        self.turn: asyncio.Future[Sender] = asyncio.get_running_loop().create_future()
+        self.turn: asyncio.Future[WayOut] = asyncio.get_running_loop().create_future()
 
 
 class Outbox:
-    """The messages of one runtime that wait until they can be passed to a `Sender`, at most ``max_pending_bytes``."""
+    """The messages of one runtime that wait until they can be passed on, at most ``max_pending_bytes``."""
 
     def __init__(self, options: Options, serialization: Serialization, interventions: Interventions) -> None:
         self._max_bytes = options.max_pending_bytes
@@ -115,7 +144,7 @@ class Outbox:
         reply_type: type[Any] | None = None,
         deadline: float | None = None,
     ) -> Any:
-        """Let a call wait, and then make it. Raises as `publish` and `Sender.send` do."""
+        """Let a call wait, and then make it. Raises as `publish` and `CallSender.send` do."""
         call = _WaitingCall(recipient, self._size(message))
         self._add(call)
         if token is not None:
@@ -159,8 +188,8 @@ class Outbox:
 
     # -- passing them on -----------------------------------------------------------------------------------------
 
-    async def pass_on(self, sender: Sender, readiness: Readiness) -> None:
-        """Pass everything that waits to ``sender``, in order. Does not wait until it is sent.
+    async def pass_on(self, way_out: WayOut, readiness: Readiness) -> None:
+        """Pass everything that waits to ``way_out``, in order. Does not wait until it is sent.
 
         If the start then fails, calls fail with its error, and events wait here for the next start.
         """
@@ -170,18 +199,18 @@ class Outbox:
             for waiting in list(self._waiting):
                 self._remove(waiting)
                 if isinstance(waiting, _WaitingEvent):
-                    waiting.context.run(self._tasks.spawn, self._publish(waiting, sender, readiness))
+                    waiting.context.run(self._tasks.spawn, self._publish(waiting, way_out, readiness))
                 elif not waiting.turn.done():
-                    waiting.turn.set_result(sender)
-            await asyncio.sleep(0)  # all of them join the queue of the sender now
+                    waiting.turn.set_result(way_out)
+            await asyncio.sleep(0)  # all of them join the queue of sends now
 
     async def sent(self) -> None:
         """Wait until the events that were passed on are sent."""
         await self._tasks.wait()
 
-    async def _publish(self, event: _WaitingEvent, sender: Sender, readiness: Readiness) -> None:
+    async def _publish(self, event: _WaitingEvent, way_out: WayOut, readiness: Readiness) -> None:
         try:
-            await sender.publish(
+            await way_out.publish(
                 event.message,
                 event.topic,
                 sender=event.sender,

@@ -8,14 +8,19 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Final
 
+from autogen_core import TopicId
+
 from natsrt.errors import MessageTooLarge
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.options import Options
+from natsrt.transport.bodies import Bodies
 from natsrt.transport.connection import Connection
+from natsrt.transport.headers import headers_size
 from natsrt.wire import envelope
 from natsrt.wire.references import OfEvent, stream_mark
+from natsrt.wire.serialization import Encoded
 
-ADDED_LATER: Final = 1024
+_ADDED_LATER: Final = 1024
 """Bytes, beside the topic, that a stored event may grow by: the attributes for the owner of a keyed agent, and the
 headers of a dead letter or of an event that is stored once more."""
 _LONGEST_TTL: Final = 100 * 365 * 86400.0
@@ -26,8 +31,9 @@ nanoseconds."""
 class Referring:
     """What holds for all payloads that one runtime sends by reference."""
 
-    def __init__(self, connection: Connection, registry: Registry, options: Options) -> None:
+    def __init__(self, connection: Connection, registry: Registry, options: Options, bodies: Bodies) -> None:
         self._connection = connection
+        self._bodies = bodies
         self._registry = registry
         self._blob_ttl = options.blob_ttl
         self._publish_timeout = options.publish_timeout
@@ -42,6 +48,15 @@ class Referring:
                     f"but one message may have {self._connection.max_payload:,}, and the worker {worker_id} has an "
                     "older version, which cannot read payloads that are sent by reference: update it",
                 )
+
+    def stored_whole(self, attributes: str, encoded: Encoded, headers: dict[str, str], topic: TopicId) -> bool:
+        """True if an event with ``headers`` is stored in one message, and can be passed on in one later."""
+        if len(encoded.payload) <= self._bodies.surely_fits:
+            return True
+        more = headers_size(headers)
+        if self._registry.reads_bucket:  # others may not be able to send it by reference
+            more += _ADDED_LATER + 4 * len(str(topic).encode())
+        return self._bodies.fits(envelope.EVENT, attributes, encoded.payload, encoded.content_type, more)
 
     def event_in(self, stream: str) -> OfEvent:
         """What the id of a payload says of an event that is published now on a topic of ``stream``."""

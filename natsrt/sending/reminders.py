@@ -12,6 +12,7 @@ before is not handled yet: see `natsrt.jetstream.payload_sweep`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Callable
@@ -29,9 +30,9 @@ from natsrt.jetstream.payload_uses import PayloadUses
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.reminder_types import Reminder, reminder_of, reminder_prefix, reminder_topic
 from natsrt.sending.durable import EXPECTED_STREAM, DurablePublisher
-from natsrt.sending.referring import ADDED_LATER, Referring
+from natsrt.sending.referring import Referring
+from natsrt.sending.steps import SendSteps
 from natsrt.transport.bodies import Bodies
-from natsrt.transport.connection import headers_size
 from natsrt.wire import envelope
 from natsrt.wire.envelope import TYPE_HEADER, attribute
 from natsrt.wire.references import Reference
@@ -77,6 +78,7 @@ class Reminders:
     def __init__(
         self,
         *,
+        steps: SendSteps,
         subjects: Subjects,
         registry: Registry,
         serialization: Serialization,
@@ -86,6 +88,7 @@ class Reminders:
         referring: Referring,
         uses: PayloadUses,
     ) -> None:
+        self._steps = steps
         self._subjects = subjects
         self._registry = registry
         self._serialization = serialization
@@ -99,14 +102,19 @@ class Reminders:
         """The stream of the reminders of a type; None as long as no reminder was ever set."""
         return self._registry.view.durable_stream(f"{reminder_prefix(agent_type)}any")
 
-    async def set(
-        self, agent: AgentId, name: str, message: Any, schedule: Schedule, sent: Callable[[], None] | None
-    ) -> None:
+    async def set(self, agent: AgentId, name: str, message: Any, schedule: Schedule) -> None:
         """Set a reminder, in place of one with the same name. The topics of reminders must be durable.
 
-        ``sent`` is called when later messages may be sent; None: no function is called. Raises as
-        `DurablePublisher.publish`, and `CannotSerialize` and ValueError if the message or the names cannot be sent.
+        Raises as `DurablePublisher.publish`, and `CannotSerialize` and ValueError if the message or the names cannot be
+        sent.
         """
+        begun = asyncio.get_running_loop().time()
+        async with self._steps.queue.turn(None) as turn:
+            await self._steps.wait_ready(None, begun)
+            await self._set(agent, name, message, schedule, turn.end)
+
+    async def _set(self, agent: AgentId, name: str, message: Any, schedule: Schedule, sent: Callable[[], None]) -> None:
+        """Set a reminder. ``sent`` is called when later messages may be sent."""
         topic = reminder_topic(agent, name)
         stream = self._stream(agent.type)
         if stream is None:
@@ -116,21 +124,12 @@ class Reminders:
         headers = reminder_headers(self._subjects, stream, topic, encoded.type_name, schedule)
         replaced = await self._payload(stream, subject)
         attributes = reminder_attributes(encoded)
-        if self._fits(attributes, encoded, headers, topic):
+        if self._referring.stored_whole(attributes, encoded, headers, topic):
             await self._publisher.store(subject, topic, stream, encoded.payload, headers, sent)
         else:
             await self._set_large(subject, topic, stream, attributes, encoded, schedule, sent)
         if replaced is not None:
             await self._release(stream, agent, name, replaced)
-
-    def _fits(self, attributes: str, encoded: Encoded, headers: dict[str, str], topic: TopicId) -> bool:
-        """True if the message is stored in the reminder itself. It becomes an envelope on its way to a keyed agent."""
-        if len(encoded.payload) <= self._bodies.surely_fits:
-            return True
-        more = headers_size(headers)
-        if self._registry.reads_bucket:  # others cannot send it by reference
-            more += ADDED_LATER + 4 * len(str(topic).encode())
-        return self._bodies.fits(envelope.EVENT, attributes, encoded.payload, encoded.content_type, more)
 
     async def _set_large(
         self,
@@ -140,7 +139,7 @@ class Reminders:
         attributes: str,
         encoded: Encoded,
         schedule: Schedule,
-        sent: Callable[[], None] | None,
+        sent: Callable[[], None],
     ) -> None:
         """Set a reminder whose message is sent by reference: it lives until the reminder is gone."""
         self._referring.require_readers(self._registry.view.workers, len(encoded.payload))

@@ -182,7 +182,7 @@ class Tickets:
         """Functions that wake those who wait for what is told."""
         self._stopped = False
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """End all waits for results and progress: they raise `StreamUnavailable`. Has no effect if stopped."""
         self._stopped = True
         for wake in self._waiting:

@@ -268,15 +268,13 @@ class NatsClient(Client, Inherited):
         subscription._pending_queue = self._nothing_waits
         return subscription
 
-    def post(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None = None) -> bool:
+    def post(self, subject: str, payload: bytes, reply: str, head: bytes = b"") -> bool:
         """Queue a message if that needs no waiting. Returns False if it was not queued: then use `publish`.
 
-        ``headers`` must not contain line ends. Unlike `publish`, this method does not check that.
+        ``head`` is what `header_block` returns for its headers; empty for none.
         """
         flushes = self._flush_queue
-        if headers:
-            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            head = f"NATS/1.0\r\n{lines}\r\n".encode()
+        if head:
             size = len(head) + len(payload)
             start = b"HPUB %b %b %d %d\r\n%b" % (subject.encode(), reply.encode(), len(head), size, head)
         else:

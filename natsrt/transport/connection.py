@@ -27,7 +27,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator
 from typing import Protocol, cast
 
 import nats.errors
@@ -38,6 +38,7 @@ from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, Serve
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
 from natsrt.transport.connector import Connector, abandon, close_quietly
+from natsrt.transport.headers import headers_size
 from natsrt.transport.interests import Interest, Interests, Refusal, ServerLog
 from natsrt.transport.keeping_client import KeepingClient
 from natsrt.transport.refusals import ServerError
@@ -45,18 +46,9 @@ from natsrt.transport.round_trip_time import RoundTripTime
 from natsrt.transport.stall_watch import StallWatch
 from natsrt.transport.tls import TlsFailure
 
-__all__ = ["HEADER_OVERHEAD", "Connection", "Interest", "Listener", "Refusal", "headers_size"]
+__all__ = ["Connection", "Interest", "Listener", "Refusal"]
 
 logger: logging.Logger = logging.getLogger("natsrt.connection")
-
-HEADER_OVERHEAD = 12
-"""Bytes of ``NATS/1.0`` and the line ends around a header block, which the server counts towards ``max_payload``."""
-
-
-def headers_size(headers: Mapping[str, str]) -> int:
-    """Bytes of a header block, which the server counts towards ``max_payload``."""
-    return HEADER_OVERHEAD + sum(len(name.encode()) + len(value.encode()) + 4 for name, value in headers.items())
-
 
 _WATCH_INTERVAL = 1.0
 """Seconds between two checks whether the server still answers."""
@@ -555,9 +547,13 @@ class Connection:
         size = len(payload)
         if headers:
             size += headers_size(headers)
+        self.check_length(size)
+        return size
+
+    def check_length(self, size: int) -> None:
+        """Raise `MessageTooLarge` if the server would close the connection for a message of ``size`` bytes."""
         if size > self.max_payload:
             raise MessageTooLarge(size, self.max_payload)
-        return size
 
     def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None

@@ -321,8 +321,8 @@ class Member:
 
         async def deliver() -> None:
             running, increment = self._runtime.running, f"s{sequence}"
-            encoded = running.sender._serialization.encode(increment)
-            attributes = running.sender._attributes.message(increment, None, encoded, None)
+            encoded = running.outgoing.calls._serialization.encode(increment)
+            attributes = running.outgoing.calls._attributes.message(increment, None, encoded, None)
             body = envelope.decode(envelope.encode(envelope.EVENT, attributes, encoded.payload, encoded.content_type))
             assert body is not None
             failure = await running.outgoing.delivery.deliver_confirmed(
