@@ -334,6 +334,7 @@ class Incoming:
             FeederParts(
                 bodies=network.bodies,
                 reader=reader,
+                records=network.records,
                 sender=outgoing.events,
                 delivery=outgoing.delivery,
                 events=self.events,

@@ -20,7 +20,7 @@ from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.hosting.feeder import Feeder
 from natsrt.hosting.pinned_consumer import PINNED_FOR
-from natsrt.jetstream.attempts import Counted
+from natsrt.jetstream.attempts import Attempts, Counted
 from natsrt.jetstream.consumers import Consumers
 from natsrt.jetstream.delivery import Delivery
 from natsrt.jetstream.domains import Domain
@@ -317,15 +317,23 @@ async def test_what_was_given_up_or_has_failed_is_known_to_the_next_feeder(make:
 
 
 @pytest.mark.slow  # workers are killed, and others must notice it
-async def test_an_event_that_was_handled_uses_up_no_attempt_when_it_comes_again(make: Make, start_worker: Any) -> None:
+@pytest.mark.parametrize("looking", [False, True], ids=["", "killed while it looks"])
+async def test_an_event_that_was_handled_uses_up_no_attempt_when_it_comes_again(
+    make: Make, start_worker: Any, looking: bool
+) -> None:
+    """``looking``: each feeder is killed when it has written down that an attempt begins, and before it knows more."""
     process = await start_worker("a", 1.0, 1)
     publisher = await make(hosts=False)
+    attempts = Attempts(publisher.running.connection, publisher.running.network.subjects)
     await publish(publisher, "h", Entry(1, "hang"))  # it is not acknowledged, so all others come again
     await publish(publisher, "x", Entry(2), Entry(3))
     for successor in ("b", "c"):
         await process.wait_for_line("hangs 1", 30.0)
         await eventually(entries_are(publisher, "x", [2, 3]), 20.0)
         process.kill()
+        for sequence in (2, 3) if looking else ():
+            stored = await publisher.running.connection.jetstream.get_msg(stream_of(publisher), sequence)
+            assert await attempts.begin("ledger", stream_of(publisher), sequence, _stored_at(stored)) is not None
         process = await start_worker(successor, 1.0, 1)
     await all_settled(publisher, 40.0)
     found = [(letter.headers or {})["Natsrt-Dead-Sequence"] for letter in await dead_letters(publisher)]

@@ -44,6 +44,7 @@ from natsrt.hosting.reader import Reader
 from natsrt.hosting.settlements import EventSettlement
 from natsrt.hosting.task_answers import TaskAnswers
 from natsrt.hosting.tasks import Tasks, retries_of
+from natsrt.jetstream.agent_records import AgentRecords
 from natsrt.jetstream.attempts import Counted
 from natsrt.jetstream.consumers import ConsumerConfig, Consumers, Start
 from natsrt.jetstream.dead_letters import published_on
@@ -83,6 +84,7 @@ class FeederParts:
 
     bodies: Bodies
     reader: Reader
+    records: AgentRecords
     sender: EventSender
     delivery: KeyedDelivery
     events: EventSettlement
@@ -112,6 +114,7 @@ class Feeder:
         self._parts = parts
         self._bodies = feeding_parts.bodies
         self._reader = feeding_parts.reader
+        self._records = feeding_parts.records
         self._sender = feeding_parts.sender
         self._delivery = feeding_parts.delivery
         self._tasks_of = feeding_parts.tasks
@@ -359,8 +362,10 @@ class Feeder:
         decided: Fate | None = before_it_begins(
             retries, self.stream, place.sequence, attempts=attempts, given_up=given_up
         )
-        if decided is None and task is not None:
-            decided = await self._ended_before(task, message, attempts)
+        if isinstance(decided, Bury):
+            decided = await self._unless_applied(decided, place, message)
+        if task is not None and not isinstance(decided, Acknowledge):
+            decided = await self._ended_before(task, message, attempts) or decided
         if decided is None:
             if place.sequence in self._suspects and place.sequence not in self._counted:
                 await self._count(place)
@@ -369,6 +374,21 @@ class Feeder:
         if task is not None:
             decided = await self._settle_task(task, message, attempts, decided)
         return await self._carry_out(place, message, stored, attempts, decided, retries)
+
+    async def _unless_applied(self, decided: Fate, place: _Place, message: Inbound) -> Fate | None:
+        """What happens to an event that has used up its attempts; None if its agent has handled it.
+
+        Then only its end was lost, and in another attempt the agent says what became of it.
+        """
+        if message.key is None:
+            return decided
+        try:
+            record = await self._records.read(AgentId(self._hosted.agent_type, message.key), damaged=True)
+        except NatsrtError as error:
+            logger.warning("it is not known yet whether event %d was handled: %s", place.sequence, error)
+            return GiveBack(self._retries.retry_delay)
+        is_applied = record is not None and place.sequence <= record.handled.get(self._stream_id, 0)
+        return None if is_applied else decided
 
     async def _ended_before(self, task: TaskId, message: Inbound, attempts: int) -> Fate | None:
         """What happens to a task that must not be handled; None if it must, as far as that is known."""

@@ -246,9 +246,10 @@ class Processes:
         return self.start([forks.NATSRT, *arguments], name=name, env=env, cwd=cwd)
 
     def close(self) -> None:
-        """End every process that is left."""
+        """End every process that is left, and print what they wrote, which pytest shows if the test failed."""
         for process in self._started:
             process.close()
+            sys.stdout.write(f"{process.name}: {process.describe()}\n")
 
 
 _TAP = """
