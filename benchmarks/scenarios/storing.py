@@ -18,7 +18,7 @@ from benchmarks.roles import Role
 from benchmarks.teams import Team
 from natsrt import NatsAgentRuntime
 
-OURS, BARE = "natsrt", "nats-py"
+OURS, BARE, IN_TASKS = "natsrt", "nats-py", "nats-py, a task for each"
 PLAIN, KEYED = "agents", "keyed agents, states stored"
 SIZE = 200
 """Characters of the text in a message."""
@@ -85,13 +85,15 @@ class Storing(Role):
 
     async def store(self, by: str, count: int, at_once: int) -> float:
         """Publish ``count`` messages, with up to ``at_once`` of them under way. Returns the seconds."""
-        ours, line = by == OURS, Line("x" * SIZE)
+        line = Line("x" * SIZE)
         body = b"x" * SIZE
         gc.collect()
 
         async def one() -> None:
-            if ours:
+            if by == OURS:
                 await self._runtime.publish_message(line, _TOPIC)
+            elif by == IN_TASKS:
+                await (await self._js.publish_async(f"{self._stream}.a", body))
             else:
                 await self._js.publish(f"{self._stream}.a", body)
 
@@ -100,7 +102,7 @@ class Storing(Role):
             if at_once == 1:
                 for _ in range(count):
                     await one()
-            elif ours:
+            elif by != BARE:
                 for start in range(0, count, at_once):
                     await asyncio.gather(*(one() for _ in range(min(at_once, count - start))))
             else:
@@ -146,21 +148,22 @@ ONE_PROCESS = Peer(name="stores", title="one process", module=__name__, has_work
 
 
 def scenarios(short: bool) -> Iterator[Scenario]:
-    for at_once, way in ((1, "publish"), (1_000, "publish_async")):
+    for at_once, way, peers in ((1, "publish", (BARE,)), (1_000, "publish_async", (BARE, IN_TASKS))):
         yield Scenario(
             name=f"storing-{at_once}",
             title=f"Events on a durable topic that are stored, {at_once:,} at a time",
             unit="messages/s",
             baseline=BARE,
             most=50_000,
-            variants=[Variant(name=by, peer=ONE_PROCESS, measure=_storing(by, at_once)) for by in (OURS, BARE)],
+            variants=[Variant(name=by, peer=ONE_PROCESS, measure=_storing(by, at_once)) for by in (OURS, *peers)],
             goals=[
                 Goal(
-                    text=f"events stored/s, {at_once:,} at a time, against nats-py's `{way}`",
+                    text=f"events stored/s, {at_once:,} at a time, against `{way}` of {by}",
                     of=OURS,
-                    against=BARE,
+                    against=by,
                     at_least=0.8,
                 )
+                for by in peers
             ],
         )
 

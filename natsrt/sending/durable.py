@@ -185,8 +185,8 @@ class DurablePublisher:
         self._timeout = options.publish_timeout
         self._silent_since = -math.inf
         """Since when no event that was under way was confirmed, by the event loop's clock."""
-        self._ended_at = -math.inf
-        """When the last event ended, in whatever way."""
+        self._idle_since = -math.inf
+        """When the last event ended, in whatever way, if nothing is under way."""
         self._lost_at = -math.inf
         """When the connection was lost last."""
         self._acks = Acks(connection, options.inbox_prefix)
@@ -283,7 +283,7 @@ class DurablePublisher:
 
     def _is_idle(self, now: float) -> bool:
         """True if nothing is under way, and nothing was a moment ago."""
-        return not self._under_way and now > self._ended_at + _IDLE_AFTER
+        return not self._under_way and now > self._idle_since + _IDLE_AFTER
 
     def _until(self, begun: float) -> float:
         """When a publisher that began to wait at ``begun`` stops waiting, by the event loop's clock.
@@ -343,7 +343,8 @@ class DurablePublisher:
 
     def _end(self, event: _Event) -> None:
         del self._under_way[event]
-        self._ended_at = asyncio.get_running_loop().time()
+        if not self._under_way:
+            self._idle_since = asyncio.get_running_loop().time()
         self._bytes -= event.size
         self._acks.forget(event.reply)
         if self._room:
