@@ -23,7 +23,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import datetime
 import logging
 import time
 from dataclasses import dataclass
@@ -57,6 +56,7 @@ from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.task_types import TaskId, task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.wire.stored_events import StoredEvent, stream_id
+from natsrt.wire.times import seconds_of
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
@@ -329,7 +329,7 @@ class Feeder:
             info = await consumers.info(self.config.name)
             if info is None:
                 raise StreamUnavailable("read", self.stream, f"its consumer {self.config.name} is gone", passing=True)
-            identity = stream_id(self.stream, _seconds(str((await consumers.state())[0])))
+            identity = stream_id(self.stream, seconds_of(str((await consumers.state())[0])))
             if first is not None or self._lines is None or identity != self._stream_id:
                 await self._make_lines(info, first)
                 self._stream_id = identity
@@ -547,8 +547,3 @@ class Feeder:
 
 async def _end(lines: Lines[_Place, Inbound]) -> None:
     await lines.stop()
-
-
-def _seconds(made: str) -> float:
-    """A time of JetStream in seconds since the epoch."""
-    return datetime.datetime.fromisoformat(made).timestamp()

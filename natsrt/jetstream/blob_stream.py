@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.wire.references import is_number
 from natsrt.wire.subjects import Subjects
+from natsrt.wire.times import seconds_of
 
 CHUNK_WITHIN: Final = 10.0
 """Seconds for one chunk to be stored or read, beside the round trip. Several are under way, so a link of 4 Mbit/s
@@ -119,7 +119,7 @@ class BlobStream:
         seconds = lives.removesuffix("s")
         if not is_number(seconds):  # another program wrote it: a unit that natsrt does not use
             return 0.0
-        return datetime.datetime.fromisoformat(headers[_STORED_AT]).timestamp() + int(seconds) - time.time()
+        return seconds_of(headers[_STORED_AT]) + int(seconds) - time.time()
 
     async def delete(self, blob_id: str) -> None:
         await purge(self._connection.jetstream, self._name, self._subjects.blob(blob_id, "*"))

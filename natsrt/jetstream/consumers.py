@@ -18,6 +18,7 @@ from natsrt.jetstream.limits import CONSUMERS, limit_reached
 from natsrt.jetstream.requests import NO_JETSTREAM, NO_STREAM
 from natsrt.transport.connection import Connection, Refusal
 from natsrt.wire.filters import widest
+from natsrt.wire.times import rfc3339
 
 START_ALL: Final = "all"
 START_NOW: Final = "now"
@@ -147,8 +148,8 @@ class Consumers:
         if start == START_ALL:
             return 1
         if isinstance(start, datetime.datetime):
-            time = start.astimezone(datetime.UTC).isoformat().replace("+00:00", "Z")
-            answer = await self._ask("read", f"STREAM.MSG.GET.{self._stream}", {"start_time": time}, _NO_MESSAGE)
+            wanted = {"start_time": rfc3339(start)}
+            answer = await self._ask("read", f"STREAM.MSG.GET.{self._stream}", wanted, _NO_MESSAGE)
             if "error" not in answer:
                 return int(answer["message"]["seq"])
             start = START_NOW

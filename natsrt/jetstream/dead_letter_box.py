@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,6 +28,7 @@ from natsrt.jetstream.streams import DEAD
 from natsrt.wire import envelope
 from natsrt.wire.envelope import MESSAGE_ID_HEADER
 from natsrt.wire.subjects import Subjects, decode_token, encode_token
+from natsrt.wire.times import seconds_of
 
 _STORED_WITHIN: Final = 0.002
 """Seconds by which the time of an event in its dead letter differs from that in its stream, at most."""
@@ -207,6 +207,6 @@ def _number(text: str) -> int:
 
 def _time(text: str, default: float) -> float:
     try:
-        return datetime.datetime.fromisoformat(text).timestamp()
+        return seconds_of(text)
     except ValueError:
         return default

@@ -7,7 +7,6 @@ event's sequence, and the server accepts only the first message on it, however o
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from natsrt.wire.envelope import MESSAGE_ID_HEADER
 from natsrt.wire.exception_parts import carried
 from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Limits, describe
 from natsrt.wire.subjects import Subjects, encode_text
+from natsrt.wire.times import rfc3339, utc
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
@@ -110,8 +110,8 @@ class Unhandled:
             ATTEMPTS_HEADER: str(self.attempts),
             STREAM_HEADER: delivery.stream,
             SEQUENCE_HEADER: str(delivery.first_sequence),
-            STORED_HEADER: _time(delivery.stored_at),
-            FAILED_HEADER: _time(self.failed_at),
+            STORED_HEADER: rfc3339(utc(delivery.stored_at), "milliseconds"),
+            FAILED_HEADER: rfc3339(utc(self.failed_at), "milliseconds"),
         }
 
 
@@ -216,10 +216,3 @@ def published_on(message: Msg, again: str) -> str:
 def one_line(text: str) -> str:
     """``text`` as a header can have it: one line of limited length."""
     return carried(" ".join(text.split()))[:_LONGEST_REASON]
-
-
-def _time(seconds: float) -> str:
-    """A time in seconds since the epoch, as RFC 3339 writes it."""
-    return (
-        datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    )

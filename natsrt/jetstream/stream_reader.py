@@ -7,7 +7,6 @@ the one before, until nothing is left.
 from __future__ import annotations
 
 import asyncio
-import datetime
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -24,6 +23,7 @@ from natsrt.jetstream.requests import NO_JETSTREAM, NO_STREAM, READ, WRITE
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.inbox import is_nobody
+from natsrt.wire.times import rfc3339, seconds_of, utc
 
 PAGE: Final = 256
 """Messages of a page."""
@@ -137,7 +137,7 @@ class StreamReader:
         the sequence ``last``. None: up to the end.
         """
         wanted: dict[str, Any] = {"batch": PAGE, "max_bytes": _PAGE_BYTES, "next_by_subj": subject}
-        wanted |= {"seq": first} if since is None else {"start_time": rfc3339(since)}
+        wanted |= {"seq": first} if since is None else {"start_time": rfc3339(utc(since))}
         while True:
             page, more = await self._page(stream, wanted)
             for message in page:
@@ -231,13 +231,3 @@ def _stored(stream: str, message: Msg, headers: Mapping[str, str]) -> StoredMess
         },
         data=message.data,
     )
-
-
-def seconds_of(time: str) -> float:
-    """A time of JetStream in seconds since the epoch."""
-    return datetime.datetime.fromisoformat(time).timestamp()
-
-
-def rfc3339(seconds: float) -> str:
-    """A time in seconds since the epoch, as JetStream reads it."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat().replace("+00:00", "Z")

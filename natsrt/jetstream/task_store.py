@@ -39,6 +39,7 @@ from natsrt.transport.connection import Connection
 from natsrt.wire.envelope import reference_of
 from natsrt.wire.schedules import SCHEDULE, TARGET, Schedule
 from natsrt.wire.subjects import Subjects, decode_token, encode_text
+from natsrt.wire.times import utc
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
 
@@ -219,10 +220,10 @@ class TaskStore:
             )
             if queued is not None:
                 told_of = None if told is None else progress_of(task, told.data, told.stored_at)
-                return told_of or TaskStatus(id=str(task), state="queued", since=_time(queued.stored_at))
+                return told_of or TaskStatus(id=str(task), state="queued", since=utc(queued.stored_at))
             if delayed is not None:
                 return TaskStatus(
-                    id=str(task), state="scheduled", since=_time(delayed.stored_at), due=due_of(delayed.headers)
+                    id=str(task), state="scheduled", since=utc(delayed.stored_at), due=due_of(delayed.headers)
                 )
         return None
 
@@ -234,7 +235,7 @@ class TaskStore:
             state=result.state,
             attempt=int(attempt) if attempt.isdecimal() else None,
             worker_id=None if result.state == "cancelled" else result.headers.get(WORKER_HEADER),
-            since=_time(result.stored_at),
+            since=utc(result.stored_at),
         )
 
     async def statuses(self, agent_type: str | None = None) -> AsyncGenerator[TaskStatus, None]:
@@ -397,8 +398,8 @@ def progress_of(task: TaskId, data: bytes, told_at: float | None) -> TaskStatus 
         fraction=said.get("fraction") if isinstance(said.get("fraction"), int | float) else None,
         text=said.get("text") if isinstance(said.get("text"), str) else None,
         worker_id=said.get("workerid") if isinstance(said.get("workerid"), str) else None,
-        since=None if told_at is None else _time(told_at),
-        due=_time(due) if isinstance(due, int | float) else None,
+        since=None if told_at is None else utc(told_at),
+        due=utc(due) if isinstance(due, int | float) else None,
     )
 
 
@@ -408,7 +409,3 @@ def due_of(headers: Mapping[str, str]) -> datetime.datetime | None:
         return Schedule(headers.get(SCHEDULE, "")).last
     except ValueError:
         return None
-
-
-def _time(seconds: float) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)

@@ -27,7 +27,6 @@ from natsrt.errors import (
 from natsrt.jetstream.dead_letter_box import DeadLetterBox
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.served_tasks import ServedTasks, TaskSource
-from natsrt.jetstream.stream_reader import seconds_of
 from natsrt.jetstream.task_store import TaskResult, TaskStore, progress_of
 from natsrt.options import Options
 from natsrt.sending.again import Again
@@ -38,6 +37,7 @@ from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.subjects import Subjects
+from natsrt.wire.times import seconds_of
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
 

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from natsrt.wire.times import rfc3339
+
 SCHEDULE: Final = "Nats-Schedule"
 """Header with the time, or the times, at which the message is published."""
 TARGET: Final = "Nats-Schedule-Target"
@@ -53,7 +55,7 @@ class Schedule:
 
 def once(due: datetime.datetime) -> Schedule:
     """The schedule of a message that is published once. ``due`` has a time zone."""
-    return Schedule(f"{_AT}{due.astimezone(datetime.UTC).isoformat(timespec='microseconds').replace('+00:00', 'Z')}")
+    return Schedule(_AT + rfc3339(due, "microseconds"))
 
 
 def due_time(delay: float | None, at: datetime.datetime | None) -> datetime.datetime | None:
