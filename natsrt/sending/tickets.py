@@ -7,11 +7,11 @@ after a subscription is in effect, after each reconnect, and from time to time, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from autogen_core import AgentId
 from nats.aio.msg import Msg
@@ -34,12 +34,14 @@ from natsrt.sending.replies import Replies
 from natsrt.task_types import TaskId, TaskStatus, task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.cancellation import Cancellations
-from natsrt.transport.connection import Connection
+from natsrt.transport.connection import Connection, Interest
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.subjects import Subjects
 from natsrt.wire.times import seconds_of
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
+
+T = TypeVar("T")
 
 _LOOK_EVERY: Final = 10.0
 """Seconds between two looks for a result that was not told."""
@@ -151,6 +153,65 @@ def _is_news(status: TaskStatus, last: TaskStatus) -> bool:
     return replace(status, since=None) != replace(last, since=None)
 
 
+async def _answer(reading: Awaitable[T | None]) -> T | None:
+    """What is read; None also if the stream does not answer now."""
+    try:
+        return await reading
+    except StreamUnavailable as error:
+        logger.debug("%s", error)
+        return None
+
+
+class _Told:
+    """What the server tells of a task while somebody waits for it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._interests: list[Interest] = []
+        self._messages: asyncio.Queue[Msg | None] = asyncio.Queue()
+        """What has come and was not returned yet. None is from `wake`."""
+        self._reconnects = 0
+
+    async def listen(self, subjects: Iterable[str]) -> None:
+        """Subscribe. This user may not be allowed to."""
+        for subject in subjects:
+            interest = await self._connection.subscribe(subject, self._messages.put_nowait, optional=True)
+            self._interests.append(interest)
+
+    async def stop(self) -> None:
+        """End the subscriptions."""
+        for interest in self._interests:
+            await self._connection.unsubscribe(interest)
+
+    async def in_effect(self) -> None:
+        """Wait until the subscriptions are in effect."""
+        while True:
+            await self._connection.wait_connected(None)
+            self._reconnects = self._connection.reconnects
+            try:
+                await self._connection.barrier()
+                return
+            except ServerUnreachable:
+                await asyncio.sleep(_AGAIN)
+
+    async def next(self) -> Msg | None:
+        """Wait for the next message. None: the task is to be looked for first, because messages may have got lost."""
+        clock = asyncio.get_running_loop().time
+        heard = all(interest.refusal is None for interest in self._interests)
+        until = clock() + (_LOOK_EVERY if heard else _LOOK_OFTEN)
+        while clock() < until and self._connection.reconnects == self._reconnects:
+            try:
+                async with asyncio.timeout(_AGAIN):
+                    return await self._messages.get()
+            except TimeoutError:
+                continue
+        return None
+
+    def wake(self) -> None:
+        """Have `next` return None, after the messages that have come."""
+        self._messages.put_nowait(None)
+
+
 class Tickets:
     """The tickets of one runtime."""
 
@@ -178,15 +239,15 @@ class Tickets:
         self._again = again
         self._served = ServedTasks(connection, subjects, store.stream)
         self._result_ttl = options.result_ttl
-        self._waiting: set[Callable[[], None]] = set()
-        """Functions that wake those who wait for what is told."""
+        self._waiting: set[_Told] = set()
+        """What those hear who wait now."""
         self._stopped = False
 
     async def stop(self) -> None:
         """End all waits for results and progress: they raise `StreamUnavailable`. Has no effect if stopped."""
         self._stopped = True
-        for wake in self._waiting:
-            wake()
+        for told in self._waiting:
+            told.wake()
 
     def ticket(self, task: TaskId, sent: type[Any] | None = None) -> Ticket:
         """The ticket of a task. ``sent`` is the class of its message; None: not known here."""
@@ -266,62 +327,20 @@ class Tickets:
     async def _wait(self, task: TaskId) -> TaskResult:
         """Return the result of a task when it has one. Raises `TaskUnknown`."""
         self._require(task)
-        if (result := await self._look(task)) is not None:
+        if (result := await _answer(self._source.result(task))) is not None:
             return result
-        told = asyncio.Event()
         subject, _ = self._store.told(task)
-        interest = await self._connection.subscribe(subject, lambda _: told.set(), optional=True)
-        self._waiting.add(told.set)
-        try:
-            while True:
-                told.clear()
-                self._require(task)
-                reconnects = await self._settled()
-                result = await self._look(task)
-                if result is not None:
-                    return result
-                if await self._is_unknown(task):
-                    raise TaskUnknown(str(task))
-                await self._until_told(told, reconnects, _LOOK_EVERY if interest.refusal is None else _LOOK_OFTEN)
-        finally:
-            self._waiting.discard(told.set)
-            await self._connection.unsubscribe(interest)
+        async with self._listen(subject) as told:
+            while (result := await self._look(task, told, self._result_of)) is None:
+                await told.next()
+            return result
 
-    async def _settled(self) -> int:
-        """Wait until subscriptions are in effect. Returns the number of reconnects."""
-        while True:
-            await self._connection.wait_connected(None)
-            reconnects = self._connection.reconnects
-            try:
-                await self._connection.barrier()
-                return reconnects
-            except ServerUnreachable:
-                await asyncio.sleep(_AGAIN)
-
-    async def _until_told(self, told: asyncio.Event, reconnects: int, seconds: float) -> None:
-        until = asyncio.get_running_loop().time() + seconds
-        while asyncio.get_running_loop().time() < until and self._connection.reconnects == reconnects:
-            try:
-                async with asyncio.timeout(_AGAIN):
-                    await told.wait()
-                    return
-            except TimeoutError:
-                continue
-
-    async def _look(self, task: TaskId) -> TaskResult | None:
-        """The result of a task; None if it has none, or the stream does not answer now."""
-        try:
-            return await self._source.result(task)
-        except StreamUnavailable as error:
-            logger.debug("%s", error)
-            return None
-
-    async def _is_unknown(self, task: TaskId) -> bool:
-        try:
-            return await self._source.status(task) is None
-        except StreamUnavailable as error:
-            logger.debug("%s", error)
-            return False
+    async def _result_of(self, task: TaskId) -> TaskResult | None:
+        """The result of a task; None if it has none yet. Raises `TaskUnknown`."""
+        result = await self._source.result(task)
+        if result is None:
+            await self.status(task)
+        return result
 
     # -- progress ------------------------------------------------------------------------------------------------
 
@@ -331,57 +350,47 @@ class Tickets:
         Raises `TaskUnknown`, `PermissionDenied`, and `StreamUnavailable` when this runtime stops.
         """
         self._require(task)
-        messages: deque[Msg] = deque()
-        told = asyncio.Event()
-
-        def arrived(message: Msg) -> None:
-            messages.append(message)
-            told.set()
-
-        interests = [
-            await self._connection.subscribe(subject, arrived, optional=True) for subject in self._store.told(task)
-        ]
-        self._waiting.add(told.set)
         last: TaskStatus | None = None
-        try:
+        async with self._listen(*self._store.told(task)) as told:
             while True:
-                told.clear()
-                self._require(task)
-                reconnects = await self._settled()
-                status = await self._look_at_status(task)
+                status = await self._look(task, told, self.status)
+                if status is None:
+                    await asyncio.sleep(_AGAIN)
                 while status is not None:
                     if last is None or _is_news(status, last):
                         yield status
                         last = status
                     if status.has_ended:
                         return
-                    if not messages:
-                        heard = all(interest.refusal is None for interest in interests)
-                        await self._until_told(told, reconnects, _LOOK_EVERY if heard else _LOOK_OFTEN)
-                        told.clear()
-                    status = _as_told(task, messages.popleft()) if messages else None
-        finally:
-            self._waiting.discard(told.set)
-            for interest in interests:
-                await self._connection.unsubscribe(interest)
+                    message = await told.next()
+                    status = None if message is None else _as_told(task, message)
 
-    async def _look_at_status(self, task: TaskId) -> TaskStatus | None:
-        """The status of a task; None if the stream does not answer now. Raises `TaskUnknown`."""
+    # -- both ----------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _listen(self, *subjects: str) -> AsyncIterator[_Told]:
+        """What is told on these subjects, until the end of the block."""
+        told = _Told(self._connection)
         try:
-            return await self.status(task)
-        except StreamUnavailable as error:
-            logger.debug("%s", error)
-            await asyncio.sleep(_AGAIN)
-            return None
+            await told.listen(subjects)
+            self._waiting.add(told)
+            yield told
+        finally:
+            self._waiting.discard(told)
+            await told.stop()
+
+    async def _look(self, task: TaskId, told: _Told, read: Callable[[TaskId], Awaitable[T | None]]) -> T | None:
+        """What ``read`` finds when ``told`` is in effect. None: nothing, or the stream does not answer now."""
+        self._require(task)
+        await told.in_effect()
+        return await _answer(read(task))
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
     async def cancel(self, task: TaskId) -> bool:
         """See `Ticket.cancel`."""
         status = await self.status(task)
-        if status.has_ended:
-            return False
-        if not await self._source.cancel(task, self._result_ttl):
+        if status.has_ended or not await self._source.cancel(task, self._result_ttl):
             return False
         self._cancellations.announce(cancel_id(task))
         return True
