@@ -26,20 +26,16 @@ from natsrt.jetstream.registry.entries import DurableEntry
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.jetstream.requests import OPEN, BucketRequests
 from natsrt.jetstream.streams import (
-    RESULTS,
-    attempts_stream,
-    dead_letters_stream,
     ensure_stream,
     events_name,
     events_stream,
     require_settings,
     require_version,
-    results_stream,
+    streams_beside,
     streams_over,
     with_topics_of,
 )
 from natsrt.options import Options
-from natsrt.task_types import TASK_TOPICS
 from natsrt.transport.connection import Connection
 from natsrt.wire.subjects import Subjects
 
@@ -65,17 +61,8 @@ class DurableStreams:
         self._registry = registry
         self._own: dict[str, DurableTopics] = {events_name(subjects, topics.name): topics for topics in options.durable}
         """What this runtime's setting says, by stream; and what it has added since."""
-        self._others = {
-            config.name or "": config
-            for config in (
-                dead_letters_stream(subjects, options),
-                attempts_stream(subjects, options),
-                results_stream(subjects, options),
-            )
-        }
-        """The streams beside those of events."""
-        self._tasks = events_name(subjects, TASK_TOPICS.name), subjects.bucket(RESULTS)
-        """The stream of tasks, and that of their results."""
+        self._others = {config.name or "": (config, needs) for config, needs in streams_beside(subjects, options)}
+        """The streams beside those of events, and which stream of events needs them; None: all do."""
         self.added: tuple[str, ...] = ()
         """The topics that this runtime made durable when it started; empty if they were so before."""
         self._domain = Domain(options.jetstream_domain)
@@ -116,11 +103,9 @@ class DurableStreams:
         await self._make(stream)
 
     async def _make_others(self) -> None:
-        tasks, results = self._tasks
-        for stream in self._others:
-            if stream == results and tasks not in self._registry.view.durable:
-                continue
-            await self._run(stream, partial(self._make_other, stream))
+        for stream, (_, needed_by) in self._others.items():
+            if needed_by is None or needed_by in self._registry.view.durable:
+                await self._run(stream, partial(self._make_other, stream))
 
     def require_version(self, feature: str) -> None:
         """Raise `ServerTooOld` if the server lacks what ``feature`` needs."""
@@ -285,7 +270,7 @@ class DurableStreams:
         require_settings(info, wanted, partial(_unavailable, wanted.name or ""))
 
     async def _make_other(self, stream: str) -> None:
-        js, wanted = self._connection.jetstream, self._others[stream]
+        js, (wanted, _) = self._connection.jetstream, self._others[stream]
         info = await ensure_stream(js, stream, partial(js.add_stream, wanted))
         as_it_is = {"max_age": info.config.max_age, "duplicate_window": info.config.duplicate_window}
         require_settings(info, wanted.evolve(**as_it_is), partial(_unavailable, stream))

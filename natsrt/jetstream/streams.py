@@ -7,8 +7,8 @@ and ``natsrt.later.<stream>.>`` (what the server publishes later).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final
 
 import nats.js.errors
 import orjson
@@ -108,34 +108,41 @@ def _description(name: str | None) -> str:
     return "natsrt: events on durable topics" + ("" if name is None else f" named {name}")
 
 
-def dead_letters_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
-    """How the stream of dead letters is made. It keeps each one for thirty days. Its limits are the operator's."""
+def _beside(name: str, options: Options, **settings: Any) -> api.StreamConfig:
+    """A stream beside those of events: what these have in common, and its own ``settings``."""
     return api.StreamConfig(
-        name=subjects.bucket(DEAD),
-        description="natsrt: dead letters, events that could not be handled",
-        subjects=[f"{subjects.dead}.>"],
+        name=name,
         retention=api.RetentionPolicy.LIMITS,
         num_replicas=options.registry_replicas,
+        allow_direct=True,
+        **settings,
+    )
+
+
+def dead_letters_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
+    """How the stream of dead letters is made. It keeps each one for thirty days. Its limits are the operator's."""
+    return _beside(
+        subjects.bucket(DEAD),
+        options,
+        description="natsrt: dead letters, events that could not be handled",
+        subjects=[f"{subjects.dead}.>"],
         discard=api.DiscardPolicy.NEW,
         max_age=MONTH,
         duplicate_window=DUPLICATE_WINDOW,
-        allow_direct=True,
         allow_msg_ttl=True,
     )
 
 
 def attempts_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
     """How the stream is made that counts attempts to handle events. It keeps each count for a week."""
-    return api.StreamConfig(
-        name=subjects.bucket(ATTEMPTS),
+    return _beside(
+        subjects.bucket(ATTEMPTS),
+        options,
         description="natsrt: attempts to handle events that were delivered more than once",
         subjects=[f"{subjects.attempts}.>"],
-        retention=api.RetentionPolicy.LIMITS,
-        num_replicas=options.registry_replicas,
         discard=api.DiscardPolicy.OLD,
         max_age=WEEK,
         max_msgs_per_subject=1,
-        allow_direct=True,
         allow_msg_counter=True,
     )
 
@@ -143,15 +150,13 @@ def attempts_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
 def results_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
     """How the stream of the results of tasks is made, and of their progress. Each message has its own time to live. The
     server tells at once what is stored, so that nobody has to look for it."""
-    return api.StreamConfig(
-        name=subjects.bucket(RESULTS),
+    return _beside(
+        subjects.bucket(RESULTS),
+        options,
         description="natsrt: results and progress of tasks",
         subjects=[f"{subjects.tasks}.>"],
-        retention=api.RetentionPolicy.LIMITS,
-        num_replicas=options.registry_replicas,
         discard=api.DiscardPolicy.OLD,
         max_msgs_per_subject=1,
-        allow_direct=True,
         allow_msg_ttl=True,
         republish=api.RePublish(src=f"{subjects.tasks}.>", dest=f"{subjects.tasks_told}.>"),
     )
@@ -162,17 +167,22 @@ def blobs_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
 
     Each of its messages has its own time to live.
     """
-    return api.StreamConfig(
-        name=subjects.bucket(BLOBS),
+    return _beside(
+        subjects.bucket(BLOBS),
+        options,
         description="natsrt: payloads that are too large for one message",
         subjects=[subjects.blob("*", "*")],
-        retention=api.RetentionPolicy.LIMITS,
-        num_replicas=options.registry_replicas,
         discard=api.DiscardPolicy.NEW,
         max_msgs_per_subject=1,
-        allow_direct=True,
         allow_msg_ttl=True,
     )
+
+
+def streams_beside(subjects: Subjects, options: Options) -> Iterator[tuple[api.StreamConfig, str | None]]:
+    """The streams that are made with those of events, each with the stream of events that needs it; None: all do."""
+    yield dead_letters_stream(subjects, options), None
+    yield attempts_stream(subjects, options), None
+    yield results_stream(subjects, options), events_name(subjects, TASK_TOPICS.name)
 
 
 async def ensure_stream(js: JetStreamContext, stream: str, make: Callable[[], Awaitable[object]]) -> api.StreamInfo:
