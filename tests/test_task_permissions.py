@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -105,6 +106,21 @@ async def queued(runtime: NatsAgentRuntime) -> int:
     return (await js.stream_info(subjects.bucket(TASKS))).state.messages
 
 
+async def has_an_answer(runtime: NatsAgentRuntime, **how: Any) -> None:
+    ticket = await runtime.submit_message(Job("a"), AGENT, **how)
+    assert await ticket.result(WAITS) == "a"
+
+
+async def cancels_what_it_follows(runtime: NatsAgentRuntime) -> None:
+    """To follow always subscribes; a result may be there before it is waited for."""
+    waiting = await runtime.submit_message(Job("wait"), AGENT)
+    async for status in waiting:
+        if status.state == "running":
+            assert await waiting.cancel()
+    assert status.state == "cancelled"
+    assert hears_what_is_told(runtime)
+
+
 def hears_what_is_told(runtime: NatsAgentRuntime) -> bool:
     return "told" not in (runtime.running.connection.server_error or "")
 
@@ -121,8 +137,7 @@ def hears_what_is_told(runtime: NatsAgentRuntime) -> bool:
 async def handles_tasks_in_an_empty_account(scene: Scene) -> None:
     await worker(scene)
     plain = await scene.runtime("plain")
-    ticket = await plain.submit_message(Job("a"), AGENT)
-    assert await ticket.result(WAITS) == "a"
+    await has_an_answer(plain)
 
     async def is_removed() -> bool:
         return await queued(plain) == 0
@@ -160,22 +175,14 @@ async def answers_callers(scene: Scene) -> None:
 async def submits_and_reads_results_and_progress(scene: Scene) -> None:
     await worker(scene)
     web = await scene.runtime("web")
-    ticket = await web.submit_message(Job("a"), AGENT, message_id="mine")
-    assert await ticket.result(WAITS) == "a"
-    waiting = await web.submit_message(Job("wait"), AGENT)
-    async for status in waiting:
-        if status.state == "running":
-            assert await waiting.cancel()
-    assert status.state == "cancelled"
-    assert hears_what_is_told(web)
+    await has_an_answer(web, message_id="mine")
+    await cancels_what_it_follows(web)
 
 
 @needs("web", f"publish to natsrt.later.{TASKS}.event.*.natsrt.task.jobs=3A.*.>")
 async def submits_for_later(scene: Scene) -> None:
     await worker(scene)
-    web = await scene.runtime("web", publish_timeout=3)
-    ticket = await web.submit_message(Job("a"), AGENT, delay=0.5)
-    assert await ticket.result(WAITS) == "a"
+    await has_an_answer(await scene.runtime("web", publish_timeout=3), delay=0.5)
 
 
 async def test_a_caller_is_told_that_a_type_takes_no_tasks_yet(matrix: EmbeddedServer) -> None:
@@ -189,8 +196,7 @@ async def test_a_caller_is_told_that_a_type_takes_no_tasks_yet(matrix: EmbeddedS
         with pytest.raises(natsrt.RegistryUnavailable, match=r"take_tasks\('jobs'\)"):
             await web.submit_message(Job("a"), AGENT)
         await runtime.take_tasks("jobs")
-        ticket = await web.submit_message(Job("a"), AGENT)
-        assert await ticket.result(WAITS) == "a"
+        await has_an_answer(web)
 
 
 async def test_a_caller_knows_nothing_of_the_tasks_of_other_types(matrix: EmbeddedServer) -> None:
@@ -227,22 +233,14 @@ async def test_a_caller_knows_nothing_of_the_tasks_of_other_types(matrix: Embedd
 async def submits_and_cancels_as_a_worker(scene: Scene) -> None:
     await worker(scene)
     yard = await scene.runtime("yard", publish_timeout=3)
-    ticket = await yard.submit_message(Job("a"), AGENT)
-    assert await ticket.result(WAITS) == "a"
-    waiting = await yard.submit_message(Job("wait"), AGENT)
-    async for status in waiting:  # which always subscribes; a result may be there before it is waited for
-        if status.state == "running":
-            assert await waiting.cancel()
-    assert status.state == "cancelled"
-    assert hears_what_is_told(yard)
+    await has_an_answer(yard)
+    await cancels_what_it_follows(yard)
 
 
 @needs("yard", f"publish to natsrt.later.{TASKS}.event.*.natsrt.task.jobs=3A.*.>")
 async def submits_for_later_as_a_worker(scene: Scene) -> None:
     await worker(scene)
-    yard = await scene.runtime("yard", publish_timeout=3)
-    ticket = await yard.submit_message(Job("a"), AGENT, delay=0.5)
-    assert await ticket.result(WAITS) == "a"
+    await has_an_answer(await scene.runtime("yard", publish_timeout=3), delay=0.5)
 
 
 # -- an operator -------------------------------------------------------------------------------------------------------
@@ -261,8 +259,7 @@ async def submits_for_later_as_a_worker(scene: Scene) -> None:
 async def looks_after_tasks(scene: Scene) -> None:
     await worker(scene)
     ops = await scene.runtime("ops", publish_timeout=3)
-    ticket = await ops.submit_message(Job("a"), AGENT, delay=0.5)
-    assert await ticket.result(WAITS) == "a"
+    await has_an_answer(ops, delay=0.5)
     waiting = await ops.submit_message(Job("wait"), AGENT)
     await waiting.status()
     assert await waiting.cancel()
