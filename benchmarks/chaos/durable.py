@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import nats.js.errors
 from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, event, rpc
@@ -19,10 +19,13 @@ from benchmarks.chaos import roles
 from benchmarks.chaos.counters import Tap
 from benchmarks.chaos.journal import Journal
 from benchmarks.roles import Role
+from natsrt import NatsAgentRuntime
 from natsrt.hosting.durable_settlement import DurableSettlement
 from natsrt.hosting.feeder import Feeder
 from natsrt.jetstream.streams import DEAD, EVENTS
 from natsrt.wire.subjects import Subjects
+
+T = TypeVar("T")
 
 TOPIC = "facts"
 PLAIN, KEYED = "plain", "keyed"
@@ -55,7 +58,7 @@ class Fact:
 
 @dataclass
 class Ask:
-    """A call for the numbers that a keyed agent has handled."""
+    """A call for what a keyed agent has handled."""
 
 
 @dataclass
@@ -144,6 +147,19 @@ class Worker(roles.Worker):
             puller.pull.terminate = lambda delivery, reason: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
 
 
+async def messages_in(runtime: NatsAgentRuntime, streams: Sequence[str]) -> dict[str, int]:
+    """Return how many messages natsrt's streams have. Their names are without the namespace."""
+    network = runtime.running.network
+    js, subjects = network.connection.jetstream, network.subjects
+    return {stream: (await js.stream_info(subjects.bucket(stream))).state.messages for stream in streams}
+
+
+async def handled_by(runtime: NatsAgentRuntime, keys: Sequence[str], reply_type: type[T]) -> list[T]:
+    """Return what the keyed agents with these keys reply to `Ask`."""
+    agents = [AgentId(KEYED, key) for key in keys]
+    return await asyncio.gather(*(runtime.send_message(Ask(), agent, reply_type=reply_type) for agent in agents))
+
+
 class Publisher(roles.Caller):
     """Publishes facts, each until it is confirmed."""
 
@@ -227,20 +243,12 @@ class Publisher(roles.Caller):
 
     async def stored(self) -> dict[str, int]:
         """Return how many events are stored, and how many dead letters."""
-        js = self.runtime.running.connection.jetstream
-        counts = {}
-        for name in (EVENTS, DEAD):
-            counts[name] = (await js.stream_info(Subjects(self.place.namespace).bucket(name))).state.messages
-        return counts
+        return await messages_in(self.runtime, (EVENTS, DEAD))
 
     async def numbers(self, sources: int) -> list[list[int]]:
         """Return the numbers that the keyed agent of each source has handled, in their order."""
-
-        async def ask(source: str) -> list[int]:
-            reply = await self.runtime.send_message(Ask(), AgentId(KEYED, source))
-            return list(reply.numbers)
-
-        return list(await asyncio.gather(*(ask(f"s{number}") for number in range(sources))))
+        replies = await handled_by(self.runtime, [f"s{number}" for number in range(sources)], Numbers)
+        return [reply.numbers for reply in replies]
 
 
 ROLES: dict[str, type[Role]] = {"worker": Worker, "caller": Publisher, "tap": Tap}

@@ -16,12 +16,14 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
 import natsrt
 from benchmarks.chaos import roles
 from benchmarks.chaos.counters import Tap
-from benchmarks.chaos.durable import KEYED, PLAIN
+from benchmarks.chaos.durable import KEYED, PLAIN, Ask, handled_by, messages_in
 from benchmarks.chaos.journal import Journal
 from benchmarks.roles import Role
-from natsrt.jetstream.streams import DEAD
-from natsrt.wire.subjects import Subjects
+from natsrt.jetstream.streams import DEAD, EVENTS
+from natsrt.task_types import TASK_TOPICS
 
+TASKS = f"{EVENTS}_{TASK_TOPICS.name}"
+"""The stream of tasks."""
 BEGUN, HANDLED = "begun", "handled"
 """Words of the journal: a handler began, and it returned."""
 _PAUSE = 0.1
@@ -47,13 +49,8 @@ class Result:
 
 
 @dataclass
-class Ask:
-    """A call for the names of the tasks that a keyed agent has handled."""
-
-
-@dataclass
 class Names:
-    """The reply, in the order in which they were handled."""
+    """The reply to `Ask`: the names of tasks, in the order in which they were handled."""
 
     names: list[str]
 
@@ -163,25 +160,15 @@ class Submitter(roles.Caller):
         """Return how many tasks and dead letters are stored, when there are no tasks any more or after ``seconds``."""
         deadline = time.monotonic() + seconds
         while True:
-            stored = await self._stored()
-            if not stored["tasks"] or time.monotonic() > deadline:
+            stored = await messages_in(self.runtime, (TASKS, DEAD))
+            if not stored[TASKS] or time.monotonic() > deadline:
                 return stored
             await asyncio.sleep(_PAUSE)
 
-    async def _stored(self) -> dict[str, int]:
-        running = self.runtime.running
-        names = {"tasks": running.network.tasks.tasks, DEAD: Subjects(self.place.namespace).bucket(DEAD)}
-        js = running.connection.jetstream
-        return {name: (await js.stream_info(stream)).state.messages for name, stream in names.items()}
-
     async def names(self, keys: int) -> list[list[str]]:
         """Return the names of the tasks that each keyed agent has handled."""
-
-        async def ask(key: str) -> list[str]:
-            reply = await self.runtime.send_message(Ask(), AgentId(KEYED, key))
-            return list(reply.names)
-
-        return list(await asyncio.gather(*(ask(f"k{number}") for number in range(keys))))
+        replies = await handled_by(self.runtime, [f"k{number}" for number in range(keys)], Names)
+        return [reply.names for reply in replies]
 
 
 ROLES: dict[str, type[Role]] = {"worker": Worker, "caller": Submitter, "tap": Tap}

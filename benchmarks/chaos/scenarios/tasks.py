@@ -96,7 +96,7 @@ async def measure(
             at_most=0,
         ),
         Figure(name="dead letters", value=left[DEAD], at_most=0),
-        Figure(name="tasks left in the stream", value=left["tasks"], at_most=0),
+        Figure(name="tasks left in the stream", value=left[tasks.TASKS], at_most=0),
         Figure(name="until all results were fetched", value=ended - began, unit="s"),
     ]
     if states is not None:
