@@ -34,7 +34,7 @@ LAYERS = (
         "reminder_types",
         "task_types",
     ),
-    ("contexts", "durable_types", "keyed_types", "retry_types"),
+    ("arguments", "contexts", "durable_types", "keyed_types", "retry_types"),
     ("wire",),
     ("listening", "signals"),
     ("awaiting", "background", "forks"),

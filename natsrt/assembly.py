@@ -7,7 +7,9 @@ the parts.
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.declarations import Declarations
@@ -228,8 +230,8 @@ class Outgoing:
             counters=counters,
             telemetry=telemetry,
         )
-        self.send = self.calls.send
-        self.publish = self.events.publish
+        self.send: Callable[..., Awaitable[Any]] = self.calls.send
+        self.publish: Callable[..., Awaitable[None]] = self.events.publish
         self.again: Again = Again(
             self.publisher, network.subjects, network.dead_letter_box, network.bodies, network.registry
         )
@@ -259,6 +261,8 @@ class Outgoing:
         self.tasks: TaskSender = TaskSender(
             steps=steps,
             subjects=network.subjects,
+            options=program.options,
+            registry=network.registry,
             serialization=program.serialization,
             interventions=program.interventions,
             events=self.events,

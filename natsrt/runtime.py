@@ -32,6 +32,7 @@ from natsrt.agents import control
 from natsrt.agents.catalog import Catalog
 from natsrt.agents.declarations import Declarations
 from natsrt.agents.interventions import Interventions
+from natsrt.arguments import checked_agent, checked_message_id, checked_topic, checked_type
 from natsrt.assembly import Program
 from natsrt.errors import AmbiguousAgent, SubscriptionNotServed, UnknownSubscription
 from natsrt.jetstream.consumers import START_NOW, Start
@@ -219,7 +220,9 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             EventNotStored: The stream of a durable topic did not confirm the event within ``publish_timeout`` seconds.
             JetStreamFull, PermissionDenied: The event was not stored, or not sent.
             CannotSchedule, ServerTooOld: The event cannot be published later. Nothing was stored.
-            ValueError: The subject of the topic would be too long, or ``delay`` or ``at`` is wrong. Nothing was sent.
+            ValueError: The subject of the topic would be too long, or ``delay``, ``at`` or ``message_id`` is wrong. Nothing
+                was sent.
+            RuntimeError: Too many messages wait for the start, or the event is to be stored and the runtime is not started.
             ServerUnreachable: There was no connection for ``offline_timeout`` seconds. On a durable topic it is
                 `EventNotStored`, after ``publish_timeout`` seconds, if that is less.
         """
@@ -503,7 +506,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             PermissionDenied: This user may not remove messages of the stream.
             RuntimeError: The runtime is not started.
         """
-        return await self._running().outgoing.events.cancel_delayed(message_id, topic_id)
+        topic_id = checked_topic(topic_id, "topic_id")
+        return await self._running().outgoing.events.cancel_delayed(checked_message_id(message_id), topic_id)
 
     async def remind(
         self,
@@ -545,7 +549,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             RuntimeError: The runtime is not started.
         """
         schedule = of_reminder(every, cron, timezone, at)
-        reminder_topic(agent, name)
+        reminder_topic(checked_agent(agent, "agent"), name)
         session = self._running()
         await session.membership.take_reminders(agent.type)
         await session.outgoing.reminders.set(agent, name, message, schedule)
@@ -561,7 +565,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             PermissionDenied: This user may not remove messages of the stream.
             RuntimeError: The runtime is not started.
         """
-        return await self._running().outgoing.reminders.forget(agent, name)
+        return await self._running().outgoing.reminders.forget(checked_agent(agent, "agent"), name)
 
     async def reminders(self, agent: AgentId | AgentType | str | None = None) -> list[Reminder]:
         """Return the reminders that are set, in the order of agents and names.
@@ -576,7 +580,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         """
         if isinstance(agent, AgentId):
             return await self._running().outgoing.reminders.list(agent.type, agent.key)
-        agent_type = agent.type if isinstance(agent, AgentType) else agent
+        agent_type = None if agent is None else checked_type(agent, "agent")
         return await self._running().outgoing.reminders.list(agent_type, None)
 
     async def submit_message(
@@ -631,6 +635,9 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         ):
             raise ValueError(f"retries must be a whole number of at least 0 and below {MOST:,}, not {retries!r:.60}")
         ttl = checked_result_ttl(self._options.result_ttl if result_ttl is None else result_ttl)
+        checked_agent(recipient, "recipient")
+        if sender is not None:
+            checked_agent(sender, "sender")
         if message_id is not None:
             TaskId.of(recipient, message_id)
         session = self._running()
@@ -670,7 +677,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             PermissionDenied: This user may not read the tasks or their results.
             RuntimeError: The runtime is not started.
         """
-        name = agent_type.type if isinstance(agent_type, AgentType) else agent_type
+        name = None if agent_type is None else checked_type(agent_type, "agent_type")
         return self._running().outgoing.tickets.statuses(name)
 
     async def take_tasks(self, type: str | AgentType) -> None:

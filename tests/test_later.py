@@ -174,12 +174,15 @@ async def test_an_event_whose_time_has_passed_is_published_at_once(place: Place)
     assert (await place.stored(), await place.kept()) == (2, 0)
 
 
-async def test_an_event_that_is_published_before_the_start_keeps_its_delay(place: Place) -> None:
+@pytest.mark.parametrize("later", [{"delay": LONG}, {"at": datetime.now(UTC)}, {}], ids=lambda later: "".join(later))
+async def test_before_the_start_nobody_is_told_that_an_event_is_stored(place: Place, later: dict[str, Any]) -> None:
     runtime = place.make(durable=["orders."])
-    await runtime.publish_message(Order(1), TOPIC, message_id="m1", delay=LONG)
+    with pytest.raises(RuntimeError, match=r"orders.*Call start\(\) first"):
+        await runtime.publish_message(Order(1), TOPIC, **later)
+    await runtime.publish_message(Order(2), TopicId("core", "x"))  # as in AutoGen, it waits
     async with runtime:
-        await eventually(place.kept)
-        assert await place.stored() == 0
+        await runtime.publish_message(Order(3), TOPIC, **later)
+        assert (await place.stored(), await place.kept()) == ((0, 1) if "delay" in later else (1, 0))
 
 
 async def test_a_delayed_event_with_the_same_id_is_one_event_while_it_waits_and_after(place: Place) -> None:

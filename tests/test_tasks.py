@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +451,71 @@ async def test_tasks_with_one_id_are_one_task(make: Make, agent_type: str, messa
     assert seen.begun == ["a"] and seen.contexts[0].message_id == message_id
 
 
+@TYPES
+async def test_a_task_is_handled_again_when_its_result_has_expired(make: Make, agent_type: str) -> None:
+    seen, agent = Seen(), AgentId(agent_type, "k")
+    await make(seen)
+    submitter = await make(name="submitter")
+    for number in (1, 2):
+        ticket = await submitter.submit_message(Work(str(number)), agent, message_id="order-7", result_ttl=1.0)
+        assert (await ticket.result(LONG)).count == number
+        await eventually(partial(_is_unknown, ticket))
+    assert seen.begun == ["1", "2"]
+
+
+@TYPES
+async def test_a_task_that_is_stored_again_when_the_first_one_has_just_ended_is_not_handled_again(
+    make: Make, agent_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its submitter looked for a result before the first one had one."""
+    seen, agent = Seen(), AgentId(agent_type, "k")
+    await make(seen)
+    submitter = await make(name="submitter")
+    first = await submitter.submit_message(Work("a"), agent, message_id="order-7")
+    assert (await first.result(LONG)).count == 1
+    await nothing_is_left(submitter)
+
+    async def none_yet(task: TaskId) -> bool:
+        return False
+
+    monkeypatch.setattr(submitter.running.outgoing.tickets, "has_result", none_yet)
+    second = await submitter.submit_message(Work("b"), agent, message_id="order-7")
+    assert (await second.result(LONG)).name == "a"
+    await nothing_is_left(submitter)
+    assert seen.begun == ["a"]
+
+
+@pytest.mark.parametrize("message_id", [None, "order-7"])
+async def test_a_task_is_submitted_while_the_server_restarts(
+    own_server: EmbeddedServer, namespace: str, message_id: str | None
+) -> None:
+    async with NatsAgentRuntime(own_server.url, namespace=namespace) as submitter:
+        await submitter.submit_message(Work("a"), AgentId(PLAIN, "k"))
+        await own_server.kill()
+        submitting = asyncio.ensure_future(
+            submitter.submit_message(Work("b"), AgentId(PLAIN, "k"), message_id=message_id)
+        )
+        await eventually(lambda: submitter.running.outgoing.under_way == 1)
+        await own_server.restart()
+        assert (await (await submitting).status()).state == "queued"
+
+
+async def test_who_cannot_find_out_whether_a_task_has_a_result_is_told_that_it_was_not_stored(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitter = await make(name="submitter", publish_timeout=0.5)
+    await submitter.submit_message(Work("a"), AgentId(PLAIN, "k"))
+
+    async def no_answer(task: TaskId) -> bool:
+        raise natsrt.StreamUnavailable("read", "natsrt_results", "JetStream does not answer", passing=True)
+
+    monkeypatch.setattr(submitter.running.outgoing.tickets, "has_result", no_answer)
+    with pytest.raises(natsrt.EventNotStored, match="does not answer") as raised:
+        await submitter.submit_message(Work("a"), AgentId(PLAIN, "k"), message_id="order-7")
+    assert not raised.value.may_be_stored
+    assert await left(submitter, "natsrt_events_tasks") == 1
+
+
 async def test_ids_of_tasks_cannot_be_guessed(make: Make) -> None:
     submitter = await make(name="submitter")
     tickets = [await submitter.submit_message(Work("a"), AgentId(PLAIN, "k")) for _ in range(20)]
@@ -621,11 +687,14 @@ async def _is_unknown(ticket: Ticket) -> bool:
         {"message_id": "x" * 201},
         {"delay": 1.0, "at": datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)},
         {"at": datetime.datetime(2030, 1, 1)},
+        {"recipient": "plain/k"},
+        {"sender": "plain/k"},
+        {"message_id": 7},
     ],
     ids=lambda wrong: str(wrong)[:40],
 )
 async def test_wrong_arguments_store_nothing(make: Make, wrong: dict[str, Any]) -> None:
     submitter = await make(name="submitter")
     with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", ".")):
-        await submitter.submit_message(Work("a"), AgentId(PLAIN, "k"), **wrong)
+        await submitter.submit_message(Work("a"), **{"recipient": AgentId(PLAIN, "k")} | wrong)
     assert await left(submitter, "natsrt_events_tasks") == 0

@@ -308,7 +308,8 @@ def test_tasks_are_those_of_the_vectors(case: dict[str, Any]) -> None:
     assert task_of(TopicId(*subjects.parse_topic(case["subject"]))) == task
     assert (result, progress, subjects.told(result)) == (case["result"], case["progress"], case["told"])
     key = encode_text(task.agent.key)
-    attributes = task_attributes(key, cancel_id(task), case["result_ttl"], case.get("attempts"))
+    chosen = case.get("chosen", False)
+    attributes = task_attributes(key, cancel_id(task), case["result_ttl"], case.get("attempts"), chosen=chosen)
     assert json.loads(f"{{{attributes.removeprefix(',')}}}") == case["attributes"]
     assert result_headers(task, case["state"], case["result_ttl"], "w-1", case.get("attempt")) == case["headers"]
 

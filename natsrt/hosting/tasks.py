@@ -5,7 +5,8 @@ Rules:
 1. A result is stored before its task is removed from its stream, and that before the delivery is acknowledged. So a
    worker that ends between two of these steps loses nothing, and a task that has a result is not handled again.
 2. A task that was cancelled has a result too. So before a handler begins, it is looked for, unless the task has just
-   been stored and delivered for the first time: then the cancellation itself is heard.
+   been stored and delivered for the first time: then the cancellation itself is heard. It is always looked for if the
+   submitter has chosen the message id: the task may have been stored again when the first one had just ended.
 3. How far a task is, is told when its handler has run for a moment, so that short tasks cost nothing.
 """
 
@@ -26,7 +27,7 @@ from natsrt.retry_types import RetryOptions
 from natsrt.task_types import TaskId, task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.wire.envelope import Envelope
-from natsrt.wire.task_attributes import attempts_of, result_ttl_of
+from natsrt.wire.task_attributes import attempts_of, has_chosen_id, result_ttl_of
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
 
@@ -86,9 +87,13 @@ class Tasks:
 
     def may_have_ended(self, inbound: Inbound, attempt: int) -> bool:
         """True if it must be looked for the result of a task before it is handled. ``attempt`` is 1 if it was not
-        delivered before. One that was scheduled may have been submitted again, and handled, meanwhile."""
+        delivered before. One that was scheduled, or whose id was chosen by its submitter, may have been submitted
+        twice, and handled meanwhile."""
+        body = inbound.body
         return (
             attempt > 1
+            or body is None
+            or has_chosen_id(body)
             or asyncio.get_running_loop().time() > inbound.arrived + _HEARD_WITHIN
             or _SCHEDULER in (inbound.message.headers or ())
         )

@@ -29,6 +29,7 @@ from natsrt.agents.chain import as_call, chain_attribute, current_chain
 from natsrt.agents.control import encode_data
 from natsrt.agents.inbound import awaiting
 from natsrt.agents.interventions import Interventions
+from natsrt.arguments import checked_message_id
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.observe import events
 from natsrt.observe.metrics import Counters
@@ -119,8 +120,7 @@ class CallSender:
         self._steps.under_way += 1
         try:
             self._counters.sent += 1
-            if message_id is None:
-                message_id = self._attributes.next_id()
+            message_id = self._attributes.next_id() if message_id is None else checked_message_id(message_id)
             if token is not None and token.is_cancelled():
                 raise asyncio.CancelledError("the cancellation token was cancelled before the send")
             if self._steps.are_free:

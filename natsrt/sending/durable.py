@@ -34,6 +34,7 @@ import nats.js.errors
 from autogen_core import TopicId
 from nats.aio.msg import Msg
 from nats.js import api
+from nats.nuid import NUID
 
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, CannotSchedule, EventNotStored, JetStreamFull, NatsrtError
@@ -123,15 +124,15 @@ class _Event:
         headers: dict[str, str],
         begun: float,
     ) -> None:
-        self.publisher = publisher
-        self.subject = subject
-        self.topic = topic
-        self.stream = stream
-        self.body = body
-        self.headers = headers
+        self.publisher: DurablePublisher = publisher
+        self.subject: str = subject
+        self.topic: TopicId = topic
+        self.stream: str = stream
+        self.body: bytes = body
+        self.headers: dict[str, str] = headers
         self.head: bytes = header_block(headers)
         self.size: int = len(self.head) + len(body)
-        self.begun = begun
+        self.begun: float = begun
         """When its publisher began to wait, by the event loop's clock."""
         self.until: float = math.inf
         """When its publisher stops waiting, by the event loop's clock."""
@@ -226,9 +227,11 @@ class DurablePublisher:
         Raises `EventNotStored`, `JetStreamFull`, `PermissionDenied`, `SubscriptionRefused`, `MessageTooLarge` and
         `CannotSchedule`.
         """
-        of_event = event_headers(message_id, subject, stream)
-        if is_task(topic.type):  # the same one, however much later it is submitted again
+        if is_task(topic.type):  # submitted again, it is the same one as long as it or its result is stored
+            of_event = event_headers(f"{message_id}/{NUID().next().decode()}", subject, stream)
             of_event[_EXPECTED_LAST] = "0"
+        else:
+            of_event = event_headers(message_id, subject, stream)
         if headers is not None:
             of_event |= headers
         if due is not None and not is_due(due):

@@ -18,6 +18,7 @@ from autogen_core.logging import DeliveryStage, MessageKind
 from opentelemetry.trace import SpanKind
 
 from natsrt.agents.interventions import Interventions
+from natsrt.arguments import checked_message_id
 from natsrt.errors import CannotSchedule, EventNotStored, MessageTooLarge
 from natsrt.jetstream.durable import DurableStreams
 from natsrt.jetstream.registry.registry import Registry, RegistryListener
@@ -108,8 +109,7 @@ class EventSender(RegistryListener):
         If ``message_id`` is None, a new id is used. ``due``: when it is published; None: now.
         """
         self._counters.sent += 1
-        if message_id is None:
-            message_id = self._attributes.next_id()
+        message_id = self._attributes.next_id() if message_id is None else checked_message_id(message_id)
         send = self._event if self._steps.are_free else self._publish_in_turn
         return self._steps.counted(send(message, topic, sender, token, message_id, due))
 

@@ -22,6 +22,7 @@ from autogen_core import AgentId, CancellationToken, TopicId
 
 from natsrt.agents.interventions import Interventions
 from natsrt.background import BackgroundTasks
+from natsrt.durable_types import covers
 from natsrt.errors import CannotSerialize, UndeliveredCall
 from natsrt.options import Options
 from natsrt.transport.readiness import Readiness
@@ -106,6 +107,7 @@ class Outbox:
 
     def __init__(self, options: Options, serialization: Serialization, interventions: Interventions) -> None:
         self._max_bytes = options.max_pending_bytes
+        self._durable = options.durable
         self._serialization = serialization
         self._interventions = interventions
         self._waiting: dict[_WaitingEvent | _WaitingCall, None] = {}
@@ -130,7 +132,17 @@ class Outbox:
         message_id: str | None,
         due: datetime | None = None,
     ) -> None:
-        """Let an event wait. Raises `CannotSerialize` if it cannot be sent, and RuntimeError if too much waits."""
+        """Let an event wait.
+
+        Raises `CannotSerialize` if it cannot be sent, and RuntimeError if too much waits, or if a stream is to confirm
+        it, which no runtime can tell before it is started.
+        """
+        patterns = (pattern for topics in self._durable for pattern in topics.patterns)
+        if not self.holds and (due is not None or any(covers(pattern, topic.type) for pattern in patterns)):
+            raise RuntimeError(
+                f"an event on {topic} cannot wait for the start of this runtime: its stream is to confirm that it is "
+                "stored. Call start() first"
+            )
         self._add(_WaitingEvent(message, topic, sender, token, message_id, due, self._size(message)))
 
     async def send(
