@@ -220,9 +220,10 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             EventNotStored: The stream of a durable topic did not confirm the event within ``publish_timeout`` seconds.
             JetStreamFull, PermissionDenied: The event was not stored, or not sent.
             CannotSchedule, ServerTooOld: The event cannot be published later. Nothing was stored.
-            ValueError: The subject of the topic would be too long, or ``delay``, ``at`` or ``message_id`` is wrong. Nothing
-                was sent.
-            RuntimeError: Too many messages wait for the start, or the event is to be stored and the runtime is not started.
+            ValueError: The subject of the topic would be too long, or ``delay``, ``at`` or ``message_id`` is wrong.
+                Nothing was sent.
+            RuntimeError: The runtime is not started, and too many messages wait for that, or a stream is to store this
+                one.
             ServerUnreachable: There was no connection for ``offline_timeout`` seconds. On a durable topic it is
                 `EventNotStored`, after ``publish_timeout`` seconds, if that is less.
         """
