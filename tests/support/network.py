@@ -22,6 +22,7 @@ from nats.js import JetStreamContext
 
 from natsrt.errors import CannotDecode, PermissionDenied, ServerUnreachable
 from natsrt.transport.client import Ordered, Sink
+from natsrt.transport.headers import header_block
 from natsrt.transport.interests import Interest
 from natsrt.transport.probe import TRACE_ONLY
 from natsrt.transport.round_trip_time import RoundTripTime
@@ -439,14 +440,15 @@ class _Client:
         self._number = 0
         self._interest: Interest | None = None
 
-    def post(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None = None) -> bool:
-        self._link.send(Message(subject, payload, reply, dict(headers) if headers else None))
+    def post(self, subject: str, payload: bytes, reply: str, head: bytes = b"") -> bool:
+        lines = (line.partition(": ") for line in head.decode().split("\r\n")[1:] if line)
+        self._link.send(Message(subject, payload, reply, {name: value for name, _, value in lines} or None))
         return True
 
     async def publish(
         self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        self.post(subject, payload, reply, headers)
+        self.post(subject, payload, reply, header_block(headers) if headers else b"")
 
     async def request(self, subject: str, payload: bytes, timeout: float) -> Msg:
         if self._interest is None or not self._link.holds(self._interest):
