@@ -23,6 +23,7 @@ from natsrt.errors import CannotSchedule
 from natsrt.reminder_types import reminder_of, reminder_topic
 from natsrt.wire.schedules import Schedule, due_time, of_reminder, once
 from natsrt.wire.subjects import Subjects
+from natsrt.wire.times import FIRST, LAST, known, known_delay, known_seconds
 from tests.support.cli import natsrt as command
 from tests.support.processes import eventually
 
@@ -327,7 +328,16 @@ async def test_a_server_that_is_too_old_is_named(place: Place, monkeypatch: pyte
         ({"delay": -1}, "at least 0, not -1"),
         ({"delay": float("nan")}, "at least 0, not nan"),
         ({"delay": True}, "a number of seconds"),
-        ({"delay": 1e30}, "before the year 9999"),
+        (
+            {"delay": 1e10},
+            "delay must end by 2262-04-11T00:00:00Z, the last time that servers know, and 10000000000.0 s",
+        ),
+        ({"delay": 1e300}, "delay must end by 2262-04-11T00:00:00Z"),
+        (
+            {"at": LAST + timedelta(seconds=1)},
+            "at must be 2262-04-11T00:00:00Z at the latest, .* not 2262-04-11T00:00:01",
+        ),
+        ({"at": datetime.max.replace(tzinfo=timezone(timedelta(hours=-9)))}, "at must be 2262-04-11T00:00:00Z"),
         ({"at": datetime(2030, 1, 1)}, "at must have a time zone, and 2030-01-01T00:00:00 has none"),
         ({"at": "2030-01-01"}, "at must be a datetime"),
     ],
@@ -337,6 +347,38 @@ async def test_times_that_cannot_be_are_refused(when: dict[str, Any], problem: s
         due_time(when.get("delay"), when.get("at"))
     with pytest.raises(ValueError, match=problem):
         await NatsAgentRuntime().publish_message(Order(1), TOPIC, **when)
+
+
+async def test_the_last_time_that_servers_know_is_not_taken_for_a_past_one(place: Place) -> None:
+    runtime = await place.clerk(durable=["orders."])
+    await runtime.publish_message(Order(1), TOPIC, at=LAST)
+    await runtime.publish_message(Order(2), TOPIC, delay=SOON)
+    await runtime.remind(AGENT, "last", Order(3), at=LAST)
+    await runtime.remind(AGENT, "rare", Order(4), every=LAST.timestamp() - datetime.now(UTC).timestamp() - LONG)
+    await runtime.remind(AGENT, "soon", Order(5), at=datetime.now(UTC) + timedelta(seconds=SOON))
+    await eventually(lambda: len(place.seen.handled) == 2)
+    assert place.seen.numbers == {2: 1, 5: 1}
+    assert [one.name for one in await runtime.reminders()] == ["last", "rare"]
+
+
+async def test_a_reminder_from_before_the_times_of_servers_comes_at_once(place: Place) -> None:
+    runtime = await place.clerk()
+    await runtime.remind(AGENT, "old", Order(1), at=datetime(1600, 1, 1, tzinfo=UTC))
+    await eventually(lambda: place.seen.numbers == {1: 1})
+
+
+def test_times_are_cut_to_those_that_servers_know() -> None:
+    late, early = timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))
+    for far in (datetime.max, datetime.max.replace(tzinfo=early), datetime(2300, 1, 1, tzinfo=UTC)):
+        assert known(far) == LAST
+    for past in (datetime.min, datetime.min.replace(tzinfo=late), datetime(1969, 12, 31, tzinfo=UTC)):
+        assert known(past) == FIRST
+    within = datetime(2262, 4, 10, 23, tzinfo=early)
+    assert known(within) == LAST and known(within - timedelta(days=1)) == within - timedelta(days=1)
+    assert known(datetime(2030, 1, 1)) == datetime(2030, 1, 1).astimezone()
+    assert [known_seconds(seconds) for seconds in (-1e300, 5.0, 1e300)] == [0.0, 5.0, LAST.timestamp()]
+    assert known_delay(5.0) == 5.0 and known_delay(1e300) == pytest.approx(known_delay(8e9), abs=60.0)
+    assert once(datetime.max.replace(tzinfo=UTC)).last == LAST
 
 
 # -- reminders ---------------------------------------------------------------------------------------------------------
@@ -559,6 +601,8 @@ async def test_the_command_line_lists_and_removes_reminders(place: Place) -> Non
         ({"every": 1, "cron": "* * * * * *"}, "one of every, cron and at"),
         ({"every": 0.5}, r"at least 1, not 0\.5"),
         ({"every": float("inf")}, "at least 1, not inf"),
+        ({"every": 1e10}, "every must end by 2262-04-11T00:00:00Z"),
+        ({"at": datetime(2300, 1, 1, tzinfo=UTC)}, "at must be 2262-04-11T00:00:00Z at the latest"),
         ({"every": 1, "timezone": "UTC"}, "timezone is for cron only"),
         ({"at": datetime.now(UTC), "timezone": "UTC"}, "timezone is for cron only"),
         ({"at": datetime(2030, 1, 1)}, "must have a time zone"),

@@ -328,6 +328,26 @@ async def test_an_event_whose_stream_will_have_discarded_it_by_then_is_a_dead_le
     assert 298 <= int((stored.headers or {})["Nats-Schedule-TTL"].removesuffix("s")) <= 301  # it goes with the event
 
 
+@pytest.mark.parametrize("discard", ["old", "new"])
+async def test_an_attempt_after_the_times_that_servers_know_is_not_made_now(make: Make, discard: Any) -> None:
+    """In a stream without schedules, too, where the event keeps its place."""
+    seen = Seen()
+    worker = await make(seen, durable=[DurableTopics("work.", max_age=None, discard=discard)])
+    await publish_all(worker, range(1), "later 1e10")
+
+    async def waits() -> bool:
+        held = (await consumer(worker)).num_ack_pending
+        return (await waiting(worker), held) == ((1, 0) if discard == "old" else (0, 1))
+
+    await eventually(lambda: len(seen.begun) == 1)
+    await eventually(waits)
+    for number in (2, 3):  # each after the server has published what was due
+        await worker.publish_message(Job(number), TOPIC, delay=0.3 if discard == "old" else None)
+        await eventually(lambda last=number: seen.handled[-1:] == [last])
+    assert [attempt for attempt in seen.attempts if attempt[0] == 0] == [(0, 1)]
+    assert await waits()
+
+
 # -- where it is not possible ----------------------------------------------------------------------------------------
 
 

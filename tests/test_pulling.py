@@ -466,14 +466,20 @@ async def test_a_receiver_may_take_few_messages_at_once(scene: Scene) -> None:
     assert scene.sequences == list(range(1, 21))
 
 
-@pytest.mark.parametrize("start", ["all", "now", 4, 1_000, "time", "future"])
+@pytest.mark.parametrize("start", ["all", "now", 4, 1_000, "time", "future", "2300", "1", "1, UTC"])
 async def test_a_new_consumer_starts_where_it_is_to(scene: Scene, start: Any) -> None:
     await scene.publish(5)
     await asyncio.to_thread(time.sleep, 0.01)  # so that no two messages have the same time
     between = datetime.datetime.now(datetime.UTC)
     await scene.publish(5)
-    expected = {"all": 1, "now": 11, 4: 4, 1_000: 11, "time": 6, "future": 11}[start]
-    named = {"time": between, "future": between + datetime.timedelta(days=1)}
+    expected = {"all": 1, "now": 11, 4: 4, 1_000: 11, "time": 6, "future": 11, "2300": 11, "1": 1, "1, UTC": 1}[start]
+    named = {
+        "time": between,
+        "future": between + datetime.timedelta(days=1),
+        "2300": datetime.datetime(2300, 1, 1),  # servers cannot count so far
+        "1": datetime.datetime.min,
+        "1, UTC": datetime.datetime.min.replace(tzinfo=datetime.UTC),
+    }
     pull = await scene.pull(start=named.get(start, start))
     await scene.publish(1)
     await scene.has(range(expected, 12))

@@ -22,6 +22,7 @@ from natsrt import NatsAgentRuntime, Ticket
 from natsrt.embedded import EmbeddedServer
 from natsrt.hosting import durable
 from natsrt.task_types import TaskId, task_of
+from natsrt.wire.times import LAST
 from tests.programs import task_worker
 from tests.programs.task_worker import Broken, Done, Work
 from tests.support.processes import Processes, eventually
@@ -74,6 +75,8 @@ class Works(RoutedAgent):
                     await asyncio.sleep(0.01)
                 if ctx.cancellation_token.is_cancelled():
                     raise asyncio.CancelledError
+            case "later":
+                raise natsrt.Retry(after=1e12)
             case "reject":
                 raise natsrt.Reject("no such work")
             case "progress":
@@ -130,6 +133,22 @@ async def _is_empty(runtime: NatsAgentRuntime) -> bool:
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
+
+
+@TYPES
+async def test_an_attempt_after_the_times_that_servers_know_is_not_made_now(make: Make, agent_type: str) -> None:
+    seen = Seen()
+    runtime = await make(seen)
+    ticket = await runtime.submit_message(Work("a", "later"), AgentId(agent_type, "x"))
+
+    async def waits() -> bool:
+        return (await ticket.status()).state == "waiting"
+
+    await eventually(waits)
+    assert (await ticket.status()).due == LAST
+    for name in "bcd":  # each after the server has delivered what was due
+        await (await runtime.submit_message(Work(name), AgentId(agent_type, "y"))).result(LONG)
+    assert seen.begun == ["a", "b", "c", "d"]
 
 
 @TYPES

@@ -28,6 +28,7 @@ from natsrt.task_types import TaskId, task_of
 from natsrt.transport.bodies import Bodies
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.task_attributes import attempts_of, has_chosen_id, result_ttl_of
+from natsrt.wire.times import known_seconds
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
 
@@ -210,7 +211,7 @@ class Telling:
         """The attempt has failed, and the next one is ``due`` then, in seconds since the epoch."""
         self._stop()
         await self.all_told()
-        await self._parts.store.tell(self._task, "waiting", attempt=self.attempt, due=due)
+        await self._parts.store.tell(self._task, "waiting", attempt=self.attempt, due=known_seconds(due))
 
     def break_off(self) -> None:
         """The attempt has ended, and counts for nothing."""

@@ -18,7 +18,7 @@ from natsrt.jetstream.limits import CONSUMERS, limit_reached
 from natsrt.jetstream.requests import NO_JETSTREAM, NO_STREAM
 from natsrt.transport.connection import Connection, Refusal
 from natsrt.wire.filters import widest
-from natsrt.wire.times import rfc3339
+from natsrt.wire.times import known, rfc3339
 
 START_ALL: Final = "all"
 START_NOW: Final = "now"
@@ -148,7 +148,7 @@ class Consumers:
         if start == START_ALL:
             return 1
         if isinstance(start, datetime.datetime):
-            wanted = {"start_time": rfc3339(start)}
+            wanted = {"start_time": rfc3339(known(start))}
             answer = await self._ask("read", f"STREAM.MSG.GET.{self._stream}", wanted, _NO_MESSAGE)
             if "error" not in answer:
                 return int(answer["message"]["seq"])

@@ -39,6 +39,7 @@ from natsrt.wire.envelope import MESSAGE_ID_HEADER
 from natsrt.wire.retry_subjects import number, retried, retries_of, retry_of, waiting_retries
 from natsrt.wire.schedules import once
 from natsrt.wire.subjects import Subjects
+from natsrt.wire.times import LAST, known_delay
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
@@ -122,17 +123,18 @@ class LaterRetries:
     async def put(
         self, agent_type: str, delivery: Delivery, *, subject: str, message_id: str, attempts: int, after: float
     ) -> None:
-        """Have an event delivered again ``after`` seconds, after so many ``attempts``. Acknowledge the delivery then.
+        """Have an event delivered again ``after`` seconds, after so many ``attempts``; or at the last time that servers
+        know. Acknowledge the delivery then.
 
         ``subject`` is the one on which it was published, and ``message_id`` the one that its handlers were given. Has
         no effect if it waits there already. Raises `MessageTooLarge`, and as `WritesOnce.write`.
         """
         stream, data = delivery.stream, delivery.message.data
         waits_on, published_on = retried(self._subjects, stream, agent_type, delivery.first_sequence, attempts)
-        due, left = datetime.now(UTC) + timedelta(seconds=after), self.left(delivery)
-        headers = retry_headers(
-            delivery, subject, message_id, published_on, due, None if left is None else left - after
-        )
+        after, left = known_delay(after), self.left(delivery)
+        due = datetime.now(UTC) + timedelta(seconds=after)
+        kept_for = None if left is None else min(left - after, (LAST - due).total_seconds())
+        headers = retry_headers(delivery, subject, message_id, published_on, due, kept_for)
         self._writer.check_size(stream, data, headers)
         try:
             await self._writer.write(stream, waits_on, data, headers)

@@ -36,6 +36,7 @@ from natsrt.jetstream.delivery import ACK_PREFIX, Delivery
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.pull_plan import PullPlan, Verdict
 from natsrt.transport.connection import Connection, Interest, Refusal
+from natsrt.wire.times import known_delay
 
 logger: logging.Logger = logging.getLogger("natsrt.jetstream")
 
@@ -474,8 +475,9 @@ class Pull:
         self._settle(delivery, _ACK)
 
     def retry(self, delivery: Acknowledged, delay: float) -> None:
-        """Have the message delivered again after ``delay`` seconds. Until then it counts as not acknowledged."""
-        self._settle(delivery, b'-NAK {"delay": %d}' % max(1, int(delay * _SECOND)))
+        """Have the message delivered again after ``delay`` seconds, at `times.LAST` at the latest. Until then it counts
+        as not acknowledged."""
+        self._settle(delivery, b'-NAK {"delay": %d}' % max(1, int(known_delay(delay) * _SECOND)))
 
     def terminate(self, delivery: Acknowledged, reason: str) -> None:
         """Never deliver the message again. ``reason`` is in the advisory that the server publishes."""

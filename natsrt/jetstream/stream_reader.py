@@ -23,7 +23,7 @@ from natsrt.jetstream.requests import NO_JETSTREAM, NO_STREAM, READ, WRITE
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Refusal
 from natsrt.transport.inbox import is_nobody
-from natsrt.wire.times import rfc3339, seconds_of, utc
+from natsrt.wire.times import known_seconds, rfc3339, seconds_of, utc
 
 PAGE: Final = 256
 """Messages of a page."""
@@ -137,7 +137,7 @@ class StreamReader:
         the sequence ``last``. None: up to the end.
         """
         wanted: dict[str, Any] = {"batch": PAGE, "max_bytes": _PAGE_BYTES, "next_by_subj": subject}
-        wanted |= {"seq": first} if since is None else {"start_time": rfc3339(utc(since))}
+        wanted |= {"seq": first} if since is None else {"start_time": rfc3339(utc(known_seconds(since)))}
         while True:
             page, more = await self._page(stream, wanted)
             for message in page:

@@ -39,7 +39,7 @@ from natsrt.transport.connection import Connection
 from natsrt.wire.envelope import reference_of
 from natsrt.wire.schedules import SCHEDULE, TARGET, Schedule
 from natsrt.wire.subjects import Subjects, decode_token, encode_text
-from natsrt.wire.times import utc
+from natsrt.wire.times import known_seconds, utc
 
 logger: logging.Logger = logging.getLogger("natsrt.tasks")
 
@@ -399,7 +399,7 @@ def progress_of(task: TaskId, data: bytes, told_at: float | None) -> TaskStatus 
         text=said.get("text") if isinstance(said.get("text"), str) else None,
         worker_id=said.get("workerid") if isinstance(said.get("workerid"), str) else None,
         since=None if told_at is None else utc(told_at),
-        due=utc(due) if isinstance(due, int | float) else None,
+        due=utc(known_seconds(due)) if isinstance(due, int | float) else None,
     )
 
 

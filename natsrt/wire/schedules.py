@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from natsrt.wire.times import rfc3339
+from natsrt.wire.times import LAST, known, rfc3339
 
 SCHEDULE: Final = "Nats-Schedule"
 """Header with the time, or the times, at which the message is published."""
@@ -28,6 +28,7 @@ LEAST_EVERY: Final = 1.0
 _CRON_FIELDS: Final = 6
 _AT: Final = "@at "
 _LINE: Final = re.compile(r"[\x20-\x7E]+")
+_LAST_TEXT: Final = rfc3339(LAST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +55,16 @@ class Schedule:
 
 
 def once(due: datetime.datetime) -> Schedule:
-    """The schedule of a message that is published once. ``due`` has a time zone."""
-    return Schedule(_AT + rfc3339(due, "microseconds"))
+    """The schedule of a message that is published once. ``due`` has a time zone. After the last time that servers know,
+    it is published then."""
+    return Schedule(_AT + rfc3339(known(due), "microseconds"))
 
 
 def due_time(delay: float | None, at: datetime.datetime | None) -> datetime.datetime | None:
     """When a message is due; None if neither is given.
 
-    ``delay`` is in seconds, from now on. At most one of the two is given. Raises ValueError for others.
+    ``delay`` is in seconds, from now on. At most one of the two is given. Raises ValueError for others, and for a time
+    after the last one that servers know.
     """
     if delay is not None and at is not None:
         raise ValueError("give delay or at, not both")
@@ -70,11 +73,8 @@ def due_time(delay: float | None, at: datetime.datetime | None) -> datetime.date
     if delay is None:
         return None
     if isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay < math.inf:
-        raise ValueError(f"delay must be a number of seconds of at least 0, not {delay!r}")
-    try:
-        return datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=delay)
-    except OverflowError:
-        raise ValueError(f"delay must end before the year {datetime.MAXYEAR}, not in {delay:g} s") from None
+        raise ValueError(f"delay must be a number of seconds of at least 0, not {delay!r:.60}")
+    return _after("delay", delay)
 
 
 def is_due(due: datetime.datetime) -> bool:
@@ -93,7 +93,8 @@ def of_reminder(every: float | None, cron: str | None, timezone: str | None, at:
         raise ValueError("timezone is for cron only: a time has its own zone, and an interval has none")
     if every is not None:
         if isinstance(every, bool) or not isinstance(every, int | float) or not LEAST_EVERY <= every < math.inf:
-            raise ValueError(f"every must be a number of seconds of at least {LEAST_EVERY:g}, not {every!r}")
+            raise ValueError(f"every must be a number of seconds of at least {LEAST_EVERY:g}, not {every!r:.60}")
+        _after("every", every)
         return Schedule(f"@every {f'{every:.6f}'.rstrip('0').rstrip('.')}s")
     if at is not None:
         return once(_checked_time(at))
@@ -117,4 +118,18 @@ def _checked_time(at: datetime.datetime) -> datetime.datetime:
             f"at must have a time zone, and {at.isoformat()} has none: use datetime.now(UTC), or at.astimezone() for "
             "the local time"
         )
+    if at > LAST:
+        raise ValueError(
+            f"at must be {_LAST_TEXT} at the latest, the last time that servers know, not {at.isoformat()}"
+        )
     return at
+
+
+def _after(name: str, seconds: float) -> datetime.datetime:
+    """The time so many seconds from now. Raises ValueError, with the argument's name, if servers do not know it."""
+    now = datetime.datetime.now(datetime.UTC)
+    if seconds > (LAST - now).total_seconds():
+        raise ValueError(
+            f"{name} must end by {_LAST_TEXT}, the last time that servers know, and {seconds!r:.60} s end later"
+        )
+    return now + datetime.timedelta(seconds=seconds)
