@@ -5,14 +5,16 @@ They are named by patterns, in the setting ``durable``. All patterns with one re
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from natsrt.errors import ConfigurationError
+from natsrt.wire.ranges import seconds_problem, whole_problem
 from natsrt.wire.subjects import plain_prefix
+
+T = TypeVar("T")
 
 _SETTING: Final = "durable"
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -23,6 +25,9 @@ DURABLE_FIELDS: Final = ("name", "max_age", "max_bytes", "max_messages", "storag
 """The arguments of `DurableTopics` beside its patterns."""
 MONTH: Final = 30 * 86400.0
 """Seconds in thirty days."""
+_NATSRT: Final = "natsrt."
+_OWN: Final = {"natsrt.task.": "tasks", "natsrt.reminder.": "reminders"}
+"""The patterns that natsrt declares itself, each with the name of its topics."""
 
 
 def is_prefix(pattern: str) -> bool:
@@ -35,20 +40,23 @@ def covers(pattern: str, topic_type: str) -> bool:
     return topic_type.startswith(pattern) if is_prefix(pattern) else topic_type == pattern
 
 
-def overlap(one: str, other: str) -> bool:
-    """True if a topic type can be durable by both patterns."""
-    return covers(one, other) or covers(other, one)
+def overlaps(patterns: Iterable[tuple[str, T]]) -> Iterator[tuple[tuple[str, T], tuple[str, T]]]:
+    """The pairs of patterns that overlap: a topic type can be durable by both. The wider one comes first.
+
+    Each pattern has a companion, which is not looked at. In the order of texts, all that a prefix covers follows it.
+    """
+    wider: list[tuple[str, T]] = []
+    for one in sorted(patterns, key=lambda one: one[0]):
+        while wider and not covers(wider[-1][0], one[0]):
+            wider.pop()
+        for other in wider:
+            yield other, one
+        wider.append(one)
 
 
-def overlapping(patterns: Iterable[str]) -> tuple[str, str] | None:
-    """Two of the patterns that overlap; None if no two do."""
-    before: list[str] = []
-    for pattern in patterns:
-        for other in before:
-            if overlap(other, pattern):
-                return other, pattern
-        before.append(pattern)
-    return None
+def _refuse_overlapping(patterns: Iterable[str]) -> None:
+    for (one, _), (other, _) in overlaps((pattern, None) for pattern in patterns):
+        raise ConfigurationError(_SETTING, f"{one!r} and {other!r} overlap; give one of them")
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -60,9 +68,9 @@ class DurableTopics:
             (``"orders."``: all types that start so, but not ``orders`` itself).
         name: The last part of the stream's name: ``natsrt_events_<name>``. Give one to topics with another policy than
             those without a name. None: the stream is ``natsrt_events``.
-        max_age: Seconds for which an event is kept, handled or not; at least 1. None: without a limit.
-        max_bytes: Size of the stream in bytes, at most. None: without a limit.
-        max_messages: Number of events in the stream, at most. None: without a limit.
+        max_age: Seconds for which an event is kept, handled or not; from 1 to 9,223,372,036. None: without a limit.
+        max_bytes: Size of the stream in bytes, at most; up to 2**63 - 1. None: without a limit.
+        max_messages: Number of events in the stream, at most; up to 2**63 - 1. None: without a limit.
         storage: ``file`` or ``memory``. What is in memory is lost when its servers restart.
         replicas: Copies in a JetStream cluster, 1 to 5. Used when the stream is made. None: the setting
             ``registry_replicas``.
@@ -71,7 +79,8 @@ class DurableTopics:
             limits, else ``old``. The server cannot delay messages of a stream with ``new``.
 
     Raises:
-        ConfigurationError: A value cannot be used, or patterns overlap.
+        ConfigurationError: A value cannot be used, or patterns overlap; or the topics are natsrt's own: their types
+            start with ``natsrt.``, or the name is ``tasks`` or ``reminders``.
     """
 
     patterns: tuple[str, ...]
@@ -99,17 +108,20 @@ class DurableTopics:
         for pattern in patterns:
             _check_pattern(pattern)
         patterns = tuple(dict.fromkeys(patterns))
-        if (pair := overlapping(patterns)) is not None:
-            raise ConfigurationError(_SETTING, f"{pair[0]!r} and {pair[1]!r} overlap; give one of them")
+        _refuse_overlapping(patterns)
         if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise ConfigurationError(
                 _SETTING, f"the name {name!r:.60} must be letters, digits, - and _, at most 100 of them"
             )
-        _check_number("max_age", max_age, 1.0)
-        for setting, value in (("max_bytes", max_bytes), ("max_messages", max_messages), ("replicas", replicas)):
-            _check_number(setting, value, 1)
-        if replicas is not None and replicas > _MOST_REPLICAS:
-            raise ConfigurationError(_SETTING, f"replicas must be from 1 to {_MOST_REPLICAS}, not {replicas}")
+        _refuse_own(patterns, name)
+        for setting, problem in (
+            ("max_age", seconds_problem(max_age, 1, or_none=True)),
+            ("max_bytes", whole_problem(max_bytes, or_none=True)),
+            ("max_messages", whole_problem(max_messages, or_none=True)),
+            ("replicas", whole_problem(replicas, _MOST_REPLICAS, or_none=True)),
+        ):
+            if problem:
+                raise ConfigurationError(_SETTING, f"{setting} {problem}")
         if discard is None:
             discard = "old" if max_bytes is None and max_messages is None else "new"
         for setting, choice, choices in (("storage", storage, _STORAGES), ("discard", discard, _DISCARDS)):
@@ -137,14 +149,15 @@ class DurableTopics:
 def merged(given: Iterable[DurableTopics]) -> tuple[DurableTopics, ...]:
     """The topics of each stream, in the order of the streams.
 
-    Raises `ConfigurationError` if two that have the same name differ in another thing than patterns, or overlap.
+    Raises `ConfigurationError` if two that have the same name differ in another thing than patterns, or overlap, and if
+    natsrt's own are among them.
     """
-    streams: dict[str | None, DurableTopics] = {}
+    streams: dict[str | None, list[DurableTopics]] = {}
     for topics in given:
-        present = streams.get(topics.name)
-        if present is None:
-            streams[topics.name] = topics
-            continue
+        if topics.name in _OWN.values():
+            raise ConfigurationError(_SETTING, f"{topics.patterns[0]!r} is natsrt's own, and is durable without it")
+        streams.setdefault(topics.name, []).append(topics)
+        present = streams[topics.name][0]
         for setting, value in present.policy.items():
             if topics.policy[setting] != value:
                 raise ConfigurationError(
@@ -152,10 +165,12 @@ def merged(given: Iterable[DurableTopics]) -> tuple[DurableTopics, ...]:
                     f"{', '.join(map(repr, present.patterns))} and {', '.join(map(repr, topics.patterns))} have the "
                     f"same stream, but {setting} is {value} and {topics.policy[setting]}; give one of them a name",
                 )
-        streams[topics.name] = present.with_patterns(dict.fromkeys((*present.patterns, *topics.patterns)))
-    if (pair := overlapping(pattern for topics in streams.values() for pattern in topics.patterns)) is not None:
-        raise ConfigurationError(_SETTING, f"{pair[0]!r} and {pair[1]!r} overlap; give one of them")
-    return tuple(streams[name] for name in sorted(streams, key=lambda name: name or ""))
+    found = [
+        streams[name][0].with_patterns(pattern for topics in streams[name] for pattern in topics.patterns)
+        for name in sorted(streams, key=lambda name: name or "")
+    ]
+    _refuse_overlapping(pattern for topics in found for pattern in topics.patterns)
+    return tuple(found)
 
 
 def _check_pattern(pattern: object) -> None:
@@ -174,12 +189,16 @@ def _check_pattern(pattern: object) -> None:
         raise ConfigurationError(_SETTING, str(error)) from None
 
 
-def _check_number(setting: str, value: object, least: float) -> None:
-    if value is None:
+def _refuse_own(patterns: tuple[str, ...], name: str | None) -> None:
+    """Raise `ConfigurationError` for patterns below ``natsrt.``, and for names of natsrt's own topics, but not for what
+    natsrt declares itself."""
+    if name is not None and [_OWN.get(pattern) for pattern in patterns] == [name]:
         return
-    kinds = (int, float) if isinstance(least, float) else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
-        what = "a number of seconds" if setting == "max_age" else "a whole number"
-        raise ConfigurationError(
-            _SETTING, f"{setting} must be {what} of at least {least:g}, or none, not {value!r:.60}"
-        )
+    for pattern in patterns:
+        if pattern.startswith(_NATSRT):
+            problem = (
+                f"{pattern!r:.80} is below {_NATSRT!r}, where natsrt's own topics are; give these topics another type"
+            )
+            raise ConfigurationError(_SETTING, problem)
+    if name in _OWN.values():
+        raise ConfigurationError(_SETTING, f"the name {name!r} is that of natsrt's own topics; give these another one")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
 
 from natsrt.errors import ConfigurationError
+from natsrt.wire.ranges import seconds_problem
 
 C = TypeVar("C", bound=type[Any])
 
@@ -54,11 +55,8 @@ class KeyedOptions:
             if getattr(self, name) not in choices:
                 raise ConfigurationError(name, f"must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("save_interval", "idle_timeout"):
-            value = getattr(self, name)
-            if value is None and name == "idle_timeout":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ConfigurationError(name, f"must be a number of seconds greater than 0, not {value!r}")
+            if problem := seconds_problem(getattr(self, name), or_none=name == "idle_timeout"):
+                raise ConfigurationError(name, problem)
         if not isinstance(self.rebalance, bool):
             raise ConfigurationError("rebalance", f"must be true or false, not {self.rebalance!r}")
 

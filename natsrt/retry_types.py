@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Final
 
 from natsrt.errors import ConfigurationError
+from natsrt.wire.ranges import seconds_problem, whole_problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +26,10 @@ class RetryOptions:
 
     def __post_init__(self) -> None:
         for name in ("retry_delay", "retry_delay_max"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ConfigurationError(name, f"must be a number of seconds greater than 0, not {value!r:.60}")
-        value = self.max_deliver
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError("max_deliver", f"must be a whole number of at least 1, not {value!r:.60}")
+            if problem := seconds_problem(getattr(self, name)):
+                raise ConfigurationError(name, problem)
+        if problem := whole_problem(self.max_deliver):
+            raise ConfigurationError("max_deliver", problem)
 
     def delay(self, attempt: int) -> float:
         """Return the seconds between ``attempt``, counted from 1, and the next one."""

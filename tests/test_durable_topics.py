@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -30,10 +31,16 @@ from nats.js import JetStreamContext, api
 
 import natsrt
 from natsrt import ConfigurationError, DurableTopics, NatsAgentRuntime, Options
+from natsrt.durable_types import MONTH
 from natsrt.embedded import EmbeddedServer
+from natsrt.jetstream.registry.durable import check_agreement
+from natsrt.jetstream.registry.entries import DurableEntry
 from natsrt.jetstream.streams import events_stream, require_version
 from natsrt.sending.durable import WINDOW
+from natsrt.task_types import TASK_TOPICS
+from natsrt.wire.ranges import LARGEST, LONGEST
 from natsrt.wire.subjects import Subjects
+from natsrt.wire.task_attributes import MOST
 from tests.support.processes import TAP, eventually
 from tests.test_domains import Count
 
@@ -694,10 +701,31 @@ def test_the_setting_is_read_from_code_environment_and_file(tmp_path: Path) -> N
         ([DurableTopics("a.", max_age=5), "b."], "have the same stream, but max_age is"),
         ([{"patterns": ["a."], "age": 5}], "there is no option 'age'; the options are patterns, name"),
         ([{"patterns": "a.", "name": "a b"}], "the name 'a b' must be letters"),
-        ([{"patterns": "a.", "max_age": "soon"}], "max_age must be a number of seconds of at least 1, or none"),
+        (
+            [{"patterns": "a.", "max_age": "soon"}],
+            "max_age must be a number of seconds from 1 to 9,223,372,036 or none",
+        ),
         ([{"patterns": "a.", "max_bytes": True}], "max_bytes must be a whole number"),
+        ([{"patterns": "a.", "max_age": 1e18}], "max_age must be a number of seconds from 1 to 9,223,372,036 or none"),
+        (
+            [{"patterns": "a.", "max_bytes": 2**63}],
+            "max_bytes must be a whole number from 1 to 9,223,372,036,854,775,807",
+        ),
+        (
+            [{"patterns": "a.", "max_messages": 2**70}],
+            "max_messages must be a whole number from 1 to 9,223,372,036,854",
+        ),
+        ("natsrt.", "'natsrt.' is below 'natsrt.', where natsrt's own topics are"),
+        (["a", "natsrt.task.foo"], "'natsrt.task.foo' is below 'natsrt.'"),
+        ("natsrt.reminder.x", "'natsrt.reminder.x' is below 'natsrt.'"),
+        ("natsrt.task.", "'natsrt.task.' is below 'natsrt.'"),
+        ([{"patterns": "a", "name": "tasks"}], "the name 'tasks' is that of natsrt's own topics"),
+        ([{"patterns": "a", "name": "reminders"}], "the name 'reminders' is that of natsrt's own topics"),
+        ([TASK_TOPICS], "'natsrt.task.' is natsrt's own"),
+        (["n:", "n:.a", "n"], "'n:' and 'n:.a' overlap"),
+        (["n:.a", "m", "n:.a.", "n:.a.b.c"], "'n:.a.' and 'n:.a.b.c' overlap"),
         ([{"patterns": "a.", "storage": "disk"}], "storage must be file or memory"),
-        ([{"patterns": "a.", "replicas": 7}], "replicas must be from 1 to 5"),
+        ([{"patterns": "a.", "replicas": 7}], "replicas must be a whole number from 1 to 5"),
         ([{"name": "x"}], "at least one topic type"),
         ([5], "must be a list of topic types and prefixes"),
         (5, "must be a list of topic types and prefixes"),
@@ -706,6 +734,40 @@ def test_the_setting_is_read_from_code_environment_and_file(tmp_path: Path) -> N
 def test_what_is_wrong_with_the_setting_is_named(given: Any, told: str) -> None:
     with pytest.raises(ConfigurationError, match=f"durable: .*{re.escape(told)}"):
         Options(durable=given)
+
+
+def test_patterns_that_do_not_overlap_are_accepted() -> None:
+    patterns = ["n", "n.", "n:", "n-", "m.n", "na.", "n-a", "natsrt", "natsrts."]
+    assert Options(durable=patterns).durable[0].patterns == tuple(patterns)
+    assert Options(durable=["a.", "a."]).durable[0].patterns == ("a.",)
+
+
+def test_many_patterns_are_compared_in_little_time() -> None:
+    """A comparison of all pairs takes ten seconds for as many."""
+    begun = time.process_time()
+    named = [DurableTopics(f"named.{number}.") for number in range(4_000)]
+    topics = Options(durable=[*(f"topics.of.mine.{number}" for number in range(4_000)), *named]).durable[0]
+    entry = DurableEntry.of("events", topics)
+    check_agreement({"events": entry, "others": DurableEntry("others", ("x.",))}, DurableEntry.of("events", topics))
+    assert time.process_time() - begun < 2.0
+    with pytest.raises(natsrt.DurableConflict, match=re.escape("'named.7.' (for the stream n) overlaps 'named.7.'")):
+        check_agreement({"events": entry}, DurableEntry("n", ("y.", "named.7.", "z.")))
+    with pytest.raises(natsrt.DurableConflict, match=re.escape("'named.' (for the stream events) overlaps 'named.0.'")):
+        check_agreement({"events": entry}, DurableEntry("events", ("named.",), max_age=MONTH))
+    with pytest.raises(natsrt.DurableConflict, match=re.escape("'named.7.x' (for the stream n) overlaps 'named.7.'")):
+        check_agreement({"events": entry}, DurableEntry("n", ("named.7.x",)))
+
+
+async def test_the_greatest_numbers_are_those_that_servers_take(server: EmbeddedServer, namespace: str) -> None:
+    seen: list[tuple[str, str, int]] = []
+    topics = DurableTopics("work.", max_age=LONGEST, max_messages=LARGEST, discard="old")
+    times: dict[str, Any] = dict.fromkeys(("ack_wait", "publish_timeout", "retry_delay", "retry_delay_max"), LONGEST)
+    settings = times | {"result_ttl": MOST, "blob_ttl": MOST, "heartbeat_ttl": MOST, "max_deliver": LARGEST}
+    async with NatsAgentRuntime(server.url, namespace=namespace, durable=[topics], **settings) as runtime:
+        await natsrt.register(runtime, Reader, "reads", lambda: Reader(seen))
+        await runtime.add_subscription(TypeSubscription("work.a", "reads"))
+        await runtime.publish_message(Order(1), TopicId("work.a", "s"))
+        await eventually(lambda: seen == [("reads", "work.a", 1)])
 
 
 def test_no_name_is_without_a_subject() -> None:

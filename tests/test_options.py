@@ -25,6 +25,7 @@ from natsrt.embedded import EmbeddedServer
 from natsrt.errors import ConfigurationError
 from natsrt.keyed_types import KeyedOptions
 from natsrt.options import NATS_ENVIRONMENT, Options, describe_options
+from natsrt.options.values import kind_of
 
 SECRET = "hunter2-Pa55"
 
@@ -142,6 +143,14 @@ def test_sizes_that_are_no_positive_whole_number_are_refused(value: object) -> N
     assert refused(max_pending_bytes=value).setting == "max_pending_bytes"
 
 
+def test_every_number_has_an_end_that_servers_can_count() -> None:
+    for field, info in Options.model_fields.items():
+        kind, _ = kind_of(info)
+        if kind in (int, float):
+            assert refused(**{field: kind(2**63)}).setting == field
+            assert refused(**{field: kind(2**70)}).setting == field
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -160,7 +169,27 @@ def test_sizes_that_are_no_positive_whole_number_are_refused(value: object) -> N
         ({"registry_replicas": 6}, "registry_replicas: must be a whole number from 1 to 5, not 6"),
         ({"name": ""}, "name: must be text that is not empty, not ''"),
         ({"heartbeat_ttl": 3.0}, "heartbeat_ttl: must be more than twice heartbeat_interval"),
-        ({"heartbeat_ttl": 0.5, "heartbeat_interval": 0.1}, "heartbeat_ttl: must be a number of seconds of at least 1"),
+        ({"heartbeat_ttl": 0.5, "heartbeat_interval": 0.1}, "heartbeat_ttl: must be a number of seconds from 1 to"),
+        ({"result_ttl": 0.5}, "result_ttl: must be a number of seconds from 1 to 1,000,000,000, not 0.5"),
+        ({"result_ttl": 1e12}, "result_ttl: must be a number of seconds from 1 to 1,000,000,000, not 1000000000000.0"),
+        ({"blob_ttl": "100ms"}, "blob_ttl: must be a number of seconds from 1 to 1,000,000,000, not '100ms'"),
+        (
+            {"ack_wait": 1e20},
+            "ack_wait: must be a number of seconds greater than 0 and at most 9,223,372,036, not 1e+20",
+        ),
+        ({"call_timeout": -1}, "call_timeout: must be a number of seconds greater than 0 and at most 9,223,372,036 or"),
+        ({"max_deliver": 2**63}, "max_deliver: must be a whole number from 1 to 9,223,372,036,854,775,807, not 9"),
+        (
+            {"max_running": 2**70},
+            "max_running: must be a whole number from 1 to 9,223,372,036,854,775,807 or none, not",
+        ),
+        ({"retries": {"": {}}}, "retries: each name must be an agent type, such as 'writer', not ''"),
+        ({"retries": {"a b": {}}}, "retries: each name must be an agent type, such as 'writer', not 'a b'"),
+        ({"retries": {"a": {"max_deliver": 2**63}}}, "retries: a: max_deliver: must be a whole number from 1 to 9,223"),
+        (
+            {"retries": {"a": {"retry_delay": 1e10}}},
+            "retries: a: retry_delay: must be a number of seconds greater than 0",
+        ),
         ({"servers": 5}, "servers: must be one URL or a list of URLs, not a value of type int"),
         ({"servers": []}, "servers: must name at least one server"),
     ],
@@ -190,6 +219,10 @@ def test_keyed_types_are_names_or_a_table(given: object, said: dict[str, object]
     ("given", "text"),
     [
         (7, "table of agent types"),
+        (["counter", ""], "each name must be an agent type, such as 'writer', not ''"),
+        ({"a b": True}, "each name must be an agent type, such as 'writer', not 'a b'"),
+        ({5: True}, "each name must be an agent type, such as 'writer', not 5"),
+        ({"counter": {"idle_timeout": 1e10}}, "idle_timeout: must be a number of seconds greater than 0 and at most"),
         ({"counter": 7}, "counter: must be true, false, or a table of options"),
         ({"counter": {"saves": "message"}}, "counter: there is no option 'saves'; the options are concurrency"),
         ({"counter": {"save": "never"}}, "counter: save: must be one of message, interval, manual"),
@@ -453,7 +486,10 @@ def test_variables_of_the_test_suite_and_of_others_are_left_alone() -> None:
 def test_an_error_names_the_variable() -> None:
     with pytest.raises(ConfigurationError) as caught:
         load({"NATSRT_MAX_PENDING_BYTES": "lots"})
-    assert str(caught.value) == "NATSRT_MAX_PENDING_BYTES: must be a whole number of at least 1, not 'lots'"
+    assert (
+        str(caught.value)
+        == "NATSRT_MAX_PENDING_BYTES: must be a whole number from 1 to 9,223,372,036,854,775,807, not 'lots'"
+    )
     with pytest.raises(ConfigurationError, match="NATS_CREDS: there is no file /gone"):
         load({"NATS_CREDS": "/gone"})
 

@@ -38,11 +38,11 @@ from natsrt.options.values import (
     SecondsOrNone,
     Secret,
     Text,
+    TimeToLive,
     configuration_error,
     kind_of,
 )
 from natsrt.wire.subjects import inbox_problem
-from natsrt.wire.task_attributes import MOST
 
 MIB = 1024 * 1024
 """Bytes in a mebibyte."""
@@ -185,10 +185,10 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
         "sent that wait for the owners of keyed agents.",
     )
     heartbeat_interval: Seconds = Field(1.5, description="Seconds between two heartbeats of a worker.")
-    heartbeat_ttl: Annotated[Seconds, Field(ge=1)] = Field(
+    heartbeat_ttl: TimeToLive = Field(
         6.0,
         description="Seconds after its last heartbeat at which the registry entries of a worker expire. Must be more "
-        "than twice heartbeat_interval, and at least 1, the minimum of JetStream.",
+        "than twice heartbeat_interval, and from 1, the minimum of JetStream, to 1,000,000,000.",
     )
     max_running: CountOrNone = Field(
         None,
@@ -248,8 +248,9 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
     )
 
     # Tasks.
-    result_ttl: Annotated[Seconds, Field(ge=1, le=MOST)] = Field(
-        86400.0, description="Seconds for which the result of a task that this runtime submits is kept."
+    result_ttl: TimeToLive = Field(
+        86400.0,
+        description="Seconds for which the result of a task that this runtime submits is kept: 1 to 1,000,000,000.",
     )
 
     # Payloads.
@@ -263,10 +264,11 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
         description="Maximum size of such a payload in bytes. A larger one is refused before anything is sent, and is "
         "not read.",
     )
-    blob_ttl: Annotated[Seconds, Field(ge=1)] = Field(
+    blob_ttl: TimeToLive = Field(
         3600.0,
         description="Seconds for which such a payload is stored, if it is not deleted before: when its call was "
-        "answered, or when the reply was read. Must be longer than an upload takes, and an event or a call waits.",
+        "answered, or when the reply was read. From 1 to 1,000,000,000. Must be longer than an "
+        "upload takes, and an event or a call waits.",
     )
 
     # Errors.

@@ -7,7 +7,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +15,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from natsrt.arguments import checked_type
 from natsrt.durable_types import DURABLE_FIELDS, DurableTopics, merged
 from natsrt.errors import ConfigurationError
 from natsrt.keyed_types import KeyedOptions
 from natsrt.options.credentials import SEED
 from natsrt.retry_types import RETRY_FIELDS, RetryOptions
+from natsrt.wire.ranges import LARGEST, LONGEST, seconds_text, whole_text
+from natsrt.wire.task_attributes import MOST
 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 _DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -86,7 +89,7 @@ def _keyed_types(value: object) -> object:
         value = dict.fromkeys(value, True)
     if not isinstance(value, Mapping):
         raise ValueError(_KEYED)
-    return _Table({_text(name): _keyed_options(name, given) for name, given in value.items()})
+    return _Table({_agent_type(name): _keyed_options(name, given) for name, given in value.items()})
 
 
 def _domain(name: str) -> str:
@@ -96,10 +99,9 @@ def _domain(name: str) -> str:
     return name
 
 
-def _text(name: object) -> str:
-    if not isinstance(name, str):
-        raise ValueError(_KEYED)
-    return name
+def _agent_type(name: object) -> str:
+    """The name of a table of options. Raises ValueError if no agent type can have it."""
+    return checked_type(name, "each name")
 
 
 def _keyed_options(agent_type: str, given: object) -> KeyedOptions | bool:
@@ -127,7 +129,7 @@ def _retries(value: object) -> object:
             raise ValueError(f"{_RETRIES}, or its JSON text") from None
     if not isinstance(value, Mapping):
         raise ValueError(f"{_RETRIES}, not {value!r:.60}")
-    return _Table({str(agent_type): _retry_options(agent_type, given) for agent_type, given in value.items()})
+    return _Table({_agent_type(agent_type): _retry_options(agent_type, given) for agent_type, given in value.items()})
 
 
 def _retry_options(agent_type: object, given: object) -> Mapping[str, Any]:
@@ -191,9 +193,11 @@ _DURABLE = (
 _KEYED_TIMES = ("save_interval", "idle_timeout")
 _KEYED = "must be a table of agent types, each true, false or a table of options; or names of agent types with commas"
 
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=LONGEST, allow_inf_nan=False)]
+TimeToLive = Annotated[Seconds, Field(ge=1, le=MOST)]
+"""Seconds for which a server keeps one message: at least its shortest time to live. It adds them to the time."""
 SecondsOrNone = Annotated[Seconds | None, BeforeValidator(_none_word)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=LARGEST)]
 CountOrNone = Annotated[Count | None, BeforeValidator(_none_word)]
 Text = Annotated[str, Field(min_length=1)]
 Secret = Annotated[SecretStr, Field(min_length=1)]
@@ -225,8 +229,6 @@ _EXPECTED: Mapping[type, str] = {
     str: "text",
     SecretStr: "text that is not empty",
     Path: "the path of a file",
-    float: "a number of seconds greater than 0",
-    int: "a whole number of at least 1",
     bool: "true or false",
 }
 
@@ -234,8 +236,6 @@ _EXPECTED_OF_FIELD: Mapping[str, str] = {
     "namespace": "one token of letters, digits, - and _",
     "name": "text that is not empty",
     "user": "text that is not empty",
-    "heartbeat_ttl": "a number of seconds of at least 1",
-    "registry_replicas": "a whole number from 1 to 5",
 }
 
 
@@ -251,6 +251,28 @@ def kind_of(info: FieldInfo) -> tuple[type, bool]:
     return kind, optional
 
 
+def _expected(info: FieldInfo, kind: type, optional: bool) -> str:
+    """What a field can be, in words."""
+    if kind not in (float, int):
+        return _EXPECTED[kind]
+    least, most = _range(info)
+    return (seconds_text if kind is float else whole_text)(least, most) + (" or none" if optional else "")
+
+
+def _range(info: FieldInfo) -> tuple[Any, Any]:
+    """The least number that a field can be, and the greatest one."""
+    limits = [*info.metadata, *_limits(info.annotation)]
+    least = max((limit.ge for limit in limits if getattr(limit, "ge", None) is not None), default=0)
+    return least, min(limit.le for limit in limits if getattr(limit, "le", None) is not None)
+
+
+def _limits(annotation: Any) -> Iterator[Any]:
+    """The limits in an annotation, and in those within it."""
+    for part in typing.get_args(annotation):
+        yield from part.metadata if isinstance(part, FieldInfo) else ()
+        yield from _limits(part)
+
+
 def configuration_error(error: ValidationError, known: Mapping[str, FieldInfo]) -> ConfigurationError:
     """The first error of Pydantic as a `ConfigurationError`: what is wrong, what is allowed, and no secret.
 
@@ -262,9 +284,7 @@ def configuration_error(error: ValidationError, known: Mapping[str, FieldInfo]) 
     if own_text:
         return ConfigurationError(field, own_text)
     kind, optional = kind_of(known[field])
-    expected = _EXPECTED_OF_FIELD.get(field, _EXPECTED[kind]) + (
-        " or none" if optional and kind in (float, int) else ""
-    )
+    expected = _EXPECTED_OF_FIELD.get(field) or _expected(known[field], kind, optional)
     value = first["input"]
     shown = type_of(value) if kind in (SecretStr, tuple) else f"{value!r:.60}"
     if kind is SecretStr and isinstance(value, str):

@@ -14,8 +14,6 @@ FIRST: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 """The first time that a server is asked for. Nothing was stored before."""
 LAST: Final = datetime.datetime(2262, 4, 11, tzinfo=datetime.UTC)
 """The last time that a server is given. It can count until the evening of that day, and adds to some times."""
-LONGEST: Final = (2**63 - 1) // 10**9
-"""Seconds of the longest duration that a server can count."""
 
 
 def utc(seconds: float) -> datetime.datetime:

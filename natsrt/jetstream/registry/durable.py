@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from natsrt.durable_types import overlap
+from natsrt.durable_types import overlaps
 from natsrt.errors import DurableConflict
 from natsrt.jetstream.registry.entries import DurableEntry, RegistryEntry
 from natsrt.jetstream.registry.store import RegistryStore
@@ -30,16 +30,17 @@ def check_agreement(declared: Mapping[str, DurableEntry], own: DurableEntry) -> 
                     f", and {', '.join(own.patterns)} here with {_said(here)}: use the same in all runtimes, or give "
                     "these topics another name",
                 )
-    for other in declared.values():
-        for theirs in other.patterns:
-            for ours in own.patterns:
-                same_place = other.stream == own.stream
-                if overlap(theirs, ours) and not (same_place and theirs == ours):
-                    raise DurableConflict(
-                        other.stream,
-                        f"{ours!r} (for the stream {own.stream}) overlaps {theirs!r}, which is declared for the stream "
-                        f"{other.stream}: use the same in all runtimes",
-                    )
+    patterns = [(pattern, entry) for entry in (own, *declared.values()) for pattern in entry.patterns]
+    for pair in overlaps(patterns):
+        mine, theirs = pair if pair[0][1] is own else pair[::-1]
+        if mine[1] is not own or theirs[1] is own or (mine[0] == theirs[0] and theirs[1].stream == own.stream):
+            continue
+        stream = theirs[1].stream
+        raise DurableConflict(
+            stream,
+            f"{mine[0]!r} (for the stream {own.stream}) overlaps {theirs[0]!r}, which is declared for the stream "
+            f"{stream}: use the same in all runtimes",
+        )
 
 
 def _said(value: object) -> str:
