@@ -20,7 +20,7 @@ from natsrt.runtime import NatsAgentRuntime
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit
 from .moments import Moment, iso, shown
-from .naming import agent_type as checked_type
+from .naming import AGENT_TYPE
 from .output import as_json as print_json
 from .output import json_option, line, note, printable, table
 from .suggesting import Commands
@@ -69,7 +69,7 @@ class _Filter:
 def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that choose dead letters. The command gets a `_Filter` as ``chosen``."""
 
-    @click.option("--type", "agent_type", metavar="TYPE", help="Only those of this agent type.")
+    @click.option("--type", "agent_type", type=AGENT_TYPE, help="Only those of this agent type.")
     @click.option("--reason", metavar="TEXT", help="Only those whose reason or error has this text, in any case.")
     @click.option("--older-than", type=Moment(), metavar="DURATION|TIME", help="Only those from before: 1h30m, 7d.")
     @click.option("--newer-than", type=Moment(), metavar="DURATION|TIME", help="Only those from then on.")
@@ -82,8 +82,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
         newer_than: float | None,
         **parameters: Any,
     ) -> Any:
-        name = None if agent_type is None else checked_type(agent_type)
-        return command(*arguments, chosen=_Filter(name, reason, older_than, newer_than), **parameters)
+        return command(*arguments, chosen=_Filter(agent_type, reason, older_than, newer_than), **parameters)
 
     return run
 

@@ -16,15 +16,15 @@ from natsrt.transport.connection import Refusal
 from natsrt.transport.headers import headers_size
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, ErrorTypes
-from natsrt.wire.schedules import due_time
 from natsrt.wire.serialization import NAME_THE_TYPE
 from natsrt.wire.subjects import Subjects
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit, answered
+from .moments import Duration, Time
+from .moments import due as due_then
 from .naming import DEFAULT, agent_id, topic_id
 from .output import line, note
-from .times import seconds, time
 
 type_name_option = click.option(
     "--type-name",
@@ -114,11 +114,16 @@ async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: 
 @click.argument("topic", metavar="TOPIC_TYPE[/SOURCE]")
 @click.argument("body", required=False)
 @type_name_option
-@click.option("--delay", metavar="DURATION", help="Publish it after this time, on a durable topic: 90s, 24h.")
-@click.option("--at", metavar="TIME", help="Publish it at this time, on a durable topic: 2030-01-31T09:00:00Z.")
+@click.option("--delay", type=Duration(), help="Publish it after this time, on a durable topic: 90s, 24h.")
+@click.option("--at", type=Time(), help="Publish it at this time, on a durable topic: 2030-01-31T09:00:00Z.")
 @connects()
 def publish(
-    connecting: Connecting, topic: str, body: str | None, type_name: str | None, delay: str | None, at: str | None
+    connecting: Connecting,
+    topic: str,
+    body: str | None,
+    type_name: str | None,
+    delay: float | None,
+    at: datetime | None,
 ) -> None:
     """Publish an event.
 
@@ -131,9 +136,7 @@ def publish(
     \b
     natsrt publish news.tech/server '{"headline": "42"}'
     """
-    if delay is not None and at is not None:
-        raise click.UsageError("give --delay or --at, not both")
-    due = due_time(None if delay is None else seconds("--delay", delay), None if at is None else time("--at", at))
+    due = due_then(delay, at)
     publishing = _publish if due is None else partial(_publish_later, due)
     asyncio.run(publishing(connecting, topic_id(topic), given_body(body), type_name))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import click
 from autogen_core import AgentId, TopicId
 
 from natsrt.errors import UnknownAgentType
 from natsrt.jetstream.registry.registry import Registry
+from natsrt.wire.subjects import plain_prefix
 
 from .exits import CommandFailed, Exit
 
@@ -32,6 +36,34 @@ def agent_type(text: str) -> str:
         return AgentId(text, "default").type
     except ValueError as error:
         raise CommandFailed(f"{text!r} is not an agent type: {error}", Exit.USAGE) from None
+
+
+class AgentTypeName(click.ParamType[str]):
+    """The name of an agent type."""
+
+    name = "TYPE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return AgentId(value, DEFAULT).type
+        except ValueError as error:
+            self.fail(f"{value!r} is not an agent type: {error}", param, ctx)
+
+
+class TopicPrefix(click.ParamType[str]):
+    """The beginning of topic types."""
+
+    name = "PREFIX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return plain_prefix(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+AGENT_TYPE = AgentTypeName()
+TOPIC_PREFIX = TopicPrefix()
 
 
 def topic_id(text: str) -> TopicId:

@@ -15,11 +15,13 @@ import click
 
 from natsrt.jetstream.recorder import GIGABYTE, WAITING_BYTES, Recorded, Recorder
 from natsrt.jetstream.streams import WEEK
+from natsrt.wire.subjects import inbox_problem
 
 from .connecting import Connecting, connects
-from .exits import Exit
+from .exits import CommandFailed, Exit
+from .moments import Duration
+from .naming import AGENT_TYPE, TOPIC_PREFIX
 from .output import note
-from .times import seconds
 
 _SIZE = re.compile(r"(\d+)([KMGT]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
@@ -40,15 +42,13 @@ class Size(click.ParamType[int]):
 
 @click.command()
 @click.option("--to", "stream", required=True, metavar="STREAM", help="The stream; it is made if it is missing.")
-@click.option("--agents", multiple=True, metavar="TYPE", help="Only calls of this agent type. May be repeated.")
-@click.option("--topics", multiple=True, metavar="PREFIX", help="Only events of topics that begin so. May be repeated.")
+@click.option("--agents", multiple=True, type=AGENT_TYPE, help="Only calls of this agent type. May be repeated.")
+@click.option("--topics", multiple=True, type=TOPIC_PREFIX, help="Only events of topics that begin so; also repeated.")
 @click.option(
     "--inbox", "inboxes", multiple=True, metavar="PREFIX", help="Listen to the replies below this prefix too."
 )
-@click.option("--for", "duration", metavar="DURATION", help="How long to record: 60, 5m. Until Ctrl-C if not given.")
-@click.option(
-    "--max-age", metavar="DURATION", default=f"{WEEK:.0f}", help="Age of the oldest record in a new stream: 7d."
-)
+@click.option("--for", "duration", type=Duration(), help="How long to record: 60, 5m. Until Ctrl-C if not given.")
+@click.option("--max-age", type=Duration(1), default=WEEK, help="Age of the oldest record in a new stream: 7d.")
 @click.option("--max-bytes", type=Size(), default=str(GIGABYTE), help="Size of a new stream, at most: 1G.")
 @click.option("--max-waiting", type=Size(), default=str(WAITING_BYTES), help="What may wait to be stored: 64M.")
 @connects()
@@ -58,8 +58,8 @@ def record(
     agents: tuple[str, ...],
     topics: tuple[str, ...],
     inboxes: tuple[str, ...],
-    duration: str | None,
-    max_age: str,
+    duration: float | None,
+    max_age: float,
     max_bytes: int,
     max_waiting: int,
 ) -> int:
@@ -70,19 +70,23 @@ def record(
 
     With --agents or --topics, only these are recorded.
     """
+    options = connecting.options()
+    for inbox in inboxes:
+        if problem := inbox_problem(inbox, options.namespace):
+            raise CommandFailed(f"--inbox {inbox!r} {problem}", Exit.USAGE)
     make = functools.partial(
         Recorder,
-        connecting.options(),
+        options,
         stream,
         tell=lambda text: note(f"natsrt: {text}", "warning"),
         agents=agents,
         topics=topics,
         inboxes=inboxes,
-        max_age=seconds("--max-age", max_age),
+        max_age=max_age,
         max_bytes=max_bytes,
         waiting_bytes=max_waiting,
     )
-    return asyncio.run(_record(make, stream, None if duration is None else seconds("--for", duration)))
+    return asyncio.run(_record(make, stream, duration))
 
 
 async def _record(make: Callable[[], Recorder], stream: str, duration: float | None) -> int:

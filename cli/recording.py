@@ -37,8 +37,8 @@ from natsrt.wire.subjects import Subjects, decode_token, inbox_problem
 from .connecting import Connecting, connects
 from .declaration import EVERY, AgentType, Role, User, agent_type_problem, are_apart, may_have, topic_problem
 from .exits import Exit
+from .moments import Duration
 from .output import line, note
-from .times import seconds
 
 _SHARED = "_INBOX"
 """NATS's own inbox prefix, which all users have that were given no other one."""
@@ -287,9 +287,9 @@ def _list(key: str, values: Iterable[str]) -> list[str]:
 
 
 @click.command()
-@click.option("--for", "duration", metavar="DURATION", help="How long to listen: 60, 5m. Until Ctrl-C if not given.")
+@click.option("--for", "duration", type=Duration(), help="How long to listen: 60, 5m. Until Ctrl-C if not given.")
 @connects()
-def record(connecting: Connecting, duration: str | None) -> int:
+def record(connecting: Connecting, duration: float | None) -> int:
     """Print a declaration of what the users of a running system do.
 
     Listens to calls, events and control messages, and reads the registry. Let it listen until everything has happened
@@ -298,7 +298,7 @@ def record(connecting: Connecting, duration: str | None) -> int:
 
     Its user must be allowed to subscribe to agent.>, topic.> and natsrt.control.>, as workers are.
     """
-    return asyncio.run(_record(connecting, None if duration is None else seconds("--for", duration)))
+    return asyncio.run(_record(connecting, duration))
 
 
 async def _record(connecting: Connecting, duration: float | None) -> int:

@@ -23,7 +23,7 @@ from .chosen_events import wanted
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit
 from .moments import Moment
-from .naming import agent_type as checked_type
+from .naming import AGENT_TYPE
 from .output import note
 
 _AT_ONCE = 256
@@ -47,7 +47,7 @@ class _Speed(click.ParamType[float]):
 
 @click.command()
 @click.argument("topics", metavar="PREFIX|TOPIC/SOURCE|SUBJECT")
-@click.option("--to", "agent_type", required=True, metavar="TYPE", help="The agent type that gets the events.")
+@click.option("--to", "agent_type", required=True, type=AGENT_TYPE, help="The agent type that gets the events.")
 @click.option("--from", "recorded", metavar="STREAM", help="Events that `natsrt record --to STREAM` has recorded.")
 @click.option("--since", type=Moment(), help="The first moment: 1h30m, 7d, or a time. With --from: all, without it.")
 @click.option("--until", type=Moment(), help="The last moment; without it, until now.")
@@ -74,7 +74,7 @@ def replay(
     """
     if since is None and recorded is None:
         raise click.UsageError("--since is missing: without --from, it says where to begin")
-    chosen = _Chosen(topics, checked_type(agent_type), recorded, since or 0.0, until or time.time())
+    chosen = _Chosen(topics, agent_type, recorded, since or 0.0, time.time() if until is None else until)
     asyncio.run(_replay(connecting, chosen, speed))
 
 

@@ -12,16 +12,16 @@ from autogen_core import AgentId
 
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.task_types import TaskId, checked_result_ttl
-from natsrt.wire.schedules import due_time
+from natsrt.wire.task_attributes import MOST
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit
 from .messages import given_body, type_name_option
+from .moments import Duration, Time
+from .moments import due as due_then
 from .naming import DEFAULT, agent_id
 from .output import line, note
 from .task_results import print_result
-from .times import seconds
-from .times import time as time_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +60,15 @@ class _Task:
 @click.argument("agent", metavar="TYPE[/KEY]")
 @click.argument("body", required=False)
 @type_name_option
-@click.option("--delay", metavar="DURATION", help="Have it handled after this time: 90s, 24h.")
-@click.option("--at", metavar="TIME", help="Have it handled at this time: 2030-01-31T09:00:00Z.")
+@click.option("--delay", type=Duration(), help="Have it handled after this time: 90s, 24h.")
+@click.option("--at", type=Time(), help="Have it handled at this time: 2030-01-31T09:00:00Z.")
 @click.option(
     "--retries",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST - 1),
     metavar="N",
     help="How often it is tried again after it has failed. [default: as the agent type's workers say]",
 )
-@click.option("--result-ttl", metavar="DURATION", help="How long its result is kept. [default: the setting result_ttl]")
+@click.option("--result-ttl", type=Duration(), help="How long its result is kept. [default: the setting result_ttl]")
 @click.option(
     "--message-id", metavar="ID", help="Tasks of one agent with the same id are one task. [default: a new id]"
 )
@@ -79,10 +79,10 @@ def submit(
     agent: str,
     body: str | None,
     type_name: str | None,
-    delay: str | None,
-    at: str | None,
+    delay: float | None,
+    at: datetime | None,
     retries: int | None,
-    result_ttl: str | None,
+    result_ttl: float | None,
     message_id: str | None,
     wait: bool,
 ) -> None:
@@ -99,12 +99,9 @@ def submit(
     natsrt submit upper/demo '{"text": "hi"}' --wait
     """
     begun = time.monotonic()
-    if delay is not None and at is not None:
-        raise click.UsageError("give --delay or --at, not both")
-    due = due_time(None if delay is None else seconds("--delay", delay), None if at is None else time_of("--at", at))
-    ttl = None if result_ttl is None else seconds("--result-ttl", result_ttl)
+    due = due_then(delay, at)
     named = agent_id(agent, default_key=DEFAULT)
-    task = _Task(named, given_body(body), type_name, message_id, due, retries, ttl)
+    task = _Task(named, given_body(body), type_name, message_id, due, retries, result_ttl)
     asyncio.run(_submit(connecting, task, wait, begun))
 
 

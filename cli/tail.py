@@ -23,6 +23,7 @@ from natsrt.jetstream.stream_reader import StoredMessage
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import TYPE_HEADER
+from natsrt.wire.ranges import LARGEST
 from natsrt.wire.subjects import Subjects
 
 from .chosen_events import Wanted, wanted
@@ -51,7 +52,7 @@ class _Event(NamedTuple):
 @click.option(
     "--since", type=Moment(), help="Begin with the events of durable topics that were stored since then: 1h30m, a time."
 )
-@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Stop after N events.")
+@click.option("--count", type=click.IntRange(1, LARGEST), metavar="N", help="Stop after N events.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as one line of JSON.")
 @connects()
 def tail(connecting: Connecting, topics: str, since: float | None, count: int | None, as_json: bool) -> None:

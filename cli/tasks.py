@@ -15,6 +15,7 @@ from natsrt.errors import NatsrtError
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.sending.tickets import Tickets
 from natsrt.task_types import TaskId, TaskState
+from natsrt.wire.ranges import LARGEST
 
 from .connecting import Connecting, connects
 from .exits import CommandFailed, Exit, answered, exit_code, is_remote
@@ -53,7 +54,7 @@ def _task(task_id: str) -> TaskId:
 @click.option(
     "--state", "states", type=click.Choice(get_args(TaskState)), multiple=True, help="Only those in this state."
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the N that changed last.")
+@click.option("--limit", type=click.IntRange(1, LARGEST), metavar="N", help="Only the N that changed last.")
 @json_option
 @connects()
 def ls(

@@ -16,6 +16,7 @@ from natsrt.errors import NatsrtError
 from natsrt.options import Options
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.signals import StopSignals
+from natsrt.wire.ranges import LARGEST
 
 from .connecting import Connecting, connects
 from .ending import end_within
@@ -23,12 +24,15 @@ from .exits import CommandFailed, Exit
 from .health import PATIENCE, HealthEndpoint, ListenAddress, health_options
 from .loading import Target, load
 from .logs import give_way, of_runtime, of_supervisor, of_worker
+from .moments import Duration
 from .output import announce, note
 from .server import server_if_none_answers
 from .supervised import Supervised
 from .supervisor import HANG_TIMEOUT, Supervisor
 from .watching import Watched, checked_patterns, require_watchfiles
 
+_MOST_PROCESSES = 10_000
+"""More than any machine can run, so that a slip is refused."""
 _START_GRACE = 2.0
 """Seconds that a start has to complete after a signal, if the worker may already be serving calls."""
 _END_WITHIN = 3.0
@@ -45,10 +49,16 @@ _END_WITHIN = 3.0
     default=".",
     help="Directory to import modules from. [default: the current one]",
 )
-@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="How many workers to run.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1, _MOST_PROCESSES),
+    default=1,
+    show_default=True,
+    help="How many workers to run.",
+)
 @click.option(
     "--max-running",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, LARGEST),
     help="How many handlers may run at once in a worker. [default: the setting max_running]",
 )
 @click.option("--reload", is_flag=True, help="Restart when a Python file below --app-dir changes.")
@@ -62,8 +72,7 @@ _END_WITHIN = 3.0
 )
 @click.option(
     "--hang-timeout",
-    type=click.FloatRange(min=PATIENCE),
-    metavar="SECONDS",
+    type=Duration(PATIENCE),
     help="With --processes or --reload, replace a worker whose event loop has not run for this time. "
     f"[default: {HANG_TIMEOUT:g}]",
 )

@@ -33,6 +33,8 @@ _ONE_ANSWER: Final = 3.0
 """Seconds until the next message of a page, or an answer, beside the round trip."""
 _NO_MESSAGE: Final = (10037, 10043, 10057)
 """JetStream's error codes for a message that does not exist."""
+_LAST_SEQUENCE: Final = 2**64 - 1
+"""The last sequence that a message can have."""
 _NO_CONSUMER: Final = 10014
 """JetStream's error code for a consumer that does not exist."""
 _ABOUT: Final = ("nats-sequence", "nats-stream", "nats-subject", "nats-time-stamp", "nats-num-pending")
@@ -106,6 +108,8 @@ class StreamReader:
 
     async def message(self, stream: str, sequence: int) -> StoredMessage | None:
         """One message; None if it does not exist."""
+        if sequence > _LAST_SEQUENCE:
+            return None
         page, _ = await self._page(stream, {"seq": sequence, "batch": 1})
         return page[0] if page and page[0].sequence == sequence else None
 

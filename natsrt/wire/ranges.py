@@ -15,7 +15,7 @@ LARGEST: Final = 2**63 - 1
 
 def seconds_text(least: float = 0, most: float = LONGEST) -> str:
     """Which numbers of seconds can be, in words. ``least`` 0: all above 0."""
-    return f"a number of seconds {f'from {least:,} to' if least else 'greater than 0 and at most'} {most:,}"
+    return f"a number of seconds {f'from {least:g} to' if least else 'greater than 0 and at most'} {most:,}"
 
 
 def whole_text(least: int = 1, most: int = LARGEST) -> str:
