@@ -24,6 +24,7 @@ from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import TYPE_HEADER
 from natsrt.wire.ranges import LARGEST
+from natsrt.wire.references import DATA_REF
 from natsrt.wire.subjects import Subjects
 
 from .chosen_events import Wanted, wanted
@@ -34,16 +35,18 @@ from .stored_events import StoredEvents
 
 logger = logging.getLogger("natsrt.cli")
 
+_BLOB_SIZE = "blob_size_bytes"
 _Message = Msg | StoredMessage
 _Show = Callable[[_Message | Exception], None]
 
 
 class _Event(NamedTuple):
-    """The content of an event's message. ``problem`` says what could not be read; None if all could."""
+    """The content of an event's message. ``problem`` says what could not be read; None if all could.
+    ``payload`` is None if it is stored elsewhere: then ``fields`` say where, and how large it is."""
 
     topic: TopicId | None
     fields: dict[str, Any]
-    payload: bytes
+    payload: bytes | None
     problem: str | None = None
 
 
@@ -166,8 +169,11 @@ def _read(message: _Message, subjects: Subjects) -> _Event:
             return _Event(
                 topic, {"plain": True, "message_type": (message.headers or {}).get(TYPE_HEADER)}, message.data
             )
-        fields = {"plain": False, "message_type": body.text("messagetype")}
+        fields: dict[str, Any] = {"plain": False, "message_type": body.text("messagetype")}
         fields |= {"id": body.text("id"), "sender": body.text("source")}
+        if body.reference is not None:
+            fields |= {DATA_REF: body.text(DATA_REF), _BLOB_SIZE: body.reference.size}
+            return _Event(topic, fields, None)
         return _Event(topic, fields, body.payload)
     except (CannotDecode, ValueError) as error:
         return _Event(topic, {}, message.data, str(error))
@@ -180,6 +186,8 @@ def _json_line(message: _Message, event: _Event) -> str:
         shown |= {"stream": message.stream, "sequence": message.sequence, "stored_at": iso(message.stored_at)}
     if event.problem is not None:
         shown["problem"] = event.problem
+    if event.payload is None:
+        return orjson.dumps(shown).decode()
     try:
         shown["data"] = orjson.loads(event.payload)
     except orjson.JSONDecodeError:
@@ -190,7 +198,13 @@ def _json_line(message: _Message, event: _Event) -> str:
 def _text_line(message: _Message, event: _Event) -> str:
     where = message.subject if event.topic is None else f"{event.topic.type}/{event.topic.source}"
     what = event.fields.get("message_type") or "(plain)"
-    payload = event.payload.decode("utf-8", "backslashreplace")
-    shown = f"cannot be read: {event.problem}" if event.problem is not None else " ".join(payload.split("\n"))
     when = datetime.fromtimestamp(message.stored_at if isinstance(message, StoredMessage) else time.time())
-    return printable(f"{when:%H:%M:%S.%f}"[:-3] + f"  {where}  {what}  {shown}")
+    return printable(f"{when:%H:%M:%S.%f}"[:-3] + f"  {where}  {what}  {_shown(event)}")
+
+
+def _shown(event: _Event) -> str:
+    if event.problem is not None:
+        return f"cannot be read: {event.problem}"
+    if event.payload is None:
+        return f"({event.fields[_BLOB_SIZE]:,} bytes by reference, {event.fields[DATA_REF]})"
+    return " ".join(event.payload.decode("utf-8", "backslashreplace").split("\n"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -137,6 +138,20 @@ async def test_tail_shows_what_is_stored_and_then_what_is_published(place: Place
         await asyncio.wait({tail}, timeout=0.1)
     first, second = [json.loads(line)["data"]["number"] for line in (await tail).stdout.splitlines()]
     assert (first >= 101, second) == (True, first + 1)
+
+
+async def test_tail_shows_of_a_payload_by_reference_where_it_is_and_its_size(place: Place) -> None:
+    runtime = await place.worker(Desk(), blob_threshold=1000)
+    await runtime.publish_message("x" * 5000, TOPIC)
+    await runtime.publish_message(Job(2), TOPIC)
+    shown = await place.run("tail", "work.", "--since", "1h", "--count", "2", "--json")
+    large, small = (json.loads(line) for line in shown.stdout.splitlines())
+    assert re.fullmatch("natsrt:[A-Za-z0-9_-]{16,64}", large["dataref"])
+    assert 5000 < large["blob_size_bytes"] < 5100 and large["message_type"] == "str"
+    assert not {"data", "data_base64"} & large.keys()
+    assert not {"dataref", "blob_size_bytes"} & small.keys() and small["data"]["number"] == 2
+    text = await place.run("tail", "work.", "--since", "1h", "--count", "2")
+    assert f"str  ({large['blob_size_bytes']:,} bytes by reference, {large['dataref']})" in text.stdout
 
 
 async def test_tail_has_no_gap_and_no_double_at_the_seam_under_load(place: Place) -> None:
