@@ -3,6 +3,7 @@
 from natsrt import errors
 from natsrt.agents.current_delivery import DeliveryInfo, current_delivery
 from natsrt.agents.current_task import progress
+from natsrt.agents.streaming import emit, streaming
 from natsrt.durable_types import DurableTopics
 from natsrt.errors import *  # noqa: F403  # the whole tree of exceptions is public
 from natsrt.jetstream.dead_letter_box import DeadLetter
@@ -12,6 +13,7 @@ from natsrt.options import Options
 from natsrt.registration import register
 from natsrt.reminder_types import Reminder
 from natsrt.runtime import NatsAgentRuntime, create_distributed_runtime, runtime_of
+from natsrt.sending.message_stream import MessageStream
 from natsrt.sending.tickets import Ticket
 from natsrt.task_types import TaskStatus
 from natsrt.version import VERSION as __version__
@@ -26,6 +28,7 @@ __all__ = [
     "DurableTopics",
     "Health",
     "KeyedOptions",
+    "MessageStream",
     "NatsAgentRuntime",
     "Options",
     "RecordedEntry",
@@ -35,9 +38,11 @@ __all__ = [
     "__version__",
     "create_distributed_runtime",
     "current_delivery",
+    "emit",
     "keyed",
     "progress",
     "register",
     "runtime_of",
+    "streaming",
     *errors.__all__,
 ]

@@ -33,6 +33,7 @@ from natsrt.hosting.places import Places
 from natsrt.hosting.reader import Reader
 from natsrt.hosting.reply_subjects import ReplySubjects
 from natsrt.hosting.settlements import EventSettlement, ReplySettlement
+from natsrt.hosting.streams import Streams
 from natsrt.hosting.subscriptions import Subscriptions
 from natsrt.hosting.task_answers import TaskAnswers
 from natsrt.hosting.task_settlement import ConfirmedTasks
@@ -69,6 +70,7 @@ from natsrt.sending.call_sender import CallSender
 from natsrt.sending.durable import DurablePublisher
 from natsrt.sending.event_sender import EventSender
 from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.sending.message_stream import IncomingStreams
 from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.owner_locator import OwnerLocator
@@ -207,6 +209,16 @@ class Outgoing:
             owners=owners,
             counters=counters,
             telemetry=telemetry,
+        )
+        self.streams: IncomingStreams = IncomingStreams(
+            connection=network.connection,
+            inbox=network.inbox,
+            registry=network.registry,
+            options=program.options,
+            calls=self.calls,
+            replies=replies,
+            bodies=network.bodies,
+            interventions=program.interventions,
         )
         self.publisher: DurablePublisher = DurablePublisher(
             network.connection, network.subjects, program.options, steps.queue, network.streams
@@ -421,6 +433,7 @@ class Incoming:
         )
         self.turns: Turns = Turns(slots, self.ownership, instances, self.deadlocks)
         self.operations: KeyedOperations = KeyedOperations(self.turns, self.ownership, catalog, network.bodies)
+        self.streams: Streams = Streams(connection, program.serialization, answers, options)
         self.peer_answers: PeerAnswers = PeerAnswers(
             connection=connection,
             subjects=subjects,
@@ -433,6 +446,7 @@ class Incoming:
             registry=registry,
             inbox=network.inbox,
             reply_subjects=self.reply_subjects,
+            streams=self.streams,
         )
         self.view_answers: ViewAnswers = ViewAnswers(
             connection=connection,
@@ -475,6 +489,7 @@ class Incoming:
             telemetry=telemetry,
             places=self.places,
             bodies=network.bodies,
+            streams=self.streams,
         )
         keyed = KeyedMessages(
             worker_id=worker_id,

@@ -37,6 +37,7 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
     │   ├── StateConflict                                   the agent's stored state was changed elsewhere meanwhile
     │   └── StateNotSaved                                   the agent's state could not be stored
     ├── CallTimeout                 TimeoutError            a deadline of the caller passed
+    ├── StreamAbandoned                                     the caller that streams wants no more items
     ├── AmbiguousAgent              UndeliverableException  several workers each have an agent of that id
     ├── RemoteAgentError                                    a handler raised an exception of a class unknown here
     ├── CannotSerialize             ValueError              a value cannot be sent exactly
@@ -90,6 +91,7 @@ __all__ = [
     "StateConflict",
     "StateNotSaved",
     "StateUnavailable",
+    "StreamAbandoned",
     "StreamUnavailable",
     "SubscriptionNotServed",
     "SubscriptionRefused",
@@ -500,6 +502,19 @@ class WorkerLost(UndeliveredCall):
         super().__init__(
             recipient, f"{who} was lost during a call to {recipient} ({reason}); it may or may not have handled it"
         )
+
+
+class StreamAbandoned(NatsrtError):
+    """The caller that streams the present call wants no more items: it has left its loop, cancelled, or disappeared.
+
+    Raised at the handler, by `natsrt.emit`. The generator of a `natsrt.streaming` handler is closed at its ``yield``.
+    """
+
+    code = 410
+
+    def __init__(self, agent: str) -> None:
+        self.agent = agent
+        super().__init__(f"the caller that streams from {agent} wants no more items")
 
 
 class WorkerBusy(UndeliveredCall):

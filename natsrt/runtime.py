@@ -45,10 +45,13 @@ from natsrt.lifecycle import Lifecycle
 from natsrt.options import Options
 from natsrt.options.arguments import MoreSettings
 from natsrt.reminder_types import Reminder, reminder_topic
+from natsrt.sending.call_sender import Call
 from natsrt.sending.limits import Limit
+from natsrt.sending.message_stream import MessageStream
 from natsrt.sending.tickets import Ticket
 from natsrt.task_types import TaskId, TaskStatus, checked_result_ttl
 from natsrt.wire.failures import ErrorTypes
+from natsrt.wire.part_messages import checked_window
 from natsrt.wire.schedules import due_time, of_reminder
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
@@ -189,6 +192,48 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             deadline=limit.deadline(),
         )
         return await limit.within(recipient, sending)
+
+    def stream_message(
+        self,
+        message: Any,
+        recipient: AgentId,
+        *,
+        sender: AgentId | None = None,
+        cancellation_token: CancellationToken | None = None,
+        message_id: str | None = None,
+        item_type: type[Any] | None = None,
+        window: int = 256,
+        window_bytes: int = 1 << 20,
+    ) -> MessageStream:
+        """Call an agent, and iterate over what its handler sends: the items of a `natsrt.streaming` handler, what any
+        handler sends with `natsrt.emit`, and then what it returns.
+
+        The items come in their order, each once, also over reconnects. A handler whose items nobody takes waits. See
+        docs/streams.md.
+
+        Args:
+            message: As in `send_message`.
+            recipient: As in `send_message`.
+            sender: As in `send_message`.
+            cancellation_token: Cancels the handler and ends the stream, which raises CancelledError. None: there is no
+                token.
+            message_id: As in `send_message`.
+            item_type: The class of the items. None: each item names its class.
+            window: The handler may be so many items ahead of the consumer: from 1 to 65,536.
+            window_bytes: The handler may be so many bytes ahead of the consumer, and one item more: from 1 to
+                67,108,864.
+
+        Returns:
+            A stream, which makes the call when the iteration begins. The iteration raises what `send_message` would
+            raise, after the items that were received before. ``CallTimeout`` is not among that: no deadline is set.
+
+        Raises:
+            ValueError: ``window`` or ``window_bytes`` is wrong.
+            RuntimeError: The runtime is not started.
+        """
+        checked_agent(recipient, "recipient")
+        call = Call(message, recipient, sender, cancellation_token, message_id, item_type)
+        return MessageStream(self._running().outgoing.streams, call, checked_window(window, window_bytes))
 
     async def publish_message(
         self,

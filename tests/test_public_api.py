@@ -34,6 +34,7 @@ PUBLIC = [
     "JetStreamFull",
     "JetStreamRequired",
     "KeyedOptions",
+    "MessageStream",
     "MessageTooLarge",
     "NatsAgentRuntime",
     "NatsrtError",
@@ -53,6 +54,7 @@ PUBLIC = [
     "StateConflict",
     "StateNotSaved",
     "StateUnavailable",
+    "StreamAbandoned",
     "StreamUnavailable",
     "SubscriptionNotServed",
     "SubscriptionRefused",
@@ -73,10 +75,12 @@ PUBLIC = [
     "__version__",
     "create_distributed_runtime",
     "current_delivery",
+    "emit",
     "keyed",
     "progress",
     "register",
     "runtime_of",
+    "streaming",
 ]
 
 SAMPLES: list[errors.NatsrtError] = [
@@ -110,6 +114,7 @@ SAMPLES: list[errors.NatsrtError] = [
     errors.NoLiveWorker("chat/a", "chat"),
     errors.WorkerLost("chat/a", "w-1", "it does not answer"),
     errors.WorkerLost("chat/a", None, "nobody accepted it"),
+    errors.StreamAbandoned("chat/a"),
     errors.WorkerBusy("chat/a", "w-1", 67_108_864),
     errors.WorkerStopped("chat/a", "w-1"),
     errors.Deadlock("chat/a", ["chat/b", "chat/a"]),

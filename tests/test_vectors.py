@@ -46,6 +46,8 @@ from natsrt.task_types import TaskId, task_of
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
 from natsrt.wire.failures import FULL, ErrorTypes, decode_answer, is_refusal
+from natsrt.wire.part_flow import PartsReceived, PartsSent, Progress, Window
+from natsrt.wire.part_messages import encode_progress, read_progress, read_window, stream_attributes
 from natsrt.wire.recorded import RECORD_HEADER, read_record
 from natsrt.wire.references import OfEvent, Reference, event_of, new_blob_id, stream_mark
 from natsrt.wire.retry_subjects import attempts_of, redriven, retried, retries_of, retry_of
@@ -67,6 +69,7 @@ REGISTRY = vectors("registry")
 DURABLE = vectors("durable")
 RECORDED = vectors("recorded")
 ERRORS = vectors("errors")
+STREAMS = vectors("streams")
 WORKER = vectors("worker")
 
 
@@ -593,3 +596,49 @@ def test_a_header_that_is_no_record_of_what_passes_is_refused(case: Any) -> None
     headers = {} if case["header"] is None else {RECORD_HEADER: case["header"]}
     with pytest.raises(CannotDecode, match=re.escape(case["reason"])):
         read_record(headers, b"")
+
+
+@cases("calls", STREAMS)
+def test_windows_of_streams_are_read_as_the_vectors_say(case: dict[str, Any]) -> None:
+    body = envelope.Envelope({"type": envelope.CALL} | case["attributes"], b"", b"")
+    if "error" in case:
+        with pytest.raises(CannotDecode):
+            read_window(body)
+        return
+    assert list(read_window(body)) == case["read"]
+    if "window" in case:
+        attributes = stream_attributes(case["parts_to"], Window(*case["window"]))
+        assert json.loads(f"{{{attributes.removeprefix(',')}}}") == case["attributes"]
+
+
+@cases("progress", STREAMS)
+def test_progress_of_streams_is_written_as_the_vectors_say(case: dict[str, Any]) -> None:
+    progress = said(case)
+    assert encode_progress("_INBOX.x.s1", progress, stop=case["stop"]).decode() == case["body"]
+    body = envelope.decode(case["body"].encode())
+    assert body is not None and body.type == envelope.MORE
+    assert read_progress(body.json()) == (progress, case["stop"])
+
+
+def said(case: dict[str, Any]) -> Progress:
+    missing = case["missing"]
+    return Progress(case["consumed"], case["have"], None if missing is None else (missing[0], missing[1]))
+
+
+def test_lost_parts_come_again_as_in_the_conversation() -> None:
+    conversation = STREAMS["conversation"]
+    window = Window(*conversation["window"])
+    worker, caller = PartsSent(window), PartsReceived[int](window)
+    for step in conversation["steps"]:
+        for number in step.get("worker_sends", ()):
+            assert worker.has_room and worker.add(str(number).encode(), 1, 0.0) == number
+        if "caller_says" in step:
+            assert caller.progress() == said(step["caller_says"])
+            again = [int(body) for body in worker.told(said(step["caller_says"]), 0.1, 0.4)]
+            assert again == step["worker_sends_again"]
+        for number in step.get("arrive", ()):
+            assert caller.receive(number, number, 1)
+        assert [caller.take() for _ in step.get("consumed", ())] == step.get("consumed", [])
+        if "parts" in step:
+            caller.end(step["parts"])
+    assert caller.is_complete and worker.is_received

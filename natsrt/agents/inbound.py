@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from autogen_core import CancellationToken, Subscription, TopicId
 from nats.aio.msg import Msg
@@ -124,6 +124,13 @@ class Answer:
     headers: dict[str, str] | None = None
 
 
+class Stream(Protocol):
+    """The parts of the reply to one call."""
+
+    def end(self) -> str:
+        """No more parts are sent. Returns the attributes of the reply that say so, with a leading comma."""
+
+
 class Inbound:
     """One incoming message."""
 
@@ -142,6 +149,7 @@ class Inbound:
         "route",
         "settlement",
         "size",
+        "stream",
         "task",
         "token",
         "topic",
@@ -170,6 +178,8 @@ class Inbound:
         """The chain in its envelope. Empty before it is read."""
         self.call: LoggedCall | None = None
         """Its entry in the call log; None for a message that is not settled by a reply."""
+        self.stream: Stream | None = None
+        """What its handler sends to a caller that streams the call; None for all other messages."""
         self.task: asyncio.Task[None] | None = None
         """The task that handles it; None before and after that."""
         self.handler: Handler | None = None

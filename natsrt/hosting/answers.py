@@ -57,12 +57,13 @@ class Answers:
         key: str,
         caller: AgentId | None,
         kept_for: float | None = None,
+        more: str = "",
     ) -> Answer | Awaitable[Answer]:
         """Return the reply of the agent ``agent_type/key`` to a call. If it is sent by reference, await it.
 
         ``body`` is the envelope of the call, None for a plain call. ``caller`` is the agent that sent the call, None if
-        no agent did. ``kept_for``: seconds for which the reply is kept; None: until its caller has read it. Raises
-        `CannotSerialize` and `MessageTooLarge`.
+        no agent did. ``kept_for``: seconds for which the reply is kept; None: until its caller has read it. ``more``
+        are further attributes, with a leading comma. Raises `CannotSerialize` and `MessageTooLarge`.
         """
         encoded = self._serialization.encode(response)
         if events.listening():
@@ -75,17 +76,39 @@ class Answers:
             )
         if body is None:
             return Answer(self._bodies.pack_plain(encoded.payload))
+        attributes = f'"id":{quote(_id_of(body) + "-r")},{self._names(agent_type, key, encoded)}{more}'
+        return self._message(envelope.REPLY, attributes, body, encoded, kept_for)
+
+    def part(
+        self, encoded: Encoded, number: int, body: Envelope, agent_type: str, key: str
+    ) -> Answer | Awaitable[Answer]:
+        """Return a part of the reply of the agent ``agent_type/key`` to a call with the envelope ``body``.
+
+        If it is sent by reference, await it. Raises `MessageTooLarge`.
+        """
+        part_id = quote(f"{_id_of(body)}-p{number}")
+        attributes = f'"id":{part_id},"part":"{number}",{self._names(agent_type, key, encoded)}'
+        return self._message(envelope.PART, attributes, body, encoded, None)
+
+    def _names(self, agent_type: str, key: str, encoded: Encoded) -> str:
+        """The attributes that are the same in all messages of one class from one agent."""
         constant = self._constant.get((agent_type, key, encoded.type_name, encoded.class_name))
         if constant is None:
             constant = self._remember(agent_type, key, encoded.type_name, encoded.class_name)
-        attributes = f'"id":{quote(_id_of(body) + "-r")},{constant}'
-        if len(encoded.payload) > self._bodies.surely_fits and not self._bodies.fits(
-            envelope.REPLY, attributes, encoded.payload, encoded.content_type
-        ):
-            return self._by_reference(body, attributes, encoded, kept_for)
-        return Answer(self._bodies.pack(envelope.REPLY, attributes, encoded.payload, encoded.content_type))
+        return constant
 
-    async def _by_reference(self, body: Envelope, attributes: str, encoded: Encoded, kept_for: float | None) -> Answer:
+    def _message(
+        self, kind: str, attributes: str, body: Envelope, encoded: Encoded, kept_for: float | None
+    ) -> Answer | Awaitable[Answer]:
+        if len(encoded.payload) > self._bodies.surely_fits and not self._bodies.fits(
+            kind, attributes, encoded.payload, encoded.content_type
+        ):
+            return self._by_reference(kind, body, attributes, encoded, kept_for)
+        return Answer(self._bodies.pack(kind, attributes, encoded.payload, encoded.content_type))
+
+    async def _by_reference(
+        self, kind: str, body: Envelope, attributes: str, encoded: Encoded, kept_for: float | None
+    ) -> Answer:
         """Store the payload of a reply. Its caller, whose call has the envelope ``body``, deletes it, unless it is kept
         for some time."""
         if kept_for is not None:
@@ -98,7 +121,7 @@ class Answers:
                 f"but one message may have {limit:,}, and its caller did not say that it reads payloads by reference",
             )
         reference = await self._bodies.store(encoded.payload, kept_for)
-        return Answer(self._bodies.pack_reference(envelope.REPLY, attributes, reference, encoded.content_type))
+        return Answer(self._bodies.pack_reference(kind, attributes, reference, encoded.content_type))
 
     def control_reply(self, result: object, body: Envelope, agent_type: str, key: str) -> Answer:
         """Return the reply to a question, or to a control message whose result is small.
@@ -115,14 +138,16 @@ class Answers:
         attributes = self._attributes(_id_of(body), f"{agent_type}/{encode_text(key)}")
         payload = _control_payload(result)
         if len(payload) > self._bodies.surely_fits and not self._bodies.fits(envelope.REPLY, attributes, payload, JSON):
-            return await self._by_reference(body, attributes, Encoded("", JSON, payload, None), None)
+            return await self._by_reference(envelope.REPLY, body, attributes, Encoded("", JSON, payload, None), None)
         return Answer(self._bodies.pack(envelope.REPLY, attributes, payload))
 
-    def failure(self, error: BaseException, body: Envelope | None, source: str, *, refused: bool = False) -> Answer:
+    def failure(
+        self, error: BaseException, body: Envelope | None, source: str, *, refused: bool = False, more: str = ""
+    ) -> Answer:
         """Return the answer that reports ``error`` to the caller. If it would be too large, it is cut.
 
         ``body`` is the envelope of the call, None for a plain call. ``source`` names the agent as in an envelope's
-        ``source``. ``refused`` is True if the call was not handled and can be sent again.
+        ``source``. ``refused`` is True if the call was not handled and can be sent again. ``more`` is as in `reply`.
         """
         plain, call_id = body is None, _id_of(body)
         too_large: MessageTooLarge | None = None
@@ -135,12 +160,12 @@ class Answers:
                 limits=limits,
             )
             try:
-                return self._failure(failure, plain, source, call_id)
+                return self._failure(failure, plain, source, call_id, more)
             except MessageTooLarge as refusal:
                 too_large = refusal
         assert too_large is not None
         # Without the names from the message, which may be long too.
-        return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-")
+        return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-", more)
 
     def passed_on(self, error: BaseException, body: Envelope | None, agent: AgentId) -> Answer:
         """Return the answer that reports ``error`` of ``agent``: as the agent's worker has sent it, if it has; else as
@@ -159,10 +184,10 @@ class Answers:
         failure = describe(error, with_traceback=self._with_tracebacks, types=self._error_types)
         return self._failure(failure, False, envelope.NO_AGENT, "-")
 
-    def _failure(self, failure: Failure, plain: bool, source: str, call_id: str) -> Answer:
+    def _failure(self, failure: Failure, plain: bool, source: str, call_id: str, more: str = "") -> Answer:
         if plain:
             return Answer(self._bodies.pack_plain(failure.payload, failure.headers), failure.headers)
-        attributes = self._attributes(call_id, source)
+        attributes = self._attributes(call_id, source) + more
         body = self._bodies.pack(envelope.ERROR, attributes, failure.payload, headers=failure.headers)
         return Answer(body, failure.headers)
 

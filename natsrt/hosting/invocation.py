@@ -33,6 +33,7 @@ from natsrt.hosting.intake import Intake
 from natsrt.hosting.places import Places
 from natsrt.hosting.reader import Delivery, Reader
 from natsrt.hosting.settlements import clip
+from natsrt.hosting.streams import Streams
 from natsrt.observe import events
 from natsrt.observe.first import FirstIsWarning
 from natsrt.observe.metrics import Counters
@@ -74,8 +75,10 @@ class Invoker:
         telemetry: Telemetry | None,
         places: Places,
         bodies: Bodies,
+        streams: Streams,
     ) -> None:
         self._places = places
+        self._streams = streams
         self._bodies = bodies
         self._subjects = subjects
         self._catalog = catalog
@@ -98,6 +101,8 @@ class Invoker:
 
     async def _handle(self, inbound: Inbound) -> Answer | None:
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
+        if "partsto" in delivery.attributes and inbound.call is not None:
+            inbound.stream = self._streams.open(inbound)
         response = await self._invoke(agent, delivery, inbound)
         if not inbound.settlement.wants_answer:
             return None
@@ -109,6 +114,7 @@ class Invoker:
             inbound.key,
             delivery.context.sender,
             inbound.settlement.kept_for(inbound),
+            "" if inbound.stream is None else inbound.stream.end(),
         )
         return answer if isinstance(answer, Answer) else await answer
 

@@ -19,6 +19,7 @@ from natsrt.errors import CannotDecode
 from natsrt.hosting.answers import Answers
 from natsrt.hosting.call_log import CallLog
 from natsrt.hosting.reply_subjects import ReplySubjects
+from natsrt.hosting.streams import Streams
 from natsrt.hosting.subscriptions import Subscriptions
 from natsrt.jetstream.registry.entries import PEER
 from natsrt.jetstream.registry.registry import Registry
@@ -34,7 +35,15 @@ logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _QUESTION = "a question to a worker"
 _QUESTIONS = frozenset(
-    (envelope.FATE, envelope.OWNER, envelope.WAITS, envelope.SERVE, envelope.ABANDONED, envelope.WITHDRAWN)
+    (
+        envelope.FATE,
+        envelope.OWNER,
+        envelope.WAITS,
+        envelope.SERVE,
+        envelope.ABANDONED,
+        envelope.WITHDRAWN,
+        envelope.MORE,
+    )
 )
 _PROMISES_AT_MOST = 5000
 """Maximum number of promises in one answer: about 400 kB."""
@@ -59,7 +68,9 @@ class PeerAnswers:
         registry: Registry,
         inbox: Inbox,
         reply_subjects: ReplySubjects,
+        streams: Streams,
     ) -> None:
+        self._streams = streams
         self._connection = connection
         self._subjects = subjects
         self._worker_id = worker_id
@@ -106,6 +117,9 @@ class PeerAnswers:
                 raise CannotDecode("a message to a worker", f"unknown type {body.type!r}")
             if body is None or not isinstance(data, dict):
                 raise CannotDecode("a message to a worker", "expected an object in a natsrt envelope")
+            if body.type == envelope.MORE:
+                self._streams.told(data)
+                return
             if body.type == envelope.ABANDONED:
                 self._call_log.abandoned(ids(data, "calls", _QUESTION))
                 return

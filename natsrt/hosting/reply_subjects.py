@@ -44,6 +44,18 @@ class ReplySubjects:
                 self._acceptable.clear()
             self._acceptable[accept_to] = f"{accept_to.rpartition('.')[0]}."
 
+    def may_stream(self, parts_to: str, accept_to: str | None, *, forwarded: bool) -> bool:
+        """True if the parts of the reply to a call may be published to ``parts_to``.
+
+        ``accept_to`` is as in `stranger_to`. ``forwarded``: a worker may have passed the call on, and named its own
+        ``accept_to``. Then it has checked this.
+        """
+        return (
+            envelope.is_subject(parts_to)
+            and self.may_answer(parts_to)
+            and (forwarded or self.stranger_to(parts_to, accept_to) is None)
+        )
+
     def stranger_to(self, reply: str, accept_to: str | None) -> str | None:
         """The worker whose inbox a call names, although it did not send the call; None if none is known.
 

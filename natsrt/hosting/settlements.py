@@ -150,6 +150,9 @@ class ReplySettlement(Settlement):
             self._reply_subjects.check_accept_to(accept_to)
         self._check_sender(inbound, accept_to)
         call.accept_to = accept_to
+        parts_to, forwarded = body.attributes.get("partsto"), _may_be_forwarded(inbound)
+        if parts_to is not None and not self._reply_subjects.may_stream(parts_to, accept_to, forwarded=forwarded):
+            raise CannotDecode("a call", "its partsto is not an allowed subject")
 
     def _check_sender(self, inbound: Inbound, accept_to: str | None) -> None:
         worker_id = self._reply_subjects.stranger_to(inbound.message.reply, accept_to)
@@ -181,7 +184,8 @@ class ReplySettlement(Settlement):
         return self.reply(inbound, answer)
 
     def failed(self, inbound: Inbound, error: BaseException, source: str) -> Awaitable[None]:
-        return self.reply(inbound, self._answers.failure(error, inbound.body, source))
+        more = "" if inbound.stream is None else inbound.stream.end()
+        return self.reply(inbound, self._answers.failure(error, inbound.body, source, more=more))
 
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
         copies = () if inbound.call is None else inbound.call.also

@@ -58,6 +58,7 @@ class MoreSettings(TypedDict, total=False):
     max_pending_bytes: int | None
     keep_replies: float | None
     keep_replies_bytes: int | None
+    stream_idle_timeout: float | None
     keyed: str | Sequence[str] | Mapping[str, bool | KeyedOptions | Mapping[str, Any]] | None
     registry_replicas: int | None
     durable: str | DurableTopics | Mapping[str, Any] | Sequence[str | DurableTopics | Mapping[str, Any]] | None

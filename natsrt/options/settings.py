@@ -205,6 +205,11 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
         description="Seconds for which a worker keeps the replies of accepted calls, to send them again on request.",
     )
     keep_replies_bytes: Count = Field(64 * MIB, description="Bytes of such replies that a worker keeps at most.")
+    stream_idle_timeout: Seconds = Field(
+        30.0,
+        description="Seconds without a sign of life of the caller that streams a call, while both are connected, after "
+        "which a worker stops the handler.",
+    )
     keyed: KeyedTypes = Field(
         NO_TYPES,
         description="Agent types that are keyed, or not keyed although their class is: a table of types, each true, "

@@ -45,10 +45,44 @@ from natsrt.sending.steps import SendSteps, send_context
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
 from natsrt.wire import envelope
-from natsrt.wire.envelope import attribute
+from natsrt.wire.envelope import Envelope, attribute
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.serializers import JSON
 from natsrt.wire.subjects import Subjects
+
+
+class Call:
+    """A call that is about to be sent."""
+
+    __slots__ = ("deadline", "message", "message_id", "more", "on_answer", "recipient", "reply_type", "sender", "token")
+
+    def __init__(
+        self,
+        message: Any,
+        recipient: AgentId,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+        reply_type: type[Any] | None,
+        deadline: float | None = None,
+        more: str = "",
+        on_answer: Callable[[Envelope | None], None] | None = None,
+    ) -> None:
+        self.message: Any = message
+        self.recipient: AgentId = recipient
+        self.sender: AgentId | None = sender
+        self.token: CancellationToken | None = token
+        self.message_id: str | None = message_id
+        """None: a new id is used."""
+        self.reply_type: type[Any] | None = reply_type
+        """The class of the reply; None: the reply names its class."""
+        self.deadline: float | None = deadline
+        """When the caller stops waiting, by the event loop's clock; None: never."""
+        self.more: str = more
+        """Further attributes, with a leading comma."""
+        self.on_answer: Callable[[Envelope | None], None] | None = on_answer
+        """Called with the envelope of the reply, or None for a plain one, before it is read. None: this call has no
+        parts, and intervention handlers get its response."""
 
 
 class CallSender:
@@ -105,71 +139,57 @@ class CallSender:
         If ``message_id`` is None, a new id is used. ``reply_type`` is the class of the reply; None means that the reply
         names its class. ``deadline`` is when the caller stops waiting, by the event loop's clock; None: never.
         """
-        return as_call(self._send(message, recipient, sender, token, message_id, reply_type, deadline))
+        return as_call(self._send(Call(message, recipient, sender, token, message_id, reply_type, deadline)))
 
-    async def _send(
-        self,
-        message: Any,
-        recipient: AgentId,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str | None,
-        reply_type: type[Any] | None,
-        deadline: float | None,
-    ) -> Any:
+    def stream(self, call: Call) -> Awaitable[Any]:
+        """Make a call whose handler may send parts. Await the result as that of `send`.
+
+        Intervention handlers do not get the response: it is only one of the items.
+        """
+        return as_call(self._send(call))
+
+    async def _send(self, call: Call) -> Any:
         self._steps.under_way += 1
         try:
             self._counters.sent += 1
-            message_id = self._attributes.next_id() if message_id is None else checked_message_id(message_id)
-            if token is not None and token.is_cancelled():
+            if call.message_id is None:
+                call.message_id = self._attributes.next_id()
+            else:
+                checked_message_id(call.message_id)
+            if call.token is not None and call.token.is_cancelled():
                 raise asyncio.CancelledError("the cancellation token was cancelled before the send")
             if self._steps.are_free:
-                return await self._call(message, recipient, sender, token, message_id, reply_type, deadline)
-            return await self._send_in_turn(message, recipient, sender, token, message_id, reply_type, deadline)
+                return await self._call(call)
+            return await self._send_in_turn(call)
         finally:
             self._steps.under_way -= 1
 
-    async def _send_in_turn(
-        self,
-        message: Any,
-        recipient: AgentId,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str,
-        reply_type: type[Any] | None,
-        deadline: float | None,
-    ) -> Any:
+    async def _send_in_turn(self, call: Call) -> Any:
+        assert call.message_id is not None
         begun = asyncio.get_running_loop().time()
-        async with self._steps.queue.turn(self._steps.link(token)) as turn:
-            await self._steps.wait_ready(token, begun)
+        async with self._steps.queue.turn(self._steps.link(call.token)) as turn:
+            await self._steps.wait_ready(call.token, begun)
             if self._interventions.handlers:
-                context = send_context(sender, None, token, message_id)
-                message = await turn.intervene(self._interventions.on_send(message, context, recipient))
-            response = await self._call(message, recipient, sender, token, message_id, reply_type, deadline, turn.end)
-        if self._interventions.handlers:
-            response = await self._interventions.on_response(response, recipient, sender)
+                context = send_context(call.sender, None, call.token, call.message_id)
+                on_send = self._interventions.on_send(call.message, context, call.recipient)
+                call.message = await turn.intervene(on_send)
+            response = await self._call(call, turn.end)
+        if self._interventions.handlers and call.on_answer is None:
+            response = await self._interventions.on_response(response, call.recipient, call.sender)
         return response
 
-    async def _call(
-        self,
-        message: Any,
-        recipient: AgentId,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str,
-        reply_type: type[Any] | None,
-        deadline: float | None,
-        sent: Callable[[], None] | None = None,
-    ) -> Any:
+    async def _call(self, call: Call, sent: Callable[[], None] | None = None) -> Any:
         """Send a call, and return the handler's result.
 
-        ``deadline`` is when the caller stops waiting, by the event loop's clock; None: never. ``sent`` is called when
-        the call is in the client's buffer, or is waiting for its agent's owner.
+        ``sent`` is called when the call is in the client's buffer, or is waiting for its agent's owner.
         """
-        encoded = self._serialization.encode(message)
-        timeout = None if deadline is None else deadline - asyncio.get_running_loop().time()
+        message_id, recipient, sender, token = call.message_id, call.recipient, call.sender, call.token
+        assert message_id is not None
+        encoded = self._serialization.encode(call.message)
+        timeout = None if call.deadline is None else call.deadline - asyncio.get_running_loop().time()
         attributes = self._attributes.message(message_id, sender, encoded, token)
         attributes += self._attributes.call(recipient, timeout)
+        attributes += call.more
         if chain := current_chain.get():
             attributes += chain_attribute(chain)
         if events.listening():
@@ -179,10 +199,7 @@ class CallSender:
         if self._telemetry is None:
             exchange = self._exchange_message(recipient, attributes, encoded, token, sent)
             del encoded  # so that memory does not hold a large payload until the reply arrives
-            answer = self._replies.unpack(reply := await exchange)
-            if answer is not None and answer.reference is not None:
-                await self._replies.load(answer, answer.reference)
-            return self._replies.result(answer, reply, type(message), reply_type, recipient)
+            return await self._result(call, await exchange)
         with self._telemetry.sending(
             "send",
             self._subjects.agent(recipient.type),
@@ -194,10 +211,16 @@ class CallSender:
             attributes += trace_context
             exchange = self._exchange_message(recipient, attributes, encoded, token, sent)
             del encoded  # so that memory does not hold a large payload until the reply arrives
-            answer = self._replies.unpack(reply := await exchange)
-            if answer is not None and answer.reference is not None:
-                await self._replies.load(answer, answer.reference)
-            return self._replies.result(answer, reply, type(message), reply_type, recipient)
+            return await self._result(call, await exchange)
+
+    async def _result(self, call: Call, reply: Msg) -> Any:
+        """The handler's result, from the reply to its call. Raises the error that the reply reports."""
+        answer = self._replies.unpack(reply)
+        if call.on_answer is not None:
+            call.on_answer(answer)
+        if answer is not None and answer.reference is not None:
+            await self._replies.load(answer, answer.reference)
+        return self._replies.result(answer, reply, type(call.message), call.reply_type, call.recipient)
 
     def _exchange_message(
         self,

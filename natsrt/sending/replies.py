@@ -57,6 +57,12 @@ class Replies:
         if body is None:
             return self._plain_result(reply, sent, reply_type, recipient)
         self._check(body, reply, recipient)
+        return self.message(body, sent, reply_type, recipient)
+
+    def message(
+        self, body: envelope.Envelope, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId
+    ) -> Any:
+        """Return the message in a reply, or in a part of one. The arguments are as for `result`."""
         type_name = body.required("messagetype")
         try:
             result = self._serialization.reply(

@@ -45,6 +45,8 @@ WITHDRAWN: Final = "natsrt.withdrawn"
 VIEW: Final = "natsrt.view"
 BLOBS: Final = "natsrt.blobs"
 TASKS: Final = "natsrt.tasks"
+PART: Final = "natsrt.part"
+MORE: Final = "natsrt.more"
 
 BLOBS_FEATURE: Final = "blobs"
 """Feature: it reads payloads that are sent by reference. A call lists what its caller understands in ``features``, and
@@ -72,6 +74,7 @@ TEXTS: Final = references.TEXTS | frozenset(
         "cancelid",
         "chain",
         "datacontenttype",
+        "ended",
         "features",
         "id",
         "keyed",
@@ -82,6 +85,9 @@ TEXTS: Final = references.TEXTS | frozenset(
         "natsstored",
         "natsstream",
         "operation",
+        "part",
+        "parts",
+        "partsto",
         "source",
         "specversion",
         "subject",
@@ -91,12 +97,14 @@ TEXTS: Final = references.TEXTS | frozenset(
         "traceparent",
         "tracestate",
         "type",
+        "window",
+        "windowbytes",
         "workerid",
     )
 )
 """The attributes and extensions that natsrt defines. All are strings."""
 
-_WITH_MESSAGE = frozenset((CALL, EVENT, REPLY))
+_WITH_MESSAGE = frozenset((CALL, EVENT, REPLY, PART))
 _NEEDED = {False: {"id", "source"}, True: {"id", "source", "messagetype"}}
 """The required attributes, by whether the kind carries a message. If one is missing before ``data``, the whole body is
 parsed, since it may come after ``data``."""

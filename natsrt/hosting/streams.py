@@ -1,0 +1,211 @@
+"""The streams that the handlers of this worker send. `natsrt.sending.message_stream` reads them.
+
+Rules:
+
+1. A part is kept until the caller has it and all before it, also when the handler has ended: `PartsSent`. What cannot
+   be sent now is sent when the caller asks for it.
+2. A caller tells at least twice a second how far it is, once it has a part. Nothing is sent to one that is too far
+   behind; to one that is silent for ``stream_idle_timeout`` seconds, or that says so, nothing is sent any more.
+3. The handler of a stream that is abandoned is stopped in steps: its cancellation token is set, its next item raises
+   `StreamAbandoned`, and its task is cancelled a moment later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, Final
+
+from natsrt.agents.inbound import Inbound
+from natsrt.agents.streaming import emits_to
+from natsrt.background import BackgroundTasks
+from natsrt.errors import CannotDecode, NatsrtError, StreamAbandoned
+from natsrt.hosting.answers import Answers
+from natsrt.options import Options
+from natsrt.transport.connection import Connection
+from natsrt.wire.envelope import Envelope
+from natsrt.wire.part_flow import PartsSent
+from natsrt.wire.part_messages import read_progress, read_window
+from natsrt.wire.serialization import Serialization
+
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
+
+_LOOK_EVERY: Final = 0.5
+"""Seconds between two looks for callers that are silent, and for streams that need not be kept."""
+_LATE: Final = 0.4
+"""Seconds, beside the round trip, after which a part that the caller does not have is taken for lost."""
+_STOPPED_WITHIN: Final = 0.25
+"""Seconds between the cancellation of a handler's token and that of its task."""
+
+
+class StreamOut:
+    """What one handler sends to a caller that streams its call. An `Emitter`."""
+
+    def __init__(self, streams: Streams, inbound: Inbound, body: Envelope, parts_to: str) -> None:
+        self._streams = streams
+        self._inbound = inbound
+        self._body = body
+        self.parts_to: str = parts_to
+        self.flow: PartsSent = PartsSent(read_window(body))
+        self.all_emitted: bool = False
+        self.heard_at: float = asyncio.get_running_loop().time()
+        """When its caller said something last, by the event loop's clock; before that: when the stream began."""
+        self.ended_at: float | None = None
+        """When its handler ended; None before that."""
+        self.is_abandoned: bool = False
+        """True if its caller wants no more parts."""
+        self._stop: asyncio.TimerHandle | None = None
+        self._turn = asyncio.Lock()
+        self._room = asyncio.Event()
+
+    def __str__(self) -> str:
+        return f"{self._inbound.agent_type}/{self._inbound.key}"
+
+    async def put(self, item: Any) -> None:
+        """Part of `Emitter`."""
+        encoded = self._streams.serialization.encode(item)
+        async with self._turn:
+            while not self.is_abandoned and not self.flow.has_room:
+                self._room.clear()
+                await self._room.wait()
+            if self.is_abandoned or self.ended_at is not None:
+                raise StreamAbandoned(str(self))
+            key = self._inbound.key
+            assert key is not None
+            part = self._streams.answers.part(encoded, self.flow.sent + 1, self._body, self._inbound.agent_type, key)
+            body = (part if not isinstance(part, Awaitable) else await part).body
+            now = asyncio.get_running_loop().time()
+            if not self.flow.sent:
+                self.heard_at = now  # it cannot have said anything before
+            self.flow.add(body, len(encoded.payload), now)
+            await self._streams.publish(self.parts_to, body)
+
+    def end(self) -> str:
+        """Part of `Stream`."""
+        if self.ended_at is None:
+            self.ended_at = asyncio.get_running_loop().time()
+            if self._stop is not None:
+                self._stop.cancel()
+        return f',"parts":"{self.flow.sent}"' + (',"ended":"1"' if self.all_emitted else "")
+
+    def told(self, data: dict[str, Any]) -> None:
+        """Take in what the caller says. Called in the read loop. Raises `CannotDecode`."""
+        progress, stop = read_progress(data)
+        now = asyncio.get_running_loop().time()
+        self.heard_at = now
+        again = list(self.flow.told(progress, now, _LATE + self._streams.rtt_allowance))
+        if again:
+            self._streams.spawn(self._send(again))
+        if stop:
+            self.abandon()
+        elif self.flow.has_room:
+            self._room.set()
+
+    def send_again(self) -> None:
+        """Send all parts again that the caller may not have."""
+        if again := list(self.flow.lost(asyncio.get_running_loop().time())):
+            self._streams.spawn(self._send(again))
+
+    async def _send(self, bodies: Sequence[bytes]) -> None:
+        for body in bodies:
+            await self._streams.publish(self.parts_to, body)
+
+    def abandon(self) -> None:
+        """Nobody reads it any more: stop the handler. Has no effect if it has ended, or is being stopped."""
+        if self.is_abandoned or self.ended_at is not None:
+            return
+        self.is_abandoned = True
+        self._room.set()
+        if self._inbound.token is not None:
+            self._inbound.token.cancel()
+        self._stop = asyncio.get_running_loop().call_later(_STOPPED_WITHIN, self._inbound.cancel)
+
+
+class Streams:
+    """The streams of one worker, by the subjects of their parts."""
+
+    def __init__(
+        self, connection: Connection, serialization: Serialization, answers: Answers, options: Options
+    ) -> None:
+        self._connection = connection
+        self.serialization: Serialization = serialization
+        self.answers: Answers = answers
+        self._idle_timeout = options.stream_idle_timeout
+        self._kept_for = options.keep_replies
+        self._streams: dict[str, StreamOut] = {}
+        self._tasks = BackgroundTasks(logger, "parts of a stream could not be sent again")
+        self._looking: asyncio.TimerHandle | None = None
+        self._connected_since = 0.0
+        connection.add_listener(self)
+
+    @property
+    def rtt_allowance(self) -> float:
+        """Seconds that a round trip may take, as far as that is known."""
+        return self._connection.rtt.allowance
+
+    def connection_lost(self) -> None:
+        """Part of `Listener`."""
+
+    def connection_made(self) -> None:
+        """Part of `Listener`. What was sent on the former connection may be lost."""
+        self._connected_since = asyncio.get_running_loop().time()
+        for stream in self._streams.values():
+            stream.send_again()
+
+    def open(self, inbound: Inbound) -> StreamOut | None:
+        """Let the present handler, which is about to handle ``inbound``, send parts. Raises `CannotDecode`."""
+        body = inbound.body
+        assert body is not None and inbound.call is not None
+        stream = StreamOut(self, inbound, body, body.required("partsto"))
+        self._streams[stream.parts_to] = stream
+        inbound.call.on_abandoned = stream.abandon
+        emits_to.set(stream)
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look)
+        return stream
+
+    def told(self, data: dict[str, Any]) -> None:
+        """Take in how far a caller is. Raises `CannotDecode`."""
+        parts_to = data.get("stream")
+        if not isinstance(parts_to, str):
+            raise CannotDecode("the progress of a stream", "stream must be a text")
+        if (stream := self._streams.get(parts_to)) is not None:
+            stream.told(data)
+
+    async def publish(self, subject: str, body: bytes) -> None:
+        """Send a part. If that is not possible now, its caller asks for it later."""
+        try:
+            await self._connection.publish(subject, body)
+        except NatsrtError as error:
+            logger.debug("a part of a stream is sent later: %s", error)
+
+    def spawn(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Send something in the background."""
+        self._tasks.spawn(sending)
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for stream in list(self._streams.values()):
+            since = max(stream.heard_at, self._connected_since)
+            is_silent = now - since > self._idle_timeout and self._connection.connected and stream.flow.sent > 0
+            if stream.ended_at is not None:
+                if (
+                    stream.flow.is_received
+                    or stream.is_abandoned
+                    or is_silent
+                    or now - stream.ended_at > self._kept_for
+                ):
+                    del self._streams[stream.parts_to]
+            elif is_silent:
+                logger.warning("the caller that streams from %s is silent: its handler is stopped", stream)
+                stream.abandon()
+        self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look) if self._streams else None
+
+    async def stop(self) -> None:
+        """Forget all streams. Harmless if stopped."""
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        self._streams.clear()
+        await self._tasks.cancel()

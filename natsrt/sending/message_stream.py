@@ -1,0 +1,331 @@
+"""The items of streamed calls, at their caller. `natsrt.hosting.streams` sends them.
+
+Rules:
+
+1. Parts are given to the consumer in their order, each once; `PartsReceived` says which are missing. The end of the
+   call is given after them: its result if that was not a part, and its error.
+2. The worker is told how far this is when half of the window was consumed, when parts are missing, and twice a second
+   when nothing comes. So it knows that its caller lives.
+3. A call that ends in another way than by its reply, such as with its worker, ends the stream after the parts that had
+   arrived in order. One that is cancelled ends it at once. Whenever a stream ends without a reply, the worker is told
+   to stop.
+4. What a stream needs while nobody iterates over it does not refer to it. So one that is dropped without being closed
+   is closed when it is collected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Final, Self
+
+from nats.aio.msg import Msg
+
+from natsrt.agents.interventions import Interventions
+from natsrt.background import BackgroundTasks
+from natsrt.errors import CannotDecode, NatsrtError, WorkerLost
+from natsrt.jetstream.registry.registry import Registry
+from natsrt.options import Options
+from natsrt.sending.call_sender import Call, CallSender
+from natsrt.sending.replies import Replies
+from natsrt.transport.bodies import Bodies
+from natsrt.transport.connection import Connection
+from natsrt.transport.inbox import Inbox
+from natsrt.wire import envelope
+from natsrt.wire.envelope import Envelope
+from natsrt.wire.part_flow import PartsReceived, Window
+from natsrt.wire.part_messages import encode_progress, number_of_part, stream_attributes, total_of
+
+logger: logging.Logger = logging.getLogger("natsrt.calls")
+
+_TELL_EVERY: Final = 0.5
+"""Seconds after which the worker is told again how far this is, if nothing came."""
+
+
+class IncomingStreams:
+    """What all streamed calls of one runtime have in common. A connection `Listener`."""
+
+    def __init__(
+        self,
+        *,
+        connection: Connection,
+        inbox: Inbox,
+        registry: Registry,
+        options: Options,
+        calls: CallSender,
+        replies: Replies,
+        bodies: Bodies,
+        interventions: Interventions,
+    ) -> None:
+        self.connection: Connection = connection
+        self.inbox: Inbox = inbox
+        self.registry: Registry = registry
+        self.lost_after: float = options.lost_after
+        self.calls: CallSender = calls
+        self.replies: Replies = replies
+        self.bodies: Bodies = bodies
+        self.interventions: Interventions = interventions
+        self.connected_since: float = 0.0
+        """When the connection was made last, by the event loop's clock."""
+        self._open: set[Receiving] = set()
+        self._tasks = BackgroundTasks(logger, "a message to the worker of a stream could not be sent")
+        connection.add_listener(self)
+
+    def connection_lost(self) -> None:
+        """Part of `Listener`."""
+
+    def connection_made(self) -> None:
+        """Part of `Listener`."""
+        self.connected_since = asyncio.get_running_loop().time()
+        for receiving in self._open:
+            receiving.tell(some_lost=True)
+
+    def begin(self, receiving: Receiving) -> None:
+        """Let the parts of a stream arrive."""
+        self._open.add(receiving)
+        self.inbox.receivers[receiving.parts_to] = receiving.arrived
+
+    def end(self, receiving: Receiving) -> None:
+        """Let no parts of a stream arrive any more. Has no effect if none do."""
+        self._open.discard(receiving)
+        self.inbox.receivers.pop(receiving.parts_to, None)
+
+    def send(self, worker_id: str, body: bytes) -> None:
+        """Send something to a worker, in the background."""
+        sending = self.connection.publish(self.registry.worker_subject(worker_id), body)
+        if isinstance(sending, Coroutine):
+            self._tasks.spawn(sending)
+
+    async def stop(self) -> None:
+        """End all streams. Harmless if stopped."""
+        for receiving in list(self._open):
+            receiving.close()
+        await self._tasks.wait(1.0)
+
+
+class Receiving:
+    """One streamed call that was begun. It refers to no `MessageStream`."""
+
+    def __init__(self, streams: IncomingStreams, call: Call, window: Window) -> None:
+        self._streams = streams
+        self._loop = asyncio.get_running_loop()
+        self.parts_to: str = streams.inbox.new_subject("s")
+        self.parts: PartsReceived[Envelope] = PartsReceived(window)
+        self._recipient = call.recipient
+        self._worker_id: str | None = None
+        self._news: asyncio.Future[None] | None = None
+        """Done when there is something for the consumer; None if nobody waits."""
+        self._answered = False
+        """True if the call has its reply."""
+        self.all_emitted: bool = False
+        """True if the call's result is the last part."""
+        self._heard_at = self._loop.time()
+        self._told_at = -1.0
+        call.more = stream_attributes(self.parts_to, window)
+        call.on_answer = self._on_answer
+        streams.begin(self)
+        self.call: asyncio.Task[Any] = asyncio.ensure_future(_make(streams.calls, call))
+        self.call.add_done_callback(self._on_end)
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(_TELL_EVERY, self._tick)
+
+    # -- what arrives --------------------------------------------------------------------------------------------
+
+    def arrived(self, message: Msg) -> None:
+        """Take in a message on the subject of the parts. Called in the read loop. Raises `CannotDecode`."""
+        body = envelope.decode(message.data)
+        if body is None or body.type != envelope.PART:
+            raise CannotDecode("a part of a stream", f"expected {envelope.PART}", message.data)
+        number = number_of_part(body)
+        self._worker_id = body.required("workerid")
+        self._heard_at = self._loop.time()
+        if self.parts.receive(number, body, len(body.payload)):
+            self._wake()
+        if self.parts.is_news:
+            self.tell()
+
+    def _on_answer(self, answer: Envelope | None) -> None:
+        self._answered = True
+        self._heard_at = self._loop.time()
+        if answer is not None:
+            self._worker_id = answer.text("workerid") or self._worker_id
+            self.all_emitted = answer.text("ended") is not None
+            self.parts.end(total_of(answer))
+        else:
+            self.parts.end(0)
+
+    def _on_end(self, call: asyncio.Task[Any]) -> None:
+        if not call.cancelled():
+            call.exception()  # the consumer may never ask for it
+        if not self._answered:
+            self.tell(stop=True)
+        elif self.parts.misses_some:
+            self.tell()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    # -- for the consumer ----------------------------------------------------------------------------------------
+
+    @property
+    def has_ended(self) -> bool:
+        """True if no more parts will arrive. What has arrived may not be consumed yet."""
+        return self.call.done() and (not self._answered or self.parts.is_complete)
+
+    async def wait(self) -> None:
+        """Wait until there is a part, or the stream has ended. Raises `WorkerLost` if parts were lost for good."""
+        self._news = self._loop.create_future()
+        try:
+            # The call is among what is waited for, so that it can be seen that its caller awaits it.
+            waiting = {self._news} if self.call.done() else {self._news, self.call}
+            await asyncio.wait(waiting, timeout=_TELL_EVERY, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._news = None
+        since = max(self._heard_at, self._streams.connected_since)
+        if (
+            self.call.done()
+            and not self.has_ended
+            and self._streams.connection.connected
+            and self._loop.time() > since + self._streams.lost_after + self._streams.connection.rtt.allowance
+        ):
+            raise WorkerLost(str(self._recipient), self._worker_id, "parts of its reply are lost")
+
+    def take(self) -> Envelope:
+        """The next part. Raises IndexError if there is none."""
+        body = self.parts.take()
+        if self.parts.is_news:
+            self.tell()
+        return body
+
+    # -- what the worker is told ---------------------------------------------------------------------------------
+
+    def tell(self, *, stop: bool = False, some_lost: bool = False) -> None:
+        """Tell the worker how far this is, if it is known which worker that is.
+
+        ``stop``: it is to stop. ``some_lost``: parts that were on their way may be lost.
+        """
+        if self._worker_id is not None:
+            self._told_at = self._loop.time()
+            body = encode_progress(self.parts_to, self.parts.progress(some_lost=some_lost), stop=stop)
+            try:
+                self._streams.send(self._worker_id, body)
+            except NatsrtError as error:
+                logger.debug("the worker of a stream is told later how far it is: %s", error)
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(_TELL_EVERY, self._tick)
+        silent_for = self._loop.time() - max(self._heard_at, self._told_at)
+        if not self.has_ended and (self.parts.misses_some or silent_for >= _TELL_EVERY / 2):
+            self.tell()
+
+    def close(self) -> None:
+        """End the stream: the handler is stopped if it still runs. Has no effect if it is closed."""
+        if self._timer is None:
+            return
+        self._timer.cancel()
+        self._timer = None
+        if not self._answered and not self.call.done():
+            self.tell(stop=True)
+            self.call.cancel()
+        elif self._answered:
+            self.tell()  # the worker need not keep what has arrived
+        self._streams.end(self)
+        self._wake()
+
+
+class MessageStream:
+    """The items of a streamed call, in order: from `NatsAgentRuntime.stream_message`.
+
+    Iterate over it with ``async for``. The call is made when the iteration begins. Use it with ``async with``, or call
+    `aclose`, if the iteration may end early: the handler is stopped then. Without that, a stream that is left by
+    ``break`` is closed when Python collects it, which is at once if nothing else refers to it.
+
+    The iteration ends when the handler has returned, and raises what it raised, after the items that came before it.
+    Only one task may iterate at a time.
+    """
+
+    def __init__(self, streams: IncomingStreams, call: Call, window: Window) -> None:
+        self._streams = streams
+        self._call = call
+        self._window = window
+        self._sent = type(call.message)
+        self._receiving: Receiving | None = None
+        self._done = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._done:
+            raise StopAsyncIteration
+        receiving = self._begin()
+        try:
+            while not receiving.parts.has_next or receiving.call.cancelled():
+                if receiving.has_ended or receiving.call.cancelled():
+                    return await self._last(receiving)
+                await receiving.wait()
+        except (NatsrtError, StopAsyncIteration):
+            self._end()
+            raise
+        item = await self._read(receiving.take())
+        return await self._shown(item)
+
+    def _begin(self) -> Receiving:
+        if self._receiving is None:
+            self._receiving = Receiving(self._streams, self._call, self._window)
+        return self._receiving
+
+    async def _last(self, receiving: Receiving) -> Any:
+        """The result of the call, if it is an item of its own. Raises the error of the call, or StopAsyncIteration."""
+        self._end()
+        result = await receiving.call
+        if receiving.all_emitted:
+            raise StopAsyncIteration
+        return await self._shown(result)
+
+    async def _read(self, body: Envelope) -> Any:
+        if body.reference is not None:
+            await self._streams.replies.load(body, body.reference)
+        return self._streams.replies.message(body, self._sent, self._call.reply_type, self._call.recipient)
+
+    async def _shown(self, item: Any) -> Any:
+        interventions = self._streams.interventions
+        if not interventions.handlers:
+            return item
+        return await interventions.on_response(item, self._call.recipient, self._call.sender)
+
+    def _end(self) -> None:
+        self._done = True
+        if self._receiving is not None:
+            self._receiving.close()
+
+    async def aclose(self) -> None:
+        """End the stream, and stop its handler if that still runs. Has no effect if the stream has ended."""
+        self._end()
+        if self._receiving is not None and not self._receiving.call.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({self._receiving.call})
+
+    async def __aenter__(self) -> Self:
+        if not self._done:
+            self._begin()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        receiving = self._receiving
+        if receiving is not None and not self._done:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                receiving._loop.call_soon_threadsafe(receiving.close)
+
+
+async def _make(calls: CallSender, call: Call) -> Any:
+    return await calls.stream(call)

@@ -1,0 +1,84 @@
+"""The messages of streamed calls beside their parts: what a call asks for, and what its caller tells the worker."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+
+from natsrt.errors import CannotDecode
+from natsrt.wire import envelope
+from natsrt.wire.envelope import Envelope, attribute
+from natsrt.wire.part_flow import Progress, Window
+
+MOST_ITEMS: Final = 65_536
+"""The largest window, in items."""
+MOST_BYTES: Final = 64 * 1024 * 1024
+"""The largest window, in bytes."""
+_WHAT: Final = "the progress of a stream"
+_MOST: Final = 2**53
+"""More parts than any stream has."""
+
+
+def checked_window(items: Any, size: Any) -> Window:
+    """A window of so many items and bytes. Raises ValueError."""
+    for name, value, most in (("window", items, MOST_ITEMS), ("window_bytes", size, MOST_BYTES)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{name} must be a whole number from 1 to {most:,}, not {value!r:.60}")
+    return Window(items, size)
+
+
+def stream_attributes(parts_to: str, window: Window) -> str:
+    """The attributes that a streamed call has beside those of each call, with a leading comma.
+
+    ``parts_to`` is the subject on which its parts arrive.
+    """
+    return f',{attribute("partsto", parts_to)},"window":"{window.items}","windowbytes":"{window.size}"'
+
+
+def read_window(body: Envelope) -> Window:
+    """The window of a streamed call. Raises `CannotDecode`."""
+    return Window(
+        _number_of(body, "window", MOST_ITEMS),
+        _number_of(body, "windowbytes", MOST_BYTES),
+    )
+
+
+def number_of_part(body: Envelope) -> int:
+    """The number of a part. Raises `CannotDecode`."""
+    return _number_of(body, "part", _MOST)
+
+
+def total_of(body: Envelope) -> int:
+    """How many parts a reply says there were; 0 if it says nothing. Raises `CannotDecode`."""
+    return 0 if body.text("parts") in (None, "0") else _number_of(body, "parts", _MOST)
+
+
+def _number_of(body: Envelope, name: str, most: int) -> int:
+    text = body.required(name)
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST)) and int(text) >= 1):
+        raise CannotDecode("an envelope", f"{name} must be a whole number from 1, not {text!r:.40}")
+    return min(int(text), most)
+
+
+def encode_progress(parts_to: str, progress: Progress, *, stop: bool) -> bytes:
+    """The message that tells a worker how far the caller of a stream is. ``stop``: it wants no more parts."""
+    data = {"stream": parts_to, "consumed": progress.consumed, "have": progress.have}
+    more: dict[str, Any] = {"missing": list(progress.missing) if progress.missing else None, "stop": stop}
+    return envelope.encode(envelope.MORE, '"id":"more","source":"/"', orjson.dumps(data | more))
+
+
+def read_progress(data: dict[str, Any]) -> tuple[Progress, bool]:
+    """How far the caller of a stream is, and whether it wants no more parts. Raises `CannotDecode`."""
+    missing = data.get("missing")
+    if missing is not None and not (isinstance(missing, list) and len(missing) == 2):
+        raise CannotDecode(_WHAT, "missing must be null, or the first and the last number of a gap")
+    numbers = [_whole(data.get("consumed"), "consumed"), _whole(data.get("have"), "have")]
+    gap = None if missing is None else (_whole(missing[0], "missing"), _whole(missing[1], "missing"))
+    return Progress(numbers[0], numbers[1], gap), data.get("stop") is True
+
+
+def _whole(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise CannotDecode(_WHAT, f"{name} must be a whole number")
+    return value

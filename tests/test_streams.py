@@ -1,0 +1,500 @@
+"""Streamed calls: items in order, each once, with flow control, over everything that can go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from autogen_core import (
+    AgentId,
+    CancellationToken,
+    DefaultInterventionHandler,
+    MessageContext,
+    RoutedAgent,
+    SingleThreadedAgentRuntime,
+)
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+import natsrt
+from benchmarks.chaos.proxy import Proxy
+from natsrt import MessageStream, NatsAgentRuntime
+from natsrt.embedded import EmbeddedServer
+from natsrt.sending.call_sender import Call
+from tests.programs import stream_worker
+from tests.programs.stream_worker import Count, Item, Streams, Sum
+from tests.support.processes import Processes, eventually
+
+PROGRAM = Path(stream_worker.__file__)
+AGENT = AgentId("streams", "k")
+LONG = 20.0
+Make = Callable[..., Any]
+KEYED = pytest.mark.parametrize("keyed", [None, True], ids=["plain", "keyed"])
+
+
+@pytest.fixture
+async def make(server: EmbeddedServer, namespace: str) -> AsyncIterator[Make]:
+    """Starts runtimes. ``ended``: workers of the type ``streams``, which note there how their handlers ended."""
+    async with AsyncExitStack() as stack:
+
+        async def runtime(
+            ended: list[str] | None = None,
+            *,
+            url: str = server.url,
+            keyed: bool | None = None,
+            agents: list[Streams] | None = None,
+            **settings: Any,
+        ) -> NatsAgentRuntime:
+            made = NatsAgentRuntime(url, namespace=namespace, **settings)
+
+            def agent() -> Streams:
+                new = Streams(ended)
+                if agents is not None:
+                    agents.append(new)
+                return new
+
+            if ended is not None:
+                await made.register_factory("streams", agent, expected_class=Streams, keyed=keyed)
+            return await stack.enter_async_context(made)
+
+        yield runtime
+
+
+def items(to: int, size: int = 0) -> list[Any]:
+    return [Item(number, "x" * size) for number in range(1, to + 1)]
+
+
+async def all_of(stream: MessageStream) -> list[Any]:
+    return [item async for item in stream]
+
+
+def nothing_is_open(*runtimes: NatsAgentRuntime) -> bool:
+    return not any(
+        runtime.running.outgoing.streams._open or runtime.running.incoming.streams._streams for runtime in runtimes
+    )
+
+
+# -- items -----------------------------------------------------------------------------------------------------------
+
+
+@KEYED
+async def test_items_come_in_order_and_then_the_stream_ends(make: Make, keyed: bool | None) -> None:
+    ended: list[str] = []
+    worker, caller = await make(ended, keyed=keyed), await make()
+    stream = caller.stream_message(Count(1000, 10), AGENT)
+    assert await all_of(stream) == [*items(1000, 10), Sum(1)]
+    assert await all_of(stream) == []  # it has ended
+    assert ended == [""]
+    await eventually(lambda: nothing_is_open(worker, caller))
+
+
+async def test_what_an_ordinary_handler_returns_is_the_last_item(make: Make) -> None:
+    ended: list[str] = []
+    await make(ended)
+    caller = await make()
+    assert await all_of(caller.stream_message("a", AGENT)) == [Item(1, "a"), Item(2, "a"), Item(3, "a"), "last"]
+    assert await caller.send_message("a", AGENT) == "last"
+    assert ended == ["True"] * 3 + ["False"] * 3
+
+
+async def test_a_plain_call_gets_the_last_item_of_a_streaming_handler(make: Make) -> None:
+    await make([])
+    caller = await make()
+    assert await caller.send_message(Count(3), AGENT) == Sum(1)
+    assert await caller.send_message(Count(3, what="nothing"), AGENT) == Item(3)
+    assert await caller.send_message(Count(0, what="nothing"), AGENT) is None
+    assert await all_of(caller.stream_message(Count(0, what="nothing"), AGENT)) == []
+
+
+async def test_a_streaming_handler_works_in_the_runtime_of_autogen() -> None:
+    class Counts(RoutedAgent):
+        @natsrt.streaming
+        async def count(self, message: Count, ctx: MessageContext) -> AsyncGenerator[Item | Sum, None]:
+            yield Item(1)
+            yield Sum(1)
+
+    runtime = SingleThreadedAgentRuntime()
+    await Counts.register(runtime, "streams", lambda: Counts("counts"))
+    runtime.start()
+    assert await runtime.send_message(Count(3), AGENT) == Sum(1)
+    assert not await natsrt.emit(Item(1))
+    await runtime.stop_when_idle()
+
+
+@KEYED
+async def test_an_error_comes_after_the_items_before_it(make: Make, keyed: bool | None) -> None:
+    await make([], keyed=keyed)
+    caller = await make()
+    received = []
+    with pytest.raises(natsrt.RemoteAgentError, match="Odd: after the items"):
+        async for item in caller.stream_message(Count(500, what="fail"), AGENT):
+            received.append(item)
+    assert received == items(500)
+
+
+async def test_errors_of_calls_are_those_of_streams(make: Make) -> None:
+    await make([])
+    caller = await make(no_responders_retry=0.2)
+    with pytest.raises(natsrt.UnknownAgentType):
+        await all_of(caller.stream_message(Count(1), AgentId("nobody", "k")))
+    with pytest.raises(natsrt.CannotSerialize):
+        await all_of(caller.stream_message(object(), AGENT))
+    with pytest.raises(natsrt.UnhandledMessage):
+        await all_of(caller.stream_message(Sum(1), AGENT))
+
+
+@pytest.mark.parametrize("size", [400_000, 3_000_000])
+async def test_items_of_any_size_arrive_in_order(make: Make, size: int) -> None:
+    await make([])
+    caller = await make()
+    assert await all_of(caller.stream_message(Count(5, size), AGENT)) == [*items(5, size), Sum(1)]
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"window": 1.5}, {"window_bytes": True}, {"window": 65_537}])
+async def test_wrong_windows_are_refused(make: Make, wrong: dict[str, Any]) -> None:
+    caller = await make()
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        caller.stream_message(Count(1), AGENT, **wrong)
+    with pytest.raises(ValueError, match="recipient"):
+        caller.stream_message(Count(1), "streams/k")
+
+
+def test_only_generators_can_stream() -> None:
+    with pytest.raises(TypeError, match="AsyncGenerator"):
+
+        class Wrong(RoutedAgent):
+            @natsrt.streaming
+            async def on_text(self, message: str, ctx: MessageContext) -> str:
+                return ""
+
+
+async def test_a_thousand_streams_at_once(make: Make) -> None:
+    worker, caller = await make([]), await make()
+    streams = [caller.stream_message(Count(20), AgentId("streams", str(n % 50)), window=4) for n in range(1000)]
+    for received in await asyncio.gather(*map(all_of, streams)):
+        assert received[:-1] == items(20)
+    await eventually(lambda: nothing_is_open(worker, caller))
+
+
+# -- flow control ----------------------------------------------------------------------------------------------------
+
+
+@KEYED
+async def test_a_handler_is_at_most_a_window_ahead(make: Make, keyed: bool | None) -> None:
+    agents: list[Streams] = []
+    await make([], keyed=keyed, agents=agents)
+    caller = await make()
+    for window, size, ahead in (({"window": 10}, 0, 10), ({"window_bytes": 1000}, 400, 3)):
+        async with caller.stream_message(Count(200, size), AGENT, **window) as stream:
+            for taken in range(1, 101):
+                await anext(stream)
+                assert agents[0].sent <= taken + ahead + 1  # one is produced, and waits
+            await eventually(lambda: agents[0].sent >= 100)
+            assert agents[0].sent <= 101 + ahead
+
+
+async def test_a_slow_consumer_loses_nothing(make: Make) -> None:
+    await make([])
+    caller = await make()
+    received = []
+    async for item in caller.stream_message(Count(40, 1000), AGENT, window=4):
+        await asyncio.sleep(0.03)
+        received.append(item)
+    assert received[:-1] == items(40, 1000)
+
+
+# -- the end of the consumer -----------------------------------------------------------------------------------------
+
+
+async def leave_block(stream: MessageStream) -> None:
+    async with stream:
+        async for item in stream:
+            if item.number == 5:
+                break
+
+
+async def leave_loop(stream: MessageStream) -> None:
+    async for item in stream:
+        if item.number == 5:
+            break
+
+
+async def close(stream: MessageStream) -> None:
+    await anext(stream)
+    await stream.aclose()
+    await stream.aclose()
+
+
+async def raise_in_block(stream: MessageStream) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with stream:
+            async for _ in stream:
+                raise ZeroDivisionError
+
+
+async def close_unstarted(stream: MessageStream) -> None:
+    async with stream:
+        pass
+
+
+async def cancelled_consumer(stream: MessageStream) -> None:
+    async def consume() -> None:
+        async with stream:
+            async for _ in stream:
+                pass
+
+    task = asyncio.ensure_future(consume())
+    await asyncio.sleep(0.2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@KEYED
+@pytest.mark.parametrize("leave", [leave_block, leave_loop, close, raise_in_block, close_unstarted, cancelled_consumer])
+@pytest.mark.parametrize("count", [Count(1_000_000), Count(5, what="hang")], ids=["busy", "hanging"])
+async def test_the_handler_is_stopped_when_its_items_are_not_wanted(
+    make: Make, keyed: bool | None, leave: Callable[[MessageStream], Any], count: Count
+) -> None:
+    ended: list[str] = []
+    worker, caller = await make(ended, keyed=keyed), await make()
+    stream = caller.stream_message(count, AGENT)
+    await leave(stream)
+    del stream
+    gc.collect()
+    if leave is close_unstarted and not ended:  # perhaps it never began
+        await asyncio.sleep(0.5)
+    await eventually(lambda: worker.running.dispatch.running == 0, timeout=3.0)
+    assert ended in ([], ["GeneratorExit"], ["CancelledError"])
+    await eventually(lambda: nothing_is_open(worker, caller))
+    assert (await caller.send_message(Count(1), AGENT)).total > 0  # the agent is free
+
+
+@KEYED
+async def test_a_token_ends_the_stream_and_its_handler(make: Make, keyed: bool | None) -> None:
+    ended: list[str] = []
+    worker, caller = await make(ended, keyed=keyed), await make()
+    token = CancellationToken()
+    received = []
+    with pytest.raises(asyncio.CancelledError):
+        async for item in caller.stream_message(Count(1_000_000), AGENT, cancellation_token=token):
+            received.append(item)
+            if item.number == 300:
+                token.cancel()
+    assert received == items(len(received)) and 300 <= len(received) < 1000
+    await eventually(lambda: worker.running.dispatch.running == 0 and nothing_is_open(worker, caller))
+    assert ended == ["GeneratorExit"]
+
+
+@pytest.mark.slow  # a caller is killed, and the worker must notice its silence
+@pytest.mark.parametrize("count", [Count(1_000_000), Count(5, what="hang")], ids=["busy", "hanging"])
+async def test_a_caller_that_vanishes_ends_the_handler(
+    server: EmbeddedServer, namespace: str, make: Make, processes: Processes, count: Count
+) -> None:
+    ended: list[str] = []
+    worker = await make(ended, stream_idle_timeout=1.0)
+    caller = processes.python(
+        f"""
+import asyncio
+from natsrt import NatsAgentRuntime
+from autogen_core import AgentId
+from tests.programs.stream_worker import Count
+async def main():
+    async with NatsAgentRuntime({server.url!r}, namespace={namespace!r}) as runtime:
+        async for item in runtime.stream_message({count!r}, AgentId("streams", "k")):
+            print(item, flush=True)
+            await asyncio.sleep(0.01)
+asyncio.run(main())
+""",
+        name="caller",
+    )
+    await caller.wait_for_line("number=5", LONG)
+    await asyncio.sleep(1.5)
+    assert worker.running.dispatch.running == 1  # it is slow, and lives
+    caller.kill()
+    await eventually(lambda: worker.running.dispatch.running == 0, timeout=LONG)
+    assert ended in (["GeneratorExit"], ["CancelledError"])
+
+
+# -- the end of the worker -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # a worker is killed
+@pytest.mark.parametrize("keyed", ["", "keyed"])
+async def test_what_had_arrived_comes_before_the_loss_of_the_worker(
+    server: EmbeddedServer, namespace: str, make: Make, processes: Processes, keyed: str
+) -> None:
+    worker = processes.python(PROGRAM, server.url, namespace, "w", keyed)
+    await worker.wait_for_line("ready", LONG)
+    caller = await make()
+    received = []
+    with pytest.raises(natsrt.WorkerLost):
+        async for item in caller.stream_message(Count(1_000_000), AGENT):
+            received.append(item)
+            if item.number == 1000:
+                worker.kill()
+    assert received == items(len(received)) and len(received) >= 1000
+
+
+@pytest.mark.slow  # a worker stops in mid-stream
+@pytest.mark.parametrize("keyed", ["", "keyed"])
+async def test_a_worker_that_is_asked_to_stop_finishes_its_streams(
+    server: EmbeddedServer, namespace: str, make: Make, processes: Processes, keyed: str
+) -> None:
+    worker = processes.python(PROGRAM, server.url, namespace, "w", keyed)
+    await worker.wait_for_line("ready", LONG)
+    caller = await make()
+    received = []
+    async for item in caller.stream_message(Count(100, 100, 0.02), AGENT):
+        received.append(item)
+        if item == Item(10, "x" * 100):
+            worker.terminate()
+    assert received == [*items(100, 100), Sum(1)]
+    assert await worker.wait() == 0
+
+
+@KEYED
+async def test_a_caller_that_stops_ends_its_streams(make: Make, keyed: bool | None) -> None:
+    ended: list[str] = []
+    worker, caller = await make(ended, keyed=keyed), await make()
+    stream = caller.stream_message(Count(1_000_000), AGENT)
+    await anext(stream)
+    await caller.close()
+    with pytest.raises((natsrt.WorkerLost, asyncio.CancelledError)):
+        await all_of(stream)
+    await eventually(lambda: worker.running.dispatch.running == 0)
+
+
+# -- connections that are lost ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # connections are cut again and again
+@pytest.mark.parametrize("seed", range(6))
+async def test_over_links_that_are_cut_every_stream_is_complete_and_in_order(
+    server: EmbeddedServer, make: Make, seed: int
+) -> None:
+    choose = random.Random(seed)
+    settings = {"reconnect_wait": 0.05}
+    async with Proxy(server.url) as near, Proxy(server.url) as far:
+        worker = await make([], url=far.url, keyed=seed % 2 == 1 or None, **settings)
+        caller = await make(url=near.url, **settings)
+        await caller.send_message(Count(0), AGENT)
+        streaming = True
+
+        async def cut() -> None:
+            while streaming:
+                await asyncio.sleep(choose.uniform(0.05, 0.4))
+                for proxy in choose.sample([near, far], choose.choice([1, 1, 2])):
+                    proxy.cut()
+                    await proxy.restore()
+
+        cutting = asyncio.ensure_future(cut())
+        try:
+            for number in range(5):
+                window = choose.choice([2, 10, 256])
+                agent = AgentId("streams", f"k{number}")
+                count = Count(300 if window == 2 else 2000, choose.choice([0, 2000]), choose.choice([0.0, 0.001]))
+                async with asyncio.timeout(60):
+                    received = await all_of(caller.stream_message(count, agent, window=window))
+                assert received == [*items(count.to, count.size), Sum(1)], f"stream {number}"
+        finally:
+            streaming = False
+            await cutting
+            for runtime in (caller, worker):  # before their links end
+                await runtime.close()
+
+
+@pytest.mark.slow  # a server restarts
+async def test_a_stream_goes_on_after_a_restart_of_the_server(own_server: EmbeddedServer, make: Make) -> None:
+    await make([], url=own_server.url)
+    caller = await make(url=own_server.url)
+    received = []
+    async for item in caller.stream_message(Count(300, 100, 0.005), AGENT):
+        received.append(item)
+        if item == Item(100, "x" * 100):
+            await own_server.restart(kill=True)
+    assert received == [*items(300, 100), Sum(1)]
+
+
+# -- keyed agents ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_holds_the_turn_of_a_keyed_agent_and_its_state_is_stored(make: Make) -> None:
+    first, second = await make([], keyed=True), await make([], keyed=True)
+    caller = await make()
+    async with caller.stream_message(Count(5, what=""), AGENT, window=1) as stream:
+        await anext(stream)
+        other = asyncio.ensure_future(caller.send_message(Count(0), AGENT))
+        await asyncio.sleep(0.3)
+        assert not other.done()
+        await all_of(stream)
+    assert await other == Sum(2)
+    for worker in (first, second):
+        if worker.running.ownership.owns_some:
+            await worker.stop()
+    assert await all_of(caller.stream_message(Count(1), AGENT)) == [Item(1), Sum(3)]
+
+
+# -- beside the stream -----------------------------------------------------------------------------------------------
+
+
+async def test_interventions_see_the_message_once_and_each_item(make: Make) -> None:
+    seen: list[Any] = []
+
+    class Watch(DefaultInterventionHandler):
+        async def on_send(self, message: Any, *, message_context: MessageContext, recipient: AgentId) -> Any:
+            seen.append(message)
+            return Count(3)
+
+        async def on_response(self, message: Any, *, sender: AgentId, recipient: AgentId | None) -> Any:
+            seen.append(message)
+            return message
+
+    await make([])
+    caller = await make(intervention_handlers=[Watch()])
+    received = await all_of(caller.stream_message(Count(99), AGENT))
+    assert received == [*items(3), Sum(1)] and seen == [Count(99), *received]
+
+
+async def test_one_span_is_the_whole_stream_and_never_current_between_items(make: Make) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    await make([], tracer_provider=provider)
+    caller = await make(tracer_provider=provider)
+    with provider.get_tracer("test").start_as_current_span("outer") as outer:
+        async for _ in caller.stream_message(Count(3), AGENT):
+            with provider.get_tracer("test").start_as_current_span("consumer") as inner:
+                assert inner.parent == outer.get_span_context()  # type: ignore[attr-defined]
+    names = [span.name.split()[0] for span in exporter.get_finished_spans()]
+    assert names.count("send") == 1 and names.count("process") == 1
+
+
+async def test_parts_are_not_published_where_replies_are_not(namespace: str, make: Make) -> None:
+    await make([])
+    caller = await make()
+    for parts_to in (f"{namespace}.topic.x", "$JS.API.x", "a b", "x.*", ""):
+        call = Call(Count(1), AGENT, None, None, None, None)
+        call.more = f',"partsto":"{parts_to}","window":"1","windowbytes":"1"'
+        with pytest.raises(natsrt.CannotDecode, match="partsto"):
+            await caller.running.outgoing.calls.stream(call)
+
+
+async def test_parts_of_calls_that_are_forwarded_go_to_the_caller(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make([], keyed=True)
+    await make([], keyed=True)
+    caller = await make()
+    monkeypatch.setattr(caller.running.outgoing.calls._owners, "owner_of", lambda agent: None)
+    for number in range(8):
+        agent = AgentId("streams", str(number))
+        for turn in (1, 2, 3):
+            assert await all_of(caller.stream_message(Count(300), agent)) == [*items(300), Sum(turn)]
+        async with caller.stream_message(Count(1_000_000), agent) as stream:
+            await anext(stream)
+        assert (await caller.send_message(Count(1), agent)).total > 0
