@@ -299,7 +299,7 @@ async def test_a_caller_that_vanishes_ends_the_handler(
     server: EmbeddedServer, namespace: str, make: Make, processes: Processes, count: Count
 ) -> None:
     ended: list[str] = []
-    worker = await make(ended, stream_idle_timeout=1.0)
+    worker = await make(ended, stream_idle_timeout=3.0)
     caller = processes.python(
         f"""
 import asyncio
@@ -316,7 +316,7 @@ asyncio.run(main())
         name="caller",
     )
     await caller.wait_for_line("number=5", LONG)
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(4.0)
     assert worker.running.dispatch.running == 1  # it is slow, and lives
     caller.kill()
     await eventually(lambda: worker.running.dispatch.running == 0, timeout=LONG)

@@ -43,6 +43,9 @@ logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _TELL_EVERY: Final = 0.5
 """Seconds after which the worker is told again how far this is, if nothing came."""
+_ASKED: Final = 3
+"""How many times ``lost_after`` the worker is asked for parts that are missing when the call has ended. Links that are
+cut again and again take their time."""
 
 
 class IncomingStreams:
@@ -190,7 +193,7 @@ class Receiving:
             self.call.done()
             and not self.has_ended
             and self._streams.connection.connected
-            and self._loop.time() > since + self._streams.lost_after + self._streams.connection.rtt.allowance
+            and self._loop.time() > since + _ASKED * self._streams.lost_after + self._streams.connection.rtt.allowance
         ):
             raise WorkerLost(str(self._recipient), self._worker_id, "parts of its reply are lost")
 
