@@ -661,9 +661,10 @@ class CannotDecode(NatsrtError, ValueError):
 class MessageTooLarge(NatsrtError, ValueError):
     """A message is larger than can be sent, and nothing of it was sent.
 
-    ``size`` is in bytes, of the encoded message with its headers, or of its payload alone. ``max_payload`` is the limit
-    in bytes: the server's ``max_payload``, or the setting ``max_blob_size``. ``reason`` says what the limit is, and why
-    the payload is not sent by reference; None: the limit is the server's, for a message that is never sent otherwise.
+    ``size`` is in bytes, of the encoded message with its headers, of its payload alone, or of its headers alone.
+    ``max_payload`` is the limit in bytes: the server's ``max_payload``, the setting ``max_blob_size``, or what a stream
+    accepts as headers. ``reason`` says what the limit is, and why the payload is not sent by reference; None: the limit
+    is the server's, for a message that is never sent otherwise.
     """
 
     code = 413

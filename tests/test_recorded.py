@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,19 @@ async def test_a_recorder_that_cannot_store_fast_enough_says_what_it_left_out(sc
     missed = sum(entry.missed for entry in entries)
     assert len(entries) + missed == 202
     assert f"{missed:,} left out" in summary
+
+
+async def test_what_has_too_many_headers_for_a_stream_is_left_out(scene: Scene) -> None:
+    recorder = await scene.record()
+    client = await scene.stack.enter_async_context(await nats.connect(scene.server.url))
+    for size in (70_000, 10):
+        await client.publish(f"{scene.namespace}.topic.news.shop", b"{}", headers={"Own": "x" * size})
+    await client.flush()
+    reader = await scene.runtime()
+
+    [entry] = await eventually(partial(scene.entries, reader), 20.0)
+    assert "1 left out" in await scene.end(recorder)
+    assert entry.headers["Own"] == "x" * 10
 
 
 async def test_names_and_streams_that_cannot_be_recorded_into_are_refused(scene: Scene) -> None:

@@ -15,7 +15,7 @@ from natsrt.options import Options
 from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
-from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Failure, describe, passed_on
+from natsrt.wire.failures import CUTS, ErrorTypes, Failure, describe, passed_on
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.serializers import JSON
 from natsrt.wire.subjects import encode_text
@@ -151,10 +151,10 @@ class Answers:
         """
         plain, call_id = body is None, _id_of(body)
         too_large: MessageTooLarge | None = None
-        for limits in (FULL, SHORT, SHORTEST):
+        for limits in CUTS:
             failure = describe(
                 error,
-                with_traceback=self._with_tracebacks and limits is not SHORTEST,
+                with_traceback=self._with_tracebacks,
                 refused=refused,
                 types=self._error_types,
                 limits=limits,

@@ -19,6 +19,7 @@ from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.streams import BLOBS, MAKE_BLOBS_AGAIN, blobs_stream, ensure_stream, require_settings
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
+from natsrt.transport.headers import headers_size
 from natsrt.wire.references import is_number
 from natsrt.wire.subjects import Subjects
 from natsrt.wire.times import seconds_of
@@ -88,7 +89,7 @@ class BlobStream:
             await self._acks.subscribe()
         lives = _NEVER if ttl == math.inf else f"{max(1, round(ttl))}s"
         headers = {TTL: lives, _EXPECTED_STREAM: self._name}
-        self._connection.check_size(data, headers)
+        self._connection.check_stored(len(data), headers_size(headers))
         await self._acks.publish(self._subjects.blob(blob_id, str(chunk)), data, headers)
 
     async def read(self, blob_id: str, chunk: int) -> bytes | None:

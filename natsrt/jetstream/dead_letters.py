@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,7 +31,7 @@ from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import MESSAGE_ID_HEADER
 from natsrt.wire.exception_parts import carried
-from natsrt.wire.failures import FULL, SHORT, SHORTEST, ErrorTypes, Limits, describe
+from natsrt.wire.failures import CUTS, ErrorTypes, Limits, describe
 from natsrt.wire.subjects import Subjects, encode_text
 from natsrt.wire.times import rfc3339, utc
 
@@ -91,18 +92,22 @@ class Unhandled:
     attempts: int
     failed_at: float
 
-    def headers(self, types: ErrorTypes, limits: Limits, *, with_traceback: bool) -> dict[str, str]:
-        """Return its headers. ``limits`` says what is cut of the error."""
-        delivery = self.delivery
-        failure = describe(self.error, with_traceback=with_traceback, types=types, limits=limits)
+    @property
+    def own_headers(self) -> dict[str, str]:
+        """The headers that it has of the event, with its message id. They may have any size."""
         kept = {
             name: value
-            for name, value in (delivery.message.headers or {}).items()
+            for name, value in (self.delivery.message.headers or {}).items()
             if not name.lower().startswith(NOT_KEPT)
         }
-        return kept | {
+        return kept | {MESSAGE_ID_HEADER: self.message_id}
+
+    def headers(self, types: ErrorTypes, limits: Limits, *, with_traceback: bool) -> dict[str, str]:
+        """Return its other headers. ``limits`` says what is cut of the error."""
+        delivery = self.delivery
+        failure = describe(self.error, with_traceback=with_traceback, types=types, limits=limits)
+        return {
             SUBJECT_HEADER: self.subject,
-            MESSAGE_ID_HEADER: self.message_id,
             AGENT_TYPE_HEADER: encode_text(self.agent_type),
             REASON_HEADER: one_line(self.reason),
             # Only ASCII, because not every client reads other characters in headers.
@@ -158,7 +163,7 @@ class DeadLetters:
             except WrongRevision:
                 pass
             present = await self._present(subject)
-            if present.headers is None or all(present.headers.get(name) == headers[name] for name in _SAME):
+            if present.headers is None or all(present.headers.get(name) == headers.get(name) for name in _SAME):
                 return False
             # It is that of another event: the stream of events was made anew, and counts its messages from 1 again.
             follows = int(present.headers[_SEQUENCE])
@@ -190,19 +195,27 @@ class DeadLetters:
             raise StreamUnavailable("read", self._stream, str(error) or SILENT) from error
 
     def _fitting(self, letter: Unhandled) -> tuple[bytes, dict[str, str]]:
-        """The data and the headers of a dead letter, so that the server accepts them."""
-        data = letter.delivery.message.data
-        for limits in (FULL, SHORT, SHORTEST):
-            with_traceback = self._with_tracebacks and limits is not SHORTEST
-            headers = letter.headers(self._error_types, limits, with_traceback=with_traceback)
+        """The data and the headers of a dead letter, so that its stream accepts them. Raises `MessageTooLarge`."""
+        for data, headers in self._forms(letter):
             try:
                 self._writer.check_size(self._stream, data, headers)
                 return data, headers
-            except MessageTooLarge:
-                pass
-        headers[OMITTED_HEADER] = str(len(data))
-        self._writer.check_size(self._stream, b"", headers)
-        return b"", headers
+            except MessageTooLarge as error:
+                too_large = error
+        raise too_large
+
+    def _forms(self, letter: Unhandled) -> Iterator[tuple[bytes, dict[str, str]]]:
+        """The data and the headers of a dead letter, each time with less: of the error, then without the data, and
+        without the event's own headers."""
+        data, own = letter.delivery.message.data, letter.own_headers
+        headers: dict[str, str] = {}
+        for limits in CUTS:
+            headers = letter.headers(self._error_types, limits, with_traceback=self._with_tracebacks)
+            yield data, own | headers
+        omitted = {OMITTED_HEADER: str(len(data))}
+        yield b"", own | headers | omitted
+        yield data, headers
+        yield b"", headers | omitted
 
 
 def published_on(message: Msg, again: str) -> str:

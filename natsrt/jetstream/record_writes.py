@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from nats.js import api
 
-from natsrt.errors import CannotDecode, MessageTooLarge, StateUnavailable
+from natsrt.errors import CannotDecode, StateUnavailable
 from natsrt.jetstream.acks import WrongRevision
 from natsrt.jetstream.agent_bucket import ANSWER_WITHIN, RETRY_FOR, AgentBucket
 from natsrt.jetstream.buckets import MARKER, is_gone
@@ -126,9 +126,7 @@ class RecordWrites:
         ``headers`` too. Raises `Refused` if the record is at another revision that this worker did not store, and
         `MessageTooLarge`.
         """
-        size = HEADER_OVERHEAD + OTHER_HEADER_BYTES + len(headers[RECORD]) + len(body)
-        if size > self._connection.max_payload:
-            raise MessageTooLarge(size, self._connection.max_payload)
+        self._connection.check_stored(len(body), HEADER_OVERHEAD + OTHER_HEADER_BYTES + len(headers[RECORD]))
         try:
             revision = await self._put_after(key, write, base, headers, body, missing)
         except Refused:

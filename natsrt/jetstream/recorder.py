@@ -28,7 +28,14 @@ from nats.aio.msg import Msg
 from nats.js import api
 
 from natsrt.background import BackgroundTasks
-from natsrt.errors import CannotDecode, ConfigurationError, JetStreamRequired, NatsrtError, StreamUnavailable
+from natsrt.errors import (
+    CannotDecode,
+    ConfigurationError,
+    JetStreamRequired,
+    MessageTooLarge,
+    NatsrtError,
+    StreamUnavailable,
+)
 from natsrt.jetstream.acks import Acks
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.limits import explained, limit_reached
@@ -357,7 +364,9 @@ class Recorder:
     async def _store(self, record: Record) -> str:
         """Store one record. Returns what is wrong; empty if it is stored, or never can be."""
         headers = {RECORD_HEADER: record.header(), _MSG_ID: record.store_id, _EXPECTED_STREAM: self._stream}
-        if headers_size(headers) + len(record.data) > self._storing.client.max_payload:
+        try:
+            self._storing.check_stored(len(record.data), headers_size(headers))
+        except MessageTooLarge:
             self._miss("a message is too large to be stored with what a record adds: it is left out")
             return ""
         subject = self._domain.publish(self._passing.subject_of(record, self._tree))

@@ -19,6 +19,7 @@ from natsrt.jetstream.acks import Acks
 from natsrt.jetstream.limits import explained, limit_reached
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Refusal
+from natsrt.transport.headers import headers_size
 
 EXPECTED_LAST: Final = api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value
 EXPECTED_STREAM: Final = api.Header.EXPECTED_STREAM.value
@@ -57,9 +58,9 @@ class WritesOnce:
         await self._acks.close()
 
     def check_size(self, stream: str, data: bytes, headers: dict[str, str]) -> None:
-        """Raise `MessageTooLarge` if the server does not accept a message of this size."""
+        """Raise `MessageTooLarge` if the stream does not accept a message of this size."""
         longest = {EXPECTED_STREAM: stream, EXPECTED_LAST: str(2**64 - 1)}
-        self._connection.check_size(data, headers | longest)
+        self._connection.check_stored(len(data), headers_size(headers | longest))
 
     async def write(self, stream: str, subject: str, data: bytes, headers: dict[str, str], *, follows: int = 0) -> None:
         """Write a message that follows the one with the sequence ``follows`` on its subject; 0: it is the first one.

@@ -254,7 +254,7 @@ class DurablePublisher:
         now = asyncio.get_running_loop().time()
         event = _Event(self, subject, topic, stream, body, headers, now if begun is None else begun)
         try:
-            self._connection.check_length(event.size)
+            self._connection.check_stored(len(body), len(event.head))
             self._acks.check()
             if self._acks.open and self._has_room(event):
                 self._begin(event, now)

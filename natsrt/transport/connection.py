@@ -38,7 +38,7 @@ from natsrt.errors import CannotDecode, MessageTooLarge, PermissionDenied, Serve
 from natsrt.options import Options
 from natsrt.transport.client import NatsClient, Ordered, Sink, retrieve
 from natsrt.transport.connector import Connector, abandon, close_quietly
-from natsrt.transport.headers import headers_size
+from natsrt.transport.headers import MAX_STORED_HEADERS, headers_size
 from natsrt.transport.interests import Interest, Interests, Refusal, ServerLog
 from natsrt.transport.keeping_client import KeepingClient
 from natsrt.transport.refusals import ServerError
@@ -554,6 +554,20 @@ class Connection:
         """Raise `MessageTooLarge` if the server would close the connection for a message of ``size`` bytes."""
         if size > self.max_payload:
             raise MessageTooLarge(size, self.max_payload)
+
+    def check_stored(self, body: int, headers: int) -> None:
+        """Raise `MessageTooLarge` if no stream would store a message of so many bytes, with a header block of so many.
+
+        Everything that goes to a stream is checked by this before it is sent.
+        """
+        self.check_length(body + headers)
+        if headers > MAX_STORED_HEADERS:
+            raise MessageTooLarge(
+                headers,
+                MAX_STORED_HEADERS,
+                f"without its body, but a stream accepts at most {MAX_STORED_HEADERS:,} bytes of headers: choose a "
+                "shorter message id, key or topic",
+            )
 
     def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None

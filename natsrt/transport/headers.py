@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 
 def header_block(headers: Mapping[str, str]) -> bytes:
@@ -18,3 +19,8 @@ HEADER_OVERHEAD: int = len(header_block({}))
 def headers_size(headers: Mapping[str, str]) -> int:
     """Bytes of a header block, which the server counts towards ``max_payload``."""
     return len(header_block(headers))
+
+
+MAX_STORED_HEADERS: Final = 65_535
+"""The longest header block of a message in a stream, in bytes. JetStream writes the length as 16 bits, and refuses a
+longer one. A message of core NATS has no such limit."""

@@ -263,9 +263,13 @@ class Limits:
 
 
 FULL: Final = Limits(text=16_384, value=1_048_576, values=1000, exceptions=100)
+MEDIUM: Final = Limits(text=8000, value=2000, values=50, exceptions=10)
 SHORT: Final = Limits(text=1000, value=1000, values=20, exceptions=10)
-SHORTEST: Final = Limits(text=200, value=100, values=5, exceptions=1)
-"""For servers with a very low ``max_payload``."""
+SHORTEST: Final = Limits(text=200, value=100, values=3, exceptions=1)
+"""Without the traceback. As JSON in ASCII, an exception then takes less than the headers of a stored message may, and
+fits where ``max_payload`` is very low."""
+CUTS: Final = (FULL, MEDIUM, SHORT, SHORTEST)
+"""Each cuts more than the one before: the first one with which a message can be sent is used."""
 
 _STANDARD: Final = ErrorTypes()
 
@@ -288,7 +292,7 @@ def describe(
     text = data["message"]
     code = BUSY if refused else read(lambda: _code(exception), 500)
     data["code"] = code
-    if with_traceback and (trace := _traceback(exception)):
+    if with_traceback and limits is not SHORTEST and (trace := _traceback(exception)):
         data["traceback"] = carried(trace)[-limits.text :]
     return Failure(orjson.dumps(data), code, text)
 
@@ -305,7 +309,7 @@ class _Writer:
         """An exception with what belongs to it, as JSON. Never raises."""
         limits = self._limits
         data: dict[str, Any] = {
-            "type": self._types.name_of(type(exception)),
+            "type": cut(self._types.name_of(type(exception)), limits.text),
             "message": _text(exception, limits.text),
             "args": encode_args(exception, limits.value, limits.values),
             "fields": self._fields(exception),

@@ -1,0 +1,178 @@
+"""Events and tasks whose handlers raise what is hard to keep: each becomes a dead letter after the usual attempts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import nats
+import pytest
+from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePrefixSubscription, message_handler
+
+import natsrt
+from natsrt import DeadLetter, NatsAgentRuntime, Ticket
+from natsrt.embedded import EmbeddedServer
+from natsrt.errors import MessageTooLarge
+from natsrt.transport.headers import MAX_STORED_HEADERS, headers_size
+from natsrt.wire.failures import SHORTEST, describe
+from tests.support.processes import eventually
+
+PLAIN, KEYED = "plain", "keyed"
+ATTEMPTS = 2
+LONG = 30.0
+
+
+@dataclass
+class Seen:
+    """What the handlers of a test have been called with, and what they raise."""
+
+    raises: dict[str, Callable[[], BaseException]]
+    calls: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    """By agent type, kind and message."""
+
+
+class Fails(RoutedAgent):
+    def __init__(self, seen: Seen) -> None:
+        super().__init__("fails")
+        self._seen = seen
+
+    @message_handler
+    async def on_text(self, message: str, ctx: MessageContext) -> str:
+        self._seen.calls[self.id.type, "task" if ctx.is_rpc else "event", message] += 1
+        if message in self._seen.raises:
+            raise self._seen.raises[message]()
+        return message
+
+    async def save_state(self) -> dict[str, Any]:
+        return {}
+
+    async def load_state(self, state: Any) -> None:
+        pass
+
+
+@natsrt.keyed
+class KeyedFails(Fails):
+    pass
+
+
+@dataclass
+class Place:
+    """A namespace with a worker of both types."""
+
+    server: EmbeddedServer
+    namespace: str
+    stack: AsyncExitStack
+
+    async def worker(self, seen: Seen, **settings: Any) -> NatsAgentRuntime:
+        settings = {"retry_delay": 0.1, "retry_delay_max": 0.3, "max_deliver": ATTEMPTS, **settings}
+        runtime = NatsAgentRuntime(self.server.url, namespace=self.namespace, durable=["work."], **settings)
+        await natsrt.register(runtime, Fails, PLAIN, lambda: Fails(seen))
+        await natsrt.register(runtime, KeyedFails, KEYED, lambda: KeyedFails(seen))
+        for agent_type in (PLAIN, KEYED):
+            await runtime.add_subscription(TypePrefixSubscription("work.", agent_type))
+        return await self.stack.enter_async_context(runtime)
+
+
+@pytest.fixture
+async def place(server: EmbeddedServer, namespace: str) -> AsyncIterator[Place]:
+    async with AsyncExitStack() as stack:
+        yield Place(server, namespace, stack)
+
+
+Letters = dict[tuple[str, str, str], DeadLetter]
+
+
+async def fail_all(runtime: NatsAgentRuntime, names: list[str]) -> tuple[Letters, dict[tuple[str, str], Ticket]]:
+    """Have both types fail with each message as an event and as a task. Returns the dead letters, by agent type, kind
+    and message, and the tickets."""
+    tickets = {}
+    for name in names:
+        for agent_type in (PLAIN, KEYED):
+            tickets[agent_type, name] = await runtime.submit_message(name, AgentId(agent_type, f"t-{name}"))
+        await runtime.publish_message(name, TopicId("work.jobs", f"e-{name}"))
+    wanted = {(agent_type, kind, name) for name in names for agent_type in (PLAIN, KEYED) for kind in ("event", "task")}
+
+    async def all_there() -> Letters | None:
+        found = {}
+        async for letter in runtime.dead_letters():
+            assert letter.topic is not None
+            kind = "event" if letter.topic.source.startswith("e-") else "task"
+            found[letter.agent_type, kind, letter.topic.source[2:]] = letter
+        return found if found.keys() == wanted else None
+
+    return await eventually(all_there, LONG) or {}, tickets
+
+
+def chained(causes: int) -> BaseException:
+    error: BaseException = ValueError("the first one")
+    for number in range(causes):
+        another = ValueError(f"{number} " + "é" * 300)
+        another.__cause__ = error
+        error = another
+    return error
+
+
+LARGE: dict[str, Callable[[], BaseException]] = {
+    "text": lambda: ValueError("x" * 70_000),
+    "accents": lambda: ValueError("é" * 30_000),
+    "group": lambda: ExceptionGroup("g" * 1000, [ValueError("v" * 900) for _ in range(100)]),
+    "causes": lambda: chained(25),
+    "reject": lambda: natsrt.Reject("r" * 100_000),
+    "class": lambda: type("X" * 70_000, (Exception,), {})("of a class with a long name"),
+}
+
+
+async def test_an_error_larger_than_the_headers_of_a_message_is_cut(place: Place) -> None:
+    seen = Seen(LARGE)
+    runtime = await place.worker(seen)
+    letters, tickets = await fail_all(runtime, list(LARGE))
+    for (agent_type, kind, name), letter in letters.items():
+        attempts = 1 if name == "reject" else ATTEMPTS
+        assert letter.attempts == seen.calls[agent_type, kind, name] == attempts, (agent_type, kind, name)
+        assert len(letter.error) > 20
+    for agent_type in (PLAIN, KEYED):
+        letter = letters[agent_type, "event", "text"]
+        assert (letter.error_type, letter.error[:100]) == ("builtins.ValueError", "x" * 100)
+        assert (await tickets[agent_type, "text"].status()).state == "failed"
+        with pytest.raises(ValueError, match="xxx"):
+            await tickets[agent_type, "text"].result(timeout=LONG)
+
+
+def test_the_shortest_description_of_any_error_fits_into_the_headers_of_a_message() -> None:
+    text = "\N{DESERET CAPITAL LETTER LONG I}" * 100_000  # may be in names, too, and takes 12 bytes as JSON in ASCII
+    error = type(text, (Exception,), {})(*[text] * 100)
+    error.__dict__.update({f"{number}{text}": text for number in range(100)})
+    for _ in range(100):
+        error.add_note(text)
+    error.__cause__ = error
+    described = describe(error, with_traceback=True, limits=SHORTEST)
+    assert len(json.dumps(json.loads(described.payload))) < 60_000
+
+
+async def test_a_dead_letter_lacks_the_headers_of_its_event_where_they_do_not_fit(place: Place) -> None:
+    runtime = await place.worker(Seen({}))
+    client = await place.stack.enter_async_context(await nats.connect(place.server.url))
+    headers = {"Own": "x" * (MAX_STORED_HEADERS - headers_size({"Own": ""}))}
+    await client.jetstream().publish(f"{place.namespace}.topic.work.jobs.shop", b"5", headers=headers)
+
+    async def both_there() -> list[DeadLetter]:
+        found = [letter async for letter in runtime.dead_letters()]
+        return found if len(found) == 2 else []
+
+    for letter in await eventually(both_there, LONG):
+        assert (letter.data, letter.message_id) == (b"5", "")
+        assert "Own" not in letter.headers
+        assert letter.topic == TopicId("work.jobs", "shop")
+
+
+async def test_an_event_with_more_headers_than_a_stream_stores_is_refused_before_it_is_sent(place: Place) -> None:
+    runtime = await place.worker(Seen({}))
+    with pytest.raises(MessageTooLarge, match="65,535 bytes of headers") as raised:
+        await runtime.publish_message("text", TopicId("work.jobs", "shop"), message_id="i" * 100_000)
+    assert raised.value.size > 100_000
+    assert raised.value.max_payload == MAX_STORED_HEADERS
+    await runtime.publish_message("text", TopicId("work.jobs", "shop"), message_id="i" * 60_000)
