@@ -753,32 +753,46 @@ class Reject(NatsrtError):
 
     The event becomes a dead letter at once, with ``reason``, and is not tried again. For calls and for other events, it
     is an exception like any other.
+
+    ``reason`` may be any object. The attribute is a text: the class and the text of an exception, as in ``ValueError:
+    no such customer``, and the ``str`` of any other object.
     """
 
     code = 422
+    reason: str = ""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+    def __init__(self, reason: object) -> None:
+        self.reason = _said(reason)
+        super().__init__(self.reason)
 
 
 class Retry(NatsrtError):
     """A handler raises this for an event of a durable topic that it cannot handle now.
 
     The event is tried again ``after`` seconds; None: after the delay that follows any other exception. It counts as an
-    attempt, so after the last one the event becomes a dead letter. ``reason`` is for logs and for the dead letter. For
-    calls and for other events, it is an exception like any other.
+    attempt, so after the last one the event becomes a dead letter. ``reason`` is for logs and for the dead letter, and
+    may be any object, as that of `Reject`. For calls and for other events, it is an exception like any other.
 
     Raises:
         ValueError: ``after`` is negative, not a number or infinite.
     """
 
     code = 503
+    after: float | None = None
+    reason: str = ""
 
-    def __init__(self, after: float | None = None, reason: str = "") -> None:
+    def __init__(self, after: float | None = None, reason: object = "") -> None:
         if after is not None and (isinstance(after, bool) or not 0 <= after < math.inf):
             raise ValueError(f"after must be a number of seconds of at least 0, or None, not {after!r}")
         self.after = after
-        self.reason = reason
+        self.reason = _said(reason)
         when = "later" if after is None else f"in {after:g} s"
-        super().__init__(f"to be tried again {when}{f': {reason}' if reason else ''}")
+        super().__init__(f"to be tried again {when}{f': {self.reason}' if self.reason else ''}")
+
+
+def _said(reason: object) -> str:
+    """The text of a reason, which may be any object."""
+    if isinstance(reason, BaseException):
+        name, text = type(reason).__name__, str(reason)
+        return f"{name}: {text}" if text else name
+    return str(reason)

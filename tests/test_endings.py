@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -27,6 +28,28 @@ LOST = WorkerLost("jobs/a", "w1", "it was killed")
 REJECT = Reject("no such job")
 SOON, HOUR = Retry(after=5), Retry(after=3600)
 PLAIN = Retry(reason="busy")
+
+
+class OddReject(Reject):
+    def __init__(self, reason: Any) -> None:
+        self.reason = reason
+
+
+class OddRetry(Retry):
+    def __init__(self, *after: Any) -> None:
+        if after:
+            [self.after] = after
+
+
+class RaisingReject(Reject):
+    reason = property(lambda self: 1 / 0)
+
+    def __init__(self) -> None:
+        pass
+
+
+ODD, RAISING = OddReject(404), RaisingReject()
+AFTER: list[Any] = ["5", None, -1, math.nan, math.inf, True, []]
 UNREADABLE = CannotDecode("a message", "it is no JSON", b"{")
 GONE = BlobLost("id", 1, 3)
 DAMAGED = BlobDamaged("id", "another SHA-256")
@@ -69,6 +92,11 @@ LAST = "ValueError in the last of 12 attempts"
         ({"error": GONE, "begun": False}, Bury(GONE, str(GONE), 1)),
         ({"error": DAMAGED, "begun": False}, Bury(DAMAGED, str(DAMAGED), 1)),
         ({"error": LARGE, "begun": False}, Bury(LARGE, str(LARGE), 1)),
+        # classes of users that do not keep what natsrt's have
+        ({"error": ODD}, Bury(ODD, "404", 1)),
+        ({"error": RAISING}, Bury(RAISING, "RaisingReject", 1)),
+        *[({"error": OddRetry(after)}, "as usual") for after in AFTER],
+        ({"error": OddRetry()}, "as usual"),
         # the same errors, raised by what its handler did
         ({"error": UNREADABLE}, TryAgain(UNREADABLE, 2.0)),
         ({"error": GONE}, TryAgain(GONE, 2.0)),
@@ -94,6 +122,8 @@ def test_what_follows_from_the_end_of_an_attempt(ending: dict[str, Any], follows
         assert isinstance(decided, Bury)
         assert "discards it before the next attempt" in decided.reason
         assert (decided.error, decided.attempts) == (ending["error"], 1)
+    elif follows == "as usual":
+        assert decided == TryAgain(ending["error"], 2.0)
     elif follows == "in its place":
         assert isinstance(decided, TryAgain)
         assert not decided.elsewhere
@@ -133,3 +163,23 @@ def test_one_number_counts_attempts_and_what_was_given_back_and_whether_there_is
     value: int, counted: Counted
 ) -> None:
     assert Counted.of(value) == counted
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("no such job", "no such job"),
+        ("", ""),
+        (404, "404"),
+        (7.0, "7.0"),
+        (None, "None"),
+        (b"x", "b'x'"),
+        (ValueError("no such job"), "ValueError: no such job"),
+        (KeyError(), "KeyError"),
+        (ValueError, "<class 'ValueError'>"),
+    ],
+)
+def test_the_reason_of_a_handler_may_be_any_object(given: object, reason: str) -> None:
+    for raised in (Reject(given), Retry(reason=given)):
+        assert (raised.reason, type(raised.reason)) == (reason, str)
+    assert str(Reject(given)) == reason

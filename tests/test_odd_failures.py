@@ -176,3 +176,23 @@ async def test_an_event_with_more_headers_than_a_stream_stores_is_refused_before
     assert raised.value.size > 100_000
     assert raised.value.max_payload == MAX_STORED_HEADERS
     await runtime.publish_message("text", TopicId("work.jobs", "shop"), message_id="i" * 60_000)
+
+
+REASONS: dict[str, tuple[Callable[[], BaseException], str]] = {
+    "number": (lambda: natsrt.Reject(404), "404"),
+    "float": (lambda: natsrt.Reject(7.0), "7.0"),
+    "none": (lambda: natsrt.Reject(None), "None"),
+    "exception": (lambda: natsrt.Reject(ValueError("no such customer")), "ValueError: no such customer"),
+    "surrogate": (lambda: natsrt.Reject("\ud800"), "\\ud800"),
+    "lines": (lambda: natsrt.Reject("a\r\nNats-Msg-Id: b\r\n\r\n"), "a Nats-Msg-Id: b"),
+}
+
+
+async def test_a_rejection_with_any_reason_is_a_dead_letter_at_once(place: Place) -> None:
+    seen = Seen({name: raises for name, (raises, _) in REASONS.items()})
+    runtime = await place.worker(seen)
+    letters, _ = await fail_all(runtime, list(REASONS))
+    for (agent_type, kind, name), letter in letters.items():
+        assert letter.reason.strip("'") == REASONS[name][1], (agent_type, kind, name)
+        assert seen.calls[agent_type, kind, name] == letter.attempts == 1
+        assert letter.error_type == "natsrt.errors.Reject"

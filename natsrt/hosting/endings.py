@@ -24,12 +24,13 @@ everything else                                           tried again, in its pl
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 from typing import Final
 
 from natsrt.errors import BlobDamaged, BlobLost, CannotDecode, MessageTooLarge, NotSettled, Reject, Retry
 from natsrt.retry_types import RetryOptions
-from natsrt.wire.exception_parts import class_name
+from natsrt.wire.exception_parts import carried, class_name, read
 
 LONGEST_IN_PLACE: Final = 60.0
 """Seconds for which an event waits in its place for its next attempt, if it can wait elsewhere. In its place it counts
@@ -123,19 +124,28 @@ def fate(retries: RetryOptions, ending: Ending) -> Fate:
     if ending.cancelled and isinstance(error, asyncio.CancelledError):
         return Acknowledge()
     if isinstance(error, Reject):
-        return Bury(error, error.reason, ending.attempts)
+        return Bury(error, read(lambda: carried(str(error.reason)), class_name(type(error))), ending.attempts)
     if _is_unreadable(ending, error):
         return Bury(error, str(error), ending.attempts)
     if ending.attempts >= retries.max_deliver:
         reason = f"{class_name(type(error))} in the last of {ending.attempts} attempts"
         return Bury(error, reason, ending.attempts)
-    after = retries.delay(ending.attempts)
-    if isinstance(error, Retry) and error.after is not None:
-        after = error.after
+    after = _after(error)
+    if after is None:
+        after = retries.delay(ending.attempts)
     if ending.left is not None and ending.left <= after:
         reason = f"its stream discards it before the next attempt, which is {after:g} s away: {class_name(type(error))}"
         return Bury(error, reason, ending.attempts)
     return TryAgain(error, after, elsewhere=ending.can_wait and after > LONGEST_IN_PLACE)
+
+
+def _after(error: BaseException) -> float | None:
+    """The seconds that a handler has asked for; None: it has not. A class derived from `Retry` may have any attribute,
+    and so may an error from the wire."""
+    after = read(lambda: error.after, None) if isinstance(error, Retry) else None
+    if isinstance(after, bool) or not isinstance(after, int | float) or not 0 <= after < math.inf:
+        return None
+    return after
 
 
 def _is_unreadable(ending: Ending, error: BaseException) -> bool:

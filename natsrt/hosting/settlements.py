@@ -23,7 +23,7 @@ from natsrt.task_types import task_of
 from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import SUPERSEDES_HEADER, Envelope
-from natsrt.wire.exception_parts import class_name
+from natsrt.wire.exception_parts import carried, class_name
 from natsrt.wire.failures import traceback_of
 from natsrt.wire.ids import former_copies
 from natsrt.wire.stored_events import stored_event
@@ -279,5 +279,5 @@ def outline(error: BaseException) -> str:
     if isinstance(error, RemoteAgentError):
         return f"another agent's {error.error_type}"
     if isinstance(error, NatsrtError):
-        return str(error)
+        return carried(str(error))
     return f"{class_name(type(error))}\n{''.join(traceback.format_tb(traceback_of(error)))}".rstrip()
