@@ -25,6 +25,7 @@ from natsrt.keyed.releasing import Releasing
 from natsrt.keyed.slots import AgentSlot
 from natsrt.keyed.turns import Turns
 from natsrt.keyed_types import KeyedOptions
+from natsrt.retry_types import RetryOptions
 from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER
 from natsrt.wire.stored_events import StoredEvent, stored_event, stream_id
@@ -611,7 +612,7 @@ async def test_lines_keep_the_order_of_each_key_and_a_refused_event_is_given_up(
     await scene.worker()
     feeder = Feeder(await scene.runtime())
     scene.books.refused = {5, 6, 17}
-    lines = Lines[Place, int](feeder, max_bytes=200, most=100)
+    lines = Lines[Place, int](feeder, max_bytes=200, most=100, retries=RetryOptions())
     for sequence in range(1, 31):
         key = "abc"[sequence % 3]
         assert lines.take(key, Place(sequence, key), sequence, 10)

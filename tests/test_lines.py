@@ -10,11 +10,13 @@ from typing import NamedTuple
 import pytest
 
 from natsrt.hosting.lines import Again, Lines, Outcome, Settled, Tries
+from natsrt.retry_types import RetryOptions
 from tests.support import line_schedules, virtual_time
 from tests.support.line_schedules import any_schedule
 from tests.support.processes import eventually
 
 HANDLED, GIVEN_UP, GONE = Settled
+RETRIES = RetryOptions(retry_delay=0.01, retry_delay_max=0.02)
 
 
 class Place(NamedTuple):
@@ -64,7 +66,7 @@ def hands() -> Hands:
 
 @pytest.fixture
 async def lines(hands: Hands) -> AsyncIterator[Lines[Place, str]]:
-    lines = Lines[Place, str](hands, max_bytes=1000, most=100)
+    lines = Lines[Place, str](hands, max_bytes=1000, most=100, retries=RETRIES)
     yield lines
     await lines.stop()
 
@@ -136,7 +138,7 @@ async def test_a_blocked_key_holds_up_no_other_one(hands: Hands, lines: Lines[Pl
 
 
 async def test_a_suspect_is_written_down_once_and_has_failed_as_often_as_it_was_begun(hands: Hands) -> None:
-    lines = Lines[Place, str](hands, max_bytes=1000, most=100, suspects_to=1)
+    lines = Lines[Place, str](hands, max_bytes=1000, most=100, retries=RETRIES, suspects_to=1)
     hands.begun = {1: 4}
     take(lines, "a1", "b2")
     await hands.end("a1", Again(0.0))
@@ -147,20 +149,38 @@ async def test_a_suspect_is_written_down_once_and_has_failed_as_often_as_it_was_
     await lines.stop()
 
 
-async def test_a_delivery_that_raises_is_logged_and_tried_again(
-    hands: Hands, lines: Lines[Place, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+async def test_a_delivery_that_raises_is_logged_and_counts_as_a_failure(
+    hands: Hands, lines: Lines[Place, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("natsrt.hosting.lines._AFTER_ERROR", 0.01)
     take(lines, "a1")
-    await eventually(lambda: "a1" in hands.ends)
-    hands.ends["a1"].set_exception(ValueError("odd"))
-    await eventually(lambda: hands.began == ["a1", "a1"])
-    assert hands.tries["a1"] == Tries(0, 1)
-    assert "delivering the message 1 of a stream failed" in caplog.text
+    for number in range(3):
+        await eventually(lambda number=number: len(hands.began) == number + 1)  # type: ignore[misc]
+        assert hands.tries["a1"] == Tries(number, 0)
+        hands.ends["a1"].set_exception(ValueError("odd"))
+    await hands.end("a1", HANDLED)
+    told = [record.getMessage() for record in caplog.records if record.exc_info is not None]
+    assert told == [f"delivering the message 1 of a stream failed; again in {after} s" for after in (0.01, 0.02, 0.02)]
+
+
+async def test_a_message_that_cannot_be_read_again_has_not_failed(hands: Hands) -> None:
+    reads: list[int] = []
+
+    async def read(place: Place) -> str:
+        reads.append(place.sequence)
+        if len(reads) < 3:
+            raise ConnectionError
+        return "b2"
+
+    hands.read = read  # type: ignore[method-assign]
+    lines = Lines[Place, str](hands, max_bytes=10, most=100, retries=RETRIES)  # without room for one that waits
+    take(lines, "b2")
+    await hands.end("b2", HANDLED)
+    assert (reads, hands.tries["b2"]) == ([2, 2, 2], Tries(0, 2))
+    await lines.stop()
 
 
 async def test_stop_waits_for_what_is_under_way_and_returns_what_is_not_settled(hands: Hands) -> None:
-    lines = Lines[Place, str](hands, max_bytes=1000, most=100)
+    lines = Lines[Place, str](hands, max_bytes=1000, most=100, retries=RETRIES)
     take(lines, "a1", "a2", "b3", "c4")
     await hands.end("c4", Again(10_000.0))
     await eventually(lambda: len(hands.began) == 3)

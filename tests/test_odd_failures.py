@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import nats
@@ -16,9 +18,14 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePref
 import natsrt
 from natsrt import DeadLetter, NatsAgentRuntime, Ticket
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import MessageTooLarge
+from natsrt.errors import CannotDecode, MessageTooLarge
+from natsrt.jetstream.dead_letters import DeadLetters, Unhandled
+from natsrt.sending.keyed_delivery import KeyedDelivery
+from natsrt.task_types import TaskId
 from natsrt.transport.headers import MAX_STORED_HEADERS, headers_size
+from natsrt.wire.envelope import Envelope
 from natsrt.wire.failures import SHORTEST, describe
+from natsrt.wire.stored_events import StoredEvent
 from tests.support.processes import eventually
 
 PLAIN, KEYED = "plain", "keyed"
@@ -196,3 +203,70 @@ async def test_a_rejection_with_any_reason_is_a_dead_letter_at_once(place: Place
         assert letter.reason.strip("'") == REASONS[name][1], (agent_type, kind, name)
         assert seen.calls[agent_type, kind, name] == letter.attempts == 1
         assert letter.error_type == "natsrt.errors.Reject"
+
+
+async def test_what_nobody_expects_in_the_feeder_of_a_keyed_type_is_a_failed_attempt(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver, tried = KeyedDelivery.deliver_confirmed, Counter[str]()
+
+    async def fails(self: KeyedDelivery, agent: AgentId, topic: TopicId, body: Envelope, event: StoredEvent) -> Any:
+        if agent.key == "odd":
+            tried[topic.type[:4]] += 1
+            raise RuntimeError("nobody expects this")
+        return await deliver(self, agent, topic, body, event)
+
+    monkeypatch.setattr(KeyedDelivery, "deliver_confirmed", fails)
+    seen = Seen({})
+    runtime = await place.worker(seen)
+    ticket = await runtime.submit_message("text", AgentId(KEYED, "odd"))
+    for key in ("odd", "even"):
+        await runtime.publish_message("text", TopicId("work.jobs", key))
+    with pytest.raises(RuntimeError, match="nobody expects this"):
+        await ticket.result(timeout=LONG)
+
+    async def both_there() -> list[DeadLetter]:
+        found = [letter async for letter in runtime.dead_letters(KEYED)]
+        return found if len(found) == 2 else []
+
+    for letter in await eventually(both_there, LONG):
+        assert (letter.error_type, letter.attempts) == ("builtins.RuntimeError", ATTEMPTS)
+    assert tried == {"work": ATTEMPTS, "nats": ATTEMPTS}
+    await eventually(lambda: seen.calls[KEYED, "event", "text"] == 1)
+
+
+async def test_a_dead_letter_that_cannot_be_written_is_tried_again_with_delays_that_grow(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float] = []
+
+    async def fails(self: DeadLetters, letter: Unhandled) -> bool:
+        tried.append(asyncio.get_running_loop().time())
+        raise RuntimeError("nobody expects this")
+
+    monkeypatch.setattr(DeadLetters, "write", fails)
+    runtime = await place.worker(Seen({"bad": lambda: natsrt.Reject("no")}), retry_delay=0.2, retry_delay_max=0.8)
+    await runtime.submit_message("bad", AgentId(KEYED, "a"))
+    await eventually(lambda: len(tried) == 5, LONG)
+    pauses = [later - earlier for earlier, later in pairwise(tried)]
+    assert [pause > least for pause, least in zip(pauses, (0.2, 0.4, 0.8, 0.8), strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("agent_type", [PLAIN, KEYED])
+async def test_a_task_whose_cancellation_has_too_long_an_id_fails(
+    place: Place, agent_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Seen({})
+    runtime = await place.worker(seen)
+    monkeypatch.setattr(TaskId, "new", lambda agent: TaskId(agent, "m1"))  # as older versions submitted it
+    agent = AgentId(agent_type, "k" * 1100)
+    ticket = await runtime.submit_message("text", agent)
+    with pytest.raises(CannotDecode, match="longer than a subject may be"):
+        await ticket.result(timeout=LONG)
+
+    async def there() -> list[DeadLetter]:
+        return [letter async for letter in runtime.dead_letters(agent_type)]
+
+    [letter] = await eventually(there, LONG)
+    assert (letter.attempts, letter.topic) == (1, TaskId(agent, "m1").topic)
+    assert not seen.calls

@@ -19,6 +19,7 @@ import natsrt
 from natsrt import NatsAgentRuntime, TaskStatus, Ticket
 from natsrt.embedded import EmbeddedServer
 from natsrt.hosting.lines import Again, Lines, Outcome, Settled, Tries
+from natsrt.retry_types import RetryOptions
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.task_attributes import MOST, attempts_of, result_ttl_of
 from tests.programs import task_worker
@@ -220,7 +221,7 @@ class _Hands:
 async def test_a_line_goes_on_when_what_it_waits_for_is_cancelled(early: bool) -> None:
     token = CancellationToken()
     hands = _Hands(token)
-    lines: Lines[_Place, str] = Lines(hands, max_bytes=1000, most=10)
+    lines: Lines[_Place, str] = Lines(hands, max_bytes=1000, most=10, retries=RetryOptions())
     if early:
         token.cancel()
     for place in (1, 2):

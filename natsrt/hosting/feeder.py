@@ -346,19 +346,41 @@ class Feeder:
         last = suspects(info, first or None)
         self._suspects.clear()
         self._counted.clear()
-        self._lines = Lines(self, max_bytes=share_of(self._parts), most=self.config.max_ack_pending, suspects_to=last)
+        self._lines = Lines(
+            self,
+            max_bytes=share_of(self._parts),
+            most=self.config.max_ack_pending,
+            retries=self._retries,
+            suspects_to=last,
+        )
         logger.info("%s is the feeder of %s", self._parts.worker_id, self._name)
 
     # -- as the deliverer of its lines ---------------------------------------------------------------------------
 
     async def deliver(self, place: _Place, message: Inbound, tries: Tries) -> Outcome:
-        """Deliver an event once to the owner of its agent."""
-        stored, attempts = Delivery(message.message), tries.failures
+        """Deliver an event once to the owner of its agent. An error that nobody expects is a failed attempt, too."""
+        stored = Delivery(message.message)
         if tries != (0, 0):
             self._parts.counters.redelivered += 1
-        given_up = place.sequence in self._suspects and self._suspects[place.sequence].given_up
         task = task_of(message.topic)
         retries = self._retries if task is None else retries_of(self._retries, message.body)
+        try:
+            decided, attempts = await self._decide(place, message, stored, tries.failures, retries)
+        except Exception as error:
+            logger.exception("event %d of %s could not be delivered", place.sequence, self.stream)
+            attempts = tries.failures + 1
+            decided = fate(retries, Ending(attempts=attempts, error=error, begun=None))
+        if task is not None:
+            decided = await self._settle_task(task, message, attempts, decided)
+        return await self._carry_out(place, message, stored, attempts, decided, retries)
+
+    async def _decide(
+        self, place: _Place, message: Inbound, stored: Delivery, attempts: int, retries: RetryOptions
+    ) -> tuple[Fate, int]:
+        """Deliver an event that had so many ``attempts``, if it must be. Returns what follows, and how many it has had
+        then."""
+        given_up = place.sequence in self._suspects and self._suspects[place.sequence].given_up
+        task = task_of(message.topic)
         decided: Fate | None = before_it_begins(
             retries, self.stream, place.sequence, attempts=attempts, given_up=given_up
         )
@@ -371,9 +393,7 @@ class Feeder:
                 await self._count(place)
             attempts += 1
             decided = fate(retries, await self._attempt(place, message, stored, attempts))
-        if task is not None:
-            decided = await self._settle_task(task, message, attempts, decided)
-        return await self._carry_out(place, message, stored, attempts, decided, retries)
+        return decided, attempts
 
     async def _unless_applied(self, decided: Fate, place: _Place, message: Inbound) -> Fate | None:
         """What happens to an event that has used up its attempts; None if its agent has handled it.
@@ -425,6 +445,7 @@ class Feeder:
             if message.key is None or message.topic is None:
                 return Ending(attempts=attempts, unknown=not self._parts.registry.synced)
             agent = AgentId(self._hosted.agent_type, message.key)
+            token = self._token_of_task(message)
             number_reminder(message, stored)
             body = message.body
             if body is None:
@@ -449,7 +470,6 @@ class Feeder:
                 "event %d of %s could not be delivered to %s yet: %s", place.sequence, self.stream, agent, error
             )
             return Ending(attempts=attempts, refused=True)
-        token = self._token_of_task(message)
         cancelled = token is not None and token.is_cancelled()
         return Ending(attempts=attempts, error=failure, begun=None, left=left, cancelled=cancelled)
 

@@ -32,12 +32,12 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from autogen_core import CancellationToken
 
+from natsrt.retry_types import RetryOptions
+
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _SHARE = 10
 """One key may keep this part of the limit in messages that wait: a tenth."""
-_AFTER_ERROR = 1.0
-"""Seconds until a message is delivered again whose delivery ended in an unexpected error."""
 
 
 class Place(Protocol):
@@ -88,7 +88,11 @@ class Tries(NamedTuple):
 
 
 class Deliverer(Protocol[P_contra, M]):
-    """Does to messages what their lines decide. What its coroutines raise is logged, and counts as a lost owner."""
+    """Does to messages what their lines decide.
+
+    What its coroutines raise is logged, and the message is delivered again after a delay that grows. For `deliver` it
+    counts as a failure, so that the message can be given up some time.
+    """
 
     async def deliver(self, place: P_contra, message: M, tries: Tries) -> Outcome:
         """Deliver a message. Returns how it ended, or when to deliver it again.
@@ -182,12 +186,22 @@ class Lines(Generic[P, M]):
         deliverer: Delivers the messages.
         max_bytes: Maximum bytes of messages in memory. One larger message may be delivered at a time.
         most: Maximum number of messages that are not settled, set aside or not: see `room`.
+        retries: The delays of messages whose deliverer has raised.
         suspects_to: The last sequence that the former feeder got; 0: there are no suspects.
     """
 
-    def __init__(self, deliverer: Deliverer[P, M], *, max_bytes: int, most: int, suspects_to: int = 0) -> None:
+    def __init__(
+        self,
+        deliverer: Deliverer[P, M],
+        *,
+        max_bytes: int,
+        most: int,
+        retries: RetryOptions,
+        suspects_to: int = 0,
+    ) -> None:
         self._deliverer = deliverer
         self._most = most
+        self._retries = retries
         self._suspects_to = suspects_to
         self._lines: dict[str, _Line[P, M]] = {}
         self._held: dict[int, P] = {}
@@ -301,17 +315,19 @@ class Lines(Generic[P, M]):
     async def _deliver(self, entry: _Entry[P, M], message: M | None) -> tuple[Outcome, M | None]:
         """Deliver a message, which is None if it must be read again. Returns the outcome, and the message if it is
         known by now."""
-        place = entry.place
+        place, begun = entry.place, False
         try:
             if message is None and (message := await self._deliverer.read(place)) is None:
                 return Settled.GONE, None
             if entry.suspect:
                 entry.failures = await self._deliverer.begin(place)
                 entry.suspect = False
+            begun = True
             return await self._deliverer.deliver(place, message, Tries(entry.failures, entry.losses)), message
         except Exception:
-            logger.exception("delivering the message %d of a stream failed", place.sequence)
-            return Again(_AFTER_ERROR, failed=False), message
+            after = self._retries.delay(1 + (entry.failures if begun else entry.losses))
+            logger.exception("delivering the message %d of a stream failed; again in %g s", place.sequence, after)
+            return Again(after, failed=begun), message
 
     def _settle(self, place: P, outcome: Settled) -> None:
         del self._held[place.sequence]

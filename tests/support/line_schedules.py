@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import click
 
 from natsrt.hosting.lines import Again, Lines, Outcome, Settled, Tries
+from natsrt.retry_types import RetryOptions
 from tests.support import virtual_time
 from tests.support.exploring import explore, explores
 
 SOON = 0.05
 """Seconds within which a message is delivered whose turn has come: reading it again takes some of it."""
+RETRIES = RetryOptions(retry_delay=1.0, retry_delay_max=3.0)
+"""The delays of messages whose deliverer has raised."""
 BLOCKED = 1e9
 """Seconds that pass before a message of a blocked key is delivered again: longer than any schedule."""
 
@@ -59,7 +62,7 @@ class Fate:
     @property
     def longest(self) -> float:
         """Seconds in which it ends if nothing else is delivered; 0 if it is blocked."""
-        pauses = [max(one.after, 1.0) for one in self.again]
+        pauses = [max(one.after, RETRIES.retry_delay_max) for one in self.again]
         return 0.0 if BLOCKED in pauses else sum(pauses) + (self.takes + SOON) * (1 + len(pauses))
 
 
@@ -72,7 +75,9 @@ class World:
         self.suspects_to = rng.choice([0, 0, 15])
         self.alive = self.largest = 0
         self.in_memory: Counter[int] = Counter()
-        self.lines: Lines[Place, Message] = Lines(self, max_bytes=max_bytes, most=most, suspects_to=self.suspects_to)
+        self.lines: Lines[Place, Message] = Lines(
+            self, max_bytes=max_bytes, most=most, retries=RETRIES, suspects_to=self.suspects_to
+        )
         self.fates: dict[int, Fate] = {}
         self.left: dict[str, list[int]] = defaultdict(list)
         """By key: the sequences that are taken and not settled."""
@@ -158,8 +163,9 @@ class World:
             del self.running[sequence]
         if number < len(fate.again):
             self.ready[sequence] = _now() + fate.again[number].after
-            if not fate.again[number].failed and self.rng.random() < 0.3:
-                self.ready[sequence] = _now() + 1.0
+            again = fate.again[number]
+            if again.failed and again.after < BLOCKED and self.rng.random() < 0.3:
+                self.ready[sequence] = _now() + RETRIES.delay(tries.failures + 1)
                 raise RuntimeError("the deliverer failed")
             return fate.again[number]
         return Settled.HANDLED if fate.ends is Settled.GONE else fate.ends
