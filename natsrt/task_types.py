@@ -15,12 +15,17 @@ from typing import Final, Literal
 from autogen_core import AgentId, TopicId
 
 from natsrt.durable_types import DurableTopics
-from natsrt.wire.subjects import decode_token, encode_token, is_hashed
+from natsrt.wire.subjects import MAX_SUBJECT_BYTES, decode_token, encode_token, is_hashed
 from natsrt.wire.task_attributes import MOST
 
 _TOPICS: Final = "natsrt.task."
 TASK_TOPICS: Final = DurableTopics(_TOPICS, name="tasks", max_age=None)
 """The topics of all tasks. A task waits for a worker without a limit of time."""
+
+_CANCELS: Final = "task/"
+"""The start of the ids of the cancellation tokens of tasks."""
+_LONGEST: Final = MAX_SUBJECT_BYTES - len(_CANCELS)
+"""Bytes of the id of a task, so that the id of its cancellation token is read (`natsrt.wire.ids`)."""
 
 TaskState = Literal["scheduled", "queued", "running", "waiting", "done", "failed", "cancelled"]
 """``scheduled``: it is due later. ``queued``: no handler has begun, as far as that is known. ``running``: a handler has
@@ -33,7 +38,8 @@ ENDS: Final = ("done", "failed", "cancelled")
 class TaskId:
     """Names a task: its agent, and the id of its message, which is unique among the tasks of the agent.
 
-    As text it is ``<agent type>/<agent key>/<message id>``, the id encoded as in subjects.
+    As text it is ``<agent type>/<agent key>/<message id>``, the id encoded as in subjects. `new` and `of` are for tasks
+    that are to be submitted. Others may have submitted one with a longer id, which fails.
     """
 
     agent: AgentId
@@ -47,14 +53,33 @@ class TaskId:
         """The topic of its message."""
         return TopicId(f"{task_prefix(self.agent.type)}{encode_token(self.message_id)}", self.agent.key)
 
+    @property
+    def cancel_id(self) -> str:
+        """The id of its cancellation token."""
+        return f"{_CANCELS}{self}"
+
     @classmethod
     def new(cls, agent: AgentId) -> TaskId:
-        """A task of this agent with an id that nobody can guess: who knows it may be able to cancel the task."""
-        return cls(agent, secrets.token_hex(12))
+        """A task of this agent with an id that nobody can guess: who knows it may be able to cancel the task.
+
+        Raises ValueError as `of`.
+        """
+        return cls.of(agent, secrets.token_hex(12))
 
     @classmethod
     def of(cls, agent: AgentId, message_id: str) -> TaskId:
-        """The task of this agent and message id. Raises ValueError if no task can have the id."""
+        """The task of this agent and message id. Raises ValueError if no task can have the id, or if it is too long."""
+        task = cls._named(agent, message_id)
+        size = len(str(task).encode("utf-8", "surrogatepass"))
+        if size > _LONGEST:
+            raise ValueError(
+                f"the id of a task may have {_LONGEST:,} bytes, and {str(task)!r:.60}… has {size:,}: choose a shorter "
+                "key of the agent or message id. Nothing was stored"
+            )
+        return task
+
+    @classmethod
+    def _named(cls, agent: AgentId, message_id: str) -> TaskId:
         if not isinstance(message_id, str) or not message_id or is_hashed(encode_token(message_id)):
             raise ValueError(f"the message id of a task must be a text of 1 to 200 bytes, not {message_id!r:.80}")
         return cls(agent, message_id)
@@ -66,7 +91,7 @@ class TaskId:
         try:
             if not slash or "/" not in agent:
                 raise ValueError
-            return cls.of(AgentId.from_str(agent), decode_token(token))
+            return cls._named(AgentId.from_str(agent), decode_token(token))
         except ValueError:
             raise ValueError(
                 f"{text!r:.200} is not the id of a task: it must be <agent type>/<agent key>/<message id>"
@@ -125,6 +150,6 @@ def task_of(topic: TopicId | None) -> TaskId | None:
         return None
     agent_type, colon, token = topic.type.removeprefix(_TOPICS).partition(":")
     try:
-        return TaskId.of(AgentId(agent_type, topic.source), decode_token(token)) if colon else None
+        return TaskId._named(AgentId(agent_type, topic.source), decode_token(token)) if colon else None
     except ValueError:
         return None

@@ -26,6 +26,7 @@ from natsrt.transport.headers import MAX_STORED_HEADERS, headers_size
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.failures import SHORTEST, describe
 from natsrt.wire.stored_events import StoredEvent
+from tests.support.cli import natsrt as run
 from tests.support.processes import eventually
 
 PLAIN, KEYED = "plain", "keyed"
@@ -270,3 +271,19 @@ async def test_a_task_whose_cancellation_has_too_long_an_id_fails(
     [letter] = await eventually(there, LONG)
     assert (letter.attempts, letter.topic) == (1, TaskId(agent, "m1").topic)
     assert not seen.calls
+
+
+@pytest.mark.parametrize("key", ["k" * 1010, "é" * 505])
+async def test_a_task_whose_id_is_too_long_is_not_submitted(place: Place, key: str) -> None:
+    runtime = await place.worker(Seen({}))
+    longest = AgentId(KEYED, key)
+    ticket = await runtime.submit_message("text", longest, message_id="m1")
+    assert await ticket.result(timeout=LONG) == "text"
+    assert await runtime.ticket(ticket.id).result(timeout=LONG) == "text"
+    with pytest.raises(ValueError, match=r"1,019 bytes, and .* has 1,020: .*Nothing was stored"):
+        await runtime.submit_message("text", longest, message_id="m11")
+    with pytest.raises(ValueError, match=r"1,019 bytes, and .* has 1,041: .*Nothing was stored"):
+        await runtime.submit_message("text", longest)
+    told = await run("submit", str(longest), '"text"', "--server", place.server.url, "--namespace", place.namespace)
+    assert (told.code, told.stdout) == (2, "")
+    assert "Nothing was stored" in told.stderr

@@ -56,7 +56,7 @@ _STOPPED: Final = "this runtime was stopped; get the ticket again, with its id, 
 
 def cancel_id(task: TaskId) -> str:
     """The id of the cancellation token of a task."""
-    return f"task/{task}"
+    return task.cancel_id
 
 
 class Ticket:
