@@ -18,7 +18,7 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypePref
 import natsrt
 from natsrt import DeadLetter, NatsAgentRuntime, Ticket
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import CannotDecode, MessageTooLarge
+from natsrt.errors import CannotDecode, MessageTooLarge, RemoteAgentError
 from natsrt.jetstream.dead_letters import DeadLetters, Unhandled
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.task_types import TaskId
@@ -287,3 +287,72 @@ async def test_a_task_whose_id_is_too_long_is_not_submitted(place: Place, key: s
     told = await run("submit", str(longest), '"text"', "--server", place.server.url, "--namespace", place.namespace)
     assert (told.code, told.stdout) == (2, "")
     assert "Nothing was stored" in told.stderr
+
+
+# -- classes that the feeder of a keyed type does not know -----------------------------------------------------------
+
+
+class Mine(Exception):
+    def __init__(self, number: int) -> None:
+        super().__init__(f"number {number}")
+        self.number = number
+
+
+class MyReject(natsrt.Reject):
+    pass
+
+
+class MyRetry(natsrt.Retry):
+    pass
+
+
+class Gone(natsrt.Reject):
+    """Keeps no reason."""
+
+    def __init__(self, *args: object) -> None:
+        self.args = args
+
+
+OWN: dict[str, tuple[Callable[[], BaseException], str, int]] = {
+    "mine": (lambda: Mine(5), f"Mine in the last of {ATTEMPTS} attempts", ATTEMPTS),
+    "reject": (lambda: MyReject("no such customer"), "no such customer", 1),
+    "number": (lambda: MyReject(404), "404", 1),
+    "large": (lambda: MyReject("r" * 100_000), "r" * 500, 1),
+    "no-reason": (lambda: Gone("text"), "text", 1),
+    "nothing": (Gone, "Gone", 1),
+    "retry": (lambda: MyRetry(after=0.2), f"MyRetry in the last of {ATTEMPTS} attempts", ATTEMPTS),
+}
+"""What is raised, the reason of the dead letter, and its attempts."""
+
+
+async def test_classes_of_handlers_are_known_by_their_names_and_bases(place: Place) -> None:
+    seen = Seen({name: raises for name, (raises, *_) in OWN.items()})
+    runtime = await place.worker(seen)
+    letters, tickets = await fail_all(runtime, list(OWN))
+    for (agent_type, kind, name), letter in letters.items():
+        raises, reason, attempts = OWN[name]
+        error = raises()
+        assert letter.reason == reason, (agent_type, kind, name)
+        assert seen.calls[agent_type, kind, name] == letter.attempts == attempts
+        assert letter.error_type == f"{__name__}.{type(error).__name__}"
+        if name != "nothing":
+            assert letter.error[:900] == str(error)[:900]
+        if name != "large":
+            assert "on_text" in (letter.traceback or "")
+    for agent_type in (PLAIN, KEYED):
+        with pytest.raises(RemoteAgentError, match="no such customer") as raised:
+            await tickets[agent_type, "reject"].result(timeout=LONG)
+        assert raised.value.error_type == f"{__name__}.MyReject"
+
+
+async def test_a_keyed_event_is_tried_again_when_a_class_derived_from_retry_says_so(place: Place) -> None:
+    seen = Seen({"later": lambda: MyRetry(after=0.1)})
+    runtime = await place.worker(seen, retry_delay=3600.0, retry_delay_max=3600.0)
+    await fail_all(runtime, ["later"])
+    assert set(seen.calls.values()) == {ATTEMPTS}
+
+
+async def test_a_keyed_dead_letter_has_no_traceback_if_none_is_to_be_sent(place: Place) -> None:
+    runtime = await place.worker(Seen({"mine": lambda: Mine(5)}), send_tracebacks=False)
+    letters, _ = await fail_all(runtime, ["mine"])
+    assert {letter.traceback for letter in letters.values()} == {None}

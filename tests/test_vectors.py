@@ -45,7 +45,7 @@ from natsrt.sending.tickets import cancel_id
 from natsrt.task_types import TaskId, task_of
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
-from natsrt.wire.failures import FULL, ErrorTypes, decode_answer, is_refusal
+from natsrt.wire.failures import FULL, ErrorTypes, decode_answer, describe, is_refusal
 from natsrt.wire.part_flow import PartsReceived, PartsSent, Progress, Window
 from natsrt.wire.part_messages import encode_progress, read_progress, read_window, stream_attributes
 from natsrt.wire.recorded import RECORD_HEADER, read_record
@@ -511,6 +511,16 @@ def test_errors_are_rebuilt_as_the_vectors_say(case: dict[str, Any]) -> None:
     members = got.exceptions if isinstance(got, BaseExceptionGroup) else ()
     assert [qualified_name(type(member)) for member in members] == case.get("exceptions", [])
     assert got.__notes__[:-1] == case.get("notes", [])  # the last one says where it was raised
+
+
+@cases("bases", ERRORS)
+def test_errors_that_decide_are_known_by_their_bases_as_the_vectors_say(case: dict[str, Any]) -> None:
+    types, payload = ErrorTypes(), json.dumps(case["data"]).encode()
+    got = types.as_base(types.rebuild(payload, agent="shop/default", worker_id="w-1"))
+    assert qualified_name(type(got)) == case["class"]
+    assert {name: getattr(got, name) for name in case["fields"]} == case["fields"]
+    described = describe(got, with_traceback=False, agent="shop/default")
+    assert json.loads(described.payload) == {"code": 500} | case["data"]
 
 
 @cases("busy", ERRORS)

@@ -15,7 +15,7 @@ from natsrt.options import Options
 from natsrt.transport.bodies import Bodies
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
-from natsrt.wire.failures import CUTS, ErrorTypes, Failure, describe, passed_on
+from natsrt.wire.failures import CUTS, ErrorTypes, Failure, describe
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.serializers import JSON
 from natsrt.wire.subjects import encode_text
@@ -142,12 +142,20 @@ class Answers:
         return Answer(self._bodies.pack(envelope.REPLY, attributes, payload))
 
     def failure(
-        self, error: BaseException, body: Envelope | None, source: str, *, refused: bool = False, more: str = ""
+        self,
+        error: BaseException,
+        body: Envelope | None,
+        source: str,
+        *,
+        refused: bool = False,
+        more: str = "",
+        agent: AgentId | None = None,
     ) -> Answer:
         """Return the answer that reports ``error`` to the caller. If it would be too large, it is cut.
 
         ``body`` is the envelope of the call, None for a plain call. ``source`` names the agent as in an envelope's
         ``source``. ``refused`` is True if the call was not handled and can be sent again. ``more`` is as in `reply`.
+        ``agent`` is as in `describe`.
         """
         plain, call_id = body is None, _id_of(body)
         too_large: MessageTooLarge | None = None
@@ -158,6 +166,7 @@ class Answers:
                 refused=refused,
                 types=self._error_types,
                 limits=limits,
+                agent=None if agent is None else str(agent),
             )
             try:
                 return self._failure(failure, plain, source, call_id, more)
@@ -171,13 +180,7 @@ class Answers:
         """Return the answer that reports ``error`` of ``agent``: as the agent's worker has sent it, if it has; else as
         `failure` does.
         """
-        source = f"{agent.type}/{encode_text(agent.key)}"
-        if (failure := passed_on(error, str(agent))) is not None:
-            try:
-                return self._failure(failure, body is None, source, _id_of(body))
-            except MessageTooLarge:
-                pass
-        return self.failure(error, body, source)
+        return self.failure(error, body, f"{agent.type}/{encode_text(agent.key)}", agent=agent)
 
     def not_for_an_agent(self, error: BaseException) -> Answer:
         """Return the answer that reports ``error`` to the sender of a message that is not for an agent."""

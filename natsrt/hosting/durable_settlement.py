@@ -513,6 +513,7 @@ def letter_of(agent_type: str, delivery: Delivery, inbound: Inbound, decided: Bu
         error=decided.error,
         attempts=decided.attempts,
         failed_at=time.time(),
+        agent=None if inbound.key is None else f"{agent_type}/{inbound.key}",
     )
 
 

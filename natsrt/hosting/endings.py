@@ -81,7 +81,8 @@ Fate = Acknowledge | GiveBack | TryAgain | Bury
 class Ending:
     """How an attempt ended.
 
-    ``error``: what was raised; None: nothing was. ``attempts``: how many were used up, with this one. ``begun``: if a
+    ``error``: what was raised; None: nothing was. ``name``: the name of its class, if it was raised on another worker;
+    None: it is that of ``error``. ``attempts``: how many were used up, with this one. ``begun``: if a
     handler was called; None: another worker knows that. ``unknown``: it is for no agent, according to a view of the
     registry that is not complete. ``refused``: nobody tried to handle it. ``at_once``: if it was refused, another
     worker can have it at once. ``cancelled``: its publisher has cancelled it. ``left``: seconds until its stream
@@ -90,6 +91,7 @@ class Ending:
 
     attempts: int
     error: BaseException | None = None
+    name: str | None = None
     begun: bool | None = True
     unknown: bool = False
     refused: bool = False
@@ -123,20 +125,27 @@ def fate(retries: RetryOptions, ending: Ending) -> Fate:
         return GiveBack(retries.retry_delay) if ending.unknown else Acknowledge()
     if ending.cancelled and isinstance(error, asyncio.CancelledError):
         return Acknowledge()
+    name = ending.name or class_name(type(error))
     if isinstance(error, Reject):
-        return Bury(error, read(lambda: carried(str(error.reason)), class_name(type(error))), ending.attempts)
+        return Bury(error, _reason(error) or name, ending.attempts)
     if _is_unreadable(ending, error):
         return Bury(error, str(error), ending.attempts)
     if ending.attempts >= retries.max_deliver:
-        reason = f"{class_name(type(error))} in the last of {ending.attempts} attempts"
+        reason = f"{name} in the last of {ending.attempts} attempts"
         return Bury(error, reason, ending.attempts)
     after = _after(error)
     if after is None:
         after = retries.delay(ending.attempts)
     if ending.left is not None and ending.left <= after:
-        reason = f"its stream discards it before the next attempt, which is {after:g} s away: {class_name(type(error))}"
+        reason = f"its stream discards it before the next attempt, which is {after:g} s away: {name}"
         return Bury(error, reason, ending.attempts)
     return TryAgain(error, after, elsewhere=ending.can_wait and after > LONGEST_IN_PLACE)
+
+
+def _reason(error: Reject) -> str:
+    """The reason of a handler; its text if it has none. Empty if it has no text either."""
+    reason = read(lambda: error.reason, None)
+    return read(lambda: carried(str(error if reason in (None, "") else reason)), "")
 
 
 def _after(error: BaseException) -> float | None:

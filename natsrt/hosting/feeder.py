@@ -55,6 +55,7 @@ from natsrt.sending.event_sender import EventSender
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.task_types import TaskId, task_of
 from natsrt.transport.bodies import Bodies
+from natsrt.wire.failures import sent_name
 from natsrt.wire.stored_events import StoredEvent, stream_id
 from natsrt.wire.times import seconds_of
 
@@ -471,7 +472,8 @@ class Feeder:
             )
             return Ending(attempts=attempts, refused=True)
         cancelled = token is not None and token.is_cancelled()
-        return Ending(attempts=attempts, error=failure, begun=None, left=left, cancelled=cancelled)
+        name = None if failure is None else sent_name(failure, str(agent))
+        return Ending(attempts=attempts, error=failure, name=name, begun=None, left=left, cancelled=cancelled)
 
     async def _carry_out(
         self,

@@ -80,7 +80,7 @@ class Unhandled:
 
     ``delivery`` is that of its last attempt, which ended at ``failed_at`` (in seconds since the epoch) with ``error``.
     ``reason`` says why it is not tried again. ``attempts`` is the number of its attempts. ``message_id`` is the one
-    that its handlers were given.
+    that its handlers were given. ``agent`` is the agent that it was for, as text; None if that is not known.
     """
 
     delivery: Delivery
@@ -91,6 +91,7 @@ class Unhandled:
     error: BaseException
     attempts: int
     failed_at: float
+    agent: str | None = None
 
     @property
     def own_headers(self) -> dict[str, str]:
@@ -105,7 +106,7 @@ class Unhandled:
     def headers(self, types: ErrorTypes, limits: Limits, *, with_traceback: bool) -> dict[str, str]:
         """Return its other headers. ``limits`` says what is cut of the error."""
         delivery = self.delivery
-        failure = describe(self.error, with_traceback=with_traceback, types=types, limits=limits)
+        failure = describe(self.error, with_traceback=with_traceback, types=types, limits=limits, agent=self.agent)
         return {
             SUBJECT_HEADER: self.subject,
             AGENT_TYPE_HEADER: encode_text(self.agent_type),

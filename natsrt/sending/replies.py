@@ -95,7 +95,10 @@ class Replies:
         return body.payload
 
     def failure(self, reply: Msg, recipient: AgentId) -> BaseException | None:
-        """Return the error that a reply reports; None if it reports none. Raises `CannotDecode` as `answered` does."""
+        """Return the error that a reply to an event reports; None if it reports none.
+
+        One of an unknown class is as in `ErrorTypes.as_base`. Raises `CannotDecode` as `answered` does.
+        """
         try:
             self.answered(reply, recipient)
         except CannotDecode as error:
@@ -103,7 +106,7 @@ class Replies:
                 raise
             return error
         except BaseException as error:
-            return error
+            return self._error_types.as_base(error)
         return None
 
     def answered(self, reply: Msg, recipient: AgentId) -> envelope.Envelope:

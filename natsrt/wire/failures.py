@@ -64,6 +64,9 @@ _FORBIDDEN = (
     asyncio.CancelledError,  # sent as the code 499
 )
 """Classes that end something else than a call in the process that gets them."""
+_DECIDING: Final = (errors.Reject, errors.Retry)
+"""Classes whose exceptions decide what becomes of an event. One that is derived from them does so, too, also where it
+is not known: its ``base`` is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,20 +212,47 @@ class ErrorTypes:
         read(lambda: setattr(exception, "natsrt_remote", own), None)
         return exception
 
+    def as_base(self, exception: BaseException) -> BaseException:
+        """An exception of an unknown class, rebuilt as the class that decides what becomes of an event and is its base.
+
+        Returns any other exception as it is.
+        """
+        remote = remote_of(exception)
+        if remote is None or not isinstance(exception, RemoteAgentError):
+            return exception
+        data = orjson.loads(remote.payload)
+        base = data.get("base")
+        if not isinstance(base, str) or self._find(base) not in _DECIDING:
+            return exception
+        rebuilt = self._rebuild(base, str(data["message"]), data, remote, 0)
+        read(lambda: setattr(rebuilt, "natsrt_remote", remote), None)
+        return rebuilt
+
     def _members(self, data: dict[str, Any], remote: Remote, depth: int) -> list[BaseException]:
         sent = data.get("exceptions")
         members = (self._related(member, remote, depth) for member in (sent if isinstance(sent, list) else ()))
         return [member for member in members if member is not None]
 
 
-def passed_on(exception: BaseException, agent: str) -> Failure | None:
-    """An exception as ``agent`` sent it; None if it is not one that this agent sent."""
-    remote = getattr(exception, "natsrt_remote", None)
-    if not isinstance(remote, Remote) or remote.agent != agent or not remote.payload:
+def remote_of(exception: BaseException) -> Remote | None:
+    """Where an exception was raised that was sent; None if it was raised here, or cannot be passed on."""
+    remote = read(lambda: getattr(exception, "natsrt_remote", None), None)
+    return remote if isinstance(remote, Remote) and remote.payload else None
+
+
+def sent_by(exception: BaseException, agent: str | None) -> dict[str, Any] | None:
+    """The data of an exception as ``agent`` has sent it; None if it is not one that this agent sent."""
+    remote = remote_of(exception)
+    if agent is None or remote is None or remote.agent != agent:
         return None
-    data = orjson.loads(remote.payload)
-    code = data.get("code")
-    return Failure(remote.payload, code if isinstance(code, int) else 500, str(data.get("message")))
+    data: dict[str, Any] = orjson.loads(remote.payload)
+    return data
+
+
+def sent_name(exception: BaseException, agent: str) -> str | None:
+    """The name of the class of an exception that ``agent`` has sent, without the module. None as for `sent_by`."""
+    data = sent_by(exception, agent)
+    return None if data is None else str(data["type"]).rpartition(".")[2]
 
 
 def _where(remote: Remote) -> str:
@@ -281,20 +311,43 @@ def describe(
     refused: bool = False,
     types: ErrorTypes = _STANDARD,
     limits: Limits = FULL,
+    agent: str | None = None,
 ) -> Failure:
     """Return ``exception`` as data. A value that JSON cannot represent exactly is sent as its ``repr``.
 
     ``refused`` is True if the call was not started, so that its caller may send it again. ``types`` has the names of
-    classes; ``limits`` says what is cut. Never raises, because the caller must get an answer: a part of the exception
-    that cannot be read is left out.
+    classes; ``limits`` says what is cut. If ``agent`` has sent the exception, it is described as this agent did, also
+    if its class is not known here. Never raises, because the caller must get an answer: a part of the exception that
+    cannot be read is left out.
     """
-    data = _Writer(types, limits).data(exception, 0)
-    text = data["message"]
-    code = BUSY if refused else read(lambda: _code(exception), 500)
+    sent = sent_by(exception, agent)
+    if sent is None:
+        data = _Writer(types, limits).data(exception, 0)
+        if (base := _base(type(exception))) is not None:
+            data["base"] = base
+        code = BUSY if refused else read(lambda: _code(exception), 500)
+        trace = _traceback(exception)
+    else:
+        data = sent if limits is FULL else _shortened(sent, _Writer(types, limits).data(exception, 0), limits)
+        code = sent["code"] if isinstance(sent.get("code"), int) else 500
+        trace = str(sent.get("traceback") or "")
     data["code"] = code
-    if with_traceback and limits is not SHORTEST and (trace := _traceback(exception)):
+    data.pop("traceback", None)
+    if with_traceback and limits is not SHORTEST and trace:
         data["traceback"] = carried(trace)[-limits.text :]
-    return Failure(orjson.dumps(data), code, text)
+    return Failure(orjson.dumps(data), code, str(data["message"]))
+
+
+def _base(cls: type[BaseException]) -> str | None:
+    """The name of the deciding class that ``cls`` is derived from; None if it is derived from none, or is one."""
+    return next((qualified_name(base) for base in _DECIDING if issubclass(cls, base) and cls is not base), None)
+
+
+def _shortened(sent: dict[str, Any], rebuilt: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """The data of an exception that was ``sent``, with less in it: it was ``rebuilt``, perhaps as another class."""
+    own = {name: cut(str(sent[name]), limits.text) for name in ("type", "message", "base") if name in sent}
+    of_other_class = ("args", "fields") if rebuilt["type"] != own["type"] else ()
+    return {name: value for name, value in rebuilt.items() if name not in of_other_class} | own
 
 
 class _Writer:

@@ -48,7 +48,7 @@ from natsrt.transport.connection import Connection
 from natsrt.transport.refusals import ServerError
 from natsrt.wire import envelope, peer_messages
 from natsrt.wire.envelope import SUPERSEDES_HEADER
-from natsrt.wire.failures import ErrorTypes, decode_answer, describe, is_refusal
+from natsrt.wire.failures import FULL, SHORT, ErrorTypes, decode_answer, describe, is_refusal
 from natsrt.wire.ids import MAX_FORMER, former_copies
 from natsrt.wire.known_classes import NamedClasses
 from natsrt.wire.recorded import RECORD_HEADER, read_record
@@ -294,9 +294,12 @@ _ERROR_TYPES: Final = ErrorTypes()
 
 def _failure(given: bytes) -> None:
     exception = _ERROR_TYPES.rebuild(given, agent="a/b", worker_id="w")
-    for show in (str, repr, traceback.format_exception):
-        show(exception)
-    describe(exception, with_traceback=True)  # it may be raised by a handler again
+    for one in (exception, _ERROR_TYPES.as_base(exception)):
+        for show in (str, repr, traceback.format_exception):
+            show(one)
+        describe(one, with_traceback=True)  # it may be raised by a handler again
+        for limits in (FULL, SHORT):
+            describe(one, with_traceback=True, agent="a/b", limits=limits)  # and passed on
 
 
 class Shape(BaseModel):
