@@ -356,3 +356,26 @@ async def test_a_keyed_dead_letter_has_no_traceback_if_none_is_to_be_sent(place:
     runtime = await place.worker(Seen({"mine": lambda: Mine(5)}), send_tracebacks=False)
     letters, _ = await fail_all(runtime, ["mine"])
     assert {letter.traceback for letter in letters.values()} == {None}
+
+
+# -- results that just fit -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("agent_type", [PLAIN, KEYED])
+async def test_a_result_that_fits_into_a_message_only_without_its_headers_is_stored(
+    place: Place, agent_type: str
+) -> None:
+    longest: list[int] = []
+
+    class Large(Fails):
+        @message_handler
+        async def on_text(self, message: str, ctx: MessageContext) -> str:
+            return "x" * (longest[0] - int(message))
+
+    runtime = await place.worker(Seen({}))
+    longest.append(runtime.running.network.connection.max_payload)
+    cls = natsrt.keyed(Large) if agent_type == KEYED else Large
+    await natsrt.register(runtime, cls, "large", lambda: cls(Seen({})))
+    for less in (1000, 500, 400, 300, 200, 100):
+        ticket = await runtime.submit_message(str(less), AgentId("large", "k"))
+        assert len(await ticket.result(timeout=LONG)) == longest[0] - less

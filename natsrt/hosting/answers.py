@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from typing import Final
 
 import orjson
 from autogen_core import AgentId
@@ -10,15 +11,19 @@ from autogen_core.logging import DeliveryStage, MessageKind
 
 from natsrt.agents.inbound import Answer
 from natsrt.errors import CannotDecode, MessageTooLarge
+from natsrt.jetstream.task_store import result_headers
 from natsrt.observe import events
 from natsrt.options import Options
+from natsrt.task_types import TaskId
 from natsrt.transport.bodies import Bodies
+from natsrt.transport.headers import headers_size
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
 from natsrt.wire.failures import CUTS, ErrorTypes, Failure, describe
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.serializers import JSON
 from natsrt.wire.subjects import encode_text
+from natsrt.wire.task_attributes import MOST
 
 WORKER_EXTENSION = "workerid"
 """Envelope extension of a reply with the id of the worker that sent it."""
@@ -27,6 +32,11 @@ _REMEMBERED = 4096
 """Maximum number of pairs of agent and message type whose attributes are cached as text; a few hundred kilobytes."""
 _LONGEST = 1024
 """Maximum length of a cached text in characters, which limits the size of the cache."""
+
+_LONGEST_PLAIN_ID: Final = "x" * 200
+"""In place of the id of a plain task."""
+_OF_STREAM: Final = 256
+"""Bytes of the headers that say in which stream a result is stored, and what it follows there."""
 
 
 class Answers:
@@ -45,6 +55,7 @@ class Answers:
         self._error_types = error_types
         self._with_tracebacks = options.send_tracebacks
         self._blob_ttl = options.blob_ttl
+        self._worker_id = worker_id
         self._worker_attribute = envelope.attribute(WORKER_EXTENSION, worker_id)
         self._constant: dict[tuple[str, str, str, str | None], str] = {}
         """The attributes that are the same in all replies of one message type from one agent."""
@@ -74,10 +85,11 @@ class Answers:
                 kind=MessageKind.RESPOND,
                 stage=DeliveryStage.SEND,
             )
+        room = 0 if kept_for is None else self._of_result(AgentId(agent_type, key), body)
         if body is None:
-            return Answer(self._bodies.pack_plain(encoded.payload))
+            return Answer(self._bodies.pack_plain(encoded.payload, more=room))
         attributes = f'"id":{quote(_id_of(body) + "-r")},{self._names(agent_type, key, encoded)}{more}'
-        return self._message(envelope.REPLY, attributes, body, encoded, kept_for)
+        return self._message(envelope.REPLY, attributes, body, encoded, kept_for, room)
 
     def part(
         self, encoded: Encoded, number: int, body: Envelope, agent_type: str, key: str
@@ -98,10 +110,10 @@ class Answers:
         return constant
 
     def _message(
-        self, kind: str, attributes: str, body: Envelope, encoded: Encoded, kept_for: float | None
+        self, kind: str, attributes: str, body: Envelope, encoded: Encoded, kept_for: float | None, room: int = 0
     ) -> Answer | Awaitable[Answer]:
         if len(encoded.payload) > self._bodies.surely_fits and not self._bodies.fits(
-            kind, attributes, encoded.payload, encoded.content_type
+            kind, attributes, encoded.payload, encoded.content_type, room
         ):
             return self._by_reference(kind, body, attributes, encoded, kept_for)
         return Answer(self._bodies.pack(kind, attributes, encoded.payload, encoded.content_type))
@@ -155,8 +167,9 @@ class Answers:
 
         ``body`` is the envelope of the call, None for a plain call. ``source`` names the agent as in an envelope's
         ``source``. ``refused`` is True if the call was not handled and can be sent again. ``more`` is as in `reply`.
-        ``agent`` is as in `describe`.
+        ``agent`` is as in `describe`; the answer is the result of its task.
         """
+        room = 0 if agent is None else self._of_result(agent, body)
         plain, call_id = body is None, _id_of(body)
         too_large: MessageTooLarge | None = None
         for limits in CUTS:
@@ -169,7 +182,7 @@ class Answers:
                 agent=None if agent is None else str(agent),
             )
             try:
-                return self._failure(failure, plain, source, call_id, more)
+                return self._failure(failure, plain, source, call_id, more, room)
             except MessageTooLarge as refusal:
                 too_large = refusal
         assert too_large is not None
@@ -177,8 +190,8 @@ class Answers:
         return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-", more)
 
     def passed_on(self, error: BaseException, body: Envelope | None, agent: AgentId) -> Answer:
-        """Return the answer that reports ``error`` of ``agent``: as the agent's worker has sent it, if it has; else as
-        `failure` does.
+        """Return the answer that reports ``error`` of a task for ``agent``: as the agent's worker has sent it, if it
+        has; else as `failure` does.
         """
         return self.failure(error, body, f"{agent.type}/{encode_text(agent.key)}", agent=agent)
 
@@ -187,12 +200,20 @@ class Answers:
         failure = describe(error, with_traceback=self._with_tracebacks, types=self._error_types)
         return self._failure(failure, False, envelope.NO_AGENT, "-")
 
-    def _failure(self, failure: Failure, plain: bool, source: str, call_id: str, more: str = "") -> Answer:
+    def _failure(
+        self, failure: Failure, plain: bool, source: str, call_id: str, more: str = "", room: int = 0
+    ) -> Answer:
         if plain:
-            return Answer(self._bodies.pack_plain(failure.payload, failure.headers), failure.headers)
+            return Answer(self._bodies.pack_plain(failure.payload, failure.headers, room), failure.headers)
         attributes = self._attributes(call_id, source) + more
-        body = self._bodies.pack(envelope.ERROR, attributes, failure.payload, headers=failure.headers)
+        body = self._bodies.pack(envelope.ERROR, attributes, failure.payload, headers=failure.headers, more=room)
         return Answer(body, failure.headers)
+
+    def _of_result(self, agent: AgentId, body: Envelope | None) -> int:
+        """Bytes that the result of a task takes in addition to the answer that it is: the headers with which it is
+        stored. ``body`` is the envelope of the task, None for a plain one."""
+        task = TaskId(agent, _LONGEST_PLAIN_ID if body is None else _id_of(body))
+        return headers_size(result_headers(task, "cancelled", MOST, self._worker_id, MOST)) + _OF_STREAM
 
     def _remember(self, agent_type: str, key: str, type_name: str, class_name: str | None) -> str:
         source = f"{agent_type}/{encode_text(key)}"

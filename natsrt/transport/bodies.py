@@ -85,20 +85,27 @@ class Bodies:
         content_type: str = envelope.JSON_CONTENT,
         *,
         headers: dict[str, str] | None = None,
+        more: int = 0,
     ) -> bytes:
         """Return a body of ``kind`` with ``attributes`` (JSON text, see `natsrt.wire.envelope.encode`) and a payload.
 
-        ``headers`` are the headers with which the body will be sent; None for none. Raises `MessageTooLarge`.
+        ``headers`` are the headers with which the body will be sent; None for none. ``more``: bytes of further headers
+        that it may get. Raises `MessageTooLarge`.
         """
         body = envelope.encode(kind, attributes, payload, content_type)
-        if headers is not None or len(body) > self._connection.max_payload:
-            self._connection.check_size(body, headers)
+        if headers is not None or len(body) + more > self._connection.max_payload:
+            self._check(body, headers, more)
         return body
 
-    def pack_plain(self, payload: bytes, headers: dict[str, str] | None = None) -> bytes:
-        """Return a payload without an envelope, for a plain NATS client. Raises `MessageTooLarge`."""
-        self._connection.check_size(payload, headers)
+    def pack_plain(self, payload: bytes, headers: dict[str, str] | None = None, more: int = 0) -> bytes:
+        """Return a payload without an envelope, for a plain NATS client. ``more`` as in `pack`. Raises
+        `MessageTooLarge`.
+        """
+        self._check(payload, headers, more)
         return payload
+
+    def _check(self, body: bytes, headers: dict[str, str] | None, more: int) -> None:
+        self._connection.check_length(self._connection.check_size(body, headers) + more)
 
     def repack(self, body: Envelope, **changes: str | None) -> bytes:
         """Return the body of a message that is forwarded, with changed attributes. The value None removes an attribute.
