@@ -56,6 +56,7 @@ from natsrt.wire.schedules import due_time, of_reminder
 from natsrt.wire.serialization import Serialization
 from natsrt.wire.subjects import Subjects
 from natsrt.wire.task_attributes import MOST
+from natsrt.wire.times import known
 
 logger: logging.Logger = logging.getLogger("natsrt")
 
@@ -770,7 +771,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             RuntimeError: The runtime is not started.
         """
         name = agent_type.type if isinstance(agent_type, AgentType) else agent_type
-        return self._running().dead_letters.read(name, None if since is None else since.timestamp())
+        return self._running().dead_letters.read(name, None if since is None else known(since).timestamp())
 
     def recorded(self, stream: str, *, since: datetime | None = None) -> AsyncIterator[RecordedEntry]:
         """Return what ``natsrt record --to STREAM`` has recorded, in the order of the stream, for audit and for tests.
@@ -792,7 +793,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         """
         network = self._running().network
         records = RecordedStream(network.subjects, network.reader, self._serialization, self._error_types)
-        return records.read(stream, None if since is None else since.timestamp())
+        return records.read(stream, None if since is None else known(since).timestamp())
 
     async def redrive(self, dead_letter: DeadLetter) -> None:
         """Give a dead letter to its agent type again, and remove it. Its attempts begin with 1.

@@ -206,6 +206,8 @@ async def test_dead_letters_of_one_type_and_of_some_time_are_listed_alone(place:
     assert [letter.sequence async for letter in runtime.dead_letters(since=since)][-1] == last.sequence
     future = since + datetime.timedelta(hours=1)
     assert [letter async for letter in runtime.dead_letters(since=future)] == []
+    first = datetime.datetime(1, 1, 1)  # Python cannot convert it to seconds
+    assert len([letter async for letter in runtime.dead_letters(since=first)]) == len(await letters(runtime))
 
 
 async def bury_large(place: Place, runtime: NatsAgentRuntime) -> DeadLetter:
