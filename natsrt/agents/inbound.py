@@ -127,8 +127,12 @@ class Answer:
 class Stream(Protocol):
     """The parts of the reply to one call."""
 
-    def end(self) -> str:
-        """No more parts are sent. Returns the attributes of the reply that say so, with a leading comma."""
+    def end(self) -> None:
+        """The handler has ended: no more parts are sent, and it is not stopped any more."""
+
+    @property
+    def attributes(self) -> str:
+        """The attributes of the reply that say how many parts there were, with a leading comma."""
 
 
 class Inbound:

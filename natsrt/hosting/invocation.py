@@ -103,7 +103,11 @@ class Invoker:
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
         if "partsto" in delivery.attributes and inbound.call is not None:
             inbound.stream = self._streams.open(inbound)
-        response = await self._invoke(agent, delivery, inbound)
+        try:
+            response = await self._invoke(agent, delivery, inbound)
+        finally:
+            if inbound.stream is not None:
+                inbound.stream.end()
         if not inbound.settlement.wants_answer:
             return None
         assert inbound.key is not None
@@ -114,7 +118,7 @@ class Invoker:
             inbound.key,
             delivery.context.sender,
             inbound.settlement.kept_for(inbound),
-            "" if inbound.stream is None else inbound.stream.end(),
+            "" if inbound.stream is None else inbound.stream.attributes,
         )
         return answer if isinstance(answer, Answer) else await answer
 

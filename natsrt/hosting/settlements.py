@@ -184,7 +184,7 @@ class ReplySettlement(Settlement):
         return self.reply(inbound, answer)
 
     def failed(self, inbound: Inbound, error: BaseException, source: str) -> Awaitable[None]:
-        more = "" if inbound.stream is None else inbound.stream.end()
+        more = "" if inbound.stream is None else inbound.stream.attributes
         return self.reply(inbound, self._answers.failure(error, inbound.body, source, more=more))
 
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:

@@ -81,12 +81,15 @@ class StreamOut:
             self.flow.add(body, len(encoded.payload), now)
             await self._streams.publish(self.parts_to, body)
 
-    def end(self) -> str:
+    def end(self) -> None:
         """Part of `Stream`."""
-        if self.ended_at is None:
-            self.ended_at = asyncio.get_running_loop().time()
-            if self._stop is not None:
-                self._stop.cancel()
+        self.ended_at = asyncio.get_running_loop().time()
+        if self._stop is not None:
+            self._stop.cancel()
+
+    @property
+    def attributes(self) -> str:
+        """Part of `Stream`."""
         return f',"parts":"{self.flow.sent}"' + (',"ended":"1"' if self.all_emitted else "")
 
     def told(self, data: dict[str, Any]) -> None:

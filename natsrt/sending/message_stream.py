@@ -18,10 +18,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Final, Self
 
+from autogen_core import AgentId
 from nats.aio.msg import Msg
 
 from natsrt.agents.interventions import Interventions
@@ -32,6 +32,7 @@ from natsrt.options import Options
 from natsrt.sending.call_sender import Call, CallSender
 from natsrt.sending.replies import Replies
 from natsrt.transport.bodies import Bodies
+from natsrt.transport.call_watch import stopped
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox
 from natsrt.wire import envelope
@@ -97,14 +98,19 @@ class IncomingStreams:
         self.inbox.receivers.pop(receiving.parts_to, None)
 
     def send(self, worker_id: str, body: bytes) -> None:
-        """Send something to a worker, in the background."""
-        sending = self.connection.publish(self.registry.worker_subject(worker_id), body)
-        if isinstance(sending, Coroutine):
-            self._tasks.spawn(sending)
+        """Send something to a worker, in the background. What is lost is said again."""
+        self._tasks.spawn(self._send(self.registry.worker_subject(worker_id), body))
+
+    async def _send(self, subject: str, body: bytes) -> None:
+        try:
+            await self.connection.publish(subject, body)
+        except NatsrtError as error:
+            logger.debug("the worker of a stream is told later how far it is: %s", error)
 
     async def stop(self) -> None:
-        """End all streams. Harmless if stopped."""
+        """End all streams, and have their handlers stopped. Harmless if stopped."""
         for receiving in list(self._open):
+            receiving.failure = receiving.failure or stopped(receiving.recipient)
             receiving.close()
         await self._tasks.wait(1.0)
 
@@ -117,7 +123,9 @@ class Receiving:
         self._loop = asyncio.get_running_loop()
         self.parts_to: str = streams.inbox.new_subject("s")
         self.parts: PartsReceived[Envelope] = PartsReceived(window)
-        self._recipient = call.recipient
+        self.recipient: AgentId = call.recipient
+        self.failure: NatsrtError | None = None
+        """Why the stream ends although its call could go on; None: it does not."""
         self._worker_id: str | None = None
         self._news: asyncio.Future[None] | None = None
         """Done when there is something for the consumer; None if nobody waits."""
@@ -164,6 +172,7 @@ class Receiving:
             call.exception()  # the consumer may never ask for it
         if not self._answered:
             self.tell(stop=True)
+            self._end()
         elif self.parts.misses_some:
             self.tell()
         self._wake()
@@ -178,6 +187,11 @@ class Receiving:
     def has_ended(self) -> bool:
         """True if no more parts will arrive. What has arrived may not be consumed yet."""
         return self.call.done() and (not self._answered or self.parts.is_complete)
+
+    @property
+    def is_cancelled(self) -> bool:
+        """True if the call was cancelled: then what has arrived is not wanted any more."""
+        return self.call.cancelled() and self.failure is None
 
     async def wait(self) -> None:
         """Wait until there is a part, or the stream has ended. Raises `WorkerLost` if parts were lost for good."""
@@ -195,7 +209,7 @@ class Receiving:
             and self._streams.connection.connected
             and self._loop.time() > since + _ASKED * self._streams.lost_after + self._streams.connection.rtt.allowance
         ):
-            raise WorkerLost(str(self._recipient), self._worker_id, "parts of its reply are lost")
+            raise WorkerLost(str(self.recipient), self._worker_id, "parts of its reply are lost")
 
     def take(self) -> Envelope:
         """The next part. Raises IndexError if there is none."""
@@ -213,11 +227,8 @@ class Receiving:
         """
         if self._worker_id is not None:
             self._told_at = self._loop.time()
-            body = encode_progress(self.parts_to, self.parts.progress(some_lost=some_lost), stop=stop)
-            try:
-                self._streams.send(self._worker_id, body)
-            except NatsrtError as error:
-                logger.debug("the worker of a stream is told later how far it is: %s", error)
+            progress = self.parts.progress(some_lost=some_lost)
+            self._streams.send(self._worker_id, encode_progress(self.parts_to, progress, stop=stop))
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(_TELL_EVERY, self._tick)
@@ -229,15 +240,20 @@ class Receiving:
         """End the stream: the handler is stopped if it still runs. Has no effect if it is closed."""
         if self._timer is None:
             return
-        self._timer.cancel()
-        self._timer = None
-        if not self._answered and not self.call.done():
+        if self._answered:
+            self.tell()  # the worker need not keep what has arrived
+        else:
             self.tell(stop=True)
             self.call.cancel()
-        elif self._answered:
-            self.tell()  # the worker need not keep what has arrived
-        self._streams.end(self)
+        self._end()
         self._wake()
+
+    def _end(self) -> None:
+        """Take in nothing any more, and say nothing."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._streams.end(self)
 
 
 class MessageStream:
@@ -267,8 +283,8 @@ class MessageStream:
             raise StopAsyncIteration
         receiving = self._begin()
         try:
-            while not receiving.parts.has_next or receiving.call.cancelled():
-                if receiving.has_ended or receiving.call.cancelled():
+            while not receiving.parts.has_next or receiving.is_cancelled:
+                if receiving.has_ended:
                     return await self._last(receiving)
                 await receiving.wait()
         except (NatsrtError, StopAsyncIteration):
@@ -285,6 +301,8 @@ class MessageStream:
     async def _last(self, receiving: Receiving) -> Any:
         """The result of the call, if it is an item of its own. Raises the error of the call, or StopAsyncIteration."""
         self._end()
+        if receiving.failure is not None:
+            raise receiving.failure
         result = await receiving.call
         if receiving.all_emitted:
             raise StopAsyncIteration

@@ -185,6 +185,12 @@ class Link:
     def check_size(self, payload: bytes, headers: dict[str, str] | None = None) -> int:
         return len(payload)
 
+    def check_length(self, size: int) -> None:
+        pass
+
+    def check_stored(self, body: int, headers: int) -> None:
+        pass
+
     async def open(self) -> None:
         self._come_up()
 
