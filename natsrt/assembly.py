@@ -433,7 +433,7 @@ class Incoming:
         )
         self.turns: Turns = Turns(slots, self.ownership, instances, self.deadlocks)
         self.operations: KeyedOperations = KeyedOperations(self.turns, self.ownership, catalog, network.bodies)
-        self.streams: Streams = Streams(connection, program.serialization, answers, options)
+        self.streams: Streams = Streams(connection, program.serialization, answers, network.cancellations, options)
         self.peer_answers: PeerAnswers = PeerAnswers(
             connection=connection,
             subjects=subjects,

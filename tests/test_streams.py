@@ -18,6 +18,7 @@ from autogen_core import (
     MessageContext,
     RoutedAgent,
     SingleThreadedAgentRuntime,
+    rpc,
 )
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -28,6 +29,7 @@ from benchmarks.chaos.proxy import Proxy
 from natsrt import MessageStream, NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.sending.call_sender import Call
+from natsrt.wire.part_flow import PartsReceived
 from tests.programs import stream_worker
 from tests.programs.stream_worker import Count, Item, Streams, Sum
 from tests.support.processes import Processes, eventually
@@ -167,12 +169,19 @@ async def test_wrong_windows_are_refused(make: Make, wrong: dict[str, Any]) -> N
 
 
 def test_only_generators_can_stream() -> None:
-    with pytest.raises(TypeError, match="AsyncGenerator"):
+    with pytest.raises(TypeError, match="asynchronous generator"):
 
         class Wrong(RoutedAgent):
             @natsrt.streaming
-            async def on_text(self, message: str, ctx: MessageContext) -> str:
-                return ""
+            async def on_text(self, message: str, ctx: MessageContext) -> AsyncIterator[str]:
+                return all_of  # type: ignore[return-value]
+
+    with pytest.raises(TypeError, match="AsyncGenerator"):
+
+        class Unannotated(RoutedAgent):
+            @natsrt.streaming
+            async def on_text(self, message: str, ctx: MessageContext) -> str:  # type: ignore[misc]
+                yield ""
 
 
 async def test_a_thousand_streams_at_once(make: Make) -> None:
@@ -208,6 +217,75 @@ async def test_a_slow_consumer_loses_nothing(make: Make) -> None:
         await asyncio.sleep(0.03)
         received.append(item)
     assert received[:-1] == items(40, 1000)
+
+
+async def test_a_steady_stream_is_no_silent_caller(make: Make) -> None:
+    """Half of its window takes longer than the time after which a caller is taken for dead."""
+    await make([], stream_idle_timeout=1.0)
+    caller = await make()
+    assert await all_of(caller.stream_message(Count(50, pause=0.05), AGENT)) == [*items(50), Sum(1)]
+
+
+async def test_a_consumer_that_is_cancelled_while_it_waits_loses_no_item(make: Make) -> None:
+    class Slow(DefaultInterventionHandler):
+        async def on_response(self, message: Any, *, sender: AgentId, recipient: AgentId | None) -> Any:
+            await asyncio.sleep(0.02)
+            return message
+
+    await make([])
+    caller = await make(intervention_handlers=[Slow()])
+    received: list[Any] = []
+    stream = caller.stream_message(Count(30), AGENT)
+    with pytest.raises(StopAsyncIteration):
+        while True:
+            try:
+                received.append(await asyncio.wait_for(anext(stream), 0.01))
+            except TimeoutError:
+                continue
+    assert received == [*items(30), Sum(1)]
+
+
+async def test_one_task_at_a_time_may_iterate(make: Make) -> None:
+    await make([])
+    caller = await make()
+    async with caller.stream_message(Count(5, what="hang"), AGENT) as stream:
+        for _ in range(5):
+            await anext(stream)
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="one task"):
+            await anext(stream)
+        closing = asyncio.ensure_future(stream.aclose())
+        with pytest.raises(StopAsyncIteration):
+            await first
+        await closing
+
+
+async def test_parts_that_never_come_end_the_stream(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make([])
+    caller = await make(lost_after=0.3)
+    receive = PartsReceived.receive
+
+    def loses_the_second(self: PartsReceived[Any], number: int, item: Any, size: int) -> bool:
+        return number != 2 and receive(self, number, item, size)
+
+    monkeypatch.setattr(PartsReceived, "receive", loses_the_second)
+    received = []
+    with pytest.raises(natsrt.WorkerLost, match="parts of its reply are lost"):
+        async for item in caller.stream_message(Count(5), AGENT):
+            received.append(item)
+    assert received == items(1)
+
+
+async def test_what_is_sent_after_a_block_begins_is_sent_after_its_call(make: Make) -> None:
+    agents: list[Streams] = []
+    await make([], keyed=True, agents=agents)
+    caller = await make()
+    await caller.send_message(Count(0), AGENT)
+    async with caller.stream_message(Count(1), AGENT) as stream:
+        later = asyncio.ensure_future(caller.send_message(Count(0), AGENT))
+        assert await all_of(stream) == [Item(1), Sum(2)]
+    assert await later == Sum(3)
 
 
 # -- the end of the consumer -----------------------------------------------------------------------------------------
@@ -291,6 +369,81 @@ async def test_a_token_ends_the_stream_and_its_handler(make: Make, keyed: bool |
     assert received == items(len(received)) and 300 <= len(received) < 1000
     await eventually(lambda: worker.running.dispatch.running == 0 and nothing_is_open(worker, caller))
     assert ended == ["GeneratorExit"]
+
+
+async def test_leaving_a_stream_cancels_no_token_of_the_caller(make: Make) -> None:
+    ended: list[str] = []
+    worker, caller = await make(ended), await make()
+    token = CancellationToken()
+    async with caller.stream_message(Count(5, what="hang"), AGENT, cancellation_token=token) as stream:
+        await anext(stream)
+    await eventually(lambda: worker.running.dispatch.running == 0)
+    assert ended == ["CancelledError"] and not token.is_cancelled()
+    assert await caller.send_message(Count(0), AGENT, cancellation_token=token) == Sum(2)
+
+
+async def test_a_token_that_is_cancelled_after_the_reply_ends_the_stream_too(make: Make) -> None:
+    await make([])
+    caller = await make()
+    token = CancellationToken()
+    stream = caller.stream_message(Count(3), AGENT, cancellation_token=token)
+    await anext(stream)
+    await asyncio.sleep(0.2)
+    token.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await anext(stream)
+    assert await all_of(stream) == []
+
+
+class Odd(RoutedAgent):
+    """Does at the end of its streams what makes them hard to stop."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__("odd")
+        self.notes = notes
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    @natsrt.streaming
+    async def on_text(self, message: str, ctx: MessageContext) -> AsyncGenerator[Item, None]:
+        if message == "callback":
+            ctx.cancellation_token.add_callback(lambda: 1 / 0)
+        elif message == "task":
+            self.tasks.append(asyncio.ensure_future(self.emits_later()))
+        yield Item(1)
+        if message != "task":
+            await asyncio.sleep(3600)
+
+    async def emits_later(self) -> None:
+        try:
+            while True:
+                await natsrt.emit(Item(2))
+        except natsrt.StreamAbandoned:
+            self.notes.append("told")
+
+    async def save_state(self) -> dict[str, Any]:
+        self.notes.append("saving")
+        await asyncio.sleep(0.6)
+        self.notes.append("saved")
+        return {}
+
+    async def load_state(self, state: Any) -> None:
+        pass
+
+
+@KEYED
+@pytest.mark.parametrize("what", ["callback", "task", "nothing"])
+async def test_odd_handlers_are_stopped_and_their_states_are_stored(make: Make, keyed: bool | None, what: str) -> None:
+    notes: list[str] = []
+    worker, caller = await make(), await make()
+    await worker.register_factory("odd", lambda: Odd(notes), expected_class=Odd, keyed=keyed)
+    async with caller.stream_message(what, AgentId("odd", "k"), window=1) as stream:
+        await anext(stream)
+    await eventually(lambda: worker.running.dispatch.running == 0, timeout=5.0)
+    await eventually(lambda: nothing_is_open(worker, caller))
+    if what == "task":
+        await eventually(lambda: "told" in notes)
+    if keyed:
+        assert notes.count("saving") == notes.count("saved")
 
 
 @pytest.mark.slow  # a caller is killed, and the worker must notice its silence
@@ -440,6 +593,56 @@ async def test_a_stream_holds_the_turn_of_a_keyed_agent_and_its_state_is_stored(
         if worker.running.ownership.owns_some:
             await worker.stop()
     assert await all_of(caller.stream_message(Count(1), AGENT)) == [Item(1), Sum(3)]
+
+
+class Crossing(RoutedAgent):
+    """Streams from the agent of the other key, whose handlers call back, and notes who is inside."""
+
+    def __init__(self, runtime: NatsAgentRuntime, notes: list[str]) -> None:
+        super().__init__("crossing")
+        self._runtime = runtime
+        self._notes = notes
+
+    @rpc
+    async def on_text(self, message: str, ctx: MessageContext) -> str:
+        if message == "nested":
+            self._notes.append("nested begins")
+            await asyncio.sleep(0.3)
+            self._notes.append("nested ends")
+            return "nested"
+        other = AgentId("crossing", "b" if self.id.key == "a" else "a")
+        async for item in self._runtime.stream_message(Count(3, what=message), other):
+            self._notes.append(f"item {item.number}")
+        return "done"
+
+    @natsrt.streaming
+    async def count(self, message: Count, ctx: MessageContext) -> AsyncGenerator[Item, None]:
+        other = AgentId("crossing", "b" if self.id.key == "a" else "a")
+        if message.what == "back":
+            task = asyncio.ensure_future(self._runtime.send_message("nested", other))
+            await asyncio.sleep(0.1)
+        for number in range(1, message.to + 1):
+            yield Item(number)
+        if message.what == "back":
+            await task
+
+
+async def test_an_item_waits_for_a_handler_that_was_let_in_meanwhile(make: Make) -> None:
+    notes: list[str] = []
+    worker = await make()
+    await worker.register_factory("crossing", lambda: Crossing(worker, notes), expected_class=Crossing, keyed=True)
+    async with asyncio.timeout(LONG):
+        assert await worker.send_message("back", AgentId("crossing", "a")) == "done"
+    assert notes == ["nested begins", "nested ends", "item 1", "item 2", "item 3"]
+
+
+async def test_streams_that_cross_are_a_deadlock_and_not_a_hang(make: Make) -> None:
+    worker = await make()
+    await worker.register_factory("crossing", lambda: Crossing(worker, []), expected_class=Crossing, keyed=True)
+    agents = [AgentId("crossing", key) for key in ("a", "b")]
+    async with asyncio.timeout(LONG):
+        ends = await asyncio.gather(*(worker.send_message("x", agent) for agent in agents), return_exceptions=True)
+    assert {type(end) for end in ends} <= {natsrt.Deadlock, str}, ends
 
 
 # -- beside the stream -----------------------------------------------------------------------------------------------

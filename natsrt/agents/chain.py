@@ -39,6 +39,9 @@ class Caller(Protocol):
     async def call(self, work: Awaitable[T]) -> T:
         """Await ``work``, which makes a call. Returns its result."""
 
+    async def until_last(self) -> None:
+        """Wait until the handler may go on, after it has awaited something that others may have entered for."""
+
 
 class Place(Protocol):
     """Where a handler runs: the mailbox of its agent. Handlers that it waits for may run above it."""
@@ -91,12 +94,17 @@ class Handler:
         finally:
             current_chain.reset(outer)
             del self._calls[name]
-            if not (given_up or self.place.is_last(self)):
-                self.resuming += 1
-                try:
-                    await self.place.until_last(self)
-                finally:
-                    self.resuming -= 1
+            if not given_up:
+                await self.until_last()
+
+    async def until_last(self) -> None:
+        """Wait until the handlers have ended that entered because this one awaited something."""
+        if not self.place.is_last(self):
+            self.resuming += 1
+            try:
+                await self.place.until_last(self)
+            finally:
+                self.resuming -= 1
 
     def awaits(self, chain: Collection[str]) -> bool:
         """Return True if this handler cannot go on before the message with this chain was handled.

@@ -7,6 +7,7 @@ hop: a call that the handler makes has a stream of its own, or none.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -89,6 +90,8 @@ def streaming(
     """
     if function is None:
         return functools.partial(streaming, match=match, strict=strict)
+    if not inspect.isasyncgenfunction(function):
+        raise TypeError(f"{function!r:.100} must be an asynchronous generator: an async def with yield")
     hints = get_type_hints(function)
     returned = hints.get("return")
     origin = get_origin(returned)

@@ -27,6 +27,7 @@ from natsrt.agents.catalog import Catalog
 from natsrt.agents.chain import current_chain, current_handler
 from natsrt.agents.hosted_type import Gate
 from natsrt.agents.inbound import Answer, Inbound
+from natsrt.agents.streaming import emits_to
 from natsrt.errors import UnhandledMessage
 from natsrt.hosting.answers import Answers
 from natsrt.hosting.intake import Intake
@@ -102,7 +103,9 @@ class Invoker:
     async def _handle(self, inbound: Inbound) -> Answer | None:
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
         if "partsto" in delivery.attributes and inbound.call is not None:
-            inbound.stream = self._streams.open(inbound)
+            inbound.stream = self._streams.open(inbound, delivery.context)
+        elif emits_to.get() is not None:  # this worker was started by a handler that streams
+            emits_to.set(None)
         try:
             response = await self._invoke(agent, delivery, inbound)
         finally:

@@ -120,6 +120,11 @@ class Place:
             if self.awaited == 0:
                 self._places.awaits(self)
 
+    async def until_last(self) -> None:
+        """Part of `Caller`."""
+        if self._outer is not None:
+            await self._outer.until_last()
+
     def refuse(self, error: Exception) -> None:
         """Let `Places.enter` raise ``error``. Has no effect if it does not wait any more."""
         if self.turn is not None and not self.turn.done():

@@ -7,7 +7,8 @@ Rules:
 2. A caller tells at least twice a second how far it is, once it has a part. Nothing is sent to one that is too far
    behind; to one that is silent for ``stream_idle_timeout`` seconds, or that says so, nothing is sent any more.
 3. The handler of a stream that is abandoned is stopped in steps: its cancellation token is set, its next item raises
-   `StreamAbandoned`, and its task is cancelled a moment later.
+   `StreamAbandoned`, and its task is cancelled a moment later. The token is its own: it follows that of the call, whose
+   other copies are not cancelled with it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import logging
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, Final
 
+from autogen_core import CancellationToken, MessageContext
+
 from natsrt.agents.inbound import Inbound
 from natsrt.agents.streaming import emits_to
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError, StreamAbandoned
 from natsrt.hosting.answers import Answers
 from natsrt.options import Options
+from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.part_flow import PartsSent
@@ -43,6 +47,10 @@ class StreamOut:
     """What one handler sends to a caller that streams its call. An `Emitter`."""
 
     def __init__(self, streams: Streams, inbound: Inbound, body: Envelope, parts_to: str) -> None:
+        self.token: CancellationToken = CancellationToken()
+        """That of the handler."""
+        self._follows: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Cancelled when the token of the call is; done when the handler has ended."""
         self._streams = streams
         self._inbound = inbound
         self._body = body
@@ -66,7 +74,7 @@ class StreamOut:
         """Part of `Emitter`."""
         encoded = self._streams.serialization.encode(item)
         async with self._turn:
-            while not self.is_abandoned and not self.flow.has_room:
+            while not self.is_abandoned and self.ended_at is None and not self.flow.has_room:
                 self._room.clear()
                 await self._room.wait()
             if self.is_abandoned or self.ended_at is not None:
@@ -84,8 +92,25 @@ class StreamOut:
     def end(self) -> None:
         """Part of `Stream`."""
         self.ended_at = asyncio.get_running_loop().time()
+        self._room.set()
+        if not self._follows.done():
+            self._follows.set_result(None)
         if self._stop is not None:
             self._stop.cancel()
+
+    def follow(self, token: CancellationToken, cancellations: Cancellations) -> None:
+        """Cancel the handler's token when that of its call is cancelled."""
+        if token.is_cancelled():
+            self.cancel_token()
+        self._follows.add_done_callback(lambda follows: self.cancel_token() if follows.cancelled() else None)
+        cancellations.link(token, self._follows)
+
+    def cancel_token(self) -> None:
+        """Cancel the handler's token."""
+        try:
+            self.token.cancel()
+        except Exception:  # raised by a callback that the user added
+            logger.exception("a callback of a cancellation token failed")
 
     @property
     def attributes(self) -> str:
@@ -120,18 +145,23 @@ class StreamOut:
             return
         self.is_abandoned = True
         self._room.set()
-        if self._inbound.token is not None:
-            self._inbound.token.cancel()
         self._stop = asyncio.get_running_loop().call_later(_STOPPED_WITHIN, self._inbound.cancel)
+        self.cancel_token()
 
 
 class Streams:
     """The streams of one worker, by the subjects of their parts."""
 
     def __init__(
-        self, connection: Connection, serialization: Serialization, answers: Answers, options: Options
+        self,
+        connection: Connection,
+        serialization: Serialization,
+        answers: Answers,
+        cancellations: Cancellations,
+        options: Options,
     ) -> None:
         self._connection = connection
+        self._cancellations = cancellations
         self.serialization: Serialization = serialization
         self.answers: Answers = answers
         self._idle_timeout = options.stream_idle_timeout
@@ -156,12 +186,17 @@ class Streams:
         for stream in self._streams.values():
             stream.send_again()
 
-    def open(self, inbound: Inbound) -> StreamOut | None:
-        """Let the present handler, which is about to handle ``inbound``, send parts. Raises `CannotDecode`."""
+    def open(self, inbound: Inbound, context: MessageContext) -> StreamOut:
+        """Let the present handler, which is about to handle ``inbound``, send parts. It gets a token of its own.
+
+        Raises `CannotDecode`.
+        """
         body = inbound.body
         assert body is not None and inbound.call is not None
         stream = StreamOut(self, inbound, body, body.required("partsto"))
         self._streams[stream.parts_to] = stream
+        stream.follow(context.cancellation_token, self._cancellations)
+        context.cancellation_token = stream.token
         inbound.call.on_abandoned = stream.abandon
         emits_to.set(stream)
         if self._looking is None:
@@ -200,7 +235,7 @@ class Streams:
                     or now - stream.ended_at > self._kept_for
                 ):
                     del self._streams[stream.parts_to]
-            elif is_silent:
+            elif is_silent and not stream.is_abandoned:
                 logger.warning("the caller that streams from %s is silent: its handler is stopped", stream)
                 stream.abandon()
         self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look) if self._streams else None
@@ -210,5 +245,7 @@ class Streams:
         if self._looking is not None:
             self._looking.cancel()
             self._looking = None
+        for stream in self._streams.values():
+            stream.end()
         self._streams.clear()
         await self._tasks.cancel()

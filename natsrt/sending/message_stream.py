@@ -4,8 +4,8 @@ Rules:
 
 1. Parts are given to the consumer in their order, each once; `PartsReceived` says which are missing. The end of the
    call is given after them: its result if that was not a part, and its error.
-2. The worker is told how far this is when half of the window was consumed, when parts are missing, and twice a second
-   when nothing comes. So it knows that its caller lives.
+2. The worker is told how far this is when half of the window was consumed, when parts are missing, and at least twice a
+   second. So it knows that its caller lives, however slowly its parts come and are consumed.
 3. A call that ends in another way than by its reply, such as with its worker, ends the stream after the parts that had
    arrived in order. One that is cancelled ends it at once. Whenever a stream ends without a reply, the worker is told
    to stop.
@@ -18,12 +18,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
 from autogen_core import AgentId
 from nats.aio.msg import Msg
 
+from natsrt.agents.chain import current_handler
 from natsrt.agents.interventions import Interventions
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError, WorkerLost
@@ -37,13 +39,16 @@ from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
+from natsrt.wire.ids import checked_id
 from natsrt.wire.part_flow import PartsReceived, Window
 from natsrt.wire.part_messages import encode_progress, number_of_part, stream_attributes, total_of
 
 logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _TELL_EVERY: Final = 0.5
-"""Seconds after which the worker is told again how far this is, if nothing came."""
+"""Seconds after which the worker is told again how far this is."""
+_STOP_AGAIN: Final = (0.5, 2.0)
+"""Seconds after which a worker that was told to stop is told so again: the first word may be lost."""
 _ASKED: Final = 3
 """How many times ``lost_after`` the worker is asked for parts that are missing when the call has ended. Links that are
 cut again and again take their time."""
@@ -68,18 +73,22 @@ class IncomingStreams:
         self.inbox: Inbox = inbox
         self.registry: Registry = registry
         self.lost_after: float = options.lost_after
+        self.offline_timeout: float | None = options.offline_timeout
         self.calls: CallSender = calls
         self.replies: Replies = replies
         self.bodies: Bodies = bodies
         self.interventions: Interventions = interventions
         self.connected_since: float = 0.0
         """When the connection was made last, by the event loop's clock."""
+        self.lost_at: float = 0.0
+        """When the connection was lost last."""
         self._open: set[Receiving] = set()
         self._tasks = BackgroundTasks(logger, "a message to the worker of a stream could not be sent")
         connection.add_listener(self)
 
     def connection_lost(self) -> None:
         """Part of `Listener`."""
+        self.lost_at = asyncio.get_running_loop().time()
 
     def connection_made(self) -> None:
         """Part of `Listener`."""
@@ -150,9 +159,10 @@ class Receiving:
         if body is None or body.type != envelope.PART:
             raise CannotDecode("a part of a stream", f"expected {envelope.PART}", message.data)
         number = number_of_part(body)
-        self._worker_id = body.required("workerid")
+        self._worker_id = checked_id(body.required("workerid"), "a part of a stream")
         self._heard_at = self._loop.time()
-        if self.parts.receive(number, body, len(body.payload)):
+        size = len(body.payload) if body.reference is None else body.reference.size
+        if self.parts.receive(number, body, size):
             self._wake()
         if self.parts.is_news:
             self.tell()
@@ -161,7 +171,8 @@ class Receiving:
         self._answered = True
         self._heard_at = self._loop.time()
         if answer is not None:
-            self._worker_id = answer.text("workerid") or self._worker_id
+            if (worker_id := answer.text("workerid")) is not None:
+                self._worker_id = checked_id(worker_id, "a reply")
             self.all_emitted = answer.text("ended") is not None
             self.parts.end(total_of(answer))
         else:
@@ -178,8 +189,8 @@ class Receiving:
         self._wake()
 
     def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+        if self._news is not None:
+            _complete(self._news)
 
     # -- for the consumer ----------------------------------------------------------------------------------------
 
@@ -194,21 +205,34 @@ class Receiving:
         return self.call.cancelled() and self.failure is None
 
     async def wait(self) -> None:
-        """Wait until there is a part, or the stream has ended. Raises `WorkerLost` if parts were lost for good."""
-        self._news = self._loop.create_future()
+        """Wait until there is a part, or the stream has ended.
+
+        Raises `WorkerLost` if parts were lost for good, and `ServerUnreachable` if they cannot be asked for.
+        """
+        news = self._news = self._loop.create_future()
+        # It is seen from this callback that its caller awaits the call (`natsrt.awaiting`).
+        completes = partial(_complete, news)
+        self.call.add_done_callback(completes)
         try:
-            # The call is among what is waited for, so that it can be seen that its caller awaits it.
-            waiting = {self._news} if self.call.done() else {self._news, self.call}
-            await asyncio.wait(waiting, timeout=_TELL_EVERY, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({news}, timeout=_TELL_EVERY)
         finally:
+            self.call.remove_done_callback(completes)
             self._news = None
-        since = max(self._heard_at, self._streams.connected_since)
-        if (
-            self.call.done()
-            and not self.has_ended
-            and self._streams.connection.connected
-            and self._loop.time() > since + _ASKED * self._streams.lost_after + self._streams.connection.rtt.allowance
-        ):
+        if self.call.done() and not self.has_ended:
+            self._require_hope()
+
+    def _require_hope(self) -> None:
+        """Raise an error if the parts that are missing will not come any more."""
+        streams, now = self._streams, self._loop.time()
+        if self._timer is None:
+            raise self.failure or stopped(self.recipient)
+        if not streams.connection.connected:
+            limit = streams.offline_timeout
+            if limit is not None and now > streams.lost_at + limit:
+                raise streams.connection.unreachable(limit, "the connection was lost during a stream")
+            return
+        since = max(self._heard_at, streams.connected_since)
+        if now > since + _ASKED * streams.lost_after + streams.connection.rtt.allowance:
             raise WorkerLost(str(self.recipient), self._worker_id, "parts of its reply are lost")
 
     def take(self) -> Envelope:
@@ -232,8 +256,7 @@ class Receiving:
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(_TELL_EVERY, self._tick)
-        silent_for = self._loop.time() - max(self._heard_at, self._told_at)
-        if not self.has_ended and (self.parts.misses_some or silent_for >= _TELL_EVERY / 2):
+        if not self.has_ended and (self.parts.misses_some or self._loop.time() >= self._told_at + _TELL_EVERY / 2):
             self.tell()
 
     def close(self) -> None:
@@ -244,7 +267,12 @@ class Receiving:
             self.tell()  # the worker need not keep what has arrived
         else:
             self.tell(stop=True)
+            for pause in _STOP_AGAIN:
+                self._loop.call_later(pause, partial(self.tell, stop=True))
             self.call.cancel()
+        for body in self.parts.rest():
+            if body.reference is not None:
+                self._streams.bodies.discard(body.reference)
         self._end()
         self._wake()
 
@@ -259,12 +287,13 @@ class Receiving:
 class MessageStream:
     """The items of a streamed call, in order: from `NatsAgentRuntime.stream_message`.
 
-    Iterate over it with ``async for``. The call is made when the iteration begins. Use it with ``async with``, or call
-    `aclose`, if the iteration may end early: the handler is stopped then. Without that, a stream that is left by
-    ``break`` is closed when Python collects it, which is at once if nothing else refers to it.
+    Iterate over it with ``async for``. The call is made when the iteration begins, or by ``async with``. Use it with
+    ``async with``, or call `aclose`, if the iteration may end early: the handler is stopped then. Without that, a
+    stream that is left by ``break`` is closed when Python collects it, which is at once if nothing else refers to it.
 
-    The iteration ends when the handler has returned, and raises what it raised, after the items that came before it.
-    Only one task may iterate at a time.
+    The iteration ends when the handler has returned, and raises what it raised, after the items that came before it. An
+    item that cannot be read ends the stream, as does an intervention handler that raises. Only one task may iterate at
+    a time. A consumer that is cancelled while it waits can go on later: no item is lost.
     """
 
     def __init__(self, streams: IncomingStreams, call: Call, window: Window) -> None:
@@ -273,25 +302,53 @@ class MessageStream:
         self._window = window
         self._sent = type(call.message)
         self._receiving: Receiving | None = None
+        self._reading: asyncio.Task[Any] | None = None
+        """Reads the next item. It goes on if the consumer is cancelled meanwhile, which then gets it next time."""
+        self._iterated = False
         self._done = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Any:
-        if self._done:
-            raise StopAsyncIteration
-        receiving = self._begin()
+        if self._iterated:
+            raise RuntimeError("another task waits for the next item of this stream: one task at a time may iterate")
+        self._iterated = True
         try:
+            item = await self._next()
+            if (handler := current_handler.get()) is not None:
+                await handler.until_last()
+            return item
+        except asyncio.CancelledError:
+            raise  # the consumer may go on
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            self._iterated = False
+
+    async def _next(self) -> Any:
+        token = self._call.token
+        if self._reading is None:
+            if self._done:
+                raise StopAsyncIteration
+            receiving = self._begin()
             while not receiving.parts.has_next or receiving.is_cancelled:
                 if receiving.has_ended:
                     return await self._last(receiving)
                 await receiving.wait()
-        except (NatsrtError, StopAsyncIteration):
-            self._end()
-            raise
-        item = await self._read(receiving.take())
-        return await self._shown(item)
+                if self._done:  # closed by another task
+                    raise StopAsyncIteration
+            if token is not None and token.is_cancelled():
+                self._end()
+                raise asyncio.CancelledError("the cancellation token was cancelled")
+            body = receiving.take()
+            if body.reference is None and not self._streams.interventions.handlers:
+                return self._message(body)
+            self._reading = asyncio.ensure_future(self._read(body))
+        item = await asyncio.shield(self._reading)
+        self._reading = None
+        return item
 
     def _begin(self) -> Receiving:
         if self._receiving is None:
@@ -300,20 +357,27 @@ class MessageStream:
 
     async def _last(self, receiving: Receiving) -> Any:
         """The result of the call, if it is an item of its own. Raises the error of the call, or StopAsyncIteration."""
-        self._end()
         if receiving.failure is not None:
             raise receiving.failure
+        if receiving.call.cancelled():
+            self._end()
         result = await receiving.call
         if receiving.all_emitted:
             raise StopAsyncIteration
-        return await self._shown(result)
+        item = await self._intervened(result)
+        self._end()
+        return item
+
+    def _message(self, body: Envelope) -> Any:
+        return self._streams.replies.message(body, self._sent, self._call.reply_type, self._call.recipient)
 
     async def _read(self, body: Envelope) -> Any:
         if body.reference is not None:
             await self._streams.replies.load(body, body.reference)
-        return self._streams.replies.message(body, self._sent, self._call.reply_type, self._call.recipient)
+        return await self._intervened(self._message(body))
 
-    async def _shown(self, item: Any) -> Any:
+    async def _intervened(self, item: Any) -> Any:
+        """The item that the intervention handlers of this runtime make of an item."""
         interventions = self._streams.interventions
         if not interventions.handlers:
             return item
@@ -321,6 +385,9 @@ class MessageStream:
 
     def _end(self) -> None:
         self._done = True
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
         if self._receiving is not None:
             self._receiving.close()
 
@@ -328,12 +395,12 @@ class MessageStream:
         """End the stream, and stop its handler if that still runs. Has no effect if the stream has ended."""
         self._end()
         if self._receiving is not None and not self._receiving.call.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({self._receiving.call})
+            await asyncio.wait({self._receiving.call})
 
     async def __aenter__(self) -> Self:
         if not self._done:
             self._begin()
+            await asyncio.sleep(0)  # so that the call is sent before what is sent later
         return self
 
     async def __aexit__(
@@ -346,6 +413,11 @@ class MessageStream:
         if receiving is not None and not self._done:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
                 receiving._loop.call_soon_threadsafe(receiving.close)
+
+
+def _complete(news: asyncio.Future[None], _: object = None) -> None:
+    if not news.done():
+        news.set_result(None)
 
 
 async def _make(calls: CallSender, call: Call) -> Any:

@@ -170,6 +170,13 @@ class PartsReceived(Generic[T]):
         self._size_since_told += size
         return item
 
+    def rest(self) -> Iterator[T]:
+        """All parts that have arrived and were not taken. They are gone then."""
+        waiting = [*self._ready, *self._early.values()]
+        self._ready.clear()
+        self._early.clear()
+        return (item for item, _ in waiting)
+
     @property
     def is_news(self) -> bool:
         """True if the worker is to be told at once: half of the window was consumed, or there is a new gap."""
