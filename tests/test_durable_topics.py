@@ -27,6 +27,7 @@ from autogen_core import (
     event,
 )
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
 
 import natsrt
@@ -339,7 +340,7 @@ async def test_an_event_is_sent_again_when_the_stream_is_silent(place: Place, mo
     await place.runtime(durable=["orders."])
     caller = await place.runtime()
     config = (await place.js.stream_info(place.stream)).config
-    monkeypatch.setattr(caller.running.outgoing.publisher, "_find_out", lambda stream: None)
+    monkeypatch.setattr(caller.running.outgoing.publisher, "_find_out", lambda *_: None)
     await place.client.subscribe(f"{place.namespace}.topic.>")  # so the server does not say that nobody listens
     await place.js.delete_stream(place.stream)
     publishing = asyncio.create_task(caller.publish_message(Order(1), TopicId("orders.new", "a")))
@@ -581,6 +582,31 @@ async def test_another_runtime_adds_topics_to_a_stream_and_those_that_are_declar
     third = await place.runtime(durable=["orders."])
     (entry,) = third.running.registry.view.durable.values()
     assert entry.patterns == ("orders.", "audit.log")
+
+
+async def test_a_stream_that_does_not_listen_where_it_says_so_is_told_to_do_so_again(place: Place) -> None:
+    """nats-server ends such subscriptions where several clients change the subjects of a stream at once."""
+    runtime = await place.runtime(durable=["orders.", "audit."])
+    await runtime.publish_message(Order(1), TopicId("orders.x", "a"))
+    before = await place.js.stream_info(place.stream)
+    updates: list[Any] = []
+
+    async def update(message: Msg) -> None:
+        updates.append(message)
+
+    await place.client.subscribe(f"$JS.EVENT.ADVISORY.STREAM.UPDATED.{place.stream}", cb=update)
+    streams, unheard = runtime.running.network.streams, f"{place.namespace}.topic.orders.x.a"
+    assert await streams.mend(place.stream, unheard) == ""
+    assert await streams.mend(place.stream, unheard) == ""  # it may pass
+    await asyncio.sleep(1.1)
+    assert not updates
+    assert await streams.mend(place.stream, unheard) == ""
+    await eventually(lambda: len(updates) == 2)
+    after = await place.js.stream_info(place.stream)
+    assert sorted(after.config.subjects or ()) == sorted(before.config.subjects or ())
+    assert after.state.messages == 1
+    await runtime.publish_message(Order(2), TopicId("orders.x", "a"))
+    assert [number for _, number in await place.stored()] == [1, 2]
 
 
 async def test_many_runtimes_that_start_at_once_with_different_topics_all_have_theirs(place: Place) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -37,6 +38,7 @@ from natsrt.jetstream.streams import (
 )
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
+from natsrt.wire.filters import covers
 from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.durable")
@@ -49,6 +51,12 @@ _ONE_REQUEST = 5.0
 """Seconds for one request about what a stream publishes later."""
 _OVERLAPS = 10065
 """JetStream's error code for subjects that another stream captures."""
+
+_UNHEARD_FOR = 1.0
+"""Seconds for which nobody must have listened on a subject until its stream is told to subscribe again: far longer than
+a reconnect or the making of a stream."""
+_FORGOTTEN_AFTER = 5.0
+"""Seconds after which an earlier report of that kind says nothing any more."""
 
 
 class DurableStreams:
@@ -67,6 +75,8 @@ class DurableStreams:
         """The topics that this runtime made durable when it started; empty if they were so before."""
         self._domain = Domain(options.jetstream_domain)
         self._requests: dict[str, BucketRequests] = {}
+        self._unheard: dict[str, float] = {}
+        """Since when nobody has listened where a stream says that it does, by the filter of its subjects."""
 
     async def open(self) -> None:
         """Declare the durable topics of the setting, and make their streams. Has no effect if it names none.
@@ -178,16 +188,17 @@ class DurableStreams:
             left = [other for other in config.subjects or () if other != subject]
             await js.update_stream(config.evolve(subjects=left))
 
-    async def mend(self, stream: str) -> str:
+    async def mend(self, stream: str, unheard: str | None = None) -> str:
         """Find out why a stream does not answer, and make it again if it is gone and the setting names its topics.
 
+        ``unheard`` is a subject of the stream on which nobody listens, as the server says; None: it says nothing.
         Returns why it cannot store events now; empty if that is not known, or may pass.
         """
         if not self._registry.reads_bucket:
             return ""
         try:
             async with asyncio.timeout(_LOOK_WITHIN + self._connection.rtt.allowance):
-                return await self._mend(stream)
+                return await self._mend(stream, unheard)
         except NatsrtError as error:
             return str(error) if self._connection.connected else ""
         except (nats.errors.Error, OSError, TimeoutError):
@@ -199,25 +210,48 @@ class DurableStreams:
             async with asyncio.timeout(_LOOK_WITHIN + self._connection.rtt.allowance):
                 await self._make_other(stream)
 
-    async def _mend(self, stream: str) -> str:
+    async def _mend(self, stream: str, unheard: str | None) -> str:
         declared = self._registry.view.durable.get(stream)
         if declared is None:
             return "its topics are not durable any more"
         wanted = events_stream(self._subjects, self._options, declared.topics)
         try:
-            config = (await self._connection.jetstream.stream_info(stream)).config
+            info = await self._connection.jetstream.stream_info(stream)
         except nats.js.errors.NotFoundError:
             if stream not in self._own:
                 return "it was deleted. Runtimes whose setting durable names its topics make it again when they start"
             logger.warning("the stream %s was gone with all its events, and is made again", stream)
         else:
-            missing = [subject for subject in wanted.subjects or () if subject not in (config.subjects or ())]
+            present = info.config.subjects or []
+            missing = [subject for subject in wanted.subjects or () if subject not in present]
             if not missing:
+                if unheard is not None and (info.cluster is None or info.cluster.leader):
+                    await self._listen_again(info.config, unheard)
                 return ""
             if stream not in self._own:
                 return f"it does not capture {', '.join(missing)}"
         await self._make(stream)
         return ""
+
+    async def _listen_again(self, config: api.StreamConfig, unheard: str) -> None:
+        """Have a stream subscribe again where it says that it listens, if nobody has listened there for a moment.
+
+        Where several clients change the subjects of a stream at once, nats-server 2.15 may end the subscription of one
+        that its configuration has.
+        """
+        subjects, now = config.subjects or [], asyncio.get_running_loop().time()
+        silent = next((subject for subject in subjects if covers(subject, unheard)), None)
+        if silent is None:
+            return
+        since = self._unheard.get(silent, -math.inf)
+        if now - since > _FORGOTTEN_AFTER:
+            self._unheard[silent] = now
+        elif now - since > _UNHEARD_FOR:
+            del self._unheard[silent]
+            logger.warning("the stream %s does not listen on %s: it is told to do so again", config.name, silent)
+            js = self._connection.jetstream
+            await js.update_stream(config.evolve(subjects=[other for other in subjects if other != silent]))
+            await js.update_stream(config.evolve(subjects=subjects))
 
     async def _run(self, stream: str, request: Callable[[], Awaitable[None]]) -> None:
         await self._requests_to(stream).run(OPEN, request)

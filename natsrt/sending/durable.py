@@ -409,7 +409,7 @@ class DurablePublisher:
             elif event.sent_in is not None and event.sent_at <= late and self._connection.connected:
                 event.sent_in, silent = None, event
         if silent is not None:
-            self._find_out(silent.stream)
+            self._find_out(silent.stream, silent.subject if silent.problem == _NOBODY else None)
         if next(self._to_be_sent(), None) is not None:
             self._send_all()
         self._looking = loop.call_later(_LOOK_EVERY, self._look) if self._under_way else None
@@ -427,7 +427,7 @@ class DurablePublisher:
             ack = read_ack(message)
         except nats.js.errors.NoStreamResponseError:
             self._not_stored(event, _NOBODY)
-            self._find_out(event.stream)
+            self._find_out(event.stream, event.subject)
         except nats.js.errors.APIError as error:
             self._on_error(event, error)
         except (CannotDecode, WrongRevision) as error:
@@ -479,13 +479,16 @@ class DurablePublisher:
             event.end(denied)
         return bool(concerned)
 
-    def _find_out(self, stream: str) -> None:
-        """Find out what is wrong with a stream that does not answer, if that is not being found out already."""
-        if self._finding_out is None or self._finding_out.done():
-            self._finding_out = self._tasks.spawn(self._mend(stream))
+    def _find_out(self, stream: str, unheard: str | None = None) -> None:
+        """Find out what is wrong with a stream that does not answer, if that is not being found out already.
 
-    async def _mend(self, stream: str) -> None:
-        problem = await self._streams.mend(stream)
+        ``unheard`` is as in `DurableStreams.mend`.
+        """
+        if self._finding_out is None or self._finding_out.done():
+            self._finding_out = self._tasks.spawn(self._mend(stream, unheard))
+
+    async def _mend(self, stream: str, unheard: str | None) -> None:
+        problem = await self._streams.mend(stream, unheard)
         if problem:
             for event in list(self._under_way):
                 if event.stream == stream:
