@@ -168,7 +168,6 @@ class Receiving:
             self.tell()
 
     def _on_answer(self, answer: Envelope | None) -> None:
-        self._answered = True
         self._heard_at = self._loop.time()
         if answer is not None:
             if (worker_id := answer.text("workerid")) is not None:
@@ -177,6 +176,7 @@ class Receiving:
             self.parts.end(total_of(answer))
         else:
             self.parts.end(0)
+        self._answered = True
 
     def _on_end(self, call: asyncio.Task[Any]) -> None:
         if not call.cancelled():
@@ -315,10 +315,7 @@ class MessageStream:
             raise RuntimeError("another task waits for the next item of this stream: one task at a time may iterate")
         self._iterated = True
         try:
-            item = await self._next()
-            if (handler := current_handler.get()) is not None:
-                await handler.until_last()
-            return item
+            return await self._next()
         except asyncio.CancelledError:
             raise  # the consumer may go on
         except BaseException:
@@ -342,6 +339,10 @@ class MessageStream:
             if token is not None and token.is_cancelled():
                 self._end()
                 raise asyncio.CancelledError("the cancellation token was cancelled")
+            if (handler := current_handler.get()) is not None:
+                await handler.until_last()  # those that were let in because this one awaited the item
+                if self._done:
+                    raise StopAsyncIteration
             body = receiving.take()
             if body.reference is None and not self._streams.interventions.handlers:
                 return self._message(body)
