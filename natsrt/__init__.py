@@ -20,7 +20,7 @@ from natsrt.version import VERSION as __version__
 
 # isort: split
 # Last: the decorator `natsrt.keyed` has the name of the package natsrt/keyed, which the imports above bind.
-from natsrt.keyed_types import KeyedOptions, keyed
+from natsrt.keyed_types import KeyedOptions, keyed, out_of_turn
 
 __all__ = [
     "DeadLetter",
@@ -40,6 +40,7 @@ __all__ = [
     "current_delivery",
     "emit",
     "keyed",
+    "out_of_turn",
     "progress",
     "register",
     "runtime_of",

@@ -14,9 +14,12 @@ from natsrt.errors import ConfigurationError
 from natsrt.wire.ranges import seconds_problem
 
 C = TypeVar("C", bound=type[Any])
+F = TypeVar("F", bound=Callable[..., Any])
 
 _MARK = "__natsrt_keyed__"
 """The attribute of a class in which `keyed` stores the options."""
+_OUT_OF_TURN = "__natsrt_out_of_turn__"
+"""The attribute of a handler that `out_of_turn` sets."""
 _CHOICES = {"concurrency": ("serial", "concurrent"), "save": ("message", "interval", "manual")}
 
 
@@ -89,3 +92,23 @@ def keyed(cls: Any = None, /, **settings: Any) -> Any:
 def keyed_options_of(cls: type[Any] | None) -> KeyedOptions | None:
     """The options that `keyed` set on ``cls`` or a base class of it; None if there are none."""
     return getattr(cls, _MARK, None)
+
+
+def out_of_turn(handler: F, /) -> F:
+    """Method decorator: this message handler of a keyed agent does not wait for its turn.
+
+    It runs beside the handler that has the turn, on the same instance, and the state is not stored after it. So it can
+    pause what the agent does, resume it, or tell how far it is. What it changes in the state is stored with the next
+    message that takes its turn. Use it above or below AutoGen's ``message_handler``, ``rpc`` and ``event``, or
+    `natsrt.streaming`. Events of durable topics and tasks take their turn nevertheless. The decorator has no effect on
+    agents that are not keyed, and none in other runtimes.
+
+    All handlers of one message type must have it, or none.
+    """
+    setattr(handler, _OUT_OF_TURN, True)
+    return handler
+
+
+def is_out_of_turn(handler: Any) -> bool:
+    """True if `out_of_turn` was used on this handler."""
+    return getattr(handler, _OUT_OF_TURN, False) is True

@@ -77,6 +77,7 @@ PUBLIC = [
     "current_delivery",
     "emit",
     "keyed",
+    "out_of_turn",
     "progress",
     "register",
     "runtime_of",

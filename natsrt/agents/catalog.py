@@ -147,7 +147,7 @@ class Catalog:
         """Add the message types of an agent class to ``hosted``, and register their serializers."""
         if cls in hosted.handled_by:
             return
-        handled, produced = message_types_of(cls)
+        handled, produced, out_of_turn = message_types_of(cls)
         own = hosted.handled_by[cls] = NamedClasses()
         for message_type, serializers in getattr(cls, "internal_extra_handles_types", ()):
             self._serialization.add(serializers)
@@ -161,6 +161,8 @@ class Catalog:
             own.add(shown_name(message_type), message_type)
         for message_type in own:
             hosted.handles.add(shown_name(message_type), message_type)
+        for message_type in out_of_turn:
+            hosted.out_of_turn.add(shown_name(message_type), message_type)
         for message_type in produced:
             self._serialization.add_produced(message_type)
             hosted.produces.add(shown_name(message_type), message_type)

@@ -58,6 +58,8 @@ class HostedType:
     """The message types that its handlers accept."""
     produces: NamedClasses = field(default_factory=NamedClasses)
     """The message types that its handlers return."""
+    out_of_turn: NamedClasses = field(default_factory=NamedClasses)
+    """Those of `handles` whose handlers do not wait for their turn: see `natsrt.out_of_turn`."""
     handled_by: dict[type[Any], NamedClasses] = field(default_factory=dict)
     """The message types that agents of each class handle. A class that was defined again may be in use beside the later
     one; each handles the message classes that it was defined with."""
@@ -82,6 +84,13 @@ class HostedType:
                 self.matches.clear()
             matches = self.matches[topic_type] = any(rule.matches(topic_type) for rule in self.rules)
         return matches
+
+    def is_out_of_turn(self, type_name: str, class_name: str | None) -> bool:
+        """True if a message does not wait for its turn. ``class_name``: the full name of its class; None: unknown."""
+        marked = self.out_of_turn.named(type_name)
+        if len(marked) == len(self.handles.named(type_name)):
+            return bool(marked)
+        return any(full_name(cls) == class_name for cls in marked)
 
     def forget_unused_classes(self) -> None:
         """Drop the message types of agent classes that were defined again and have no agents any more."""

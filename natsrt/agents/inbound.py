@@ -27,7 +27,7 @@ from natsrt.agents.chain import Chain, Handler, chain_of
 from natsrt.agents.hosted_type import HostedType
 from natsrt.errors import UndeliveredCall
 from natsrt.wire import envelope
-from natsrt.wire.envelope import Envelope
+from natsrt.wire.envelope import TYPE_HEADER, Envelope
 from natsrt.wire.stored_events import StoredEvent
 
 
@@ -236,6 +236,16 @@ class Inbound:
         return SentBack(
             UndeliveredCall(agent, f"the call to {agent} was not handled: its caller does not wait any more")
         )
+
+    @property
+    def is_out_of_turn(self) -> bool:
+        """True for a message that does not wait for its turn with its keyed agent: see `natsrt.out_of_turn`."""
+        hosted = self.route.hosted
+        if hosted.keyed is None or not hosted.out_of_turn or self.event is not None:
+            return False
+        if self.body is not None:
+            return hosted.is_out_of_turn(self.body.text("messagetype") or "", self.body.text("messageclass"))
+        return hosted.is_out_of_turn((self.message.headers or {}).get(TYPE_HEADER, ""), None)
 
     @property
     def can_be_sent_back(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from autogen_core import RoutedAgent
 
 from natsrt.errors import CannotSerialize
+from natsrt.keyed_types import is_out_of_turn
 from natsrt.wire.message_classes import type_name_of
 from natsrt.wire.serialization import serializer_for
 
@@ -20,19 +21,30 @@ class MessageTypes(NamedTuple):
     """The types that its handlers accept."""
     produced: list[type[Any]]
     """The types that its handlers return."""
+    out_of_turn: list[type[Any]]
+    """The types whose handlers do not wait for their turn (`natsrt.out_of_turn`)."""
 
 
 def message_types_of(cls: type[Any]) -> MessageTypes:
-    """Return the message types of the handlers of a `RoutedAgent` class. Both lists are empty for any other class."""
+    """Return the message types of the handlers of a `RoutedAgent` class. The lists are empty for any other class.
+
+    Raises TypeError if some handlers of one type are out of turn and others are not.
+    """
     handled: list[type[Any]] = []
     produced: list[type[Any]] = []
+    waits: dict[type[Any], bool] = {}
     if issubclass(cls, RoutedAgent):
         for name in dir(cls):
             handler: Any = getattr(cls, name, None)
             if getattr(handler, "is_message_handler", False):
-                handled += map(_without_any_type, handler.target_types)
+                for message_type in map(_without_any_type, handler.target_types):
+                    handled.append(message_type)
+                    if waits.setdefault(message_type, not is_out_of_turn(handler)) is is_out_of_turn(handler):
+                        which = f"the handlers of {shown_name(message_type)} in {cls.__name__}"
+                        raise TypeError(f"{which} must all be out of turn, or none")
                 produced += map(_without_any_type, handler.produces_types)
-    return MessageTypes(list(dict.fromkeys(handled)), list(dict.fromkeys(produced)))
+    out_of_turn = [message_type for message_type, its_turn in waits.items() if not its_turn]
+    return MessageTypes(list(dict.fromkeys(handled)), list(dict.fromkeys(produced)), out_of_turn)
 
 
 def _without_any_type(message_type: Any) -> type[Any]:

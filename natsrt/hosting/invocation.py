@@ -96,7 +96,8 @@ class Invoker:
         Raises any exception of the handler, any error in creating the agent, decoding the message or writing the
         answer, and `SentBack` if the caller does not wait any more.
         """
-        if self._places.limits_all or inbound.route.hosted.max_running is not None:
+        is_limited = self._places.limits_all or inbound.route.hosted.max_running is not None
+        if is_limited and not inbound.is_out_of_turn:  # that a handler runs must not keep those out that may stop it
             return self._handle_in_place(inbound)
         return self._handle(inbound)
 

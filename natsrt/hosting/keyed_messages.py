@@ -74,7 +74,15 @@ class KeyedMessages:
         sent_to_owner = inbound.can_be_sent_back and inbound.route.key is not None
         handle = partial(self._invoker.handle, inbound)
         try:
-            return await self._turns.run(hosted, key, inbound.chain, handle, inbound=inbound, claim=not sent_to_owner)
+            return await self._turns.run(
+                hosted,
+                key,
+                inbound.chain,
+                handle,
+                inbound=inbound,
+                claim=not sent_to_owner,
+                out_of_turn=inbound.is_out_of_turn,
+            )
         except NotOwned:
             raise self._not_owned(inbound) from None
         except CannotOwn as cannot:

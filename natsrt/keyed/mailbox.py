@@ -8,8 +8,9 @@ Rules:
 2. Of several messages that a handler waits for at the same time, the first one enters. The others wait until its
    handler has ended.
 3. Messages that no handler inside waits for enter in order, when all handlers have ended.
-
-4. A handler whose call has ended goes on when it is the last one again. A handler that entered above it may not have
+4. A handler beside the turns keeps nobody out, and nobody keeps it out. A message for which it waits is let in no
+   earlier than others.
+5. A handler whose call has ended goes on when it is the last one again. A handler that entered above it may not have
    ended, if nobody awaits its message any more.
 
 A handler that gave up a call goes on at once, although the handler of that call may still be inside.
@@ -40,13 +41,15 @@ class _Waiting(NamedTuple):
 class Mailbox:
     """The messages of one agent, from their arrival to the end of their handlers."""
 
-    __slots__ = ("_concurrent", "_inside", "_resuming", "_waiting")
+    __slots__ = ("_beside", "_concurrent", "_inside", "_resuming", "_waiting")
 
     def __init__(self) -> None:
         self._inside: list[Handler] = []
         """The handlers that keep others out, in the order in which they entered."""
         self._concurrent: set[str] | None = None
         """The ids of handlers that run, but do not keep others out. None until there is one."""
+        self._beside: set[str] | None = None
+        """The ids of handlers that run beside the turns. None until there is one."""
         self._waiting: dict[str, _Waiting] | None = None
         """The messages that wait to enter, in order, by the ids of their handlers. None until there is one."""
         self._resuming: list[asyncio.Future[None]] | None = None
@@ -61,14 +64,14 @@ class Mailbox:
         """Return True if a handler of this chain runs here."""
         if any(handler.handler_id in chain for handler in self._inside):
             return True
-        return self._concurrent is not None and not self._concurrent.isdisjoint(chain)
+        return any(ids is not None and not ids.isdisjoint(chain) for ids in (self._concurrent, self._beside))
 
     def count(self, handlers: Collection[str]) -> int:
         """How many of ``handlers`` run here."""
         if not handlers:
             return 0
-        concurrent = self._concurrent or ()
-        return sum(one.handler_id in handlers for one in self._inside) + sum(one in handlers for one in concurrent)
+        others = (*(self._concurrent or ()), *(self._beside or ()))
+        return sum(one.handler_id in handlers for one in self._inside) + sum(one in handlers for one in others)
 
     def keep_out(self, handler_id: str) -> Sequence[Handler]:
         """The handlers that must end before a waiting message enters. Empty if the message does not wait."""
@@ -91,6 +94,12 @@ class Mailbox:
             return False
         self._inside.append(handler)
         return True
+
+    def enter_beside(self, handler: Handler) -> None:
+        """Enter without a turn; `exit` must follow."""
+        if self._beside is None:
+            self._beside = set()
+        self._beside.add(handler.handler_id)
 
     async def wait(self, handler: Handler, chain: Chain = ()) -> None:
         """Wait until the handler has entered; then `exit` must follow. Raises the error that was given to `refuse`."""
@@ -129,6 +138,8 @@ class Mailbox:
         """The handler has ended."""
         if self._concurrent and handler.handler_id in self._concurrent:
             self._concurrent.remove(handler.handler_id)
+        elif self._beside and handler.handler_id in self._beside:
+            self._beside.remove(handler.handler_id)
         else:
             self._remove(handler)
 

@@ -4,6 +4,8 @@ A turn has these steps: wait in the agent's mailbox, have the instance live and 
 ownership again if there is a reason to, store the state, leave the mailbox. So a call gets a reply only if its agent is
 still owned here, and after its state was stored, as far as the type's options say that.
 
+A message whose handlers are *out of turn* (`natsrt.out_of_turn`) skips the mailbox, and nothing is stored after it.
+
 A call whose turn comes at once, for an agent that is live and whose ownership is not in doubt, awaits nothing but its
 handler and the save. All other steps are awaited only where they are needed.
 """
@@ -51,6 +53,7 @@ class Turns:
         *,
         inbound: Inbound | None = None,
         claim: bool = True,
+        out_of_turn: bool = False,
     ) -> T:
         """Run ``serve`` when its turn comes, and store the agent's state after it. Returns what ``serve`` returned.
 
@@ -61,6 +64,7 @@ class Turns:
             serve: Handles the message. While it runs, the instance is in ``hosted.live``.
             inbound: The message; None for what did not come in as a message.
             claim: Whether to claim an agent that is not owned here.
+            out_of_turn: Whether to run ``serve`` at once, beside what the agent does, and to store nothing.
 
         Raises:
             SentBack: The caller of the message does not wait any more.
@@ -77,7 +81,9 @@ class Turns:
         if inbound is not None:
             inbound.handler = handler
         try:
-            if not slot.mailbox.try_enter(handler, chain):
+            if out_of_turn:
+                slot.mailbox.enter_beside(handler)
+            elif not slot.mailbox.try_enter(handler, chain):
                 await self._deadlocks.wait(slot.mailbox, slot.agent_id, handler, chain, inbound)
             try:
                 if inbound is not None:
@@ -88,7 +94,7 @@ class Turns:
                 call = None if inbound is None else inbound.call
                 if call is not None and inbound is not None and slot.counts(call.call_id):
                     raise inbound.unwanted()
-                if slot.options.concurrency == "concurrent":
+                if slot.options.concurrency == "concurrent" and not out_of_turn:
                     slot.mailbox.let_others_in(handler)
                 event = None if inbound is None else inbound.event
                 outer_chain = current_chain.set((*chain, handler.handler_id))
@@ -98,14 +104,13 @@ class Turns:
                 finally:
                     current_handler.reset(outer_handler)
                     current_chain.reset(outer_chain)
-                    slot.handled(() if call is None else call.supersedes)
+                    if not out_of_turn:
+                        slot.handled(() if call is None else call.supersedes)
                     if not self._ownership.is_verified(slot):
                         await self._ownership.verify(slot)
                     if slot.agent is not agent:
                         raise self._instances.dropped(slot)
-                    if slot.keeps_state and (
-                        slot.options.save == "message" or (event is not None and slot.is_due(self._loop.time()))
-                    ):
+                    if not out_of_turn and self._is_due(slot, event):
                         await self._instances.store(slot)
             finally:
                 slot.mailbox.exit(handler)
@@ -113,6 +118,12 @@ class Turns:
             slot.exit(chain, self._loop.time())
             if slot.record is None:
                 self._slots.forget_unused(slot)
+
+    def _is_due(self, slot: AgentSlot, event: StoredEvent | None) -> bool:
+        """Whether to store the agent's state after a message, which is ``event`` if that is one of a stream."""
+        if not slot.keeps_state:
+            return False
+        return slot.options.save == "message" or (event is not None and slot.is_due(self._loop.time()))
 
     async def _apply(
         self, event: StoredEvent, slot: AgentSlot, agent: Agent, serve: Callable[[], Awaitable[Any]]

@@ -26,6 +26,9 @@ class NamedClasses:
     def __contains__(self, type_name: str) -> bool:
         return type_name in self._classes
 
+    def __bool__(self) -> bool:
+        return bool(self._classes)
+
     def __iter__(self) -> Iterator[Any]:
         """All classes."""
         return (cls for named in list(self._classes.values()) for cls in list(named.values()))
