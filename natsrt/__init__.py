@@ -3,7 +3,7 @@
 from natsrt import errors
 from natsrt.agents.current_delivery import DeliveryInfo, current_delivery
 from natsrt.agents.current_task import progress
-from natsrt.agents.streaming import emit, streaming
+from natsrt.agents.streaming import ask, emit, streaming
 from natsrt.durable_types import DurableTopics
 from natsrt.errors import *  # noqa: F403  # the whole tree of exceptions is public
 from natsrt.jetstream.dead_letter_box import DeadLetter
@@ -36,6 +36,7 @@ __all__ = [
     "TaskStatus",
     "Ticket",
     "__version__",
+    "ask",
     "create_distributed_runtime",
     "current_delivery",
     "emit",

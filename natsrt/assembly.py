@@ -74,6 +74,7 @@ from natsrt.sending.message_stream import IncomingStreams
 from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.owner_locator import OwnerLocator
+from natsrt.sending.questions import QuestionAnswers
 from natsrt.sending.referring import Referring
 from natsrt.sending.reminders import Reminders
 from natsrt.sending.replies import Replies
@@ -210,12 +211,24 @@ class Outgoing:
             counters=counters,
             telemetry=telemetry,
         )
+        questions = QuestionAnswers(
+            peers=network.peers,
+            registry=network.registry,
+            bodies=network.bodies,
+            serialization=program.serialization,
+            error_types=program.error_types,
+            replies=replies,
+            interventions=program.interventions,
+            attributes=attributes,
+            options=program.options,
+        )
         self.streams: IncomingStreams = IncomingStreams(
             connection=network.connection,
             inbox=network.inbox,
             registry=network.registry,
             options=program.options,
             calls=self.calls,
+            questions=questions,
             replies=replies,
             bodies=network.bodies,
             interventions=program.interventions,
@@ -433,7 +446,15 @@ class Incoming:
         )
         self.turns: Turns = Turns(slots, self.ownership, instances, self.deadlocks)
         self.operations: KeyedOperations = KeyedOperations(self.turns, self.ownership, catalog, network.bodies)
-        self.streams: Streams = Streams(connection, program.serialization, answers, network.cancellations, options)
+        self.streams: Streams = Streams(
+            connection,
+            program.serialization,
+            program.error_types,
+            network.bodies,
+            answers,
+            network.cancellations,
+            options,
+        )
         self.peer_answers: PeerAnswers = PeerAnswers(
             connection=connection,
             subjects=subjects,

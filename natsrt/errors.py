@@ -38,6 +38,7 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
     │   └── StateNotSaved                                   the agent's state could not be stored
     ├── CallTimeout                 TimeoutError            a deadline of the caller passed
     ├── StreamAbandoned                                     the caller that streams wants no more items
+    ├── NobodyToAsk                                         nobody answers the questions of a handler
     ├── AmbiguousAgent              UndeliverableException  several workers each have an agent of that id
     ├── RemoteAgentError                                    a handler raised an exception of a class unknown here
     ├── CannotSerialize             ValueError              a value cannot be sent exactly
@@ -79,6 +80,7 @@ __all__ = [
     "MessageTooLarge",
     "NatsrtError",
     "NoLiveWorker",
+    "NobodyToAsk",
     "NotSettled",
     "PermissionDenied",
     "RegistryUnavailable",
@@ -515,6 +517,19 @@ class StreamAbandoned(NatsrtError):
     def __init__(self, agent: str) -> None:
         self.agent = agent
         super().__init__(f"the caller that streams from {agent} wants no more items")
+
+
+class NobodyToAsk(NatsrtError):
+    """A handler has asked a question that nobody answers: raised by `natsrt.ask`."""
+
+    code = 404
+
+    def __init__(self, agent: str | None, reason: str) -> None:
+        """``agent``: the agent that asks; None if no call is being handled."""
+        self.agent = agent
+        self.reason = reason
+        who = "questions" if agent is None else f"the questions of {agent}"
+        super().__init__(f"nobody answers {who}: {reason}")
 
 
 class WorkerBusy(UndeliveredCall):

@@ -47,10 +47,12 @@ from natsrt.options.arguments import MoreSettings
 from natsrt.reminder_types import Reminder, reminder_topic
 from natsrt.sending.call_sender import Call
 from natsrt.sending.limits import Limit
-from natsrt.sending.message_stream import MessageStream
+from natsrt.sending.message_stream import MessageStream, last_item
+from natsrt.sending.questions import OnQuestion
 from natsrt.sending.tickets import Ticket
 from natsrt.task_types import TaskId, TaskStatus, checked_result_ttl
 from natsrt.wire.failures import ErrorTypes
+from natsrt.wire.part_flow import DEFAULT_WINDOW
 from natsrt.wire.part_messages import checked_window
 from natsrt.wire.schedules import due_time, of_reminder
 from natsrt.wire.serialization import Serialization
@@ -128,6 +130,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         message_id: str | None = ...,
         reply_type: type[R],
         timeout: float | None = ...,
+        on_question: OnQuestion | None = ...,
     ) -> R: ...
     @overload
     async def send_message(
@@ -140,6 +143,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         message_id: str | None = ...,
         reply_type: None = ...,
         timeout: float | None = ...,
+        on_question: OnQuestion | None = ...,
     ) -> Any: ...
     async def send_message(
         self,
@@ -151,6 +155,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         message_id: str | None = None,
         reply_type: type[Any] | None = None,
         timeout: float | None = None,
+        on_question: OnQuestion | None = None,
     ) -> Any:
         """Call an agent on any worker, and return what its handler returns.
 
@@ -167,6 +172,9 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             timeout: For how many seconds to wait for the result. It also counts before the start, while there is no
                 connection, and while intervention handlers run. ``math.inf``: without a limit. None: the setting
                 ``call_timeout``.
+            on_question: Answers the questions that the handler asks with `natsrt.ask`: a function of the question that
+                returns the answer, or an awaitable of it. What it raises is raised at the handler. None: nobody
+                answers. With it, the runtime must be started. See docs/streams.md.
 
         A call whose caller stops waiting is not handled if its handler has not started: after the timeout, when its
         token is cancelled, or when the task that awaits it is. A handler that runs is not stopped.
@@ -175,6 +183,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             asyncio.CancelledError: The token was cancelled.
             CallTimeout: The timeout has passed. The call may have been handled.
             ValueError: ``timeout`` is not a number above 0.
+            RuntimeError: ``on_question`` is given, and the runtime is not started.
             UndeliveredCall: No agent answered. The subclass of the error says why.
             CannotSerialize, MessageTooLarge: The message cannot be sent. Nothing was sent.
             CannotDecode: The reply cannot be read.
@@ -183,15 +192,22 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
                 `RemoteAgentError`.
         """
         limit = self._limit if timeout is None else Limit.of_argument(timeout)
-        sending = self._way_out().send(
-            message,
-            recipient,
-            sender=sender,
-            token=cancellation_token,
-            message_id=message_id,
-            reply_type=reply_type,
-            deadline=limit.deadline(),
-        )
+        sending: Awaitable[Any]
+        if on_question is None:
+            sending = self._way_out().send(
+                message,
+                recipient,
+                sender=sender,
+                token=cancellation_token,
+                message_id=message_id,
+                reply_type=reply_type,
+                deadline=limit.deadline(),
+            )
+        else:
+            checked_agent(recipient, "recipient")
+            call = Call(message, recipient, sender, cancellation_token, message_id, reply_type, limit.deadline())
+            streams = self._running().outgoing.streams
+            sending = last_item(MessageStream(streams, call, DEFAULT_WINDOW, on_question, wants_items=False))
         return await limit.within(recipient, sending)
 
     def stream_message(
@@ -203,8 +219,9 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         cancellation_token: CancellationToken | None = None,
         message_id: str | None = None,
         item_type: type[Any] | None = None,
-        window: int = 256,
-        window_bytes: int = 1 << 20,
+        on_question: OnQuestion | None = None,
+        window: int = DEFAULT_WINDOW.items,
+        window_bytes: int = DEFAULT_WINDOW.size,
     ) -> MessageStream:
         """Call an agent, and iterate over what its handler sends: the items of a `natsrt.streaming` handler, what any
         handler sends with `natsrt.emit`, and then what it returns.
@@ -220,6 +237,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
                 token.
             message_id: As in `send_message`.
             item_type: The class of the items. None: each item names its class.
+            on_question: As in `send_message`. The handler's question comes after the items before it, and is answered
+                while the iteration waits for the next item.
             window: The handler may be so many items ahead of the consumer: from 1 to 65,536.
             window_bytes: The handler may be so many bytes ahead of the consumer, and one item more: from 1 to
                 67,108,864.
@@ -229,12 +248,14 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             raise, after the items that were received before. ``CallTimeout`` is not among that: no deadline is set.
 
         Raises:
+            TypeError: ``on_question`` is no function.
             ValueError: ``window`` or ``window_bytes`` is wrong.
             RuntimeError: The runtime is not started.
         """
         checked_agent(recipient, "recipient")
         call = Call(message, recipient, sender, cancellation_token, message_id, item_type)
-        return MessageStream(self._running().outgoing.streams, call, checked_window(window, window_bytes))
+        window_of = checked_window(window, window_bytes)
+        return MessageStream(self._running().outgoing.streams, call, window_of, on_question)
 
     async def publish_message(
         self,

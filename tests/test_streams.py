@@ -32,6 +32,7 @@ from natsrt.sending.call_sender import Call
 from natsrt.wire.part_flow import PartsReceived
 from tests.programs import stream_worker
 from tests.programs.stream_worker import Count, Item, Streams, Sum
+from tests.support.cuts import cut_again_and_again
 from tests.support.processes import Processes, eventually
 
 PROGRAM = Path(stream_worker.__file__)
@@ -539,17 +540,7 @@ async def test_over_links_that_are_cut_every_stream_is_complete_and_in_order(
         worker = await make([], url=far.url, keyed=seed % 2 == 1 or None, **settings)
         caller = await make(url=near.url, **settings)
         await caller.send_message(Count(0), AGENT)
-        streaming = True
-
-        async def cut() -> None:
-            while streaming:
-                await asyncio.sleep(choose.uniform(0.05, 0.4))
-                for proxy in choose.sample([near, far], choose.choice([1, 1, 2])):
-                    proxy.cut()
-                    await proxy.restore()
-
-        cutting = asyncio.ensure_future(cut())
-        try:
+        async with cut_again_and_again(choose, near, far):
             for number in range(5):
                 window = choose.choice([2, 10, 256])
                 agent = AgentId("streams", f"k{number}")
@@ -557,11 +548,8 @@ async def test_over_links_that_are_cut_every_stream_is_complete_and_in_order(
                 async with asyncio.timeout(60):
                     received = await all_of(caller.stream_message(count, agent, window=window))
                 assert received == [*items(count.to, count.size), Sum(1)], f"stream {number}"
-        finally:
-            streaming = False
-            await cutting
-            for runtime in (caller, worker):  # before their links end
-                await runtime.close()
+        for runtime in (caller, worker):  # before their links end
+            await runtime.close()
 
 
 @pytest.mark.slow  # a server restarts

@@ -618,7 +618,12 @@ def test_windows_of_streams_are_read_as_the_vectors_say(case: dict[str, Any]) ->
         return
     assert list(read_window(body)) == case["read"]
     if "window" in case:
-        attributes = stream_attributes(case["parts_to"], Window(*case["window"]))
+        attributes = stream_attributes(
+            case["parts_to"],
+            Window(*case["window"]),
+            answers=case.get("answers", False),
+            wants_items=case.get("items", True),
+        )
         assert json.loads(f"{{{attributes.removeprefix(',')}}}") == case["attributes"]
 
 

@@ -1,7 +1,7 @@
-"""Handlers that send several items: `natsrt.streaming` and `natsrt.emit`.
+"""Handlers that send several items, or ask their caller: `natsrt.streaming`, `natsrt.emit` and `natsrt.ask`.
 
-The items go to the caller that streams the call, which the present code finds in a context variable. So they cross no
-hop: a call that the handler makes has a stream of its own, or none.
+Items and questions go to the caller of the present call, which the present code finds in a context variable. So they
+cross no hop: a call that the handler makes has a caller of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from contextvars import ContextVar
 from types import NoneType
 from typing import Any, Final, Protocol, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
-from autogen_core import MessageContext, message_handler
+from autogen_core import MessageContext, MessageHandlerContext, message_handler
+
+from natsrt.agents.chain import as_call
+from natsrt.errors import NobodyToAsk
 
 T = TypeVar("T")
 Generator = Callable[[Any, Any, MessageContext], AsyncGenerator[Any, None]]
@@ -22,18 +25,25 @@ Generator = Callable[[Any, Any, MessageContext], AsyncGenerator[Any, None]]
 
 
 class Emitter(Protocol):
-    """Sends the items of one handler."""
+    """Sends the items and the questions of one handler to its caller."""
 
+    wants_items: bool
+    """False if the caller only answers questions: it gets no items."""
     all_emitted: bool
     """True if the handler's result is the last item, which was sent already."""
 
     async def put(self, item: Any) -> None:
         """Send an item when there is room for it. Raises `StreamAbandoned`, `CannotSerialize`, `MessageTooLarge`."""
 
+    async def ask(self, question: Any, reply_type: type[Any] | None) -> Any:
+        """Ask the caller, and return its answer. Raises as `natsrt.ask` does."""
+
 
 emits_to: ContextVar[Emitter | None] = ContextVar("natsrt_emits_to", default=None)
-"""Sends the items of the present handler; None if its caller does not stream."""
+"""Sends what the present handler has for its caller; None if the caller neither streams nor answers questions."""
 
+NO_ANSWERS: Final = "its caller gave no on_question"
+"""Why a handler has nobody to ask."""
 _ITERATED: Final = ("AsyncGenerator", "AsyncIterator", "AsyncIterable")
 
 
@@ -50,11 +60,60 @@ async def emit(item: Any) -> bool:
         StreamAbandoned: The caller does not want any more items. The handler is cancelled soon.
         CannotSerialize, MessageTooLarge: The item cannot be sent.
     """
-    emitter = emits_to.get()
+    emitter = _takes_items()
     if emitter is None:
         return False
     await emitter.put(item)
     return True
+
+
+def _takes_items() -> Emitter | None:
+    emitter = emits_to.get()
+    return emitter if emitter is not None and emitter.wants_items else None
+
+
+@overload
+async def ask(question: Any, *, reply_type: type[T]) -> T: ...
+
+
+@overload
+async def ask(question: Any, *, reply_type: None = None) -> Any: ...
+
+
+async def ask(question: Any, *, reply_type: type[Any] | None = None) -> Any:
+    """Ask the caller of the present call, from any code below a handler, and wait for the answer: a person's approval,
+    a value that only the caller knows.
+
+    The caller answers with the function that it gave as ``on_question`` to `NatsAgentRuntime.send_message` or
+    `NatsAgentRuntime.stream_message`. A caller that streams gets the question after the items that were sent before it.
+    There is no deadline: use ``asyncio.timeout``. If the wait is cancelled, so is the caller's function. ``natsrt.ask``
+    is itself such a function: a handler that calls another agent passes that agent's questions on with
+    ``on_question=natsrt.ask``.
+
+    Args:
+        question: Any message.
+        reply_type: The class of the answer. JSON values, such as a dict, are read as one of that class. None: the
+            answer is of the class that it names.
+
+    Raises:
+        NobodyToAsk: The caller answers no questions, or no call is being handled.
+        StreamAbandoned: The caller is gone. The handler is cancelled soon.
+        CannotSerialize, MessageTooLarge: The question cannot be sent.
+        CannotDecode: The answer cannot be read, or is of another class.
+        Exception: What the caller's function raised, with its class if that is known here, else `RemoteAgentError`.
+    """
+    emitter = emits_to.get()
+    if emitter is None:
+        raise NobodyToAsk(*_asker())
+    return await as_call(emitter.ask(question, reply_type))
+
+
+def _asker() -> tuple[str | None, str]:
+    """The agent whose handler runs, None if there is none, and why it has nobody to ask."""
+    try:
+        return str(MessageHandlerContext.agent_id()), NO_ANSWERS
+    except RuntimeError:
+        return None, "no call is being handled"
 
 
 @overload
@@ -103,7 +162,7 @@ def streaming(
 
     @functools.wraps(function)
     async def handler(self: Any, message: Any, ctx: MessageContext) -> Any:
-        emitter, last = emits_to.get(), None
+        emitter, last = _takes_items(), None
         items: AsyncIterator[Any]
         async with aclosing(function(self, message, ctx)) as items:
             async for last in items:

@@ -19,7 +19,7 @@ from natsrt.transport.bodies import Bodies
 from natsrt.transport.headers import headers_size
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, quote
-from natsrt.wire.failures import CUTS, ErrorTypes, Failure, describe
+from natsrt.wire.failures import ErrorTypes, Failure, describe, describe_within
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.serializers import JSON
 from natsrt.wire.subjects import encode_text
@@ -85,21 +85,23 @@ class Answers:
                 kind=MessageKind.RESPOND,
                 stage=DeliveryStage.SEND,
             )
-        room = 0 if kept_for is None else self._of_result(AgentId(agent_type, key), body)
+        room = 0
+        if kept_for is not None and len(encoded.payload) > self._bodies.surely_fits:
+            room = self._of_result(AgentId(agent_type, key), body)
         if body is None:
             return Answer(self._bodies.pack_plain(encoded.payload, more=room))
         attributes = f'"id":{quote(_id_of(body) + "-r")},{self._names(agent_type, key, encoded)}{more}'
         return self._message(envelope.REPLY, attributes, body, encoded, kept_for, room)
 
     def part(
-        self, encoded: Encoded, number: int, body: Envelope, agent_type: str, key: str
+        self, encoded: Encoded, number: int, body: Envelope, agent_type: str, key: str, more: str = ""
     ) -> Answer | Awaitable[Answer]:
         """Return a part of the reply of the agent ``agent_type/key`` to a call with the envelope ``body``.
 
-        If it is sent by reference, await it. Raises `MessageTooLarge`.
+        If it is sent by reference, await it. ``more`` is as in `reply`. Raises `MessageTooLarge`.
         """
         part_id = quote(f"{_id_of(body)}-p{number}")
-        attributes = f'"id":{part_id},"part":"{number}",{self._names(agent_type, key, encoded)}'
+        attributes = f'"id":{part_id},"part":"{number}",{self._names(agent_type, key, encoded)}{more}'
         return self._message(envelope.PART, attributes, body, encoded, None)
 
     def _names(self, agent_type: str, key: str, encoded: Encoded) -> str:
@@ -171,23 +173,18 @@ class Answers:
         """
         room = 0 if agent is None else self._of_result(agent, body)
         plain, call_id = body is None, _id_of(body)
-        too_large: MessageTooLarge | None = None
-        for limits in CUTS:
-            failure = describe(
+        try:
+            return describe_within(
                 error,
+                lambda failure: self._failure(failure, plain, source, call_id, more, room),
                 with_traceback=self._with_tracebacks,
                 refused=refused,
                 types=self._error_types,
-                limits=limits,
                 agent=None if agent is None else str(agent),
             )
-            try:
-                return self._failure(failure, plain, source, call_id, more, room)
-            except MessageTooLarge as refusal:
-                too_large = refusal
-        assert too_large is not None
-        # Without the names from the message, which may be long too.
-        return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-", more)
+        except MessageTooLarge as too_large:
+            # Without the names from the message, which may be long too.
+            return self._failure(describe(too_large, with_traceback=False), plain, envelope.NO_AGENT, "-", more)
 
     def passed_on(self, error: BaseException, body: Envelope | None, agent: AgentId) -> Answer:
         """Return the answer that reports ``error`` of a task for ``agent``: as the agent's worker has sent it, if it

@@ -112,6 +112,11 @@ class PeerAnswers:
         answerable = self._reply_subjects.may_answer(reply)
         try:
             body = envelope.decode(message.data)
+            if body is not None and body.type == envelope.ANSWER:
+                self._streams.answered(body)
+                if answerable:
+                    self._tasks.spawn(self._send(reply, _reply({"received": True})))
+                return
             data = None if body is None else body.json()
             if body is not None and body.type not in _QUESTIONS:
                 raise CannotDecode("a message to a worker", f"unknown type {body.type!r}")

@@ -150,8 +150,10 @@ class ReplySettlement(Settlement):
             self._reply_subjects.check_accept_to(accept_to)
         self._check_sender(inbound, accept_to)
         call.accept_to = accept_to
-        parts_to, forwarded = body.attributes.get("partsto"), _may_be_forwarded(inbound)
-        if parts_to is not None and not self._reply_subjects.may_stream(parts_to, accept_to, forwarded=forwarded):
+        parts_to = body.attributes.get("partsto")
+        if parts_to is not None and not self._reply_subjects.may_stream(
+            parts_to, accept_to, forwarded=_may_be_forwarded(inbound)
+        ):
             raise CannotDecode("a call", "its partsto is not an allowed subject")
 
     def _check_sender(self, inbound: Inbound, accept_to: str | None) -> None:

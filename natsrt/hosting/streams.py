@@ -1,5 +1,7 @@
 """The streams that the handlers of this worker send. `natsrt.sending.message_stream` reads them.
 
+A question of a handler is a part like others. Its answer comes by itself, and may come several times.
+
 Rules:
 
 1. A part is kept until the caller has it and all before it, also when the handler has ended: `PartsSent`. What cannot
@@ -14,24 +16,30 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Coroutine, Sequence
-from typing import Any, Final
+from types import NoneType
+from typing import Any, Final, get_origin
 
 from autogen_core import CancellationToken, MessageContext
 
+from natsrt.agents.chain import chain_attribute, current_chain
 from natsrt.agents.inbound import Inbound
-from natsrt.agents.streaming import emits_to
+from natsrt.agents.streaming import NO_ANSWERS, emits_to
 from natsrt.background import BackgroundTasks
-from natsrt.errors import CannotDecode, NatsrtError, StreamAbandoned
+from natsrt.errors import CannotDecode, NatsrtError, NobodyToAsk, StreamAbandoned
 from natsrt.hosting.answers import Answers
 from natsrt.options import Options
+from natsrt.sending.replies import Replies
+from natsrt.transport.bodies import Bodies
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.wire.envelope import Envelope
+from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.part_flow import PartsSent
-from natsrt.wire.part_messages import read_progress, read_window
-from natsrt.wire.serialization import Serialization
+from natsrt.wire.part_messages import ONLY_QUESTIONS, read_progress, read_window
+from natsrt.wire.serialization import Encoded, Serialization
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
@@ -41,6 +49,10 @@ _LATE: Final = 0.4
 """Seconds, beside the round trip, after which a part that the caller does not have is taken for lost."""
 _STOPPED_WITHIN: Final = 0.25
 """Seconds between the cancellation of a handler's token and that of its task."""
+
+
+_JSON_VALUES: Final = frozenset((dict, list, str, int, float, bool, NoneType))
+"""The classes of answers that may be meant as another class: who answers may not have that."""
 
 
 class StreamOut:
@@ -56,6 +68,11 @@ class StreamOut:
         self._body = body
         self.parts_to: str = parts_to
         self.flow: PartsSent = PartsSent(read_window(body))
+        self.wants_items: bool = body.text("questions") != ONLY_QUESTIONS
+        self._answers_questions = body.text("questions") is not None
+        self._questions: dict[str, asyncio.Future[Envelope]] = {}
+        """The questions that are not answered, by their numbers."""
+        self._asked = 0
         self.all_emitted: bool = False
         self.heard_at: float = asyncio.get_running_loop().time()
         """When its caller said something last, by the event loop's clock; before that: when the stream began."""
@@ -72,16 +89,18 @@ class StreamOut:
 
     async def put(self, item: Any) -> None:
         """Part of `Emitter`."""
-        encoded = self._streams.serialization.encode(item)
+        await self._put(self._streams.serialization.encode(item))
+
+    async def _put(self, encoded: Encoded, more: str = "") -> None:
         async with self._turn:
             while not self.is_abandoned and self.ended_at is None and not self.flow.has_room:
                 self._room.clear()
                 await self._room.wait()
-            if self.is_abandoned or self.ended_at is not None:
-                raise StreamAbandoned(str(self))
+            self._require_caller()
             key = self._inbound.key
             assert key is not None
-            part = self._streams.answers.part(encoded, self.flow.sent + 1, self._body, self._inbound.agent_type, key)
+            answers, number = self._streams.answers, self.flow.sent + 1
+            part = answers.part(encoded, number, self._body, self._inbound.agent_type, key, more)
             body = (part if not isinstance(part, Awaitable) else await part).body
             now = asyncio.get_running_loop().time()
             if not self.flow.sent:
@@ -89,10 +108,49 @@ class StreamOut:
             self.flow.add(body, len(encoded.payload), now)
             await self._streams.publish(self.parts_to, body)
 
+    def _require_caller(self) -> None:
+        if self.is_abandoned or self.ended_at is not None:
+            raise StreamAbandoned(str(self))
+
+    async def ask(self, question: Any, reply_type: type[Any] | None) -> Any:
+        """Part of `Emitter`."""
+        if not self._answers_questions:
+            raise NobodyToAsk(str(self), NO_ANSWERS)
+        self._require_caller()
+        self._asked += 1
+        number = str(self._asked)
+        answer = self._questions[number] = asyncio.get_running_loop().create_future()
+        try:
+            encoded = self._streams.serialization.encode(question)
+            await self._put(encoded, f',"question":"{number}"{chain_attribute(current_chain.get())}')
+            body = await answer
+        except asyncio.CancelledError:
+            self._streams.spawn(self._withdraw(number))
+            raise
+        finally:
+            del self._questions[number]
+        return await self._streams.read_answer(body, str(self), type(question), reply_type)
+
+    async def _withdraw(self, number: str) -> None:
+        """Tell the caller that nobody waits for its answer to a question."""
+        with contextlib.suppress(StreamAbandoned):
+            await self._put(self._streams.serialization.encode(None), f',"withdrawn":"{number}"')
+
+    def answered(self, number: str, body: Envelope) -> None:
+        """Take in the answer to a question. Has no effect if nobody waits for it."""
+        if (answer := self._questions.get(number)) is not None and not answer.done():
+            answer.set_result(body)
+
+    def _fail_questions(self) -> None:
+        for answer in self._questions.values():
+            if not answer.done():
+                answer.set_exception(StreamAbandoned(str(self)))
+
     def end(self) -> None:
         """Part of `Stream`."""
         self.ended_at = asyncio.get_running_loop().time()
         self._room.set()
+        self._fail_questions()
         if not self._follows.done():
             self._follows.set_result(None)
         if self._stop is not None:
@@ -145,6 +203,7 @@ class StreamOut:
             return
         self.is_abandoned = True
         self._room.set()
+        self._fail_questions()
         self._stop = asyncio.get_running_loop().call_later(_STOPPED_WITHIN, self._inbound.cancel)
         self.cancel_token()
 
@@ -156,10 +215,14 @@ class Streams:
         self,
         connection: Connection,
         serialization: Serialization,
+        error_types: ErrorTypes,
+        bodies: Bodies,
         answers: Answers,
         cancellations: Cancellations,
         options: Options,
     ) -> None:
+        self._replies = Replies(bodies, serialization, error_types)
+        self._error_types = error_types
         self._connection = connection
         self._cancellations = cancellations
         self.serialization: Serialization = serialization
@@ -210,6 +273,41 @@ class Streams:
             raise CannotDecode("the progress of a stream", "stream must be a text")
         if (stream := self._streams.get(parts_to)) is not None:
             stream.told(data)
+
+    def answered(self, body: Envelope) -> None:
+        """Take in the answer to a question. Raises `CannotDecode`."""
+        stream = self._streams.get(body.required("partsto"))
+        if stream is not None:
+            stream.answered(body.required("question"), body)
+
+    async def read_answer(self, body: Envelope, agent: str, asked: type[Any], reply_type: type[Any] | None) -> Any:
+        """Return the answer in ``body`` to a question of ``agent``. Raises as `natsrt.ask` does.
+
+        ``asked`` is the class of the question, and ``reply_type`` that of the answer; None: the answer names it.
+        """
+        if body.reference is not None:
+            await self._replies.load(body, body.reference)
+        caller = f"the caller of {agent}"
+        if body.text("failed") is None:
+            answer = self._replies.message(body, asked, reply_type, caller)
+            return answer if reply_type is None else self._of_type(answer, body, reply_type, caller)
+        error = self._error_types.rebuild(body.payload, agent=caller, worker_id=None)
+        if isinstance(error, asyncio.CancelledError):  # the handler is not cancelled
+            raise NobodyToAsk(agent, "the answer was cancelled")
+        raise error
+
+    def _of_type(self, answer: Any, body: Envelope, reply_type: type[Any], caller: str) -> Any:
+        """``answer`` as a ``reply_type``: JSON values become one if they fit. Raises `CannotDecode`."""
+        expected = get_origin(reply_type) or reply_type
+        if not isinstance(expected, type) or isinstance(answer, expected):
+            return answer
+        if type(answer) in _JSON_VALUES:
+            return self.serialization.infer(body.payload, [reply_type])
+        raise CannotDecode(
+            f"the answer of {caller}",
+            f"its class is {type(answer).__name__}, and {reply_type.__name__} was asked for",
+            body.payload,
+        )
 
     async def publish(self, subject: str, body: bytes) -> None:
         """Send a part. If that is not possible now, its caller asks for it later."""

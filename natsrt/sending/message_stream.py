@@ -32,6 +32,7 @@ from natsrt.errors import CannotDecode, NatsrtError, WorkerLost
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.options import Options
 from natsrt.sending.call_sender import Call, CallSender
+from natsrt.sending.questions import OnQuestion, QuestionAnswers, Questions, check_on_question
 from natsrt.sending.replies import Replies
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.call_watch import stopped
@@ -65,6 +66,7 @@ class IncomingStreams:
         registry: Registry,
         options: Options,
         calls: CallSender,
+        questions: QuestionAnswers,
         replies: Replies,
         bodies: Bodies,
         interventions: Interventions,
@@ -75,6 +77,7 @@ class IncomingStreams:
         self.lost_after: float = options.lost_after
         self.offline_timeout: float | None = options.offline_timeout
         self.calls: CallSender = calls
+        self.questions: QuestionAnswers = questions
         self.replies: Replies = replies
         self.bodies: Bodies = bodies
         self.interventions: Interventions = interventions
@@ -127,7 +130,14 @@ class IncomingStreams:
 class Receiving:
     """One streamed call that was begun. It refers to no `MessageStream`."""
 
-    def __init__(self, streams: IncomingStreams, call: Call, window: Window) -> None:
+    def __init__(
+        self,
+        streams: IncomingStreams,
+        call: Call,
+        window: Window,
+        on_question: OnQuestion | None,
+        wants_items: bool,
+    ) -> None:
         self._streams = streams
         self._loop = asyncio.get_running_loop()
         self.parts_to: str = streams.inbox.new_subject("s")
@@ -144,7 +154,10 @@ class Receiving:
         """True if the call's result is the last part."""
         self._heard_at = self._loop.time()
         self._told_at = -1.0
-        call.more = stream_attributes(self.parts_to, window)
+        self._questions = (
+            None if on_question is None else Questions(streams.questions, call, on_question, self.parts_to)
+        )
+        call.more = stream_attributes(self.parts_to, window, answers=on_question is not None, wants_items=wants_items)
         call.on_answer = self._on_answer
         streams.begin(self)
         self.call: asyncio.Task[Any] = asyncio.ensure_future(_make(streams.calls, call))
@@ -181,6 +194,7 @@ class Receiving:
     def _on_end(self, call: asyncio.Task[Any]) -> None:
         if not call.cancelled():
             call.exception()  # the consumer may never ask for it
+        self._close_questions()
         if not self._answered:
             self.tell(stop=True)
             self._end()
@@ -235,12 +249,25 @@ class Receiving:
         if now > since + _ASKED * streams.lost_after + streams.connection.rtt.allowance:
             raise WorkerLost(str(self.recipient), self._worker_id, "parts of its reply are lost")
 
-    def take(self) -> Envelope:
-        """The next part. Raises IndexError if there is none."""
+    def take(self) -> Envelope | None:
+        """The next part; None if it was a question, which is being answered now. Raises IndexError if there is none.
+
+        Raises `CannotDecode`.
+        """
         body = self.parts.take()
         if self.parts.is_news:
             self.tell()
-        return body
+        if "question" not in body.attributes and "withdrawn" not in body.attributes:
+            return body
+        if self._questions is None:
+            raise CannotDecode("a part of a stream", "it asks a question, but the call answers none", body.payload)
+        if not self.call.done():
+            self._questions.take(body)
+        return None
+
+    def _close_questions(self) -> None:
+        if self._questions is not None:
+            self._questions.close()
 
     # -- what the worker is told ---------------------------------------------------------------------------------
 
@@ -281,6 +308,7 @@ class Receiving:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._close_questions()
         self._streams.end(self)
 
 
@@ -296,16 +324,30 @@ class MessageStream:
     a time. A consumer that is cancelled while it waits can go on later: no item is lost.
     """
 
-    def __init__(self, streams: IncomingStreams, call: Call, window: Window) -> None:
+    def __init__(
+        self,
+        streams: IncomingStreams,
+        call: Call,
+        window: Window,
+        on_question: OnQuestion | None = None,
+        *,
+        wants_items: bool = True,
+    ) -> None:
+        """``on_question`` answers the handler's questions; None: nobody does. ``wants_items``: False for a caller that
+        only answers them.
+        """
         self._streams = streams
         self._call = call
         self._window = window
+        self._on_question = on_question
+        self._wants_items = wants_items
         self._sent = type(call.message)
         self._receiving: Receiving | None = None
         self._reading: asyncio.Task[Any] | None = None
         """Reads the next item. It goes on if the consumer is cancelled meanwhile, which then gets it next time."""
         self._iterated = False
         self._done = False
+        check_on_question(on_question)
 
     def __aiter__(self) -> Self:
         return self
@@ -330,20 +372,22 @@ class MessageStream:
             if self._done:
                 raise StopAsyncIteration
             receiving = self._begin()
-            while not receiving.parts.has_next or receiving.is_cancelled:
-                if receiving.has_ended:
-                    return await self._last(receiving)
-                await receiving.wait()
-                if self._done:  # closed by another task
-                    raise StopAsyncIteration
-            if token is not None and token.is_cancelled():
-                self._end()
-                raise asyncio.CancelledError("the cancellation token was cancelled")
-            if (handler := current_handler.get()) is not None:
-                await handler.until_last()  # those that were let in because this one awaited the item
-                if self._done:
-                    raise StopAsyncIteration
-            body = receiving.take()
+            body: Envelope | None = None
+            while body is None:
+                while not receiving.parts.has_next or receiving.is_cancelled:
+                    if receiving.has_ended:
+                        return await self._last(receiving)
+                    await receiving.wait()
+                    if self._done:  # closed by another task
+                        raise StopAsyncIteration
+                if token is not None and token.is_cancelled():
+                    self._end()
+                    raise asyncio.CancelledError("the cancellation token was cancelled")
+                if (handler := current_handler.get()) is not None:
+                    await handler.until_last()  # those that were let in because this one awaited the item
+                    if self._done:
+                        raise StopAsyncIteration
+                body = receiving.take()
             if body.reference is None and not self._streams.interventions.handlers:
                 return self._message(body)
             self._reading = asyncio.ensure_future(self._read(body))
@@ -353,7 +397,7 @@ class MessageStream:
 
     def _begin(self) -> Receiving:
         if self._receiving is None:
-            self._receiving = Receiving(self._streams, self._call, self._window)
+            self._receiving = Receiving(self._streams, self._call, self._window, self._on_question, self._wants_items)
         return self._receiving
 
     async def _last(self, receiving: Receiving) -> Any:
@@ -414,6 +458,15 @@ class MessageStream:
         if receiving is not None and not self._done:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
                 receiving._loop.call_soon_threadsafe(receiving.close)
+
+
+async def last_item(stream: MessageStream) -> Any:
+    """Return the last item of a stream, which is what ``send_message`` returns."""
+    last = None
+    async with stream:
+        async for item in stream:
+            last = item
+    return last
 
 
 def _complete(news: asyncio.Future[None], _: object = None) -> None:

@@ -60,9 +60,12 @@ class Replies:
         return self.message(body, sent, reply_type, recipient)
 
     def message(
-        self, body: envelope.Envelope, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId
+        self, body: envelope.Envelope, sent: type[Any], reply_type: type[Any] | None, recipient: AgentId | str
     ) -> Any:
-        """Return the message in a reply, or in a part of one. The arguments are as for `result`."""
+        """Return the message in a reply, in a part of one, or in the answer to a question.
+
+        The arguments are as for `result`. ``recipient`` is a text if no agent was asked.
+        """
         type_name = body.required("messagetype")
         try:
             result = self._serialization.reply(
@@ -82,7 +85,11 @@ class Replies:
             raise unknown_type(recipient, type_name, body.payload)
         if events.listening():
             events.message(
-                body.payload, sender=recipient, receiver=None, kind=MessageKind.RESPOND, stage=DeliveryStage.DELIVER
+                body.payload,
+                sender=recipient if isinstance(recipient, AgentId) else None,
+                receiver=None,
+                kind=MessageKind.RESPOND,
+                stage=DeliveryStage.DELIVER,
             )
         return result
 
@@ -181,7 +188,7 @@ class Replies:
         return result
 
 
-def unknown_type(recipient: AgentId, type_name: str, payload: bytes) -> CannotDecode:
+def unknown_type(recipient: AgentId | str, type_name: str, payload: bytes) -> CannotDecode:
     """The error of a reply whose class is not known here."""
     generic = type_name.partition("[")[0] if type_name.endswith("]") else ""
     advice = (

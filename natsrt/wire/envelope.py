@@ -46,6 +46,7 @@ VIEW: Final = "natsrt.view"
 BLOBS: Final = "natsrt.blobs"
 TASKS: Final = "natsrt.tasks"
 PART: Final = "natsrt.part"
+ANSWER: Final = "natsrt.answer"
 MORE: Final = "natsrt.more"
 
 BLOBS_FEATURE: Final = "blobs"
@@ -75,6 +76,7 @@ TEXTS: Final = references.TEXTS | frozenset(
         "chain",
         "datacontenttype",
         "ended",
+        "failed",
         "features",
         "id",
         "keyed",
@@ -88,6 +90,8 @@ TEXTS: Final = references.TEXTS | frozenset(
         "part",
         "parts",
         "partsto",
+        "question",
+        "questions",
         "source",
         "specversion",
         "subject",
@@ -99,6 +103,7 @@ TEXTS: Final = references.TEXTS | frozenset(
         "type",
         "window",
         "windowbytes",
+        "withdrawn",
         "workerid",
     )
 )

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import builtins
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 from autogen_core import exceptions as autogen_exceptions
 
 from natsrt import errors
-from natsrt.errors import NatsrtError, RemoteAgentError
+from natsrt.errors import MessageTooLarge, NatsrtError, RemoteAgentError
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import (
     build,
@@ -302,6 +302,7 @@ CUTS: Final = (FULL, MEDIUM, SHORT, SHORTEST)
 """Each cuts more than the one before: the first one with which a message can be sent is used."""
 
 _STANDARD: Final = ErrorTypes()
+T = TypeVar("T")
 
 
 def describe(
@@ -336,6 +337,32 @@ def describe(
     if with_traceback and limits is not SHORTEST and trace:
         data["traceback"] = carried(trace)[-limits.text :]
     return Failure(orjson.dumps(data), code, str(data["message"]))
+
+
+def describe_within(
+    exception: BaseException,
+    pack: Callable[[Failure], T],
+    *,
+    with_traceback: bool,
+    refused: bool = False,
+    types: ErrorTypes = _STANDARD,
+    agent: str | None = None,
+) -> T:
+    """Return what ``pack`` makes of ``exception`` as data. Each time it raises `MessageTooLarge`, more is cut.
+
+    The other arguments are as for `describe`. Raises `MessageTooLarge` if nothing more can be cut.
+    """
+    too_large: MessageTooLarge | None = None
+    for limits in CUTS:
+        failure = describe(
+            exception, with_traceback=with_traceback, refused=refused, types=types, limits=limits, agent=agent
+        )
+        try:
+            return pack(failure)
+        except MessageTooLarge as refusal:
+            too_large = refusal
+    assert too_large is not None
+    raise too_large
 
 
 def _base(cls: type[BaseException]) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -24,6 +24,9 @@ class Window(NamedTuple):
     items: int
     size: int
     """In bytes."""
+
+
+DEFAULT_WINDOW: Final = Window(256, 1 << 20)
 
 
 class Progress(NamedTuple):

@@ -13,6 +13,10 @@ from natsrt.wire.part_flow import Progress, Window
 
 MOST_ITEMS: Final = 65_536
 """The largest window, in items."""
+ONLY_QUESTIONS: Final = "only"
+"""Value of the attribute ``questions``: the caller answers questions, and wants no items."""
+_QUESTIONS_TOO: Final = "also"
+"""Value of it: the caller answers questions among the items. Without the attribute, it answers none."""
 MOST_BYTES: Final = 64 * 1024 * 1024
 """The largest window, in bytes."""
 _WHAT: Final = "the progress of a stream"
@@ -28,12 +32,13 @@ def checked_window(items: Any, size: Any) -> Window:
     return Window(items, size)
 
 
-def stream_attributes(parts_to: str, window: Window) -> str:
+def stream_attributes(parts_to: str, window: Window, *, answers: bool, wants_items: bool) -> str:
     """The attributes that a streamed call has beside those of each call, with a leading comma.
 
-    ``parts_to`` is the subject on which its parts arrive.
+    ``parts_to`` is the subject on which its parts arrive. ``answers``: the caller answers questions.
     """
-    return f',{attribute("partsto", parts_to)},"window":"{window.items}","windowbytes":"{window.size}"'
+    questions = f',"questions":"{_QUESTIONS_TOO if wants_items else ONLY_QUESTIONS}"' if answers else ""
+    return f',{attribute("partsto", parts_to)},"window":"{window.items}","windowbytes":"{window.size}"{questions}'
 
 
 def read_window(body: Envelope) -> Window:

@@ -1,0 +1,192 @@
+"""Answers the questions that handlers ask this runtime's calls: `natsrt.ask` at the handler, ``on_question`` here.
+
+Rules:
+
+1. A question is answered by a task of its own, in the context of the consumer that has taken it. So what the function
+   sends belongs to the consumer's handler, and to the chain of the handler that asks.
+2. The answer, or the function's exception, is sent to the worker until the worker has confirmed it, or the call has
+   ended. The worker ignores answers that it has.
+3. When nobody waits for an answer any more, the function is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from natsrt.agents.chain import chain_of, current_chain
+from natsrt.agents.interventions import Interventions
+from natsrt.background import BackgroundTasks
+from natsrt.errors import NatsrtError, NobodyToAsk
+from natsrt.jetstream.registry.registry import Registry
+from natsrt.options import Options
+from natsrt.sending.attributes import MessageAttributes
+from natsrt.sending.call_sender import Call
+from natsrt.sending.replies import Replies
+from natsrt.sending.steps import send_context
+from natsrt.transport.bodies import Bodies
+from natsrt.transport.peers import Peers
+from natsrt.wire import envelope
+from natsrt.wire.envelope import Envelope, attribute
+from natsrt.wire.failures import ErrorTypes, Failure, decode_answer, describe_within
+from natsrt.wire.ids import checked_id
+from natsrt.wire.references import Reference
+from natsrt.wire.serialization import Serialization
+
+logger: logging.Logger = logging.getLogger("natsrt.calls")
+
+OnQuestion = Callable[[Any], Any]
+"""Gets a question, and returns the answer or an awaitable of it."""
+
+_CONFIRMED_WITHIN: Final = 2.0
+"""Seconds, beside the round trip, in which a worker confirms an answer. Then the answer is sent again."""
+_AGAIN_AFTER: Final = 0.5
+"""Seconds until an answer is sent again that could not be sent, because there is no connection."""
+
+
+class QuestionAnswers:
+    """What all questions to one runtime have in common."""
+
+    def __init__(
+        self,
+        *,
+        peers: Peers,
+        registry: Registry,
+        bodies: Bodies,
+        serialization: Serialization,
+        error_types: ErrorTypes,
+        replies: Replies,
+        interventions: Interventions,
+        attributes: MessageAttributes,
+        options: Options,
+    ) -> None:
+        self._peers = peers
+        self._registry = registry
+        self._bodies = bodies
+        self._serialization = serialization
+        self._error_types = error_types
+        self._interventions = interventions
+        self._attributes = attributes
+        self._with_tracebacks = options.send_tracebacks
+        self.replies: Replies = replies
+
+    async def answer(self, question: Envelope, call: Call, on_question: OnQuestion) -> Any:
+        """Return what ``on_question`` answers to a question of ``call``. Raises what it raises, and `CannotDecode`."""
+        if question.reference is not None:
+            await self.replies.load(question, question.reference)
+        asked = self.replies.message(question, type(call.message), None, call.recipient)
+        if self._interventions.handlers:
+            asked = await self._interventions.on_response(asked, call.recipient, call.sender)
+        current_chain.set(chain_of(question))
+        answer = on_question(asked)
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if self._interventions.handlers:
+            context = send_context(call.sender, None, None, question.attributes["id"])
+            answer = await self._interventions.on_send(answer, context, call.recipient)
+        return answer
+
+    async def pack(self, answer: Any, call: Call, about: str) -> tuple[bytes, Reference | None]:
+        """Return the message with an answer, and where it has stored the answer if that is too large for a message.
+
+        ``about`` are the attributes that say to which question it is. Raises `CannotSerialize`, `MessageTooLarge`, and
+        the errors of the store.
+        """
+        encoded = self._serialization.encode(answer)
+        attributes = self._attributes.message("answer", call.sender, encoded, None) + about
+        payload, content_type = encoded.payload, encoded.content_type
+        if len(payload) <= self._bodies.surely_fits or self._bodies.fits(
+            envelope.ANSWER, attributes, payload, content_type
+        ):
+            return self._bodies.pack(envelope.ANSWER, attributes, payload, content_type), None
+        reference = await self._bodies.store(payload)
+        return self._bodies.pack_reference(envelope.ANSWER, attributes, reference, content_type), reference
+
+    def pack_failure(self, error: BaseException, about: str) -> bytes:
+        """Return the message that reports the error of an ``on_question``."""
+        attributes = f'"id":"answer","source":"/","failed":"1"{about}'
+
+        def pack(failure: Failure) -> bytes:
+            return self._bodies.pack(envelope.ANSWER, attributes, failure.payload)
+
+        return describe_within(error, pack, with_traceback=self._with_tracebacks, types=self._error_types)
+
+    async def deliver(self, worker_id: str, body: bytes) -> None:
+        """Send an answer to a worker until it confirms it."""
+        subject = self._registry.worker_subject(worker_id)
+        while True:
+            try:
+                reply = await self._peers.ask(subject, body, _CONFIRMED_WITHIN)
+            except NatsrtError as error:
+                logger.debug("the answer to a question is sent later: %s", error)
+                reply = None
+            if reply is not None:
+                if (refusal := decode_answer(reply.headers, reply.data)) is None or refusal.type == envelope.ERROR:
+                    logger.warning("worker %s does not take the answer to a question", worker_id)
+                return
+            await asyncio.sleep(_AGAIN_AFTER)
+
+    def discard(self, reference: Reference) -> None:
+        """Delete an answer that was stored, and is not needed any more."""
+        self._bodies.discard(reference)
+
+
+class Questions:
+    """The questions that one call was asked. It refers to no `MessageStream`."""
+
+    def __init__(self, answers: QuestionAnswers, call: Call, on_question: OnQuestion, parts_to: str) -> None:
+        self._answers = answers
+        self._call = call
+        self._on_question = on_question
+        self._parts_to = parts_to
+        self._open: dict[str, asyncio.Task[None]] = {}
+        self._tasks = BackgroundTasks(logger, "a question could not be answered")
+
+    def take(self, part: Envelope) -> None:
+        """Begin to answer a question, or stop to, as a part says. Raises `CannotDecode`."""
+        if (withdrawn := part.text("withdrawn")) is not None:
+            if (task := self._open.pop(withdrawn, None)) is not None:
+                task.cancel()
+            return
+        number = part.required("question")
+        worker_id = checked_id(part.required("workerid"), "a question")
+        about = f",{attribute('partsto', self._parts_to)},{attribute('question', number)}"
+        self._open[number] = self._tasks.spawn(self._answer(part, number, worker_id, about))
+
+    async def _answer(self, part: Envelope, number: str, worker_id: str, about: str) -> None:
+        reference: Reference | None = None
+        try:
+            try:
+                answer = await self._answers.answer(part, self._call, self._on_question)
+                body, reference = await self._answers.pack(answer, self._call, about)
+            except asyncio.CancelledError:
+                if number not in self._open:  # nobody waits for the answer
+                    raise
+                gone = NobodyToAsk(str(self._call.recipient), "its on_question was cancelled")
+                body = self._answers.pack_failure(gone, about)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                body = self._answers.pack_failure(error, about)
+            await self._answers.deliver(worker_id, body)
+        except asyncio.CancelledError:
+            if reference is not None:
+                self._answers.discard(reference)
+            raise
+        finally:
+            self._open.pop(number, None)
+
+    def close(self) -> None:
+        """Nobody waits for answers any more."""
+        open_tasks, self._open = list(self._open.values()), {}
+        for task in open_tasks:
+            task.cancel()
+
+
+def check_on_question(on_question: Any) -> None:
+    """Raise TypeError if ``on_question`` can answer no questions."""
+    if on_question is not None and not callable(on_question):
+        raise TypeError(f"on_question must be a function of the question, not {on_question!r:.60}")
