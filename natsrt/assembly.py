@@ -453,6 +453,8 @@ class Incoming:
             network.bodies,
             answers,
             network.cancellations,
+            self.reply_subjects,
+            network.probe,
             options,
         )
         self.peer_answers: PeerAnswers = PeerAnswers(

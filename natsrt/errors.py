@@ -507,16 +507,19 @@ class WorkerLost(UndeliveredCall):
 
 
 class StreamAbandoned(NatsrtError):
-    """The caller that streams the present call wants no more items: it has left its loop, cancelled, or disappeared.
+    """The caller that streams the present call gets no more items: it has left its loop, cancelled, or disappeared.
 
     Raised at the handler, by `natsrt.emit`. The generator of a `natsrt.streaming` handler is closed at its ``yield``.
     """
 
     code = 410
 
-    def __init__(self, agent: str) -> None:
+    def __init__(self, agent: str, reason: str | None = None) -> None:
+        """``reason``: why it gets no more; None: it wants no more."""
         self.agent = agent
-        super().__init__(f"the caller that streams from {agent} wants no more items")
+        self.reason = reason
+        wants_none = f"the caller that streams from {agent} wants no more items"
+        super().__init__(wants_none if reason is None else f"{agent} must not send any more items: {reason}")
 
 
 class NobodyToAsk(NatsrtError):

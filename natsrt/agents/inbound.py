@@ -134,6 +134,9 @@ class Stream(Protocol):
     def attributes(self) -> str:
         """The attributes of the reply that say how many parts there were, with a leading comma."""
 
+    def failed_with(self, failure: Answer) -> Answer:
+        """Return ``failure``, which ends the parts, as it is sent to this caller."""
+
 
 class Inbound:
     """One incoming message."""

@@ -42,6 +42,7 @@ from natsrt.observe.telemetry import Telemetry
 from natsrt.transport.bodies import Bodies
 from natsrt.wire.known_classes import NO_CLASSES, NamedClasses
 from natsrt.wire.message_classes import full_name
+from natsrt.wire.part_messages import STREAM_HEADER
 from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -105,6 +106,8 @@ class Invoker:
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
         if "partsto" in delivery.attributes and inbound.call is not None:
             inbound.stream = self._streams.open(inbound, delivery.context)
+        elif inbound.body is None and inbound.call is not None and STREAM_HEADER in (inbound.message.headers or ()):
+            return await self._handle_for_plain_client(agent, delivery, inbound)
         elif emits_to.get() is not None:  # this worker was started by a handler that streams
             emits_to.set(None)
         try:
@@ -125,6 +128,13 @@ class Invoker:
             "" if inbound.stream is None else inbound.stream.attributes,
         )
         return answer if isinstance(answer, Answer) else await answer
+
+    async def _handle_for_plain_client(self, agent: Agent, delivery: Delivery, inbound: Inbound) -> Answer:
+        stream = inbound.stream = self._streams.open_plain(inbound, delivery.context)
+        try:
+            return await stream.ended_with(await self._invoke(agent, delivery, inbound))
+        finally:
+            stream.end()
 
     async def _handle_in_place(self, inbound: Inbound) -> Answer | None:
         """Do what `handle` does when the handler may start: see `natsrt.hosting.places`.

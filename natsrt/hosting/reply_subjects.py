@@ -6,9 +6,11 @@ of natsrt and of the server, and those of other workers' inboxes where it is cer
 
 from __future__ import annotations
 
+from natsrt.agents.inbound import Inbound
 from natsrt.errors import CannotDecode
 from natsrt.jetstream.registry.registry import Registry
 from natsrt.wire import envelope
+from natsrt.wire.part_messages import STREAM_HEADER
 from natsrt.wire.subjects import Subjects
 
 _ACCEPTABLE = 4096
@@ -56,6 +58,15 @@ class ReplySubjects:
             and (forwarded or self.stranger_to(parts_to, accept_to) is None)
         )
 
+    def plain_stream_of(self, inbound: Inbound) -> str:
+        """The subject on which the plain client that has made a call gets the items. Raises `CannotDecode`."""
+        value: str = (inbound.message.headers or {})[STREAM_HEADER]
+        if value == "1":
+            return inbound.message.reply
+        if not may_be_forwarded(inbound) or not self.may_stream(value, None, forwarded=True):
+            raise CannotDecode("a call", f"its header {STREAM_HEADER} must be 1")
+        return value
+
     def stranger_to(self, reply: str, accept_to: str | None) -> str | None:
         """The worker whose inbox a call names, although it did not send the call; None if none is known.
 
@@ -68,3 +79,9 @@ class ReplySubjects:
         if reply.startswith(start) and reply.find(".", len(start)) < 0:
             return None
         return self._registry.owns_inbox(reply) or self._registry.owns_inbox(accept_to)
+
+
+def may_be_forwarded(inbound: Inbound) -> bool:
+    """True if a worker may have passed a call on to the owner of its agent, on the subject of that agent."""
+    route = inbound.route
+    return route.key is not None and route.hosted.keyed is not None

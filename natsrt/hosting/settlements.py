@@ -16,7 +16,7 @@ from natsrt.errors import CannotDecode, NatsrtError, RemoteAgentError
 from natsrt.hosting.answers import Answers
 from natsrt.hosting.call_log import CallLog
 from natsrt.hosting.core_copies import CoreCopies
-from natsrt.hosting.reply_subjects import ReplySubjects
+from natsrt.hosting.reply_subjects import ReplySubjects, may_be_forwarded
 from natsrt.observe.event_errors import EventErrors
 from natsrt.observe.metrics import Counters
 from natsrt.task_types import task_of
@@ -26,6 +26,7 @@ from natsrt.wire.envelope import SUPERSEDES_HEADER, Envelope
 from natsrt.wire.exception_parts import carried, class_name
 from natsrt.wire.failures import traceback_of
 from natsrt.wire.ids import former_copies
+from natsrt.wire.part_messages import STREAM_HEADER
 from natsrt.wire.stored_events import stored_event
 from natsrt.wire.subjects import encode_text
 
@@ -136,9 +137,11 @@ class ReplySettlement(Settlement):
             return
         if inbound.body is not None:
             self._read_envelope(inbound, inbound.body, call)
-        elif not _may_be_forwarded(inbound):
+        elif not may_be_forwarded(inbound):
             self._check_sender(inbound, None)
         headers = inbound.message.headers
+        if headers is not None and inbound.body is None and STREAM_HEADER in headers:
+            self._reply_subjects.plain_stream_of(inbound)
         if headers is not None and SUPERSEDES_HEADER in headers:
             self._read_former(inbound, headers[SUPERSEDES_HEADER], call)
 
@@ -152,7 +155,7 @@ class ReplySettlement(Settlement):
         call.accept_to = accept_to
         parts_to = body.attributes.get("partsto")
         if parts_to is not None and not self._reply_subjects.may_stream(
-            parts_to, accept_to, forwarded=_may_be_forwarded(inbound)
+            parts_to, accept_to, forwarded=may_be_forwarded(inbound)
         ):
             raise CannotDecode("a call", "its partsto is not an allowed subject")
 
@@ -166,7 +169,7 @@ class ReplySettlement(Settlement):
         if not self._reply_subjects.may_answer(call.call_id):  # the answer of a former copy would be sent there
             self._refuse_reply(inbound)
             raise CannotDecode("a call", "its reply subject is not allowed")
-        call.supersedes = former_copies(header, call.call_id, forwarded=_may_be_forwarded(inbound))
+        call.supersedes = former_copies(header, call.call_id, forwarded=may_be_forwarded(inbound))
         if call.supersedes and self._call_log.join(call):
             inbound.settlement, inbound.call = self._unanswered, None
             raise OtherCopy
@@ -186,8 +189,9 @@ class ReplySettlement(Settlement):
         return self.reply(inbound, answer)
 
     def failed(self, inbound: Inbound, error: BaseException, source: str) -> Awaitable[None]:
-        more = "" if inbound.stream is None else inbound.stream.attributes
-        return self.reply(inbound, self._answers.failure(error, inbound.body, source, more=more))
+        stream = inbound.stream
+        answer = self._answers.failure(error, inbound.body, source, more="" if stream is None else stream.attributes)
+        return self.reply(inbound, answer if stream is None else stream.failed_with(answer))
 
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
         copies = () if inbound.call is None else inbound.call.also
@@ -253,12 +257,6 @@ class ConfirmedSettlement(Settlement):
 
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
         return self._replies.refused(inbound, error)
-
-
-def _may_be_forwarded(inbound: Inbound) -> bool:
-    """True if a worker may have passed a call on to the owner of its agent, on the subject of that agent."""
-    route = inbound.route
-    return route.key is not None and route.hosted.keyed is not None
 
 
 def _seconds(timeout: str) -> float:

@@ -8,9 +8,7 @@ Rules:
    be sent now is sent when the caller asks for it.
 2. A caller tells at least twice a second how far it is, once it has a part. Nothing is sent to one that is too far
    behind; to one that is silent for ``stream_idle_timeout`` seconds, or that says so, nothing is sent any more.
-3. The handler of a stream that is abandoned is stopped in steps: its cancellation token is set, its next item raises
-   `StreamAbandoned`, and its task is cancelled a moment later. The token is its own: it follows that of the call, whose
-   other copies are not cancelled with it.
+3. The handler of a stream that is abandoned is stopped: see `natsrt.hosting.stopping`.
 """
 
 from __future__ import annotations
@@ -22,19 +20,23 @@ from collections.abc import Awaitable, Coroutine, Sequence
 from types import NoneType
 from typing import Any, Final, get_origin
 
-from autogen_core import CancellationToken, MessageContext
+from autogen_core import MessageContext
 
 from natsrt.agents.chain import chain_attribute, current_chain
-from natsrt.agents.inbound import Inbound
+from natsrt.agents.inbound import Answer, Inbound, LoggedCall
 from natsrt.agents.streaming import NO_ANSWERS, emits_to
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, NatsrtError, NobodyToAsk, StreamAbandoned
 from natsrt.hosting.answers import Answers
+from natsrt.hosting.plain_streams import PlainStream
+from natsrt.hosting.reply_subjects import ReplySubjects
+from natsrt.hosting.stopping import Stopping
 from natsrt.options import Options
 from natsrt.sending.replies import Replies
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
+from natsrt.transport.probe import Probe
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.part_flow import PartsSent
@@ -47,8 +49,6 @@ _LOOK_EVERY: Final = 0.5
 """Seconds between two looks for callers that are silent, and for streams that need not be kept."""
 _LATE: Final = 0.4
 """Seconds, beside the round trip, after which a part that the caller does not have is taken for lost."""
-_STOPPED_WITHIN: Final = 0.25
-"""Seconds between the cancellation of a handler's token and that of its task."""
 
 
 _JSON_VALUES: Final = frozenset((dict, list, str, int, float, bool, NoneType))
@@ -59,10 +59,7 @@ class StreamOut:
     """What one handler sends to a caller that streams its call. An `Emitter`."""
 
     def __init__(self, streams: Streams, inbound: Inbound, body: Envelope, parts_to: str) -> None:
-        self.token: CancellationToken = CancellationToken()
-        """That of the handler."""
-        self._follows: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Cancelled when the token of the call is; done when the handler has ended."""
+        self.stopping: Stopping = Stopping(inbound)
         self._streams = streams
         self._inbound = inbound
         self._body = body
@@ -76,16 +73,8 @@ class StreamOut:
         self.all_emitted: bool = False
         self.heard_at: float = asyncio.get_running_loop().time()
         """When its caller said something last, by the event loop's clock; before that: when the stream began."""
-        self.ended_at: float | None = None
-        """When its handler ended; None before that."""
-        self.is_abandoned: bool = False
-        """True if its caller wants no more parts."""
-        self._stop: asyncio.TimerHandle | None = None
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
-
-    def __str__(self) -> str:
-        return f"{self._inbound.agent_type}/{self._inbound.key}"
 
     async def put(self, item: Any) -> None:
         """Part of `Emitter`."""
@@ -93,10 +82,10 @@ class StreamOut:
 
     async def _put(self, encoded: Encoded, more: str = "") -> None:
         async with self._turn:
-            while not self.is_abandoned and self.ended_at is None and not self.flow.has_room:
+            while self.stopping.may_send and not self.flow.has_room:
                 self._room.clear()
                 await self._room.wait()
-            self._require_caller()
+            self.stopping.require_caller()
             key = self._inbound.key
             assert key is not None
             answers, number = self._streams.answers, self.flow.sent + 1
@@ -108,15 +97,11 @@ class StreamOut:
             self.flow.add(body, len(encoded.payload), now)
             await self._streams.publish(self.parts_to, body)
 
-    def _require_caller(self) -> None:
-        if self.is_abandoned or self.ended_at is not None:
-            raise StreamAbandoned(str(self))
-
     async def ask(self, question: Any, reply_type: type[Any] | None) -> Any:
         """Part of `Emitter`."""
         if not self._answers_questions:
-            raise NobodyToAsk(str(self), NO_ANSWERS)
-        self._require_caller()
+            raise NobodyToAsk(str(self.stopping), NO_ANSWERS)
+        self.stopping.require_caller()
         self._asked += 1
         number = str(self._asked)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
@@ -129,7 +114,7 @@ class StreamOut:
             raise
         finally:
             del self._questions[number]
-        return await self._streams.read_answer(body, str(self), type(question), reply_type)
+        return await self._streams.read_answer(body, str(self.stopping), type(question), reply_type)
 
     async def _withdraw(self, number: str) -> None:
         """Tell the caller that nobody waits for its answer to a question."""
@@ -144,36 +129,22 @@ class StreamOut:
     def _fail_questions(self) -> None:
         for answer in self._questions.values():
             if not answer.done():
-                answer.set_exception(StreamAbandoned(str(self)))
+                answer.set_exception(StreamAbandoned(str(self.stopping)))
 
     def end(self) -> None:
         """Part of `Stream`."""
-        self.ended_at = asyncio.get_running_loop().time()
+        self.stopping.end()
         self._room.set()
         self._fail_questions()
-        if not self._follows.done():
-            self._follows.set_result(None)
-        if self._stop is not None:
-            self._stop.cancel()
-
-    def follow(self, token: CancellationToken, cancellations: Cancellations) -> None:
-        """Cancel the handler's token when that of its call is cancelled."""
-        if token.is_cancelled():
-            self.cancel_token()
-        self._follows.add_done_callback(lambda follows: self.cancel_token() if follows.cancelled() else None)
-        cancellations.link(token, self._follows)
-
-    def cancel_token(self) -> None:
-        """Cancel the handler's token."""
-        try:
-            self.token.cancel()
-        except Exception:  # raised by a callback that the user added
-            logger.exception("a callback of a cancellation token failed")
 
     @property
     def attributes(self) -> str:
         """Part of `Stream`."""
         return f',"parts":"{self.flow.sent}"' + (',"ended":"1"' if self.all_emitted else "")
+
+    def failed_with(self, failure: Answer) -> Answer:
+        """Part of `Stream`. The attributes say all."""
+        return failure
 
     def told(self, data: dict[str, Any]) -> None:
         """Take in what the caller says. Called in the read loop. Raises `CannotDecode`."""
@@ -199,13 +170,9 @@ class StreamOut:
 
     def abandon(self) -> None:
         """Nobody reads it any more: stop the handler. Has no effect if it has ended, or is being stopped."""
-        if self.is_abandoned or self.ended_at is not None:
-            return
-        self.is_abandoned = True
-        self._room.set()
-        self._fail_questions()
-        self._stop = asyncio.get_running_loop().call_later(_STOPPED_WITHIN, self._inbound.cancel)
-        self.cancel_token()
+        if self.stopping.abandon():
+            self._room.set()
+            self._fail_questions()
 
 
 class Streams:
@@ -219,8 +186,14 @@ class Streams:
         bodies: Bodies,
         answers: Answers,
         cancellations: Cancellations,
+        reply_subjects: ReplySubjects,
+        probe: Probe,
         options: Options,
     ) -> None:
+        self._bodies = bodies
+        self._reply_subjects = reply_subjects
+        self._probe = probe
+        self._plain: set[PlainStream] = set()
         self._replies = Replies(bodies, serialization, error_types)
         self._error_types = error_types
         self._connection = connection
@@ -258,13 +231,27 @@ class Streams:
         assert body is not None and inbound.call is not None
         stream = StreamOut(self, inbound, body, body.required("partsto"))
         self._streams[stream.parts_to] = stream
-        stream.follow(context.cancellation_token, self._cancellations)
-        context.cancellation_token = stream.token
-        inbound.call.on_abandoned = stream.abandon
+        self._begin(stream, inbound.call, context)
+        return stream
+
+    def open_plain(self, inbound: Inbound, context: MessageContext) -> PlainStream:
+        """Let the present handler, which is about to handle ``inbound``, send several replies to a plain client.
+
+        Raises `CannotDecode`.
+        """
+        assert inbound.call is not None
+        items_to = self._reply_subjects.plain_stream_of(inbound)
+        stream = PlainStream(inbound, items_to, self._connection, self._bodies, self.serialization)
+        self._plain.add(stream)
+        self._begin(stream, inbound.call, context)
+        return stream
+
+    def _begin(self, stream: StreamOut | PlainStream, call: LoggedCall, context: MessageContext) -> None:
+        stream.stopping.follow(context, self._cancellations)
+        call.on_abandoned = stream.abandon
         emits_to.set(stream)
         if self._looking is None:
             self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look)
-        return stream
 
     def told(self, data: dict[str, Any]) -> None:
         """Take in how far a caller is. Raises `CannotDecode`."""
@@ -325,18 +312,21 @@ class Streams:
         for stream in list(self._streams.values()):
             since = max(stream.heard_at, self._connected_since)
             is_silent = now - since > self._idle_timeout and self._connection.connected and stream.flow.sent > 0
-            if stream.ended_at is not None:
-                if (
-                    stream.flow.is_received
-                    or stream.is_abandoned
-                    or is_silent
-                    or now - stream.ended_at > self._kept_for
-                ):
+            stopping = stream.stopping
+            if stopping.ended_at is not None:
+                is_late = now - stopping.ended_at > self._kept_for
+                if stream.flow.is_received or stopping.is_abandoned or is_silent or is_late:
                     del self._streams[stream.parts_to]
-            elif is_silent and not stream.is_abandoned:
-                logger.warning("the caller that streams from %s is silent: its handler is stopped", stream)
+            elif is_silent and not stopping.is_abandoned:
+                logger.warning("the caller that streams from %s is silent: its handler is stopped", stopping)
                 stream.abandon()
-        self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look) if self._streams else None
+        for plain in list(self._plain):
+            if plain.stopping.ended_at is not None:
+                self._plain.discard(plain)
+            elif plain.is_due(now):
+                self._tasks.spawn(plain.look(self._probe))
+        is_needed = bool(self._streams or self._plain)
+        self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look) if is_needed else None
 
     async def stop(self) -> None:
         """Forget all streams. Harmless if stopped."""
@@ -345,5 +335,8 @@ class Streams:
             self._looking = None
         for stream in self._streams.values():
             stream.end()
+        for plain in self._plain:
+            plain.end()
         self._streams.clear()
+        self._plain.clear()
         await self._tasks.cancel()

@@ -51,6 +51,7 @@ from natsrt.wire import envelope
 from natsrt.wire.envelope import KEY_HEADER, SUPERSEDES_HEADER, TYPE_HEADER, attribute
 from natsrt.wire.exception_parts import class_name
 from natsrt.wire.failures import is_refusal
+from natsrt.wire.part_messages import STREAM_HEADER
 from natsrt.wire.serialization import Encoded
 from natsrt.wire.stored_events import StoredEvent
 from natsrt.wire.subjects import Subjects, encode_text
@@ -59,7 +60,7 @@ logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _HEADERS = (SUPERSEDES_HEADER,)
 """The headers of a call that are forwarded with it."""
-_PLAIN_HEADERS = (*_HEADERS, KEY_HEADER, TYPE_HEADER)
+_PLAIN_HEADERS = (*_HEADERS, KEY_HEADER, TYPE_HEADER, STREAM_HEADER)
 """Those of a plain call."""
 _DELIVERIES = 5
 """How often an event is sent to a keyed agent before it is given up, if the agent's subject has no subscriber."""
@@ -130,6 +131,8 @@ class KeyedDelivery:
             data = message.data
         passed_on = _HEADERS if body is not None else _PLAIN_HEADERS
         headers = {name: value for name, value in (message.headers or {}).items() if name in passed_on}
+        if headers.get(STREAM_HEADER) == "1":
+            headers[STREAM_HEADER] = message.reply
         return await self._calls.call(agent, data, destination=owner, headers=headers or None, awaited_by=awaiting())
 
     async def forward_control(self, agent: AgentId, worker_id: str, body: envelope.Envelope) -> Msg:

@@ -13,6 +13,13 @@ from natsrt.wire.part_flow import Progress, Window
 
 MOST_ITEMS: Final = 65_536
 """The largest window, in items."""
+STREAM_HEADER: Final = "Natsrt-Stream"
+"""Header of a plain call that wants every item. Its value is ``1``; if a worker has passed the call on, the subject on
+which the client gets the items."""
+PART_HEADER: Final = "Natsrt-Part"
+"""Header of an item for a plain client: its number, from 1."""
+PARTS_HEADER: Final = "Natsrt-Parts"
+"""Header of the message that ends the items for a plain client: how many there were."""
 ONLY_QUESTIONS: Final = "only"
 """Value of the attribute ``questions``: the caller answers questions, and wants no items."""
 _QUESTIONS_TOO: Final = "also"
