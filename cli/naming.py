@@ -33,9 +33,17 @@ def agent_id(text: str, *, default_key: str | None = None) -> AgentId:
 def agent_type(text: str) -> str:
     """The agent type that ``TYPE`` names."""
     try:
-        return AgentId(text, "default").type
+        return _checked_type(text)
     except ValueError as error:
-        raise CommandFailed(f"{text!r} is not an agent type: {error}", Exit.USAGE) from None
+        raise CommandFailed(str(error), Exit.USAGE) from None
+
+
+def _checked_type(text: str) -> str:
+    """The agent type that ``text`` names. Raises ValueError if it is none."""
+    try:
+        return AgentId(text, DEFAULT).type
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not an agent type: {error}") from None
 
 
 class AgentTypeName(click.ParamType[str]):
@@ -45,9 +53,9 @@ class AgentTypeName(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
-            return AgentId(value, DEFAULT).type
+            return _checked_type(value)
         except ValueError as error:
-            self.fail(f"{value!r} is not an agent type: {error}", param, ctx)
+            self.fail(str(error), param, ctx)
 
 
 class TopicPrefix(click.ParamType[str]):

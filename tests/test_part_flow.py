@@ -99,7 +99,7 @@ def test_every_part_arrives_once_and_in_order_whatever_gets_lost(first_seed: int
         assert world.taken == list(range(1, len(world.sizes) + 1)), f"seed {seed}"
         world.tell()
         assert not list(world.sent.told(world.to_worker[-1], world.now, LATE)), f"seed {seed}"
-        assert world.sent.is_received and not world.sent.kept_bytes, f"seed {seed}"
+        assert world.sent.is_received and not world.sent._kept, f"seed {seed}"
 
 
 def test_without_losses_nothing_is_sent_again() -> None:
@@ -118,7 +118,7 @@ def test_a_part_larger_than_the_window_is_sent_alone() -> None:
     sent.add(b"x" * 50, 50, 0.0)
     assert not sent.has_room
     list(sent.told(Progress(1, 1), 0.0, 1.0))
-    assert sent.has_room and not sent.kept_bytes
+    assert sent.has_room and not sent._kept
 
 
 def test_exactly_the_gap_is_asked_for_once() -> None:

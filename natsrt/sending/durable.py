@@ -26,6 +26,7 @@ import asyncio
 import datetime
 import logging
 import math
+import secrets
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 
@@ -34,7 +35,6 @@ import nats.js.errors
 from autogen_core import TopicId
 from nats.aio.msg import Msg
 from nats.js import api
-from nats.nuid import NUID
 
 from natsrt.background import BackgroundTasks
 from natsrt.errors import CannotDecode, CannotSchedule, EventNotStored, JetStreamFull, NatsrtError
@@ -228,7 +228,7 @@ class DurablePublisher:
         `CannotSchedule`.
         """
         if is_task(topic.type):  # submitted again, it is the same one as long as it or its result is stored
-            of_event = event_headers(f"{message_id}/{NUID().next().decode()}", subject, stream)
+            of_event = event_headers(f"{message_id}/{secrets.token_hex(12)}", subject, stream)
             of_event[_EXPECTED_LAST] = "0"
         else:
             of_event = event_headers(message_id, subject, stream)

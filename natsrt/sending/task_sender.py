@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
 
@@ -61,7 +61,7 @@ class TaskSender:
         self._attributes = attributes
         self._counters = counters
 
-    def submit(
+    async def submit(
         self,
         message: Any,
         recipient: AgentId,
@@ -71,42 +71,33 @@ class TaskSender:
         due: datetime | None,
         attempts: int | None,
         result_ttl: float,
-    ) -> Awaitable[Ticket]:
+    ) -> Ticket:
         """Have a call stored, to be handled by its agent. The topics of tasks must be durable.
 
         ``message_id`` None: a new one. ``due``: when it is handled; None: now. ``attempts``: how often it is tried;
         None: as often as events of the agent's type. ``result_ttl``: seconds for which its result is kept. Raises as
         `EventSender.publish`.
         """
-        submitting = self._submit(message, recipient, sender, message_id, due, attempts, result_ttl)
-        return self._steps.counted(submitting)
-
-    async def _submit(
-        self,
-        message: Any,
-        recipient: AgentId,
-        sender: AgentId | None,
-        message_id: str | None,
-        due: datetime | None,
-        attempts: int | None,
-        result_ttl: float,
-    ) -> Ticket:
-        begun = asyncio.get_running_loop().time()
-        self._counters.sent += 1
-        task = TaskId.new(recipient) if message_id is None else TaskId.of(recipient, message_id)
-        if message_id is not None:
-            await self._steps.wait_ready(None, begun)
-            if await self._has_result(task, begun):
-                return self._tickets.ticket(task, type(message))
-        async with self._steps.queue.turn(None) as turn:
-            await self._steps.wait_ready(None, begun)
-            if self._interventions.handlers:
-                context = send_context(sender, None, None, task.message_id)
-                message = await turn.intervene(self._interventions.on_send(message, context, recipient))
-            encoded = self._serialization.encode(message)
-            chosen = message_id is not None
-            await self._store(encoded, task, sender, due, attempts, result_ttl, chosen, turn.end)
-        return self._tickets.ticket(task, type(message))
+        self._steps.under_way += 1
+        try:
+            begun = asyncio.get_running_loop().time()
+            self._counters.sent += 1
+            task = TaskId.new(recipient) if message_id is None else TaskId.of(recipient, message_id)
+            if message_id is not None:
+                await self._steps.wait_ready(None, begun)
+                if await self._has_result(task, begun):
+                    return self._tickets.ticket(task, type(message))
+            async with self._steps.queue.turn(None) as turn:
+                await self._steps.wait_ready(None, begun)
+                if self._interventions.handlers:
+                    context = send_context(sender, None, None, task.message_id)
+                    message = await turn.intervene(self._interventions.on_send(message, context, recipient))
+                encoded = self._serialization.encode(message)
+                chosen = message_id is not None
+                await self._store(encoded, task, sender, due, attempts, result_ttl, chosen, turn.end)
+            return self._tickets.ticket(task, type(message))
+        finally:
+            self._steps.under_way -= 1
 
     async def submit_body(
         self,

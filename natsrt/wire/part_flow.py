@@ -75,11 +75,6 @@ class PartsSent:
         """True if the caller has all parts."""
         return self.have >= self.sent
 
-    @property
-    def kept_bytes(self) -> int:
-        """Size of the parts that are kept."""
-        return sum(len(kept.body) for kept in self._kept.values())
-
     def add(self, body: bytes, size: int, now: float) -> int:
         """Count a part that is sent now, and keep its ``body``. ``size`` is that of its payload. Returns its number."""
         self.sent += 1
