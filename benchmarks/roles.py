@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.setup import Place, Setup
@@ -45,6 +46,20 @@ class Role(ABC):
     async def peak_memory(self) -> int:
         """Return the most resident memory that this process has had, in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class ForgetfulRole(Role):
+    """A process that can forget its peak memory, so that the peak of a part of its work is measured. On Linux only."""
+
+    async def peak_memory(self) -> int:
+        """Return the most resident memory that this process has had since `forget_peak`, in bytes."""
+        return _memory("VmHWM")
+
+    async def forget_peak(self) -> int:
+        """Forget the most resident memory that this process has had. Returns what it has now, in bytes."""
+        gc.collect()
+        _forget_peak()
+        return _memory("VmRSS")
 
 
 class Worker(Role):
@@ -127,6 +142,15 @@ class Caller(Role):
 
 def _shares(count: int, parts: int) -> list[int]:
     return [count // parts + (number < count % parts) for number in range(parts)]
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) * 1024
 
 
 def free_address() -> str:

@@ -14,7 +14,6 @@ import gc
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nats
@@ -23,7 +22,7 @@ from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubs
 
 from benchmarks.harness import LESS, Measure, Sample, Scenario, Variant
 from benchmarks.peers import Peer
-from benchmarks.roles import Role
+from benchmarks.roles import ForgetfulRole, Role
 from benchmarks.teams import Member, Team
 from benchmarks.work import Counter
 from natsrt import DurableTopics, NatsAgentRuntime
@@ -107,7 +106,7 @@ class Kept(RoutedAgent):
         self._state = dict(state)
 
 
-class _Runs(Role):
+class _Runs(ForgetfulRole):
     _runtime: NatsAgentRuntime
 
     def make(self) -> NatsAgentRuntime:
@@ -120,16 +119,6 @@ class _Runs(Role):
 
     async def stop(self) -> None:
         await self._runtime.close()
-
-    async def peak_memory(self) -> int:
-        """Return the most resident memory that this process has had since `forget_peak`, in bytes."""
-        return _memory("VmHWM")
-
-    async def forget_peak(self) -> int:
-        """Forget the most resident memory that this process has had. Returns what it has now, in bytes."""
-        gc.collect()
-        _forget_peak()
-        return _memory("VmRSS")
 
 
 class Hosts(_Runs):
@@ -215,15 +204,6 @@ class Sends(_Runs):
         """Delete the payloads of events."""
         if await self._stored():
             await self._client.jetstream().purge_stream(f"{self.place.namespace}_natsrt_blobs")
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _memory(name: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{name}:")[2].split()[0]) * 1024
 
 
 ROLES: dict[str, type[Role]] = {"worker": Hosts, "caller": Sends}
