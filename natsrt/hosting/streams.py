@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from types import NoneType
 from typing import Any, Final, get_origin
 
@@ -90,7 +90,7 @@ class StreamOut:
             assert key is not None
             answers, number = self._streams.answers, self.flow.sent + 1
             part = answers.part(encoded, number, self._body, self._inbound.agent_type, key, more)
-            body = (part if not isinstance(part, Awaitable) else await part).body
+            body = (part if isinstance(part, Answer) else await part).body
             now = asyncio.get_running_loop().time()
             if not self.flow.sent:
                 self.heard_at = now  # it cannot have said anything before

@@ -29,6 +29,7 @@ MOST_BYTES: Final = 64 * 1024 * 1024
 _WHAT: Final = "the progress of a stream"
 _MOST: Final = 2**53
 """More parts than any stream has."""
+_DIGITS: Final = len(str(_MOST))
 
 
 def checked_window(items: Any, size: Any) -> Window:
@@ -68,7 +69,7 @@ def total_of(body: Envelope) -> int:
 
 def _number_of(body: Envelope, name: str, most: int) -> int:
     text = body.required(name)
-    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST)) and int(text) >= 1):
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS and int(text) >= 1):
         raise CannotDecode("an envelope", f"{name} must be a whole number from 1, not {text!r:.40}")
     return min(int(text), most)
 
