@@ -6,8 +6,10 @@ Rules:
 
 1. A part is kept until the caller has it and all before it, also when the handler has ended: `PartsSent`. What cannot
    be sent now is sent when the caller asks for it.
-2. A caller tells at least twice a second how far it is, once it has a part. Nothing is sent to one that is too far
-   behind; to one that is silent for ``stream_idle_timeout`` seconds, or that says so, nothing is sent any more.
+2. A caller tells at least twice a second how far it is, once it has a part. As long as it has said nothing, the first
+   part is sent again and again: it may be lost with all that there was room for, and the caller learns from it where to
+   ask. Nothing is sent to one that is too far behind; to one that is silent for ``stream_idle_timeout`` seconds, or
+   that says so, nothing is sent any more.
 3. The handler of a stream that is abandoned is stopped: see `natsrt.hosting.stopping`.
 """
 
@@ -39,7 +41,7 @@ from natsrt.transport.connection import Connection
 from natsrt.transport.probe import Probe
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.failures import ErrorTypes
-from natsrt.wire.part_flow import PartsSent
+from natsrt.wire.part_flow import PartsSent, Progress
 from natsrt.wire.part_messages import ONLY_QUESTIONS, read_progress, read_window
 from natsrt.wire.serialization import Encoded, Serialization
 
@@ -49,6 +51,8 @@ _LOOK_EVERY: Final = 0.5
 """Seconds between two looks for callers that are silent, and for streams that need not be kept."""
 _LATE: Final = 0.4
 """Seconds, beside the round trip, after which a part that the caller does not have is taken for lost."""
+_UNHEARD: Final = 1.0
+"""Seconds, beside the round trip, after which a caller that has said nothing is sent the first part again."""
 
 
 _JSON_VALUES: Final = frozenset((dict, list, str, int, float, bool, NoneType))
@@ -73,6 +77,8 @@ class StreamOut:
         self.all_emitted: bool = False
         self.heard_at: float = asyncio.get_running_loop().time()
         """When its caller said something last, by the event loop's clock; before that: when the stream began."""
+        self.is_heard: bool = False
+        """True if its caller has said something."""
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
 
@@ -150,7 +156,7 @@ class StreamOut:
         """Take in what the caller says. Called in the read loop. Raises `CannotDecode`."""
         progress, stop = read_progress(data)
         now = asyncio.get_running_loop().time()
-        self.heard_at = now
+        self.heard_at, self.is_heard = now, True
         again = list(self.flow.told(progress, now, _LATE + self._streams.rtt_allowance))
         if again:
             self._streams.spawn(self._send(again))
@@ -158,6 +164,11 @@ class StreamOut:
             self.abandon()
         elif self.flow.has_room:
             self._room.set()
+
+    def send_first_again(self) -> None:
+        """Send the first part again, as if the caller had asked for it."""
+        now = asyncio.get_running_loop().time()
+        self._streams.spawn(self._send(list(self.flow.told(Progress(missing=(1, 1)), now, 0.0))))
 
     def send_again(self) -> None:
         """Send all parts again that the caller may not have."""
@@ -317,9 +328,13 @@ class Streams:
                 is_late = now - stopping.ended_at > self._kept_for
                 if stream.flow.is_received or stopping.is_abandoned or is_silent or is_late:
                     del self._streams[stream.parts_to]
-            elif is_silent and not stopping.is_abandoned:
+            elif stopping.is_abandoned:
+                continue
+            elif is_silent:
                 logger.warning("the caller that streams from %s is silent: its handler is stopped", stopping)
                 stream.abandon()
+            elif not stream.is_heard and stream.flow.sent and now - since > _UNHEARD + self.rtt_allowance:
+                stream.send_first_again()
         for plain in list(self._plain):
             if plain.stopping.ended_at is not None:
                 self._plain.discard(plain)
