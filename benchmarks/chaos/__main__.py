@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.chaos.scenario import Figure, Scenario, Timed, Value, broken
+from benchmarks.chaos.scenario import Figure, Repeated, Scenario, Timed, Value, broken
 from benchmarks.chaos.scenarios import all_scenarios
 from benchmarks.harness import Settings
 
 _SECONDS, _SHORT_SECONDS = 180.0, 60.0
 """For how long a timed scenario goes on if nothing else is asked."""
+_RUNS, _SHORT_RUNS = 200, 20
+"""How many runs a repeated scenario has if nothing else is asked."""
 _WIDTH = 140
 """Width of the tables in columns if the output is not a terminal."""
 
@@ -32,7 +34,10 @@ _WIDTH = 140
 @click.option("--list", "listing", is_flag=True, help="Only list the scenarios.")
 @click.option("--short", is_flag=True, help="Less load and fewer processes, with the same failures.")
 @click.option("--seconds", type=click.FloatRange(min=1), help="For how long the soak goes on. Default: 180, short: 60.")
-@click.option("--seed", type=int, help="Repeat the failures of an earlier soak. Default: any.")
+@click.option(
+    "--runs", type=click.IntRange(min=1), help="How many runs with streams there are. Default: 200, short: 20."
+)
+@click.option("--seed", type=int, help="Repeat the failures of an earlier soak, or of earlier runs. Default: any.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file."
 )
@@ -41,6 +46,7 @@ def main(
     listing: bool,
     short: bool,
     seconds: float | None,
+    runs: int | None,
     seed: int | None,
     json_file: Path | None,
 ) -> None:
@@ -61,7 +67,7 @@ def main(
     for name, scenario in chosen.items():
         report.say(f"{name}: {scenario.title}")
         try:
-            figures = asyncio.run(_measured(scenario, short, seconds, seed))
+            figures = asyncio.run(_measured(scenario, short, seconds, runs, seed))
         except Exception:
             traceback.print_exc()
             wrong.append(f"{name} failed")
@@ -76,11 +82,15 @@ def main(
     sys.exit(1 if wrong else 0)
 
 
-async def _measured(scenario: Scenario, short: bool, seconds: float | None, seed: int | None) -> Sequence[Figure]:
-    if not isinstance(scenario, Timed):
+async def _measured(
+    scenario: Scenario, short: bool, seconds: float | None, runs: int | None, seed: int | None
+) -> Sequence[Figure]:
+    if not isinstance(scenario, Timed | Repeated):
         return await scenario.measure(short)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     report.say(f"seed {seed}")
+    if isinstance(scenario, Repeated):
+        return await scenario.measure_runs(runs or (_SHORT_RUNS if short else _RUNS), seed)
     return await scenario.measure_for(seconds or (_SHORT_SECONDS if short else _SECONDS), seed)
 
 

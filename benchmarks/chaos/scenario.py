@@ -89,6 +89,17 @@ class Timed(Scenario):
     measure_for: Callable[[float, int], Coroutine[Any, Any, Sequence[Figure]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Repeated(Scenario):
+    """A scenario that consists of runs, each with failures that a seed decides.
+
+    Args:
+        measure_runs: Carries out a number of runs, with a seed, and returns the figures.
+    """
+
+    measure_runs: Callable[[int, int], Coroutine[Any, Any, Sequence[Figure]]]
+
+
 def broken(figures: Sequence[Figure]) -> list[str]:
     """Return the promises that were not kept, one line each."""
     return [f"{figure.name}: {figure.value} {figure.unit}, not {figure.bound}" for figure in figures if not figure.kept]
