@@ -51,6 +51,8 @@ from natsrt.wire.envelope import SUPERSEDES_HEADER
 from natsrt.wire.failures import FULL, SHORT, ErrorTypes, decode_answer, describe, is_refusal
 from natsrt.wire.ids import MAX_FORMER, former_copies
 from natsrt.wire.known_classes import NamedClasses
+from natsrt.wire.part_flow import PartsSent, Window
+from natsrt.wire.part_messages import number_of_part, read_progress, read_window, total_of
 from natsrt.wire.recorded import RECORD_HEADER, read_record
 from natsrt.wire.retry_subjects import attempts_of
 from natsrt.wire.serialization import Serialization
@@ -289,6 +291,31 @@ def _answer(given: bytes) -> None:
         raise problems[0]
 
 
+def _stream(given: bytes) -> None:
+    """What callers and workers tell one another about streams and questions."""
+    body = envelope.decode(given)
+    if body is None:
+        raise CannotDecode("a message of a stream", "it is plain")
+    if body.type == envelope.MORE:
+        data = body.json()
+        if not isinstance(data, dict):
+            raise CannotDecode("the progress of a stream", "expected an object")
+        progress, stop = read_progress(data)
+        sent = PartsSent(Window(8, 1000))
+        for number in range(4):
+            sent.add(b"%d" % number, 1, 0.0)
+        assert len(list(sent.told(progress, 1.0, 0.4))) <= 4 and isinstance(stop, bool)
+    elif body.type == envelope.PART:
+        assert number_of_part(body) >= 1 and isinstance(chain_of(body), tuple)
+        body.text("question"), body.text("withdrawn")
+    elif body.type == envelope.ANSWER:
+        body.required("partsto"), body.required("question"), body.text("failed")
+    elif body.type == envelope.CALL:
+        assert all(one >= 1 for one in read_window(body)) and isinstance(body.text("questions"), str | None)
+    else:
+        assert total_of(body) >= 0
+
+
 _ERROR_TYPES: Final = ErrorTypes()
 
 
@@ -435,6 +462,13 @@ def _answers() -> list[bytes]:
     return [envelope.encode(envelope.REPLY, '"id":"1","source":"/"', json.dumps(data).encode()) for data in answers]
 
 
+def _streams() -> list[bytes]:
+    steps = vectors("streams")["questions"]["steps"]
+    whole = {"specversion": "1.0", "id": "1", "source": "a/b"}
+    bodies = [whole | (step.get("caller_sends") or step["worker_sends"]) for step in steps]
+    return [*_cases("streams", "body"), *(json.dumps(body, separators=(",", ":")).encode() for body in bodies)]
+
+
 def _failures() -> list[bytes]:
     samples: list[BaseException] = [
         ValueError("no lamps"),
@@ -510,6 +544,7 @@ READERS: Final[dict[str, Reader]] = {
         Reader("entry", _entries(), _entry),
         Reader("record", _records(), _record),
         Reader("answer", _answers(), _answer),
+        Reader("stream", _streams(), _stream, words=tuple(sorted(envelope.TEXTS))),
         Reader("passing", _passed(), _passing, (), ("type", "subject", "source", "id", *_MESSAGE_NAMES)),
         Reader("recorded", _stored_records(), _recorded, words=("kind", "number", "at", "run", "call", "headers")),
         Reader("failure", _failures(), _failure, (), _CLASS_NAMES),
