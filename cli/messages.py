@@ -72,18 +72,44 @@ def with_option(failure: BaseException) -> BaseException:
 @click.argument("agent", metavar="TYPE[/KEY]")
 @click.argument("body", required=False)
 @type_name_option
+@click.option("--stream", "streams", is_flag=True, help="Print each item that the handler sends, as it comes.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="With --stream: print each item as one line of JSON, with its type."
+)
 @connects()
-def send(connecting: Connecting, agent: str, body: str | None, type_name: str | None) -> None:
+def send(
+    connecting: Connecting, agent: str, body: str | None, type_name: str | None, streams: bool, as_json: bool
+) -> None:
     """Call an agent and print its reply.
 
     BODY is the message as JSON; "-", or no BODY with a pipe, reads it from standard input. Without KEY, the key is
     "default". The call waits until the handler has finished; --timeout, or the setting call_timeout, limits that. A
     BODY that does not fit into one message is sent by reference, and needs --type-name.
 
+    With --stream, prints each item that the handler sends, and its result as the last one. The questions of the handler
+    are asked: a line of standard input is the answer, as JSON or as text. The handler is stopped when this command ends
+    before it, as after Ctrl-C. Only --timeout limits the wait.
+
     \b
     natsrt send upper/demo '{"text": "hi"}'
+    natsrt send --stream writer/ada '{"text": "to be or not to be"}'
     """
-    asyncio.run(_send(connecting, agent_id(agent, default_key=DEFAULT), given_body(body), type_name))
+    if as_json and not streams:
+        raise CommandFailed("--json needs --stream: a reply is printed as the agent sent it", Exit.USAGE)
+    named, sent = agent_id(agent, default_key=DEFAULT), given_body(body)
+    if streams:
+        asyncio.run(_stream(connecting, named, sent, type_name, as_json))
+    else:
+        asyncio.run(_send(connecting, named, sent, type_name))
+
+
+async def _stream(connecting: Connecting, agent: AgentId, body: bytes, type_name: str | None, as_json: bool) -> None:
+    from .streamed import stream
+
+    try:
+        await stream(connecting, agent, body, type_name, as_json)
+    except Exception as failure:
+        raise with_option(failure) from None
 
 
 async def _send(connecting: Connecting, agent: AgentId, body: bytes, type_name: str | None) -> None:

@@ -71,10 +71,15 @@ def note(text: str, level: str = "info") -> None:
     write_to_stderr(text if _notes is None else _notes(text, level))
 
 
-def write_to_stderr(text: str) -> None:
+def prompt(text: str) -> None:
+    """Print the beginning of a line, which a person completes, on standard error. If it cannot be written, go on."""
+    write_to_stderr(text, end="")
+
+
+def write_to_stderr(text: str, end: str = "\n") -> None:
     """Write a line as it is to standard error. If it cannot be written, go on."""
     try:
-        click.echo(text, err=True)
+        click.echo(f"{text}{end}", err=True, nl=False)
     except OSError as error:
         _discard(sys.stderr)
         if not isinstance(error, BrokenPipeError):

@@ -17,7 +17,7 @@ from natsrt.wire.envelope import TYPE_HEADER
 from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, ErrorTypes, decode_answer
 from natsrt.wire.message_classes import full_name
 from natsrt.wire.references import Reference
-from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Serialization
+from natsrt.wire.serialization import BYTES, JSON, PROTOBUF, Encoded, Serialization
 
 
 class Replies:
@@ -52,7 +52,8 @@ class Replies:
 
         ``body`` is the envelope of the reply, with its payload; None for a plain reply. ``sent`` is the class of the
         message that was sent. ``reply_type`` is the class of the reply; None means that the reply names its class. If
-        the payload cannot be decoded, the result of `Envelope.general` is tried, if there is one.
+        the payload cannot be decoded, the result of `Envelope.general` is tried, if there is one. A caller that has
+        sent an `Encoded` message gets the reply as one, whose type is empty if the reply does not name it.
         """
         if body is None:
             return self._plain_result(reply, sent, reply_type, recipient)
@@ -67,6 +68,8 @@ class Replies:
         The arguments are as for `result`. ``recipient`` is a text if no agent was asked.
         """
         type_name = body.required("messagetype")
+        if sent is Encoded:
+            return Encoded(type_name, body.content_type, body.payload, body.text("messageclass"))
         try:
             result = self._serialization.reply(
                 type_name, body.content_type, body.payload, body.text("messageclass"), sent, reply_type
@@ -148,6 +151,8 @@ class Replies:
         """
         self._raise_service_error(reply, recipient)
         type_name = (reply.headers or {}).get(TYPE_HEADER)
+        if sent is Encoded:
+            return Encoded(type_name or "", JSON, reply.data, None)
         if type_name is not None:
             result = self._of_type(type_name, reply.data, sent, reply_type)
             if not isinstance(result, UnknownPayload):

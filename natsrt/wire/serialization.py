@@ -179,8 +179,15 @@ class Serialization:
     # -- sending -------------------------------------------------------------------------------------------------
 
     def encode(self, message: Any) -> Encoded:
-        """Return ``message`` ready to be sent; raises ``CannotSerialize`` if it cannot be written exactly."""
-        serializer = self._sending.get(type(message)) or self._sender(type(message))
+        """Return ``message`` ready to be sent; raises ``CannotSerialize`` if it cannot be written exactly.
+
+        One that is `Encoded` is returned as it is.
+        """
+        serializer = self._sending.get(type(message))
+        if serializer is None:
+            if isinstance(message, Encoded):
+                return message
+            serializer = self._sender(type(message))
         return Encoded(
             serializer.type_name, serializer.data_content_type, serializer.serialize(message), serializer.class_name
         )
