@@ -227,9 +227,11 @@ class Receiving:
         # It is seen from this callback that its caller awaits the call (`natsrt.awaiting`).
         completes = partial(_complete, news)
         self.call.add_done_callback(completes)
+        timer = self._loop.call_later(_TELL_EVERY, completes)
         try:
-            await asyncio.wait({news}, timeout=_TELL_EVERY)
+            await news
         finally:
+            timer.cancel()
             self.call.remove_done_callback(completes)
             self._news = None
         if self.call.done() and not self.has_ended:
