@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from autogen_core import (
     AgentType,
@@ -17,6 +17,7 @@ from autogen_core import (
 from natsrt.agents.message_types import message_types_of
 from natsrt.jetstream.consumers import START_NOW, Start
 from natsrt.jetstream.registry.entries import Rule
+from natsrt.keyed_types import KeyedOptions
 from natsrt.runtime import NatsAgentRuntime
 from natsrt.wire.serialization import serializer_for
 
@@ -33,6 +34,8 @@ async def register(
     skip_direct_message_subscription: bool = False,
     max_running: int | None = None,
     start_from: Start = START_NOW,
+    keyed: bool | KeyedOptions | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> AgentType:
     """Register an agent class: its factory, its subscriptions, and one for direct messages, as ``cls.register`` does.
 
@@ -50,6 +53,8 @@ async def register(
         max_running: Number of handlers of the type that may run at once in this runtime; further messages wait, in
             order. None: only the setting ``max_running`` limits them.
         start_from: As in `NatsAgentRuntime.register_factory`.
+        keyed: As in `NatsAgentRuntime.register_factory`.
+        details: As in `NatsAgentRuntime.register_factory`.
 
     Returns:
         The agent type.
@@ -57,7 +62,8 @@ async def register(
     Raises:
         CannotSerialize: natsrt cannot serialize a handler's message type.
         ValueError: The type already exists in this runtime, a subscription has a prefix that no topic can have,
-            ``max_running`` is not a whole number of at least 1, or ``start_from`` is no start.
+            ``max_running`` is not a whole number of at least 1, ``start_from`` is no start, ``details`` are no JSON
+            values, or the type is keyed on another worker and not here, or the reverse.
     """
     for message_type in message_types_of(cls).handled:
         if message_type is not object:
@@ -70,7 +76,13 @@ async def register(
     for subscription in subscriptions:
         Rule.of(subscription)  # raises before anything is registered
     await runtime.register_factory(
-        agent_type, factory, expected_class=cls, max_running=max_running, start_from=start_from
+        agent_type,
+        factory,
+        expected_class=cls,
+        keyed=keyed,
+        max_running=max_running,
+        start_from=start_from,
+        details=details,
     )
     added: list[Subscription] = []
     try:

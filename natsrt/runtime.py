@@ -308,6 +308,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         keyed: bool | KeyedOptions | None = None,
         max_running: int | None = None,
         start_from: Start = START_NOW,
+        details: Mapping[str, Any] | None = None,
     ) -> AgentType:
         """Host an agent type in this runtime. If other workers host it too, its calls are distributed among them.
 
@@ -325,11 +326,13 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
                 stream before: ``"now"``, with those that are stored later; ``"all"``, with the oldest one that is
                 stored; a sequence of the stream; or a ``datetime``, with those that were stored then or later (without
                 a zone, it is local time). Later starts of workers go on where the type is, whatever this says.
+            details: What the registry is to say about the type, for programs that know what to make of it: a dict of
+                JSON values, of up to 16 KiB as JSON. `type_details` returns it in every runtime. None: nothing.
 
         Raises:
             ValueError: The type already exists in this runtime, or with registered instances on any worker; it is keyed
-                here and not on another worker or the reverse; ``max_running`` is not a whole number of at least 1; or
-                ``start_from`` is none of these.
+                here and not on another worker or the reverse; ``max_running`` is not a whole number of at least 1;
+                ``start_from`` is none of these; or ``details`` are no JSON values, or too large.
             RegistryUnavailable: The registry could not be written. The registration was undone.
         """
         agent_type = type if isinstance(type, AgentType) else AgentType(type)
@@ -346,6 +349,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             decided=said is not None,
             max_running=max_running,
             start_from=start_from,
+            details=details,
         )
         if session is not None:
             try:
@@ -558,6 +562,22 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             name = agent.type if isinstance(agent, AgentType) else agent
             agent = AgentId(name, "default").type  # raises if AutoGen does not accept the name
         await self._running().arrivals.wait_for(agent, timeout)
+
+    def type_details(self, type: str | AgentType) -> Mapping[str, Any] | None:
+        """Return what the workers of an agent type say about it: the ``details`` of `register_factory`.
+
+        It is what this runtime knows at the moment, and nothing is sent. Wait for the type first, with `wait_for`. If
+        the workers of the type differ, it is what the one says that has registered the type last.
+
+        Returns:
+            The details, empty if the type has none; None if no live worker hosts the type.
+
+        Raises:
+            ValueError: ``type`` is not a valid agent type.
+            RuntimeError: The runtime is not started.
+        """
+        name = checked_type(type, "type")
+        return self._running().registry.view.details(name)
 
     async def cancel_delayed(self, message_id: str, topic_id: TopicId) -> bool:
         """Cancel an event that was published with ``delay`` or ``at``, under this id, on this topic.

@@ -7,7 +7,7 @@ import datetime
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from autogen_core import (
@@ -24,6 +24,7 @@ from natsrt.agents.message_types import message_types_of, shown_name
 from natsrt.agents.signatures import required_parameters
 from natsrt.errors import CannotSerialize, UnknownAgent
 from natsrt.jetstream.consumers import START_ALL, START_NOW, Start
+from natsrt.jetstream.registry.entries import checked_details
 from natsrt.keyed_types import KeyedOptions, keyed_options_of
 from natsrt.observe import events
 from natsrt.observe.metrics import TypeCounters
@@ -72,13 +73,14 @@ class Catalog:
         decided: bool = False,
         max_running: int | None = None,
         start_from: Start = START_NOW,
+        details: Mapping[str, Any] | None = None,
     ) -> HostedType:
         """Host a type whose agents ``factory`` creates. If ``keyed`` is None, the type is not keyed; if ``decided``,
         not even if the factory creates agents of a keyed class. ``max_running`` limits its handlers; None: no limit.
-        ``start_from``: see `HostedType`.
+        ``start_from`` and ``details``: see `HostedType`.
 
         Raises ValueError, as AutoGen does, if the type is already hosted, or if the factory does not take 0 or 2
-        arguments.
+        arguments; and if the registry cannot keep ``details``.
         """
         if agent_type in self._types:
             raise ValueError(f"Agent with type {agent_type} already exists.")
@@ -95,6 +97,7 @@ class Catalog:
             takes_arguments=count == 2,
             max_running=checked_limit(max_running),
             start_from=checked_start(start_from),
+            details=checked_details(details),
         )
         if expected_class is not None:
             self._register_message_types(hosted, expected_class)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,8 @@ class HostedType:
     """Number of its handlers that may run at once on this worker; None: any number."""
     start_from: Start = START_NOW
     """With which events of a durable topic the type begins if no worker has hosted it before."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the registry says about the type for programs that know what to make of it."""
     instance_class: type[Agent] | None = None
     """The class of the registered instances; None for a type with a factory."""
     live: dict[str, Agent] = field(default_factory=dict)
@@ -126,6 +128,7 @@ class HostedType:
                 produces,
                 keyed=self.keyed is not None,
                 instances=self.has_instances_only,
+                details=self.details,
             ),
             KnownEntry(self.agent_type, handles, produces),
         ]

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Final, Literal
 
 import orjson
@@ -51,6 +51,9 @@ FEATURES: Final = (PEER, CANCEL, CONFIRM, BLOBS_FEATURE)
 """What this version's workers understand."""
 NOBODY: Final = "-"
 """The declarer of a subscription that no worker has to keep alive."""
+
+MOST_DETAILS: Final = 16_384
+"""Bytes that the details of an agent type may have as JSON. Every runtime keeps them in memory, for each worker."""
 
 _STREAM_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -83,7 +86,11 @@ class WorkerEntry:
 
 @dataclass(frozen=True, slots=True)
 class TypeEntry:
-    """An agent type on a worker. ``instances``: it exists as registered instances only."""
+    """An agent type on a worker.
+
+    ``instances``: it exists as registered instances only. ``details``: what its worker says about it for programs that
+    know what to make of it, as a JSON object; see `checked_details`.
+    """
 
     agent_type: str
     worker_id: str
@@ -91,6 +98,7 @@ class TypeEntry:
     produces: tuple[str, ...] = ()
     keyed: Annotated[bool, Strict()] = False
     instances: Annotated[bool, Strict()] = False
+    details: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> str:
@@ -273,7 +281,25 @@ _READERS: dict[str, TypeAdapter[Any]] = {
 
 
 def encode_entry(entry: RegistryEntry) -> bytes:
+    if isinstance(entry, TypeEntry) and not entry.details:  # as participants have written it that know no details
+        return orjson.dumps({one.name: getattr(entry, one.name) for one in fields(entry) if one.name != "details"})
     return orjson.dumps(entry)
+
+
+def checked_details(details: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """``details`` of an agent type, if the registry can keep them; None: there are none. Raises ValueError."""
+    if details is None:
+        return {}
+    try:
+        body = orjson.dumps(details)
+        exact = isinstance(details, dict) and orjson.loads(body) == details
+    except TypeError as error:
+        raise ValueError(f"details must be a dict of JSON values: {error}") from None
+    if not exact:
+        raise ValueError("details must be a dict of JSON values: text, numbers, booleans, None, lists and dicts")
+    if len(body) > MOST_DETAILS:
+        raise ValueError(f"details have {len(body):,} bytes as JSON, and may have {MOST_DETAILS:,}")
+    return details
 
 
 def decode_entry(key: str, value: bytes) -> RegistryEntry:

@@ -180,6 +180,13 @@ class View:
         """The workers that host the type and take new messages for it, be it by factory or by instances."""
         return [worker_id for worker_id in self.hosts.get(agent_type, ()) if self.stays(worker_id)]
 
+    def details(self, agent_type: str) -> Mapping[str, Any] | None:
+        """The details of the type; None if no live worker hosts it. If its workers differ, those of the last entry."""
+        hosting = [entry for entry in self.hosts.get(agent_type, {}).values() if entry.worker_id in self.workers]
+        if not hosting:
+            return None
+        return max(hosting, key=lambda entry: (self.stays(entry.worker_id), self.revision_of(entry.key))).details
+
     def workers_of(self, agent: AgentId) -> list[str]:
         """The live workers that may have messages for this one agent, draining ones too."""
         holders = self.instance_holders(agent.type, agent.key)
