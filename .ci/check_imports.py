@@ -15,7 +15,9 @@ from pathlib import Path
 
 LAYERS = (
     ("__main__",),
-    ("cli", "contrib"),
+    ("cli",),
+    ("agentchat",),
+    ("contrib",),
     ("__init__",),
     ("registration",),
     ("runtime",),

@@ -1,0 +1,13 @@
+"""AutoGen AgentChat over natsrt: `natsrt.contrib.agentchat` under a shorter name. It needs the extra `agentchat`.
+
+See docs/agentchat.md.
+"""
+
+try:
+    import autogen_agentchat as _  # noqa: F401
+except ImportError as error:
+    raise ImportError("natsrt.agentchat needs AutoGen AgentChat: pip install 'natsrt[agentchat]'") from error
+
+from natsrt.contrib.agentchat import RemoteChatAgent, RemoteTeam, host
+
+__all__ = ["RemoteChatAgent", "RemoteTeam", "host"]

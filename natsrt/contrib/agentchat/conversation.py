@@ -1,0 +1,295 @@
+"""The keyed agents that host AgentChat's agents and teams: one for each session.
+
+Rules:
+
+1. The live agent or team is ahead of what is stored only while a turn runs. A turn that is not completed, because it
+   failed, was cancelled, or its caller left, drops it, and the next turn starts from what is stored.
+2. A turn is completed when its caller has room for its answer. The state is taken before that, and natsrt stores it
+   before the caller gets the end.
+3. An agent that is left in the middle of a turn is told so by its cancellation token, before its generator is closed: a
+   team whose generator is closed would otherwise go on to its end first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
+
+from autogen_agentchat.base import ChatAgent, Response, TaskResult, Team
+from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
+from autogen_core import CancellationToken, MessageContext, RoutedAgent, message_handler
+
+import natsrt
+from natsrt.contrib.agentchat.factory import SessionFactory
+from natsrt.contrib.agentchat.requests import (
+    ChatTurn,
+    Close,
+    LoadState,
+    Pause,
+    Reset,
+    Resume,
+    SaveState,
+    State,
+    TeamRun,
+)
+from natsrt.contrib.agentchat.sources import renamed
+from natsrt.contrib.agentchat.stored import Result, Stored, dump_result, load_result
+
+logger: logging.Logger = logging.getLogger("natsrt.agentchat")
+
+Hosted = TypeVar("Hosted", ChatAgent, Team)
+T = TypeVar("T")
+
+
+class Conversation(RoutedAgent, ABC, Generic[Hosted]):
+    """One session of a hosted agent or team."""
+
+    def __init__(self, factory: SessionFactory, description: str) -> None:
+        super().__init__(description)
+        self._factory = factory
+        self._stored: Stored | None = None
+        """What the session is after its last completed turn; None: nothing."""
+        self._live: Hosted | None = None
+        """The agent or team, as it is after its last completed turn, unless a turn runs; None: to be made."""
+        self._untouched = False
+        """True while the live one has had nothing to do."""
+        self._taking_turn = False
+        self._making = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    # -- the live agent or team ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _checked(self, made: ChatAgent | Team) -> Hosted:
+        """``made``, if it is of the kind that is hosted here. Raises TypeError."""
+
+    async def instance(self) -> Hosted:
+        """The live agent or team, made and loaded if there is none. Raises what its factory and its state raise."""
+        async with self._making:
+            if self._live is None:
+                live = self._checked(await self._factory.make(self.runtime, self.id))
+                if self._stored is not None:
+                    await live.load_state(self._stored.state)
+                self._live, self._untouched = live, self._stored is None
+            return self._live
+
+    @asynccontextmanager
+    async def _turn(self, ctx: MessageContext) -> AsyncIterator[tuple[Hosted, CancellationToken]]:
+        """The live one, and the token of this turn, for the block that completes the turn or raises."""
+        if self._taking_turn:
+            raise RuntimeError(f"{self.id} is called by what it calls itself: its present turn waits for this one")
+        self._taking_turn = True
+        try:
+            live, token = await self.instance(), CancellationToken()
+            self._untouched = False
+            ctx.cancellation_token.add_callback(token.cancel)
+            try:
+                yield live, token
+                if token.is_cancelled():
+                    raise asyncio.CancelledError("the turn was cancelled")
+            except BaseException:
+                token.cancel()
+                self._drop()
+                raise
+        finally:
+            self._taking_turn = False
+
+    async def _completed(self, live: Hosted, result: Result | None = None, turn: str | None = None) -> Stored:
+        """What is to be stored of a turn that is about to be completed; ``turn`` None: without its answer."""
+        state = dict(await live.save_state())
+        if turn is None or result is None:
+            return Stored(state)
+        return Stored(state, turn, dump_result(result, self._factory.types))
+
+    def _answer(self, turn: str) -> Result | None:
+        """The answer of a turn that was completed before; None if it was not."""
+        if self._stored is None or self._stored.turn != turn or self._stored.result is None:
+            return None
+        return load_result(self._stored.result, self._factory.types)
+
+    def _drop(self) -> None:
+        """Let the next turn make a live one, and close this one in the background."""
+        live, self._live = self._live, None
+        if live is not None:
+            task = asyncio.get_running_loop().create_task(self._close(live), name=f"close {self.id}")
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _close(self, live: ChatAgent | Team) -> None:
+        if isinstance(live, ChatAgent):  # a team has no close
+            try:
+                await live.close()
+            except Exception as error:
+                logger.warning("%s could not be closed: %s", self.id, type(error).__name__)
+
+    # -- the keyed agent -----------------------------------------------------------------------------------------
+
+    async def save_state(self) -> Mapping[str, Any]:
+        return {} if self._stored is None else self._stored.dump()
+
+    async def load_state(self, state: Mapping[str, Any]) -> None:
+        stored = Stored.load(state)
+        if not self._untouched:
+            self._drop()
+        self._stored = stored
+        live = await self.instance()
+        if self._untouched and stored is not None:
+            self._untouched = False
+            try:
+                await live.load_state(stored.state)
+            except BaseException:
+                self._drop()
+                raise
+
+    async def close(self) -> None:
+        self._drop()
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    @message_handler
+    async def on_reset(self, message: Reset, ctx: MessageContext) -> None:
+        async with self._turn(ctx) as (live, token):
+            await (live.reset() if isinstance(live, Team) else live.on_reset(token))
+            self._stored = await self._completed(live)
+
+    @message_handler
+    async def on_load(self, message: LoadState, ctx: MessageContext) -> None:
+        async with self._turn(ctx) as (live, _):
+            await live.load_state(message.state)
+            self._stored = await self._completed(live)
+
+    @message_handler
+    async def on_save(self, message: SaveState, ctx: MessageContext) -> State:
+        if self._stored is None:
+            return State(dict(await (await self.instance()).save_state()))
+        return State(dict(self._stored.state))
+
+    @message_handler
+    async def on_pause(self, message: Pause, ctx: MessageContext) -> None:
+        live = await self.instance()
+        await (self._running(live).pause() if isinstance(live, Team) else live.on_pause(ctx.cancellation_token))
+
+    @message_handler
+    async def on_resume(self, message: Resume, ctx: MessageContext) -> None:
+        live = await self.instance()
+        await (self._running(live).resume() if isinstance(live, Team) else live.on_resume(ctx.cancellation_token))
+
+    def _running(self, team: Team) -> Team:
+        """``team``, if it is running: AutoGen's teams would wait for their next run with a pause. Raises RuntimeError."""
+        if not self._taking_turn:
+            raise RuntimeError("The team is not running, so it cannot be paused or resumed.")
+        return team
+
+    @message_handler
+    async def on_close(self, message: Close, ctx: MessageContext) -> None:
+        await self.close()
+
+    @natsrt.streaming
+    async def on_text(
+        self, message: str, ctx: MessageContext
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | TaskResult, None]:
+        """A task as a text, as any NATS client can send it."""
+        async with self._turn(ctx) as (live, token):
+            result: TaskResult | None = None
+            async with _left(live.run_stream(task=message, cancellation_token=token), token) as items:
+                async for item in items:
+                    if isinstance(item, TaskResult):
+                        result = item
+                    else:
+                        yield item
+            result = _required(result, "run_stream")
+            stored = await self._completed(live)
+            yield result
+            self._stored = stored
+
+
+class AgentConversation(Conversation[ChatAgent]):
+    """One session of a hosted chat agent."""
+
+    def _checked(self, made: ChatAgent | Team) -> ChatAgent:
+        if isinstance(made, ChatAgent):
+            return made
+        raise TypeError(f"the factory of {self.id.type!r} has made a ChatAgent before, and now {made!r:.80}")
+
+    @natsrt.streaming
+    async def on_turn(
+        self, message: ChatTurn, ctx: MessageContext
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
+        answer = self._answer(message.turn)
+        if isinstance(answer, Response):
+            for inner in answer.inner_messages or ():
+                yield inner
+            yield answer
+            return
+        async with self._turn(ctx) as (live, token):
+            response: Response | None = None
+            async with _left(live.on_messages_stream(message.messages, token), token) as items:
+                async for item in items:
+                    item = renamed(item, live.name, message.name)
+                    if isinstance(item, Response):
+                        response = item
+                    else:
+                        yield item
+            response = _required(response, "on_messages_stream")
+            stored = await self._completed(live, response, message.turn if message.keep else None)
+            yield response
+            self._stored = stored
+
+
+class TeamConversation(Conversation[Team]):
+    """One session of a hosted team."""
+
+    def _checked(self, made: ChatAgent | Team) -> Team:
+        if isinstance(made, Team):
+            return made
+        raise TypeError(f"the factory of {self.id.type!r} has made a Team before, and now {made!r:.80}")
+
+    @natsrt.streaming
+    async def on_run(
+        self, message: TeamRun, ctx: MessageContext
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | TaskResult, None]:
+        answer = self._answer(message.turn)
+        if isinstance(answer, TaskResult):
+            for one in answer.messages:
+                yield one
+            yield answer
+            return
+        async with self._turn(ctx) as (live, token):
+            result: TaskResult | None = None
+            running = live.run_stream(
+                task=message.task, cancellation_token=token, output_task_messages=message.output_task_messages
+            )
+            async with _left(running, token) as items:
+                async for item in items:
+                    if isinstance(item, TaskResult):
+                        result = item
+                    else:
+                        yield item
+            result = _required(result, "run_stream")
+            stored = await self._completed(live, result, message.turn if message.keep else None)
+            yield result
+            self._stored = stored
+
+
+@asynccontextmanager
+async def _left(items: AsyncGenerator[T, None], token: CancellationToken) -> AsyncIterator[AsyncGenerator[T, None]]:
+    """Close ``items`` at the end of the block, after cancelling the token if the block is left in the middle."""
+    try:
+        yield items
+    except BaseException:
+        token.cancel()
+        raise
+    finally:
+        await items.aclose()
+
+
+def _required(result: T | None, method: str) -> T:
+    if result is None:
+        raise RuntimeError(f"the agent or team gave no final result: {method} must end with one")
+    return result

@@ -1,0 +1,73 @@
+"""What a remote agent or team sends to the worker that hosts it. The names of these classes are on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autogen_agentchat.messages import BaseChatMessage
+
+
+@dataclass(kw_only=True)
+class ChatTurn:
+    """One turn of a chat agent: its answer is the stream of ``on_messages_stream``."""
+
+    messages: list[BaseChatMessage]
+    name: str
+    """The name under which the caller knows the agent: the source of what the agent says."""
+    turn: str
+    """The id of the turn. It stays the same when the turn is tried again."""
+    keep: bool = False
+    """Whether the turn may be tried again, so that its answer is stored with the state."""
+
+
+@dataclass(kw_only=True)
+class TeamRun:
+    """One run of a team: its answer is the stream of ``run_stream``."""
+
+    task: list[BaseChatMessage] | None
+    """None: the team goes on."""
+    output_task_messages: bool
+    turn: str
+    """As in `ChatTurn`."""
+    keep: bool = False
+    """As in `ChatTurn`."""
+
+
+@dataclass
+class Reset:
+    """``on_reset`` of an agent, ``reset`` of a team."""
+
+
+@dataclass
+class Pause:
+    """``on_pause`` of an agent, ``pause`` of a team."""
+
+
+@dataclass
+class Resume:
+    """``on_resume`` of an agent, ``resume`` of a team."""
+
+
+@dataclass
+class SaveState:
+    """Answered with the `State` after the last turn that was completed."""
+
+
+@dataclass
+class State:
+    """What ``save_state`` returned."""
+
+    state: dict[str, Any]
+
+
+@dataclass
+class LoadState:
+    """``load_state``."""
+
+    state: dict[str, Any]
+
+
+@dataclass
+class Close:
+    """Close the live agent or team. What is stored stays."""

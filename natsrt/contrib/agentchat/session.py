@@ -1,0 +1,114 @@
+"""The caller's side of one session: what remote agents and teams have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Final, TypeAlias
+
+from autogen_agentchat.base import Response, TaskResult
+from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
+from autogen_core import AgentId, CancellationToken
+
+from natsrt.contrib.agentchat.repeats import Repeats
+from natsrt.contrib.agentchat.requests import ChatTurn, Close, TeamRun
+from natsrt.contrib.agentchat.runtimes import Runtimes
+from natsrt.errors import AgentNotServed, StateConflict, StateNotSaved, UndeliveredCall, WorkerLost, WorkerStopped
+
+logger: logging.Logger = logging.getLogger("natsrt.agentchat")
+
+OnQuestion: TypeAlias = Callable[[Any], Awaitable[Any]]
+
+_AGAIN: Final = (WorkerLost, WorkerStopped, StateConflict, StateNotSaved)
+"""The ends of a turn after which it may be tried again: either it does not count, or its answer is stored."""
+_WORKER_WITHIN: Final = 30.0
+"""Seconds that an attempt waits for a live worker of the type, such as one that is started in place of the lost one."""
+
+
+class Session:
+    """One session of a hosted agent or team, as its callers see it."""
+
+    def __init__(
+        self,
+        runtimes: Runtimes,
+        agent_id: AgentId,
+        *,
+        retries: int = 0,
+        on_question: OnQuestion | None = None,
+    ) -> None:
+        """Raises ValueError if ``retries`` is not a whole number of at least 0."""
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries must be a whole number of at least 0, not {retries!r:.60}")
+        self._runtimes = runtimes
+        self.agent_id: AgentId = agent_id
+        self.retries: int = retries
+        self._on_question = on_question
+        self._used = False
+        """Whether the worker may have a live agent or team of this session because of this object."""
+
+    async def call(self, request: Any, token: CancellationToken | None = None) -> Any:
+        """Send a request, and return the answer. Raises as `NatsAgentRuntime.send_message`."""
+        self._used = True
+        async with self._runtimes.use() as runtime:
+            return await runtime.send_message(request, self.agent_id, cancellation_token=token)
+
+    async def turn(
+        self, request: ChatTurn | TeamRun, token: CancellationToken | None
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response | TaskResult, None]:
+        """What the agent or team says in a turn, and its result at the end, when the turn is completed and stored.
+
+        If the worker is lost, the turn is tried again, ``retries`` times; what was said already is left out.
+        """
+        self._used, repeats = True, Repeats()
+        for left in range(self.retries, -1, -1):
+            try:
+                result: Response | TaskResult | None = None
+                async with (
+                    self._runtimes.use() as runtime,
+                    runtime.stream_message(
+                        request, self.agent_id, cancellation_token=token, **self._answering()
+                    ) as stream,
+                ):
+                    async for item in stream:
+                        if isinstance(item, Response | TaskResult):
+                            result = item
+                        elif repeats.is_new(item):
+                            yield item
+                if result is None:
+                    raise RuntimeError(f"{self.agent_id} gave no final result")
+                yield result
+                return
+            except _AGAIN as error:
+                if not left or not await self._is_served(token):
+                    raise
+                logger.info("a turn of %s is tried again: %s", self.agent_id, error)
+                repeats.again()
+
+    async def _is_served(self, token: CancellationToken | None) -> bool:
+        """Wait for a live worker of the type. False if there is none in time."""
+        async with self._runtimes.use() as runtime:
+            waiting = asyncio.ensure_future(runtime.wait_for(self.agent_id.type, timeout=_WORKER_WITHIN))
+            if token is not None:
+                token.link_future(waiting)
+            try:
+                await waiting
+            except AgentNotServed:
+                return False
+            return True
+
+    def _answering(self) -> dict[str, Any]:
+        return {} if self._on_question is None else {"on_question": self._on_question}
+
+    async def close(self) -> None:
+        """Let the worker close its live agent or team, if this session was used from here. What is stored stays.
+
+        A worker that cannot be reached has nothing to close.
+        """
+        if not self._used:
+            return
+        try:
+            await self.call(Close())
+        except UndeliveredCall as error:
+            logger.debug("%s is not closed: %s", self.agent_id, error)
+        self._used = False

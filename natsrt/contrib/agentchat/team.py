@@ -1,0 +1,225 @@
+"""`RemoteTeam`: a team that lives on a worker, in any process."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any, Self, cast
+
+from autogen_agentchat.base import TaskResult, Team
+from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, TextMessage
+from autogen_core import AgentType, CancellationToken, Component
+
+from natsrt import NatsAgentRuntime
+from natsrt.contrib.agentchat.components import RemoteConfig
+from natsrt.contrib.agentchat.remote import Remote
+from natsrt.contrib.agentchat.requests import LoadState, Pause, Reset, Resume, SaveState, State, TeamRun
+from natsrt.contrib.agentchat.session import OnQuestion
+
+
+class RemoteTeam(Team, Component[RemoteConfig]):
+    """A team that a worker hosts with `host`. Use it as any other one: alone, in another team, or as a tool.
+
+    Its manager and its participants are at the worker, or wherever that finds them, and its state is stored there after
+    each run. What they say comes as they say it. A run that is cancelled, or left in the middle, does not count.
+
+    The arguments, and what is raised, are those of `RemoteChatAgent`. The name may be any text.
+    """
+
+    component_config_schema = RemoteConfig
+    component_provider_override = "natsrt.agentchat.RemoteTeam"
+
+    def __init__(
+        self,
+        type: str | AgentType,
+        runtime: NatsAgentRuntime,
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        session: str | None = None,
+        message_types: Iterable[Any] = (),
+        retries: int = 0,
+        on_question: OnQuestion | None = None,
+    ) -> None:
+        self._begin(
+            Remote.of(
+                "team",
+                type,
+                runtime,
+                name=name,
+                description=description,
+                session=session,
+                message_types=message_types,
+                retries=retries,
+                on_question=on_question,
+            )
+        )
+
+    def _begin(self, remote: Remote) -> None:
+        self._remote = remote
+        self._session = remote.session
+        self._running = False
+
+    @classmethod
+    async def connect(
+        cls,
+        type: str | AgentType,
+        runtime: NatsAgentRuntime,
+        *,
+        timeout: float | None = None,
+        name: str | None = None,
+        description: str | None = None,
+        session: str | None = None,
+        message_types: Iterable[Any] = (),
+        retries: int = 0,
+        on_question: OnQuestion | None = None,
+    ) -> Self:
+        """Wait until a live worker hosts the type, and return the team. The arguments are those of the class.
+
+        Args:
+            timeout: Seconds to wait. None: without a limit.
+
+        Raises:
+            AgentNotServed: The time is up.
+            Exception: What the constructor and `NatsAgentRuntime.wait_for` raise.
+        """
+        await runtime.wait_for(type, timeout=timeout)
+        return cls(
+            type,
+            runtime,
+            name=name,
+            description=description,
+            session=session,
+            message_types=message_types,
+            retries=retries,
+            on_question=on_question,
+        )
+
+    @property
+    def name(self) -> str:
+        """The name of the team here."""
+        return self._remote.announcement.name
+
+    @property
+    def description(self) -> str:
+        """What the team is for."""
+        return self._remote.announcement.description
+
+    @property
+    def session(self) -> str:
+        """The session, for other teams that are to share or to resume it."""
+        return self._session.agent_id.key
+
+    async def run(
+        self,
+        *,
+        task: str | BaseChatMessage | Sequence[BaseChatMessage] | None = None,
+        cancellation_token: CancellationToken | None = None,
+        output_task_messages: bool = True,
+    ) -> TaskResult:
+        """Run the team, and return the result. Arguments and errors are those of `run_stream`."""
+        async for item in self.run_stream(
+            task=task, cancellation_token=cancellation_token, output_task_messages=output_task_messages
+        ):
+            if isinstance(item, TaskResult):
+                return item
+        raise AssertionError("The stream should have returned the final result.")
+
+    async def run_stream(
+        self,
+        *,
+        task: str | BaseChatMessage | Sequence[BaseChatMessage] | None = None,
+        cancellation_token: CancellationToken | None = None,
+        output_task_messages: bool = True,
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | TaskResult, None]:
+        """Run the team, and give what is said; the result comes last, when the state is stored.
+
+        Args:
+            task: As in AutoGen's teams. None: the team goes on.
+            cancellation_token: Ends the run. None: it cannot be cancelled by a token.
+            output_task_messages: Whether what is said begins with the task.
+
+        Raises:
+            ValueError: The team is running, or ``task`` is no task.
+            asyncio.CancelledError: The token was cancelled.
+            Exception: What the team raises, with its class as far as natsrt knows it, and what
+                `NatsAgentRuntime.stream_message` raises, such as `WorkerLost`.
+        """
+        run = TeamRun(
+            task=_messages(task),
+            output_task_messages=output_task_messages,
+            turn=uuid.uuid4().hex,
+            keep=self._session.retries > 0,
+        )
+        if self._running:
+            raise ValueError("The team is already running, it cannot run again until it is stopped.")
+        with self._busy():
+            async with aclosing(self._session.turn(run, cancellation_token)) as items:
+                async for item in items:
+                    yield cast(BaseAgentEvent | BaseChatMessage | TaskResult, item)
+
+    async def reset(self) -> None:
+        """Reset the team, and store that. Raises RuntimeError if it is running."""
+        if self._running:
+            raise RuntimeError("The group chat is currently running. It must be stopped before it can be reset.")
+        with self._busy():
+            await self._session.call(Reset())
+
+    async def pause(self) -> None:
+        """Pause the participants, in the middle of a run. Raises RuntimeError if the team has not run yet."""
+        await self._session.call(Pause())
+
+    async def resume(self) -> None:
+        """Resume the participants, in the middle of a run. Raises RuntimeError if the team has not run yet."""
+        await self._session.call(Resume())
+
+    async def save_state(self) -> Mapping[str, Any]:
+        """Return the state after the last run that was completed, as the team itself saves it."""
+        return cast(State, await self._session.call(SaveState())).state
+
+    async def load_state(self, state: Mapping[str, Any]) -> None:
+        """Load a state of the team, and store it. A team in this process may have saved it.
+
+        Raises RuntimeError if the team is running.
+        """
+        if self._running:
+            raise RuntimeError("The team cannot be loaded while it is running.")
+        with self._busy():
+            await self._session.call(LoadState(dict(state)))
+
+    async def close(self) -> None:
+        """Let the worker release what the team holds in memory. The session stays, and goes on with the next run."""
+        await self._session.close()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running = False
+
+    def _to_config(self) -> RemoteConfig:
+        return self._remote.config()
+
+    @classmethod
+    def _from_config(cls, config: RemoteConfig) -> Self:
+        made = cls.__new__(cls)
+        made._begin(Remote.loaded("team", config))
+        return made
+
+
+def _messages(task: str | BaseChatMessage | Sequence[BaseChatMessage] | None) -> list[BaseChatMessage] | None:
+    """A task as messages. Raises ValueError, as AutoGen's teams do."""
+    if task is None:
+        return None
+    if isinstance(task, str):
+        return [TextMessage(content=task, source="user")]
+    if isinstance(task, BaseChatMessage):
+        return [task]
+    if not task:
+        raise ValueError("Task list cannot be empty.")
+    if not all(isinstance(message, BaseChatMessage) for message in task):
+        raise ValueError("All messages in task list must be valid BaseChatMessage types")
+    return list(task)
