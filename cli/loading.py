@@ -7,6 +7,8 @@ Rules:
 - A callable with one parameter is called with the runtime, and may register any agents. A callable without parameters,
   or an agent class, makes one agent per call. Its first agent, with the key ``default``, is made at the start. So a
   constructor that fails is noticed then, and the class whose subscriptions and message types are registered is known.
+- An agent or a team of AgentChat, as a class, from a callable without parameters, or from a JSON file, is hosted by
+  `natsrt.agentchat.host`: see `natsrt_cli.chats`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from natsrt.agents.signatures import required_parameters
 from natsrt.registration import register
 from natsrt.runtime import NatsAgentRuntime
 
+from .chats import component_factory, host_chats, is_chat, is_chat_class
 from .exits import CommandFailed, Exit, exit_code
 from .shadowing import conflict, conflict_behind, loaded_from, refused_name
 
@@ -53,26 +56,36 @@ class Target:
             CommandFailed: The callable raised, or did not return an agent.
             NatsrtError: The server or the registry cannot be reached.
         """
-        if self.agent_type is not None:
-            first = await self._first_agent(runtime, self.agent_type)
-            work = register(runtime, type(first), self.agent_type, self._serving(first, self.agent_type))
-            await self._guarded(lambda: work, "cannot be registered")
+        if self.agent_type is None:
+            result = await self._guarded(lambda: self.factory(runtime), "raised")
+            if is_chat(result):
+                raise CommandFailed(
+                    f"{self.text} takes the runtime, and returned {_called(result)}. A factory of these takes no "
+                    "parameters; AgentInstantiationContext.current_runtime() is the runtime.",
+                    Exit.USAGE,
+                )
+            return
+        first, agent_type = await self._first(runtime, self.agent_type), self.agent_type
+        serving = self._serving(first)
+        if is_chat(first):
+            await self._guarded(lambda: host_chats(runtime, agent_type, serving), "cannot be hosted")
+        elif isinstance(first, BaseAgent):
+            cls = type(first)
+            await self._guarded(lambda: register(runtime, cls, agent_type, serving), "cannot be registered")
         else:
-            await self._guarded(lambda: self.factory(runtime), "raised")
-
-    async def _first_agent(self, runtime: NatsAgentRuntime, agent_type: str) -> BaseAgent:
-        with AgentInstantiationContext.populate_context((runtime, AgentId(agent_type, _DEFAULT_KEY))):
-            agent = await self._guarded(self.factory, "raised")
-        if not isinstance(agent, BaseAgent):
             raise CommandFailed(
-                f"{self.text} returned {type(agent).__name__}, not an agent. A factory without parameters returns "
-                "an autogen_core.BaseAgent; one that registers agents takes the runtime as its only parameter.",
+                f"{self.text} returned {type(first).__name__}, not an agent. A factory without parameters returns "
+                "an autogen_core.BaseAgent, or an agent or team of AgentChat; one that registers agents takes the "
+                "runtime as its only parameter.",
                 Exit.USAGE,
             )
-        return agent
 
-    def _serving(self, first: BaseAgent, agent_type: str) -> Callable[[], Any]:
-        """The factory. It returns ``first`` for the default key once, since that agent exists already."""
+    async def _first(self, runtime: NatsAgentRuntime, agent_type: str) -> Any:
+        with AgentInstantiationContext.populate_context((runtime, AgentId(agent_type, _DEFAULT_KEY))):
+            return await self._guarded(self.factory, "raised")
+
+    def _serving(self, first: Any) -> Callable[[], Any]:
+        """The factory. It returns ``first`` for the default key once, since that one exists already."""
         unused = {_DEFAULT_KEY: first}
 
         def make() -> Any:
@@ -92,23 +105,28 @@ class Target:
 
 
 def load(text: str, agent_type: str | None, app_dir: Path) -> Target:
-    """Import ``module:name``; both may be dotted. Modules in ``app_dir`` become importable.
+    """Import ``module:name``; both may be dotted. Modules in ``app_dir`` become importable. Or read a JSON file.
 
-    ``agent_type`` is the type to register its agents under; None: the name.
+    ``agent_type`` is the type to register its agents under; None: the name, or that of the file.
 
     Raises:
         CommandFailed: With `Exit.USAGE`: the module or the name does not exist, importing the module fails, or the
             object is not a factory.
     """
     app_dir = app_dir.resolve()
+    if text.endswith(".json"):
+        _make_importable(app_dir)
+        return Target(text, component_factory(Path(text)), _checked_type(agent_type or Path(text).stem), app_dir)
     module_name, colon, name = text.partition(":")
     if not (module_name and colon and name):
-        raise CommandFailed(f"{text!r} must be MODULE:NAME, such as my_module:factory", Exit.USAGE)
+        raise CommandFailed(
+            f"{text!r} must be MODULE:NAME, such as my_module:factory, or a JSON file of AgentChat, such as team.json",
+            Exit.USAGE,
+        )
     if module_name.endswith(".py") or "/" in module_name:
         meant = module_name.removesuffix(".py").strip("./").replace("/", ".")
         raise CommandFailed(f"{module_name!r} must be the name of a module, not a path: {meant}:{name}", Exit.USAGE)
-    if sys.path[:1] != [str(app_dir)]:
-        sys.path.insert(0, str(app_dir))
+    _make_importable(app_dir)
     module = _module(module_name, app_dir)
     try:
         found = _attribute(module, module_name, name)
@@ -116,6 +134,11 @@ def load(text: str, agent_type: str | None, app_dir: Path) -> Target:
     except CommandFailed as error:
         raise CommandFailed(f"{error}{_not_from(app_dir, module_name)}", error.code) from None
     return Target(text, found, hosted, app_dir)
+
+
+def _make_importable(app_dir: Path) -> None:
+    if sys.path[:1] != [str(app_dir)]:
+        sys.path.insert(0, str(app_dir))
 
 
 def _not_from(app_dir: Path, module_name: str) -> str:
@@ -164,11 +187,20 @@ def _attribute(module: Any, module_name: str, name: str) -> Any:
 
 def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | None:
     """The agent type to register ``found`` under; None if ``found`` takes the runtime."""
+    if is_chat(found):
+        raise CommandFailed(
+            f"{text} is {_called(found)} itself, but each session needs one of its own: name a function that makes it, "
+            f"such as `def {name}(): return {type(found).__name__}(…)`",
+            Exit.USAGE,
+        )
     if not callable(found):
         raise CommandFailed(f"{text} is {type(found).__name__}, not a factory or agent class", Exit.USAGE)
     is_class = inspect.isclass(found)
-    if is_class and not issubclass(found, BaseAgent):
-        raise CommandFailed(f"{text} is a class, but not a subclass of autogen_core.BaseAgent", Exit.USAGE)
+    if is_class and not issubclass(found, BaseAgent) and not is_chat_class(found):
+        raise CommandFailed(
+            f"{text} is a class, but not a subclass of autogen_core.BaseAgent, nor an agent or team of AgentChat",
+            Exit.USAGE,
+        )
     required = _required(found, text)
     if is_class and required:
         raise CommandFailed(
@@ -189,10 +221,18 @@ def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | 
         )
     if takes_runtime:
         return None
+    return _checked_type(name)
+
+
+def _checked_type(name: str) -> str:
     try:
         return AgentId(name, _DEFAULT_KEY).type
     except ValueError:
         raise CommandFailed(f"{name!r} is not a valid agent type: choose one with --type", Exit.USAGE) from None
+
+
+def _called(chat: Any) -> str:
+    return f"the {type(chat).__name__} {getattr(chat, 'name', '')!r}"
 
 
 def _required(found: Callable[..., Any], text: str) -> list[str]:

@@ -40,7 +40,7 @@ _END_WITHIN = 3.0
 
 
 @click.command()
-@click.argument("target", metavar="MODULE:FACTORY")
+@click.argument("target", metavar="MODULE:FACTORY|FILE.json")
 @click.option("--type", "agent_type", metavar="TYPE", help="Agent type for an agent class or factory. [default: NAME]")
 @click.option("--name", help="Name of the worker; its id starts with it. [default: made from the host name]")
 @click.option(
@@ -107,6 +107,9 @@ def worker(
     A callable that takes the runtime is called before the runtime starts. If it sends messages, it must first start the
     runtime with `await runtime.start()`.
 
+    An agent or a team of AgentChat, from a callable without parameters, or from a JSON file as AutoGen Studio exports
+    it, is hosted under --type for callers in all processes. Each session has one of its own.
+
     If the module configures logging, as with logging.basicConfig, that takes the place of the log on standard error and
     of --log-level.
 
@@ -115,6 +118,7 @@ def worker(
     \b
     natsrt worker my_module:register_agents
     natsrt worker my_module:MyAgent --type my_agent --processes 4
+    natsrt worker team.json --type research
     """
     supervised = None if supervisor_pipes is None else Supervised(*supervisor_pipes)
     if included and not reload:

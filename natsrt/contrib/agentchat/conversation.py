@@ -181,7 +181,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         await (self._running(live).resume() if isinstance(live, Team) else live.on_resume(ctx.cancellation_token))
 
     def _running(self, team: Team) -> Team:
-        """``team``, if it is running: AutoGen's teams would wait for their next run with a pause. Raises RuntimeError."""
+        """``team``, if it is running. Raises RuntimeError: a pause of AutoGen's teams would wait for their next run."""
         if not self._taking_turn:
             raise RuntimeError("The team is not running, so it cannot be paused or resumed.")
         return team
