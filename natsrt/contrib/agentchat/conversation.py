@@ -164,17 +164,20 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             await live.load_state(message.state)
             self._stored = await self._completed(live)
 
+    @natsrt.out_of_turn
     @message_handler
     async def on_save(self, message: SaveState, ctx: MessageContext) -> State:
         if self._stored is None:
             return State(dict(await (await self.instance()).save_state()))
         return State(dict(self._stored.state))
 
+    @natsrt.out_of_turn
     @message_handler
     async def on_pause(self, message: Pause, ctx: MessageContext) -> None:
         live = await self.instance()
         await (self._running(live).pause() if isinstance(live, Team) else live.on_pause(ctx.cancellation_token))
 
+    @natsrt.out_of_turn
     @message_handler
     async def on_resume(self, message: Resume, ctx: MessageContext) -> None:
         live = await self.instance()

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 from autogen_agentchat import messages
-from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, StructuredMessage
+from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
 from autogen_core import AgentRuntime, try_get_known_serializers_for_type
 
 Message: TypeAlias = BaseAgentEvent | BaseChatMessage
 MessageType: TypeAlias = type[BaseAgentEvent] | type[BaseChatMessage]
+
+
+_registered: WeakKeyDictionary[AgentRuntime, set[MessageType]] = WeakKeyDictionary()
+"""The classes that were registered by runtimes: natsrt decides again how it reads messages after each one."""
 
 
 def _is_message_type(cls: Any) -> bool:
@@ -24,8 +29,17 @@ def _is_message_type(cls: Any) -> bool:
 _STANDARD: Mapping[str, MessageType] = {
     name: cls
     for name, cls in vars(messages).items()
-    if _is_message_type(cls) and cls is not StructuredMessage and not getattr(cls, "__abstractmethods__", None)
+    if _is_message_type(cls) and not getattr(cls, "__abstractmethods__", None)
 }
+
+
+def _in_use() -> Iterator[MessageType]:
+    """All message classes of this program."""
+    queue: list[MessageType] = [BaseChatMessage, BaseAgentEvent]
+    for cls in queue:
+        found: list[MessageType] = cls.__subclasses__()
+        yield from found
+        queue += found
 
 
 class MessageTypes:
@@ -40,20 +54,30 @@ class MessageTypes:
                     f"message_types must be subclasses of BaseChatMessage or BaseAgentEvent, such as "
                     f"StructuredMessage[Plan], not {cls!r:.80}"
                 )
-            if _STANDARD.get(cls.__name__) is not cls:
-                self._given[cls.__name__] = cls
+            self._hold(cls)
+
+    def _hold(self, cls: MessageType) -> None:
+        if _STANDARD.get(cls.__name__) is not cls:
+            self._given[cls.__name__] = cls
 
     def __iter__(self) -> Iterator[MessageType]:
         return iter(self._given.values())
 
     def find(self, name: str) -> MessageType | None:
-        """The class of this name; None if it is not known."""
-        return self._given.get(name) or _STANDARD.get(name)
+        """The class of this name, which may be one that the program uses elsewhere; None if it is not known."""
+        found = self._given.get(name) or _STANDARD.get(name)
+        if found is None and len(used := {cls for cls in _in_use() if cls.__name__ == name}) == 1:
+            (found,) = used
+            self._hold(found)
+        return found
 
     def register(self, runtime: AgentRuntime) -> None:
         """Let a runtime receive messages of the classes that are not AutoGen's own."""
+        registered = _registered.setdefault(runtime, set())
         for cls in self:
-            runtime.add_message_serializer(try_get_known_serializers_for_type(cls))
+            if cls not in registered:
+                registered.add(cls)
+                runtime.add_message_serializer(try_get_known_serializers_for_type(cls))
 
     def dump(self, message: Message) -> dict[str, Any]:
         """A message as JSON values, with the name of its class."""

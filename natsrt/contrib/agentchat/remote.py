@@ -66,16 +66,18 @@ class Remote:
         agent_type = type.type if isinstance(type, AgentType) else type
         types = MessageTypes(message_types)
         announcement = _announcement(runtime, agent_type, kind, name, description)
+        produces = _classes(agent_type, announcement, types)
         runtimes = GivenRuntime(runtime, types)
-        return cls._with(runtimes, agent_type, announcement, types, session, retries, on_question)
+        return cls._with(runtimes, agent_type, announcement, produces, types, session, retries, on_question)
 
     @classmethod
     def loaded(cls, kind: Kind, config: RemoteConfig) -> Remote:
         """What a configuration says. It makes runtimes of its own."""
         types = MessageTypes(load_types(config.message_types))
         announcement = Announcement(kind, config.name, config.description, tuple(config.produces))
+        produces = _classes(config.type, announcement, types)
         runtimes = OwnRuntimes(config.servers, config.namespace, types)
-        return cls._with(runtimes, config.type, announcement, types, config.session, config.retries, None)
+        return cls._with(runtimes, config.type, announcement, produces, types, config.session, config.retries, None)
 
     @classmethod
     def _with(
@@ -83,6 +85,7 @@ class Remote:
         runtimes: Runtimes,
         agent_type: str,
         announcement: Announcement,
+        produces: Sequence[type[BaseChatMessage]],
         types: MessageTypes,
         session: str | None,
         retries: int,
@@ -91,7 +94,6 @@ class Remote:
         if session is not None and (not isinstance(session, str) or not session):
             raise ValueError(f"session must be a text that is not empty, not {session!r:.80}")
         agent_id = AgentId(agent_type, session or uuid.uuid4().hex)
-        produces = _classes(agent_type, announcement, types)
         one = Session(runtimes, agent_id, retries=retries, on_question=on_question)
         return cls(announcement, produces, one, types, runtimes, session)
 

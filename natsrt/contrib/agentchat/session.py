@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, TypeAlias
 
 from autogen_agentchat.base import Response, TaskResult
@@ -18,7 +18,8 @@ from natsrt.errors import AgentNotServed, StateConflict, StateNotSaved, Undelive
 
 logger: logging.Logger = logging.getLogger("natsrt.agentchat")
 
-OnQuestion: TypeAlias = Callable[[Any], Awaitable[Any]]
+OnQuestion: TypeAlias = Callable[[Any], Any]
+"""Gets a question, and returns the answer or an awaitable of it."""
 
 _AGAIN: Final = (WorkerLost, WorkerStopped, StateConflict, StateNotSaved)
 """The ends of a turn after which it may be tried again: either it does not count, or its answer is stored."""
@@ -67,7 +68,7 @@ class Session:
                 async with (
                     self._runtimes.use() as runtime,
                     runtime.stream_message(
-                        request, self.agent_id, cancellation_token=token, **self._answering()
+                        request, self.agent_id, cancellation_token=token, on_question=self._on_question
                     ) as stream,
                 ):
                     async for item in stream:
@@ -96,9 +97,6 @@ class Session:
             except AgentNotServed:
                 return False
             return True
-
-    def _answering(self) -> dict[str, Any]:
-        return {} if self._on_question is None else {"on_question": self._on_question}
 
     async def close(self) -> None:
         """Let the worker close its live agent or team, if this session was used from here. What is stored stays.

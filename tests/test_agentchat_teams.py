@@ -1,0 +1,108 @@
+"""AgentChat teams whose participants live in processes of their own: each test compares them with one process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("autogen_agentchat", reason="autogen-agentchat is not installed: pip install 'natsrt[dev]'")
+pytest.importorskip("autogen_ext", reason="autogen-ext is not installed: pip install 'natsrt[dev]'")
+
+from autogen_agentchat.base import TaskResult, Team
+from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, ModelClientStreamingChunkEvent
+
+from natsrt import NatsAgentRuntime
+from natsrt.agentchat import RemoteChatAgent, RemoteTeam
+from natsrt.embedded import EmbeddedServer
+from tests.programs.chat_teams import SCENES, Scene, type_of
+from tests.support.processes import REPOSITORY, Processes
+
+WORKER = REPOSITORY / "tests" / "programs" / "chat_teams.py"
+NAMESPACE = "chatteams"
+
+
+@pytest.fixture(scope="module")
+def workers(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Three worker processes, one for each place in a team. Gives their namespace."""
+    processes = Processes(tmp_path_factory.mktemp("workers"))
+    try:
+        for place in range(3):
+            processes.python(WORKER, server.url, NAMESPACE, f"place{place}", str(place), name=f"place{place}")
+        yield NAMESPACE
+    finally:
+        processes.close()
+
+
+@pytest.fixture
+async def runtime(server: EmbeddedServer, workers: str) -> AsyncIterator[NatsAgentRuntime]:
+    async with NatsAgentRuntime(server.url, namespace=workers) as started:
+        yield started
+
+
+def contents(item: BaseAgentEvent | BaseChatMessage | TaskResult) -> Any:
+    """All of a message but its id and its time."""
+    if isinstance(item, TaskResult):
+        return item.stop_reason, [contents(message) for message in item.messages]
+    return type(item), item.model_dump(exclude={"id", "created_at", "full_message_id", "request_id"})
+
+
+async def streamed(team: Team, **task: Any) -> list[Any]:
+    async with asyncio.timeout(30):
+        return [contents(item) async for item in team.run_stream(**task)]
+
+
+async def remote(scene: str, runtime: NatsAgentRuntime) -> list[RemoteChatAgent | RemoteTeam]:
+    agents: list[RemoteChatAgent | RemoteTeam] = []
+    for place, factory in enumerate(SCENES[scene].participants):
+        cls = RemoteTeam if isinstance(factory(), Team) else RemoteChatAgent
+        agents.append(
+            await cls.connect(type_of(scene, place), runtime, timeout=20, message_types=SCENES[scene].message_types)
+        )
+    return agents
+
+
+def local(scene: Scene) -> Team:
+    return scene.build([factory() for factory in scene.participants])
+
+
+@pytest.mark.parametrize("name", SCENES)
+async def test_a_team_over_processes_says_what_it_says_in_one(name: str, runtime: NatsAgentRuntime) -> None:
+    scene = SCENES[name]
+    expected = await streamed(local(scene), task="Begin.")
+    found = await streamed(scene.build(await remote(name, runtime)), task="Begin.")
+    assert found == expected
+    assert len(expected) > 3
+
+
+async def test_tokens_of_a_model_arrive_as_they_come(runtime: NatsAgentRuntime) -> None:
+    team = SCENES["round_robin"].build(await remote("round_robin", runtime))
+    found = await streamed(team, task="Begin.")
+    assert [kind for kind, *_ in found].count(ModelClientStreamingChunkEvent) > 3
+
+
+@pytest.mark.parametrize("name", ["round_robin", "nested"])
+async def test_a_team_over_processes_goes_on_is_reset_and_saved_as_in_one(name: str, runtime: NatsAgentRuntime) -> None:
+    def plain(state: Any) -> Any:
+        if isinstance(state, dict):
+            return {key: plain(value) for key, value in state.items() if key not in {"id", "created_at"}}
+        return [plain(value) for value in state] if isinstance(state, list) else state
+
+    ours, theirs = SCENES[name].build(await remote(name, runtime)), local(SCENES[name])
+    assert await streamed(ours, task="Begin.") == await streamed(theirs, task="Begin.")
+    saved = await theirs.save_state()
+    assert plain(await ours.save_state()) == plain(saved)
+    await ours.reset()
+    await theirs.reset()
+    assert await streamed(ours, task="Again.") == await streamed(theirs, task="Again.")
+    fresh = SCENES[name].build(await remote(name, runtime))
+    await fresh.load_state(saved)
+    assert plain(await fresh.save_state()) == plain(saved)
+
+
+async def test_two_teams_with_one_remote_agent_at_a_time_have_a_session_each(runtime: NatsAgentRuntime) -> None:
+    expected = await streamed(local(SCENES["round_robin"]), task="Begin.")
+    teams = [SCENES["round_robin"].build(await remote("round_robin", runtime)) for _ in range(4)]
+    assert await asyncio.gather(*(streamed(team, task="Begin.") for team in teams)) == [expected] * 4
