@@ -8,6 +8,6 @@ try:
 except ImportError as error:
     raise ImportError("natsrt.agentchat needs AutoGen AgentChat: pip install 'natsrt[agentchat]'") from error
 
-from natsrt.contrib.agentchat import RemoteChatAgent, RemoteTeam, host
+from natsrt.contrib.agentchat import RemoteChatAgent, RemoteTeam, host, team_runtime
 
-__all__ = ["RemoteChatAgent", "RemoteTeam", "host"]
+__all__ = ["RemoteChatAgent", "RemoteTeam", "host", "team_runtime"]

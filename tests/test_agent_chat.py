@@ -53,6 +53,7 @@ from autogen_ext.models.replay import ReplayChatCompletionClient
 from pydantic import BaseModel
 
 from natsrt import NatsAgentRuntime
+from natsrt.agentchat import team_runtime
 from natsrt.embedded import EmbeddedServer
 from tests.support.processes import eventually
 
@@ -507,6 +508,19 @@ async def test_a_message_that_is_too_large_is_an_error_of_the_run(server: Embedd
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_types_of_a_team_leave_the_registry_with_it(runtime: NatsAgentRuntime) -> None:
+    view = runtime.running.registry.view
+    async with team_runtime(runtime) as own:
+        assert await outcome(nested(own), task="Begin.") == await outcome(nested(None), task="Begin.")
+        assert len(view.hosts) == 6
+    assert not view.hosts and not view.declared
+    with pytest.raises(ZeroDivisionError):
+        async with team_runtime(runtime) as own:
+            await outcome(round_robin(own), task="Begin.")
+            raise ZeroDivisionError
+    assert not view.hosts and not view.declared
 
 
 async def test_the_runtime_stops_when_its_teams_are_idle(server: EmbeddedServer, namespace: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, ModelCli
 from natsrt import NatsAgentRuntime
 from natsrt.agentchat import RemoteChatAgent, RemoteTeam
 from natsrt.embedded import EmbeddedServer
+from natsrt.errors import WorkerLost
 from tests.programs.chat_teams import SCENES, Scene, type_of
-from tests.support.processes import REPOSITORY, Processes
+from tests.support.processes import REPOSITORY, Processes, eventually
 
 WORKER = REPOSITORY / "tests" / "programs" / "chat_teams.py"
 NAMESPACE = "chatteams"
@@ -106,3 +108,55 @@ async def test_two_teams_with_one_remote_agent_at_a_time_have_a_session_each(run
     expected = await streamed(local(SCENES["round_robin"]), task="Begin.")
     teams = [SCENES["round_robin"].build(await remote("round_robin", runtime)) for _ in range(4)]
     assert await asyncio.gather(*(streamed(team, task="Begin.") for team in teams)) == [expected] * 4
+
+
+@pytest.mark.parametrize("end", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
+async def test_a_team_ends_as_if_nothing_had_happened_when_a_participant_is_lost(
+    end: str, server: EmbeddedServer, namespace: str, processes: Processes, tmp_path: Path
+) -> None:
+    """In the middle of its turn, after a tool call was reported. The context of its model has each message once."""
+    local_agents = [factory() for factory in SCENES["lost"].participants]
+    expected = await streamed(SCENES["lost"].build(local_agents), task="Which colour?")
+    gate = tmp_path / "gate"
+    gate.touch()
+    environment = {"CHAT_GATE": str(gate)}
+    finders = [
+        processes.python(WORKER, server.url, namespace, f"finder{n}", "0", name=f"finder{n}", env=environment)
+        for n in range(2)
+    ]
+    processes.python(WORKER, server.url, namespace, "asker", "1", name="asker")
+    async with NatsAgentRuntime(server.url, namespace=namespace) as runtime:
+        await eventually(lambda: len(hosting(runtime, "lost.0")) == 2, 20)
+        finder = await RemoteChatAgent.connect("lost.0", runtime, retries=1)
+        asker = await RemoteChatAgent.connect("lost.1", runtime, timeout=20)
+        running = asyncio.create_task(streamed(SCENES["lost"].build([finder, asker]), task="Which colour?"))
+        pid = int(await eventually(lambda: read(gate.with_suffix(".pid")), 20))
+        (looking,) = [process for process in finders if process.pid == pid]
+        (looking.kill if end == "killed" else looking.pause)()
+        gate.unlink()
+        assert await running == expected
+        assert await finder.save_state() == await local_agents[0].save_state()
+        looking.resume()
+
+
+def hosting(runtime: NatsAgentRuntime, agent_type: str) -> list[str]:
+    return runtime.running.registry.view.workers_hosting(agent_type)
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+async def test_without_retries_the_loss_of_a_worker_ends_the_turn(
+    server: EmbeddedServer, namespace: str, processes: Processes, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    gate.touch()
+    worker = processes.python(WORKER, server.url, namespace, "finder", "0", name="finder", env={"CHAT_GATE": str(gate)})
+    async with NatsAgentRuntime(server.url, namespace=namespace) as runtime:
+        finder = await RemoteChatAgent.connect("lost.0", runtime, timeout=20)
+        running = asyncio.create_task(finder.run(task="Which colour?"))
+        await eventually(lambda: read(gate.with_suffix(".pid")), 20)
+        worker.kill()
+        with pytest.raises(WorkerLost):
+            await running

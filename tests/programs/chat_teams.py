@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from autogen_agentchat.agents import AssistantAgent
@@ -91,6 +93,16 @@ async def stock_of(article: str) -> str:
     return f"7 pieces of {article}"
 
 
+async def look(article: str) -> str:
+    """Looks up an article, as long as the file exists that ``CHAT_GATE`` names. Beside it, it tells who looks."""
+    gate = Path(os.environ.get("CHAT_GATE", "/nonexistent"))
+    if gate.exists():
+        gate.with_suffix(".pid").write_text(str(os.getpid()))
+        while gate.exists():
+            await asyncio.sleep(0.01)
+    return f"the {article} is blue"
+
+
 def graph(agents: list[Any]) -> Team:
     writer, checker, last = agents
     builder = DiGraphBuilder().add_node(writer).add_node(checker).add_node(last)
@@ -157,6 +169,21 @@ SCENES = {
             assistant("last", "the end"),
         ],
         graph,
+    ),
+    "lost": Scene(
+        [
+            assistant(
+                "finder",
+                calls("look", article="lamp"),
+                "It is blue, as I have seen.",
+                "Still blue.",
+                tools=[look],
+                reflect_on_tool_use=True,
+                model_client_stream=True,
+            ),
+            assistant("asker", "Are you sure?", "APPROVE"),
+        ],
+        lambda agents: RoundRobinGroupChat(agents, termination_condition=TextMentionTermination("APPROVE")),
     ),
     "nested": Scene(
         [

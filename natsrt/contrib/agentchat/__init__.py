@@ -9,11 +9,12 @@
                          Conversation (conversation)      at the worker: one keyed agent for each session
                             SessionFactory (factory)      and what host was given
 
-See docs/agentchat.md.
+`team_runtime` is for teams whose agents are all in this process. See docs/agentchat.md.
 """
 
 from natsrt.contrib.agentchat.chat_agent import RemoteChatAgent
 from natsrt.contrib.agentchat.hosting import host
 from natsrt.contrib.agentchat.team import RemoteTeam
+from natsrt.contrib.agentchat.team_runtime import team_runtime
 
-__all__ = ["RemoteChatAgent", "RemoteTeam", "host"]
+__all__ = ["RemoteChatAgent", "RemoteTeam", "host", "team_runtime"]

@@ -13,6 +13,7 @@ from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
 from autogen_core import AgentType, CancellationToken, Component
 
 from natsrt import NatsAgentRuntime
+from natsrt.contrib.agentchat.chain import waiting
 from natsrt.contrib.agentchat.components import RemoteConfig
 from natsrt.contrib.agentchat.remote import Remote
 from natsrt.contrib.agentchat.requests import ChatTurn, LoadState, Pause, Reset, Resume, SaveState, State
@@ -128,10 +129,12 @@ class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
 
     async def on_messages(self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken) -> Response:
         """Have the agent answer. Raises as `on_messages_stream`."""
+        response: Response | None = None
         async for item in self.on_messages_stream(messages, cancellation_token):
             if isinstance(item, Response):
-                return item
-        raise AssertionError("The stream should have returned the final result.")
+                response = item
+        assert response is not None, "the stream ends with the response, or raises"
+        return response
 
     async def on_messages_stream(
         self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
@@ -143,7 +146,13 @@ class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
             Exception: What the agent raises, with its class as far as natsrt knows it, and what
                 `NatsAgentRuntime.stream_message` raises, such as `WorkerLost`.
         """
-        turn = ChatTurn(messages=list(messages), name=self.name, turn=uuid.uuid4().hex, keep=self._session.retries > 0)
+        turn = ChatTurn(
+            messages=list(messages),
+            name=self.name,
+            turn=uuid.uuid4().hex,
+            keep=self._session.retries > 0,
+            callers=waiting(),
+        )
         async with aclosing(self._session.turn(turn, cancellation_token)) as items:
             async for item in items:
                 yield cast(BaseAgentEvent | BaseChatMessage | Response, item)

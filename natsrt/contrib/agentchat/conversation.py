@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
 from autogen_core import CancellationToken, MessageContext, RoutedAgent, message_handler
 
 import natsrt
+from natsrt.contrib.agentchat.chain import in_turn
 from natsrt.contrib.agentchat.factory import SessionFactory
 from natsrt.contrib.agentchat.requests import (
     ChatTurn,
@@ -52,7 +53,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         super().__init__(description)
         self._factory = factory
         self._stored: Stored | None = None
-        """What the session is after its last completed turn; None: nothing."""
+        """What the session is after its last completed turn; None: it had no turn."""
         self._live: Hosted | None = None
         """The agent or team, as it is after its last completed turn, unless a turn runs; None: to be made."""
         self._untouched = False
@@ -78,23 +79,25 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             return self._live
 
     @asynccontextmanager
-    async def _turn(self, ctx: MessageContext) -> AsyncIterator[tuple[Hosted, CancellationToken]]:
+    async def _turn(
+        self, ctx: MessageContext, callers: Sequence[str] = ()
+    ) -> AsyncIterator[tuple[Hosted, CancellationToken]]:
         """The live one, and the token of this turn, for the block that completes the turn or raises."""
-        if self._taking_turn:
-            raise RuntimeError(f"{self.id} is called by what it calls itself: its present turn waits for this one")
+        live, token = await self.instance(), CancellationToken()
+        if self._stored is None:
+            self._stored = Stored(dict(await live.save_state()))
+        self._untouched = False
+        ctx.cancellation_token.add_callback(token.cancel)
         self._taking_turn = True
         try:
-            live, token = await self.instance(), CancellationToken()
-            self._untouched = False
-            ctx.cancellation_token.add_callback(token.cancel)
-            try:
+            with in_turn(str(self.id), callers):
                 yield live, token
-                if token.is_cancelled():
-                    raise asyncio.CancelledError("the turn was cancelled")
-            except BaseException:
-                token.cancel()
-                self._drop()
-                raise
+            if token.is_cancelled():
+                raise asyncio.CancelledError("the turn was cancelled")
+        except BaseException:
+            token.cancel()
+            self._drop()
+            raise
         finally:
             self._taking_turn = False
 
@@ -230,7 +233,7 @@ class AgentConversation(Conversation[ChatAgent]):
                 yield inner
             yield answer
             return
-        async with self._turn(ctx) as (live, token):
+        async with self._turn(ctx, message.callers) as (live, token):
             response: Response | None = None
             async with _left(live.on_messages_stream(message.messages, token), token) as items:
                 async for item in items:
@@ -263,7 +266,7 @@ class TeamConversation(Conversation[Team]):
                 yield one
             yield answer
             return
-        async with self._turn(ctx) as (live, token):
+        async with self._turn(ctx, message.callers) as (live, token):
             result: TaskResult | None = None
             running = live.run_stream(
                 task=message.task, cancellation_token=token, output_task_messages=message.output_task_messages

@@ -37,7 +37,7 @@ def _in_use() -> Iterator[MessageType]:
     """All message classes of this program."""
     queue: list[MessageType] = [BaseChatMessage, BaseAgentEvent]
     for cls in queue:
-        found: list[MessageType] = cls.__subclasses__()
+        found: list[Any] = cls.__subclasses__()
         yield from found
         queue += found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from autogen_agentchat.base import Response, TaskResult
@@ -59,6 +59,8 @@ class ChatTurn:
     """The id of the turn. It stays the same when the turn is tried again."""
     keep: bool = False
     """Whether the turn may be tried again, so that its answer is stored with the state."""
+    callers: list[str] = field(default_factory=list)
+    """The sessions whose turns wait for this one, the outermost first."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,8 @@ class TeamRun:
     turn: str
     """As in `ChatTurn`."""
     keep: bool = False
+    """As in `ChatTurn`."""
+    callers: list[str] = field(default_factory=list)
     """As in `ChatTurn`."""
 
 
@@ -111,3 +115,7 @@ class LoadState:
 @dataclass
 class Close:
     """Close the live agent or team. What is stored stays."""
+
+
+OUT_OF_TURN: Final = (Pause, Resume, SaveState)
+"""The requests that are carried out beside a turn, not after it."""

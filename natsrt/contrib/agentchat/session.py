@@ -11,8 +11,9 @@ from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
 from autogen_core import AgentId, CancellationToken
 
+from natsrt.contrib.agentchat.chain import refuse_circle
 from natsrt.contrib.agentchat.repeats import Repeats
-from natsrt.contrib.agentchat.requests import ChatTurn, Close, TeamRun
+from natsrt.contrib.agentchat.requests import OUT_OF_TURN, ChatTurn, Close, TeamRun
 from natsrt.contrib.agentchat.runtimes import Runtimes
 from natsrt.errors import AgentNotServed, StateConflict, StateNotSaved, UndeliveredCall, WorkerLost, WorkerStopped
 
@@ -50,6 +51,8 @@ class Session:
 
     async def call(self, request: Any, token: CancellationToken | None = None) -> Any:
         """Send a request, and return the answer. Raises as `NatsAgentRuntime.send_message`."""
+        if not isinstance(request, OUT_OF_TURN):
+            refuse_circle(str(self.agent_id))
         self._used = True
         async with self._runtimes.use() as runtime:
             return await runtime.send_message(request, self.agent_id, cancellation_token=token)
@@ -61,6 +64,7 @@ class Session:
 
         If the worker is lost, the turn is tried again, ``retries`` times; what was said already is left out.
         """
+        refuse_circle(str(self.agent_id))
         self._used, repeats = True, Repeats()
         for left in range(self.retries, -1, -1):
             try:

@@ -12,6 +12,7 @@ from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, TextMess
 from autogen_core import AgentType, CancellationToken, Component
 
 from natsrt import NatsAgentRuntime
+from natsrt.contrib.agentchat.chain import waiting
 from natsrt.contrib.agentchat.components import RemoteConfig
 from natsrt.contrib.agentchat.remote import Remote
 from natsrt.contrib.agentchat.requests import LoadState, Pause, Reset, Resume, SaveState, State, TeamRun
@@ -119,12 +120,14 @@ class RemoteTeam(Team, Component[RemoteConfig]):
         output_task_messages: bool = True,
     ) -> TaskResult:
         """Run the team, and return the result. Arguments and errors are those of `run_stream`."""
+        result: TaskResult | None = None
         async for item in self.run_stream(
             task=task, cancellation_token=cancellation_token, output_task_messages=output_task_messages
         ):
             if isinstance(item, TaskResult):
-                return item
-        raise AssertionError("The stream should have returned the final result.")
+                result = item
+        assert result is not None, "the stream ends with the result, or raises"
+        return result
 
     async def run_stream(
         self,
@@ -151,6 +154,7 @@ class RemoteTeam(Team, Component[RemoteConfig]):
             output_task_messages=output_task_messages,
             turn=uuid.uuid4().hex,
             keep=self._session.retries > 0,
+            callers=waiting(),
         )
         if self._running:
             raise ValueError("The team is already running, it cannot run again until it is stopped.")
