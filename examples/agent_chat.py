@@ -1,8 +1,8 @@
 """An AgentChat team on a runtime of natsrt: its agents run in this process, and a tool calls an agent elsewhere.
 
-A team keeps its output in a queue of its process, so the team and its agents run in the process that calls `run`. What
-the agents use may run anywhere: here the clerk's tool calls the warehouse, an agent of another runtime. Recorded
-answers (``ReplayChatCompletionClient``) replace the models, so the example needs no API key.
+A team runs in the process that calls `run`. What its agents use may run anywhere: here the clerk's tool calls the
+warehouse, an agent of another runtime. docs/agentchat.md is about agents and teams in other processes. Recorded answers
+(``ReplayChatCompletionClient``) replace the models, so the example needs no API key.
 
 Run it: python examples/agent_chat.py (needs AgentChat: pip install 'natsrt[examples]')
 """

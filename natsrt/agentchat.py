@@ -5,8 +5,8 @@ See docs/agentchat.md.
 
 try:
     import autogen_agentchat as _  # noqa: F401
-except ImportError as error:
-    raise ImportError("natsrt.agentchat needs AutoGen AgentChat: pip install 'natsrt[agentchat]'") from error
+except ImportError as _missing:
+    raise ImportError("natsrt.agentchat needs AutoGen AgentChat: pip install 'natsrt[agentchat]'") from _missing
 
 from natsrt.contrib.agentchat import RemoteChatAgent, RemoteTeam, host, team_runtime
 

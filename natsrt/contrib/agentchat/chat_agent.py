@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from autogen_agentchat.agents import BaseChatAgent
 from autogen_agentchat.base import Response
@@ -48,8 +48,8 @@ class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
         RuntimeError: The runtime is not started, and ``name`` or ``description`` is None.
     """
 
-    component_config_schema = RemoteConfig
-    component_provider_override = "natsrt.agentchat.RemoteChatAgent"
+    component_config_schema: type[RemoteConfig] = RemoteConfig
+    component_provider_override: ClassVar[str | None] = "natsrt.agentchat.RemoteChatAgent"
 
     def __init__(
         self,

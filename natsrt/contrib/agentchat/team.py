@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from autogen_agentchat.base import TaskResult, Team
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, TextMessage
@@ -28,8 +28,8 @@ class RemoteTeam(Team, Component[RemoteConfig]):
     The arguments, and what is raised, are those of `RemoteChatAgent`. The name may be any text.
     """
 
-    component_config_schema = RemoteConfig
-    component_provider_override = "natsrt.agentchat.RemoteTeam"
+    component_config_schema: type[RemoteConfig] = RemoteConfig
+    component_provider_override: ClassVar[str | None] = "natsrt.agentchat.RemoteTeam"
 
     def __init__(
         self,
