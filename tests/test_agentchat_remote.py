@@ -31,6 +31,7 @@ from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_agentchat.ui import Console
 from autogen_core import AgentId, AgentInstantiationContext, CancellationToken, ComponentModel, Image, RoutedAgent
 from autogen_core.models import AssistantMessage, UserMessage
+from autogen_ext.models.replay import ReplayChatCompletionClient
 
 import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime
@@ -41,8 +42,8 @@ from natsrt.contrib.agentchat.requests import ChatTurn, TeamRun
 from natsrt.contrib.agentchat.sources import renamed
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import AgentNotServed
-from tests.programs.chat_teams import Plan, assistant, calls
-from tests.support.processes import Processes, eventually
+from tests.programs.chat_teams import MODEL, Plan, assistant, calls
+from tests.support.processes import REPOSITORY, Processes, eventually
 
 PIXEL = Image.from_base64(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
@@ -243,6 +244,19 @@ async def test_agents_with_one_session_share_a_conversation_which_survives_its_w
         assert await first.save_state() == {"got": ["a", "b", "c"]}
 
 
+async def test_turns_of_one_session_come_one_after_the_other(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    first, made = await counter(worker, runtime, session="ada")
+    others = [RemoteChatAgent("counter", runtime, session="ada") for _ in range(3)]
+    running = asyncio.create_task(said(first, "wait"))
+    await eventually(lambda: made.all and made.all[0].events == ["waits"])
+    waiting = [asyncio.create_task(said(other, f"{n}")) for n, other in enumerate(others)]
+    assert not (await asyncio.wait(waiting, timeout=0.3))[0]
+    made.all[0].may_go_on.set()
+    assert [await running, *await asyncio.gather(*waiting)] == ["1", "2", "3", "4"]
+
+
 async def test_the_factory_knows_the_session(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:
     async def make() -> Counter:
         await asyncio.sleep(0)
@@ -426,9 +440,10 @@ async def test_a_team_runs_goes_on_and_is_reset(worker: NatsAgentRuntime, runtim
     await ours.reset()
     await theirs.reset()
     assert await outcome(ours, task="Again.") == await outcome(theirs, task="Again.")
-    for wrong in ([], ["text"]):
-        with pytest.raises(ValueError, match="empty" if not wrong else "valid BaseChatMessage"):
-            await ours.run(task=wrong)  # type: ignore[arg-type]
+    wrong: dict[str, Any] = {"cannot be empty": [], "valid BaseChatMessage types": ["text"], "must be a string": 5}
+    for text, task in wrong.items():
+        with pytest.raises(ValueError, match=text):
+            await ours.run(task=task)
 
 
 async def test_a_team_that_runs_is_busy(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:
@@ -579,6 +594,41 @@ asyncio.run(main())
     processes.python(source, server.url, namespace)
     with pytest.raises(ValueError, match=r"'odd' sends messages of a type.*message_types=\[Unheard\]"):
         await RemoteChatAgent.connect("odd", runtime, timeout=20)
+
+
+async def test_a_message_class_that_is_not_known_at_the_worker_is_named(
+    server: EmbeddedServer, namespace: str, processes: Processes, runtime: NatsAgentRuntime
+) -> None:
+    class Unknown(TextMessage):
+        pass
+
+    worker = REPOSITORY / "tests" / "programs" / "chat_teams.py"
+    processes.python(worker, server.url, namespace, "worker", "0")
+    agent = await RemoteChatAgent.connect("selector.0", runtime, timeout=20, message_types=[Unknown], retries=2)
+    async with asyncio.timeout(10):
+        with pytest.raises(ValueError, match="Unknown"):
+            await agent.run(task=Unknown(content="x", source="user"))
+
+
+async def test_structured_types_of_a_configuration_are_made_anew_for_each_session(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    """Their classes have one full name, and are different ones."""
+    dumped = AssistantAgent(
+        "planner",
+        ReplayChatCompletionClient(['{"steps": ["a"]}', '{"steps": ["b"]}'], model_info=MODEL),
+        output_content_type=Plan,
+        output_content_type_format="plan",
+    ).dump_component()
+    await host(worker, "planner", lambda: AssistantAgent.load_component(dumped))
+    agents = [
+        await RemoteChatAgent.connect("planner", runtime, message_types=[StructuredMessage[Plan]]) for _ in range(3)
+    ]
+    for step in "ab":
+        for agent in agents:
+            answer = (await agent.run(task="Plan.")).messages[-1]
+            assert isinstance(answer, StructuredMessage)
+            assert answer.content.model_dump() == {"steps": [step]}
 
 
 async def test_the_source_is_the_name_here(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:

@@ -222,8 +222,11 @@ def _messages(task: str | BaseChatMessage | Sequence[BaseChatMessage] | None) ->
         return [TextMessage(content=task, source="user")]
     if isinstance(task, BaseChatMessage):
         return [task]
-    if not task:
+    if not isinstance(task, Sequence):
+        raise ValueError("Task must be a string, a BaseChatMessage, or a list of BaseChatMessage.")
+    messages: list[Any] = list(task)
+    if not messages:
         raise ValueError("Task list cannot be empty.")
-    if not all(isinstance(message, BaseChatMessage) for message in task):
+    if not all(isinstance(message, BaseChatMessage) for message in messages):
         raise ValueError("All messages in task list must be valid BaseChatMessage types")
-    return list(task)
+    return messages
