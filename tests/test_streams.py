@@ -497,6 +497,25 @@ async def test_what_had_arrived_comes_before_the_loss_of_the_worker(
     assert received == items(len(received)) and len(received) >= 1000
 
 
+@pytest.mark.slow  # a worker is frozen for longer than a caller may be silent
+@pytest.mark.parametrize("keyed", ["", "keyed"])
+async def test_a_worker_that_was_frozen_does_not_take_its_callers_for_silent(
+    server: EmbeddedServer, namespace: str, make: Make, processes: Processes, keyed: str
+) -> None:
+    settings = {"NATSRT_STREAM_IDLE_TIMEOUT": "1.5"}
+    worker = processes.python(PROGRAM, server.url, namespace, "w", keyed, env=settings)
+    await worker.wait_for_line("ready", LONG)
+    caller = await make()
+    received = []
+    async for item in caller.stream_message(Count(200, pause=0.01), AGENT):
+        received.append(item)
+        if item == Item(50):
+            worker.pause()
+            await asyncio.sleep(3.0)
+            worker.resume()
+    assert received == [*items(200), Sum(1)]
+
+
 @pytest.mark.slow  # a worker stops in mid-stream
 @pytest.mark.parametrize("keyed", ["", "keyed"])
 async def test_a_worker_that_is_asked_to_stop_finishes_its_streams(

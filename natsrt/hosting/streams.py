@@ -39,6 +39,7 @@ from natsrt.transport.bodies import Bodies
 from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.transport.probe import Probe
+from natsrt.transport.stall_watch import StallWatch
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.part_flow import PartsSent, Progress
@@ -51,6 +52,8 @@ _LOOK_EVERY: Final = 0.5
 """Seconds between two looks for callers that are silent, and for streams that need not be kept."""
 _LATE: Final = 0.4
 """Seconds, beside the round trip, after which a part that the caller does not have is taken for lost."""
+_STALL: Final = 1.0
+"""Seconds for which the event loop must stand still before what callers have said meanwhile is waited for."""
 _UNHEARD: Final = 1.0
 """Seconds, beside the round trip, after which a caller that has said nothing is sent the first part again."""
 
@@ -216,7 +219,9 @@ class Streams:
         self._streams: dict[str, StreamOut] = {}
         self._tasks = BackgroundTasks(logger, "parts of a stream could not be sent again")
         self._looking: asyncio.TimerHandle | None = None
-        self._connected_since = 0.0
+        self._hears_since = 0.0
+        """Since when what callers say is heard at once: then, the connection was made or the event loop was blocked."""
+        self._stall_watch = StallWatch(_STALL, self._hears_again)
         connection.add_listener(self)
 
     @property
@@ -229,9 +234,12 @@ class Streams:
 
     def connection_made(self) -> None:
         """Part of `Listener`. What was sent on the former connection may be lost."""
-        self._connected_since = asyncio.get_running_loop().time()
+        self._hears_again()
         for stream in self._streams.values():
             stream.send_again()
+
+    def _hears_again(self) -> None:
+        self._hears_since = asyncio.get_running_loop().time()
 
     def open(self, inbound: Inbound, context: MessageContext) -> StreamOut:
         """Let the present handler, which is about to handle ``inbound``, send parts. It gets a token of its own.
@@ -262,6 +270,7 @@ class Streams:
         call.on_abandoned = stream.abandon
         emits_to.set(stream)
         if self._looking is None:
+            self._stall_watch.start()
             self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look)
 
     def told(self, data: dict[str, Any]) -> None:
@@ -319,9 +328,10 @@ class Streams:
         self._tasks.spawn(sending)
 
     def _look(self) -> None:
+        self._stall_watch.look()
         now = asyncio.get_running_loop().time()
         for stream in list(self._streams.values()):
-            since = max(stream.heard_at, self._connected_since)
+            since = max(stream.heard_at, self._hears_since)
             is_silent = now - since > self._idle_timeout and self._connection.connected and stream.flow.sent > 0
             stopping = stream.stopping
             if stopping.ended_at is not None:
@@ -340,14 +350,18 @@ class Streams:
                 self._plain.discard(plain)
             elif plain.is_due(now):
                 self._tasks.spawn(plain.look(self._probe))
-        is_needed = bool(self._streams or self._plain)
-        self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look) if is_needed else None
+        if self._streams or self._plain:
+            self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look)
+        else:
+            self._looking = None
+            self._stall_watch.stop()
 
     async def stop(self) -> None:
         """Forget all streams. Harmless if stopped."""
         if self._looking is not None:
             self._looking.cancel()
             self._looking = None
+            self._stall_watch.stop()
         for stream in self._streams.values():
             stream.end()
         for plain in self._plain:

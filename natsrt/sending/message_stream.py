@@ -38,6 +38,7 @@ from natsrt.transport.bodies import Bodies
 from natsrt.transport.call_watch import stopped
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox
+from natsrt.transport.stall_watch import StallWatch
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.ids import checked_id
@@ -48,6 +49,8 @@ logger: logging.Logger = logging.getLogger("natsrt.calls")
 
 _TELL_EVERY: Final = 0.5
 """Seconds after which the worker is told again how far this is."""
+_STALL: Final = 1.0
+"""Seconds for which the event loop must stand still before what has arrived meanwhile is waited for."""
 _STOP_AGAIN: Final = (0.5, 2.0)
 """Seconds after which a worker that was told to stop is told so again: the first word may be lost."""
 _ASKED: Final = 3
@@ -81,8 +84,10 @@ class IncomingStreams:
         self.replies: Replies = replies
         self.bodies: Bodies = bodies
         self.interventions: Interventions = interventions
-        self.connected_since: float = 0.0
-        """When the connection was made last, by the event loop's clock."""
+        self.hears_since: float = 0.0
+        """Since when what workers send is heard at once, by the event loop's clock: the connection was made, or the
+        event loop was blocked, then."""
+        self.stall_watch: StallWatch = StallWatch(_STALL, self._hears_again)
         self.lost_at: float = 0.0
         """When the connection was lost last."""
         self._open: set[Receiving] = set()
@@ -95,18 +100,24 @@ class IncomingStreams:
 
     def connection_made(self) -> None:
         """Part of `Listener`."""
-        self.connected_since = asyncio.get_running_loop().time()
+        self._hears_again()
         for receiving in self._open:
             receiving.tell(some_lost=True)
 
+    def _hears_again(self) -> None:
+        self.hears_since = asyncio.get_running_loop().time()
+
     def begin(self, receiving: Receiving) -> None:
         """Let the parts of a stream arrive."""
+        self.stall_watch.start()
         self._open.add(receiving)
         self.inbox.receivers[receiving.parts_to] = receiving.arrived
 
     def end(self, receiving: Receiving) -> None:
         """Let no parts of a stream arrive any more. Has no effect if none do."""
         self._open.discard(receiving)
+        if not self._open:
+            self.stall_watch.stop()
         self.inbox.receivers.pop(receiving.parts_to, None)
 
     def send(self, worker_id: str, body: bytes) -> None:
@@ -247,7 +258,8 @@ class Receiving:
             if limit is not None and now > streams.lost_at + limit:
                 raise streams.connection.unreachable(limit, "the connection was lost during a stream")
             return
-        since = max(self._heard_at, streams.connected_since)
+        streams.stall_watch.look()
+        since = max(self._heard_at, streams.hears_since)
         if now > since + _ASKED * streams.lost_after + streams.connection.rtt.allowance:
             raise WorkerLost(str(self.recipient), self._worker_id, "parts of its reply are lost")
 
