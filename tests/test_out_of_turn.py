@@ -23,7 +23,7 @@ from autogen_core import (
 )
 
 import natsrt
-from natsrt import KeyedOptions, NatsAgentRuntime, StateConflict
+from natsrt import DurableTopics, KeyedOptions, NatsAgentRuntime, StateConflict
 from natsrt.embedded import EmbeddedServer
 from natsrt.wire.envelope import KEY_HEADER, TYPE_HEADER
 from tests.support.processes import eventually
@@ -213,6 +213,58 @@ async def test_it_is_forwarded_to_the_owner(place: Place) -> None:
         await connection.close()
     assert await working == Said("paused")
     assert len(set(place.scene.places)) == 1
+
+
+@pytest.mark.parametrize("name", ["Pause", f"{Pause.__module__}.Pause"])
+async def test_a_plain_message_is_recognised_by_either_name_of_its_class(place: Place, name: str) -> None:
+    worker = await place.runtime(hosts="one")
+    working = await begin(place, worker)
+    connection = await nats.connect(place.url)
+    try:
+        headers = {KEY_HEADER: "k", TYPE_HEADER: name}
+        reply = await connection.request(f"{place.namespace}.agent.worker", b"{}", timeout=5, headers=headers)
+    finally:
+        await connection.close()
+    assert b"pausing 1" in reply.data
+    await working
+
+
+async def test_beside_concurrent_handlers_it_is_one_of_them(place: Place) -> None:
+    runtime = NatsAgentRuntime(place.url, namespace=place.namespace)
+    options = KeyedOptions(concurrency="concurrent")
+    await runtime.register_factory("worker", lambda: Worker(place.scene), expected_class=Worker, keyed=options)
+    async with runtime:
+        working = await begin(place, runtime)
+        assert await runtime.send_message(Pause(), AGENT) == Said("pausing 1")
+        assert await working == Said("paused")
+
+
+async def test_an_event_of_a_durable_topic_takes_its_turn(place: Place) -> None:
+    durable = [DurableTopics("orders")]
+    await place.runtime(hosts="one", durable=durable)
+    caller = await place.runtime(durable=durable)
+    working = await begin(place, caller)
+    await caller.publish_message(Pause(), TopicId("orders", "k"))
+    await asyncio.sleep(1.0)
+    assert not place.scene.places  # it waits for the handler that has the turn
+    await caller.send_message(Pause(), AGENT)
+    await working
+    await eventually(lambda: len(place.scene.places) == 2)
+
+
+async def test_what_it_waits_for_is_let_in_while_the_worker_stops(place: Place) -> None:
+    worker = await place.runtime(hosts="one")
+    caller = await place.runtime()
+    working = await begin(place, caller)
+    calling = asyncio.ensure_future(caller.send_message(CallYourself(), AGENT))
+    await eventually(lambda: "calling" in place.scene.begun)
+    stopping = asyncio.ensure_future(worker.stop())
+    await asyncio.sleep(0.2)
+    place.scene.paused.set()
+    async with asyncio.timeout(10):
+        assert await working == Said("paused")
+        assert await calling == Said("5")
+        await stopping
 
 
 async def test_as_an_event_it_does_not_wait_either(place: Place) -> None:

@@ -74,10 +74,11 @@ async def replies(client: Client, subject: str, body: Any, key: str = "k", **hea
     sent = {STREAM_HEADER: "1", KEY_HEADER: key, **headers}
     await client.publish(subject, json.dumps(body).encode(), reply=inbox, headers=sent)
     got: list[Msg] = []
-    while not got or PARTS_HEADER not in (got[-1].headers or {}):
+    while not got or got[-1].data or PART_HEADER in (got[-1].headers or {}):
         got.append(await arrived.next_msg(timeout=10))
-        if "Nats-Service-Error" in (got[-1].headers or {}):
-            break
+    if len(got) > 1 and "Nats-Service-Error" in (got[-2].headers or {}):
+        empty = got.pop()
+        assert (empty.headers or {}).get(PARTS_HEADER) == got[-1].headers.get(PARTS_HEADER)
     return got
 
 
@@ -138,6 +139,32 @@ async def test_a_failure_comes_after_the_items(make: Make, client: Client, names
     assert json.loads(end.data)["type"].endswith("Odd")
 
 
+async def test_an_error_before_the_handler_is_followed_by_the_end_too(
+    make: Make, client: Client, namespace: str
+) -> None:
+    await make([])
+    (failure,) = await replies(client, f"{namespace}.agent.streams", {"nothing": "fits"})
+    assert "fits none of the message types" in failure.headers["Nats-Service-Error"]
+
+
+async def test_forwarded_to_its_owner_an_error_is_followed_by_one_end(
+    make: Make, client: Client, namespace: str
+) -> None:
+    for _ in range(3):
+        await make([], True)
+    for _ in range(6):
+        inbox = client.new_inbox()
+        arrived = await client.subscribe(inbox)
+        body = json.dumps({"to": 2, "what": "fail"}).encode()
+        headers = {STREAM_HEADER: "1", KEY_HEADER: "k"}
+        await client.publish(f"{namespace}.agent.streams", body, reply=inbox, headers=headers)
+        came = [await arrived.next_msg(timeout=10) for _ in range(4)]
+        assert [message.headers.get(PARTS_HEADER) for message in came] == [None, None, "2", "2"]
+        assert "Nats-Service-Error" in came[2].headers and came[3].data == b""
+        with pytest.raises(nats.errors.TimeoutError):
+            await arrived.next_msg(timeout=0.1)
+
+
 async def test_forwarded_to_its_owner_a_call_has_its_items_all_the_same(
     make: Make, client: Client, namespace: str
 ) -> None:
@@ -158,6 +185,27 @@ async def test_another_value_is_refused(
     *items, end = await replies(client, f"{namespace}.agent.streams", {"to": 2}, **{STREAM_HEADER: value})
     assert not items
     assert "its header Natsrt-Stream must be 1" in end.headers["Nats-Service-Error"]
+
+
+@KEYED
+@pytest.mark.parametrize(
+    "reply",
+    ["$JS.API.STREAM.PURGE.KV_{namespace}_natsrt_registry", "{namespace}.natsrt.cancel", "$SYS.REQ.SERVER.PING"],
+)
+async def test_nothing_is_published_on_a_reserved_reply_subject(
+    make: Make, client: Client, namespace: str, keyed: bool | None, reply: str
+) -> None:
+    ended: list[str] = []
+    worker = await make(ended, keyed)
+    subject = reply.format(namespace=namespace)
+    seen = await client.subscribe(subject)
+    headers = {STREAM_HEADER: "1", KEY_HEADER: "k"}
+    sent = client.publish(f"{namespace}.agent.streams", b'{"to":1}', reply=subject, headers=headers)
+    await sent
+    await eventually(lambda: worker.running.counters.refused_replies == 1)
+    assert ended == []
+    with pytest.raises(nats.errors.TimeoutError):
+        raise AssertionError(await seen.next_msg(timeout=0.3))
 
 
 @pytest.mark.parametrize("subject", ["$SYS.REQ.SERVER.PING", "natsrt.worker.w", "with blank", "wild.*"])
@@ -212,13 +260,14 @@ async def test_an_item_that_is_too_large_for_a_message_is_the_handlers_error(
 
 @pytest.mark.slow  # the worker looks for its clients every three seconds
 @KEYED
+@pytest.mark.parametrize("pattern", ["{inbox}.1", "{inbox}.*", "{inbox}.>"])
 async def test_the_handler_of_a_client_that_is_gone_is_stopped(
-    make: Make, client: Client, namespace: str, keyed: bool | None
+    make: Make, client: Client, namespace: str, keyed: bool | None, pattern: str
 ) -> None:
     ended: list[str] = []
     worker = await make(ended, keyed)
-    inbox = client.new_inbox()
-    arrived = await client.subscribe(inbox)
+    inbox = f"{client.new_inbox()}.1"
+    arrived = await client.subscribe(pattern.format(inbox=inbox.rpartition(".")[0]))
     body = json.dumps({"to": 1_000_000, "pause": 0.01}).encode()
     headers = {STREAM_HEADER: "1", KEY_HEADER: "k"}
     await client.publish(f"{namespace}.agent.streams", body, reply=inbox, headers=headers)
@@ -237,11 +286,14 @@ async def test_the_nats_cli_prints_the_items(
     await make([])
     command = ["--server", server.url, "request", "--raw", "--wait-for-empty", "--reply-timeout=10s"]
     said = ["-H", f"{STREAM_HEADER}:1", f"{namespace}.agent.streams", '{"to":3,"pause":0.5}']
+    failing = [*said[:-1], '{"to":0,"what":"fail"}']
+    process = await asyncio.create_subprocess_exec(nats_cli, *command, *failing, stdout=asyncio.subprocess.PIPE)
+    assert b"after the items" in (await asyncio.wait_for(process.communicate(), 5))[0]  # an empty message ends it, too
     process = await asyncio.create_subprocess_exec(nats_cli, *command, *said, stdout=asyncio.subprocess.PIPE)
     output, _ = await asyncio.wait_for(process.communicate(), 20)
     assert [json.loads(line) for line in output.split()[:4]] == [
         {"number": 1, "text": ""},
         {"number": 2, "text": ""},
         {"number": 3, "text": ""},
-        {"total": 1},
+        {"total": 2},
     ]

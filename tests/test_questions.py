@@ -8,10 +8,11 @@ import contextvars
 import json
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nats
 import pytest
@@ -281,7 +282,7 @@ async def test_a_caller_that_leaves_ends_question_and_handler(make: Make, how: s
         with pytest.raises((asyncio.CancelledError, natsrt.CallTimeout)):
             await calling
     await asyncio.wait_for(cancelled.wait(), 5)
-    await eventually(lambda: "StreamAbandoned" in notes or "CancelledError" in notes, timeout=5)
+    await eventually(lambda: "StreamAbandoned" in notes or (how == "token" and "CancelledError" in notes), timeout=5)
     await eventually(lambda: nothing_is_open(worker, caller), timeout=5)
 
 
@@ -506,5 +507,217 @@ async def test_a_participant_that_is_written_from_the_protocol_can_answer(
                 came[message.subject].append(json.loads(message.data))
             data = came[subject].pop(0)
             assert {name: data.get(name) for name in expected} == expected
+    finally:
+        await client.close()
+
+
+class Busy(RoutedAgent):
+    """Works for a while, and asks in tasks that it leaves behind."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__("busy")
+        self.notes = notes
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    @rpc
+    async def on_text(self, message: str, ctx: MessageContext) -> str:
+        if message == "works":
+            await asyncio.sleep(1.0)
+            self.notes.append("worked")
+        elif message == "never awaits":
+            await asyncio.sleep(3600)
+        else:
+            self.tasks = [asyncio.ensure_future(self.ask(pause)) for pause in (0.0, 0.5)]
+            await asyncio.sleep(0.1)
+        return "done"
+
+    async def ask(self, pause: float) -> None:
+        await asyncio.sleep(pause)
+        try:
+            await natsrt.ask("?")
+        except natsrt.StreamAbandoned as error:
+            self.notes.append(str(error))
+
+
+@pytest.mark.parametrize("on_question", [None, answer])
+async def test_a_handler_that_runs_is_not_stopped_by_a_deadline_of_its_caller(make: Make, on_question: Any) -> None:
+    notes: list[str] = []
+    worker, caller = await make(), await make()
+    await worker.register_factory("busy", lambda: Busy(notes), expected_class=Busy)
+    with pytest.raises(natsrt.CallTimeout):
+        await caller.send_message("works", AgentId("busy", "k"), on_question=on_question, timeout=0.3)
+    await eventually(lambda: notes == ["worked"])
+
+
+async def test_a_handler_that_has_ended_has_nobody_to_ask(make: Make) -> None:
+    notes: list[str] = []
+    worker, caller = await make(), await make()
+    await worker.register_factory("busy", lambda: Busy(notes), expected_class=Busy)
+    asked = asyncio.Event()
+
+    async def on_question(question: str) -> str:
+        asked.set()
+        await asyncio.sleep(3600)
+        return ""
+
+    agent = AgentId("busy", "k")
+    assert await caller.send_message("asks", agent, on_question=on_question) == "done"
+    assert asked.is_set()
+    await eventually(lambda: len(notes) == 2)
+    assert "its handler has ended" in notes[1]
+
+
+async def test_a_silent_caller_gets_a_typed_error_and_no_cancellation(make: Make, server: EmbeddedServer) -> None:
+    async with Proxy(server.url) as near:
+        worker = await make(stream_idle_timeout=1.0)
+        caller = await make(url=near.url, reconnect_wait=0.05)
+        await worker.register_factory("busy", lambda: Busy([]), expected_class=Busy)
+        await worker.register_factory("first", First, expected_class=First)
+        stream = caller.stream_message("x", AgentId("first", "k"))
+        assert await anext(stream) == "first"
+        near.cut()
+        await asyncio.sleep(3.0)
+        await near.restore()
+        with pytest.raises(natsrt.StreamAbandoned):
+            await asyncio.wait_for(anext(stream), 20)
+        await caller.close()
+
+
+class First(RoutedAgent):
+    """Sends an item, and then nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("first")
+
+    @rpc
+    async def on_text(self, message: str, ctx: MessageContext) -> None:
+        await natsrt.emit("first")
+        await asyncio.sleep(3600)
+
+
+async def test_a_function_that_swallows_its_cancellation_leaves_nothing_behind(make: Make) -> None:
+    notes: list[str] = []
+    worker = await make(notes)
+    caller = await make()
+    asked = asyncio.Event()
+
+    async def on_question(question: Question) -> Answer:
+        asked.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+        return Answer(1)
+
+    before = asyncio.all_tasks()
+    calling = asyncio.ensure_future(caller.send_message(Ask(), AGENT, on_question=on_question))
+    await asyncio.wait_for(asked.wait(), 10)
+    await worker.close()
+    with pytest.raises((natsrt.WorkerLost, natsrt.WorkerStopped)):
+        await asyncio.wait_for(calling, 20)
+    await caller.close()
+    await eventually(lambda: not [task for task in asyncio.all_tasks() - before if "_answer" in repr(task)])
+
+
+@dataclass
+class Yes:
+    reason: str
+
+
+@dataclass
+class No:
+    why: str
+
+
+class Typed(RoutedAgent):
+    """Asks for an answer of the type that the message names."""
+
+    TYPES: Mapping[str, Any] = {
+        "union": Yes | No,
+        "optional": Yes | None,
+        "list": list[Yes],
+        "numbers": dict[str, int],
+        "any": Any,
+        "bytes": bytes,
+        "int": int,
+        "literal": Literal["a", "b"],
+    }
+
+    def __init__(self) -> None:
+        super().__init__("typed")
+
+    @rpc
+    async def on_text(self, message: str, ctx: MessageContext) -> str:
+        return repr(await natsrt.ask("?", reply_type=self.TYPES[message]))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "result"),
+    [
+        ("union", {"why": "w"}, "No(why='w')"),
+        ("union", Yes("r"), "Yes(reason='r')"),
+        ("union", {"neither": 1}, natsrt.CannotDecode),
+        ("optional", None, "None"),
+        ("optional", {"reason": "r"}, "Yes(reason='r')"),
+        ("optional", No("w"), natsrt.CannotDecode),
+        ("list", [{"reason": "r"}], "[Yes(reason='r')]"),
+        ("list", ["r"], natsrt.CannotDecode),
+        ("numbers", {"a": 1}, "{'a': 1}"),
+        ("numbers", {"a": "b"}, natsrt.CannotDecode),
+        ("any", {"a": "b"}, "{'a': 'b'}"),
+        ("bytes", b"x", "b'x'"),
+        ("bytes", "eHg=", natsrt.CannotDecode),
+        ("int", 5, "5"),
+        ("int", True, natsrt.CannotDecode),
+        ("int", "5", natsrt.CannotDecode),
+        ("literal", "a", natsrt.CannotSerialize),
+    ],
+)
+async def test_an_answer_is_of_the_type_that_was_asked_for(make: Make, wanted: str, given: Any, result: Any) -> None:
+    worker, caller = await make(), await make()
+    await worker.register_factory("typed", Typed, expected_class=Typed)
+    calling = caller.send_message(wanted, AgentId("typed", "k"), on_question=lambda question: given)
+    if isinstance(result, str):
+        answered = await calling
+        assert answered.replace(f"{__name__}.", "") == result
+        return
+    with pytest.raises(result) as raised:
+        await calling
+    if result is natsrt.CannotDecode:
+        assert "asked for" in str(raised.value) and "answer of the caller" in str(raised.value)
+
+
+async def test_answers_that_come_again_or_late_or_forged_change_nothing(
+    make: Make, server: EmbeddedServer, namespace: str
+) -> None:
+    notes: list[str] = []
+    worker, caller = await make(notes), await make()
+    client = await nats.connect(server.url)
+    try:
+        gate = asyncio.Event()
+
+        async def on_question(question: Question) -> Answer:
+            if question.number == 2:
+                (receiving,) = caller.running.outgoing.streams._open
+                for number in ("1", "3", "x"):  # the first was answered, the others were not asked
+                    forged = {
+                        "specversion": "1.0",
+                        "type": "natsrt.answer",
+                        "id": "a",
+                        "source": "/",
+                        "partsto": receiving.parts_to,
+                        "question": number,
+                        "messagetype": "Answer",
+                        "data": {"number": 99, "text": ""},
+                    }
+                    subject = f"{namespace}.natsrt.worker.{worker.worker_id}"
+                    body = json.dumps(forged, separators=(",", ":")).encode()
+                    await client.request(subject, body, timeout=5)
+                gate.set()
+            return Answer(question.number)
+
+        assert await caller.send_message(Ask(2), AGENT, on_question=on_question) == Answered([1, 2])
+        assert gate.is_set()
+        assert worker.running.counters.undecodable == 0
     finally:
         await client.close()

@@ -88,7 +88,12 @@ class HostedType:
         return matches
 
     def is_out_of_turn(self, type_name: str, class_name: str | None) -> bool:
-        """True if a message does not wait for its turn. ``class_name``: the full name of its class; None: unknown."""
+        """True if a message does not wait for its turn. ``class_name``: the full name of its class; None: unknown.
+
+        A plain message may have the full name as its ``type_name``.
+        """
+        if "." in type_name and class_name is None:
+            return any(full_name(cls) == type_name for cls in self.out_of_turn)
         marked = self.out_of_turn.named(type_name)
         if len(marked) == len(self.handles.named(type_name)):
             return bool(marked)

@@ -28,6 +28,7 @@ from natsrt.agents.hosted_type import HostedType
 from natsrt.errors import UndeliveredCall
 from natsrt.wire import envelope
 from natsrt.wire.envelope import TYPE_HEADER, Envelope
+from natsrt.wire.part_messages import STREAM_HEADER
 from natsrt.wire.stored_events import StoredEvent
 
 
@@ -134,8 +135,12 @@ class Stream(Protocol):
     def attributes(self) -> str:
         """The attributes of the reply that say how many parts there were, with a leading comma."""
 
-    def failed_with(self, failure: Answer) -> Answer:
-        """Return ``failure``, which ends the parts, as it is sent to this caller."""
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of a plain error that say how many items there were."""
+
+    def reported(self, error: BaseException) -> BaseException:
+        """The error that ends the parts, for one that the handler has raised."""
 
 
 class Inbound:
@@ -239,6 +244,12 @@ class Inbound:
         return SentBack(
             UndeliveredCall(agent, f"the call to {agent} was not handled: its caller does not wait any more")
         )
+
+    @property
+    def streams_plainly(self) -> bool:
+        """True for the call of a plain NATS client that wants every item of the reply."""
+        headers = self.message.headers
+        return headers is not None and self.body is None and self.call is not None and STREAM_HEADER in headers
 
     @property
     def is_out_of_turn(self) -> bool:

@@ -42,7 +42,6 @@ from natsrt.observe.telemetry import Telemetry
 from natsrt.transport.bodies import Bodies
 from natsrt.wire.known_classes import NO_CLASSES, NamedClasses
 from natsrt.wire.message_classes import full_name
-from natsrt.wire.part_messages import STREAM_HEADER
 from natsrt.wire.subjects import Subjects
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -106,7 +105,7 @@ class Invoker:
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
         if "partsto" in delivery.attributes and inbound.call is not None:
             inbound.stream = self._streams.open(inbound, delivery.context)
-        elif inbound.body is None and inbound.call is not None and STREAM_HEADER in (inbound.message.headers or ()):
+        elif inbound.streams_plainly:
             return await self._handle_for_plain_client(agent, delivery, inbound)
         elif emits_to.get() is not None:  # this worker was started by a handler that streams
             emits_to.set(None)

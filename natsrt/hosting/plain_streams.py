@@ -8,6 +8,7 @@ nothing. Whether the client is still there shows in its subscription only.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Final
 
 from natsrt.agents.inbound import Answer, Inbound
@@ -20,6 +21,8 @@ from natsrt.transport.probe import Probe
 from natsrt.wire.envelope import TYPE_HEADER
 from natsrt.wire.part_messages import MOST_BYTES, MOST_ITEMS, PART_HEADER, PARTS_HEADER
 from natsrt.wire.serialization import Serialization
+
+logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
 _LOOK_EVERY: Final = 3.0
 """Seconds between two looks whether the client is there."""
@@ -79,11 +82,16 @@ class PlainStream:
         """
         if not self.all_emitted:
             await self._send(result)
-        return Answer(b"", {PARTS_HEADER: str(self._sent)})
+        return Answer(b"", self.headers)
 
-    def failed_with(self, failure: Answer) -> Answer:
+    @property
+    def headers(self) -> dict[str, str]:
         """Part of `Stream`."""
-        return Answer(failure.body, {**(failure.headers or {}), PARTS_HEADER: str(self._sent)})
+        return {PARTS_HEADER: str(self._sent)}
+
+    def reported(self, error: BaseException) -> BaseException:
+        """Part of `Stream`."""
+        return self.stopping.reported(error)
 
     def abandon(self) -> None:
         """The client is gone: stop the handler. Has no effect if it has ended, or is being stopped."""
@@ -98,5 +106,7 @@ class PlainStream:
 
     async def look(self, probe: Probe) -> None:
         """Stop the handler if its client is gone."""
-        if not await probe.listens(self.items_to):
+        inbox = self.items_to.rpartition(".")[0]
+        if not await probe.listens(self.items_to, patterns=(f"{inbox}.*", f"{inbox}.>") if "." in inbox else ()):
+            logger.warning("the plain client that streams from %s is gone: its handler is stopped", self.stopping)
             self.abandon()

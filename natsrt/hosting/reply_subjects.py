@@ -63,9 +63,14 @@ class ReplySubjects:
         value: str = (inbound.message.headers or {})[STREAM_HEADER]
         if value == "1":
             return inbound.message.reply
-        if not may_be_forwarded(inbound) or not self.may_stream(value, None, forwarded=True):
+        if not self.is_of_other_client(inbound):
             raise CannotDecode("a call", f"its header {STREAM_HEADER} must be 1")
         return value
+
+    def is_of_other_client(self, inbound: Inbound) -> bool:
+        """True if a worker has passed on the call of a plain client that gets the items."""
+        value: str = (inbound.message.headers or {})[STREAM_HEADER]
+        return value != "1" and may_be_forwarded(inbound) and self.may_stream(value, None, forwarded=True)
 
     def stranger_to(self, reply: str, accept_to: str | None) -> str | None:
         """The worker whose inbox a call names, although it did not send the call; None if none is known.

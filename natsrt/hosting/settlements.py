@@ -24,9 +24,9 @@ from natsrt.transport.connection import Connection
 from natsrt.wire import envelope
 from natsrt.wire.envelope import SUPERSEDES_HEADER, Envelope
 from natsrt.wire.exception_parts import carried, class_name
-from natsrt.wire.failures import traceback_of
+from natsrt.wire.failures import SERVICE_ERROR, traceback_of
 from natsrt.wire.ids import former_copies
-from natsrt.wire.part_messages import STREAM_HEADER
+from natsrt.wire.part_messages import PARTS_HEADER
 from natsrt.wire.stored_events import stored_event
 from natsrt.wire.subjects import encode_text
 
@@ -140,8 +140,8 @@ class ReplySettlement(Settlement):
         elif not may_be_forwarded(inbound):
             self._check_sender(inbound, None)
         headers = inbound.message.headers
-        if headers is not None and inbound.body is None and STREAM_HEADER in headers:
-            self._reply_subjects.plain_stream_of(inbound)
+        if inbound.streams_plainly:
+            self._check_plain_stream(inbound)
         if headers is not None and SUPERSEDES_HEADER in headers:
             self._read_former(inbound, headers[SUPERSEDES_HEADER], call)
 
@@ -164,6 +164,12 @@ class ReplySettlement(Settlement):
         if worker_id is not None:
             self._refuse_reply(inbound)
             raise CannotDecode("a call", f"it names a subject in the inbox of {worker_id}, which did not send it")
+
+    def _check_plain_stream(self, inbound: Inbound) -> None:
+        items_to = self._reply_subjects.plain_stream_of(inbound)
+        if not self._reply_subjects.may_answer(items_to):
+            self._refuse_reply(inbound)
+            raise CannotDecode("a call", "the subject for its items is not allowed")
 
     def _read_former(self, inbound: Inbound, header: str, call: LoggedCall) -> None:
         if not self._reply_subjects.may_answer(call.call_id):  # the answer of a former copy would be sent there
@@ -190,8 +196,10 @@ class ReplySettlement(Settlement):
 
     def failed(self, inbound: Inbound, error: BaseException, source: str) -> Awaitable[None]:
         stream = inbound.stream
-        answer = self._answers.failure(error, inbound.body, source, more="" if stream is None else stream.attributes)
-        return self.reply(inbound, answer if stream is None else stream.failed_with(answer))
+        if stream is None:
+            return self.reply(inbound, self._answers.failure(error, inbound.body, source))
+        answer = self._answers.failure(stream.reported(error), inbound.body, source, more=stream.attributes)
+        return self.reply(inbound, Answer(answer.body, {**(answer.headers or {}), **stream.headers} or None))
 
     def refused(self, inbound: Inbound, error: Exception) -> Awaitable[None]:
         copies = () if inbound.call is None else inbound.call.also
@@ -227,8 +235,16 @@ class ReplySettlement(Settlement):
             await self._connection.publish(reply, answer.body, headers=answer.headers)
             for copy in copies:
                 await self._connection.publish(copy, answer.body, headers=answer.headers)
+            if inbound.streams_plainly and answer.headers and SERVICE_ERROR in answer.headers:
+                await self._end_items(inbound, answer.headers)
         except NatsrtError as error:  # it is in the call log; the caller asks for it when both are connected again
             logger.warning("a reply could not be sent yet: %s", error)
+
+    async def _end_items(self, inbound: Inbound, headers: dict[str, str]) -> None:
+        """Send the empty message that follows an error, if this worker got the call from the plain client itself."""
+        if not self._reply_subjects.is_of_other_client(inbound):
+            number = {name: text for name, text in headers.items() if name == PARTS_HEADER}
+            await self._connection.publish(inbound.message.reply, b"", headers=number or None)
 
 
 class ConfirmedSettlement(Settlement):

@@ -61,13 +61,24 @@ class Stopping:
     def require_caller(self) -> None:
         """Raise `StreamAbandoned` if nobody wants what the handler sends."""
         if not self.may_send:
-            raise StreamAbandoned(str(self))
+            raise StreamAbandoned(str(self), None if self.ended_at is None else "its handler has ended")
 
-    def abandon(self) -> bool:
-        """Stop the handler. Returns False if it has ended, or is being stopped."""
+    def reported(self, error: BaseException) -> BaseException:
+        """The error with which the call ends whose handler has raised ``error``."""
+        if self.is_abandoned and isinstance(error, asyncio.CancelledError):
+            return StreamAbandoned(str(self))
+        return error
+
+    def abandon(self, *, stops: bool = True) -> bool:
+        """Stop the handler; or only note that nobody wants what it sends, if not ``stops``.
+
+        Returns False if it has ended, or is abandoned.
+        """
         if not self.may_send:
             return False
         self.is_abandoned = True
+        if not stops:
+            return True
         self._timer = asyncio.get_running_loop().call_later(_WITHIN, self._inbound.cancel)
         self._cancel_token()
         return True

@@ -19,8 +19,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Sequence
-from types import NoneType
-from typing import Any, Final, get_origin
+from typing import Any, Final
 
 from autogen_core import MessageContext
 
@@ -45,6 +44,7 @@ from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.part_flow import PartsSent, Progress
 from natsrt.wire.part_messages import ONLY_QUESTIONS, read_progress, read_window
 from natsrt.wire.serialization import Encoded, Serialization
+from natsrt.wire.wanted_type import WantedType
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
 
@@ -56,10 +56,6 @@ _STALL: Final = 1.0
 """Seconds for which the event loop must stand still before what callers have said meanwhile is waited for."""
 _UNHEARD: Final = 1.0
 """Seconds, beside the round trip, after which a caller that has said nothing is sent the first part again."""
-
-
-_JSON_VALUES: Final = frozenset((dict, list, str, int, float, bool, NoneType))
-"""The classes of answers that may be meant as another class: who answers may not have that."""
 
 
 class StreamOut:
@@ -111,6 +107,7 @@ class StreamOut:
         if not self._answers_questions:
             raise NobodyToAsk(str(self.stopping), NO_ANSWERS)
         self.stopping.require_caller()
+        wanted = None if reply_type is None else WantedType(reply_type)
         self._asked += 1
         number = str(self._asked)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
@@ -123,22 +120,26 @@ class StreamOut:
             raise
         finally:
             del self._questions[number]
-        return await self._streams.read_answer(body, str(self.stopping), type(question), reply_type)
+        return await self._streams.read_answer(body, str(self.stopping), type(question), wanted)
 
     async def _withdraw(self, number: str) -> None:
         """Tell the caller that nobody waits for its answer to a question."""
         with contextlib.suppress(StreamAbandoned):
             await self._put(self._streams.serialization.encode(None), f',"withdrawn":"{number}"')
 
-    def answered(self, number: str, body: Envelope) -> None:
-        """Take in the answer to a question. Has no effect if nobody waits for it."""
-        if (answer := self._questions.get(number)) is not None and not answer.done():
-            answer.set_result(body)
+    def answered(self, number: str, body: Envelope) -> bool:
+        """Take in the answer to a question. Returns False if nobody waits for it."""
+        answer = self._questions.get(number)
+        if answer is None or answer.done():
+            return False
+        answer.set_result(body)
+        return True
 
     def _fail_questions(self) -> None:
         for answer in self._questions.values():
             if not answer.done():
                 answer.set_exception(StreamAbandoned(str(self.stopping)))
+                answer.exception()  # who asks may still wait for room
 
     def end(self) -> None:
         """Part of `Stream`."""
@@ -151,9 +152,14 @@ class StreamOut:
         """Part of `Stream`."""
         return f',"parts":"{self.flow.sent}"' + (',"ended":"1"' if self.all_emitted else "")
 
-    def failed_with(self, failure: Answer) -> Answer:
-        """Part of `Stream`. The attributes say all."""
-        return failure
+    @property
+    def headers(self) -> dict[str, str]:
+        """Part of `Stream`. There are none: the attributes say all."""
+        return {}
+
+    def reported(self, error: BaseException) -> BaseException:
+        """Part of `Stream`."""
+        return self.stopping.reported(error)
 
     def told(self, data: dict[str, Any]) -> None:
         """Take in what the caller says. Called in the read loop. Raises `CannotDecode`."""
@@ -183,8 +189,10 @@ class StreamOut:
             await self._streams.publish(self.parts_to, body)
 
     def abandon(self) -> None:
-        """Nobody reads it any more: stop the handler. Has no effect if it has ended, or is being stopped."""
-        if self.stopping.abandon():
+        """Its caller is gone: stop the handler if the caller wanted items. If it did not, the handler goes on, as in
+        ordinary calls, but has nobody to ask. Has no effect if the handler has ended, or is being stopped.
+        """
+        if self.stopping.abandon(stops=self.wants_items):
             self._room.set()
             self._fail_questions()
 
@@ -283,38 +291,29 @@ class Streams:
 
     def answered(self, body: Envelope) -> None:
         """Take in the answer to a question. Raises `CannotDecode`."""
-        stream = self._streams.get(body.required("partsto"))
-        if stream is not None:
-            stream.answered(body.required("question"), body)
+        stream, number = self._streams.get(body.required("partsto")), body.required("question")
+        is_late = stream is None or not stream.answered(number, body)
+        if is_late and body.reference is not None:
+            self._bodies.discard(body.reference)
 
-    async def read_answer(self, body: Envelope, agent: str, asked: type[Any], reply_type: type[Any] | None) -> Any:
+    async def read_answer(self, body: Envelope, agent: str, asked: type[Any], wanted: WantedType | None) -> Any:
         """Return the answer in ``body`` to a question of ``agent``. Raises as `natsrt.ask` does.
 
-        ``asked`` is the class of the question, and ``reply_type`` that of the answer; None: the answer names it.
+        ``asked`` is the class of the question, and ``wanted`` the type of the answer; None: the answer names its class.
         """
         if body.reference is not None:
             await self._replies.load(body, body.reference)
         caller = f"the caller of {agent}"
         if body.text("failed") is None:
+            reply_type = None if wanted is None else wanted.cls
             answer = self._replies.message(body, asked, reply_type, caller)
-            return answer if reply_type is None else self._of_type(answer, body, reply_type, caller)
+            if wanted is None:
+                return answer
+            return wanted.of(answer, body.payload, self.serialization, f"the answer of {caller}")
         error = self._error_types.rebuild(body.payload, agent=caller, worker_id=None)
         if isinstance(error, asyncio.CancelledError):  # the handler is not cancelled
             raise NobodyToAsk(agent, "the answer was cancelled")
         raise error
-
-    def _of_type(self, answer: Any, body: Envelope, reply_type: type[Any], caller: str) -> Any:
-        """``answer`` as a ``reply_type``: JSON values become one if they fit. Raises `CannotDecode`."""
-        expected = get_origin(reply_type) or reply_type
-        if not isinstance(expected, type) or isinstance(answer, expected):
-            return answer
-        if type(answer) in _JSON_VALUES:
-            return self.serialization.infer(body.payload, [reply_type])
-        raise CannotDecode(
-            f"the answer of {caller}",
-            f"its class is {type(answer).__name__}, and {reply_type.__name__} was asked for",
-            body.payload,
-        )
 
     async def publish(self, subject: str, body: bytes) -> None:
         """Send a part. If that is not possible now, its caller asks for it later."""

@@ -114,20 +114,18 @@ class QuestionAnswers:
 
         return describe_within(error, pack, with_traceback=self._with_tracebacks, types=self._error_types)
 
-    async def deliver(self, worker_id: str, body: bytes) -> None:
-        """Send an answer to a worker until it confirms it."""
-        subject = self._registry.worker_subject(worker_id)
-        while True:
-            try:
-                reply = await self._peers.ask(subject, body, _CONFIRMED_WITHIN)
-            except NatsrtError as error:
-                logger.debug("the answer to a question is sent later: %s", error)
-                reply = None
-            if reply is not None:
-                if (refusal := decode_answer(reply.headers, reply.data)) is None or refusal.type == envelope.ERROR:
-                    logger.warning("worker %s does not take the answer to a question", worker_id)
-                return
-            await asyncio.sleep(_AGAIN_AFTER)
+    async def delivered(self, worker_id: str, body: bytes) -> bool:
+        """Send an answer to a worker. Returns whether the worker has confirmed it."""
+        try:
+            reply = await self._peers.ask(self._registry.worker_subject(worker_id), body, _CONFIRMED_WITHIN)
+        except NatsrtError as error:
+            logger.debug("the answer to a question is sent later: %s", error)
+            return False
+        if reply is None:
+            return False
+        if (confirmation := decode_answer(reply.headers, reply.data)) is None or confirmation.type == envelope.ERROR:
+            logger.warning("worker %s does not take the answer to a question", worker_id)
+        return True
 
     def discard(self, reference: Reference) -> None:
         """Delete an answer that was stored, and is not needed any more."""
@@ -171,7 +169,12 @@ class Questions:
                 raise
             except BaseException as error:
                 body = self._answers.pack_failure(error, about)
-            await self._answers.deliver(worker_id, body)
+            while number in self._open:  # the function may have ended although it was cancelled
+                if await self._answers.delivered(worker_id, body):
+                    return
+                await asyncio.sleep(_AGAIN_AFTER)
+            if reference is not None:
+                self._answers.discard(reference)
         except asyncio.CancelledError:
             if reference is not None:
                 self._answers.discard(reference)

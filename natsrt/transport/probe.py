@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from typing import Any, Final
 
 import orjson
@@ -64,10 +65,13 @@ class Probe:
             )
         return is_report
 
-    async def responder_exists(self, subject: str, *, plain: bool = False) -> bool | None:
+    async def responder_exists(
+        self, subject: str, *, plain: bool = False, patterns: Collection[str] = ()
+    ) -> bool | None:
         """True if ``subject`` has a subscriber that may reply; None if the servers cannot tell.
 
         With ``plain``, the subscriptions of natsrt's own runtimes do not count. They are known by their client names.
+        Wildcard subscriptions to one of ``patterns`` count.
 
         A report that is late says nothing, so the question is repeated. A server without message tracing cannot tell.
         Nor can one that does not let this user publish to its own inbox; it is asked once only. With such a server,
@@ -77,7 +81,7 @@ class Probe:
         loop = asyncio.get_running_loop()
         until = loop.time() + _REPEAT_FOR
         while not self._refused:
-            reports = _Reports(plain)
+            reports = _Reports(plain, patterns)
             await self._ask(subject, reports)
             if reports.verdict.done():
                 return reports.verdict.result()
@@ -105,10 +109,13 @@ class Probe:
             if has_question is not None and not has_question.done():
                 has_question.cancel()
 
-    async def listens(self, subject: str) -> bool:
-        """True if ``subject`` has a subscriber that may answer, or if that cannot be found out at the moment."""
+    async def listens(self, subject: str, *, patterns: Collection[str] = ()) -> bool:
+        """True if ``subject`` has a subscriber that may answer, or if that cannot be found out at the moment.
+
+        ``patterns`` are as for `responder_exists`.
+        """
         try:
-            return await self.responder_exists(subject) is not False
+            return await self.responder_exists(subject, patterns=patterns) is not False
         except ServerUnreachable:
             return True
 
@@ -116,8 +123,9 @@ class Probe:
 class _Reports:
     """The servers' reports on one question. Each server that has the message sends one."""
 
-    def __init__(self, plain: bool) -> None:
+    def __init__(self, plain: bool, patterns: Collection[str] = ()) -> None:
         self._plain = plain
+        self._patterns = patterns
         self._missing = 1
         """Number of the servers that have the message and have not reported."""
         self.some: bool = False
@@ -132,7 +140,7 @@ class _Reports:
             return
         if is_nobody(message):
             self.verdict.set_result(False)
-        elif (report := _read(message.data, self._plain)) is not None:
+        elif (report := _read(message.data, self._plain, self._patterns)) is not None:
             exists, passed_on = report
             self._missing += passed_on - 1
             if exists or self._missing <= 0:
@@ -145,11 +153,12 @@ class _Reports:
             await asyncio.wait({self.verdict}, timeout=_OTHERS_WAIT)
 
 
-def _read(report: bytes, plain: bool) -> tuple[bool, int] | None:
+def _read(report: bytes, plain: bool, patterns: Collection[str] = ()) -> tuple[bool, int] | None:
     """Return whether a server delivers the message to a responder, and to how many other servers it passes the message
     on.
 
-    None if this is no report. With ``plain``, connections of natsrt's runtimes do not count.
+    None if this is no report. With ``plain``, connections of natsrt's runtimes do not count. Wildcard subscriptions to
+    one of ``patterns`` count.
     """
     try:
         content = orjson.loads(report)
@@ -168,6 +177,6 @@ def _read(report: bytes, plain: bool) -> tuple[bool, int] | None:
         if plain and str(event.get("name", "")).startswith(CLIENT_NAME):
             continue
         pattern = str(event.get("sub", ""))
-        if event.get("queue") or not ("*" in pattern or pattern.endswith(">")):
+        if event.get("queue") or pattern in patterns or not ("*" in pattern or pattern.endswith(">")):
             return True, 0
     return False, passed_on

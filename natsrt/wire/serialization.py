@@ -319,7 +319,7 @@ class Serialization:
             if isinstance(serializer, UsersSerializer):
                 serializer.deserialize(payload)
             else:
-                self._read_strictly(payload, serializer.cls)
+                self.read_as(payload, serializer.cls)
         except (CannotDecode, CannotSerialize, json_format.ParseError):
             return False
         return True
@@ -515,7 +515,7 @@ class Serialization:
         if reason := misspelt_fields(tree, cls):
             return reason
         try:
-            self._read_strictly(payload, cls)
+            self.read_as(payload, cls)
         except (CannotDecode, CannotSerialize) as error:
             return error.reason
         except json_format.ParseError:  # its text quotes the body
@@ -541,12 +541,16 @@ class Serialization:
         fitting = []
         for cls in classes:
             try:
-                fitting.append((cls, self._read_strictly(payload, cls)))
+                fitting.append((cls, self.read_as(payload, cls)))
             except (CannotDecode, CannotSerialize, json_format.ParseError):
                 continue
         return fitting
 
-    def _read_strictly(self, payload: bytes, cls: Any) -> Any:
+    def read_as(self, payload: bytes, cls: Any) -> Any:
+        """Return JSON as a message of the class ``cls``, which knows all its fields.
+
+        Raises `CannotDecode`, `CannotSerialize` for a class that cannot be sent, and protobuf's ``ParseError``.
+        """
         if is_protobuf(cls):
             return json_format.Parse(payload, cls())
         serializer = self._strict.get(cls)
