@@ -19,7 +19,7 @@ LAYERS = (
     ("agentchat",),
     ("contrib",),
     ("__init__",),
-    ("registration",),
+    ("plain", "registration"),
     ("runtime",),
     ("lifecycle",),
     ("session",),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
@@ -19,6 +19,7 @@ from natsrt.durable_types import DurableTopics, is_prefix
 from natsrt.errors import ConfigurationError
 from natsrt.jetstream.recorder import record_tree
 from natsrt.options.values import Durable
+from natsrt.plain import checked_subject
 from natsrt.task_types import TASK_TOPICS
 from natsrt.wire.subjects import Subjects, inbox_problem
 
@@ -33,10 +34,10 @@ USERS_ACCOUNT: Final = "AGENTS"
 """The account of the users where the buckets have an account of their own."""
 
 _MAY: Mapping[str, frozenset[str]] = {
-    "worker": frozenset({"hosts", "calls", "publishes", "controls", "subscribes", "submits"}),
-    "caller": frozenset({"calls", "publishes", "controls", "submits"}),
+    "worker": frozenset({"hosts", "calls", "publishes", "controls", "subscribes", "submits", "requests", "offers"}),
+    "caller": frozenset({"calls", "publishes", "controls", "submits", "requests"}),
     "publisher": frozenset({"publishes"}),
-    "client": frozenset({"calls", "publishes"}),
+    "client": frozenset({"calls", "publishes", "requests", "offers"}),
     "operator": frozenset(),
     "tool": frozenset({"calls", "publishes", "subscribes"}),
     "recorder": frozenset({"records"}),
@@ -44,13 +45,13 @@ _MAY: Mapping[str, frozenset[str]] = {
 """The lists that the table of a user may have, by role."""
 _USUAL: Mapping[str, frozenset[str]] = {
     **_MAY,
-    "worker": _MAY["worker"] - {"submits"},
+    "worker": _MAY["worker"] - {"submits", "requests", "offers"},
     "caller": frozenset({"calls", "publishes"}),
     "client": frozenset(),
     "recorder": frozenset(),
 }
 """The lists that a user has who was not declared. What such a client calls is not known: no client calls all."""
-_LISTS = ("hosts", "calls", "publishes", "controls", "subscribes", "submits", "records")
+_LISTS = ("hosts", "calls", "publishes", "controls", "subscribes", "submits", "records", "requests", "offers")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NKEY = re.compile(r"U[A-Z2-7]{55}")
 
@@ -109,7 +110,8 @@ class User:
     those whose state it reads and writes on other workers; ``submits`` are those that it submits tasks to, whose
     results it reads, and whose tasks it cancels. ``publishes`` are topics; ``subscribes`` too, for tools that look at
     them and for workers that add subscriptions later. ``records`` are the streams in which a recorder stores what
-    passes. ``nkey`` is its public key; empty: it has a password.
+    passes. ``requests`` and ``offers`` are subjects of plain NATS services, as they are: those that it sends requests
+    to, and those on which it offers services. ``nkey`` is its public key; empty: it has a password.
     """
 
     name: str
@@ -121,6 +123,8 @@ class User:
     subscribes: tuple[str, ...] = ()
     submits: tuple[str, ...] = ()
     records: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
+    offers: tuple[str, ...] = ()
     inbox_prefix: str = ""
     nkey: str = ""
 
@@ -298,6 +302,10 @@ def _user(where: str, name: str, table: Mapping[str, Any], subjects: Subjects) -
             record_tree(subjects, stream)
         except ConfigurationError as error:
             raise ConfigurationError(f"{where}.records", error.problem) from None
+    for key in ("requests", "offers"):
+        for subject in lists[key]:
+            if problem := service_problem(subject, subjects.namespace):
+                raise ConfigurationError(f"{where}.{key}", problem)
     for topic in lists["publishes"]:
         if not is_exact(topic):
             raise ConfigurationError(f"{where}.publishes", _inexact(topic))
@@ -350,6 +358,27 @@ def agent_type_problem(name: str, subjects: Subjects) -> str:
     except ValueError:
         return f"{name!r} cannot be an agent type: AutoGen's are letters, digits and _ - ."
     return topic_problem(f"{name}:{EVERY}", subjects)
+
+
+def service_problem(subject: str, namespace: str) -> str:
+    """Why no service can have this subject, which may have wildcards; empty if one can."""
+    try:
+        checked_subject(subject, wildcards=True)
+    except ValueError as error:
+        return str(error)
+    root = f"{namespace}." if namespace else ""
+    own = [f"{root}{tree}" for tree in ("agent", "topic", "natsrt")]
+    first = subject.split(".")[: len(own[0].split("."))]
+    if subject.startswith("$") or any(_may_be(first, tree.split(".")) for tree in own):
+        return f"{subject!r} is a subject of natsrt or of the server, or includes some: services have others"
+    return ""
+
+
+def _may_be(tokens: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether subjects that begin with ``tokens``, which may be wildcards, can begin with ``other``."""
+    return all(mine == ">" or mine in ("*", theirs) for mine, theirs in zip(tokens, other, strict=False)) and (
+        len(tokens) == len(other) or tokens[-1] == ">"
+    )
 
 
 def topic_problem(topic: str, subjects: Subjects) -> str:

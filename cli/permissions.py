@@ -187,6 +187,7 @@ class _Maker:
         for name in user.submits:
             yield from self._submits(name)
             yield from self._knows_tasks(name)
+        yield from self._services()
 
     def caller(self) -> Iterator[Grant]:
         yield from self._runtime()
@@ -196,13 +197,16 @@ class _Maker:
         for name in self._user.submits:
             yield from self._submits(name)
             yield Grant(PUBLISH, self._asks_tasks(name), "tasks: questions to workers about results")
+        yield from self._services()
 
     def client(self) -> Iterator[Grant]:
         for subject in self._agents(self._user.calls, locates=False):
             yield Grant(PUBLISH, subject, "calls")
         for topic in self._user.publishes:
             yield Grant(PUBLISH, topic_subject(self._subjects, topic), "events")
-        yield Grant(SUBSCRIBE, f"{self._user.inbox}.>", "replies")
+        if not self._user.offers or self._user.calls or self._user.requests:
+            yield Grant(SUBSCRIBE, f"{self._user.inbox}.>", "replies")
+        yield from self._services()
 
     def tool(self) -> Iterator[Grant]:
         yield from self.caller()
@@ -375,6 +379,23 @@ class _Maker:
         """Whether a client calls an agent type that this worker hosts."""
         hosted, called = self._user.hosts, client.calls
         return bool(called) and (EVERY in hosted or EVERY in called or not set(hosted).isdisjoint(called))
+
+    # -- plain NATS services -----------------------------------------------------------------------------------------
+
+    def _services(self) -> Iterator[Grant]:
+        """Requests to services, and services that this user offers."""
+        offers = self._user.offers
+        for subject in self._user.requests:
+            yield Grant(PUBLISH, subject, "requests to services")
+        for subject in offers:
+            yield Grant(SUBSCRIBE, subject, "requests to the services that it offers")
+        if not offers:
+            return
+        yield Grant(SUBSCRIBE, "$SRV.>", "monitoring, as a service")
+        for other in self._declaration.users.values():
+            asks = any(intersects(offered, asked) for offered in offers for asked in other.requests)
+            if asks or other.role in ("operator", "tool"):
+                yield Grant(PUBLISH, f"{other.inbox}.>", "replies, to each user in its own inboxes")
 
     def _asks_peers(self, keyed: bool) -> Iterator[Grant]:
         yield Grant(PUBLISH, self._worker_ids("peer"), "questions to other workers")

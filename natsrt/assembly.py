@@ -88,6 +88,7 @@ from natsrt.transport.cancellation import Cancellations
 from natsrt.transport.connection import Connection
 from natsrt.transport.inbox import Inbox
 from natsrt.transport.peers import Peers
+from natsrt.transport.plain import PlainSubscriptions
 from natsrt.transport.probe import CLIENT_NAME, Probe
 from natsrt.transport.readiness import Readiness
 from natsrt.wire.failures import ErrorTypes
@@ -107,6 +108,7 @@ class Program:
     interventions: Interventions
     error_types: ErrorTypes
     declarations: Declarations
+    plain: PlainSubscriptions
 
 
 class Network:

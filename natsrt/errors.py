@@ -37,6 +37,9 @@ AutoGen or the standard library raises in that case, so existing ``except`` clau
     │   ├── StateConflict                                   the agent's stored state was changed elsewhere meanwhile
     │   └── StateNotSaved                                   the agent's state could not be stored
     ├── CallTimeout                 TimeoutError            a deadline of the caller passed
+    ├── NoResponders                UndeliverableException  nobody listens on a subject
+    ├── ServiceError                                        a NATS service answered with an error
+    ├── TooManyReplies                                      replies to a plain request were not read fast enough
     ├── StreamAbandoned                                     the caller that streams wants no more items
     ├── NobodyToAsk                                         nobody answers the questions of a handler
     ├── AmbiguousAgent              UndeliverableException  several workers each have an agent of that id
@@ -80,6 +83,7 @@ __all__ = [
     "MessageTooLarge",
     "NatsrtError",
     "NoLiveWorker",
+    "NoResponders",
     "NobodyToAsk",
     "NotSettled",
     "PermissionDenied",
@@ -90,6 +94,7 @@ __all__ = [
     "ServerRefused",
     "ServerTooOld",
     "ServerUnreachable",
+    "ServiceError",
     "StateConflict",
     "StateNotSaved",
     "StateUnavailable",
@@ -101,6 +106,7 @@ __all__ = [
     "TaskResultLost",
     "TaskUnknown",
     "TlsFailed",
+    "TooManyReplies",
     "UndeliveredCall",
     "UnhandledMessage",
     "UnknownAgent",
@@ -503,6 +509,48 @@ class WorkerLost(UndeliveredCall):
         who = f"worker {worker_id}" if worker_id else "the worker"
         super().__init__(
             recipient, f"{who} was lost during a call to {recipient} ({reason}); it may or may not have handled it"
+        )
+
+
+class NoResponders(NatsrtError, UndeliverableException):
+    """Nobody listens on ``subject``, to which a plain NATS request was sent."""
+
+    code = 503
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        super().__init__(f"nobody listens on the subject {subject!r}: start its responder, or correct the subject")
+
+
+class ServiceError(NatsrtError):
+    """A NATS service answered a request on ``subject`` with an error.
+
+    ``description`` is its ``Nats-Service-Error`` header, and ``code`` its ``Nats-Service-Error-Code``, as a number; 500
+    if it has none, or one that is not a number.
+    """
+
+    def __init__(self, subject: str, code: int, description: str) -> None:
+        self.subject = subject
+        self.code = code
+        self.description = description
+        super().__init__(f"the service on {subject} answered with error {code}: {description}")
+
+
+class TooManyReplies(NatsrtError):
+    """More than ``limit`` bytes of replies to one plain request on ``subject`` waited to be read. The rest was dropped.
+
+    Plain NATS has no flow control: the responder cannot be asked to wait. ``limit`` is the setting
+    ``max_pending_bytes``.
+    """
+
+    code = 507
+
+    def __init__(self, subject: str, limit: int) -> None:
+        self.subject = subject
+        self.limit = limit
+        super().__init__(
+            f"more than {limit:,} bytes of replies from {subject} waited to be read (max_pending_bytes): the rest was "
+            "dropped"
         )
 
 

@@ -51,6 +51,14 @@ from natsrt.sending.message_stream import MessageStream, last_item
 from natsrt.sending.questions import OnQuestion
 from natsrt.sending.tickets import Ticket
 from natsrt.task_types import TaskId, TaskStatus, checked_result_ttl
+from natsrt.transport.plain import (
+    PlainHandler,
+    PlainReplies,
+    PlainSubscription,
+    PlainSubscriptions,
+    checked_headers,
+    checked_subject,
+)
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.part_flow import DEFAULT_WINDOW
 from natsrt.wire.part_messages import checked_window
@@ -107,6 +115,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         self._error_types = ErrorTypes()
         self._catalog = Catalog(self, self._serialization)
         self._subscriptions = Declarations(Subjects(self._options.namespace))
+        self._plain = PlainSubscriptions()
         program = Program(
             options=self._options,
             catalog=self._catalog,
@@ -114,6 +123,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             interventions=Interventions(intervention_handlers),
             error_types=self._error_types,
             declarations=self._subscriptions,
+            plain=self._plain,
         )
         super().__init__(program, tracer_provider)
 
@@ -857,6 +867,54 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         """
         return await self._running().dead_letters.discard(dead_letter)
 
+    def request_plain(self, subject: str, payload: bytes, *, headers: Mapping[str, str] | None = None) -> PlainReplies:
+        """Send a plain NATS request, to a responder that need not know natsrt, over the connection of this runtime.
+
+        Args:
+            subject: The subject, as it is: without the namespace.
+            payload: The bytes of the request.
+            headers: Its headers. None: it has none.
+
+        Returns:
+            The replies. ``async with`` sends the request; the iteration gives one reply after the other, and ends with
+            the block: see `PlainReplies`.
+
+        Raises:
+            ValueError: The subject or a header is not valid.
+            RuntimeError: The runtime is not started.
+        """
+        return self._running().plain.request(checked_subject(subject), payload, checked_headers(headers))
+
+    async def subscribe_plain(
+        self, subject: str, handler: PlainHandler, *, queue: str = "", optional: bool = False
+    ) -> PlainSubscription:
+        """Handle the plain NATS messages on a subject, over the connection of this runtime.
+
+        A runtime that stops takes no more messages first. Then it finishes the handlers, while it can still be used to
+        make calls, within ``drain_timeout``.
+
+        Args:
+            subject: The subject, as it is: without the namespace. It may have wildcards.
+            handler: Called for each message, in a task of its own. It answers with `PlainMessage.respond`. What it
+                raises is logged.
+            queue: The queue group: each message goes to one member of it. Empty: none.
+            optional: True if the runtime is to start, and to be ready, even if the server refuses the subscription.
+
+        Returns:
+            The subscription, which remains when the runtime is stopped and started again.
+
+        Raises:
+            ValueError: The subject or the queue group is not valid.
+            PermissionDenied, SubscriptionRefused: The server refuses the subscription. Before the start, it is the
+                start that raises this.
+            ServerUnreachable: There was no connection for ``offline_timeout`` seconds.
+        """
+        checked_subject(subject, wildcards=True)
+        if queue:
+            checked_subject(queue)
+        await self._settled()
+        return await self._plain.add(PlainSubscription(self._plain, subject, handler, queue, optional=optional))
+
     def add_error_type(self, cls: type[BaseException], name: str | None = None) -> None:
         """Raise exceptions of ``cls`` from remote handlers as ``cls`` instead of as `RemoteAgentError`.
 
@@ -874,6 +932,19 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             ValueError: ``name`` is empty, the name of another class, or begins with ``natsrt.``.
         """
         self._error_types.add(cls, name)
+
+    def add_message_type(self, *types: type[Any]) -> None:
+        """Make classes of messages known to this runtime. What it receives that names them becomes objects of them.
+
+        The classes that agents of this runtime handle and return, and those that were sent from here, are known
+        anyway. A runtime that only calls needs this for replies of several classes, such as the items of a stream; for
+        replies of one class ``reply_type`` does it, too.
+
+        Raises:
+            CannotSerialize: natsrt cannot serialize a class.
+        """
+        for one in types:
+            self._serialization.add_class(one)
 
     @property
     def options(self) -> Options:

@@ -35,6 +35,7 @@ from natsrt.sending.arrivals import Arrivals
 from natsrt.transport.calls import Calls
 from natsrt.transport.connection import Connection
 from natsrt.transport.peers import alive_within
+from natsrt.transport.plain import PlainMessages
 from natsrt.version import VERSION
 
 logger: logging.Logger = logging.getLogger("natsrt.hosting")
@@ -78,6 +79,9 @@ class Session:
             counters=self.counters,
             event_errors=self.event_errors,
             telemetry=telemetry,
+        )
+        self.plain: PlainMessages = PlainMessages(
+            self.network.connection, self.network.inbox, options, program.plain, self.incoming.reply_subjects
         )
         self._services = Services(
             self.network.connection,
@@ -153,6 +157,7 @@ class Session:
             (incoming.subscriptions.start, incoming.subscriptions.stop),
             (self.membership.confirm, self._announce_stop),
             (None, self.outgoing.arrivals.stop),
+            (self.plain.start, self._finish_plain),
         )
 
     async def _open_registry(self) -> None:
@@ -195,8 +200,17 @@ class Session:
             self.network.readiness.started = False
         logger.info("%s: stopped", self.worker_id)
 
+    async def _finish_plain(self) -> None:
+        """The first step of a stop: take no more plain messages, and finish those that may need agents of this worker.
+
+        What is left of ``drain_timeout`` is for the agents' handlers.
+        """
+        began = self.loop.time()
+        self.cut_short = await self.plain.stop(self._drain_timeout, self._abort)
+        self._drain_timeout = max(0.0, self._drain_timeout - (self.loop.time() - began))
+
     async def _announce_stop(self) -> None:
-        """The first step of a stop: send the waiting events while this worker still accepts those for its agents."""
+        """The second step of a stop: send the waiting events while this worker still accepts those for its agents."""
         await self.outgoing.delivery.finish(min(_SENT_WITHIN, self._drain_timeout), self._abort)
         logger.info("%s: accepting no more messages", self.worker_id)
         await self.membership.drain()
@@ -211,7 +225,7 @@ class Session:
             await asyncio.sleep(_HEARD_WITHIN + self.connection.rtt.allowance)
         handing_over = asyncio.ensure_future(incoming.ownership.drain())
         try:
-            self.cut_short = await incoming.dispatch.finish(self._drain_timeout, self._abort)
+            self.cut_short += await incoming.dispatch.finish(self._drain_timeout, self._abort)
             # The handlers have ended, so only writing the agents' states and records remains.
             await asyncio.wait({handing_over}, timeout=_HAND_OVER_WITHIN)
             if not handing_over.done():
@@ -316,7 +330,7 @@ class Session:
     @property
     def idle(self) -> bool:
         """True if nothing is queued, running or awaited in this runtime."""
-        return not (self.intake.queued or self.dispatch.running or self.outgoing.under_way)
+        return not (self.intake.queued or self.dispatch.running or self.outgoing.under_way or self.plain.handling)
 
     async def is_idle(self) -> bool:
         """True if nothing is queued, running or awaited here, both before and after a round trip to the server, and no
@@ -372,6 +386,7 @@ class Session:
         They wait for the stop themselves.
         """
         self.dispatch.exempt(task)
+        self.plain.exempt(task)
         self.ownership.exempt(chain)
 
     def take_event_error(self) -> BaseException | None:

@@ -56,6 +56,7 @@ OUTPUT: dict[str, list[str]] = {
         "buyer: That is enough. DONE",
         "stopped: Text 'DONE' mentioned",
     ],
+    "nats_service.py": ["the service takes: name", "Take an umbrella: it rains in Bergen."],
     "ask_human.py": ["paper: not ordered", "a piano: not ordered"],
     "group_chat.py": [
         "user: A story about a lighthouse, please.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from natsrt.agents.inbound import Inbound
 from natsrt.errors import CannotDecode
 from natsrt.jetstream.registry.registry import Registry
+from natsrt.transport.inbox import PLAIN_REQUEST
 from natsrt.wire import envelope
 from natsrt.wire.part_messages import STREAM_HEADER
 from natsrt.wire.subjects import Subjects
@@ -36,6 +37,13 @@ class ReplySubjects:
     def may_answer_service(self, reply: str) -> bool:
         """True if a service answer may be published to ``reply``. Workers do not ask for these in their inboxes."""
         return self.may_answer(reply) and self._registry.owns_inbox(reply) is None
+
+    def may_answer_plain(self, reply: str) -> bool:
+        """True if the answer to a plain message may be published to ``reply``: in the inbox of a worker, only where it
+        waits for replies to plain requests."""
+        if not self.may_answer(reply):
+            return False
+        return self._registry.owns_inbox(reply) is None or reply.rpartition(".")[2].startswith(PLAIN_REQUEST)
 
     def check_accept_to(self, accept_to: str) -> None:
         """Raise `CannotDecode` if a call must not be accepted on ``accept_to``."""

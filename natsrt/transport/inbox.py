@@ -24,6 +24,8 @@ from natsrt.transport.connection import Connection, Interest
 Receiver = Callable[[Msg], None]
 """Called in the read loop for each message on one reply subject. Must not block, and may raise only `CannotDecode`."""
 
+PLAIN_REQUEST = "r"
+"""The kind of the reply subjects of plain requests. No reply subject of another kind begins with this letter."""
 _POSTED_FOR = 10.0
 """Maximum time to wait for the server's "no responders" to a posted message, in seconds. It takes a round trip, and
 later ones are not waited for if many messages are posted."""

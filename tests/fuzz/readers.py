@@ -21,7 +21,9 @@ from pydantic import BaseModel
 
 from natsrt import errors
 from natsrt.agents.chain import chain_of
-from natsrt.errors import CannotDecode
+from natsrt.contrib.services.json_types import JsonType
+from natsrt.contrib.services.replies import RepliesRead
+from natsrt.errors import CannotDecode, ServiceError
 from natsrt.jetstream.acks import WrongRevision, read_ack
 from natsrt.jetstream.dead_letters import STORED_AT_HEADER
 from natsrt.jetstream.delivery import Delivery
@@ -518,6 +520,40 @@ _MESSAGE_NAMES: Final = ("Tree", "Shape", f"{Tree.__module__}.Tree", "name", "si
 _SUBJECT_CASES: Final = tuple(
     text for member in ("subject", "token", "prefix", "type") for text in _cases("subjects", member)
 )
+
+
+@dataclass
+class _Place:
+    city: str
+    days: list[int] = field(default_factory=list)
+
+
+def _service_reply(given: bytes) -> None:
+    """A reply of a NATS service, and the same one again."""
+    _, headers, body = parts(given)
+    for cls, stream in ((_Place, True), (_Place | None, False), (bytes, True)):
+        read = RepliesRead("weather.get", JsonType(cls, "response_type"), stream=stream)
+        for count in (1, 2):
+            items = read.read(headers or {}, body)
+            assert len(items) <= 1 and (items or read.total is not None)
+            assert all(isinstance(item, cls) for item in items)
+            if read.is_complete:
+                break
+            assert read.count <= count
+
+
+def _service_replies() -> list[bytes]:
+    good = b'{"city": "Rome", "days": [1, 2]}'
+    headers: list[dict[str, str] | None] = [
+        None,
+        {"Natsrt-Part": "1"},
+        {"Natsrt-Parts": "0"},
+        {"Nats-Service-Error": "no", "Nats-Service-Error-Code": "404"},
+        {"Nats-Service-Error-Code": "x"},
+    ]
+    return [joined("_INBOX.a.1", one, body) for one in headers for body in (good, b"", b"null")]
+
+
 _HEADER_CASES: Final = tuple(
     block(headers)
     for headers in (
@@ -553,6 +589,7 @@ READERS: Final[dict[str, Reader]] = {
         Reader(
             "acknowledgement", _acknowledgements(), _acknowledgement, (CannotDecode, WrongRevision, nats.errors.Error)
         ),
+        Reader("service", _service_replies(), _service_reply, (CannotDecode, ServiceError), ("place", "days", "unit")),
         Reader("headers", _HEADER_CASES, _header_block),
         Reader("server_error", _SERVER_ERRORS, _server_error, ()),
     )

@@ -1,0 +1,106 @@
+"""Message types as plain JSON: written, read, and described by a JSON schema. ``bytes`` are sent as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic_core import PydanticSerializationError
+
+from natsrt.errors import CannotDecode, CannotSerialize
+
+_RAW: Final = {"contentMediaType": "application/octet-stream"}
+"""The schema of ``bytes``."""
+
+
+class JsonType:
+    """A type whose values travel as plain JSON.
+
+    Args:
+        cls: A dataclass, Pydantic model, ``TypedDict``, plain type, or a union of these; ``bytes`` for payloads that
+            are no JSON; None, or ``NoneType``, for empty payloads.
+        argument: The name of the argument that has the type, for errors.
+
+    Raises:
+        TypeError: There is no JSON for the type.
+    """
+
+    def __init__(self, cls: Any, argument: str) -> None:
+        self.cls: Any = NoneType if cls is None else cls
+        self.name: str = getattr(self.cls, "__name__", None) or str(self.cls)
+        try:
+            self._adapter: TypeAdapter[Any] = TypeAdapter(self.cls)
+        except (PydanticSchemaGenerationError, PydanticUserError) as error:
+            reason = str(error).splitlines()[0]
+            raise TypeError(
+                f"{argument} must be a type that Pydantic can write as JSON, such as a dataclass or a Pydantic model, "
+                f"or bytes, not {cls!r:.100}: {reason}"
+            ) from None
+
+    @property
+    def message_classes(self) -> list[type]:
+        """The dataclasses and Pydantic models among the members of a union, or the type itself if it is one."""
+        members = get_args(self.cls) if get_origin(self.cls) in (Union, UnionType) else (self.cls,)
+        return [cls for cls in members if isinstance(cls, type) and (is_dataclass(cls) or issubclass(cls, BaseModel))]
+
+    def encode(self, value: Any) -> bytes:
+        """Raises `CannotSerialize` if the value does not fit the type, or JSON."""
+        if self.cls is bytes:
+            if isinstance(value, bytes):
+                return value
+            raise CannotSerialize(self.name, f"it is of type {type(value).__name__}")
+        if self.cls is NoneType and value is None:
+            return b""
+        try:
+            # Pydantic writes fields of subclasses with serialize_as_any only, and NaN as null.
+            if not _is_finite(self._adapter.dump_python(value, serialize_as_any=True, warnings=False)):
+                raise CannotSerialize(self.name, "JSON has no NaN and no infinity")
+            payload = self._adapter.dump_json(value, by_alias=True, serialize_as_any=True, warnings=False)
+            self._adapter.validate_json(payload)
+        except ValidationError as error:
+            raise CannotSerialize(self.name, _outline(error)) from None
+        except CannotSerialize:
+            raise
+        except (PydanticSerializationError, ValueError, TypeError, AttributeError) as error:
+            raise CannotSerialize(self.name, str(error).splitlines()[0]) from None
+        return payload
+
+    def decode(self, payload: bytes, what: str) -> Any:
+        """Raises `CannotDecode`, which names ``what``, if the payload is no JSON or does not fit the type."""
+        if self.cls is bytes:
+            return payload
+        try:
+            if not payload:  # as services answer that have nothing to say
+                return self._adapter.validate_python(None)
+            return self._adapter.validate_json(payload)
+        except ValidationError as error:
+            reason = _outline(error) if payload else f"it is empty, and {self.name} was expected"
+            raise CannotDecode(what, reason, payload) from None
+
+    def schema(self, mode: Literal["validation", "serialization"]) -> dict[str, Any]:
+        """The JSON schema of what is read (validation) or written (serialization)."""
+        return dict(_RAW) if self.cls is bytes else self._adapter.json_schema(mode=mode)
+
+
+def _is_finite(tree: Any) -> bool:
+    """True if there is no NaN and no infinity among the values of a tree."""
+    if isinstance(tree, float):
+        return math.isfinite(tree)
+    if isinstance(tree, Mapping):
+        return all(map(_is_finite, tree)) and all(map(_is_finite, tree.values()))
+    if isinstance(tree, list | tuple | set | frozenset):
+        return all(map(_is_finite, tree))
+    return True
+
+
+def _outline(error: ValidationError) -> str:
+    """What is wrong where, without the values: they are payload."""
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" if one["loc"] else one["msg"] for one in found[:5]]
+    more = f", and {len(found) - 5} more" if len(found) > 5 else ""
+    return "; ".join(problems) + more
