@@ -57,6 +57,12 @@ OUTPUT: dict[str, list[str]] = {
         "stopped: Text 'DONE' mentioned",
     ],
     "nats_service.py": ["the service takes: name", "Take an umbrella: it rains in Bergen."],
+    "remote_model.py": [
+        "calm ",
+        "5 tokens",
+        "one worker was killed: 20 poems from the other",
+        "The sea is calm tonight.",
+    ],
     "ask_human.py": ["paper: not ordered", "a piano: not ordered"],
     "group_chat.py": [
         "user: A story about a lighthouse, please.",
@@ -78,6 +84,7 @@ NEEDS = {
     "agent_chat.py": ["autogen_agentchat", "autogen_ext"],
     "fastapi_service.py": ["fastapi", "uvicorn", "httpx"],
     "group_chat.py": ["autogen_ext"],
+    "remote_model.py": ["autogen_agentchat", "autogen_ext"],
 }
 """What examples import beside natsrt and its dependencies."""
 
