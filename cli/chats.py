@@ -37,7 +37,7 @@ async def host_chats(runtime: NatsAgentRuntime, agent_type: str, factory: Callab
 
 
 def component_factory(path: Path) -> Callable[[], Any]:
-    """What makes the agent or team that a JSON file describes, as AutoGen's ``dump_component`` and Studio write it.
+    """What makes what a JSON file describes, as AutoGen's ``dump_component`` and Studio write it.
 
     Raises `CommandFailed` if the file has no description of one.
     """
@@ -50,11 +50,6 @@ def component_factory(path: Path) -> Callable[[], Any]:
     if not isinstance(tree, dict) or not isinstance(tree.get("provider"), str):
         raise CommandFailed(
             f"{path} describes no component of AutoGen: it must be an object with the fields provider and config",
-            Exit.USAGE,
-        )
-    if tree.get("component_type") not in ("agent", "team", None):
-        raise CommandFailed(
-            f"{path} describes a component of the type {tree['component_type']!r}; a worker hosts an agent or a team",
             Exit.USAGE,
         )
     from autogen_core import ComponentLoader

@@ -8,7 +8,8 @@ Rules:
   or an agent class, makes one agent per call. Its first agent, with the key ``default``, is made at the start. So a
   constructor that fails is noticed then, and the class whose subscriptions and message types are registered is known.
 - An agent or a team of AgentChat, as a class, from a callable without parameters, or from a JSON file, is hosted by
-  `natsrt.agentchat.host`: see `natsrt_cli.chats`.
+  `natsrt.agentchat.host`: see `natsrt_cli.chats`. A model client, as a class or from such a callable, is hosted by
+  `natsrt.contrib.models.host_model`: see `natsrt_cli.model_clients`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from natsrt.runtime import NatsAgentRuntime
 
 from .chats import component_factory, host_chats, is_chat, is_chat_class
 from .exits import CommandFailed, Exit, exit_code
+from .model_clients import host_client, is_model, is_model_class
 from .shadowing import conflict, conflict_behind, loaded_from, refused_name
 
 _HERE = Path(__file__).resolve().parent
@@ -58,7 +60,7 @@ class Target:
         """
         if self.agent_type is None:
             result = await self._guarded(lambda: self.factory(runtime), "raised")
-            if is_chat(result):
+            if is_chat(result) or is_model(result):
                 raise CommandFailed(
                     f"{self.text} takes the runtime, and returned {_called(result)}. A factory of these takes no "
                     "parameters; AgentInstantiationContext.current_runtime() is the runtime.",
@@ -69,14 +71,16 @@ class Target:
         serving = self._serving(first)
         if is_chat(first):
             await self._guarded(lambda: host_chats(runtime, agent_type, serving), "cannot be hosted")
+        elif is_model(first):
+            await self._guarded(lambda: host_client(runtime, agent_type, first, self.factory), "cannot be hosted")
         elif isinstance(first, BaseAgent):
             cls = type(first)
             await self._guarded(lambda: register(runtime, cls, agent_type, serving), "cannot be registered")
         else:
             raise CommandFailed(
                 f"{self.text} returned {type(first).__name__}, not an agent. A factory without parameters returns "
-                "an autogen_core.BaseAgent, or an agent or team of AgentChat; one that registers agents takes the "
-                "runtime as its only parameter.",
+                "an autogen_core.BaseAgent, an agent or team of AgentChat, or a model client; one that registers "
+                "agents takes the runtime as its only parameter.",
                 Exit.USAGE,
             )
 
@@ -187,18 +191,19 @@ def _attribute(module: Any, module_name: str, name: str) -> Any:
 
 def _type_of(found: Any, text: str, name: str, agent_type: str | None) -> str | None:
     """The agent type to register ``found`` under; None if ``found`` takes the runtime."""
-    if is_chat(found):
+    if is_chat(found) or is_model(found):
+        whose = "worker process" if is_model(found) else "session"
         raise CommandFailed(
-            f"{text} is {_called(found)} itself, but each session needs one of its own: name a function that makes it, "
+            f"{text} is {_called(found)} itself, but each {whose} needs one of its own: name a function that makes it, "
             f"such as `def {name}(): return {type(found).__name__}(…)`",
             Exit.USAGE,
         )
     if not callable(found):
         raise CommandFailed(f"{text} is {type(found).__name__}, not a factory or agent class", Exit.USAGE)
     is_class = inspect.isclass(found)
-    if is_class and not issubclass(found, BaseAgent) and not is_chat_class(found):
+    if is_class and not (issubclass(found, BaseAgent) or is_chat_class(found) or is_model_class(found)):
         raise CommandFailed(
-            f"{text} is a class, but not a subclass of autogen_core.BaseAgent, nor an agent or team of AgentChat",
+            f"{text} is a class, but not one of agents, of agents or teams of AgentChat, or of model clients",
             Exit.USAGE,
         )
     required = _required(found, text)
@@ -231,8 +236,9 @@ def _checked_type(name: str) -> str:
         raise CommandFailed(f"{name!r} is not a valid agent type: choose one with --type", Exit.USAGE) from None
 
 
-def _called(chat: Any) -> str:
-    return f"the {type(chat).__name__} {getattr(chat, 'name', '')!r}"
+def _called(found: Any) -> str:
+    name = getattr(found, "name", None)
+    return f"the {type(found).__name__}{f' {name!r}' if isinstance(name, str) else ''}"
 
 
 def _required(found: Callable[..., Any], text: str) -> list[str]:

@@ -13,11 +13,13 @@ pytest.importorskip("autogen_ext", reason="autogen-ext is not installed: pip ins
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.conditions import MaxMessageTermination
 from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core.models import UserMessage
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from natsrt_cli.exits import Exit
 
 from natsrt import NatsAgentRuntime
 from natsrt.agentchat import RemoteChatAgent, RemoteTeam
+from natsrt.contrib.models import RemoteChatCompletionClient
 from natsrt.embedded import EmbeddedServer
 from tests.support.processes import Process, Processes
 
@@ -56,6 +58,10 @@ def needs_runtime(runtime):
     return assistant()
 
 writer = assistant()
+client = ReplayChatCompletionClient([])
+
+def model():
+    return ReplayChatCompletionClient(["from afar"])
 """
 
 
@@ -126,13 +132,32 @@ async def test_a_team_from_a_json_file_is_hosted_with_several_processes(
         assert await last_words(await RemoteChatAgent.connect("first", runtime, timeout=20), "x") == "one"
 
 
+async def test_a_model_client_is_hosted_from_a_module_and_from_a_json_file(
+    workers: Workers, server: EmbeddedServer, namespace: str, tmp_path: Path
+) -> None:
+    described = ReplayChatCompletionClient(["from a file"]).dump_component()
+    (tmp_path / "other.json").write_text(described.model_dump_json())
+    await workers.ready("chats:model", "--type", "gpt")
+    await workers.ready("other.json")
+    async with NatsAgentRuntime(server.url, namespace=namespace) as runtime:
+        said = []
+        for agent_type in ("gpt", "other"):
+            client = await RemoteChatCompletionClient.connect(agent_type, runtime, timeout=20)
+            said.append((await client.create([UserMessage(content="hello", source="user")])).content)
+        assert said == ["from afar", "from a file"]
+
+
 @pytest.mark.parametrize(
     ("target", "contents", "text"),
     [
         ("nothing.json", None, "nothing.json cannot be read: No such file or directory"),
         ("broken.json", "{", "broken.json is not JSON: "),
         ("list.json", "[]", "list.json describes no component of AutoGen"),
-        ("tool.json", {"provider": "x.Y", "component_type": "tool", "config": {}}, "component of the type 'tool'"),
+        (
+            "condition.json",
+            {"provider": "autogen_agentchat.conditions.MaxMessageTermination", "config": {"max_messages": 1}},
+            "returned MaxMessageTermination, not an agent",
+        ),
         ("gone.json", {"provider": "nowhere.Team", "config": {}}, "No module named 'nowhere'"),
         ("bad name.json", {"provider": "nowhere.Team", "config": {}}, "'bad name' is not a valid agent type"),
         (
@@ -140,14 +165,7 @@ async def test_a_team_from_a_json_file_is_hosted_with_several_processes(
             {"provider": "autogen_agentchat.teams.RoundRobinGroupChat", "component_type": "team", "config": {}},
             "participants",
         ),
-        (
-            "model.json",
-            {
-                "provider": "autogen_ext.models.replay.ReplayChatCompletionClient",
-                "config": {"chat_completions": []},
-            },
-            "returned ReplayChatCompletionClient, not an agent",
-        ),
+        ("chats:client", None, "is the ReplayChatCompletionClient itself, but each worker process needs"),
         ("chats:writer", None, "chats:writer is the AssistantAgent 'writer' itself, but each session needs one of"),
         ("chats:needs_runtime", None, r"takes the runtime, and returned the AssistantAgent 'writer'"),
         ("chats", None, "must be MODULE:NAME, such as my_module:factory, or a JSON file of AgentChat"),

@@ -231,7 +231,7 @@ BROKEN = {
     "office:Office.opne": (2, "'office.Office' has no name 'opne'; it has open"),
     "office:VERSION": (2, "office:VERSION is str, not a factory"),
     "office:Named": (2, "the agent class office:Named needs arguments (name)"),
-    "office:Office": (2, "not a subclass of autogen_core.BaseAgent"),
+    "office:Office": (2, "is a class, but not one of agents"),
     "broken:factory": (2, "broken.py, line 3, in <module>\n    ratio = 1 / 0"),
     "imports_missing:factory": (2, "No module named 'missing_dependency'"),
     "no_python:factory": (2, "SyntaxError"),
