@@ -28,7 +28,7 @@ LAYERS = (
     ("hosting",),
     ("keyed",),
     ("sending",),
-    ("agents",),
+    ("agents", "storage"),
     ("jetstream", "observe"),
     ("transport",),
     ("embedded", "options"),

@@ -81,6 +81,7 @@ from natsrt.sending.replies import Replies
 from natsrt.sending.steps import SendSteps
 from natsrt.sending.task_sender import TaskSender
 from natsrt.sending.tickets import Tickets
+from natsrt.storage import Storage
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.call_watch import CallWatch
 from natsrt.transport.calls import Calls
@@ -136,6 +137,7 @@ class Network:
             self.connection, self.subjects, options, self.streams, self.reader, self.blobs, worker_id
         )
         self.later: LaterRetries = LaterRetries(self.connection, self.subjects, options, self.registry, self.reader)
+        self.storage: Storage = Storage.over(self.connection, options)
 
     # These are methods, so that all other parts can be explored without a server: see tests/support/keyed_world.py.
 

@@ -50,6 +50,7 @@ from natsrt.sending.limits import Limit
 from natsrt.sending.message_stream import MessageStream, last_item
 from natsrt.sending.questions import OnQuestion
 from natsrt.sending.tickets import Ticket
+from natsrt.storage import Storage
 from natsrt.task_types import TaskId, TaskStatus, checked_result_ttl
 from natsrt.transport.plain import (
     PlainHandler,
@@ -950,6 +951,16 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
     def options(self) -> Options:
         """The settings of this runtime."""
         return self._options
+
+    @property
+    def storage(self) -> Storage:
+        """What can be kept in JetStream beside agents, over the connection of this runtime. It ends with the runtime's
+        stop; after another start there is a new one.
+
+        Raises:
+            RuntimeError: The runtime is not started.
+        """
+        return self._running().network.storage
 
     # -- helpers -------------------------------------------------------------------------------------------------
 

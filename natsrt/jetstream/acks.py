@@ -109,7 +109,11 @@ class Acks:
             self._interest.check()
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> int:
-        """Send a message, and wait for its acknowledgement without a time limit. Returns the message's sequence.
+        """Send a message, and wait for its acknowledgement. Returns the message's sequence. See `store`."""
+        return (await self.store(subject, payload, headers)).sequence
+
+    async def store(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> Ack:
+        """Send a message, and return its acknowledgement, for which it waits without a time limit.
 
         The caller limits the time, has checked the size, and guarantees that the headers contain no line ends. Raises
         `WrongRevision`, `CannotDecode`, and what nats-py raises.
@@ -123,7 +127,7 @@ class Acks:
             message = await first.waiter
         finally:
             self.forget(reply)
-        return read_ack(message).sequence
+        return read_ack(message)
 
 
 def read_ack(message: Msg) -> Ack:

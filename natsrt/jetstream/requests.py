@@ -144,6 +144,11 @@ class BucketRequests:
         connection.on_denied(self._on_denied)
         connection.add_listener(self)
 
+    def close(self) -> None:
+        """Let the connection forget these requests. No further one may be made."""
+        self._connection.off_denied(self._on_denied)
+        self._connection.remove_listener(self)
+
     def connection_lost(self) -> None:
         pass
 
@@ -195,11 +200,12 @@ class BucketRequests:
         makes. Other exceptions of ``request`` are raised as they are.
         """
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._retry_for
+        begun = loop.time()
+        until = begun + self._retry_for
         wants_cause = operation == WRITE
         while True:
             if self._patient and not self._connection.connected:
-                await self._connection.wait_connected(max(0.0, until - loop.time()))
+                await self._connection.wait_connected(self._retry_for, begun)
             late = math.inf if within is None else loop.time() + within + self._connection.rtt.allowance
             attempt = _Attempt(operation, subject, late)
             try:

@@ -155,9 +155,13 @@ class StreamReader:
 
     async def _page(self, stream: str, wanted: dict[str, Any]) -> tuple[list[StoredMessage], bool]:
         """The messages that answer one direct request, and whether there may be more."""
-        return await self._ask(READ, stream, lambda: self._batch(stream, wanted)) or ([], False)
+        return await self._ask(READ, stream, lambda: self.batch(stream, wanted)) or ([], False)
 
-    async def _batch(self, stream: str, wanted: dict[str, Any]) -> tuple[list[StoredMessage], bool]:
+    async def batch(self, stream: str, wanted: dict[str, Any]) -> tuple[list[StoredMessage], bool]:
+        """The messages that answer one direct request, and whether there may be more. One attempt.
+
+        Raises what nats-py raises: ``NotFoundError`` if there is no such stream, or it has no leader.
+        """
         answers: asyncio.Queue[Msg] = asyncio.Queue()
         client = self._connection.client
         found: list[StoredMessage] = []

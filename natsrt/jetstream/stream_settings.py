@@ -101,6 +101,7 @@ _ALLOWED: Final[tuple[tuple[str, str | None], ...]] = (
     ("allow_direct", "--allow-direct"),
     ("allow_msg_ttl", "--allow-msg-ttl"),
     ("allow_msg_schedules", "--allow-schedules"),
+    ("allow_rollup_hdrs", "--allow-rollup"),
     ("allow_msg_counter", None),
 )
 """What a stream must allow if it is wanted, and the option that allows it; None: that is decided when it is made."""

@@ -7,6 +7,7 @@ and ``natsrt.later.<stream>.>`` (what the server publishes later).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ DEAD: Final = "natsrt_dead"
 ATTEMPTS: Final = "natsrt_attempts"
 BLOBS: Final = "natsrt_blobs"
 RESULTS: Final = "natsrt_results"
+MEMORY: Final = "natsrt_memory"
+CACHE: Final = "natsrt_cache"
 NEEDED_VERSION: Final = (2, 14)
 """The first version of nats-server that has all that durable topics need."""
 DUPLICATE_WINDOW: Final = 120.0
@@ -178,6 +181,61 @@ def blobs_stream(subjects: Subjects, options: Options) -> api.StreamConfig:
     )
 
 
+def memory_name(subjects: Subjects, name: str) -> str:
+    """The stream of the sessions that are kept under ``name``."""
+    return subjects.bucket(f"{MEMORY}_{name}")
+
+
+def memory_stream(
+    subjects: Subjects, options: Options, name: str, *, messages: int | None, age: float | None, size: int | None
+) -> api.StreamConfig:
+    """How the stream of sessions is made. Each session is a subject, of which the stream keeps the last ``messages``.
+
+    ``age`` is in seconds, ``size`` is that of all sessions in bytes; None: without a limit. The server tells at once
+    what is stored. The first sequence is the time in microseconds, so a stream that is made again continues above what
+    anybody has read of the former one.
+    """
+    return _beside(
+        memory_name(subjects, name),
+        options,
+        description=f"natsrt: what sessions remember, of those named {name}",
+        subjects=[subjects.memory(name)],
+        discard=api.DiscardPolicy.OLD,
+        max_msgs_per_subject=messages or -1,
+        max_age=age or 0,
+        max_bytes=size or -1,
+        duplicate_window=min(DUPLICATE_WINDOW, age or DUPLICATE_WINDOW),
+        allow_rollup_hdrs=True,
+        republish=api.RePublish(src=subjects.memory(name), dest=subjects.remembered(name)),
+        first_seq=time.time_ns() // 1000,
+    )
+
+
+def cache_name(subjects: Subjects, name: str) -> str:
+    """The bucket of the values that are cached under ``name``."""
+    return subjects.bucket(f"{CACHE}_{name}")
+
+
+def cache_stream(subjects: Subjects, options: Options, name: str, *, size: int | None) -> api.StreamConfig:
+    """How the bucket of a cache is made. Each entry has its own time to live, and leaves no marker when it expires.
+
+    ``size`` is that of the bucket in bytes; None: without a limit. At the limit, the oldest entries go, which is why
+    this is no bucket as nats-py makes it.
+    """
+    bucket = cache_name(subjects, name)
+    return _beside(
+        f"KV_{bucket}",
+        options,
+        description=f"natsrt: cached values, of those named {name}",
+        subjects=[f"$KV.{bucket}.>"],
+        discard=api.DiscardPolicy.OLD,
+        max_msgs_per_subject=1,
+        max_bytes=size or -1,
+        allow_msg_ttl=True,
+        allow_rollup_hdrs=True,
+    )
+
+
 def streams_beside(subjects: Subjects, options: Options) -> Iterator[tuple[api.StreamConfig, str | None]]:
     """The streams that are made with those of events, each with the stream of events that needs it; None: all do."""
     yield dead_letters_stream(subjects, options), None
@@ -218,10 +276,12 @@ def require_settings(
         raise unavailable("open", reason)
 
 
-def require_version(version: tuple[int, int], text: str, feature: str = "durable topics") -> None:
+def require_version(
+    version: tuple[int, int], text: str, feature: str = "durable topics", needed: tuple[int, int] = NEEDED_VERSION
+) -> None:
     """Raise `ServerTooOld` if a server of this version, ``text`` in full, cannot have ``feature``."""
-    if version < NEEDED_VERSION:
-        raise ServerTooOld(feature, text, ".".join(map(str, NEEDED_VERSION)))
+    if version < needed:
+        raise ServerTooOld(feature, text, ".".join(map(str, needed)))
 
 
 async def streams_over(js: JetStreamContext, subject: str) -> list[str]:

@@ -317,6 +317,17 @@ class Subjects:
         """
         return f"{self._root}natsrt.blob.{blob_id}.{chunk}"
 
+    def memory(self, name: str, session: str | None = None) -> str:
+        """The subject of what a session remembers: ``natsrt.memory.<name>.<session>``; None: of all sessions.
+
+        ``name`` is that of the stream, one token.
+        """
+        return f"{self._root}natsrt.memory.{name}.{'>' if session is None else encode_token(session)}"
+
+    def remembered(self, name: str, session: str | None = None) -> str:
+        """The subject on which the server tells what it has stored on that of `memory`."""
+        return f"{self._root}natsrt.remembered.{name}.{'>' if session is None else encode_token(session)}"
+
     def control(self, agent_type: str, key: str | None = None) -> str:
         """The subject for metadata, state and activation of a type; with ``key``, of one agent.
 

@@ -1,0 +1,114 @@
+"""Values of a cache, as JSON. What is read is equal to what was stored, or it is refused when it is stored.
+
+``{"value": …}``: JSON values are as they are. A Pydantic model is ``{"$model": NAME, "fields": …}``, and a dict with a
+key that begins with ``$`` is ``{"$dict": …}``. A model is read only as one of the classes that the store was given:
+nothing is imported by a name from the bucket.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from natsrt.errors import CannotDecode, CannotSerialize
+
+_VALUE: Final = "a value of a cache"
+
+
+def class_name(cls: type) -> str:
+    """The name under which the instances of a class are stored."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class Values:
+    """Writes and reads the values of a cache, whose models are of the classes ``types``.
+
+    Raises TypeError if one of these is no class of Pydantic models.
+    """
+
+    def __init__(self, types: Iterable[type[BaseModel]]) -> None:
+        self._types: dict[str, type[BaseModel]] = {}
+        for cls in types:
+            if not isinstance(cls, type) or not issubclass(cls, BaseModel):
+                raise TypeError(f"types must be classes of Pydantic models; {cls!r:.80} is none")
+            self._types[class_name(cls)] = cls
+
+    def encode(self, value: Any) -> bytes:
+        """The body of a value.
+
+        Raises:
+            CannotSerialize: It would not be read as it is.
+        """
+        try:
+            body = {"value": self._encoded("the value", value)}
+        except RecursionError:
+            raise CannotSerialize(type(value).__name__, "it is nested too deeply, or contains itself") from None
+        try:
+            return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        except UnicodeEncodeError:  # a lone surrogate, which is no UTF-8, but has an escape
+            return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+
+    def _encoded(self, where: str, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, BaseModel):
+            return self._encoded_model(where, value)
+        if kind is dict:
+            for key in value:
+                if type(key) is not str:
+                    raise CannotSerialize("dict", f"{where} has the key {key!r:.60}; JSON has text keys only")
+            items = {key: self._encoded(f"{where}[{key!r:.60}]", item) for key, item in value.items()}
+            return {"$dict": items} if any(key.startswith("$") for key in items) else items
+        if kind is list:
+            return [self._encoded(f"{where}[{index}]", item) for index, item in enumerate(value)]
+        if kind is float and not math.isfinite(value):
+            raise CannotSerialize("float", f"{where} is {value}, which JSON does not have")
+        if value is None or kind in (str, int, float, bool):
+            return value
+        raise CannotSerialize(
+            kind.__name__,
+            f"{where} is a {kind.__name__}; a cache keeps what JSON has, Pydantic models, and lists and dicts of these",
+        )
+
+    def _encoded_model(self, where: str, model: BaseModel) -> dict[str, Any]:
+        name = class_name(type(model))
+        if self._types.get(name) is not type(model):
+            raise CannotSerialize(name, f"the store does not know this class: NatsCacheStore(types=[{name}])")
+        try:
+            fields = json.loads(model.model_dump_json(by_alias=True))
+            read = self._model(name, fields)
+        except ValueError as error:  # also Pydantic's own
+            raise CannotSerialize(name, f"{where} cannot be read from its own JSON: {error}"[:300]) from None
+        if read != model:
+            raise CannotSerialize(name, f"{where} would be read as something else: a field changes its type in JSON")
+        return {"$model": name, "fields": fields}
+
+    def decode(self, body: bytes) -> Any:
+        """The value of a body.
+
+        Raises:
+            CannotDecode: It is no such body, or has a model of a class that the store was not given.
+        """
+        try:
+            return self._decoded(json.loads(body)["value"])
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CannotDecode(_VALUE, f"{type(error).__name__}: {error}"[:300], body) from None
+
+    def _decoded(self, said: Any) -> Any:
+        if isinstance(said, list):
+            return [self._decoded(item) for item in said]
+        if not isinstance(said, dict):
+            return said
+        if "$model" in said:
+            return self._model(said["$model"], said["fields"])
+        items = said.get("$dict", said)
+        return {key: self._decoded(item) for key, item in items.items()}
+
+    def _model(self, name: Any, fields: Any) -> BaseModel:
+        cls = self._types.get(name)
+        if cls is None:
+            raise ValueError(f"the store does not know the class {name!r:.100}: name it in types")
+        return cls.model_validate_json(json.dumps(fields))
