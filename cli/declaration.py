@@ -20,38 +20,56 @@ from natsrt.errors import ConfigurationError
 from natsrt.jetstream.recorder import record_tree
 from natsrt.options.values import Durable
 from natsrt.plain import checked_subject
+from natsrt.storage import check_limits
 from natsrt.task_types import TASK_TOPICS
 from natsrt.wire.subjects import Subjects, inbox_problem
 
-Role = Literal["worker", "caller", "publisher", "client", "operator", "tool", "recorder"]
+Role = Literal["worker", "caller", "publisher", "client", "operator", "tool", "recorder", "keeper"]
 
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 RUNTIMES: Final = ("worker", "caller", "publisher", "operator", "tool")
 """The roles that run natsrt, with the registry. A client is any NATS client, which sends plain bodies; a recorder only
-listens."""
+listens; a keeper uses memories and caches alone."""
 EVERY: Final = "*"
 USERS_ACCOUNT: Final = "AGENTS"
 """The account of the users where the buckets have an account of their own."""
 
 _MAY: Mapping[str, frozenset[str]] = {
-    "worker": frozenset({"hosts", "calls", "publishes", "controls", "subscribes", "submits", "requests", "offers"}),
+    "worker": frozenset(
+        {"hosts", "calls", "publishes", "controls", "subscribes", "submits", "requests", "offers", "memories", "caches"}
+    ),
     "caller": frozenset({"calls", "publishes", "controls", "submits", "requests"}),
     "publisher": frozenset({"publishes"}),
     "client": frozenset({"calls", "publishes", "requests", "offers"}),
     "operator": frozenset(),
     "tool": frozenset({"calls", "publishes", "subscribes"}),
     "recorder": frozenset({"records"}),
+    "keeper": frozenset({"memories", "caches"}),
 }
 """The lists that the table of a user may have, by role."""
 _USUAL: Mapping[str, frozenset[str]] = {
     **_MAY,
-    "worker": _MAY["worker"] - {"submits", "requests", "offers"},
+    "worker": _MAY["worker"] - {"submits", "requests", "offers", "memories", "caches"},
     "caller": frozenset({"calls", "publishes"}),
     "client": frozenset(),
     "recorder": frozenset(),
+    "keeper": frozenset(),
 }
-"""The lists that a user has who was not declared. What such a client calls is not known: no client calls all."""
-_LISTS = ("hosts", "calls", "publishes", "controls", "subscribes", "submits", "records", "requests", "offers")
+"""The lists that a user has who was not declared. What such a client calls is not known: no client calls all. Nor are
+the names of memories and caches."""
+_LISTS = (
+    "hosts",
+    "calls",
+    "publishes",
+    "controls",
+    "subscribes",
+    "submits",
+    "records",
+    "requests",
+    "offers",
+    "memories",
+    "caches",
+)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _NKEY = re.compile(r"U[A-Z2-7]{55}")
 
@@ -111,7 +129,8 @@ class User:
     results it reads, and whose tasks it cancels. ``publishes`` are topics; ``subscribes`` too, for tools that look at
     them and for workers that add subscriptions later. ``records`` are the streams in which a recorder stores what
     passes. ``requests`` and ``offers`` are subjects of plain NATS services, as they are: those that it sends requests
-    to, and those on which it offers services. ``nkey`` is its public key; empty: it has a password.
+    to, and those on which it offers services. ``memories`` and ``caches`` are the names of those that it uses.
+    ``nkey`` is its public key; empty: it has a password.
     """
 
     name: str
@@ -125,6 +144,8 @@ class User:
     records: tuple[str, ...] = ()
     requests: tuple[str, ...] = ()
     offers: tuple[str, ...] = ()
+    memories: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
     inbox_prefix: str = ""
     nkey: str = ""
 
@@ -174,6 +195,16 @@ class Declaration:
     def record_streams(self) -> tuple[str, ...]:
         """The streams of records."""
         return tuple(dict.fromkeys(stream for user in self.users.values() for stream in user.records))
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """The names of memories."""
+        return tuple(dict.fromkeys(name for user in self.users.values() for name in user.memories))
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """The names of caches."""
+        return tuple(dict.fromkeys(name for user in self.users.values() for name in user.caches))
 
     def streams_of(self, topics: Iterable[str]) -> list[DurableTopics]:
         """The durable topics that are among these topics, or of which some are."""
@@ -251,6 +282,9 @@ def parse(text: str, where: str, namespace: str | None = None) -> Declaration:
     if declared.streams and account:
         problem = f"streams store what is published in their own account only, and jetstream_account is {account}"
         raise ConfigurationError(f"{where}: {'durable' if durable else 'submits'}", problem)
+    if account and (declared.memories or declared.caches):
+        problem = f"they are in the account of their users, and jetstream_account is {account}"
+        raise ConfigurationError(f"{where}: {'memories' if declared.memories else 'caches'}", problem)
     return declared
 
 
@@ -306,6 +340,12 @@ def _user(where: str, name: str, table: Mapping[str, Any], subjects: Subjects) -
         for subject in lists[key]:
             if problem := service_problem(subject, subjects.namespace):
                 raise ConfigurationError(f"{where}.{key}", problem)
+    for key in ("memories", "caches"):
+        for kept in lists[key]:
+            try:
+                check_limits(kept)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{where}.{key}", error.problem) from None
     for topic in lists["publishes"]:
         if not is_exact(topic):
             raise ConfigurationError(f"{where}.publishes", _inexact(topic))

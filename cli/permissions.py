@@ -15,7 +15,7 @@ from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.recorder import record_tree
 from natsrt.jetstream.registry.entries import FEED, HEARTBEAT
 from natsrt.jetstream.registry.registry import BUCKET
-from natsrt.jetstream.streams import ATTEMPTS, BLOBS, DEAD, RESULTS, events_name
+from natsrt.jetstream.streams import ATTEMPTS, BLOBS, DEAD, RESULTS, cache_name, events_name, memory_name
 from natsrt.task_types import TASK_TOPICS, task_prefix
 from natsrt.wire.subjects import Subjects, encode_token
 
@@ -56,6 +56,7 @@ def grants(declaration: Declaration, user: User) -> list[Grant]:
         "operator": made.operator,
         "tool": made.tool,
         "recorder": made.recorder,
+        "keeper": made.keeper,
     }[user.role]()
     first: dict[tuple[Operation, str], Grant] = {}
     for grant in found:
@@ -188,6 +189,7 @@ class _Maker:
             yield from self._submits(name)
             yield from self._knows_tasks(name)
         yield from self._services()
+        yield from self._keeps()
 
     def caller(self) -> Iterator[Grant]:
         yield from self._runtime()
@@ -250,13 +252,18 @@ class _Maker:
             for request in ("STREAM.INFO", "STREAM.CREATE"):
                 yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), "the stream of records")
 
+    def keeper(self) -> Iterator[Grant]:
+        yield Grant(SUBSCRIBE, f"{self._user.inbox}.>", "replies")
+        yield from self._keeps()
+
     def never(self) -> Iterator[Grant]:
         """What only some roles may do, and what gives a user more than it is meant to have."""
         user = self._user
-        if user.role in ("worker", "operator"):
+        if user.role in ("worker", "operator", "keeper"):
             yield Grant(PUBLISH, self._domain.api("STREAM.DELETE.>"), "it deletes streams")
         else:
             yield Grant(PUBLISH, "$JS.>", "any request to JetStream can write to every stream of the account")
+        if user.role not in ("worker", "operator"):
             chunks = f"{self._root}natsrt.blob.>"
             yield Grant(PUBLISH, chunks, "an acknowledgement of JetStream goes to any subject, and so to every stream")
             yield Grant(PUBLISH, "$KV.>", "it writes the registry and the states of agents")
@@ -269,6 +276,13 @@ class _Maker:
         yield Grant(PUBLISH, f"{self._subjects.registry_feed}.>", "it tells others of workers that are not there")
         for stream in self._declaration.record_streams:
             yield Grant(PUBLISH, f"{record_tree(self._subjects, stream)}.>", "it forges records")
+        for name in self._declaration.memories:
+            yield Grant(PUBLISH, self._subjects.memory(name), "it forges what sessions remember")
+            yield Grant(PUBLISH, self._subjects.remembered(name), "it tells of what no session remembers")
+            yield Grant(SUBSCRIBE, self._subjects.remembered(name), "it reads what sessions remember")
+        for name in self._declaration.caches:
+            entries = f"$KV.{cache_name(self._subjects, name)}.>"
+            yield Grant(PUBLISH, self._domain.publish(entries), "it forges cached values")
         if self._declaration.takes_tasks(EVERY):
             yield Grant(PUBLISH, f"{self._subjects.tasks}.>", "it forges results of tasks")
             yield Grant(PUBLISH, f"{self._subjects.tasks_told}.>", "it tells of results that are not there")
@@ -312,6 +326,14 @@ class _Maker:
             for stream in (subjects.bucket(BLOBS), subjects.bucket(RESULTS), self._tasks_stream):
                 for request in _requests(Domain(domain), stream, nobody):
                     yield request, False
+            for bucket in (cache_name(subjects, name) for name in self._declaration.caches):
+                for request in _jetstream(Domain(domain), bucket, nobody, ()):
+                    yield request, False
+            for stream in (memory_name(subjects, name) for name in self._declaration.memories):
+                for request in _requests(Domain(domain), stream, nobody):
+                    yield request, False
+        for name in self._declaration.memories:
+            yield from ((subjects.memory(name, nobody), False), (subjects.remembered(name, nobody), False))
         yield subjects.blob(nobody, "0"), True
 
     # -- what they do ------------------------------------------------------------------------------------------------
@@ -438,6 +460,20 @@ class _Maker:
         for request in (f"STREAM.CREATE.{stream}", f"STREAM.INFO.{stream}", f"STREAM.PURGE.{stream}"):
             yield Grant(PUBLISH, self._domain.api(request), _LARGE)
         yield Grant(PUBLISH, self._domain.api(f"DIRECT.GET.{stream}.>"), _LARGE)
+
+    def _keeps(self) -> Iterator[Grant]:
+        """Memories and caches."""
+        for name in self._user.memories:
+            stream, why = memory_name(self._subjects, name), f"the memory {name}"
+            yield Grant(PUBLISH, self._subjects.memory(name), why)
+            yield Grant(SUBSCRIBE, self._subjects.remembered(name), why)
+            for request in ("STREAM.CREATE", "STREAM.INFO", "STREAM.MSG.GET", "DIRECT.GET"):
+                yield Grant(PUBLISH, self._domain.api(f"{request}.{stream}"), why)
+        for name in self._user.caches:
+            bucket, why = cache_name(self._subjects, name), f"the cache {name}"
+            yield Grant(PUBLISH, self._domain.publish(f"$KV.{bucket}.>"), why)
+            for request in ("STREAM.CREATE", "STREAM.INFO", "STREAM.MSG.GET"):
+                yield Grant(PUBLISH, self._domain.api(f"{request}.KV_{bucket}"), why)
 
     def _consumers(self, name: str, why: str) -> Iterator[Grant]:
         """What reads a bucket as a whole."""

@@ -161,6 +161,21 @@ def test_what_contains_itself_is_refused(make: Make) -> None:
         make().set("key", circle)
 
 
+@pytest.mark.parametrize(
+    "case",
+    json.loads((Path(__file__).parent / "vectors" / "memory.json").read_text("utf-8"))["values"],
+    ids=lambda case: case["name"],
+)
+async def test_values_are_written_as_the_vectors_say(
+    make: Make, js: JetStreamContext, namespace: str, case: dict[str, Any]
+) -> None:
+    store = make()
+    store.set(case["key"], case["value"])
+    subject = case["subject"].replace(".n_", f".{namespace}_")
+    stored = await js.get_last_msg(f"KV_{namespace}_natsrt_cache_default", subject)
+    assert stored.data == case["body"].encode() and store.get(case["key"]) == case["value"]
+
+
 KEYS = ["a", "", "=", "a b.c>*", "ü/🙂", "x" * 1000, "x" * 1001, "\r\n", "=61", "A" * 64]
 
 

@@ -71,6 +71,12 @@ OUTPUT: dict[str, list[str]] = {
         "writer: Each night a lighthouse waits for one.",
         "editor: I approve.",
     ],
+    "shared_memory.py": [
+        "two processes add facts, and a third one knows them",
+        "both were killed; who comes later has the same facts in the same order: True",
+        "assistant: Hello, Ada!",
+        "from the cache: A messaging system.",
+    ],
     "without_natsrt.py": [
         "'to be or not': 4 words",
         "'it takes its time': 4 words",
@@ -85,6 +91,7 @@ NEEDS = {
     "fastapi_service.py": ["fastapi", "uvicorn", "httpx"],
     "group_chat.py": ["autogen_ext"],
     "remote_model.py": ["autogen_agentchat", "autogen_ext"],
+    "shared_memory.py": ["autogen_agentchat", "autogen_ext"],
 }
 """What examples import beside natsrt and its dependencies."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime
 import gc
 import json
@@ -33,7 +34,7 @@ from PIL import Image as PillowImage
 from benchmarks.chaos.proxy import Proxy
 from natsrt import NatsAgentRuntime, Options
 from natsrt.contrib.memory import NatsMemory
-from natsrt.contrib.memory.contents import decode, encode
+from natsrt.contrib.memory.contents import CLEAR, decode, encode
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import (
     CannotDecode,
@@ -43,6 +44,7 @@ from natsrt.errors import (
     ServerUnreachable,
     StreamUnavailable,
 )
+from natsrt.wire.subjects import Subjects
 from tests.programs import memory_member
 from tests.programs.memory_member import SESSION, digest, text
 from tests.support.processes import Processes, eventually
@@ -194,6 +196,38 @@ async def test_a_content_that_is_too_large_is_refused_and_the_next_one_is_not(ma
     largest = "x" * 8_000_000
     await memory.add(text(largest))
     assert await texts(memory) == await texts(make()) == [largest]
+
+
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "memory.json").read_text("utf-8"))
+
+
+def _named(case: dict[str, Any]) -> str:
+    return str(case["name"])
+
+
+@pytest.mark.parametrize("case", VECTORS["subjects"], ids=_named)
+def test_sessions_have_the_subjects_of_the_vectors(case: dict[str, Any]) -> None:
+    subjects = Subjects("n")
+    assert subjects.memory(case["memory"], case["session"]) == case["subject"]
+    assert subjects.remembered(case["memory"], case["session"]) == case["told"]
+
+
+@pytest.mark.parametrize("case", VECTORS["contents"], ids=_named)
+def test_contents_are_written_and_read_as_the_vectors_say(case: dict[str, Any]) -> None:
+    body = case["body"].encode()
+    if case["kind"] == "clear":
+        assert body == CLEAR and decode(body) is None
+        return
+    content = base64.b64decode(case["content"]) if case["kind"] == "bytes" else case["content"]
+    mime_type = MemoryMimeType(case["mime_type"]) if case["known"] else case["mime_type"]
+    meant = MemoryContent(content=content, mime_type=mime_type, metadata=case["metadata"])
+    assert encode(meant) == body and repr(decode(body)) == repr(meant)
+
+
+@pytest.mark.parametrize("case", VECTORS["unreadable"], ids=_named)
+def test_what_the_vectors_call_unreadable_is_refused(case: dict[str, Any]) -> None:
+    with pytest.raises(CannotDecode):
+        decode(case["body"].encode())
 
 
 # -- one session in many processes -------------------------------------------------------------------------------------

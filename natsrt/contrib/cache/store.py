@@ -13,9 +13,9 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 
-from autogen_core import CacheStore, Component
+from autogen_core import CacheStore, Component, ComponentType
 from autogen_core.models import CreateResult
 from pydantic import BaseModel, ImportString, TypeAdapter, ValidationError
 
@@ -76,8 +76,9 @@ class NatsCacheStore(CacheStore[T], Component[NatsCacheStoreConfig]):
         TypeError: One of ``types`` is no class of Pydantic models.
     """
 
-    component_config_schema = NatsCacheStoreConfig
-    component_provider_override = "natsrt.contrib.cache.NatsCacheStore"
+    component_type: ClassVar[ComponentType] = "cache_store"
+    component_config_schema: type[NatsCacheStoreConfig] = NatsCacheStoreConfig
+    component_provider_override: ClassVar[str | None] = "natsrt.contrib.cache.NatsCacheStore"
 
     def __init__(
         self,

@@ -6,9 +6,9 @@ import asyncio
 import contextvars
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 
-from autogen_core import CancellationToken, Component, ComponentModel, Image
+from autogen_core import CancellationToken, Component, ComponentModel, ComponentType, Image
 from autogen_core.memory import ListMemory, Memory, MemoryContent, MemoryQueryResult, UpdateContextResult
 from autogen_core.model_context import ChatCompletionContext
 
@@ -67,9 +67,9 @@ class NatsMemory(Memory, Component[NatsMemoryConfig]):
             and other settings are given.
     """
 
-    component_type = "memory"
-    component_config_schema = NatsMemoryConfig
-    component_provider_override = "natsrt.contrib.memory.NatsMemory"
+    component_type: ClassVar[ComponentType] = "memory"
+    component_config_schema: type[NatsMemoryConfig] = NatsMemoryConfig
+    component_provider_override: ClassVar[str | None] = "natsrt.contrib.memory.NatsMemory"
 
     def __init__(
         self,
