@@ -1,8 +1,8 @@
 """Three processes share what a user has told them, and a cache of a model's answers.
 
 Each process has a `NatsMemory` of the same session. Two of them add facts until they are killed. Another one comes
-later, and knows the same, in the same order. Recorded answers (``ReplayChatCompletionClient``) replace the model, so the
-example needs no API key.
+later, and knows the same, in the same order. Recorded answers (``ReplayChatCompletionClient``) replace the model, so
+the example needs no API key.
 
 Run it: python examples/shared_memory.py (needs AgentChat: pip install 'natsrt[examples]')
 """
