@@ -7,6 +7,7 @@ import base64
 import datetime
 import gc
 import json
+import random
 import re
 import secrets
 import shutil
@@ -28,11 +29,13 @@ from autogen_core.memory import (
     UpdateContextResult,
 )
 from autogen_core.model_context import BufferedChatCompletionContext, ChatCompletionContext
+from nats.aio.client import ServerVersion
 from nats.js import JetStreamContext
 from PIL import Image as PillowImage
 
 from benchmarks.chaos.proxy import Proxy
 from natsrt import NatsAgentRuntime, Options
+from natsrt.contrib.cache import NatsCacheStore
 from natsrt.contrib.memory import NatsMemory
 from natsrt.contrib.memory.contents import CLEAR, decode, encode
 from natsrt.embedded import EmbeddedServer
@@ -41,9 +44,11 @@ from natsrt.errors import (
     CannotSerialize,
     MessageTooLarge,
     PermissionDenied,
+    ServerTooOld,
     ServerUnreachable,
     StreamUnavailable,
 )
+from natsrt.transport.client import NatsClient
 from natsrt.wire.subjects import Subjects
 from tests.programs import memory_member
 from tests.programs.memory_member import SESSION, digest, text
@@ -529,6 +534,33 @@ async def test_who_was_cut_off_is_in_step_again_by_itself(make: Make, server: Em
         assert await texts(cut) == await texts(here)
 
 
+@pytest.mark.parametrize("seed", range(3))
+async def test_links_that_are_cut_at_any_moment_lose_and_repeat_nothing(
+    make: Make, server: EmbeddedServer, namespace: str, seed: int
+) -> None:
+    chance, each = random.Random(seed), 150
+    async with AsyncExitStack() as stack:
+        proxies = [await stack.enter_async_context(Proxy(server.url)) for _ in range(3)]
+        members = [make(url=proxy.url, max_messages=None) for proxy in proxies]
+
+        async def adds(number: int) -> None:
+            for i in range(each):
+                await add(members[number], f"{number} {i}")
+                await asyncio.sleep(chance.uniform(0, 0.02))  # so that cuts meet adds in all their stages
+
+        adding = asyncio.gather(*map(adds, range(3)))
+        while not adding.done():
+            proxy = chance.choice(proxies)
+            proxy.cut()
+            await proxy.restore()
+            await asyncio.wait({adding}, timeout=chance.uniform(0.02, 0.3))
+        await adding
+        orders = [await texts(memory) for memory in (*members, make(max_messages=None))]
+    assert all(order == orders[0] for order in orders)
+    for number in range(3):
+        assert [one for one in orders[0] if one.startswith(f"{number} ")] == [f"{number} {i}" for i in range(each)]
+
+
 async def test_what_is_told_may_be_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from natsrt.contrib.memory.session import Session
 
@@ -750,7 +782,18 @@ async def test_a_first_use_that_is_cancelled_does_not_spoil_the_next(make: Make)
     assert await texts(memory) == ["a"]
 
 
-async def test_the_server_may_refuse(own_server: EmbeddedServer, tmp_path: Path) -> None:
+async def test_a_server_that_is_too_old_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NatsClient, "connected_server_version", ServerVersion("2.10.9"))
+    with pytest.raises(ServerTooOld, match=r"memories in JetStream need nats-server 2\.11 or newer.*runs 2\.10\.9"):
+        await make().query()
+    with (
+        NatsCacheStore[int](make()._options.servers) as store,
+        pytest.raises(ServerTooOld, match="caches in JetStream"),
+    ):
+        store.get("k")
+
+
+async def test_the_server_may_refuse(tmp_path: Path) -> None:
     config = tmp_path / "server.conf"
     config.write_text(
         f'listen: 127.0.0.1:-1\njetstream {{ store_dir: "{tmp_path}" }}\nserver_name: refusing\n'

@@ -14,7 +14,7 @@ from natsrt.jetstream.acks import Acks
 from natsrt.jetstream.buckets import TTL, is_gone
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.requests import OPEN, READ, WRITE, BucketRequests
-from natsrt.jetstream.session_log import NEEDED, NO_MESSAGE, OTHER_LIMITS
+from natsrt.jetstream.session_log import ATTEMPTS, NEEDED, NO_MESSAGE, OTHER_LIMITS
 from natsrt.jetstream.streams import ensure_stream, require_settings, require_version
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
@@ -44,6 +44,7 @@ class CacheBucket:
         patience = math.inf if options.offline_timeout is None else options.offline_timeout
         self._reads = self._requests(options, patience)
         self._writes = self._requests(options, options.publish_timeout)
+        self._write_within = min(_WITHIN, options.publish_timeout / ATTEMPTS)
 
     def _requests(self, options: Options, retry_for: float) -> BucketRequests:
         return BucketRequests(
@@ -122,4 +123,4 @@ class CacheBucket:
             if ack.stream != self.stream:  # any subscriber of the subject can answer
                 raise TimeoutError
 
-        await self._writes.run(WRITE, attempt, subject=subject, within=_WITHIN)
+        await self._writes.run(WRITE, attempt, subject=subject, within=self._write_within)

@@ -32,6 +32,8 @@ NEEDED: Final = (2, 11)
 """The first version of nats-server that has batches of direct gets, and times to live of single messages."""
 _WITHIN: Final = 2.0
 """Seconds for one attempt of a request, beside the round trip: a cluster that elects a leader does not answer."""
+ATTEMPTS: Final = 3
+"""Attempts to write for which there is time at least: beside a tap, a stream that is gone does not answer the first."""
 _PAGE_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a page; a larger message is a page of its own."""
 NO_MESSAGE: Final = 10037
@@ -104,6 +106,7 @@ class SessionLog:
         patience = math.inf if options.offline_timeout is None else options.offline_timeout
         self._reads = self._requests(options, patience)
         self._writes = self._requests(options, options.publish_timeout)
+        self._write_within = min(_WITHIN, options.publish_timeout / ATTEMPTS)
         connection.add_listener(self)
 
     def _requests(self, options: Options, retry_for: float) -> BucketRequests:
@@ -206,7 +209,7 @@ class SessionLog:
                 raise TimeoutError
             return ack.sequence
 
-        return await self._writes.run(WRITE, attempt, subject=self._subject, within=_WITHIN)
+        return await self._writes.run(WRITE, attempt, subject=self._subject, within=self._write_within)
 
     async def state(self) -> LogState:
         """What the stream's leader says now."""
