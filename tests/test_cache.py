@@ -328,6 +328,20 @@ def test_a_forked_child_uses_it_too_and_disturbs_nothing(make: Make) -> None:
     assert (store.get("parent"), store.get("child")) == (1, 2)
 
 
+def test_a_fork_while_the_store_is_locked(make: Make) -> None:
+    store = make()
+    with store._lock:
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                store.set("k", 1)
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert store.get("k") == 1
+
+
 def test_a_fork_while_other_threads_use_it(make: Make) -> None:
     store, ended = make(), threading.Event()
 

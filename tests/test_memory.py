@@ -30,6 +30,7 @@ from autogen_core.memory import (
 )
 from autogen_core.model_context import BufferedChatCompletionContext, ChatCompletionContext
 from nats.aio.client import ServerVersion
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from PIL import Image as PillowImage
 
@@ -38,6 +39,7 @@ from natsrt import NatsAgentRuntime, Options
 from natsrt.contrib.cache import NatsCacheStore
 from natsrt.contrib.memory import NatsMemory
 from natsrt.contrib.memory.contents import CLEAR, decode, encode
+from natsrt.contrib.memory.session import Session
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import (
     CannotDecode,
@@ -48,6 +50,7 @@ from natsrt.errors import (
     ServerUnreachable,
     StreamUnavailable,
 )
+from natsrt.storage import LogMessage
 from natsrt.transport.client import NatsClient
 from natsrt.wire.subjects import Subjects
 from tests.programs import memory_member
@@ -260,6 +263,21 @@ async def test_all_have_the_same_order_and_who_comes_later_too(make: Make) -> No
     assert all(order == orders[0] for order in orders) and len(orders[0]) == 300
     for n in range(3):
         assert [one for one in orders[0] if one.startswith(f"{n} ")] == [f"{n} {i}" for i in range(100)]
+
+
+async def test_who_queries_waits_for_nobody_who_adds_without_an_end(make: Make) -> None:
+    reader = make(memory=Notes())
+    await reader.query()
+    adding = [asyncio.create_task(add(make(), *map(str, range(100_000)))) for _ in range(3)]
+    for _ in range(20):
+        async with asyncio.timeout(10):
+            await reader.query()
+    async with asyncio.timeout(10):
+        assert await texts(make())
+    for task in adding:
+        assert not task.done()
+        task.cancel()
+    await asyncio.wait(adding)
 
 
 async def test_update_context_adds_what_others_have_added(make: Make) -> None:
@@ -561,9 +579,54 @@ async def test_links_that_are_cut_at_any_moment_lose_and_repeat_nothing(
         assert [one for one in orders[0] if one.startswith(f"{number} ")] == [f"{number} {i}" for i in range(each)]
 
 
-async def test_what_is_told_may_be_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from natsrt.contrib.memory.session import Session
+async def test_a_subscriber_that_answers_in_place_of_the_stream_is_ignored(
+    make: Make, server: EmbeddedServer, namespace: str
+) -> None:
+    client = await nats.connect(server.url)
+    forged = 0
 
+    async def answer(message: Msg) -> None:
+        nonlocal forged
+        if message.reply:
+            forged += 1
+            await client.publish(message.reply, b'{"stream":"other","seq":1}')
+            await client.publish(message.reply, b"hello")
+
+    for subject in (f"{namespace}.natsrt.memory.>", f"$KV.{namespace}_natsrt_cache_default.>"):
+        await client.subscribe(subject, cb=answer)
+    await client.flush()
+    memory = make()
+    await add(memory, "a", "b")
+    assert await texts(memory) == ["a", "b"]
+
+    def use() -> int | None:
+        with NatsCacheStore[int](options=memory._options) as store:
+            store.set("k", 1)
+            return store.get("k")
+
+    assert await asyncio.to_thread(use) == 1
+    await eventually(lambda: forged == 3)
+    await client.close()
+
+
+async def test_a_gap_in_what_is_told_is_noticed_at_the_next_message(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = ListMemory()
+    here, other = make(), make(memory=there)
+    await other.query()
+    other_session, told = other._life and other._life.session, Session.told
+
+    def all_but_one(session: Session, message: LogMessage) -> None:
+        if session is not other_session or b"lost" not in message.body:
+            told(session, message)
+
+    monkeypatch.setattr(Session, "told", all_but_one)
+    await add(here, "a", "lost", "c")
+    await eventually(lambda: [content.content for content in there.content] == ["a", "lost", "c"])
+
+
+async def test_what_is_told_may_be_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     told, number = Session.told, 0
 
     def sometimes(session: Session, message: Any) -> None:

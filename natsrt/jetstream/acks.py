@@ -60,6 +60,27 @@ class _First:
             self.waiter.set_result(message)
 
 
+class _FromStream(_First):
+    """Waits for the answer of a stream. Any subscriber of a subject can answer what is published there."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self.stream: str = stream
+
+    def receive(self, message: Msg) -> None:
+        """Part of `Receiver`."""
+        try:
+            if not is_nobody(message) and read_ack(message).stream != self.stream:
+                return
+        except CannotDecode:
+            return
+        except (WrongRevision, nats.js.errors.APIError):
+            pass  # an error does not say whose it is
+        super().receive(message)
+
+
 class Acks:
     """Publishes messages to streams, and receives the acknowledgements on its own inbox below ``inbox_prefix``."""
 
@@ -109,16 +130,18 @@ class Acks:
             self._interest.check()
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> int:
-        """Send a message, and wait for its acknowledgement. Returns the message's sequence. See `store`."""
-        return (await self.store(subject, payload, headers)).sequence
-
-    async def store(self, subject: str, payload: bytes, headers: dict[str, str] | None = None) -> Ack:
-        """Send a message, and return its acknowledgement, for which it waits without a time limit.
+        """Send a message, and wait for its acknowledgement without a time limit. Returns the message's sequence.
 
         The caller limits the time, has checked the size, and guarantees that the headers contain no line ends. Raises
         `WrongRevision`, `CannotDecode`, and what nats-py raises.
         """
-        first = _First()
+        return await self._store(_First(), subject, payload, headers)
+
+    async def store(self, stream: str, subject: str, payload: bytes, headers: dict[str, str]) -> int:
+        """The same for a subject to which others may subscribe: only what ``stream`` says counts."""
+        return await self._store(_FromStream(stream), subject, payload, headers)
+
+    async def _store(self, first: _First, subject: str, payload: bytes, headers: dict[str, str] | None) -> int:
         reply = self.expect(first)
         try:
             client = self._connection.client
@@ -127,7 +150,7 @@ class Acks:
             message = await first.waiter
         finally:
             self.forget(reply)
-        return read_ack(message)
+        return read_ack(message).sequence
 
 
 def read_ack(message: Msg) -> Ack:

@@ -119,8 +119,6 @@ class CacheBucket:
         subject = self._domain.publish(self._subject(key))
 
         async def attempt() -> None:
-            ack = await self._acks.store(subject, value, headers)
-            if ack.stream != self.stream:  # any subscriber of the subject can answer
-                raise TimeoutError
+            await self._acks.store(self.stream, subject, value, headers)
 
         await self._writes.run(WRITE, attempt, subject=subject, within=self._write_within)

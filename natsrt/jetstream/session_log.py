@@ -204,10 +204,7 @@ class SessionLog:
         self._connection.check_stored(len(body), headers_size(headers))
 
         async def attempt() -> int:
-            ack = await self._acks.store(self._subject, body, headers)
-            if ack.stream != self.stream:  # any subscriber of the subject can answer
-                raise TimeoutError
-            return ack.sequence
+            return await self._acks.store(self.stream, self._subject, body, headers)
 
         return await self._writes.run(WRITE, attempt, subject=self._subject, within=self._write_within)
 

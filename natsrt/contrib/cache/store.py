@@ -244,13 +244,12 @@ class _Worker:
     def run(self, operation: Callable[[CacheBucket], Awaitable[R]]) -> R:
         """The result of an operation on the bucket. Raises natsrt's errors if there is none in time."""
         try:
-            return self._thread.run(self._in_time(operation), self._timeout + 2 * _OVER)
+            return self._thread.run(self._use(operation), self._timeout + _OVER)
         except TimeoutError:
             raise ServerUnreachable(self._options.safe_servers, self._timeout, "it does not answer") from None
 
-    async def _in_time(self, operation: Callable[[CacheBucket], Awaitable[R]]) -> R:
-        async with asyncio.timeout(self._timeout + _OVER):
-            return await operation(await self._opened())
+    async def _use(self, operation: Callable[[CacheBucket], Awaitable[R]]) -> R:
+        return await operation(await self._opened())
 
     async def _opened(self) -> CacheBucket:
         async with self._opening:

@@ -154,8 +154,8 @@ class Session:
             try:
                 if not await self._take_told() or waiting or self._unsure:
                     await self._catch_up()
-                elif any(sequence > self._position for sequence, _ in stored):
-                    await self._read_on()
+                elif stored:
+                    await self._read_until(max(sequence for sequence, _ in stored))
             except Exception as problem:
                 error = problem
                 if not waiting:
@@ -174,7 +174,7 @@ class Session:
         """Take what the server told. Returns False if something is missing before it, or is gone."""
         if self._created is None:
             return False
-        while self._told:
+        for _ in range(len(self._told)):  # who waits may not wait for what comes meanwhile
             message = self._told.popleft()
             if message.sequence <= self._position:
                 continue
@@ -182,6 +182,8 @@ class Session:
                 self._told.clear()
                 return False
             await self._take(message)
+        if self._told:
+            self._wake.set()
         return True
 
     async def _catch_up(self) -> None:
@@ -202,13 +204,13 @@ class Session:
             if self._created is not None:
                 logger.warning("the stream %s was deleted, with all that its sessions remember", self.log.stream)
             await self._start_over(state.created)
-        elif state.last < self._position or (self._doubtful and not await self._is_there()):
+        elif self._doubtful and not await self._is_there():
             logger.warning("the stream %s is in an older state than before", self.log.stream)
             await self._start_over(state.created)
         self._doubtful = False
         is_new = state.last > self._seen
         if is_new:
-            await self._read_on()
+            await self._read_until(state.last)
             self._seen = state.last
         gone = len(self._entries) - state.messages
         for entry in reversed(self._entries):
@@ -259,12 +261,16 @@ class Session:
         self._position = self._seen = self._surplus = 0
         self._created = created
 
-    async def _read_on(self) -> None:
-        """Take all that the stream has after what was taken, as its leader says."""
-        while (message := await self.log.next(self._position)) is not None:
+    async def _read_until(self, last: int) -> None:
+        """Take all that the stream has up to a sequence, as its leader says. Others may store more meanwhile, without
+        an end, so no later message is waited for."""
+        while self._position < last:
+            message = await self.log.next(self._position)
+            if message is None or message.sequence > last:
+                return
             await self._take(message)
             more = True
-            while more:
+            while more and self._position < last:
                 page, more = await self.log.page(self._position)
                 for message in page:
                     await self._take(message)
