@@ -387,9 +387,10 @@ class Notes(Memory):
         self.most = 0
         self.adds = 0
         self.closed = False
+        self.pause = 0.0
 
     async def add(self, content: MemoryContent, cancellation_token: CancellationToken | None = None) -> None:
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.pause)
         value = str(content.content)
         if self.refuses.get(value, 0):
             self.refuses[value] -= 1
@@ -626,6 +627,18 @@ async def test_a_gap_in_what_is_told_is_noticed_at_the_next_message(
     await eventually(lambda: [content.content for content in there.content] == ["a", "lost", "c"])
 
 
+async def test_what_is_told_faster_than_a_memory_takes_it_is_read_later(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("natsrt.contrib.memory.session._MOST_TOLD", 3)
+    notes = Notes()
+    here, other = make(), make(memory=notes)
+    await other.query()
+    notes.pause = 0.01
+    await add(here, *map(str, range(60)))
+    await eventually(lambda: notes.contents == [*map(str, range(60))], 10.0)
+
+
 async def test_what_is_told_may_be_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     told, number = Session.told, 0
 
@@ -818,15 +831,16 @@ async def test_a_memory_in_use_in_another_event_loop_says_so(make: Make) -> None
     raised: list[BaseException] = []
 
     def elsewhere() -> None:
-        try:
-            asyncio.run(add(memory, "b"))
-        except RuntimeError as error:
-            raised.append(error)
+        for use in (add(memory, "b"), memory.close()):
+            try:
+                asyncio.run(use)
+            except RuntimeError as error:
+                raised.append(error)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     await asyncio.to_thread(thread.join)
-    assert "another event loop" in str(raised[0])
+    assert ["another event loop" in str(error) for error in raised] == [True, True]
     assert await texts(memory) == ["a"]
 
 

@@ -9,6 +9,8 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
+_CANCEL_AGAIN: Final = 0.1
+"""Seconds after which tasks that were cancelled and go on are cancelled again."""
 _END_WITHIN: Final = 5.0
 """Seconds within which the thread ends. It waits for nothing then but for its own tasks to be cancelled."""
 
@@ -27,8 +29,8 @@ class LoopThread:
             self._loop.run_forever()
             while left := asyncio.all_tasks(self._loop):
                 for task in left:
-                    task.cancel()
-                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+                    task.cancel()  # again, if it ignored that: asyncio.wait_for may, before Python 3.12
+                self._loop.run_until_complete(asyncio.wait(left, timeout=_CANCEL_AGAIN))
         finally:
             asyncio.set_event_loop(None)
             self._loop.close()

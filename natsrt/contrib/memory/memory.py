@@ -14,7 +14,7 @@ from autogen_core.model_context import ChatCompletionContext
 
 from natsrt import NatsAgentRuntime, Options
 from natsrt.contrib.memory.contents import CLEAR, encode
-from natsrt.contrib.memory.session import Session
+from natsrt.contrib.memory.session import Session, end
 from natsrt.contrib.servers import ServersConfig, config_of, settings_of
 from natsrt.storage import Storage, check_limits
 
@@ -176,13 +176,17 @@ class NatsMemory(Memory, Component[NatsMemoryConfig]):
         await self._store(CLEAR, alone=True)
 
     async def close(self) -> None:
-        """Disconnect, and close the memory that is wrapped. What is stored stays. Has no effect if closed."""
+        """Disconnect, and close the memory that is wrapped. What is stored stays. Has no effect if closed.
+
+        Raises:
+            RuntimeError: The memory runs in another event loop: close it there.
+        """
         if self._closed:
             return
-        self._closed = True
-        life, self._life = self._life, None
+        life = self._life_here()
+        self._closed, self._life = True, None
         try:
-            if life is not None and life.loop is asyncio.get_running_loop():
+            if life is not None:
                 await life.end()
         finally:
             await self._memory.close()
@@ -239,11 +243,7 @@ class NatsMemory(Memory, Component[NatsMemoryConfig]):
         """The session, connected. Raises RuntimeError if the memory is closed, or runs in another event loop."""
         if self._closed:
             raise RuntimeError("this memory is closed: make another one for the same session")
-        loop, life = asyncio.get_running_loop(), self._life
-        if life is not None and life.loop is not loop:
-            if not life.loop.is_closed():
-                raise RuntimeError("this memory runs in another event loop: make another one for the same session")
-            life = None  # as after asyncio.run: nothing of it runs any more
+        life = self._life_here()
         if life is not None and self._runtime is not None and life.storage is not self._runtime.storage:
             self._life = None
             await life.end()  # the runtime was stopped, and started again
@@ -257,6 +257,16 @@ class NatsMemory(Memory, Component[NatsMemoryConfig]):
             if self._life is life and life.failed:
                 self._life = None
             raise
+
+    def _life_here(self) -> _Life | None:
+        """What the memory has in this event loop; None before its first use. Raises RuntimeError if it has something in
+        another one that is not closed."""
+        life = self._life
+        if life is None or life.loop is asyncio.get_running_loop():
+            return life
+        if life.loop.is_closed():  # as after asyncio.run: nothing of it runs any more
+            return None
+        raise RuntimeError("this memory runs in another event loop: make another one for the same session")
 
     def _new_session(self, storage: Storage) -> Session:
         log = storage.log(
@@ -305,8 +315,7 @@ class _Life:
         return session
 
     async def end(self) -> None:
-        self._opening.cancel()
-        await asyncio.wait({self._opening})
+        await end(self._opening)
         if self.session is not None:
             await self.session.stop()
             await self.storage.close()

@@ -15,10 +15,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from autogen_core.memory import ListMemory, Memory, MemoryContent
 
@@ -37,6 +36,19 @@ _LOOKS: Final = 5
 _IN_THREAD: Final = 65_536
 """Bytes from which a body is decoded in a thread: an image of a megabyte takes some ten milliseconds."""
 _KEPT_FAILURES: Final = 100
+_CANCEL_AGAIN: Final = 0.1
+"""Seconds after which a task that was cancelled and goes on is cancelled again."""
+
+
+async def end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task, and wait until it has ended, whatever it raises.
+
+    Before Python 3.12, ``asyncio.wait_for`` ignores a cancellation that comes at the moment when what it waits for is
+    done, and nats-py uses it. So a task that goes on is cancelled again.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_CANCEL_AGAIN)
 
 
 class _Entry(NamedTuple):
@@ -93,9 +105,7 @@ class Session:
         """Follow the log no longer. Has no effect if stopped."""
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await end(task)
         for waiter in [*self._waiting, *(waiter for _, waiter in self._stored)]:
             waiter.cancel()
         await self.log.close()
