@@ -222,6 +222,9 @@ async def test_what_cannot_be_read_counts_as_missing_and_is_replaced(
     for body in (b"", b"\xff", b"[]", b'{"value":{"$model":[]}}', b'{"value":{"$dict":5}}', b"[" * 100_000):
         await js.publish(f"$KV.{bucket}.odd", body)
         assert reader.get("odd", "d") == "d"
+    await js.publish(f"$KV.{bucket}.odd", b'{"value":{"$model":"tests.test_cache.Point","fields":{"x":"secret"}}}')
+    assert make(types=[Point]).get("odd", "d") == "d"
+    assert "x: float_parsing" in caplog.text and "secret" not in caplog.text
     writer.set("odd", 1)
     assert reader.get("odd") == 1
 

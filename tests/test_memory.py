@@ -56,6 +56,7 @@ from natsrt.wire.subjects import Subjects
 from tests.programs import memory_member
 from tests.programs.memory_member import SESSION, digest, text
 from tests.support.processes import Processes, eventually
+from tests.support.topology import hub_and_leaf
 
 PROGRAM = Path(memory_member.__file__)
 Make = Callable[..., NatsMemory]
@@ -703,6 +704,25 @@ async def test_a_token_cancels_what_waits(make: Make, own_server: EmbeddedServer
     assert (await texts(memory))[-1] == "c"
 
 
+@pytest.mark.parametrize("leaf_domain", [None, "leaf"])
+async def test_a_leaf_node_shares_the_memory_and_the_cache_of_the_hub(tmp_path: Path, leaf_domain: str | None) -> None:
+    async with hub_and_leaf(tmp_path, leaf_domain=leaf_domain) as servers:
+        there = ListMemory()
+        hub = NatsMemory("s", servers.hub.url)
+        leaf = NatsMemory("s", servers.leaf.url, jetstream_domain="hub", memory=there)
+        async with hub, leaf:
+            await add(hub, "a")
+            assert await texts(leaf) == ["a"]
+            await add(leaf, "b")
+            assert await texts(hub) == ["a", "b"]
+            await add(hub, "c")
+            await eventually(lambda: [content.content for content in there.content] == ["a", "b", "c"])
+        for url, domain in ((servers.leaf.url, "hub"), (servers.hub.url, None)):
+            with NatsCacheStore[int](url, jetstream_domain=domain) as store:
+                assert await asyncio.to_thread(store.get, "k") == (None if domain else 1)
+                await asyncio.to_thread(store.set, "k", 1)
+
+
 # -- with a runtime, with AgentChat, as a component --------------------------------------------------------------------
 
 
@@ -808,6 +828,41 @@ async def test_a_closed_memory_leaves_nothing_behind(make: Make, server: Embedde
     with pytest.raises(RuntimeError, match="closed"):
         await memory.query()
     assert await texts(make()) == ["a"]
+
+
+async def test_who_waits_for_a_memory_that_is_closed_is_told(make: Make, own_server: EmbeddedServer) -> None:
+    opening, used = make(url=own_server.url), make(url=own_server.url)
+    await add(used, "a")
+    own_server.pause()
+    uses = [used.query(), used.query(), opening.query(), opening.update_context(BufferedChatCompletionContext(1))]
+    waiting = [asyncio.ensure_future(use) for use in uses]
+    await eventually(lambda: used._life and used._life.session and used._life.session._waiters)
+    async with asyncio.timeout(10):
+        await asyncio.gather(used.close(), opening.close())
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [str(one) for one in ended] == ["the memory was closed meanwhile"] * 4
+    own_server.resume()
+
+
+async def test_a_memory_is_closed_at_any_moment(make: Make) -> None:
+    chance, writer = random.Random(1), make()
+
+    async def adds() -> None:
+        while True:
+            await add(writer, "x")
+
+    adding = asyncio.create_task(adds())
+    for _ in range(60):  # nats-py may lose the cancellation of a request
+        memory = make()
+        uses = [asyncio.create_task(memory.query()) for _ in range(2)]
+        await asyncio.sleep(chance.uniform(0, 0.06))
+        async with asyncio.timeout(5):
+            await memory.close()
+        for use in uses:
+            use.cancel()
+        await asyncio.wait(uses)
+    adding.cancel()
+    await asyncio.wait({adding})
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the first loop closes no connection

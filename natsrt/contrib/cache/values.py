@@ -12,11 +12,19 @@ import math
 from collections.abc import Iterable
 from typing import Any, Final
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from natsrt.errors import CannotDecode, CannotSerialize
 
 _VALUE: Final = "a value of a cache"
+
+
+def _why(error: Exception) -> str:
+    """What is wrong, without what Pydantic quotes of the value."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['type']}"
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def class_name(cls: type) -> str:
@@ -81,7 +89,7 @@ class Values:
             fields = json.loads(model.model_dump_json(by_alias=True))
             read = self._model(name, fields)
         except ValueError as error:  # also Pydantic's own
-            raise CannotSerialize(name, f"{where} cannot be read from its own JSON: {error}"[:300]) from None
+            raise CannotSerialize(name, f"{where} cannot be read from its own JSON: {_why(error)}") from None
         if read != model:
             raise CannotSerialize(name, f"{where} would be read as something else: a field changes its type in JSON")
         return {"$model": name, "fields": fields}
@@ -95,7 +103,7 @@ class Values:
         try:
             return self._decoded(json.loads(body)["value"])
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise CannotDecode(_VALUE, f"{type(error).__name__}: {error}"[:300], body) from None
+            raise CannotDecode(_VALUE, _why(error), body) from None
 
     def _decoded(self, said: Any) -> Any:
         if isinstance(said, list):

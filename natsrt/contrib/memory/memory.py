@@ -298,7 +298,10 @@ class _Life:
 
     async def opened(self) -> Session:
         """The session, once it is connected. Raises what kept it from being connected."""
-        return await asyncio.shield(self._opening)
+        await asyncio.wait({self._opening})
+        if self._opening.cancelled():
+            raise RuntimeError("the memory was closed meanwhile")
+        return self._opening.result()
 
     async def _open(self, memory: NatsMemory) -> Session:
         session = None

@@ -89,6 +89,8 @@ class Session:
         self._waiting: list[asyncio.Future[None]] = []
         self._stored: list[tuple[int, asyncio.Future[None]]] = []
         """Who waits until a message of this process was taken, by its sequence."""
+        self._waiters: set[asyncio.Future[None]] = set()
+        """All who wait."""
         self._failures: dict[int, Exception] = {}
         """Why the memory refused messages, by their sequences: the last ones."""
         self._task: asyncio.Task[None] | None = None
@@ -106,8 +108,9 @@ class Session:
         task, self._task = self._task, None
         if task is not None:
             await end(task)
-        for waiter in [*self._waiting, *(waiter for _, waiter in self._stored)]:
-            waiter.cancel()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(RuntimeError("the memory was closed meanwhile"))
         await self.log.close()
 
     # -- what the log tells ------------------------------------------------------------------------------------------
@@ -135,8 +138,7 @@ class Session:
         """
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
-        self._wake.set()
-        await waiter
+        await self._wait(waiter)
 
     async def taken(self, sequence: int) -> None:
         """Wait until a message that this process has stored was taken, if the stream can be read.
@@ -146,11 +148,20 @@ class Session:
         if self._position < sequence:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._stored.append((sequence, waiter))
-            self._wake.set()
-            await waiter
+            await self._wait(waiter)
         if (failure := self._failures.pop(sequence, None)) is not None:
             failure.add_note("The content is stored, and other processes that share the memory may have it.")
             raise failure
+
+    async def _wait(self, waiter: asyncio.Future[None]) -> None:
+        if self._task is None:
+            raise RuntimeError("the memory was closed meanwhile")
+        self._waiters.add(waiter)
+        self._wake.set()
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
 
     # -- the one task ------------------------------------------------------------------------------------------------
 
@@ -168,9 +179,11 @@ class Session:
                     await self._read_until(max(sequence for sequence, _ in stored))
             except Exception as problem:
                 error = problem
-                if not waiting:
-                    level = logging.DEBUG if isinstance(problem, NatsrtError) else logging.WARNING
-                    logger.log(level, "the memory of %s is not in step: %s", self.log.stream, problem)
+                if isinstance(problem, NatsrtError):  # the next query raises it, if it lasts
+                    logger.debug("the memory of %s is not in step: %s", self.log.stream, problem)
+                else:  # its text may quote a content
+                    kind = type(problem).__name__
+                    logger.warning("the memory of %s is not in step: clearing it raised %s", self.log.stream, kind)
             for waiter in waiting:
                 if not waiter.done() and error is not None:
                     waiter.set_exception(error)
