@@ -436,6 +436,24 @@ async def test_a_closed_store_leaves_no_thread_and_no_connection(own_server: Emb
         await eventually(none_is_left)
 
 
+async def test_who_waits_for_a_store_that_is_closed_is_told(own_server: EmbeddedServer) -> None:
+    store = NatsCacheStore[int](own_server.url, timeout=20)
+    store.set("k", 1)
+    own_server.pause()
+    waiting = [asyncio.create_task(asyncio.to_thread(store.get, "k")) for _ in range(3)]
+    worker = store._worker
+    assert worker is not None
+    await eventually(lambda: len(asyncio.all_tasks(worker._thread._loop)) > 5)
+    async with asyncio.timeout(10):
+        await asyncio.to_thread(store.close)
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [str(one) for one in ended] == ["this cache store was closed meanwhile"] * 3
+    with pytest.raises(RuntimeError, match="closed meanwhile"):
+        worker.run(lambda bucket: bucket.get("k"))
+    assert not _threads()
+    own_server.resume()
+
+
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import CancelledError
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -43,9 +44,14 @@ class LoopThread:
     def run(self, work: Coroutine[Any, Any, T], timeout: float) -> T:
         """The result of ``work``, which the thread runs. ``work`` is cancelled if the caller is interrupted.
 
-        Raises what ``work`` raises, and TimeoutError if it has not ended after ``timeout`` seconds.
+        Raises what ``work`` raises, TimeoutError if it has not ended after ``timeout`` seconds, and the
+        ``CancelledError`` of concurrent.futures if the thread is stopped meanwhile, or was before.
         """
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop is closed
+            work.close()
+            raise CancelledError from None
         try:
             return future.result(timeout)
         except BaseException:

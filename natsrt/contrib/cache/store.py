@@ -12,6 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -245,6 +246,8 @@ class _Worker:
         """The result of an operation on the bucket. Raises natsrt's errors if there is none in time."""
         try:
             return self._thread.run(self._use(operation), self._timeout + _OVER)
+        except CancelledError:
+            raise RuntimeError("this cache store was closed meanwhile") from None
         except TimeoutError:
             raise ServerUnreachable(self._options.safe_servers, self._timeout, "it does not answer") from None
 
@@ -272,7 +275,7 @@ class _Worker:
             return
         try:
             self._thread.run(self._close(), _CLOSE_WITHIN)
-        except (TimeoutError, RuntimeError):
+        except (TimeoutError, CancelledError):
             logger.debug("the connection of the cache %s was not closed in order", self._name)
         self._thread.stop()
 
