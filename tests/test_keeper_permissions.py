@@ -93,7 +93,7 @@ def options(scene: Scene, user: str) -> Options:
 
 
 async def remembers(scene: Scene, make: Callable[[], NatsMemory]) -> None:
-    for number in range(2):
+    for number in range(3):  # the third one reads a page
         memory = make()
         scene._stack.push_async_callback(memory.close)
         await memory.add(MemoryContent(content=str(number), mime_type="text/plain"))

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Final
 
 import nats.js.errors
 from nats.js import api
 
-from natsrt.errors import StreamUnavailable
 from natsrt.jetstream.acks import Acks
 from natsrt.jetstream.buckets import TTL, is_gone
-from natsrt.jetstream.domains import Domain
-from natsrt.jetstream.requests import OPEN, READ, WRITE, BucketRequests
-from natsrt.jetstream.session_log import ATTEMPTS, NEEDED, NO_MESSAGE, OTHER_LIMITS
-from natsrt.jetstream.streams import ensure_stream, require_settings, require_version
+from natsrt.jetstream.kept_stream import NO_MESSAGE, KeptStream
+from natsrt.jetstream.requests import READ, WRITE
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
 from natsrt.transport.headers import headers_size
 from natsrt.wire.subjects import encode_token
 
-_WITHIN: Final = 2.0
-"""Seconds for one attempt of a request, beside the round trip."""
 
-
-class CacheBucket:
+class CacheBucket(KeptStream):
     """One bucket. All methods raise `StreamUnavailable`, `PermissionDenied`, `ServerUnreachable`, `JetStreamRequired`
     and `ServerTooOld`. Reading waits ``offline_timeout`` seconds for a lost server, writing ``publish_timeout``.
 
@@ -35,60 +27,12 @@ class CacheBucket:
     def __init__(
         self, connection: Connection, options: Options, acks: Acks, *, bucket: str, config: api.StreamConfig
     ) -> None:
-        self.stream: str = config.name or ""
-        self._connection = connection
-        self._acks = acks
-        self._config = config
         self._entries = f"$KV.{bucket}"
-        self._domain = Domain(options.jetstream_domain)
-        patience = math.inf if options.offline_timeout is None else options.offline_timeout
-        self._reads = self._requests(options, patience)
-        self._writes = self._requests(options, options.publish_timeout)
-        self._write_within = min(_WITHIN, options.publish_timeout / ATTEMPTS)
-
-    def _requests(self, options: Options, retry_for: float) -> BucketRequests:
-        return BucketRequests(
-            self._connection,
-            self.stream,
-            self._unavailable,
-            subscribed=(options.inbox_prefix,),
-            domain=self._domain,
-            retry_for=retry_for,
-            patient=True,
-            make_again=self._make_again,
-            stream=(self.stream, self._entries),
-        )
-
-    def _unavailable(self, operation: str, reason: str) -> StreamUnavailable:
-        return StreamUnavailable(operation, self.stream, reason)
+        super().__init__(connection, options, acks, config, feature="caches in JetStream", entries=self._entries)
 
     async def open(self) -> None:
         """Make the bucket if it is missing."""
-        version = self._connection.client.connected_server_version
-        text = f"{version.major}.{version.minor}.{version.patch}"
-        require_version((version.major, version.minor), text, "caches in JetStream", NEEDED)
-        if not self._acks.open:
-            await self._acks.subscribe()
-        await self._reads.run(OPEN, self._ensure, within=_WITHIN)
-
-    def close(self) -> None:
-        """Forget the connection."""
-        self._reads.close()
-        self._writes.close()
-
-    async def _ensure(self) -> None:
-        js = self._connection.jetstream
-        info = await ensure_stream(js, self.stream, partial(js.add_stream, self._config))
-        require_settings(info, self._config, self._unavailable, OTHER_LIMITS)
-
-    async def _make_again(self) -> bool:
-        """Make the bucket if it is gone. Returns whether it was."""
-        try:
-            await self._connection.jetstream.stream_info(self.stream)
-        except nats.js.errors.NotFoundError:
-            await self._ensure()
-            return True
-        return False
+        await self._open()
 
     def _subject(self, key: str) -> str:
         return f"{self._entries}.{encode_token(key)}"

@@ -7,7 +7,6 @@ never needed: `state`, `next` and `page` find everything.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
@@ -17,32 +16,21 @@ from nats.aio.msg import Msg
 from nats.js import api
 from nats.nuid import NUID
 
-from natsrt.errors import CannotDecode, StreamUnavailable
+from natsrt.errors import CannotDecode
 from natsrt.jetstream.acks import Acks
 from natsrt.jetstream.buckets import created_at
-from natsrt.jetstream.domains import Domain
-from natsrt.jetstream.requests import OPEN, READ, WRITE, BucketRequests
+from natsrt.jetstream.kept_stream import NO_MESSAGE, KeptStream
+from natsrt.jetstream.requests import READ, WRITE
 from natsrt.jetstream.stream_reader import PAGE, StreamReader
-from natsrt.jetstream.streams import ensure_stream, require_settings, require_version
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest
 from natsrt.transport.headers import headers_size
 
-NEEDED: Final = (2, 11)
-"""The first version of nats-server that has batches of direct gets, and times to live of single messages."""
-_WITHIN: Final = 2.0
-"""Seconds for one attempt of a request, beside the round trip: a cluster that elects a leader does not answer."""
-ATTEMPTS: Final = 3
-"""Attempts to write for which there is time at least: beside a tap, a stream that is gone does not answer the first."""
 _PAGE_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a page; a larger message is a page of its own."""
-NO_MESSAGE: Final = 10037
-"""JetStream's error code for a message that does not exist."""
 _ROLLUP: Final = "Nats-Rollup"
 _SEQUENCE: Final = "Nats-Sequence"
 _PREVIOUS: Final = "Nats-Last-Sequence"
-OTHER_LIMITS: Final = "use the same limits everywhere, give what needs others a name of its own, or delete the stream"
-"""What to do with a stream if a setting of it cannot be changed."""
 
 
 class LogMessage(NamedTuple):
@@ -74,7 +62,7 @@ class LogReader(Protocol):
         """The connection was lost and made again, so messages may have been missed."""
 
 
-class SessionLog:
+class SessionLog(KeptStream):
     """One log. All methods raise `StreamUnavailable`, `PermissionDenied`, `ServerUnreachable`, `JetStreamRequired` and
     `ServerTooOld`. Reading waits ``offline_timeout`` seconds for a lost server, writing ``publish_timeout``.
 
@@ -92,49 +80,22 @@ class SessionLog:
         subject: str,
         told: str,
     ) -> None:
-        self.stream: str = config.name or ""
-        self._connection = connection
-        self._acks = acks
+        super().__init__(
+            connection, options, acks, config, feature="memories in JetStream", entries=subject, subscribed=(told,)
+        )
         self._reader = reader
-        self._config = config
         self._subject = subject
         self._told = told
-        self._domain = Domain(options.jetstream_domain)
         self._interest: Interest | None = None
         self._readers: list[LogReader] = []
         self._closed = False
-        patience = math.inf if options.offline_timeout is None else options.offline_timeout
-        self._reads = self._requests(options, patience)
-        self._writes = self._requests(options, options.publish_timeout)
-        self._write_within = min(_WITHIN, options.publish_timeout / ATTEMPTS)
         connection.add_listener(self)
-
-    def _requests(self, options: Options, retry_for: float) -> BucketRequests:
-        return BucketRequests(
-            self._connection,
-            self.stream,
-            self._unavailable,
-            subscribed=(options.inbox_prefix, self._told),
-            domain=self._domain,
-            retry_for=retry_for,
-            patient=True,
-            make_again=self._make_again,
-            stream=(self.stream, self._subject),
-        )
-
-    def _unavailable(self, operation: str, reason: str) -> StreamUnavailable:
-        return StreamUnavailable(operation, self.stream, reason)
 
     # -- opening and closing -----------------------------------------------------------------------------------------
 
     async def open(self, reader: LogReader) -> None:
         """Make the stream if it is missing, and tell ``reader`` of new messages from now on."""
-        version = self._connection.client.connected_server_version
-        text = f"{version.major}.{version.minor}.{version.patch}"
-        require_version((version.major, version.minor), text, "memories in JetStream", NEEDED)
-        await self._reads.run(OPEN, self._ensure, within=_WITHIN)
-        if not self._acks.open:
-            await self._acks.subscribe()
+        await self._open()
         self._readers.append(reader)
         self._interest = await self._connection.subscribe(self._told, self._take)
         await self._connection.barrier()
@@ -148,27 +109,10 @@ class SessionLog:
         self._closed = True
         self._readers.clear()
         self._connection.remove_listener(self)
-        self._reads.close()
-        self._writes.close()
+        self._forget()
         interest, self._interest = self._interest, None
         if interest is not None:
             await self._connection.unsubscribe(interest)
-
-    async def _ensure(self) -> str:
-        """Make the stream if it is missing. Returns when it was made."""
-        js = self._connection.jetstream
-        info = await ensure_stream(js, self.stream, partial(js.add_stream, self._config))
-        require_settings(info, self._config, self._unavailable, OTHER_LIMITS)
-        return created_at(info)
-
-    async def _make_again(self) -> bool:
-        """Make the stream if it is gone. Returns whether it was."""
-        try:
-            await self._connection.jetstream.stream_info(self.stream)
-        except nats.js.errors.NotFoundError:
-            await self._ensure()
-            return True
-        return False
 
     # -- what the server tells ---------------------------------------------------------------------------------------
 
