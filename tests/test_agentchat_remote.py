@@ -41,7 +41,7 @@ from natsrt.contrib.agentchat.repeats import Repeats
 from natsrt.contrib.agentchat.requests import ChatTurn, TeamRun
 from natsrt.contrib.agentchat.sources import renamed
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import AgentNotServed
+from natsrt.errors import AgentNotServed, CannotSerialize
 from tests.programs.chat_teams import MODEL, Plan, assistant, calls
 from tests.support.processes import REPOSITORY, Processes, eventually
 
@@ -62,6 +62,13 @@ async def runtime(server: EmbeddedServer, namespace: str) -> AsyncIterator[NatsA
         yield started
 
 
+class Odd(ThoughtEvent):
+    """An event that cannot be sent if its value is no number."""
+
+    content: str = ""
+    value: float
+
+
 class Counter(BaseChatAgent):
     """Keeps what it gets, and says how much that is. What a message says, it does."""
 
@@ -69,6 +76,7 @@ class Counter(BaseChatAgent):
         super().__init__(name, "counts messages")
         self.got: list[str] = []
         self.events: list[str] = []
+        self.saves = 0
         self.may_go_on = asyncio.Event()
 
     @property
@@ -87,12 +95,17 @@ class Counter(BaseChatAgent):
         self.got += [message.to_text() for message in messages]
         thought = ThoughtEvent(content=f"{len(self.got)} so far", source=self.name)
         yield thought
+        if "odd" in self.got:
+            yield Odd(value=float("nan"), source=self.name)
         if "fail" in self.got:
             raise ValueError("it failed")
         if "wait" in self.got:
             self.events.append("waits")
             waiting = asyncio.ensure_future(self.may_go_on.wait())
-            cancellation_token.link_future(waiting)
+            if "deaf" in self.got:
+                cancellation_token.add_callback(self.may_go_on.set)
+            else:
+                cancellation_token.link_future(waiting)
             try:
                 await waiting
             except asyncio.CancelledError:
@@ -110,6 +123,7 @@ class Counter(BaseChatAgent):
         self.events.append("resumed")
 
     async def save_state(self) -> Mapping[str, Any]:
+        self.saves += 1
         return {"got": list(self.got)}
 
     async def load_state(self, state: Mapping[str, Any]) -> None:
@@ -297,6 +311,37 @@ async def test_a_turn_that_is_cancelled_does_not_count(worker: NatsAgentRuntime,
     assert made.all[1].got == ["a", "b"]
 
 
+async def test_a_turn_that_is_completed_although_it_was_cancelled_does_not_count(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    agent, made = await counter(worker, runtime, session="ada")
+    token = CancellationToken()
+    task: list[BaseChatMessage] = [TextMessage(content=text, source="user") for text in ("deaf", "wait")]
+    turn = ChatTurn(messages=task, name="me", turn="t1")
+    running = asyncio.create_task(
+        runtime.send_message(
+            turn, AgentId("counter", "ada"), cancellation_token=token
+        )  # streams are stopped in any case
+    )
+    await eventually(lambda: made.all and made.all[0].events == ["waits"])
+    token.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await said(agent, "a") == "1"
+
+
+async def test_a_turn_whose_answer_nobody_takes_does_not_count(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    made = Made()
+    await host(worker, "counter", made)
+    agent = await RemoteChatAgent.connect("counter", runtime, session="ada")
+    turn = ChatTurn(messages=[TextMessage(content="a", source="user")], name="me", turn="t1")
+    async with runtime.stream_message(turn, AgentId("counter", "ada"), window=1):
+        await eventually(lambda: made.all and made.all[0].saves == 2)  # before the turn, and at its end
+    assert await said(agent, "b") == "1"
+
+
 async def test_a_turn_that_is_left_does_not_count(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:
     agent, made = await counter(worker, runtime)
     assert await said(agent, "a") == "1"
@@ -414,6 +459,25 @@ async def test_an_agent_that_comes_back_to_itself_is_refused(
     assert "self/ada -> self/ada" in str(execution.content[0].content)
 
 
+async def test_agents_that_call_one_another_in_a_circle_are_refused(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    def calling(other: str) -> Any:
+        async def call(text: str) -> str:
+            """Asks the other one."""
+            return await said(RemoteChatAgent(other, worker, session="ada", name="x", description="x"), text)
+
+        return call
+
+    for own, other in (("one", "two"), ("two", "one")):
+        await host(worker, own, assistant(own, calls("call", text="?"), "no", tools=[calling(other)]))
+    agent = await RemoteChatAgent.connect("one", runtime, session="ada")
+    async with asyncio.timeout(10):
+        result = await agent.run(task="Begin.")
+    (execution,) = [one for one in result.messages if isinstance(one, ToolCallExecutionEvent)]
+    assert "one/ada -> two/ada -> one/ada" in str(execution.content[0].content)
+
+
 # -- teams -----------------------------------------------------------------------------------------------------------
 
 
@@ -494,6 +558,18 @@ async def test_a_run_that_is_left_or_fails_does_not_count(worker: NatsAgentRunti
     with pytest.raises(asyncio.CancelledError):
         await running
     assert await said(team, "b") == "2"
+
+
+async def test_a_run_ends_whose_messages_cannot_be_sent(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:
+    """The team is told, and does not go on waiting."""
+    made = Made(lambda: RoundRobinGroupChat([Counter("one")], max_turns=1, custom_message_types=[Odd]))
+    await host(worker, "team", made)
+    team = await RemoteTeam.connect("team", runtime)
+    async with asyncio.timeout(10):
+        with pytest.raises(CannotSerialize, match="nan"):
+            await team.run(task=[TextMessage(content=text, source="user") for text in ("odd", "wait")])
+        assert made.all[0]._participants[0].events == ["waits", "cancelled"]
+        assert await said(team, "a") == "1"
 
 
 async def test_a_run_that_is_sent_again_is_answered_from_what_is_stored(

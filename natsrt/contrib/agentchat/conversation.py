@@ -92,8 +92,6 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         try:
             with in_turn(str(self.id), callers):
                 yield live, token
-            if token.is_cancelled():
-                raise asyncio.CancelledError("the turn was cancelled")
         except BaseException:
             token.cancel()
             self._drop()
@@ -101,9 +99,16 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         finally:
             self._taking_turn = False
 
-    async def _completed(self, live: Hosted, result: Result | None = None, turn: str | None = None) -> Stored:
-        """What is to be stored of a turn that is about to be completed; ``turn`` None: without its answer."""
+    async def _completed(
+        self, live: Hosted, token: CancellationToken, result: Result | None = None, turn: str | None = None
+    ) -> Stored:
+        """What is to be stored of a turn that is about to be completed; ``turn`` None: without its answer.
+
+        Raises CancelledError if the turn was cancelled, which the live one may not have noticed.
+        """
         state = dict(await live.save_state())
+        if token.is_cancelled():
+            raise asyncio.CancelledError("the turn was cancelled")
         if turn is None or result is None:
             return Stored(state)
         return Stored(state, turn, dump_result(result, self._factory.types))
@@ -159,13 +164,13 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     async def on_reset(self, message: Reset, ctx: MessageContext) -> None:
         async with self._turn(ctx) as (live, token):
             await (live.reset() if isinstance(live, Team) else live.on_reset(token))
-            self._stored = await self._completed(live)
+            self._stored = await self._completed(live, token)
 
     @message_handler
     async def on_load(self, message: LoadState, ctx: MessageContext) -> None:
-        async with self._turn(ctx) as (live, _):
+        async with self._turn(ctx) as (live, token):
             await live.load_state(message.state)
-            self._stored = await self._completed(live)
+            self._stored = await self._completed(live, token)
 
     @natsrt.out_of_turn
     @message_handler
@@ -210,7 +215,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
                     else:
                         yield item
             result = _required(result, "run_stream")
-            stored = await self._completed(live)
+            stored = await self._completed(live, token)
             yield result
             self._stored = stored
 
@@ -243,7 +248,7 @@ class AgentConversation(Conversation[ChatAgent]):
                     else:
                         yield item
             response = _required(response, "on_messages_stream")
-            stored = await self._completed(live, response, message.turn if message.keep else None)
+            stored = await self._completed(live, token, response, message.turn if message.keep else None)
             yield response
             self._stored = stored
 
@@ -278,7 +283,7 @@ class TeamConversation(Conversation[Team]):
                     else:
                         yield item
             result = _required(result, "run_stream")
-            stored = await self._completed(live, result, message.turn if message.keep else None)
+            stored = await self._completed(live, token, result, message.turn if message.keep else None)
             yield result
             self._stored = stored
 
@@ -290,9 +295,15 @@ async def _left(items: AsyncGenerator[T, None], token: CancellationToken) -> Asy
         yield items
     except BaseException:
         token.cancel()
+        try:
+            await items.aclose()
+        except asyncio.CancelledError:  # of what the token has cancelled, unless this task is cancelled too
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+        except Exception as error:
+            logger.debug("closing what was left raised %s", type(error).__name__)
         raise
-    finally:
-        await items.aclose()
+    await items.aclose()
 
 
 def _required(result: T | None, method: str) -> T:
