@@ -16,7 +16,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Generic, TypeVar
 
 from autogen_agentchat.base import ChatAgent, Response, TaskResult, Team
@@ -43,7 +43,6 @@ from natsrt.contrib.agentchat.stored import Result, Stored, dump_result, load_re
 logger: logging.Logger = logging.getLogger("natsrt.agentchat")
 
 Hosted = TypeVar("Hosted", ChatAgent, Team)
-T = TypeVar("T")
 
 
 class Conversation(RoutedAgent, ABC, Generic[Hosted]):
@@ -98,6 +97,33 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             raise
         finally:
             self._taking_turn = False
+
+    async def _said(
+        self,
+        live: Hosted,
+        token: CancellationToken,
+        items: AsyncGenerator[Any, None],
+        last: type[Result],
+        turn: str | None = None,
+        names: tuple[str, str] = ("", ""),
+    ) -> AsyncGenerator[Any, None]:
+        """What the live one says in a turn, and then its answer, of the class ``last``, which completes the turn.
+
+        ``turn`` is the id of the turn, if its answer is to be stored. ``names`` are the agent's own name, and that
+        under which the caller knows it.
+        """
+        answer: Result | None = None
+        async with _left(items, token):
+            async for item in items:
+                if isinstance(item, last):
+                    answer = renamed(item, *names) if isinstance(item, Response) else item
+                else:
+                    yield renamed(item, *names)
+        if answer is None:
+            raise RuntimeError(f"{self.id} gave no final {last.__name__}")
+        stored = await self._completed(live, token, answer, turn)
+        yield answer
+        self._stored = stored
 
     async def _completed(
         self, live: Hosted, token: CancellationToken, result: Result | None = None, turn: str | None = None
@@ -207,17 +233,10 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | TaskResult, None]:
         """A task as a text, as any NATS client can send it."""
         async with self._turn(ctx) as (live, token):
-            result: TaskResult | None = None
-            async with _left(live.run_stream(task=message, cancellation_token=token), token) as items:
+            running = live.run_stream(task=message, cancellation_token=token)
+            async with aclosing(self._said(live, token, running, TaskResult)) as items:
                 async for item in items:
-                    if isinstance(item, TaskResult):
-                        result = item
-                    else:
-                        yield item
-            result = _required(result, "run_stream")
-            stored = await self._completed(live, token)
-            yield result
-            self._stored = stored
+                    yield item
 
 
 class AgentConversation(Conversation[ChatAgent]):
@@ -239,18 +258,11 @@ class AgentConversation(Conversation[ChatAgent]):
             yield answer
             return
         async with self._turn(ctx, message.callers) as (live, token):
-            response: Response | None = None
-            async with _left(live.on_messages_stream(message.messages, token), token) as items:
+            answering = live.on_messages_stream(message.messages, token)
+            own, turn = live.name, message.turn if message.keep else None
+            async with aclosing(self._said(live, token, answering, Response, turn, (own, message.name))) as items:
                 async for item in items:
-                    item = renamed(item, live.name, message.name)
-                    if isinstance(item, Response):
-                        response = item
-                    else:
-                        yield item
-            response = _required(response, "on_messages_stream")
-            stored = await self._completed(live, token, response, message.turn if message.keep else None)
-            yield response
-            self._stored = stored
+                    yield item
 
 
 class TeamConversation(Conversation[Team]):
@@ -272,27 +284,20 @@ class TeamConversation(Conversation[Team]):
             yield answer
             return
         async with self._turn(ctx, message.callers) as (live, token):
-            result: TaskResult | None = None
             running = live.run_stream(
                 task=message.task, cancellation_token=token, output_task_messages=message.output_task_messages
             )
-            async with _left(running, token) as items:
+            turn = message.turn if message.keep else None
+            async with aclosing(self._said(live, token, running, TaskResult, turn)) as items:
                 async for item in items:
-                    if isinstance(item, TaskResult):
-                        result = item
-                    else:
-                        yield item
-            result = _required(result, "run_stream")
-            stored = await self._completed(live, token, result, message.turn if message.keep else None)
-            yield result
-            self._stored = stored
+                    yield item
 
 
 @asynccontextmanager
-async def _left(items: AsyncGenerator[T, None], token: CancellationToken) -> AsyncIterator[AsyncGenerator[T, None]]:
+async def _left(items: AsyncGenerator[Any, None], token: CancellationToken) -> AsyncIterator[None]:
     """Close ``items`` at the end of the block, after cancelling the token if the block is left in the middle."""
     try:
-        yield items
+        yield
     except BaseException:
         token.cancel()
         try:
@@ -304,9 +309,3 @@ async def _left(items: AsyncGenerator[T, None], token: CancellationToken) -> Asy
             logger.debug("closing what was left raised %s", type(error).__name__)
         raise
     await items.aclose()
-
-
-def _required(result: T | None, method: str) -> T:
-    if result is None:
-        raise RuntimeError(f"the agent or team gave no final result: {method} must end with one")
-    return result

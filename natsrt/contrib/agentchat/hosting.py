@@ -36,7 +36,8 @@ async def host(
         type: The name of the agent type.
         factory: Makes the `ChatAgent` or `Team` of one session. It is called without arguments, and may be
             asynchronous. AutoGen's `AgentInstantiationContext` has the session, as the key of the agent's id, and the
-            runtime. It is called here once too, to find out what to announce; what it makes then is not used.
+            runtime. It is called here once too, for a session ``default``, to find out what to announce; what it makes
+            then is not used.
         message_types: Message classes beside AutoGen's own that the agent or team gets or sends, such as
             ``StructuredMessage[Plan]``. Those in ``produced_message_types`` need not be named.
         keyed: The options of the keyed type: when its state is stored, and how long an idle session stays in memory.
