@@ -1,4 +1,4 @@
-"""Where the servers are of what is kept in JetStream: the settings, and what of them a component's configuration has.
+"""Where the servers of a component are: the settings, and what of them its configuration has.
 
 A configuration names servers, a namespace, and a context of the ``nats`` CLI. It never has credentials: those come from
 the context, from the environment or from a configuration file of the process that loads the component.
@@ -47,6 +47,11 @@ def settings_of(
     if context is not None:
         raise ConfigurationError("context", "is given with options: make them with Options.load(context=…)")
     return options.replace(**given)
+
+
+def settings_in(config: ServersConfig) -> Options:
+    """The settings that a configuration names, and those of this process. Raises `ConfigurationError`."""
+    return settings_of(None, config.servers, config.namespace, config.context, config.jetstream_domain)
 
 
 def config_of(options: Options) -> dict[str, Any]:

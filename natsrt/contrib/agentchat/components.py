@@ -10,14 +10,13 @@ from autogen_core import ComponentModel
 from pydantic import BaseModel
 
 from natsrt.contrib.agentchat.message_types import MessageType, MessageTypes
+from natsrt.contrib.servers import ServersConfig
 
 
-class RemoteConfig(BaseModel):
+class RemoteConfig(ServersConfig):
     """The configuration of a `RemoteChatAgent` or `RemoteTeam`. It has no credentials."""
 
     type: str
-    servers: list[str]
-    namespace: str = ""
     session: str | None = None
     name: str
     description: str

@@ -23,6 +23,7 @@ from natsrt.contrib.agentchat.components import RemoteConfig, dump_types, load_t
 from natsrt.contrib.agentchat.message_types import MessageTypes
 from natsrt.contrib.agentchat.runtimes import GivenRuntime, OwnRuntimes, Runtimes
 from natsrt.contrib.agentchat.session import OnQuestion, Session
+from natsrt.contrib.servers import config_of, settings_in
 
 _USUAL: Final[tuple[type[BaseChatMessage], ...]] = (
     TextMessage,
@@ -76,7 +77,7 @@ class Remote:
         types = MessageTypes(load_types(config.message_types))
         announcement = Announcement(kind, config.name, config.description, tuple(config.produces))
         produces = _classes(config.type, announcement, types)
-        runtimes = OwnRuntimes(config.servers, config.namespace, types)
+        runtimes = OwnRuntimes(settings_in(config), types)
         return cls._with(runtimes, config.type, announcement, produces, types, config.session, config.retries, None)
 
     @classmethod
@@ -101,8 +102,7 @@ class Remote:
         """The configuration, without credentials, and without a session that is this object's own."""
         return RemoteConfig(
             type=self.session.agent_id.type,
-            servers=list(self.runtimes.servers),
-            namespace=self.runtimes.namespace,
+            **config_of(self.runtimes.options),
             session=self.key,
             name=self.announcement.name,
             description=self.announcement.description,

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from natsrt import NatsAgentRuntime
+from natsrt import NatsAgentRuntime, Options
 from natsrt.contrib.agentchat.message_types import MessageTypes
 
 
 class Runtimes(Protocol):
-    """Where a remote agent or team gets a started runtime from, and how another process can reach the same server."""
+    """Where a remote agent or team gets a started runtime from."""
 
     @property
-    def servers(self) -> Sequence[str]:
-        """The URLs of the servers, without credentials."""
-
-    @property
-    def namespace(self) -> str:
-        """The namespace of the runtimes."""
+    def options(self) -> Options:
+        """The settings of the runtimes."""
 
     def use(self) -> AbstractAsyncContextManager[NatsAgentRuntime]:
         """A runtime for the block, started."""
@@ -37,12 +33,8 @@ class GivenRuntime:
         self.types.register(self.runtime)
 
     @property
-    def servers(self) -> Sequence[str]:
-        return self.runtime.options.safe_servers
-
-    @property
-    def namespace(self) -> str:
-        return self.runtime.options.namespace
+    def options(self) -> Options:
+        return self.runtime.options
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[NatsAgentRuntime]:
@@ -53,16 +45,14 @@ class GivenRuntime:
 class OwnRuntimes:
     """A runtime for each use, which only calls: for agents and teams that were loaded from a configuration.
 
-    Nobody closes what AgentChat loads, so nothing is kept open between the uses. All other settings, and the
-    credentials, are those that `natsrt.Options.load` finds.
+    Nobody closes what AgentChat loads, so nothing is kept open between the uses.
     """
 
-    servers: Sequence[str]
-    namespace: str
+    options: Options
     types: MessageTypes
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[NatsAgentRuntime]:
-        async with NatsAgentRuntime(self.servers, namespace=self.namespace) as runtime:
+        async with NatsAgentRuntime(options=self.options) as runtime:
             self.types.register(runtime)
             yield runtime

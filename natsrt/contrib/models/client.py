@@ -34,6 +34,7 @@ from natsrt.contrib.models.messages import (
     output_of,
     schema_of,
 )
+from natsrt.contrib.servers import ServersConfig, config_of, settings_in
 from natsrt.errors import CannotDecode, NoLiveWorker, WorkerBusy, WorkerLost, WorkerStopped
 
 TokenCounter = Callable[[Sequence[LLMMessage], Sequence[Tool | ToolSchema]], int]
@@ -51,13 +52,11 @@ _LONGEST_PAUSE: Final = 2.0
 """Seconds between two attempts to reach a worker that has room, or is there."""
 
 
-class RemoteModelConfig(BaseModel):
+class RemoteModelConfig(ServersConfig):
     """What `RemoteChatCompletionClient` writes into a component. Credentials are not part of it."""
 
     type: str
     """The agent type of the model."""
-    servers: list[str]
-    namespace: str
     model_info: ModelInfo | None = None
     max_tokens: int | None = None
     retries: int = 0
@@ -317,11 +316,9 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
     # -- as a component ----------------------------------------------------------------------------------------------
 
     def _to_config(self) -> RemoteModelConfig:
-        options = self._runtime.options
         return RemoteModelConfig(
             type=self._agent.type,
-            servers=options.safe_servers,
-            namespace=options.namespace,
+            **config_of(self._runtime.options),
             model_info=self._info,
             max_tokens=self._max_tokens,
             retries=self._retries,
@@ -329,14 +326,15 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
 
     @classmethod
     def _from_config(cls, config: RemoteModelConfig) -> Self:
-        return cls(
+        client = cls(
             config.type,
-            servers=config.servers,
-            namespace=config.namespace,
+            NatsAgentRuntime(options=settings_in(config)),
             model_info=config.model_info,
             max_tokens=config.max_tokens,
             retries=config.retries,
         )
+        client._own = True
+        return client
 
 
 class _Pauses:
