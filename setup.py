@@ -4,7 +4,8 @@
 import hook. Type checkers run no hooks, and do not find natsrt then. So `editable_wheel` adds a ``.pth`` file with the
 path of the checkout, which they follow.
 
-**The index page.** Relative links of README.md lead nowhere outside a checkout. `index_page` makes them absolute.
+**The index page.** Relative links and pictures of README.md lead nowhere outside a checkout. `index_page` makes them
+absolute.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from setuptools.command.editable_wheel import editable_wheel as setuptools_edita
 
 ROOT = Path(__file__).resolve().parent
 _PATH_FILE = "natsrt-checkout.pth"
-_RELATIVE_LINK = re.compile(r"\[([^\]\[]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
+_RELATIVE_PICTURE = re.compile(r"!\[([^\]\[]*)\]\((?!https?:)([^)\s]+)\)\n*")
+_RELATIVE_LINK = re.compile(r"(?<!!)\[([^\]\[]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
 class editable_wheel(setuptools_editable_wheel):
@@ -50,8 +52,14 @@ def index_page(readme: str, repository: str | None, version: str) -> str:
     """The README with links that work on every page.
 
     ``repository`` is the URL of the repository; relative links lead to the files of this version there. None: the
-    project names no repository, and a relative link becomes its text with the path in the source distribution.
+    project names no repository. A relative link becomes its text with the path in the source distribution then, and
+    pictures are left out.
     """
+
+    def picture(found: re.Match[str]) -> str:
+        if repository is None:
+            return ""
+        return found[0].replace(f"({found[2]})", f"({repository.rstrip('/')}/raw/v{version}/{found[2]})")
 
     def absolute(found: re.Match[str]) -> str:
         text, path, anchor = found.groups()
@@ -59,7 +67,7 @@ def index_page(readme: str, repository: str | None, version: str) -> str:
             return f"[{text}]({repository.rstrip('/')}/blob/v{version}/{path}{anchor or ''})"
         return text if text == path else f"{text} ({path})"
 
-    return _RELATIVE_LINK.sub(absolute, readme)
+    return _RELATIVE_LINK.sub(absolute, _RELATIVE_PICTURE.sub(picture, readme))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ LONG = (
     "test_durable_clusters.py",
     "test_benchmarks.py",
     "test_cli_worker.py",
+    "test_example_chat.py",
     "test_cli_state.py",
     "test_permission_matrix.py",
     "test_no_call_hangs.py",

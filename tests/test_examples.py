@@ -10,6 +10,7 @@ from natsrt.embedded import EmbeddedServer
 from tests.support.processes import REPOSITORY, Processes
 
 EXAMPLES = REPOSITORY / "examples"
+TESTS = REPOSITORY / "tests"
 
 OUTPUT: dict[str, list[str]] = {
     "one_call.py": ["42 / 4 = 10.5", "1 / 0 raised ZeroDivisionError: division by zero"],
@@ -111,6 +112,8 @@ async def test_the_example_runs_and_prints_what_it_should(name: str, processes: 
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*OUTPUT, "local_server.py"}
+    packages = {path.parent.name for path in EXAMPLES.glob("*/__main__.py")}
+    assert {f"test_example_{name}.py" for name in packages} == {path.name for path in TESTS.glob("test_example_*.py")}
 
 
 async def test_examples_use_the_server_that_nats_url_names(

@@ -85,6 +85,7 @@ def test_the_index_page_has_no_link_that_leads_nowhere(wheel: Path) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert page.startswith("# natsrt") and "docs/keyed.md" in page
     assert RELATIVE.findall(page) == []
+    assert ".png" not in page
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,17 @@ def test_relative_links_become_text_where_the_project_names_no_repository(
     index_page: Callable[[str, str | None, str], str],
 ) -> None:
     assert index_page(LINKS, None, "1.2.0") == "a (docs/a.md) docs/c.md [NATS](https://nats.io) [here](#here)"
+
+
+@pytest.mark.parametrize(
+    ("repository", "expected"),
+    [("https://example.org/natsrt", "![A chat](https://example.org/natsrt/raw/v1.2.0/docs/chat.png)\n\n"), (None, "")],
+)
+def test_relative_pictures_are_those_of_the_repository_or_left_out(
+    repository: str | None, expected: str, index_page: Callable[[str, str | None, str], str]
+) -> None:
+    page = "before\n\n{}![logo](https://nats.io/logo.png)\n"
+    assert index_page(page.format("![A chat](docs/chat.png)\n\n"), repository, "1.2.0") == page.format(expected)
 
 
 def test_an_editable_install_has_a_path_that_type_checkers_follow(unpacked: Path) -> None:
