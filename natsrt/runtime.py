@@ -184,7 +184,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
                 connection, and while intervention handlers run. ``math.inf``: without a limit. None: the setting
                 ``call_timeout``.
             on_question: Answers the questions that the handler asks with `natsrt.ask`: a function of the question that
-                returns the answer, or an awaitable of it. What it raises is raised at the handler. None: nobody
+                returns the answer, or an awaitable of it. The annotation of its parameter says which classes the
+                questions have, if these are not known otherwise. What it raises is raised at the handler. None: nobody
                 answers. With it, the runtime must be started. See docs/streams.md.
 
         A call whose caller stops waiting is not handled if its handler has not started: after the timeout, when its

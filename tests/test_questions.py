@@ -292,6 +292,74 @@ async def test_a_question_is_passed_on_by_ask_itself(make: Make) -> None:
     assert await caller.send_message(Ask(3, what="relay"), AGENT, on_question=answer) == Answered([10, 20, 30])
 
 
+@pytest.mark.slow  # three processes
+async def test_who_passes_a_question_on_need_not_know_its_class(
+    server: EmbeddedServer, namespace: str, make: Make, processes: Processes
+) -> None:
+    where = f"{server.url!r}, namespace={namespace!r}"
+    asking = processes.python(
+        f"""
+import asyncio
+from dataclasses import dataclass
+from autogen_core import MessageContext, RoutedAgent, rpc
+import natsrt
+@dataclass
+class Approval:
+    text: str
+@dataclass
+class Verdict:
+    yes: bool
+class Asks(RoutedAgent):
+    def __init__(self): super().__init__("asks")
+    @rpc
+    async def on_text(self, message: str, ctx: MessageContext) -> str:
+        return repr(await natsrt.ask(Approval(message), reply_type=Verdict))
+async def main():
+    async with natsrt.NatsAgentRuntime({where}) as runtime:
+        await runtime.register_factory("far", Asks, expected_class=Asks)
+        print("ready", flush=True)
+        await asyncio.sleep(60)
+asyncio.run(main())
+""",
+        name="asking",
+    )
+    passing = processes.python(
+        f"""
+import asyncio
+from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
+import natsrt
+class Passes(RoutedAgent):
+    def __init__(self): super().__init__("passes")
+    @rpc
+    async def on_text(self, message: str, ctx: MessageContext) -> str:
+        runtime = natsrt.runtime_of(self)
+        return await runtime.send_message(message, AgentId("far", "k"), on_question=natsrt.ask)
+async def main():
+    async with natsrt.NatsAgentRuntime({where}) as runtime:
+        await runtime.register_factory("near", Passes, expected_class=Passes)
+        print("ready", flush=True)
+        await asyncio.sleep(60)
+asyncio.run(main())
+""",
+        name="passing",
+    )
+    for process in (asking, passing):
+        await process.wait_for_line("ready", 20)
+    caller, asked = await make(), []
+
+    def on_question(question: Approval | Yes) -> Any:  # it is known by this annotation
+        asked.append(question)
+        return {"yes": True}
+
+    assert await caller.send_message("x", AgentId("near", "k"), on_question=on_question) == "Verdict(yes=True)"
+    assert asked == [Approval("x")]
+
+
+@dataclass
+class Approval:
+    text: str
+
+
 async def test_a_keyed_agent_may_be_called_back_by_who_answers(make: Make) -> None:
     await make([], keyed=True)
     caller = await make()

@@ -15,10 +15,12 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Any, Final
+from types import NoneType, UnionType
+from typing import Any, Final, Union, get_args, get_origin
 
 from natsrt.agents.chain import chain_of, current_chain
 from natsrt.agents.interventions import Interventions
+from natsrt.agents.streaming import ask
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, NobodyToAsk
 from natsrt.jetstream.registry.registry import Registry
@@ -34,7 +36,7 @@ from natsrt.wire.envelope import Envelope, attribute
 from natsrt.wire.failures import ErrorTypes, Failure, decode_answer, describe_within
 from natsrt.wire.ids import checked_id
 from natsrt.wire.references import Reference
-from natsrt.wire.serialization import Serialization
+from natsrt.wire.serialization import Encoded, Serialization, type_name_of
 
 logger: logging.Logger = logging.getLogger("natsrt.calls")
 
@@ -77,7 +79,11 @@ class QuestionAnswers:
         """Return what ``on_question`` answers to a question of ``call``. Raises what it raises, and `CannotDecode`."""
         if question.reference is not None:
             await self.replies.load(question, question.reference)
-        asked = self.replies.message(question, type(call.message), None, call.recipient)
+        if on_question is ask and not self._interventions.handlers:  # whoever only passes it on need not know its class
+            asked = self.replies.message(question, Encoded, None, call.recipient)
+        else:
+            wanted = _expected(on_question, question.text("messagetype"))
+            asked = self.replies.message(question, type(call.message), wanted, call.recipient)
         if self._interventions.handlers:
             asked = await self._interventions.on_response(asked, call.recipient, call.sender)
         current_chain.set(chain_of(question))
@@ -187,6 +193,20 @@ class Questions:
         open_tasks, self._open = list(self._open.values()), {}
         for task in open_tasks:
             task.cancel()
+
+
+def _expected(on_question: OnQuestion, type_name: str | None) -> Any:
+    """The class of questions that the annotation of ``on_question`` says: the one with this name, else the first; None
+    if it says none.
+    """
+    try:
+        parameters = inspect.signature(on_question, eval_str=True).parameters.values()
+    except (TypeError, ValueError, NameError, AttributeError, SyntaxError):
+        return None
+    hint = next((parameter.annotation for parameter in parameters), Any)
+    classes = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    classes = tuple(cls for cls in classes if cls not in (Any, object, inspect.Parameter.empty, NoneType))
+    return next((cls for cls in classes if type_name_of(cls) == type_name), classes[0] if classes else None)
 
 
 def check_on_question(on_question: Any) -> None:
