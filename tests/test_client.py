@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import time
 from collections.abc import AsyncIterator
 from types import MethodType
 from typing import Any, cast
@@ -22,9 +23,11 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.protocol.parser import Parser
 
+from benchmarks.chaos.proxy import Proxy
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import CannotDecode
 from natsrt.options import Options
+from natsrt.transport import connector
 from natsrt.transport.client import NatsClient, Ordered
 from natsrt.transport.connection import Connection
 from natsrt.transport.headers import header_block
@@ -269,6 +272,110 @@ async def test_commands_wait_for_no_server_and_can_be_cancelled(own_server: Embe
     own_server.resume()
     await connection.barrier()
     assert not client.keeps_back
+    await connection.close()
+
+
+async def full(connection: Connection, namespace: str, count: int, pause: float = 0.0) -> list[asyncio.Task[None]]:
+    """Let ``count`` publishers wait for room in the buffer of a client that writes nothing.
+
+    Each blocks the event loop for ``pause`` seconds when it goes on, as publishers with much to send do.
+    """
+    client = cast(NatsClient, connection.client)
+    client.doubt()  # the flusher now waits for the server's answer
+    while client.post(namespace, bytes(1_000_000), ""):
+        pass
+
+    async def publish(number: int) -> None:
+        await connection.publish(namespace, b"%d" % number)
+        time.sleep(pause)
+
+    waiting = [asyncio.create_task(publish(number)) for number in range(count)]
+    done, _ = await asyncio.wait(waiting, timeout=0.1)
+    assert not done
+    return waiting
+
+
+async def test_all_who_wait_for_room_go_on_at_once_when_their_client_is_replaced(
+    own_server: EmbeddedServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connector, "_ONE_CLOSE", 0.2)  # seconds; then nobody cares for the old client any more
+    connection = Connection(Options(servers=[own_server.url]), client_name="test")
+    await connection.open()
+    old, heard = cast(NatsClient, connection.client), list[int]()
+    await connection.subscribe(namespace, lambda message: heard.append(len(message.data)))
+    await connection.barrier()
+    own_server.pause()
+    waiting = await full(connection, namespace, 1500, pause=0.001)  # nats-py's queue has room for 1,024
+    connection._replace.set()
+    done, hanging = await asyncio.wait(waiting, timeout=LONG)
+    assert not hanging and connection._client is not old
+    for one in done:
+        one.result()
+    own_server.resume()
+    await eventually(lambda: connection.reconnects == 1, LONG)
+    await connection.barrier()
+    assert len(heard) == 1503  # what they had queued is not lost
+    await connection.close()
+
+
+async def test_those_who_wait_for_room_go_on_when_their_client_is_closed(
+    own_server: EmbeddedServer, namespace: str
+) -> None:
+    connection = Connection(Options(servers=[own_server.url]), client_name="test")
+    await connection.open()
+    own_server.pause()
+    waiting = await full(connection, namespace, 3000)
+    closing = asyncio.create_task(connection.client.close())
+    done, hanging = await asyncio.wait(waiting, timeout=1.0)
+    assert not hanging and all(one.exception() is None for one in done)
+    own_server.resume()
+    await closing
+    await connection.close()
+
+
+async def test_those_who_wait_for_room_go_on_after_a_reconnect(server: EmbeddedServer, namespace: str) -> None:
+    async with Proxy(server.url) as proxy:
+        connection = Connection(Options(servers=[proxy.url], reconnect_wait=0.05), client_name="test")
+        await connection.open()
+        heard = list[int]()
+        await connection.subscribe(namespace, lambda message: heard.append(len(message.data)))
+        await connection.barrier()
+        proxy.freeze()
+        waiting = await full(connection, namespace, 3000)
+        proxy.cut()
+        await proxy.restore()
+        done, hanging = await asyncio.wait(waiting, timeout=LONG)
+        assert not hanging and all(one.exception() is None for one in done)
+        await connection.round_trip(LONG)
+        assert len(heard) == 3003 and connection.client.pending_data_size == 0
+        await connection.close()
+
+
+async def test_who_waits_for_room_can_be_cancelled(own_server: EmbeddedServer, namespace: str) -> None:
+    connection = Connection(Options(servers=[own_server.url]), client_name="test")
+    await connection.open()
+    own_server.pause()
+    one, other = await full(connection, namespace, 2)
+    one.cancel()
+    await asyncio.wait({one}, timeout=1.0)
+    assert one.cancelled() and not other.done()
+    own_server.resume()
+    async with asyncio.timeout(LONG):
+        await other
+    await connection.close()
+
+
+async def test_those_who_wait_for_room_go_on_when_the_flusher_ends(own_server: EmbeddedServer, namespace: str) -> None:
+    connection = Connection(Options(servers=[own_server.url]), client_name="test")
+    await connection.open()
+    own_server.pause()
+    waiting = await full(connection, namespace, 3)
+    flusher = connection.client._flusher_task
+    assert flusher is not None
+    flusher.cancel()
+    done, hanging = await asyncio.wait(waiting, timeout=1.0)
+    assert not hanging and all(one.exception() is None for one in done)
+    own_server.resume()
     await connection.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Iterable
 
 import pytest
 
@@ -38,6 +39,10 @@ class World:
     def tell(self) -> None:
         self.to_worker.append(self.received.progress())
 
+    def send_again(self, numbers: Iterable[int]) -> None:
+        bodies = (self.sent.sent_again(number, self.now) for number in numbers)
+        self.to_caller.extend(body for body in bodies if body is not None)
+
     def step(self) -> None:
         self.now += self.random.choice([0.0, 0.1, 1.0])
         match self.random.randrange(6):
@@ -60,12 +65,12 @@ class World:
                 progress = self.to_worker.popleft()
                 again = list(self.sent.told(progress, self.now, LATE))
                 self.resent += len(again)
-                self.to_caller.extend(again)
+                self.send_again(again)
                 if self.random.random() < 0.1:
                     self.to_worker.append(progress)  # it comes again, late
             case 5 if self.reconnects and self.random.random() < 0.3:  # one of the two connects again
                 if self.random.random() < 0.5:
-                    self.to_caller.extend(self.sent.lost(self.now))
+                    self.send_again(self.sent.lost(self.now))
                 else:
                     self.to_worker.append(self.received.progress(some_lost=True))
             case 5:
@@ -128,10 +133,41 @@ def test_exactly_the_gap_is_asked_for_once() -> None:
     assert received.is_news and received.progress() == Progress(0, 1, (2, 3))
     assert not received.is_news
     received.receive(2, "2", 1)
-    assert received.is_news and received.progress() == Progress(0, 2, (3, 3))
+    assert not received.is_news  # the rest of the gap is on its way
+    received.receive(7, "7", 1)
+    assert not received.is_news
     received.receive(3, "3", 1)
-    received.end(5)
-    assert received.is_complete and [received.take() for _ in range(5)] == ["1", "2", "3", "4", "5"]
+    assert received.is_news and received.progress() == Progress(0, 5, (6, 6))
+    received.receive(6, "6", 1)
+    received.end(7)
+    assert received.is_complete and [received.take() for _ in range(7)] == ["1", "2", "3", "4", "5", "6", "7"]
+
+
+def test_a_gap_that_is_filled_part_by_part_is_sent_again_once() -> None:
+    sent, received = PartsSent(Window(1000, 100_000)), PartsReceived[int](Window(1000, 100_000))
+    for number in range(1, 401):
+        sent.add(b"%d" % number, 1, 0.0)
+    link = deque([1, *range(302, 401)])  # 2 to 301 were lost
+    resent = 0
+    while link:
+        number = link.popleft()
+        received.receive(number, number, 1)
+        if received.is_news:
+            again = list(sent.told(received.progress(), 1.0, LATE))
+            resent += len(again)
+            link.extend(again)
+    assert received.have == 400 and resent == 300
+
+
+def test_what_has_arrived_before_its_turn_comes_is_not_sent_again() -> None:
+    sent = PartsSent(Window(10, 1000))
+    for number in range(1, 4):
+        sent.add(b"%d" % number, 1, 0.0)
+    again = list(sent.lost(1.0))
+    assert again == [1, 2, 3] and sent.sent_again(1, 1.0) == b"1"
+    list(sent.told(Progress(0, 2), 2.0, LATE))
+    assert sent.sent_again(2, 2.0) is None and sent.sent_again(3, 5.0) == b"3"
+    assert list(sent.told(Progress(0, 2), 8.0, LATE)) == []  # it was sent again 3 s ago
 
 
 def test_what_a_caller_says_wrongly_does_no_harm() -> None:
@@ -154,7 +190,7 @@ def test_exactly_the_missing_parts_are_sent_again() -> None:
     sent = PartsSent(Window(10, 1000))
     for number in range(1, 7):
         sent.add(str(number).encode(), 1, 0.0)
-    assert list(sent.told(Progress(0, 1, (2, 3)), 1.0, 5.0)) == [b"2", b"3"]
-    assert list(sent.told(Progress(0, 3), 5.1, 5.0)) == [b"4", b"5", b"6"]  # they are late
+    assert list(sent.told(Progress(0, 1, (2, 3)), 1.0, 5.0)) == [2, 3]
+    assert list(sent.told(Progress(0, 3), 5.1, 5.0)) == [4, 5, 6]  # they are late
     assert list(sent.told(Progress(0, 3), 5.2, 5.0)) == []  # they are on their way
-    assert list(sent.lost(6.0)) == [b"4", b"5", b"6"]
+    assert list(sent.lost(6.0)) == [4, 5, 6]

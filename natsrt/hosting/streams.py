@@ -8,8 +8,9 @@ Rules:
    be sent now is sent when the caller asks for it.
 2. A caller tells at least twice a second how far it is, once it has a part. As long as it has said nothing, the first
    part is sent again and again: it may be lost with all that there was room for, and the caller learns from it where to
-   ask. Nothing is sent to one that is too far behind; to one that is silent for ``stream_idle_timeout`` seconds, or
-   that says so, nothing is sent any more.
+   ask. A part that waits to be sent again is sent once, however often it is asked for. Nothing is sent to a caller that
+   is too far behind; to one that is silent for ``stream_idle_timeout`` seconds, or that says so, nothing is sent any
+   more.
 3. The handler of a stream that is abandoned is stopped: see `natsrt.hosting.stopping`.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable
 from typing import Any, Final
 
 from autogen_core import MessageContext
@@ -80,6 +81,9 @@ class StreamOut:
         """True if its caller has said something."""
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
+        self._again: dict[int, None] = {}
+        """The numbers of the parts that wait to be sent again, in their order."""
+        self._is_sending_again = False
 
     async def put(self, item: Any) -> None:
         """Part of `Emitter`."""
@@ -166,9 +170,7 @@ class StreamOut:
         progress, stop = read_progress(data)
         now = asyncio.get_running_loop().time()
         self.heard_at, self.is_heard = now, True
-        again = list(self.flow.told(progress, now, _LATE + self._streams.rtt_allowance))
-        if again:
-            self._streams.spawn(self._send(again))
+        self._queue_again(self.flow.told(progress, now, _LATE + self._streams.rtt_allowance))
         if stop:
             self.abandon()
         elif self.flow.has_room:
@@ -177,16 +179,29 @@ class StreamOut:
     def send_first_again(self) -> None:
         """Send the first part again, as if the caller had asked for it."""
         now = asyncio.get_running_loop().time()
-        self._streams.spawn(self._send(list(self.flow.told(Progress(missing=(1, 1)), now, 0.0))))
+        self._queue_again(self.flow.told(Progress(missing=(1, 1)), now, 0.0))
 
     def send_again(self) -> None:
         """Send all parts again that the caller may not have."""
-        if again := list(self.flow.lost(asyncio.get_running_loop().time())):
-            self._streams.spawn(self._send(again))
+        self._queue_again(self.flow.lost(asyncio.get_running_loop().time()))
 
-    async def _send(self, bodies: Sequence[bytes]) -> None:
-        for body in bodies:
-            await self._streams.publish(self.parts_to, body)
+    def _queue_again(self, numbers: Iterable[int]) -> None:
+        self._again |= dict.fromkeys(numbers)
+        if self._again and not self._is_sending_again:
+            self._is_sending_again = True
+            self._streams.spawn(self._send_again())
+
+    async def _send_again(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._again:
+                number = next(iter(self._again))
+                del self._again[number]
+                body = self.flow.sent_again(number, loop.time())
+                if body is not None:
+                    await self._streams.publish(self.parts_to, body)
+        finally:
+            self._is_sending_again = False
 
     def abandon(self) -> None:
         """Its caller is gone: stop the handler if the caller wanted items. If it did not, the handler goes on, as in

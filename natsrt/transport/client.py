@@ -26,6 +26,8 @@ each:
   the attempt before it has ended, and so does `NatsClient.close`. nats-py only cancels that attempt; before Python
   3.12, ``asyncio.wait_for`` may ignore that, and then a closed client connects again, for ever and unseen.
 - `NatsClient.ping`, ``_connect_command`` and ``_process_connect_init`` measure round trips.
+- ``_flush_pending`` lets publishers for whose messages there is no room wait until the client has written once, or will
+  not write any more. In nats-py they wait in a queue that nobody empties when the client is closed, for ever.
 - ``_close`` keeps data that cannot be sent, for `NatsClient.take_unsent`. nats-py writes it even to a closed socket,
   which raises TypeError on Python 3.12 and newer.
 - `NatsClient.withdraw` drops messages that are not written yet.
@@ -61,8 +63,6 @@ _SAID = re.compile(rb"-ERR\s+'([^\r\n]*)'")
 """An error in the data from a server."""
 _MESSAGES = (b"PUB ", b"HPUB ")
 """The starts of the protocol's commands that contain a message."""
-_FULL = 0.005
-"""Seconds until the next look at a queue of flushes that is full."""
 _SILENT = 0.5
 """Seconds after which it is looked into why a server has not said anything on a new connection."""
 _AT_ONCE = struct.pack("ii", 1, 0)
@@ -203,6 +203,8 @@ class NatsClient(Client, Inherited):
         self._reconnecting: set[asyncio.Task[Any]] = set()
         self._flushing: asyncio.Task[None] | None = None
         self._next_flush: asyncio.Task[None] | None = None
+        self._write: asyncio.Future[None] | None = None
+        """Done when the flusher has written once more, or this client writes nothing any more; None if nobody waits."""
         self._nothing_waits: asyncio.Queue[Msg] = asyncio.Queue()
         self._greeted = False
         """True if the server has sent its INFO on the present connection."""
@@ -358,13 +360,35 @@ class NatsClient(Client, Inherited):
 
         nats-py gives it one for each command, and waits while the flusher has 1,024 of them. So a worker that begins or
         ends more subscriptions than that would wait there while the server does not answer, and ignore that it is
-        cancelled.
+        cancelled. ``force_flush``: wait for the flusher, because there is no room for more. nats-py waits for it even
+        if the client is closed meanwhile.
         """
         queue, flusher = self._flush_queue, self._flusher_task
-        alive = flusher is not None and not flusher.done()
-        if not force_flush and alive and queue is not None and not queue.empty():
-            return None
-        return await super()._flush_pending(force_flush)
+        if not self.is_connected or queue is None or flusher is None or flusher.done():
+            return await super()._flush_pending(force_flush)
+        if force_flush:
+            await self._next_write(queue)
+        elif queue.empty():
+            await super()._flush_pending()
+        return None
+
+    async def _next_write(self, queue: asyncio.Queue[asyncio.Future[Any]], timeout: float | None = None) -> None:
+        """Wait until the flusher has written once more, or this client writes nothing any more.
+
+        At most ``timeout`` seconds; None: without a limit.
+        """
+        loop = asyncio.get_running_loop()
+        if self._write is None:
+            self._write = loop.create_future()
+        if queue.empty():
+            queue.put_nowait(loop.create_future())
+        await asyncio.wait({self._write}, timeout=timeout)
+
+    def _end_write(self) -> None:
+        """Let those go on who wait for the next write."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.set_result(None)
 
     async def _flusher(self) -> None:
         """Write what is queued, whenever nats-py asks for it. As nats-py's, but see `doubt`."""
@@ -381,6 +405,7 @@ class NatsClient(Client, Inherited):
                     self._log.written()
                     self._pending, self._pending_data_size, self._kept_back = [], 0, False
                     await transport.drain()  # type: ignore[no-untyped-call]
+                self._end_write()
             except OSError as error:
                 await self._error_cb(error)
                 await self._process_op_err(error)
@@ -390,6 +415,8 @@ class NatsClient(Client, Inherited):
             finally:
                 if not flushed.done():
                     flushed.set_result(None)
+        if self.is_connected:  # it was cancelled; those who wait for it would wait for ever
+            self._end_write()
 
     async def _prove(self) -> None:
         """Wait until the server has answered a ping. nats-py cancels this when the connection is lost."""
@@ -591,12 +618,8 @@ class NatsClient(Client, Inherited):
         queue = self._flush_queue
         if queue is None or self._flusher_task is None or self._flusher_task.done():
             await self._flush_pending()
-        elif queue.full():
-            await asyncio.sleep(_FULL)
         else:
-            flushed = asyncio.get_running_loop().create_future()
-            queue.put_nowait(flushed)
-            await asyncio.wait({flushed}, timeout=deadline - asyncio.get_running_loop().time())
+            await self._next_write(queue, deadline - asyncio.get_running_loop().time())
 
     def ping(self) -> asyncio.Task[float]:
         """Start a round trip to the server. Wait for it with ``asyncio.wait``, and never cancel it.
@@ -614,6 +637,7 @@ class NatsClient(Client, Inherited):
             self._reports.answered(ping.result(), first=False)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
+        self._end_write()
         writer = getattr(self._transport, "_io_writer", None)  # None for a WebSocket, which does not have this problem
         closing = writer is not None and writer.is_closing()
         if not self.is_closed and (closing or not self.is_connected or self._in_doubt):
@@ -622,18 +646,14 @@ class NatsClient(Client, Inherited):
 
     async def close(self) -> None:
         """Close, and end every wait for this client, including those that nats-py does not end."""
+        self._end_write()
         try:
             await self._end_reconnecting()
             await super().close()
         finally:
+            self._end_write()
             for ping in self._pings:
                 ping.cancel()
-            queue = self._flush_queue
-            while queue is not None and not queue.empty():  # publishers whose messages a hung server did not accept
-                flushed = queue.get_nowait()
-                if not flushed.done():
-                    flushed.set_result(None)
-                await asyncio.sleep(0)  # a publisher that waited for room in the queue now enters it
             if self._transport is not None:  # still open if a hung server accepted no data and nats-py gave up sending
                 self._transport.close()  # type: ignore[no-untyped-call]
 

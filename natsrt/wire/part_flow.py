@@ -83,8 +83,8 @@ class PartsSent:
         self._size += size
         return self.sent
 
-    def told(self, progress: Progress, now: float, late: float) -> Iterator[bytes]:
-        """Take in how far the caller is. Returns the bodies of the parts that are to be sent again, in their order.
+    def told(self, progress: Progress, now: float, late: float) -> Iterator[int]:
+        """Take in how far the caller is. Returns the numbers of the parts that are to be sent again, in their order.
 
         These are the missing ones. If the caller misses none, but does not have parts that were sent more than ``late``
         seconds ago, it is these.
@@ -99,16 +99,24 @@ class PartsSent:
         first, last = progress.missing or (have + 1, self.sent)
         yield from self._again(max(first, have + 1), last, now if progress.missing is not None else now - late, now)
 
-    def lost(self, now: float) -> Iterator[bytes]:
-        """What was sent may be lost. Returns the bodies of all parts that the caller may not have, in their order."""
+    def lost(self, now: float) -> Iterator[int]:
+        """What was sent may be lost. Returns the numbers of all parts that the caller may not have, in their order."""
         yield from self._again(self.have + 1, self.sent, now, now)
 
-    def _again(self, first: int, last: int, sent_until: float, now: float) -> Iterator[bytes]:
+    def _again(self, first: int, last: int, sent_until: float, now: float) -> Iterator[int]:
         for number in range(first, min(last, self.sent) + 1):
             kept = self._kept[number]
             if kept.sent_at <= sent_until:
                 kept.sent_at = now
-                yield kept.body
+                yield number
+
+    def sent_again(self, number: int, now: float) -> bytes | None:
+        """The body of a part that is sent again now; None if the caller has it."""
+        kept = self._kept.get(number)
+        if kept is None:
+            return None
+        kept.sent_at = now
+        return kept.body
 
 
 @dataclass(slots=True)
@@ -128,8 +136,8 @@ class PartsReceived(Generic[T]):
     """Later parts, by their numbers."""
     _since_told: int = 0
     _size_since_told: int = 0
-    _gap_told: int = 0
-    """The first missing part of the gap of which the worker was told last."""
+    _asked_to: int = 0
+    """The last part that the worker was asked for, in a gap or because it may be lost; 0 if there is none."""
 
     @property
     def is_complete(self) -> bool:
@@ -177,11 +185,15 @@ class PartsReceived(Generic[T]):
 
     @property
     def is_news(self) -> bool:
-        """True if the worker is to be told at once: half of the window was consumed, or there is a new gap."""
+        """True if the worker is to be told at once: half of the window was consumed, or there is a new gap.
+
+        A gap that is being filled is not new: to ask for the rest of it whenever a part arrives would make the worker
+        send n²/2 parts for a gap of n.
+        """
         return (
             2 * self._since_told >= self.window.items
             or 2 * self._size_since_told >= self.window.size
-            or (bool(self._early) and self._gap_told != self.have + 1)
+            or (bool(self._early) and self.have >= self._asked_to)
         )
 
     def progress(self, *, some_lost: bool = False) -> Progress:
@@ -194,5 +206,5 @@ class PartsReceived(Generic[T]):
             missing = self.have + 1, min(self._early) - 1
         elif self.total is not None and self.have < self.total:
             missing = self.have + 1, self.total
-        self._gap_told = 0 if missing is None else missing[0]
+        self._asked_to = 0 if missing is None else missing[1]
         return Progress(self.consumed, self.have, missing)
