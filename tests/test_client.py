@@ -333,7 +333,9 @@ async def test_those_who_wait_for_room_go_on_when_their_client_is_closed(
     await connection.close()
 
 
-async def test_those_who_wait_for_room_go_on_after_a_reconnect(server: EmbeddedServer, namespace: str) -> None:
+async def test_those_who_wait_for_room_go_on_when_the_connection_is_lost_and_nothing_of_theirs_is_lost(
+    server: EmbeddedServer, namespace: str
+) -> None:
     async with Proxy(server.url) as proxy:
         connection = Connection(Options(servers=[proxy.url], reconnect_wait=0.05), client_name="test")
         await connection.open()
@@ -343,9 +345,10 @@ async def test_those_who_wait_for_room_go_on_after_a_reconnect(server: EmbeddedS
         proxy.freeze()
         waiting = await full(connection, namespace, 3000)
         proxy.cut()
-        await proxy.restore()
         done, hanging = await asyncio.wait(waiting, timeout=LONG)
         assert not hanging and all(one.exception() is None for one in done)
+        assert not connection.connected
+        await proxy.restore()
         await connection.round_trip(LONG)
         assert len(heard) == 3003 and connection.client.pending_data_size == 0
         await connection.close()

@@ -138,6 +138,26 @@ async def test_when_the_server_is_gone_for_good_everything_fails_after_offline_t
         await hosting.running.dispatch.finish(0.0, asyncio.Event())
 
 
+async def test_calls_for_which_there_was_no_room_fail_after_offline_timeout_too(
+    own_server: EmbeddedServer, namespace: str
+) -> None:
+    async with (
+        running(own_server.url, namespace, "laborer"),
+        running(own_server.url, namespace, offline_timeout=1.0) as caller,
+    ):
+        await known(caller, "laborer")
+        client = caller.running.connection.client
+        own_server.pause()
+        client.doubt()  # it writes nothing before the server has answered
+        while client.post(namespace, bytes(1_000_000), ""):
+            pass
+        calls = [asyncio.ensure_future(caller.send_message(Work("echo"), LABORER)) for _ in range(3)]
+        await asyncio.wait(calls, timeout=0.2)
+        await own_server.kill()
+        outcome = await ended(asyncio.gather(*calls, return_exceptions=True), within=2 * SOON)
+        assert {type(error) for error in outcome.result()} == {natsrt.ServerUnreachable}
+
+
 async def test_a_token_ends_a_send_that_waits_for_the_server(own_server: EmbeddedServer, namespace: str) -> None:
     async with running(own_server.url, namespace, "laborer") as runtime:
         await own_server.kill()

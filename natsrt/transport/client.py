@@ -26,8 +26,8 @@ each:
   the attempt before it has ended, and so does `NatsClient.close`. nats-py only cancels that attempt; before Python
   3.12, ``asyncio.wait_for`` may ignore that, and then a closed client connects again, for ever and unseen.
 - `NatsClient.ping`, ``_connect_command`` and ``_process_connect_init`` measure round trips.
-- ``_flush_pending`` lets publishers for whose messages there is no room wait until the client has written once, or will
-  not write any more. In nats-py they wait in a queue that nobody empties when the client is closed, for ever.
+- ``_flush_pending`` lets publishers wait for room until the client has written once, has lost the connection, or is
+  closed. In nats-py they wait in a queue that nobody empties when the client is closed, for ever.
 - ``_close`` keeps data that cannot be sent, for `NatsClient.take_unsent`. nats-py writes it even to a closed socket,
   which raises TypeError on Python 3.12 and newer.
 - `NatsClient.withdraw` drops messages that are not written yet.
@@ -204,7 +204,8 @@ class NatsClient(Client, Inherited):
         self._flushing: asyncio.Task[None] | None = None
         self._next_flush: asyncio.Task[None] | None = None
         self._write: asyncio.Future[None] | None = None
-        """Done when the flusher has written once more, or this client writes nothing any more; None if nobody waits."""
+        """Done when the flusher has written once more, or writes nothing more on this connection; None if nobody waits
+        for that."""
         self._nothing_waits: asyncio.Queue[Msg] = asyncio.Queue()
         self._greeted = False
         """True if the server has sent its INFO on the present connection."""
@@ -243,6 +244,7 @@ class NatsClient(Client, Inherited):
             writer.transport.abort()
 
     async def _attempt_reconnect(self) -> None:
+        self._end_write()
         await self._end_reconnecting()
         current = asyncio.current_task()
         assert current is not None
@@ -360,8 +362,8 @@ class NatsClient(Client, Inherited):
 
         nats-py gives it one for each command, and waits while the flusher has 1,024 of them. So a worker that begins or
         ends more subscriptions than that would wait there while the server does not answer, and ignore that it is
-        cancelled. ``force_flush``: wait for the flusher, because there is no room for more. nats-py waits for it even
-        if the client is closed meanwhile.
+        cancelled. ``force_flush``: wait for the flusher, because there is no room for more. nats-py goes on to wait
+        when the connection is lost or the client is closed, and so would who watches calls, or fails them.
         """
         queue, flusher = self._flush_queue, self._flusher_task
         if not self.is_connected or queue is None or flusher is None or flusher.done():
@@ -373,7 +375,7 @@ class NatsClient(Client, Inherited):
         return None
 
     async def _next_write(self, queue: asyncio.Queue[asyncio.Future[Any]], timeout: float | None = None) -> None:
-        """Wait until the flusher has written once more, or this client writes nothing any more.
+        """Wait until the flusher has written once more, or nothing is written on this connection any more.
 
         At most ``timeout`` seconds; None: without a limit.
         """
@@ -415,8 +417,7 @@ class NatsClient(Client, Inherited):
             finally:
                 if not flushed.done():
                     flushed.set_result(None)
-        if self.is_connected:  # it was cancelled; those who wait for it would wait for ever
-            self._end_write()
+        self._end_write()  # those who wait for it would wait for ever
 
     async def _prove(self) -> None:
         """Wait until the server has answered a ping. nats-py cancels this when the connection is lost."""
