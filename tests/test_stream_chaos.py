@@ -16,7 +16,7 @@ from benchmarks.chaos.scenarios import streams
 from benchmarks.chaos.scenarios.streams import Result
 from benchmarks.chaos.stream_plan import End, Fault, Kind, Run, Streamed, plan
 from benchmarks.chaos.streams import BEGAN, COMPLETE, ENDED, HUNG, LEFT, STOPPED
-from natsrt import NatsAgentRuntime
+from natsrt import MessageStream, NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from tests.programs.stream_worker import Count, Item, Streams, Sum
 from tests.support.processes import eventually
@@ -132,3 +132,46 @@ async def test_a_stream_goes_on_whose_first_parts_were_lost(server: EmbeddedServ
         await near.restore()
         async with asyncio.timeout(10):
             assert [await reading, *[item async for item in stream]] == [*map(Item, range(1, 6)), Sum(2)]
+
+
+@pytest.mark.parametrize("insistent", [False, True], ids=["natsrt", "asks again and again"])
+async def test_a_gap_is_sent_again_once(
+    server: EmbeddedServer, namespace: str, monkeypatch: pytest.MonkeyPatch, insistent: bool
+) -> None:
+    """``insistent``: the caller asks for the rest of the gap whenever a part arrives, while the worker cannot send."""
+    async with (
+        NatsAgentRuntime(server.url, namespace=namespace) as worker,
+        NatsAgentRuntime(server.url, namespace=namespace) as caller,
+    ):
+        await worker.register_factory("streams", Streams, expected_class=Streams)
+        await caller.send_message(Count(0), AgentId("streams", "k"))
+        outgoing, published, may_send = worker.running.incoming.streams, 0, asyncio.Event()
+        real = outgoing.publish
+
+        async def lossy(subject: str, body: bytes) -> None:
+            nonlocal published
+            published += 1
+            if published > 2000:
+                await may_send.wait()
+            if not 1 < published <= 1000:
+                await real(subject, body)
+
+        monkeypatch.setattr(outgoing, "publish", lossy)
+        reading = asyncio.ensure_future(
+            _items(caller.stream_message(Count(3000), AgentId("streams", "k"), window=2000))
+        )
+        await eventually(lambda: published > 2000)
+        if insistent:
+            (stream,) = outgoing._streams.values()
+            for have in range(1, 500):
+                stream.told({"stream": stream.parts_to, "consumed": 0, "have": 1, "missing": [have + 1, 1000]})
+            await asyncio.sleep(0)
+        assert len(outgoing._tasks) == 1
+        may_send.set()
+        async with asyncio.timeout(20):
+            assert await reading == [*map(Item, range(1, 3001)), Sum(2)]
+        assert published < 3000 + 2 * 1000  # it was half a million
+
+
+async def _items(stream: MessageStream) -> list[Any]:
+    return [item async for item in stream]
