@@ -205,8 +205,10 @@ class StreamOut:
 
     def abandon(self) -> None:
         """Its caller is gone: stop the handler if the caller wanted items. If it did not, the handler goes on, as in
-        ordinary calls, but has nobody to ask. Has no effect if the handler has ended, or is being stopped.
+        ordinary calls, but has nobody to ask. Nothing is sent again. Has no other effect if the handler has ended, or
+        is being stopped.
         """
+        self._again.clear()
         if self.stopping.abandon(stops=self.wants_items):
             self._room.set()
             self._fail_questions()

@@ -362,8 +362,8 @@ class NatsClient(Client, Inherited):
 
         nats-py gives it one for each command, and waits while the flusher has 1,024 of them. So a worker that begins or
         ends more subscriptions than that would wait there while the server does not answer, and ignore that it is
-        cancelled. ``force_flush``: wait for the flusher, because there is no room for more. nats-py goes on to wait
-        when the connection is lost or the client is closed, and so would who watches calls, or fails them.
+        cancelled. ``force_flush``: wait for the flusher, because there is no room for more. nats-py goes on
+        waiting when the connection is lost or the client is closed, and so would the task that fails calls.
         """
         queue, flusher = self._flush_queue, self._flusher_task
         if not self.is_connected or queue is None or flusher is None or flusher.done():
