@@ -220,7 +220,7 @@ async def test_structured_messages_tools_and_images_arrive_as_they_are(runtime: 
     assert plan.content == Plan(steps=["look", "tell"])
 
 
-class Receipt(BaseChatMessage):
+class Bill(BaseChatMessage):
     """A message class of the application's own."""
 
     total: float
@@ -236,7 +236,7 @@ class Receipt(BaseChatMessage):
 
 
 class Till(BaseChatAgent):
-    """Answers with `Receipt`, and remembers what it has received."""
+    """Answers with `Bill`, and remembers what it has received."""
 
     def __init__(self, name: str = "till") -> None:
         super().__init__(name, "adds up")
@@ -244,11 +244,11 @@ class Till(BaseChatAgent):
 
     @property
     def produced_message_types(self) -> Sequence[type[BaseChatMessage]]:
-        return (Receipt,)
+        return (Bill,)
 
     async def on_messages(self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken) -> Response:
         self.received += messages
-        return Response(chat_message=Receipt(total=len(self.received) + 0.5, source=self.name))
+        return Response(chat_message=Bill(total=len(self.received) + 0.5, source=self.name))
 
     async def on_reset(self, cancellation_token: CancellationToken) -> None:
         self.received.clear()
@@ -258,14 +258,14 @@ async def test_message_classes_of_the_application(runtime: NatsAgentRuntime) -> 
     tills = [Till("left"), Till("right")]
 
     def make(runtime: AgentRuntime | None) -> Team:
-        return RoundRobinGroupChat([*tills], max_turns=2, runtime=runtime, custom_message_types=[Receipt])
+        return RoundRobinGroupChat([*tills], max_turns=2, runtime=runtime, custom_message_types=[Bill])
 
     await make(None).run(task="Buy.")
     seen = tills[1].received[-1]
     for till in tills:
         till.received.clear()
-    await make(runtime).run(task=Receipt(total=2, source="user"))
-    assert type(seen) is type(tills[1].received[-1]) is Receipt
+    await make(runtime).run(task=Bill(total=2, source="user"))
+    assert type(seen) is type(tills[1].received[-1]) is Bill
     assert [message.to_text() for message in tills[1].received] == ["total 2.0", "total 1.5"]
 
 

@@ -259,6 +259,7 @@ def test_a_short_run_measures_every_row_of_every_scenario(tmp_path: Path) -> Non
         "pulls",
         "stores",
         "serializers",
+        "streams",
         "tasks",
         "large",
     }

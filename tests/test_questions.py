@@ -665,7 +665,7 @@ class First(RoutedAgent):
 
 async def test_a_function_that_swallows_its_cancellation_leaves_nothing_behind(make: Make) -> None:
     notes: list[str] = []
-    worker = await make(notes)
+    worker = await make(notes, drain_timeout=0.5)
     caller = await make()
     asked = asyncio.Event()
 

@@ -14,7 +14,7 @@ from natsrt.session import Session
 from tests.support.calls import known, running
 from tests.test_keyed import Add, Counting, Life
 
-PARTS = 26
+PARTS = 27
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, moment: str) -> None:

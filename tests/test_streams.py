@@ -263,7 +263,7 @@ async def test_one_task_at_a_time_may_iterate(make: Make) -> None:
 
 
 async def test_parts_that_never_come_end_the_stream(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make([])
+    await make([], keep_replies=2.0)
     caller = await make(lost_after=0.3)
     receive = PartsReceived.receive
 

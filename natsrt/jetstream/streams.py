@@ -277,11 +277,14 @@ def require_settings(
 
 
 def require_version(
-    version: tuple[int, int], text: str, feature: str = "durable topics", needed: tuple[int, int] = NEEDED_VERSION
+    version: tuple[int, int], text: str, feature: str = "durable topics", needed: tuple[int, int] | None = None
 ) -> None:
-    """Raise `ServerTooOld` if a server of this version, ``text`` in full, cannot have ``feature``."""
-    if version < needed:
-        raise ServerTooOld(feature, text, ".".join(map(str, needed)))
+    """Raise `ServerTooOld` if a server of this version, ``text`` in full, cannot have ``feature``.
+
+    ``needed`` is the version that it needs; None: `NEEDED_VERSION`.
+    """
+    if version < (least := needed or NEEDED_VERSION):
+        raise ServerTooOld(feature, text, ".".join(map(str, least)))
 
 
 async def streams_over(js: JetStreamContext, subject: str) -> list[str]:

@@ -173,6 +173,9 @@ class Link:
     def on_denied(self, callback: Callable[[PermissionDenied], object]) -> None:
         self._denied.append(callback)
 
+    def off_denied(self, callback: Callable[[PermissionDenied], object]) -> None:
+        self._denied.remove(callback)
+
     def unreachable(self, seconds: float, reason: str | None = None) -> ServerUnreachable:
         return ServerUnreachable(["nats://virtual"], seconds, reason)
 
