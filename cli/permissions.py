@@ -17,6 +17,7 @@ from natsrt.jetstream.registry.entries import FEED, HEARTBEAT
 from natsrt.jetstream.registry.registry import BUCKET
 from natsrt.jetstream.streams import ATTEMPTS, BLOBS, DEAD, RESULTS, cache_name, events_name, memory_name
 from natsrt.task_types import TASK_TOPICS, task_prefix
+from natsrt.wire.filters import intersects
 from natsrt.wire.subjects import Subjects, encode_token
 
 from .declaration import EVERY, AgentType, Declaration, User, is_exact, topic_subject
@@ -80,17 +81,6 @@ def covers(pattern: str, subject: str) -> bool:
         if index >= len(given) or given[index] == ">" or (token != "*" and token != given[index]):
             return False
     return len(wanted) == len(given)
-
-
-def intersects(one: str, other: str) -> bool:
-    """Whether a subject matches both patterns."""
-    first, second = one.split("."), other.split(".")
-    for mine, theirs in zip(first, second, strict=False):
-        if ">" in (mine, theirs):
-            return True
-        if mine != theirs and "*" not in (mine, theirs):
-            return False
-    return len(first) == len(second)
 
 
 def forbidden(declaration: Declaration, user: User) -> list[Grant]:

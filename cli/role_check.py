@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from natsrt.transport.probe import TRACE_DEST, TRACE_ONLY
+from natsrt.wire.filters import intersects
 
 from .declaration import Declaration, User
-from .permissions import PUBLISH, SUBSCRIBE, Grant, covers, forbidden, forms, grants, intersects, sample
+from .permissions import PUBLISH, SUBSCRIBE, Grant, covers, forbidden, forms, grants, sample
 
 _NEVER_STORED = {"Nats-Expected-Last-Sequence": str(2**63)}
 """Headers of a message that every stream refuses, since no stream has such a sequence."""

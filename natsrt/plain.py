@@ -6,6 +6,7 @@ from natsrt.transport.plain import (
     PlainReplies,
     PlainSubscription,
     checked_headers,
+    checked_service_subject,
     checked_subject,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "PlainReplies",
     "PlainSubscription",
     "checked_headers",
+    "checked_service_subject",
     "checked_subject",
 ]

@@ -24,7 +24,7 @@ from natsrt_cli.declaration import EXAMPLE, ROLES, Declaration, Role, of_role, o
 from natsrt_cli.doctor import examine
 from natsrt_cli.patient import Finding
 from natsrt_cli.permission_texts import conf, nsc
-from natsrt_cli.permissions import PUBLISH, SUBSCRIBE, Grant, covers, forbidden, forms, grants, intersects
+from natsrt_cli.permissions import PUBLISH, SUBSCRIBE, Grant, covers, forbidden, forms, grants
 from natsrt_cli.recording import Recording
 from natsrt_cli.role_check import RoleCheck, told, touched
 
@@ -32,6 +32,7 @@ from natsrt import ConfigurationError, NatsAgentRuntime, Options, register
 from natsrt.embedded import EmbeddedServer
 from natsrt.jetstream.registry.entries import Rule, SubscriptionEntry, TypeEntry, WorkerEntry
 from natsrt.jetstream.registry.view import View
+from natsrt.wire.filters import intersects
 from natsrt.wire.subjects import Subjects, encode_token
 from tests.support.cli import natsrt
 from tests.support.permission_scene import CONFIG, PASSWORD, Case, Scene, Served, Text, configuration

@@ -774,8 +774,29 @@ async def test_the_trace_goes_on_at_the_agent(make: Make, plain: Client, namespa
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"subject": "$SRV.PING"}, ValueError, "one of natsrt or of the server"),
-        ({"subject": "ns.agent.forecasts"}, ValueError, "one of natsrt or of the server"),
+        ({"subject": "$SRV.PING"}, ValueError, "a subject of the server"),
+        *(
+            ({"subject": subject}, ValueError, "a subject of natsrt, or includes some")
+            for subject in (
+                "ns.agent.forecasts",
+                "ns.agent",
+                "ns.topic.a.b",
+                "ns.natsrt",
+                "ns.>",
+                "ns.*",
+                "ns.*.x",
+                "ns.*.>",
+                "ns.topic.>",
+                "agent.forecasts",
+                "agent.*",
+                "topic.>",
+                "natsrt.worker.*",
+            )
+        ),
+        *(
+            ({"subject": subject}, ValueError, "a subject for replies, or includes some")
+            for subject in ("_INBOX.>", "_INBOX", "_INBOX.a.*", "desk.in.>", "desk.>", "desk.*.x", "desk.*")
+        ),
         ({"subject": ">"}, ValueError, "begins with a wildcard"),
         ({"subject": "a b"}, ValueError, "not a subject"),
         ({"name": "my service"}, ValueError, "letters, digits, _ and -"),
@@ -788,9 +809,16 @@ async def test_the_trace_goes_on_at_the_agent(make: Make, plain: Client, namespa
 async def test_bad_arguments_of_an_offer_are_refused(
     arguments: dict[str, Any], error: type[Exception], text: str
 ) -> None:
-    runtime = NatsAgentRuntime(namespace="ns")
+    runtime = NatsAgentRuntime(namespace="ns", inbox_prefix="desk.in")
     with pytest.raises(error, match=text):
         await offer(runtime, **{"subject": "a"} | arguments)
+
+
+@pytest.mark.parametrize(
+    "subject", ["ns", "ns.x.>", "ns.x.*.agent", "nsx.agent.a", "desk.out.*", "agents.>", "other.agent.a"]
+)
+async def test_subjects_beside_those_of_natsrt_can_be_offered(subject: str) -> None:
+    await offer(NatsAgentRuntime(namespace="ns", inbox_prefix="desk.in"), subject)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest, Refusal
 from natsrt.transport.inbox import PLAIN_REQUEST, Inbox, is_nobody
 from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE
-from natsrt.wire.subjects import is_subject_length
+from natsrt.wire.subjects import is_subject_length, service_problem
 
 logger: logging.Logger = logging.getLogger("natsrt.plain")
 
@@ -54,6 +54,19 @@ def checked_subject(subject: str, *, wildcards: bool = False) -> str:
         raise ValueError(f"the subject {subject:.60}… is too long: at most 1,024 bytes")
     may = "wildcards as whole tokens" if wildcards else "no wildcards"
     raise ValueError(f"{subject!r:.100} is not a subject: tokens without white space, separated by dots; {may}")
+
+
+def checked_service_subject(subject: str, options: Options) -> str:
+    """``subject``, which may have wildcards, if a runtime with these options can offer a service on it.
+
+    Raises ValueError if it is not valid, or can match a subject that others use: one of natsrt, in the namespace of the
+    options or without one, an inbox, or a subject of the server.
+    """
+    if checked_subject(subject, wildcards=True).partition(".")[0] in ("*", ">"):
+        raise ValueError(f"the subject {subject!r} begins with a wildcard: it would take the messages of others")
+    if problem := service_problem(subject, options.namespace, options.inbox_prefix):
+        raise ValueError(f"the subject {subject!r} {problem}; choose another one")
+    return subject
 
 
 def checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:

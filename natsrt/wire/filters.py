@@ -1,4 +1,4 @@
-"""Filters of subjects, such as those of consumers: which one matches all that another one does.
+"""Filters of subjects, such as those of consumers: which ones match the same subjects.
 
 Filters of topics (see `natsrt.wire.subjects.Filter`) never overlap only in part: each is a number of tokens, followed
 by ``*`` or by ``*.>``. So of two of them, one covers the other, or they have nothing in common.
@@ -20,6 +20,17 @@ def covers(wide: str, narrow: str) -> bool:
         if narrow_tokens[place] == ">" or (token != "*" and token != narrow_tokens[place]):
             return False
     return len(wide_tokens) == len(narrow_tokens)
+
+
+def intersects(one: str, other: str) -> bool:
+    """True if a subject matches both patterns. Both may have wildcards."""
+    first, second = one.split("."), other.split(".")
+    for mine, theirs in zip(first, second, strict=False):
+        if ">" in (mine, theirs):
+            return True
+        if mine != theirs and "*" not in (mine, theirs):
+            return False
+    return len(first) == len(second)
 
 
 def common(one: str, other: str) -> str | None:

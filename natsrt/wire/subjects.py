@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from natsrt.errors import ConfigurationError
+from natsrt.wire.filters import intersects
 
 __all__ = [
     "MAX_SUBJECT_BYTES",
@@ -42,6 +43,7 @@ __all__ = [
     "is_hashed",
     "is_subject_length",
     "plain_prefix",
+    "service_problem",
 ]
 
 MAX_TOKEN_BYTES = 200
@@ -134,6 +136,24 @@ def inbox_problem(prefix: str, namespace: str) -> str:
     for tree in (f"{root}{tree}" for root in dict.fromkeys(("", namespace and f"{namespace}.")) for tree in _TREES):
         if _is_below(prefix, tree) or _is_below(tree, prefix):
             return f"must not be {prefix!r}: natsrt's own subjects are below {tree}, and its user could read them"
+    return ""
+
+
+def service_problem(pattern: str, namespace: str, inbox_prefix: str) -> str:
+    """Why no service can be offered on the subjects of ``pattern``, as words that follow it; empty if one can.
+
+    A service takes the requests there. So it has no subject of natsrt, in this namespace or without one, no inbox, and
+    none of the server, whose subjects begin with ``$``.
+    """
+    if pattern.startswith("$"):
+        return "is a subject of the server, whose subjects begin with $"
+    roots = dict.fromkeys(("", namespace and f"{namespace}."))
+    for tree in (f"{root}{tree}" for root in roots for tree in _TREES):
+        if intersects(pattern, tree) or intersects(pattern, f"{tree}.>"):
+            return f"is a subject of natsrt, or includes some: those are {tree} and all below it"
+    for inboxes in dict.fromkeys(("_INBOX", inbox_prefix)):
+        if intersects(pattern, inboxes) or intersects(pattern, f"{inboxes}.>"):
+            return f"is a subject for replies, or includes some: those are {inboxes} and all below it"
     return ""
 
 

@@ -25,7 +25,7 @@ from natsrt import NatsAgentRuntime
 from natsrt.contrib.services.json_types import JsonType
 from natsrt.contrib.services.wire import KEY, PART, PARTS, SERVICE_ERROR, SERVICE_ERROR_CODE, STREAM
 from natsrt.errors import CallTimeout, NatsrtError, WorkerStopped
-from natsrt.plain import PlainHandler, PlainMessage, PlainSubscription, checked_subject
+from natsrt.plain import PlainHandler, PlainMessage, PlainSubscription, checked_service_subject, checked_subject
 
 logger: logging.Logger = logging.getLogger("natsrt.contrib")
 
@@ -270,11 +270,11 @@ async def offer_service(
 
     Raises:
         TypeError: A type has no JSON.
-        ValueError: An argument is not valid, or the subject is one of natsrt or of the server.
+        ValueError: An argument is not valid, or the subject can match one of natsrt, an inbox, or one of the server.
         PermissionDenied: This user may not subscribe to the subject. Before the start, it is the start that raises it.
     """
     agent_type = agent_type.type if isinstance(agent_type, AgentType) else AgentId(agent_type, "default").type
-    _check_subject(runtime, subject)
+    checked_service_subject(subject, runtime.options)
     checked_subject(queue)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", agent_type) if name is None else name
     if not _NAME.fullmatch(name):
@@ -301,17 +301,6 @@ async def offer_service(
     )
     await service.start()
     return service
-
-
-def _check_subject(runtime: NatsAgentRuntime, subject: str) -> None:
-    """Raise ValueError if no service can be offered on ``subject``."""
-    first = checked_subject(subject, wildcards=True).partition(".")[0]
-    namespace = runtime.options.namespace
-    root = f"{namespace}." if namespace else ""
-    if first in ("*", ">"):
-        raise ValueError(f"the subject {subject!r} begins with a wildcard: it would take the messages of others")
-    if subject.startswith(("$", *(f"{root}{tree}." for tree in ("agent", "topic", "natsrt")))):
-        raise ValueError(f"the subject {subject!r} is one of natsrt or of the server: choose another one")
 
 
 def _described(error: Exception) -> tuple[int, str]:
