@@ -20,7 +20,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SerializeAsAny
 
 import natsrt
 from natsrt import NatsAgentRuntime
@@ -317,14 +317,39 @@ class Deep(Place):
     depth: float = 0.0
 
 
+class Person(BaseModel):
+    name: str
+
+
+class Admin(Person):
+    password_hash: str
+
+
+class Department(BaseModel):
+    boss: Person
+    more: list[Person] = []
+
+
+@dataclass
+class Secret:
+    city: str
+    temp: float
+    password_hash: str
+
+
+ADMIN = Admin(name="ada", password_hash="hash")
+
+
 @pytest.mark.parametrize(
     ("cls", "value", "problem"),
     [
         (Deep, Deep("a", depth=float("nan")), "no NaN"),
         (float | None, float("inf"), "no infinity"),
-        (Query, Query(Deep("a", depth=float("nan"))), "no NaN"),
+        (Weather | Snow, Secret("a", 1.0, "hash"), "it does not have the declared type"),
+        (Department, Department.model_construct(boss={"name": "a", "password_hash": "hash"}), "the value of boss does"),
+        (list[Person], (Admin(name="a", password_hash="hash"),), "it does not have the declared type"),
         (Place, Place(5), "city: Input should be a valid string"),  # type: ignore[arg-type]
-        (Place, Snow(1), "city: Field required"),
+        (Place, Snow(1), "'Snow' object has no attribute 'city'"),
         (Place, None, "Input should be"),
         (bytes, "text", "it is of type str"),
         (str, b"\xff", "utf-8|string"),
@@ -332,17 +357,27 @@ class Deep(Place):
     ],
 )
 def test_what_no_json_can_hold_is_not_written(cls: Any, value: Any, problem: str) -> None:
-    with pytest.raises(natsrt.CannotSerialize, match=problem):
+    with pytest.raises(natsrt.CannotSerialize, match=problem) as raised:
         JsonType(cls, "request_type").encode(value)
+    assert "hash" not in str(raised.value)
 
 
-def test_what_a_subclass_adds_is_written() -> None:
-    query = Query(Deep("a", [1], 2.5))
-    assert json.loads(JsonType(Query, "request_type").encode(query))["place"] == {
-        "city": "a",
-        "days": [1],
-        "depth": 2.5,
-    }
+@pytest.mark.parametrize(
+    ("cls", "value", "written"),
+    [
+        (Query, Query(Deep("a", [1], 2.5)), {"place": {"city": "a", "days": [1]}, "unit": "C"}),
+        (Place, Deep("a", [1], 2.5), {"city": "a", "days": [1]}),
+        (Department, Department(boss=ADMIN), {"boss": {"name": "ada"}, "more": []}),
+        (Department | None, Department(boss=ADMIN, more=[ADMIN]), {"boss": {"name": "ada"}, "more": [{"name": "ada"}]}),
+        (Person, ADMIN, {"name": "ada"}),
+        (Person | Snow, ADMIN, {"name": "ada"}),
+        (dict[str, Person], {"a": ADMIN}, {"a": {"name": "ada"}}),
+        (SerializeAsAny[Person], ADMIN, {"name": "ada", "password_hash": "hash"}),
+        (Admin, ADMIN, {"name": "ada", "password_hash": "hash"}),
+    ],
+)
+def test_what_the_declared_type_does_not_have_is_not_written(cls: Any, value: Any, written: Any) -> None:
+    assert json.loads(JsonType(cls, "response_type").encode(value)) == written
 
 
 @pytest.mark.parametrize(

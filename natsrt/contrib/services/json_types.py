@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
@@ -16,6 +17,8 @@ from natsrt.errors import CannotDecode, CannotSerialize
 
 _RAW: Final = {"contentMediaType": "application/octet-stream"}
 """The schema of ``bytes``."""
+_FIELD: Final = re.compile(r"\[field_name='(\w+)'")
+"""In the text of Pydantic: the field whose value does not have its type."""
 
 
 class JsonType:
@@ -49,7 +52,10 @@ class JsonType:
         return [cls for cls in members if isinstance(cls, type) and (is_dataclass(cls) or issubclass(cls, BaseModel))]
 
     def encode(self, value: Any) -> bytes:
-        """Raises `CannotSerialize` if the value does not fit the type, or JSON."""
+        """The value as JSON, without what its declared types do not have, such as the fields of a subclass.
+
+        Raises `CannotSerialize` if the value does not fit the type, or JSON.
+        """
         if self.cls is bytes:
             if isinstance(value, bytes):
                 return value
@@ -57,11 +63,11 @@ class JsonType:
         if self.cls is NoneType and value is None:
             return b""
         try:
-            # Pydantic writes fields of subclasses with serialize_as_any only, and NaN as null.
-            if not _is_finite(self._adapter.dump_python(value, serialize_as_any=True, warnings=False)):
+            if not _is_finite(self._adapter.dump_python(value, warnings=False)):  # Pydantic writes them as null
                 raise CannotSerialize(self.name, "JSON has no NaN and no infinity")
-            payload = self._adapter.dump_json(value, by_alias=True, serialize_as_any=True, warnings=False)
+            payload = self._adapter.dump_json(value, by_alias=True, warnings=False)
             self._adapter.validate_json(payload)
+            self._require_declared(value)
         except ValidationError as error:
             raise CannotSerialize(self.name, _outline(error)) from None
         except CannotSerialize:
@@ -69,6 +75,18 @@ class JsonType:
         except (PydanticSerializationError, ValueError, TypeError, AttributeError) as error:
             raise CannotSerialize(self.name, str(error).splitlines()[0]) from None
         return payload
+
+    def _require_declared(self, value: Any) -> None:
+        """Raise `CannotSerialize` if a part of the value does not have its declared type.
+
+        Pydantic would write such a part with all its fields, also those that no type declares.
+        """
+        try:
+            self._adapter.dump_json(value, by_alias=True, warnings="error")
+        except PydanticSerializationError as error:  # its text has the values: they are payload
+            fields = list(dict.fromkeys(_FIELD.findall(str(error))))[:5]
+            where = f"the value of {', '.join(fields)}" if fields else "it"
+            raise CannotSerialize(self.name, f"{where} does not have the declared type") from None
 
     def decode(self, payload: bytes, what: str) -> Any:
         """Raises `CannotDecode`, which names ``what``, if the payload is no JSON or does not fit the type."""
