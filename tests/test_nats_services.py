@@ -21,6 +21,7 @@ from nats.aio.msg import Msg
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from pydantic import BaseModel, Field, SerializeAsAny
+from typing_extensions import TypedDict
 
 import natsrt
 from natsrt import NatsAgentRuntime
@@ -137,6 +138,7 @@ async def test_a_message_becomes_json_and_the_json_reply_an_object(make: Make, r
         (bytes, b"\x00\xff", b"\x00\xff", bytes, b"not json", b"not json"),
         (Place, Place("a"), b'{"city":"a","days":[]}', type(None), b"", None),
         (Weather, WEATHER, '{"city":"Köln","temp":21.5}'.encode(), None, b"null", None),
+        (dict, {"a": [1]}, b'{"a":[1]}', list, b'[1, "b"]', [1, "b"]),
         (int, 2**60, str(2**60).encode(), Weather | Snow, b'{"depth": 3}', Snow(3)),
     ],
 )
@@ -337,6 +339,15 @@ class Secret:
     password_hash: str
 
 
+class Typed(TypedDict):
+    city: str
+
+
+@dataclass
+class Undefined:
+    place: Nowhere  # type: ignore[name-defined]  # noqa: F821
+
+
 ADMIN = Admin(name="ada", password_hash="hash")
 
 
@@ -394,6 +405,12 @@ def test_what_the_declared_type_does_not_have_is_not_written(cls: Any, value: An
         ({"headers": {"a": "b\r\nc"}}, ValueError, "without line ends"),
         ({"headers": {"a b": "c"}}, ValueError, "name of a header"),
         ({"response_type": Client}, TypeError, "response_type must be a type that Pydantic can write as JSON"),
+        ({"request_type": Undefined}, TypeError, "request_type must be a type that Pydantic can write as JSON"),
+        *(
+            ({argument: cls}, TypeError, f"{argument} must be a class or a union of classes: a dataclass, .*Pydantic")
+            for argument in ("request_type", "response_type")
+            for cls in (Typed, Query | Typed, list[int], dict[str, Any] | None, Any, object, "Query", ["Query"], 5)
+        ),
     ],
 )
 def test_bad_arguments_of_an_agent_are_refused(arguments: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -12,7 +12,7 @@ from autogen_core import MessageContext, RoutedAgent
 from opentelemetry.propagate import inject
 
 import natsrt
-from natsrt.contrib.services.json_types import JsonType
+from natsrt.contrib.services.json_types import JsonType, check_message_type
 from natsrt.contrib.services.replies import RepliesRead
 from natsrt.contrib.services.wire import STREAM
 from natsrt.errors import CallTimeout
@@ -31,9 +31,10 @@ class ServiceAgent(RoutedAgent):
 
     Args:
         subject: The subject of the responder, as it is: without the namespace of the runtime.
-        request_type: The type of the messages that it handles: a dataclass, a Pydantic model, a plain type; ``bytes``
-            for requests that are no JSON.
-        response_type: The type of the replies. ``bytes`` for replies that are no JSON; None for empty ones.
+        request_type: The class of the messages that it handles, or a union of classes: dataclasses, Pydantic models,
+            ``str``, ``int``, ``dict`` and the like; ``bytes`` for requests that are no JSON.
+        response_type: The class of the replies, in the same way. ``bytes`` for replies that are no JSON; None for
+            empty ones.
         stream: True if the responder sends several replies to a request. The request then has the header
             ``Natsrt-Stream: 1``, each reply is an item for callers that use ``stream_message``, and an empty message
             ends them, unless it has the header ``Natsrt-Part``. Other callers get the last item.
@@ -42,7 +43,7 @@ class ServiceAgent(RoutedAgent):
         description: The description of the agent. None: it names the subject.
 
     Raises:
-        TypeError: A type has no JSON.
+        TypeError: A type has no JSON, or is no class, such as ``list[int]``, ``Any`` or a ``TypedDict``.
         ValueError: The subject, a header or the timeout is not valid.
 
     The handler raises:
@@ -56,6 +57,8 @@ class ServiceAgent(RoutedAgent):
 
     def __new__(cls, *, request_type: Any, response_type: Any, **_: Any) -> Self:
         # AutoGen reads the message types of an agent from its class, so each pair of types has a class of its own.
+        check_message_type(request_type, "request_type")
+        check_message_type(response_type, "response_type")
         return super().__new__(cast(type[Self], _class_for(cls, request_type, response_type)))
 
     def __init__(

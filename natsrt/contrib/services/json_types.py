@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticSerializationError
+from typing_extensions import is_typeddict
 
 from natsrt.errors import CannotDecode, CannotSerialize
 
@@ -38,7 +39,9 @@ class JsonType:
         self.name: str = getattr(self.cls, "__name__", None) or str(self.cls)
         try:
             self._adapter: TypeAdapter[Any] = TypeAdapter(self.cls)
-        except (PydanticSchemaGenerationError, PydanticUserError) as error:
+            if not self._adapter.pydantic_complete:  # a class refers to others that were not defined with it
+                self._adapter.rebuild(raise_errors=True)
+        except (PydanticSchemaGenerationError, PydanticUserError, NameError) as error:  # NameError: of a reference
             reason = str(error).splitlines()[0]
             raise TypeError(
                 f"{argument} must be a type that Pydantic can write as JSON, such as a dataclass or a Pydantic model, "
@@ -48,8 +51,11 @@ class JsonType:
     @property
     def message_classes(self) -> list[type]:
         """The dataclasses and Pydantic models among the members of a union, or the type itself if it is one."""
-        members = get_args(self.cls) if get_origin(self.cls) in (Union, UnionType) else (self.cls,)
-        return [cls for cls in members if isinstance(cls, type) and (is_dataclass(cls) or issubclass(cls, BaseModel))]
+        return [
+            cls
+            for cls in _members(self.cls)
+            if isinstance(cls, type) and (is_dataclass(cls) or issubclass(cls, BaseModel))
+        ]
 
     def encode(self, value: Any) -> bytes:
         """The value as JSON, without what its declared types do not have, such as the fields of a subclass.
@@ -103,6 +109,25 @@ class JsonType:
     def schema(self, mode: Literal["validation", "serialization"]) -> dict[str, Any]:
         """The JSON schema of what is read (validation) or written (serialization)."""
         return dict(_RAW) if self.cls is bytes else self._adapter.json_schema(mode=mode)
+
+
+def check_message_type(cls: Any, argument: str) -> None:
+    """Raise TypeError if ``cls`` is no message type, because AutoGen finds the handler by the class of a message.
+
+    Values of a ``TypedDict`` and of ``list[int]`` have the classes dict and list. ``argument`` is as for `JsonType`.
+    """
+    for member in _members(cls):
+        is_class = isinstance(member, type) and get_origin(member) is None and member not in (object, Any)
+        if member is not None and (not is_class or is_typeddict(member)):
+            raise TypeError(
+                f"{argument} must be a class or a union of classes: a dataclass, a Pydantic model, or a class such as "
+                f"str, int, dict, list or bytes; {member!r:.100} is none: use a dataclass or a model, or dict or list"
+            )
+
+
+def _members(cls: Any) -> tuple[Any, ...]:
+    """The members of a union; any other type itself."""
+    return get_args(cls) if get_origin(cls) in (Union, UnionType) else (cls,)
 
 
 def _is_finite(tree: Any) -> bool:
