@@ -535,7 +535,9 @@ class Forecasts(RoutedAgent):
     @rpc
     async def forecast(self, message: Query, ctx: MessageContext) -> Weather:
         if message.place.city == "Atlantis":
-            raise LookupError("it has\nsunk")
+            raise LookupError('it has\r\nsunk, in \n  File "/srv/app.py"')
+        if message.place.city == "Limbo":
+            raise asyncio.CancelledError
         if message.place.city == "Slow":
             await asyncio.sleep(0.5)
         return Weather(city=f"{message.place.city}/{self.id.key}", temp=1)
@@ -544,7 +546,7 @@ class Forecasts(RoutedAgent):
     async def week(self, message: Place, ctx: MessageContext) -> AsyncGenerator[Weather | Snow, None]:
         for day in message.days:
             if day < 0:
-                raise ValueError("no such day")
+                raise ValueError("no such day") if day == -1 else asyncio.CancelledError
             yield Weather(city=message.city, temp=day) if day else Snow(7)
         while message.city == "Endless":
             await asyncio.sleep(0.01)
@@ -584,7 +586,8 @@ async def test_a_request_becomes_a_call_to_an_agent_on_any_worker(make: Make, pl
         (b"no json", "400", "CannotDecode: cannot decode a request on .*: Invalid JSON"),
         (b"", "400", "it is empty, and Query was expected"),
         (b"{}", "400", "place: Field required"),
-        (request("Atlantis"), "500", "LookupError: it has sunk"),
+        (request("Atlantis"), "500", "^LookupError: it has$"),
+        (request("Limbo"), "499", "^CancelledError: the agent cancelled the call$"),
         (request("Slow"), "504", "CallTimeout: no reply from forecasts/default within timeout = 0.2 s"),
     ],
 )
@@ -600,7 +603,10 @@ async def test_errors_are_told_in_the_headers_of_services(
     assert re.search(description, reply.headers["Nats-Service-Error"])
     [stats] = service.response("STATS")["endpoints"]
     assert (stats["num_requests"], stats["num_errors"]) == (1, 1)
-    assert stats["last_error"] == reply.headers["Nats-Service-Error"]
+    kind = reply.headers["Nats-Service-Error"].partition(":")[0]
+    assert stats["last_error"] == f"{code}: {kind}"  # anybody may read it, so it has no text
+    reply = await plain.request(service.subject, request("Rome"))  # it goes on
+    assert reply.data
 
 
 async def test_an_unknown_agent_type_and_a_wrong_reply_are_errors(make: Make, plain: Client, namespace: str) -> None:
@@ -647,6 +653,9 @@ async def test_a_stream_is_sent_item_by_item(make: Make, plain: Client, namespac
     assert len(items) == 1
     assert (end.headers or {})["Nats-Service-Error"] == "ValueError: no such day"
     assert (end.headers or {})["Natsrt-Parts"] == "1"
+    *items, end = await items_of(plain, service.subject, Place("Rome", [3, -2]))
+    assert len(items) == 1
+    assert (end.headers or {})["Nats-Service-Error-Code"] == "499" and (end.headers or {})["Natsrt-Parts"] == "1"
     *items, end = await items_of(plain, service.subject, Place("Endless"))
     assert len(items) > 5 and (end.headers or {})["Nats-Service-Error-Code"] == "504"
     last = await plain.request(service.subject, b'{"city": "Rome", "days": [1, 2]}')  # without the header

@@ -37,6 +37,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _VERSION: Final = re.compile(r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
 _LONGEST_ERROR: Final = 512
 """Characters of the description of an error in a header."""
+_CANCELLED: Final = 499
+"""The code of a call that its agent cancelled, as natsrt sends it (docs/PROTOCOL.md)."""
 
 
 @dataclass(slots=True)
@@ -62,7 +64,7 @@ class _Stats:
 class _Broken(Exception):
     """A stream broke off after ``count`` items, for ``reason``."""
 
-    def __init__(self, count: int, reason: Exception) -> None:
+    def __init__(self, count: int, reason: BaseException) -> None:
         self.count = count
         self.reason = reason
 
@@ -134,10 +136,13 @@ class OfferedService:
                 await self._answer(message)
         except Exception as error:
             failure = await self._refuse(message, error)
-        except BaseException:  # the runtime stops, and does not wait any longer
-            stopped = WorkerStopped(self.subject, self._runtime.worker_id or self.name)
-            failure = await self._refuse(message, stopped)
-            raise
+        except asyncio.CancelledError as error:
+            if not _is_cancelled():
+                failure = await self._refuse(message, error)
+            else:  # the runtime stops, and does not wait any longer
+                stopped = WorkerStopped(self.subject, self._runtime.worker_id or self.name)
+                failure = await self._refuse(message, stopped)
+                raise
         finally:
             tracing.detach(context)
             self._stats.requests += 1
@@ -167,28 +172,31 @@ class OfferedService:
                     payload = self._response.encode(item)
                     count += 1
                     await message.respond(payload, headers={PART: str(count)})
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
             if isinstance(error, TimeoutError) and limit.expired():
                 error = CallTimeout(str(agent), self._timeout, "timeout")
             raise _Broken(count, error) from None
         await message.respond(b"", headers={PARTS: str(count)})
 
-    async def _refuse(self, message: PlainMessage, error: Exception) -> str:
-        """Answer with an error. Returns its description."""
+    async def _refuse(self, message: PlainMessage, error: BaseException) -> str:
+        """Answer with an error. Returns what the statistics say of it: code and class. Its text is for its client."""
         more: dict[str, str] = {}
         if isinstance(error, _Broken):
             more, error = {PARTS: str(error.count)}, error.reason
         code, text = _described(error)
+        failure = f"{code}: {_kind(error)}"
         if not message.reply:
             logger.warning(
                 "a message on %s, which wants no reply, could not be handled: %s", self.subject, _kind(error)
             )
-            return text
+            return failure
         try:
             await message.respond(b"", headers={SERVICE_ERROR: text, SERVICE_ERROR_CODE: str(code), **more})
         except NatsrtError as unsent:
             logger.warning("a request on %s could not be answered: %s", self.subject, unsent)
-        return text
+        return failure
 
     # -- the service protocol ----------------------------------------------------------------------------------------
 
@@ -303,13 +311,24 @@ async def offer_service(
     return service
 
 
-def _described(error: Exception) -> tuple[int, str]:
-    """The code and the description of an error, for headers."""
+def _is_cancelled() -> bool:
+    """True if the present task was cancelled; False if an agent raised CancelledError by itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _described(error: BaseException) -> tuple[int, str]:
+    """The code and the description of an error, for headers.
+
+    The description has the first line of the text only: further ones may be a traceback, with the paths of files.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        return _CANCELLED, f"{_kind(error)}: the agent cancelled the call"
     code = error.code if isinstance(error, NatsrtError) else 504 if isinstance(error, TimeoutError) else 500
-    text = str(error)
-    line = " ".join(f"{_kind(error)}: {text}".split()) if text else _kind(error)
+    lines = str(error).strip().splitlines()
+    line = " ".join(f"{_kind(error)}: {lines[0]}".split()) if lines else _kind(error)
     return code, line.encode("ascii", "replace").decode()[:_LONGEST_ERROR]
 
 
-def _kind(error: Exception) -> str:
+def _kind(error: BaseException) -> str:
     return type(error).__name__
