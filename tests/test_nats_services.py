@@ -339,6 +339,11 @@ class Secret:
     password_hash: str
 
 
+@dataclass
+class Callback:
+    call: Callable[[int], int]
+
+
 class Typed(TypedDict):
     city: str
 
@@ -865,6 +870,12 @@ async def test_the_trace_goes_on_at_the_agent(make: Make, plain: Client, namespa
         ({"timeout": -1}, ValueError, "timeout must be"),
         ({"queue": "a b"}, ValueError, "not a subject"),
         ({"request_type": Client}, TypeError, "request_type must be"),
+        ({"request_type": Callback}, TypeError, "request_type must have a JSON schema"),
+        ({"response_type": list[Callback]}, TypeError, "response_type must have a JSON schema"),
+        ({"metadata": {"a": object()}}, TypeError, "metadata must have texts as names and values, not 'a'"),
+        ({"metadata": {1: "a"}}, TypeError, "metadata must have texts"),
+        ({"metadata": [("a", "b")]}, TypeError, "metadata must be a mapping"),
+        ({"description": None}, TypeError, "description must be a text"),
     ],
 )
 async def test_bad_arguments_of_an_offer_are_refused(

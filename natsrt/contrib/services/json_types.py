@@ -36,6 +36,7 @@ class JsonType:
 
     def __init__(self, cls: Any, argument: str) -> None:
         self.cls: Any = NoneType if cls is None else cls
+        self._argument = argument
         self.name: str = getattr(self.cls, "__name__", None) or str(self.cls)
         try:
             self._adapter: TypeAdapter[Any] = TypeAdapter(self.cls)
@@ -107,8 +108,20 @@ class JsonType:
             raise CannotDecode(what, reason, payload) from None
 
     def schema(self, mode: Literal["validation", "serialization"]) -> dict[str, Any]:
-        """The JSON schema of what is read (validation) or written (serialization)."""
-        return dict(_RAW) if self.cls is bytes else self._adapter.json_schema(mode=mode)
+        """The JSON schema of what is read (validation) or written (serialization).
+
+        Raises TypeError if there is none.
+        """
+        if self.cls is bytes:
+            return dict(_RAW)
+        try:
+            return self._adapter.json_schema(mode=mode)
+        except PydanticUserError as error:
+            reason = str(error).splitlines()[0]
+            raise TypeError(
+                f"{self._argument} must have a JSON schema, which clients ask for, and {self.cls!r:.100} has none: "
+                f"{reason}"
+            ) from None
 
 
 def check_message_type(cls: Any, argument: str) -> None:

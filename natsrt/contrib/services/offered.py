@@ -102,6 +102,10 @@ class OfferedService:
         self._timeout = timeout
         self._key = key
         self._metadata = dict(metadata)
+        self._schemas = {
+            "request_schema": json.dumps(request.schema("validation")),
+            "response_schema": json.dumps(response.schema("serialization")),
+        }
         self._stats = _Stats()
         self._subscriptions: list[PlainSubscription] = []
 
@@ -221,11 +225,7 @@ class OfferedService:
         endpoint: dict[str, Any] = {"name": self.name, "subject": self.subject, "queue_group": self._queue}
         if verb == "STATS":
             return answer | {"started": self._stats.started, "endpoints": [endpoint | self._stats.report()]}
-        schemas = {
-            "request_schema": json.dumps(self._request.schema("validation")),
-            "response_schema": json.dumps(self._response.schema("serialization")),
-        }
-        return answer | {"description": self._description, "endpoints": [endpoint | {"metadata": schemas}]}
+        return answer | {"description": self._description, "endpoints": [endpoint | {"metadata": self._schemas}]}
 
 
 def key_in_header(message: PlainMessage) -> str:
@@ -271,13 +271,13 @@ async def offer_service(
         queue: The queue group of its subscription. The default is that of NATS services.
         timeout: Seconds for which a request may take, with all items of a stream.
         key: Returns the key of the agent for a request. The default is the header ``Natsrt-Key``, or else ``default``.
-        metadata: Metadata of the service.
+        metadata: Metadata of the service: texts.
 
     Returns:
         The service. Its ``stop`` ends it before the runtime does.
 
     Raises:
-        TypeError: A type has no JSON.
+        TypeError: A type has no JSON or no JSON schema, or the description or the metadata are no texts.
         ValueError: An argument is not valid, or the subject can match one of natsrt, an inbox, or one of the server.
         PermissionDenied: This user may not subscribe to the subject. Before the start, it is the start that raises it.
     """
@@ -291,13 +291,14 @@ async def offer_service(
         raise ValueError(f"version must be a semantic version such as 1.0.0, not {version!r:.60}")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r:.60}")
-    response = JsonType(response_type, "response_type")
-    runtime.add_message_type(*response.message_classes)
+    if not isinstance(description, str):
+        raise TypeError(f"description must be a text, not {description!r:.60}")
+    request, response = JsonType(request_type, "request_type"), JsonType(response_type, "response_type")
     service = OfferedService(
         runtime,
         agent_type,
         subject=subject,
-        request=JsonType(request_type, "request_type"),
+        request=request,
         response=response,
         name=name,
         version=version,
@@ -305,10 +306,21 @@ async def offer_service(
         queue=queue,
         timeout=timeout,
         key=key,
-        metadata=metadata or {},
+        metadata=_checked_metadata(metadata),
     )
+    runtime.add_message_type(*response.message_classes)
     await service.start()
     return service
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy of ``metadata``, if clients of any language can read it: ADR-32 has texts only. Raises TypeError."""
+    if not isinstance(metadata, Mapping | None):
+        raise TypeError(f"metadata must be a mapping of texts to texts, not {metadata!r:.60}")
+    for name, value in (metadata or {}).items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise TypeError(f"metadata must have texts as names and values, not {name!r:.60}: {value!r:.60}")
+    return dict(metadata or {})
 
 
 def _is_cancelled() -> bool:
