@@ -277,7 +277,9 @@ class Options(BaseModel, frozen=True, hide_input_in_errors=True, validate_defaul
     )
 
     # Errors.
-    send_tracebacks: bool = Field(True, description="Send the traceback of a handler's exception to the caller.")
+    send_tracebacks: bool = Field(
+        True, description="Send the traceback of a handler's exception to the caller, plain NATS clients included."
+    )
     ignore_unhandled_exceptions: bool = Field(
         True, description="Log exceptions of event handlers. False: stop and stop_when_idle raise them."
     )
