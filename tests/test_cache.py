@@ -211,6 +211,17 @@ def test_a_value_that_is_too_large_is_refused_and_the_next_one_is_not(make: Make
     assert store.get("k") == "y" * 8_000_000
 
 
+def test_a_value_that_is_larger_than_the_bucket_is_refused_and_erases_nothing(make: Make) -> None:
+    store = make(max_bytes=1_000)
+    store.set("before", 1)
+    for size in (950, 1_000, 5_000):
+        with pytest.raises(MessageTooLarge, match=r"the message has [1-5],\d+ bytes, .* max_bytes of .* is 1,000"):
+            store.set("k", "x" * size)
+    assert store.get("before") == 1 and store.get("k") is None
+    store.set("k", "x" * 500)
+    assert store.get("k") == "x" * 500
+
+
 async def test_what_cannot_be_read_counts_as_missing_and_is_replaced(
     make: Make, js: JetStreamContext, namespace: str, caplog: pytest.LogCaptureFixture
 ) -> None:

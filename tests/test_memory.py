@@ -207,6 +207,35 @@ async def test_a_content_that_is_too_large_is_refused_and_the_next_one_is_not(ma
     assert await texts(memory) == await texts(make()) == [largest]
 
 
+@pytest.mark.parametrize("size", [1_900, 2_000, 5_000])
+async def test_a_content_that_is_larger_than_the_stream_is_refused_and_erases_nothing(make: Make, size: int) -> None:
+    memory = make(max_bytes=2_000)
+    await memory.add(text("before"))
+    with pytest.raises(MessageTooLarge, match=r"the message has [2-5],\d+ bytes, .* max_bytes of .* is 2,000"):
+        await memory.add(text("x" * size))
+    assert await texts(memory) == ["before"]
+
+
+async def test_the_largest_content_that_is_not_refused_is_kept(make: Make) -> None:
+    memory, size = make(max_bytes=2_000), 2_000
+    while True:
+        try:
+            await memory.add(text("x" * size))
+            break
+        except MessageTooLarge:
+            size -= 1
+    assert await texts(memory) == ["x" * size]
+    assert size > 1_500
+
+
+async def test_a_stream_that_is_too_small_for_a_clear_is_cleared(make: Make) -> None:
+    memory = make(max_bytes=20)
+    with pytest.raises(MessageTooLarge, match="is 20:"):
+        await memory.add(text(""))
+    await memory.clear()
+    assert await texts(memory) == []
+
+
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "memory.json").read_text("utf-8"))
 
 

@@ -13,7 +13,6 @@ from natsrt.jetstream.kept_stream import NO_MESSAGE, KeptStream
 from natsrt.jetstream.requests import READ, WRITE
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
-from natsrt.transport.headers import headers_size
 from natsrt.wire.subjects import encode_token
 
 
@@ -59,7 +58,7 @@ class CacheBucket(KeptStream):
         headers = {api.Header.EXPECTED_STREAM.value: self.stream}
         if ttl is not None:
             headers[TTL] = f"{max(1, math.ceil(ttl))}s"
-        self._connection.check_stored(len(value), headers_size(headers))
+        self._check_size(self._subject(key), value, headers)
         subject = self._domain.publish(self._subject(key))
 
         async def attempt() -> None:

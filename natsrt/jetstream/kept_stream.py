@@ -11,13 +11,14 @@ from typing import Final
 import nats.js.errors
 from nats.js import api
 
-from natsrt.errors import StreamUnavailable
+from natsrt.errors import MessageTooLarge, StreamUnavailable
 from natsrt.jetstream.acks import Acks
 from natsrt.jetstream.domains import Domain
 from natsrt.jetstream.requests import OPEN, BucketRequests
 from natsrt.jetstream.streams import ensure_stream, require_settings, require_version
 from natsrt.options import Options
 from natsrt.transport.connection import Connection
+from natsrt.transport.headers import headers_size
 
 NO_MESSAGE: Final = 10037
 """JetStream's error code for a message that does not exist."""
@@ -27,6 +28,8 @@ _WITHIN: Final = 2.0
 """Seconds for one attempt of a request, beside the round trip: a cluster that elects a leader does not answer."""
 _ATTEMPTS: Final = 3
 """Attempts to write for which there is time at least: beside a tap, a stream that is gone does not answer the first."""
+_STORED_WITH_EACH: Final = 34
+"""Bytes that the server's file store adds to the subject, the headers and the body of a message with headers."""
 _OTHER_LIMITS: Final = "use the same limits everywhere, give what needs others a name of its own, or delete the stream"
 """What to do with a stream if a setting of it cannot be changed."""
 
@@ -72,6 +75,23 @@ class KeptStream:
             for retry_for in (patience, options.publish_timeout)
         )
         self._write_within = min(_WITHIN, options.publish_timeout / _ATTEMPTS)
+
+    def _check_size(self, subject: str, body: bytes, headers: dict[str, str], *, alone: bool = False) -> None:
+        """Raise `MessageTooLarge` if the stream would not keep this message.
+
+        A stream stores a message that is larger than its ``max_bytes``, and then drops all its messages for it, and the
+        message too. ``alone``: the message may be dropped, since it is there to remove the others.
+        """
+        head, limit = headers_size(headers), self._config.max_bytes
+        self._connection.check_stored(len(body), head)
+        size = len(subject.encode()) + head + len(body) + _STORED_WITH_EACH
+        if limit is not None and 0 < limit < size and not alone:
+            raise MessageTooLarge(
+                size,
+                limit,
+                f"as it is stored, but max_bytes of the stream {self.stream} is {limit:,}: raise max_bytes, or store "
+                "less in one message",
+            )
 
     def _unavailable(self, operation: str, reason: str) -> StreamUnavailable:
         return StreamUnavailable(operation, self.stream, reason)

@@ -24,7 +24,6 @@ from natsrt.jetstream.requests import READ, WRITE
 from natsrt.jetstream.stream_reader import PAGE, StreamReader
 from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest
-from natsrt.transport.headers import headers_size
 
 _PAGE_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a page; a larger message is a page of its own."""
@@ -145,7 +144,7 @@ class SessionLog(KeptStream):
         }
         if alone:
             headers[_ROLLUP] = "sub"
-        self._connection.check_stored(len(body), headers_size(headers))
+        self._check_size(self._subject, body, headers, alone=alone)
 
         async def attempt() -> int:
             return await self._acks.store(self.stream, self._subject, body, headers)

@@ -142,7 +142,7 @@ class NatsCacheStore(CacheStore[T], Component[NatsCacheStoreConfig]):
 
         Raises:
             CannotSerialize: The value would not be read as it is.
-            MessageTooLarge: It does not fit into one message of the server.
+            MessageTooLarge: It does not fit into one message of the server, or into ``max_bytes``.
             JetStreamFull: There is no room.
             Others: As `get`. The value may be stored or not.
         """

@@ -136,7 +136,7 @@ class NatsMemory(Memory, Component[NatsMemoryConfig]):
 
         Raises:
             CannotSerialize: It would not arrive in other processes as it is. Nothing is stored.
-            MessageTooLarge: It does not fit into one message of the server. Nothing is stored.
+            MessageTooLarge: It does not fit into one message of the server, or into ``max_bytes``. Nothing is stored.
             ServerUnreachable, StreamUnavailable: It may be stored or not.
             JetStreamFull, PermissionDenied: It is not stored.
             Exception: What the memory that is wrapped raises. The content is stored, and others may have it.
