@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from autogen_core import CancellationToken, ComponentLoader, FunctionCall, Image
+from autogen_core import AgentId, CancellationToken, ComponentLoader, FunctionCall, Image
 from autogen_core.models import (
     AssistantMessage,
     ChatCompletionClient,
@@ -30,7 +30,7 @@ from pydantic import BaseModel
 
 import natsrt
 from natsrt import NatsAgentRuntime
-from natsrt.contrib.models import ModelBusy, RemoteChatCompletionClient, host_model
+from natsrt.contrib.models import ModelBusy, ModelRequest, RemoteChatCompletionClient, host_model
 from natsrt.embedded import EmbeddedServer
 from tests.programs import model_worker
 from tests.programs.model_worker import INFO, OutOfTokens, Scripted
@@ -532,6 +532,48 @@ async def test_a_runtime_that_closes_closes_its_model_and_a_client_only_its_own_
         assert (await shared.create(said("count 1"))).content == "here"
         assert model.closed == 0
     assert model.closed == 1
+
+
+@pytest.mark.parametrize("started", [True, False])
+async def test_a_model_without_requests_is_closed_with_its_runtime(
+    server: EmbeddedServer, namespace: str, started: bool
+) -> None:
+    models: list[Scripted] = []
+
+    def model() -> Scripted:
+        models.append(Scripted())
+        return models[-1]
+
+    runtime = NatsAgentRuntime(server.url, namespace=namespace)
+    if not started:
+        await host_model(runtime, "gpt", model)
+    async with runtime:
+        if started:
+            await host_model(runtime, "gpt", model)
+        assert [made.closed for made in models] == [0]
+    assert [made.closed for made in models] == [1]
+
+
+async def test_all_requests_share_one_client_and_its_limits_and_other_keys_are_refused(make: Make) -> None:
+    models: list[Scripted] = []
+
+    def model() -> Scripted:
+        models.append(Scripted())
+        return models[-1]
+
+    await host_model(await make(), "gpt", model, max_running=1)
+    caller = await make()
+    client = await RemoteChatCompletionClient.connect("gpt", caller)
+    request = ModelRequest(messages=said("slow 3"))
+    for key in ("k1", "k2"):
+        with pytest.raises(
+            Exception, match=f"the model 'gpt' is one agent, gpt/default: the key '{key}' is not hosted"
+        ):
+            async with caller.stream_message(request, AgentId("gpt", key)) as stream:
+                async for _ in stream:
+                    pass
+    await asyncio.gather(*(client.create(said("slow 3")) for _ in range(4)))
+    assert len(models) == 1 and models[0].most == 1
 
 
 async def test_a_client_is_a_component_without_credentials(make: Make, server: EmbeddedServer, namespace: str) -> None:

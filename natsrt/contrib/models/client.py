@@ -25,6 +25,7 @@ from pydantic import BaseModel
 
 from natsrt import NatsAgentRuntime
 from natsrt.contrib.models.messages import (
+    KEY,
     DescribeModel,
     ModelBusy,
     ModelDescription,
@@ -39,8 +40,6 @@ from natsrt.errors import CannotDecode, NoLiveWorker, WorkerBusy, WorkerLost, Wo
 
 TokenCounter = Callable[[Sequence[LLMMessage], Sequence[Tool | ToolSchema]], int]
 
-_KEY: Final = "default"
-"""The key of the agents: there is one model client on each worker."""
 _BYTES_PER_TOKEN: Final = 3
 """For the estimate of tokens. Models need one token for about four bytes of English, and for fewer of most others."""
 _PER_MESSAGE: Final = 4
@@ -109,7 +108,7 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
             raise ValueError(f"retries must be a whole number of at least 0, not {retries!r:.60}")
         if model_info is not None:
             validate_model_info(model_info)
-        self._agent = AgentId(type, _KEY)
+        self._agent = AgentId(type, KEY)
         self._own = runtime is None
         self._runtime = NatsAgentRuntime(servers, namespace=namespace) if runtime is None else runtime
         self._runtime.add_error_type(ModelBusy)

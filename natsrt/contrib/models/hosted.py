@@ -9,12 +9,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, nullcontext
 from typing import Any
 
-from autogen_core import AgentType, MessageContext, RoutedAgent, rpc
+from autogen_core import AgentId, AgentInstantiationContext, AgentType, MessageContext, RoutedAgent, rpc
 from autogen_core.models import ChatCompletionClient, CreateResult
 
 import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.contrib.models.messages import (
+    KEY,
     DescribeModel,
     ModelBusy,
     ModelDescription,
@@ -115,7 +116,8 @@ async def host_model(
 
     Any number of workers can host the same model. They share its requests: NATS gives each one to any of them. The
     first client is made at once, so that a model that cannot be loaded is noticed at the start, and the worker is ready
-    when the model is.
+    when the model is. There is one agent, and one client, on each worker: the key of its id is ``default``, and
+    others are refused.
 
     Args:
         runtime: The runtime that will host the model. It closes the client when it is closed.
@@ -141,14 +143,23 @@ async def host_model(
     unused = [await _made(factory)]
 
     async def make() -> ModelAgent:
+        id = AgentInstantiationContext.current_agent_id()
+        if id.key != KEY:  # another agent would have another client, and its own limits
+            raise ValueError(
+                f"the model {id.type!r} is one agent, {id.type}/{KEY}: the key {id.key!r:.60} is not hosted"
+            )
         client = unused.pop() if unused else await _made(factory)
         return ModelAgent(client, max_running=max_running, max_waiting=max_waiting)
 
     try:
-        return await natsrt.register(runtime, ModelAgent, type, make, skip_direct_message_subscription=True)
+        hosted = await natsrt.register(runtime, ModelAgent, type, make, skip_direct_message_subscription=True)
+        # The runtime closes the agents that it has made, so a model without requests needs its agent too.
+        await runtime.try_get_underlying_agent_instance(AgentId(hosted.type, KEY), ModelAgent)
     except BaseException:
-        await unused.pop().close()
+        if unused:
+            await unused.pop().close()
         raise
+    return hosted
 
 
 async def _made(factory: Factory) -> ChatCompletionClient:

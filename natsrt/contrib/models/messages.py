@@ -7,7 +7,7 @@ Tools and output types travel as schemas. The worker makes objects of them again
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 from autogen_core import CancellationToken
 from autogen_core.models import LLMMessage
@@ -17,6 +17,8 @@ from pydantic_core import to_jsonable_python
 
 from natsrt.errors import NatsrtError
 
+KEY: Final = "default"
+"""The key of the agents: there is one model client on each worker."""
 ToolChoice = Literal["auto", "required", "none"]
 
 
