@@ -492,6 +492,33 @@ async def test_a_model_whose_worker_starts_again_is_found_by_retries(make: Make,
     assert (await asyncio.wait_for(creating, 20)).content == "second"
 
 
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_request_with_retries_waits_for_a_worker(make: Make, start: Make, known: bool) -> None:
+    caller = await make()
+    client = RemoteChatCompletionClient("gpt", caller, retries=1)
+    if known:  # a deployment: the old worker stops in order, and the new one comes later than any retries
+        old = await start("old")
+        await caller.wait_for("gpt", timeout=10)
+        old.terminate()
+        await old.wait()
+    creating = asyncio.create_task(client.create(said("count 1")))
+    await asyncio.wait({creating}, timeout=2.0)
+    assert not creating.done()
+    await start("new")
+    assert (await asyncio.wait_for(creating, 20)).content == "new"
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+async def test_a_request_does_not_wait_longer_for_a_worker(
+    make: Make, monkeypatch: pytest.MonkeyPatch, retries: int
+) -> None:
+    monkeypatch.setattr("natsrt.contrib.models.client._WORKER_WITHIN", 0.5)
+    client, began = RemoteChatCompletionClient("gpt", await make(), retries=retries), time.monotonic()
+    with within(10.0), pytest.raises(natsrt.UnknownAgentType):
+        await client.create(said("count 1"))
+    assert retries == 0 or time.monotonic() - began > 0.5
+
+
 async def test_without_retries_a_lost_worker_is_an_error(make: Make, start: Make) -> None:
     worker = await start()
     client = await RemoteChatCompletionClient.connect("gpt", await make())

@@ -36,7 +36,7 @@ from natsrt.contrib.models.messages import (
     schema_of,
 )
 from natsrt.contrib.servers import ServersConfig, config_of, settings_in
-from natsrt.errors import CannotDecode, NoLiveWorker, WorkerBusy, WorkerLost, WorkerStopped
+from natsrt.errors import CannotDecode, NoLiveWorker, UnknownAgentType, WorkerBusy, WorkerLost, WorkerStopped
 
 TokenCounter = Callable[[Sequence[LLMMessage], Sequence[Tool | ToolSchema]], int]
 
@@ -49,6 +49,8 @@ _PER_IMAGE: Final = 1105
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
 """Seconds between two attempts to reach a worker that has room, or is there."""
+_WORKER_WITHIN: Final = 30.0
+"""Seconds for which a request with retries is sent again while no worker hosts the model, as in `natsrt.agentchat`."""
 
 
 class RemoteModelConfig(ServersConfig):
@@ -79,8 +81,9 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
             own client knows it.
         token_counter: Counts tokens for `count_tokens`, which cannot ask the worker since it is not asynchronous. None:
             they are estimated.
-        retries: How often a request is sent again because its worker was lost, or no worker is there, as long as no
-            token of the answer was given out.
+        retries: How often a request is sent again because its worker was lost or stopped, as long as no token of the
+            answer was given out. With 1 or more, a request also waits up to 30 seconds for a worker, if there is none,
+            which does not count as a retry.
 
     Raises:
         ValueError: An argument is wrong, or both a runtime and servers or a namespace are given.
@@ -236,7 +239,7 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
                         given_out = True
                         yield item
                 return
-            except (ModelBusy, WorkerBusy, WorkerLost, WorkerStopped, NoLiveWorker) as error:
+            except (ModelBusy, WorkerBusy, WorkerLost, WorkerStopped, NoLiveWorker, UnknownAgentType) as error:
                 pause = pauses.after(error)
                 if given_out or pause is None:
                     raise
@@ -340,21 +343,31 @@ class _Pauses:
     """Decides whether a request is sent again, and when."""
 
     def __init__(self, busy_retry: float, retries: int) -> None:
-        self._busy_until = asyncio.get_running_loop().time() + busy_retry
+        self._loop = asyncio.get_running_loop()
+        self._busy_until = self._loop.time() + busy_retry
+        self._waits = retries > 0
         self._retries = retries
+        self._worker_until: float | None = None
+        """Until when it is waited for a worker; None: there was one."""
         self._next = _FIRST_PAUSE
 
     def after(self, error: Exception) -> float | None:
         """Seconds to wait after this error; None: it is not sent again."""
-        if isinstance(error, ModelBusy | WorkerBusy):
-            if asyncio.get_running_loop().time() > self._busy_until:
-                return None
-        elif self._retries == 0:
+        if not self._may_go_on(error, self._loop.time()):
             return None
-        else:
-            self._retries -= 1
         pause, self._next = self._next, min(self._next * 2, _LONGEST_PAUSE)
         return pause
+
+    def _may_go_on(self, error: Exception, now: float) -> bool:
+        if isinstance(error, ModelBusy | WorkerBusy):
+            return now <= self._busy_until
+        if isinstance(error, NoLiveWorker | UnknownAgentType):
+            if self._worker_until is None:
+                self._worker_until = now + _WORKER_WITHIN
+            return self._waits and now <= self._worker_until
+        self._worker_until = None
+        self._retries -= 1
+        return self._retries >= 0
 
 
 def _request(
