@@ -188,7 +188,7 @@ def test_keys_are_any_text_and_apart(make: Make) -> None:
     for wrong in (5, None, b"a"):
         with pytest.raises(TypeError, match="key must be text"):
             here.get(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="surrogates"):
+    with pytest.raises(ValueError, match="key must be text that UTF-8 has, without a lone surrogate"):
         here.set("\ud800", 1)
 
 
@@ -209,6 +209,18 @@ def test_a_value_that_is_too_large_is_refused_and_the_next_one_is_not(make: Make
         store.set("k", "x" * 9_000_000)
     store.set("k", "y" * 8_000_000)
     assert store.get("k") == "y" * 8_000_000
+
+
+@pytest.mark.parametrize("value", [10**5000, [{"a": -(10**5000)}, "\ud800"]], ids=["int", "nested"])
+def test_an_int_of_too_many_digits_is_refused(make: Make, value: Any) -> None:
+    with pytest.raises(CannotSerialize, match="it has an int of more than 4,300 digits"):
+        make().set("k", value)
+
+
+def test_a_bool_is_no_time() -> None:
+    for setting in ("ttl", "timeout"):
+        with pytest.raises(ConfigurationError, match=f"{setting}.*not True"):
+            NatsCacheStore(**{setting: True})
 
 
 def test_a_value_that_is_larger_than_the_bucket_is_refused_and_erases_nothing(make: Make) -> None:

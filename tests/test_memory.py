@@ -207,6 +207,11 @@ async def test_a_content_that_is_too_large_is_refused_and_the_next_one_is_not(ma
     assert await texts(memory) == await texts(make()) == [largest]
 
 
+def test_an_int_of_too_many_digits_is_refused() -> None:
+    with pytest.raises(CannotSerialize, match="it has an int of more than 4,300 digits"):
+        encode(MemoryContent(content={"a": 10**5000}, mime_type=MemoryMimeType.JSON))
+
+
 @pytest.mark.parametrize("size", [1_900, 2_000, 5_000])
 async def test_a_content_that_is_larger_than_the_stream_is_refused_and_erases_nothing(make: Make, size: int) -> None:
     memory = make(max_bytes=2_000)
@@ -829,7 +834,7 @@ async def test_a_configuration_names_a_context_which_has_the_credentials(
     [
         ({"session": ""}, "session must be"),
         ({"session": 5}, "session must be"),
-        ({"session": "\ud800"}, "surrogates not allowed"),
+        ({"session": "\ud800"}, "session must be text that UTF-8 has, without a lone surrogate"),
         ({"name": "a.b"}, "name"),
         ({"name": ""}, "name"),
         ({"max_messages": 0}, "max_messages"),

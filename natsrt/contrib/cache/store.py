@@ -97,7 +97,8 @@ class NatsCacheStore(CacheStore[T], Component[NatsCacheStoreConfig]):
     ) -> None:
         check_limits(name, max_bytes=max_bytes)
         for setting, seconds, least in (("ttl", ttl, 1.0), ("timeout", timeout, 0.1)):
-            if seconds is not None and not (isinstance(seconds, int | float) and least <= seconds <= 1e9):
+            is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if seconds is not None and not (is_number and least <= seconds <= 1e9):
                 raise ConfigurationError(setting, f"must be {least:g} to 1,000,000,000 seconds, not {seconds!r:.60}")
         self._options = settings_of(options, servers, namespace, context, jetstream_domain)
         self._values = Values(types)
@@ -224,7 +225,10 @@ def _imported(name: str) -> Any:
 def _check_key(key: object) -> None:
     if not isinstance(key, str):
         raise TypeError(f"key must be text, not a {type(key).__name__}")
-    key.encode()  # raises UnicodeEncodeError, a ValueError
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"key must be text that UTF-8 has, without a lone surrogate: {key!r:.60} has one") from error
 
 
 class _Worker:

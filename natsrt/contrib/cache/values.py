@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -59,6 +60,10 @@ class Values:
             return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
         except UnicodeEncodeError:  # a lone surrogate, which is no UTF-8, but has an escape
             return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+        except ValueError:  # Python writes no int of so many digits
+            raise CannotSerialize(
+                type(value).__name__, f"it has an int of more than {sys.get_int_max_str_digits():,} digits"
+            ) from None
 
     def _encoded(self, where: str, value: Any) -> Any:
         kind = type(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import sys
 from typing import Any, Final
 
 from autogen_core import Image
@@ -41,6 +42,8 @@ def encode(content: MemoryContent) -> bytes:
         return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:  # a lone surrogate, which is no UTF-8, but has an escape
         return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+    except ValueError:  # Python writes no int of so many digits
+        raise CannotSerialize(_WHAT, f"it has an int of more than {sys.get_int_max_str_digits():,} digits") from None
 
 
 def _encoded(content: Any) -> dict[str, Any]:

@@ -89,7 +89,12 @@ class NatsMemory(Memory, Component[NatsMemoryConfig]):
     ) -> None:
         if not isinstance(session, str) or not session:
             raise ValueError(f"session must be the name of a session, such as a user's, not {session!r:.60}")
-        session.encode()  # raises UnicodeEncodeError, a ValueError, for what can be no name
+        try:
+            session.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"session must be text that UTF-8 has, without a lone surrogate: {session!r:.60} has one"
+            ) from error
         check_limits(name, max_messages=max_messages, max_age=max_age, max_bytes=max_bytes)
         if runtime is not None:
             if any(given is not None for given in (servers, namespace, context, jetstream_domain, options)):
