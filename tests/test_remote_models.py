@@ -555,10 +555,29 @@ async def test_a_runtime_that_closes_closes_its_model_and_a_client_only_its_own_
         assert own._runtime.worker_id is not None
         await asyncio.gather(own.close(), own.close())
         assert own._runtime.worker_id is None
+        with pytest.raises(RuntimeError, match="this model client is closed: make another one"):
+            await own.create(said("count 1"))
+        assert own._runtime.worker_id is None
         await shared.close()
         assert (await shared.create(said("count 1"))).content == "here"
         assert model.closed == 0
     assert model.closed == 1
+
+
+async def test_a_client_with_its_own_runtime_names_another_event_loop(
+    make: Make, server: EmbeddedServer, namespace: str
+) -> None:
+    await host_model(await make(), "gpt", Scripted)
+    client = RemoteChatCompletionClient("gpt", servers=server.url, namespace=namespace)
+
+    async def use() -> None:
+        await client.create(said("count 1"))
+        await client._runtime.close()  # else its socket is left to the garbage collector
+
+    await asyncio.to_thread(asyncio.run, use())
+    with pytest.raises(RuntimeError, match="this model client runs in another event loop"):
+        await client.create(said("count 1"))
+    await client.close()
 
 
 @pytest.mark.parametrize("started", [True, False])

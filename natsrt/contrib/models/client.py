@@ -117,6 +117,9 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
         self._runtime.add_error_type(ModelBusy)
         self._runtime.add_message_type(ModelDescription, ModelStarted, CreateResult)
         self._starting = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The event loop in which a runtime of its own runs; None before its first use."""
+        self._closed = False
         self._info = model_info
         self._max_tokens = max_tokens
         self._token_counter = token_counter
@@ -166,12 +169,26 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
         self._max_tokens = description.max_tokens
 
     async def _started(self) -> NatsAgentRuntime:
-        """The runtime. One of its own is started first."""
+        """The runtime. One of its own is started first.
+
+        Raises RuntimeError if that is closed, or runs in another event loop.
+        """
         if self._own:
+            self._check_loop()
             async with self._starting:
+                if self._closed:
+                    raise RuntimeError("this model client is closed: make another one")
+                self._loop = asyncio.get_running_loop()
                 if self._runtime.worker_id is None:
                     await self._runtime.start()
         return self._runtime
+
+    def _check_loop(self) -> None:
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise RuntimeError(
+                "this model client runs in another event loop, that of its first call: make one in each event loop, as "
+                "for each asyncio.run"
+            )
 
     # -- generations -------------------------------------------------------------------------------------------------
 
@@ -252,10 +269,20 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
         )
 
     async def close(self) -> None:
-        """Stop the client's own runtime, if it has one. The model, and a runtime that was given, go on."""
-        if self._own:
-            async with self._starting:
-                await self._runtime.close()
+        """Stop the client's own runtime, if it has one. The model, and a runtime that was given, go on.
+
+        A client with its own runtime cannot be used any more: its calls raise RuntimeError. So does this, in another
+        event loop than that of the first call, unless that has ended.
+        """
+        if not self._own:
+            return
+        if self._loop is not None and self._loop.is_closed():
+            self._closed = True  # nothing of the runtime runs any more
+            return
+        self._check_loop()
+        async with self._starting:
+            self._closed = True
+            await self._runtime.close()
 
     # -- what is not asynchronous ------------------------------------------------------------------------------------
 
