@@ -23,7 +23,7 @@ from autogen_core.models import (
 from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel
 
-from natsrt import NatsAgentRuntime
+from natsrt import NatsAgentRuntime, Options
 from natsrt.contrib.models.messages import (
     KEY,
     DescribeModel,
@@ -76,6 +76,7 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
         servers: For a runtime of its own: the URLs of the servers, as for `NatsAgentRuntime`. Credentials come from the
             other settings, such as the environment.
         namespace: For a runtime of its own, as for `NatsAgentRuntime`.
+        options: For a runtime of its own, as for `NatsAgentRuntime`.
         model_info: What the model can do. None: known after `connect` only.
         max_tokens: The tokens that the model takes, for `remaining_tokens`. None: known after `connect`, if the model's
             own client knows it.
@@ -100,20 +101,21 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
         *,
         servers: str | Sequence[str] | None = None,
         namespace: str | None = None,
+        options: Options | None = None,
         model_info: ModelInfo | None = None,
         max_tokens: int | None = None,
         token_counter: TokenCounter | None = None,
         retries: int = 0,
     ) -> None:
-        if runtime is not None and (servers is not None or namespace is not None):
-            raise ValueError("servers and namespace are those of the runtime: give either a runtime or these")
+        if runtime is not None and not (servers is None and namespace is None and options is None):
+            raise ValueError("servers, namespace and options are those of the runtime: give either a runtime or these")
         if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
             raise ValueError(f"retries must be a whole number of at least 0, not {retries!r:.60}")
         if model_info is not None:
             validate_model_info(model_info)
         self._agent = AgentId(type, KEY)
         self._own = runtime is None
-        self._runtime = NatsAgentRuntime(servers, namespace=namespace) if runtime is None else runtime
+        self._runtime = runtime or NatsAgentRuntime(servers, namespace=namespace, options=options)
         self._runtime.add_error_type(ModelBusy)
         self._runtime.add_message_type(ModelDescription, ModelStarted, CreateResult)
         self._starting = asyncio.Lock()
@@ -355,15 +357,13 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
 
     @classmethod
     def _from_config(cls, config: RemoteModelConfig) -> Self:
-        client = cls(
+        return cls(
             config.type,
-            NatsAgentRuntime(options=settings_in(config)),
+            options=settings_in(config),
             model_info=config.model_info,
             max_tokens=config.max_tokens,
             retries=config.retries,
         )
-        client._own = True
-        return client
 
 
 class _Pauses:
