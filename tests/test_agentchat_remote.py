@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing
 from typing import Any
 
+import nats
 import pytest
 
 pytest.importorskip("autogen_agentchat", reason="autogen-agentchat is not installed: pip install 'natsrt[dev]'")
@@ -41,7 +42,7 @@ from natsrt.contrib.agentchat.repeats import Repeats
 from natsrt.contrib.agentchat.requests import ChatTurn, TeamRun
 from natsrt.contrib.agentchat.sources import renamed
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import AgentNotServed, CannotSerialize
+from natsrt.errors import AgentNotServed, CannotSerialize, StateNotSaved
 from tests.programs.chat_teams import MODEL, Plan, assistant, calls
 from tests.support.processes import REPOSITORY, Processes, eventually
 
@@ -295,6 +296,49 @@ async def test_a_turn_that_fails_does_not_count(worker: NatsAgentRuntime, runtim
     assert await said(agent, "b") == "2"
     assert [one.got for one in made.all] == [["a", "fail"], ["a", "b"]]
     assert made.all[0].events == ["closed"]
+
+
+class Numbers(Counter):
+    """Has numbers in its state, and some of them cannot be stored."""
+
+    async def save_state(self) -> Mapping[str, Any]:
+        return {"got": list(self.got), "numbers": [float(text) for text in self.got]}
+
+
+@pytest.mark.parametrize("save", ["message", "interval", "manual"])
+async def test_a_turn_whose_state_cannot_be_stored_does_not_count(
+    save: Any, worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    await host(worker, "numbers", Numbers, keyed=KeyedOptions(save=save))
+    agent = await RemoteChatAgent.connect("numbers", runtime, timeout=10)
+    assert await said(agent, "1") == "1"
+    with pytest.raises(CannotSerialize, match="state holds"):
+        await said(agent, "nan")
+    assert await said(agent, "2") == "2"
+    with pytest.raises(CannotSerialize, match="state holds"):
+        await agent.load_state({"got": ["inf"]})
+    assert await agent.save_state() == {"got": ["1", "2"], "numbers": [1, 2]}
+
+
+async def test_a_turn_that_finds_no_room_to_be_stored_does_not_count(
+    server: EmbeddedServer, namespace: str, worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    agent, made = await counter(worker, runtime)
+    assert await said(agent, "a") == "1"
+    nc = await nats.connect(server.url)
+    try:
+        jetstream = nc.jetstream()
+        (bucket,) = [
+            one for one in await jetstream.streams_info() if one.config.name == f"KV_{namespace}_natsrt_agents"
+        ]
+        await jetstream.update_stream(bucket.config.evolve(max_msg_size=2_000))
+        with pytest.raises(StateNotSaved):
+            await said(agent, "b" * 5_000)
+        assert await said(agent, "c") == "2"
+    finally:
+        await nc.close()
+    assert await agent.save_state() == {"got": ["a", "c"]}
+    assert made.all[-1].got == ["a", "c"]
 
 
 async def test_a_turn_that_is_cancelled_does_not_count(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:

@@ -4,8 +4,8 @@ Rules:
 
 1. The live agent or team is ahead of what is stored only while a turn runs. A turn that is not completed, because it
    failed, was cancelled, or its caller left, drops it, and the next turn starts from what is stored.
-2. A turn is completed when its caller has room for its answer. The state is taken before that, and natsrt stores it
-   before the caller gets the end.
+2. A turn is completed when its caller has room for its answer, and the state is stored. The state is taken before that,
+   and stored before the caller gets the end. If it cannot be stored, the turn has failed.
 3. An agent that is left in the middle of a turn is told so by its cancellation token, before its generator is closed: a
    team whose generator is closed would otherwise go on to its end first.
 """
@@ -39,6 +39,7 @@ from natsrt.contrib.agentchat.requests import (
 )
 from natsrt.contrib.agentchat.sources import renamed
 from natsrt.contrib.agentchat.stored import Result, Stored, dump_result, load_result
+from natsrt.errors import StateConflict
 
 logger: logging.Logger = logging.getLogger("natsrt.agentchat")
 
@@ -48,9 +49,11 @@ Hosted = TypeVar("Hosted", ChatAgent, Team)
 class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     """One session of a hosted agent or team."""
 
-    def __init__(self, factory: SessionFactory, description: str) -> None:
+    def __init__(self, factory: SessionFactory, description: str, *, stores_turns: bool = True) -> None:
+        """``stores_turns``: whether each turn is stored before it counts, as with ``save="message"``."""
         super().__init__(description)
         self._factory = factory
+        self._stores_turns = stores_turns
         self._stored: Stored | None = None
         """What the session is after its last completed turn; None: it had no turn."""
         self._live: Hosted | None = None
@@ -123,7 +126,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             raise RuntimeError(f"{self.id} gave no final {last.__name__}")
         stored = await self._completed(live, token, answer, turn)
         yield answer
-        self._stored = stored
+        await self._keep(stored)
 
     async def _completed(
         self, live: Hosted, token: CancellationToken, result: Result | None = None, turn: str | None = None
@@ -138,6 +141,28 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         if turn is None or result is None:
             return Stored(state)
         return Stored(state, turn, dump_result(result, self._factory.types))
+
+    async def _keep(self, stored: Stored) -> None:
+        """Complete a turn: store what the session is after it. If that fails, it is what it was before.
+
+        Raises CannotSerialize for what cannot be stored, and as `NatsAgentRuntime.store_state`.
+        """
+        former, self._stored = self._stored, stored
+        try:
+            if self._stores_turns:
+                await self._store()
+            else:
+                stored.check()
+        except BaseException:
+            self._stored = former
+            raise
+
+    async def _store(self) -> None:
+        runtime = natsrt.runtime_of(self)
+        try:
+            await runtime.store_state(self.id)
+        except LookupError:  # natsrt has dropped this instance meanwhile
+            raise StateConflict(str(self.id), str(runtime.worker_id)) from None
 
     def _answer(self, turn: str) -> Result | None:
         """The answer of a turn that was completed before; None if it was not."""
@@ -190,13 +215,13 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     async def on_reset(self, message: Reset, ctx: MessageContext) -> None:
         async with self._turn(ctx) as (live, token):
             await (live.reset() if isinstance(live, Team) else live.on_reset(token))
-            self._stored = await self._completed(live, token)
+            await self._keep(await self._completed(live, token))
 
     @message_handler
     async def on_load(self, message: LoadState, ctx: MessageContext) -> None:
         async with self._turn(ctx) as (live, token):
             await live.load_state(message.state)
-            self._stored = await self._completed(live, token)
+            await self._keep(await self._completed(live, token))
 
     @natsrt.out_of_turn
     @message_handler

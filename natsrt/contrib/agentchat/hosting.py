@@ -67,7 +67,7 @@ async def host(
     description = sample.description
 
     async def begin() -> Conversation[Any]:
-        conversation = cls(sessions, description)
+        conversation = cls(sessions, description, stores_turns=options.save == "message")
         await conversation.instance()
         return conversation
 

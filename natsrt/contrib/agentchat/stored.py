@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+import orjson
 from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.messages import BaseChatMessage
 
 from natsrt.contrib.agentchat.message_types import MessageTypes
+from natsrt.errors import CannotSerialize
 
 Result: TypeAlias = Response | TaskResult
 
@@ -35,6 +37,16 @@ class Stored:
         if self.turn is not None:
             dumped |= {"turn": self.turn, "result": self.result}
         return dumped
+
+    def check(self) -> None:
+        """Raise CannotSerialize if this would be something else after it is stored, such as NaN."""
+        dumped = self.dump()
+        try:
+            same = orjson.loads(orjson.dumps(dumped)) == dumped
+        except TypeError:
+            same = False
+        if not same:
+            raise CannotSerialize("dict", "the agent's state holds what JSON cannot hold, or not as it is")
 
     @classmethod
     def load(cls, dumped: Mapping[str, Any]) -> Stored | None:
