@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import nats
@@ -35,7 +36,7 @@ from autogen_core.models import AssistantMessage, UserMessage
 from autogen_ext.models.replay import ReplayChatCompletionClient
 
 import natsrt
-from natsrt import KeyedOptions, NatsAgentRuntime
+from natsrt import KeyedOptions, NatsAgentRuntime, Options
 from natsrt.agentchat import RemoteChatAgent, RemoteTeam, host
 from natsrt.contrib.agentchat.message_types import MessageTypes
 from natsrt.contrib.agentchat.repeats import Repeats
@@ -397,6 +398,47 @@ async def test_a_turn_that_is_left_does_not_count(worker: NatsAgentRuntime, runt
     await eventually(lambda: "closed" in made.all[0].events)
     assert await said(agent, "b") == "2"
     assert made.all[1].got == ["a", "b"]
+
+
+class Silent(Counter):
+    """Says nothing before its answer."""
+
+    async def on_messages_stream(
+        self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
+        async for item in super().on_messages_stream(messages, cancellation_token):
+            if isinstance(item, Response):
+                yield item
+
+
+CALLER = """
+import asyncio, sys
+from natsrt import NatsAgentRuntime
+from natsrt.agentchat import RemoteChatAgent
+
+async def main():
+    async with NatsAgentRuntime(sys.argv[1], namespace=sys.argv[2]) as runtime:
+        agent = await RemoteChatAgent.connect("silent", runtime, session="ada")
+        await agent.run(task="wait")
+
+asyncio.run(main())
+"""
+
+
+async def test_a_caller_that_is_killed_is_noticed_although_the_agent_says_nothing(
+    server: EmbeddedServer, namespace: str, processes: Processes, tmp_path: Path
+) -> None:
+    options = Options.load(servers=server.url, namespace=namespace).replace(stream_idle_timeout=2)
+    async with NatsAgentRuntime(options=options) as worker:
+        made = Made(Silent)
+        await host(worker, "silent", made)
+        program = tmp_path / "caller.py"
+        program.write_text(CALLER)
+        caller = processes.python(program, server.url, namespace, name="caller")
+        await eventually(lambda: made.all and made.all[0].events == ["waits"], 20)
+        caller.kill()
+        await eventually(lambda: made.all[0].events == ["waits", "cancelled", "closed"], 20)
+        assert await said(await RemoteChatAgent.connect("silent", worker, session="ada"), "a") == "1"
 
 
 async def test_a_turn_whose_task_is_cancelled_does_not_count(

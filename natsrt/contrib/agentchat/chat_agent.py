@@ -152,6 +152,7 @@ class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
             turn=uuid.uuid4().hex,
             keep=self._session.retries > 0,
             callers=waiting(),
+            started=True,
         )
         async with aclosing(self._session.turn(turn, cancellation_token)) as items:
             async for item in items:

@@ -36,6 +36,7 @@ from natsrt.contrib.agentchat.requests import (
     SaveState,
     State,
     TeamRun,
+    TurnStarted,
 )
 from natsrt.contrib.agentchat.sources import renamed
 from natsrt.contrib.agentchat.stored import Result, Stored, dump_result, load_result
@@ -275,7 +276,9 @@ class AgentConversation(Conversation[ChatAgent]):
     @natsrt.streaming
     async def on_turn(
         self, message: ChatTurn, ctx: MessageContext
-    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
+    ) -> AsyncGenerator[TurnStarted | BaseAgentEvent | BaseChatMessage | Response, None]:
+        if message.started:
+            yield TurnStarted()
         answer = self._answer(message.turn)
         if isinstance(answer, Response):
             for inner in answer.inner_messages or ():
@@ -301,7 +304,9 @@ class TeamConversation(Conversation[Team]):
     @natsrt.streaming
     async def on_run(
         self, message: TeamRun, ctx: MessageContext
-    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | TaskResult, None]:
+    ) -> AsyncGenerator[TurnStarted | BaseAgentEvent | BaseChatMessage | TaskResult, None]:
+        if message.started:
+            yield TurnStarted()
         answer = self._answer(message.turn)
         if isinstance(answer, TaskResult):
             for one in answer.messages:

@@ -48,6 +48,11 @@ ANSWERS: Final = (
 these are known to every caller without being registered."""
 
 
+@dataclass
+class TurnStarted:
+    """The first item of a turn whose caller asked for it: the worker notices from now on if the caller disappears."""
+
+
 @dataclass(kw_only=True)
 class ChatTurn:
     """One turn of a chat agent: its answer is the stream of ``on_messages_stream``."""
@@ -61,6 +66,8 @@ class ChatTurn:
     """Whether the turn may be tried again, so that its answer is stored with the state."""
     callers: list[str] = field(default_factory=list)
     """The sessions whose turns wait for this one, the outermost first."""
+    started: bool = False
+    """Whether the first item is to be `TurnStarted`, before the agent says anything."""
 
 
 @dataclass(kw_only=True)
@@ -75,6 +82,8 @@ class TeamRun:
     keep: bool = False
     """As in `ChatTurn`."""
     callers: list[str] = field(default_factory=list)
+    """As in `ChatTurn`."""
+    started: bool = False
     """As in `ChatTurn`."""
 
 

@@ -13,7 +13,7 @@ from autogen_core import AgentId, CancellationToken
 
 from natsrt.contrib.agentchat.chain import refuse_circle
 from natsrt.contrib.agentchat.repeats import Repeats
-from natsrt.contrib.agentchat.requests import OUT_OF_TURN, ChatTurn, Close, TeamRun
+from natsrt.contrib.agentchat.requests import OUT_OF_TURN, ChatTurn, Close, TeamRun, TurnStarted
 from natsrt.contrib.agentchat.runtimes import Runtimes
 from natsrt.errors import AgentNotServed, StateConflict, StateNotSaved, UndeliveredCall, WorkerLost, WorkerStopped
 
@@ -78,7 +78,7 @@ class Session:
                     async for item in stream:
                         if isinstance(item, Response | TaskResult):
                             result = item
-                        elif repeats.is_new(item):
+                        elif not isinstance(item, TurnStarted) and repeats.is_new(item):
                             yield item
                 if result is None:
                     raise RuntimeError(f"{self.agent_id} gave no final result")

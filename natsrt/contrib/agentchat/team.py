@@ -155,6 +155,7 @@ class RemoteTeam(Team, Component[RemoteConfig]):
             turn=uuid.uuid4().hex,
             keep=self._session.retries > 0,
             callers=waiting(),
+            started=True,
         )
         if self._running:
             raise ValueError("The team is already running, it cannot run again until it is stopped.")
