@@ -29,6 +29,7 @@ from autogen_core import AgentId, AgentInstantiationContext, BaseAgent
 import natsrt
 from natsrt.agents.message_types import explain_refused_types
 from natsrt.agents.signatures import required_parameters
+from natsrt.lifecycle import NotStarted
 from natsrt.registration import register
 from natsrt.runtime import NatsAgentRuntime
 
@@ -56,6 +57,7 @@ class Target:
 
         Raises:
             CommandFailed: The callable raised, or did not return an agent.
+            RuntimeError: `needs_start` is true of it. Register again when the runtime is started.
             NatsrtError: The server or the registry cannot be reached.
         """
         if self.agent_type is None:
@@ -104,8 +106,15 @@ class Target:
         except Exception as error:
             if exit_code(error) is Exit.NOT_CONNECTED:
                 raise
+            if self.agent_type is not None and needs_start(error):
+                raise
             explain_refused_types(error)
             raise CommandFailed(f"{self.text} {what}: {_outline(error, self.app_dir)}") from error
+
+
+def needs_start(error: BaseException) -> bool:
+    """Whether a factory raised this because the runtime is not started, as one that waits for other workers does."""
+    return isinstance(error, NotStarted) or isinstance(error.__cause__, NotStarted)
 
 
 def load(text: str, agent_type: str | None, app_dir: Path) -> Target:

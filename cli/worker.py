@@ -22,7 +22,7 @@ from .connecting import Connecting, connects
 from .ending import end_within
 from .exits import CommandFailed, Exit
 from .health import PATIENCE, HealthEndpoint, ListenAddress, health_options
-from .loading import Target, load
+from .loading import Target, load, needs_start
 from .logs import give_way, of_runtime, of_supervisor, of_worker
 from .moments import Duration
 from .output import announce, note
@@ -216,7 +216,14 @@ async def _close(runtime: NatsAgentRuntime) -> None:
 
 
 async def _start(runtime: NatsAgentRuntime, target: Target) -> None:
-    await target.register(runtime)
+    try:
+        await target.register(runtime)
+    except RuntimeError as error:
+        if not needs_start(error):
+            raise
+        give_way()
+        await runtime.start()
+        await target.register(runtime)
     give_way()
     if runtime.worker_id is None:
         await runtime.start()

@@ -39,6 +39,10 @@ _PAUSE = 0.005
 """Seconds between two looks for the next message in `Lifecycle.process_next`."""
 
 
+class NotStarted(RuntimeError):
+    """Something needs a runtime that is started."""
+
+
 class Lifecycle:
     """Starts and stops the sessions of one program."""
 
@@ -165,7 +169,7 @@ class Lifecycle:
             BaseException: The first exception of an event's handler, if ``ignore_unhandled_exceptions`` is off.
         """
         if self._session is None:
-            raise RuntimeError("Runtime is not started")
+            raise NotStarted("Runtime is not started")
         session = _in_its_loop(self._session)
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self._stop(session))
@@ -365,7 +369,7 @@ class Lifecycle:
         session = self._session
         if session is None:
             self._raise_start_failure()
-            raise RuntimeError("Runtime is not started: call start() first")
+            raise NotStarted("Runtime is not started: call start() first")
         return _in_its_loop(session)
 
     def _start_failure(self) -> BaseException | None:

@@ -240,6 +240,24 @@ async def test_what_cannot_be_hosted_is_refused(worker: NatsAgentRuntime) -> Non
 # -- turns -----------------------------------------------------------------------------------------------------------
 
 
+async def test_a_factory_that_needs_a_started_runtime_says_so(server: EmbeddedServer, namespace: str) -> None:
+    not_started = NatsAgentRuntime(server.url, namespace=namespace)
+
+    async def pair() -> Team:
+        return RoundRobinGroupChat([await RemoteChatAgent.connect("writer", not_started)])
+
+    async def other_pair() -> Team:
+        return RoundRobinGroupChat([RemoteChatAgent("writer", not_started)])
+
+    async def named_pair() -> Team:
+        return RoundRobinGroupChat([RemoteChatAgent("writer", not_started, name="writer", description="writes")])
+
+    for factory in (pair, other_pair):
+        with pytest.raises(RuntimeError, match="start it first .before `host`.*name=... and description=..."):
+            await host(not_started, "pair", factory)
+    await host(not_started, "pair", named_pair)
+
+
 async def test_each_session_has_an_agent_of_its_own(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:
     first, made = await counter(worker, runtime)
     second = RemoteChatAgent("counter", runtime)

@@ -54,6 +54,11 @@ async def team():
     runtime = AgentInstantiationContext.current_runtime()
     return RoundRobinGroupChat([RemoteChatAgent("echo", runtime, name="far", description="far"), Echo()], max_turns=2)
 
+async def pair():
+    runtime = AgentInstantiationContext.current_runtime()
+    echo = await RemoteChatAgent.connect("echo", runtime)
+    return RoundRobinGroupChat([echo, AssistantAgent("two", client)], max_turns=1)
+
 def needs_runtime(runtime):
     return assistant()
 
@@ -114,6 +119,16 @@ async def test_a_factory_an_agent_class_and_a_team_are_hosted(
         assert [(one.source, one.to_text()) for one in result.messages] == [
             ("user", "hello"), ("far", "hello"), ("echo", "hello"),
         ]  # fmt: skip
+
+
+async def test_a_factory_may_wait_for_the_agents_of_other_workers(
+    workers: Workers, server: EmbeddedServer, namespace: str
+) -> None:
+    waiting = workers.start("chats:pair")
+    async with NatsAgentRuntime(server.url, namespace=namespace) as runtime:
+        await workers.ready("chats:Echo", "--type", "echo")
+        await waiting.wait_for_line("ready: types pair", 20)
+        assert await last_words(await RemoteTeam.connect("pair", runtime, timeout=20), "hello") == "hello"
 
 
 async def test_a_team_from_a_json_file_is_hosted_with_several_processes(

@@ -24,6 +24,7 @@ from natsrt.contrib.agentchat.message_types import MessageTypes
 from natsrt.contrib.agentchat.runtimes import GivenRuntime, OwnRuntimes, Runtimes
 from natsrt.contrib.agentchat.session import OnQuestion, Session
 from natsrt.contrib.servers import config_of, settings_in
+from natsrt.errors import NatsrtError
 
 _USUAL: Final[tuple[type[BaseChatMessage], ...]] = (
     TextMessage,
@@ -112,14 +113,34 @@ class Remote:
         )
 
 
+async def wait_for_worker(type: str | AgentType, runtime: NatsAgentRuntime, timeout: float | None) -> None:
+    """Wait until a live worker hosts the type. Raises as `NatsAgentRuntime.wait_for`."""
+    if not isinstance(runtime, NatsAgentRuntime):
+        raise TypeError(f"runtime must be a NatsAgentRuntime, not {runtime!r:.80}")
+    try:
+        await runtime.wait_for(type, timeout=timeout)
+    except RuntimeError as error:
+        if isinstance(error, NatsrtError) or runtime.worker_id is not None:
+            raise
+        raise RuntimeError(_not_started(type)) from error
+
+
+def _not_started(type: str | AgentType) -> str:
+    name = type.type if isinstance(type, AgentType) else type
+    return (
+        f"the runtime is not started, so it cannot find the workers of {name!r}: start it first (before `host`, if this "
+        "is in a factory), or use the constructor, with name=... and description=..."
+    )
+
+
 def _announcement(
     runtime: NatsAgentRuntime, agent_type: str, kind: Kind, name: str | None, description: str | None
 ) -> Announcement:
     try:
         found = announced(runtime, agent_type, kind)
-    except RuntimeError:  # not started yet
+    except RuntimeError as error:  # not started yet
         if name is None or description is None:
-            raise
+            raise RuntimeError(_not_started(agent_type)) from error
         found = None
     if found is None:
         if name is None or description is None:

@@ -14,7 +14,7 @@ from autogen_core import AgentType, CancellationToken, Component
 from natsrt import NatsAgentRuntime
 from natsrt.contrib.agentchat.chain import waiting
 from natsrt.contrib.agentchat.components import RemoteConfig
-from natsrt.contrib.agentchat.remote import Remote
+from natsrt.contrib.agentchat.remote import Remote, wait_for_worker
 from natsrt.contrib.agentchat.requests import LoadState, Pause, Reset, Resume, SaveState, State, TeamRun
 from natsrt.contrib.agentchat.session import OnQuestion
 
@@ -83,9 +83,10 @@ class RemoteTeam(Team, Component[RemoteConfig]):
 
         Raises:
             AgentNotServed: The time is up.
+            RuntimeError: The runtime is not started.
             Exception: What the constructor and `NatsAgentRuntime.wait_for` raise.
         """
-        await runtime.wait_for(type, timeout=timeout)
+        await wait_for_worker(type, runtime, timeout)
         return cls(
             type,
             runtime,
