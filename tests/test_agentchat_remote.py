@@ -43,7 +43,7 @@ from natsrt.contrib.agentchat.repeats import Repeats
 from natsrt.contrib.agentchat.requests import ChatTurn, TeamRun
 from natsrt.contrib.agentchat.sources import renamed
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import AgentNotServed, CannotSerialize, StateNotSaved
+from natsrt.errors import AgentNotServed, CannotSerialize, NoLiveWorker, StateNotSaved
 from tests.programs.chat_teams import MODEL, Plan, assistant, calls
 from tests.support.processes import REPOSITORY, Processes, eventually
 
@@ -276,6 +276,27 @@ async def test_agents_with_one_session_share_a_conversation_which_survives_its_w
         await host(worker, "counter", Counter)
         assert await said(first, "c") == "3"
         assert await first.save_state() == {"got": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize("end", ["stopped", "forgotten"])
+async def test_a_turn_with_retries_waits_for_a_worker(
+    end: str, server: EmbeddedServer, namespace: str, runtime: NatsAgentRuntime
+) -> None:
+    """The only worker has stopped; or this runtime does not know the type."""
+    agent = RemoteChatAgent("counter", runtime, name="counter", description="", session="ada", retries=1)
+    if end == "stopped":
+        async with NatsAgentRuntime(server.url, namespace=namespace) as first:
+            await host(first, "counter", Counter)
+            await runtime.wait_for("counter", timeout=10)
+            assert await said(agent, "a") == "1"
+        with pytest.raises(NoLiveWorker):
+            await said(RemoteChatAgent("counter", runtime, name="counter", description="", session="ada"), "b")
+    running = asyncio.create_task(said(agent, "b"))
+    async with NatsAgentRuntime(server.url, namespace=namespace) as second:
+        await asyncio.wait({running}, timeout=0.5)
+        assert not running.done()
+        await host(second, "counter", Counter)
+        assert await running == ("2" if end == "stopped" else "1")
 
 
 async def test_turns_of_one_session_come_one_after_the_other(

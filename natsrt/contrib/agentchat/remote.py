@@ -128,8 +128,8 @@ async def wait_for_worker(type: str | AgentType, runtime: NatsAgentRuntime, time
 def _not_started(type: str | AgentType) -> str:
     name = type.type if isinstance(type, AgentType) else type
     return (
-        f"the runtime is not started, so it cannot find the workers of {name!r}: start it first (before `host`, if this "
-        "is in a factory), or use the constructor, with name=... and description=..."
+        f"the runtime is not started, so it cannot find the workers of {name!r}: start it first (before `host`, if "
+        "this is in a factory), or use the constructor, with name=... and description=..."
     )
 
 

@@ -15,15 +15,24 @@ from natsrt.contrib.agentchat.chain import refuse_circle
 from natsrt.contrib.agentchat.repeats import Repeats
 from natsrt.contrib.agentchat.requests import OUT_OF_TURN, ChatTurn, Close, TeamRun, TurnStarted
 from natsrt.contrib.agentchat.runtimes import Runtimes
-from natsrt.errors import AgentNotServed, StateConflict, StateNotSaved, UndeliveredCall, WorkerLost, WorkerStopped
+from natsrt.errors import (
+    AgentNotServed,
+    NoLiveWorker,
+    StateConflict,
+    StateNotSaved,
+    UndeliveredCall,
+    UnknownAgentType,
+    WorkerLost,
+    WorkerStopped,
+)
 
 logger: logging.Logger = logging.getLogger("natsrt.agentchat")
 
 OnQuestion: TypeAlias = Callable[[Any], Any]
 """Gets a question, and returns the answer or an awaitable of it."""
 
-_AGAIN: Final = (WorkerLost, WorkerStopped, StateConflict, StateNotSaved)
-"""The ends of a turn after which it may be tried again: either it does not count, or its answer is stored."""
+_AGAIN: Final = (WorkerLost, WorkerStopped, NoLiveWorker, UnknownAgentType, StateConflict, StateNotSaved)
+"""The ends of a turn after which it may be tried again: it has not begun, does not count, or its answer is stored."""
 _WORKER_WITHIN: Final = 30.0
 """Seconds that an attempt waits for a live worker of the type, such as one that is started in place of the lost one."""
 
@@ -62,7 +71,8 @@ class Session:
     ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response | TaskResult, None]:
         """What the agent or team says in a turn, and its result at the end, when the turn is completed and stored.
 
-        If the worker is lost, the turn is tried again, ``retries`` times; what was said already is left out.
+        If the worker is lost, or there is none, the turn is tried again, ``retries`` times; what was said already is
+        left out.
         """
         refuse_circle(str(self.agent_id))
         self._used, repeats = True, Repeats()
