@@ -38,6 +38,7 @@ from autogen_ext.models.replay import ReplayChatCompletionClient
 import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime, Options
 from natsrt.agentchat import RemoteChatAgent, RemoteTeam, host
+from natsrt.contrib.agentchat import closing
 from natsrt.contrib.agentchat.message_types import MessageTypes
 from natsrt.contrib.agentchat.repeats import Repeats
 from natsrt.contrib.agentchat.requests import ChatTurn, TeamRun
@@ -395,6 +396,52 @@ async def test_a_turn_that_is_cancelled_does_not_count(worker: NatsAgentRuntime,
     assert made.all[1].got == ["a", "b"]
 
 
+class CancelsItself(Counter):
+    async def on_messages_stream(
+        self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
+        raise asyncio.CancelledError
+        yield
+
+
+async def test_an_agent_that_cancels_itself_fails(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:
+    await host(worker, "odd", CancelsItself)
+    with pytest.raises(RuntimeError, match="was cancelled, but not by its caller"):
+        await said(await RemoteChatAgent.connect("odd", runtime, timeout=10), "a")
+
+
+class NeverCloses(Counter):
+    async def close(self) -> None:
+        self.events.append("closes")
+        await asyncio.Event().wait()
+
+
+async def test_an_agent_that_does_not_close_holds_nothing_up(
+    server: EmbeddedServer,
+    namespace: str,
+    runtime: NatsAgentRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(closing, "CLOSE_WITHIN", 0.3)
+    made = Made(NeverCloses)
+    async with asyncio.timeout(20):
+        async with NatsAgentRuntime(server.url, namespace=namespace) as worker:
+            await host(worker, "counter", made)
+            agent = await RemoteChatAgent.connect("counter", runtime, timeout=10)
+            assert await said(agent, "a") == "1"
+            await agent.close()
+            assert await said(agent, "b") == "2"
+    assert [one.events for one in made.all] == [["closes"], ["closes"]]
+    assert "did not close within" in caplog.text
+
+
+async def test_what_is_made_to_be_announced_is_closed(worker: NatsAgentRuntime) -> None:
+    made = Made()
+    await host(worker, "counter", made)
+    assert [one.events for one in made._made] == [["closed"]]
+
+
 async def test_a_turn_that_is_completed_although_it_was_cancelled_does_not_count(
     worker: NatsAgentRuntime, runtime: NatsAgentRuntime
 ) -> None:
@@ -661,6 +708,46 @@ async def test_a_team_that_runs_is_busy(worker: NatsAgentRuntime, runtime: NatsA
     participant().may_go_on.set()
     assert (await running).messages[-1].to_text() == "1"
     assert participant().events == ["waits", "paused", "resumed"]
+
+
+class Talker(Counter):
+    """Says more than its reader takes."""
+
+    async def on_messages_stream(
+        self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
+        for n in range(2_000):
+            yield ThoughtEvent(content=str(n), source=self.name)
+        self.events.append("said all")
+        yield Response(chat_message=TextMessage(content="ok", source=self.name))
+
+
+async def test_a_team_that_has_ended_is_not_paused_although_its_reader_is_slow(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    made = Made(lambda: RoundRobinGroupChat([Talker("one")], max_turns=1))
+    await host(worker, "team", made)
+    team = await RemoteTeam.connect("team", runtime, timeout=10)
+    async with asyncio.timeout(20), aclosing(team.run_stream(task="a")) as items:
+        await anext(items)
+        await eventually(lambda: made.all and made.all[0]._participants[0].events == ["said all"])
+        with pytest.raises(RuntimeError, match="not running"):
+            await team.pause()
+        with pytest.raises(RuntimeError, match="not running"):
+            await team.resume()
+        assert [item async for item in items][-1].stop_reason is not None  # type: ignore[union-attr]
+        assert await said(team, "b") == "ok"
+    assert "paused" not in made.all[-1]._participants[0].events  # the team may have been paused at its very end
+
+
+async def test_the_error_of_a_team_has_no_traceback_in_its_text(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    await host(worker, "team", lambda: RoundRobinGroupChat([Counter("one")], max_turns=1))
+    team = await RemoteTeam.connect("team", runtime, timeout=10)
+    with pytest.raises(RuntimeError) as raised:
+        await team.run(task="fail")
+    assert str(raised.value) == "ValueError: it failed"
 
 
 async def test_a_run_that_is_left_or_fails_does_not_count(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:

@@ -15,16 +15,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from autogen_agentchat.base import ChatAgent, Response, TaskResult, Team
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
 from autogen_core import CancellationToken, MessageContext, RoutedAgent, message_handler
 
 import natsrt
+from natsrt.contrib.agentchat.ahead import Ahead
 from natsrt.contrib.agentchat.chain import in_turn
+from natsrt.contrib.agentchat.closing import close_agent
 from natsrt.contrib.agentchat.factory import SessionFactory
 from natsrt.contrib.agentchat.requests import (
     ChatTurn,
@@ -44,6 +46,9 @@ from natsrt.errors import StateConflict
 
 logger: logging.Logger = logging.getLogger("natsrt.agentchat")
 
+_NOT_RUNNING: Final = "The team is not running, so it cannot be paused or resumed."
+_TRACEBACK: Final = "\nTraceback"
+
 Hosted = TypeVar("Hosted", ChatAgent, Team)
 
 
@@ -61,7 +66,10 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         """The agent or team, as it is after its last completed turn, unless a turn runs; None: to be made."""
         self._untouched = False
         """True while the live one has had nothing to do."""
-        self._taking_turn = False
+        self._running: Ahead | None = None
+        """What the team says whose run is under way; None: no run, or an agent."""
+        self._unfit = False
+        """Whether the live one is not to have another turn."""
         self._making = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -91,16 +99,25 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             self._stored = Stored(dict(await live.save_state()))
         self._untouched = False
         ctx.cancellation_token.add_callback(token.cancel)
-        self._taking_turn = True
+        self._unfit = False
         try:
             with in_turn(str(self.id), callers):
                 yield live, token
-        except BaseException:
+        except BaseException as error:
+            was_cancelled = ctx.cancellation_token.is_cancelled() or _is_cancelled()
             token.cancel()
             self._drop()
+            if isinstance(error, asyncio.CancelledError) and not was_cancelled:
+                raise RuntimeError(f"{self.id} was cancelled, but not by its caller") from error
+            if type(error) is RuntimeError and _TRACEBACK in str(error):
+                # AgentChat puts the traceback of a participant into the text, which is not for callers.
+                logger.warning("a turn of %s failed: %s", self.id, str(error).partition("\n")[0])
+                raise RuntimeError(str(error).partition(_TRACEBACK)[0].strip()) from error
             raise
         finally:
-            self._taking_turn = False
+            self._running = None
+            if self._unfit:
+                self._drop()
 
     async def _said(
         self,
@@ -117,6 +134,9 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         under which the caller knows it.
         """
         answer: Result | None = None
+        if isinstance(live, Team):
+            self._running = Ahead(items)
+            items = self._running.items()
         async with _left(items, token):
             async for item in items:
                 if isinstance(item, last):
@@ -181,10 +201,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
 
     async def _close(self, live: ChatAgent | Team) -> None:
         if isinstance(live, ChatAgent):  # a team has no close
-            try:
-                await live.close()
-            except Exception as error:
-                logger.warning("%s could not be closed: %s", self.id, type(error).__name__)
+            await close_agent(live, str(self.id))
 
     # -- the keyed agent -----------------------------------------------------------------------------------------
 
@@ -235,19 +252,35 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     @message_handler
     async def on_pause(self, message: Pause, ctx: MessageContext) -> None:
         live = await self.instance()
-        await (self._running(live).pause() if isinstance(live, Team) else live.on_pause(ctx.cancellation_token))
+        await (self._in_run(live.pause) if isinstance(live, Team) else live.on_pause(ctx.cancellation_token))
 
     @natsrt.out_of_turn
     @message_handler
     async def on_resume(self, message: Resume, ctx: MessageContext) -> None:
         live = await self.instance()
-        await (self._running(live).resume() if isinstance(live, Team) else live.on_resume(ctx.cancellation_token))
+        await (self._in_run(live.resume) if isinstance(live, Team) else live.on_resume(ctx.cancellation_token))
 
-    def _running(self, team: Team) -> Team:
-        """``team``, if it is running. Raises RuntimeError: a pause of AutoGen's teams would wait for their next run."""
-        if not self._taking_turn:
-            raise RuntimeError("The team is not running, so it cannot be paused or resumed.")
-        return team
+    async def _in_run(self, action: Callable[[], Awaitable[None]]) -> None:
+        """Pause or resume a team in its run. Raises RuntimeError if it does not run, or if its run ends before that.
+
+        Between two runs, AutoGen's teams would wait for the next one, and pause that.
+        """
+        running = self._running
+        if running is None or running.ended.is_set():
+            raise RuntimeError(_NOT_RUNNING)
+        acting, ended = asyncio.ensure_future(action()), asyncio.ensure_future(running.ended.wait())
+        try:
+            await asyncio.wait({acting, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if acting.done():
+                acting.result()
+                return
+            self._unfit = True  # its next run would begin with this
+            if self._running is not running:
+                self._drop()
+            raise RuntimeError(_NOT_RUNNING)
+        finally:
+            acting.cancel()
+            ended.cancel()
 
     @message_handler
     async def on_close(self, message: Close, ctx: MessageContext) -> None:
@@ -333,9 +366,14 @@ async def _left(items: AsyncGenerator[Any, None], token: CancellationToken) -> A
         try:
             await items.aclose()
         except asyncio.CancelledError:  # of what the token has cancelled, unless this task is cancelled too
-            if (task := asyncio.current_task()) is not None and task.cancelling():
+            if _is_cancelled():
                 raise
         except Exception as error:
             logger.debug("closing what was left raised %s", type(error).__name__)
         raise
     await items.aclose()
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody has cancelled this task."""
+    return (task := asyncio.current_task()) is not None and task.cancelling() > 0

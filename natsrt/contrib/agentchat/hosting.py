@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from autogen_agentchat.base import Team
+from autogen_agentchat.base import ChatAgent, Team
 from autogen_core import AgentId, AgentType
 
 import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime
 from natsrt.contrib.agentchat.announcement import Announcement
+from natsrt.contrib.agentchat.closing import close_agent
 from natsrt.contrib.agentchat.conversation import AgentConversation, Conversation, TeamConversation
 from natsrt.contrib.agentchat.factory import Factory, SessionFactory
 from natsrt.contrib.agentchat.message_types import MessageTypes, produced_types
@@ -37,7 +38,7 @@ async def host(
         factory: Makes the `ChatAgent` or `Team` of one session. It is called without arguments, and may be
             asynchronous. AutoGen's `AgentInstantiationContext` has the session, as the key of the agent's id, and the
             runtime. It is called here once too, for a session ``default``, to find out what to announce; what it makes
-            then is not used.
+            then is closed, and not used.
         message_types: Message classes beside AutoGen's own that the agent or team gets or sends, such as
             ``StructuredMessage[Plan]``. Those in ``produced_message_types`` need not be named.
         keyed: The options of the keyed type: when its state is stored, and how long an idle session stays in memory.
@@ -64,7 +65,9 @@ async def host(
     produced = [] if isinstance(sample, Team) else produced_types(sample.produced_message_types)
     sessions = SessionFactory(factory, MessageTypes([*given, *produced]))
     cls = TeamConversation if isinstance(sample, Team) else AgentConversation
-    description = sample.description
+    description, details = sample.description, Announcement.of(sample).details
+    if isinstance(sample, ChatAgent):  # a team has no close
+        await close_agent(sample, f"the agent that was made to announce {agent_type.type!r}")
 
     async def begin() -> Conversation[Any]:
         conversation = cls(sessions, description, stores_turns=options.save == "message")
@@ -79,7 +82,7 @@ async def host(
         begin,
         keyed=options,
         max_running=max_running,
-        details=Announcement.of(sample).details,
+        details=details,
     )
 
 
