@@ -523,6 +523,25 @@ async def test_the_types_of_a_team_leave_the_registry_with_it(runtime: NatsAgent
     assert not view.hosts and not view.declared
 
 
+async def test_all_types_of_a_team_leave_although_one_cannot(
+    runtime: NatsAgentRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, unregister = runtime.running.registry.view, runtime.unregister
+    refused: list[Any] = []
+
+    async def refuse_one(agent_type: Any) -> None:
+        if not refused:
+            refused.append(agent_type)
+            raise LookupError("not this one")
+        await unregister(agent_type)
+
+    monkeypatch.setattr(runtime, "unregister", refuse_one)
+    with pytest.raises(LookupError, match="not this one"):
+        async with team_runtime(runtime) as own:
+            await outcome(round_robin(own), task="Begin.")
+    assert list(view.hosts) == [refused[0].type]
+
+
 async def test_the_runtime_stops_when_its_teams_are_idle(server: EmbeddedServer, namespace: str) -> None:
     runtime = NatsAgentRuntime(server.url, namespace=namespace)
     runtime.start()

@@ -569,6 +569,30 @@ async def test_an_agent_is_reset_saved_and_loaded(worker: NatsAgentRuntime, runt
     assert local.got == ["a", "c", "d"]
 
 
+async def test_a_state_that_is_no_mapping_is_refused(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:
+    agent, _ = await counter(worker, runtime)
+    await host(worker, "team", counting_team)
+    for remote in (agent, await RemoteTeam.connect("team", runtime, timeout=10)):
+        for state in ("state", [("a", 1)], None):
+            with pytest.raises(TypeError, match="a state must be a mapping"):
+                await remote.load_state(state)  # type: ignore[arg-type]
+
+
+async def test_an_agent_is_closed_although_the_server_is_gone(own_server: EmbeddedServer, namespace: str) -> None:
+    options = Options.load(servers=own_server.url, namespace=namespace).replace(offline_timeout=1)
+    async with NatsAgentRuntime(options=options) as both:
+        agent, _ = await counter(both, both)
+        caller = NatsAgentRuntime(options=options)
+        await caller.start()
+        remote = await RemoteChatAgent.connect("counter", caller, timeout=10)
+        assert await said(remote, "a") == "1"
+        await own_server.stop()
+        async with asyncio.timeout(20):
+            await remote.close()
+        await own_server.start()
+        await caller.close()
+
+
 async def test_closing_releases_the_agent_and_keeps_the_session(
     worker: NatsAgentRuntime, runtime: NatsAgentRuntime
 ) -> None:
@@ -966,6 +990,13 @@ def test_message_types_are_found_by_name_if_only_one_class_has_it() -> None:
     assert list(types) == [Receipt]
     with pytest.raises(ValueError, match="the message type Nowhere is not known here"):
         types.load({"type": "Nowhere", "message": {}})
+
+
+def test_two_message_types_of_one_name_are_refused() -> None:
+    other = type("Receipt", (Receipt,), {"__module__": "elsewhere"})
+    assert list(MessageTypes([Receipt, Receipt])) == [Receipt]
+    with pytest.raises(ValueError, match="two classes with the name Receipt"):
+        MessageTypes([Receipt, other])
 
 
 # -- with the rest of AgentChat --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from autogen_core import AgentType, CancellationToken, Component
 from natsrt import NatsAgentRuntime
 from natsrt.contrib.agentchat.chain import waiting
 from natsrt.contrib.agentchat.components import RemoteConfig
-from natsrt.contrib.agentchat.remote import Remote, wait_for_worker
+from natsrt.contrib.agentchat.remote import Remote, mapping, wait_for_worker
 from natsrt.contrib.agentchat.requests import ChatTurn, LoadState, Pause, Reset, Resume, SaveState, State
 from natsrt.contrib.agentchat.session import OnQuestion
 
@@ -176,8 +176,11 @@ class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
         return cast(State, await self._session.call(SaveState())).state
 
     async def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load a state of the agent, and store it. An agent in this process may have saved it."""
-        await self._session.call(LoadState(dict(state)))
+        """Load a state of the agent, and store it. An agent in this process may have saved it.
+
+        Raises TypeError if it is no mapping.
+        """
+        await self._session.call(LoadState(mapping(state)))
 
     async def close(self) -> None:
         """Let the worker release what the agent holds in memory. The session stays, and goes on with the next turn."""

@@ -63,7 +63,9 @@ async def host(
     given = list(message_types)
     sample = await SessionFactory(factory, MessageTypes(given)).make(runtime, AgentId(agent_type.type, "default"))
     produced = [] if isinstance(sample, Team) else produced_types(sample.produced_message_types)
-    sessions = SessionFactory(factory, MessageTypes([*given, *produced]))
+    made_here = {one.__name__ for one in produced}  # a factory may make classes anew that are given too
+    known = MessageTypes([*(one for one in given if one.__name__ not in made_here), *produced])
+    sessions = SessionFactory(factory, known)
     cls = TeamConversation if isinstance(sample, Team) else AgentConversation
     description, details = sample.description, Announcement.of(sample).details
     if isinstance(sample, ChatAgent):  # a team has no close

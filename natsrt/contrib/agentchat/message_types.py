@@ -46,13 +46,21 @@ class MessageTypes:
     """The message classes that one side knows, by name. Iterate over those that are not AutoGen's own."""
 
     def __init__(self, given: Iterable[Any]) -> None:
-        """``given`` are the classes beside AutoGen's own. Raises TypeError for what is no message class."""
+        """``given`` are the classes beside AutoGen's own.
+
+        Raises TypeError for what is no message class, and ValueError for two classes of one name.
+        """
         self._given: dict[str, MessageType] = {}
         for cls in given:
             if not _is_message_type(cls):
                 raise TypeError(
                     f"message_types must be subclasses of BaseChatMessage or BaseAgentEvent, such as "
                     f"StructuredMessage[Plan], not {cls!r:.80}"
+                )
+            if (other := self._given.get(cls.__name__, cls)) is not cls:
+                raise ValueError(
+                    f"message_types has two classes with the name {cls.__name__}, by which they are told apart: "
+                    f"{other.__module__}.{other.__qualname__} and {cls.__module__}.{cls.__qualname__}"
                 )
             self._hold(cls)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -131,6 +131,13 @@ def _not_started(type: str | AgentType) -> str:
         f"the runtime is not started, so it cannot find the workers of {name!r}: start it first (before `host`, if "
         "this is in a factory), or use the constructor, with name=... and description=..."
     )
+
+
+def mapping(state: Any) -> dict[str, Any]:
+    """A state to load, as a dict. Raises TypeError if it is no mapping."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a state must be a mapping, as save_state returns it, not {state!r:.80}")
+    return dict(state)
 
 
 def _announcement(

@@ -18,6 +18,7 @@ from natsrt.contrib.agentchat.runtimes import Runtimes
 from natsrt.errors import (
     AgentNotServed,
     NoLiveWorker,
+    ServerUnreachable,
     StateConflict,
     StateNotSaved,
     UndeliveredCall,
@@ -121,6 +122,6 @@ class Session:
             return
         try:
             await self.call(Close())
-        except UndeliveredCall as error:
+        except (UndeliveredCall, ServerUnreachable) as error:
             logger.debug("%s is not closed: %s", self.agent_id, error)
         self._used = False

@@ -14,7 +14,7 @@ from autogen_core import AgentType, CancellationToken, Component
 from natsrt import NatsAgentRuntime
 from natsrt.contrib.agentchat.chain import waiting
 from natsrt.contrib.agentchat.components import RemoteConfig
-from natsrt.contrib.agentchat.remote import Remote, wait_for_worker
+from natsrt.contrib.agentchat.remote import Remote, mapping, wait_for_worker
 from natsrt.contrib.agentchat.requests import LoadState, Pause, Reset, Resume, SaveState, State, TeamRun
 from natsrt.contrib.agentchat.session import OnQuestion
 
@@ -187,12 +187,12 @@ class RemoteTeam(Team, Component[RemoteConfig]):
     async def load_state(self, state: Mapping[str, Any]) -> None:
         """Load a state of the team, and store it. A team in this process may have saved it.
 
-        Raises RuntimeError if the team is running.
+        Raises RuntimeError if the team is running, and TypeError if the state is no mapping.
         """
         if self._running:
             raise RuntimeError("The team cannot be loaded while it is running.")
         with self._busy():
-            await self._session.call(LoadState(dict(state)))
+            await self._session.call(LoadState(mapping(state)))
 
     async def close(self) -> None:
         """Let the worker release what the team holds in memory. The session stays, and goes on with the next run."""

@@ -24,13 +24,23 @@ async def team_runtime(runtime: NatsAgentRuntime) -> AsyncIterator[AgentRuntime]
 
     Returns:
         What to pass to the teams as ``runtime``.
+
+    Raises:
+        Exception: At the end of the block, the first of what `NatsAgentRuntime.unregister` raises, which is called
+            for all.
     """
     registering = _Registering(runtime)
     try:
         yield cast(AgentRuntime, registering)
     finally:
+        errors: list[Exception] = []
         for agent_type in registering.types:
-            await runtime.unregister(agent_type)
+            try:
+                await runtime.unregister(agent_type)
+            except Exception as error:  # the others are unregistered all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class _Registering:
