@@ -105,7 +105,7 @@ class Invoker:
         agent, delivery = self._admit_at_once(inbound) or await self._admit_in_turn(inbound)
         if "partsto" in delivery.attributes and inbound.call is not None:
             inbound.stream = self._streams.open(inbound, delivery.context)
-        elif inbound.streams_plainly:
+        elif inbound.body is None and inbound.streams_plainly:
             return await self._handle_for_plain_client(agent, delivery, inbound)
         elif emits_to.get() is not None:  # this worker was started by a handler that streams
             emits_to.set(None)

@@ -140,9 +140,11 @@ class ReplySettlement(Settlement):
         elif not may_be_forwarded(inbound):
             self._check_sender(inbound, None)
         headers = inbound.message.headers
+        if headers is None:
+            return
         if inbound.streams_plainly:
             self._check_plain_stream(inbound)
-        if headers is not None and SUPERSEDES_HEADER in headers:
+        if SUPERSEDES_HEADER in headers:
             self._read_former(inbound, headers[SUPERSEDES_HEADER], call)
 
     def _read_envelope(self, inbound: Inbound, body: Envelope, call: LoggedCall) -> None:
@@ -235,7 +237,7 @@ class ReplySettlement(Settlement):
             await self._connection.publish(reply, answer.body, headers=answer.headers)
             for copy in copies:
                 await self._connection.publish(copy, answer.body, headers=answer.headers)
-            if inbound.streams_plainly and answer.headers and SERVICE_ERROR in answer.headers:
+            if answer.headers and SERVICE_ERROR in answer.headers and inbound.streams_plainly:
                 await self._end_items(inbound, answer.headers)
         except NatsrtError as error:  # it is in the call log; the caller asks for it when both are connected again
             logger.warning("a reply could not be sent yet: %s", error)
