@@ -177,15 +177,12 @@ class Questions:
                 body = self._answers.pack_failure(error, about)
             while number in self._open:  # the function may have ended although it was cancelled
                 if await self._answers.delivered(worker_id, body):
+                    reference = None  # the worker deletes it
                     return
                 await asyncio.sleep(_AGAIN_AFTER)
-            if reference is not None:
-                self._answers.discard(reference)
-        except asyncio.CancelledError:
-            if reference is not None:
-                self._answers.discard(reference)
-            raise
         finally:
+            if reference is not None:
+                self._answers.discard(reference)
             self._open.pop(number, None)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from natsrt.contrib.agentchat.chain import refuse_circle
 from natsrt.contrib.agentchat.repeats import Repeats
 from natsrt.contrib.agentchat.requests import OUT_OF_TURN, ChatTurn, Close, TeamRun, TurnStarted
 from natsrt.contrib.agentchat.runtimes import Runtimes
+from natsrt.contrib.arguments import checked_retries
 from natsrt.errors import (
     AgentNotServed,
     NoLiveWorker,
@@ -50,11 +51,9 @@ class Session:
         on_question: OnQuestion | None = None,
     ) -> None:
         """Raises ValueError if ``retries`` is not a whole number of at least 0."""
-        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-            raise ValueError(f"retries must be a whole number of at least 0, not {retries!r:.60}")
         self._runtimes = runtimes
         self.agent_id: AgentId = agent_id
-        self.retries: int = retries
+        self.retries: int = checked_retries(retries)
         self._on_question = on_question
         self._used = False
         """Whether the worker may have a live agent or team of this session because of this object."""

@@ -24,6 +24,7 @@ from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel
 
 from natsrt import NatsAgentRuntime, Options
+from natsrt.contrib.arguments import checked_retries
 from natsrt.contrib.models.messages import (
     KEY,
     DescribeModel,
@@ -109,8 +110,7 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
     ) -> None:
         if runtime is not None and not (servers is None and namespace is None and options is None):
             raise ValueError("servers, namespace and options are those of the runtime: give either a runtime or these")
-        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
-            raise ValueError(f"retries must be a whole number of at least 0, not {retries!r:.60}")
+        self._retries = checked_retries(retries)
         if model_info is not None:
             validate_model_info(model_info)
         self._agent = AgentId(type, KEY)
@@ -125,7 +125,6 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
         self._info = model_info
         self._max_tokens = max_tokens
         self._token_counter = token_counter
-        self._retries = retries
         self._actual = RequestUsage(0, 0)
         self._total = RequestUsage(0, 0)
 
