@@ -66,7 +66,7 @@ from natsrt.options import Options
 from natsrt.sending.again import Again
 from natsrt.sending.arrivals import Arrivals
 from natsrt.sending.attributes import MessageAttributes
-from natsrt.sending.call_sender import CallSender
+from natsrt.sending.call_sender import Call, CallSender
 from natsrt.sending.durable import DurablePublisher
 from natsrt.sending.event_sender import EventSender
 from natsrt.sending.keyed_delivery import KeyedDelivery
@@ -259,7 +259,7 @@ class Outgoing:
             counters=counters,
             telemetry=telemetry,
         )
-        self.send: Callable[..., Awaitable[Any]] = self.calls.send
+        self.send: Callable[[Call], Awaitable[Any]] = self.calls.send
         self.publish: Callable[..., Awaitable[None]] = self.events.publish
         self.again: Again = Again(
             self.publisher, network.subjects, network.dead_letter_box, network.bodies, network.registry

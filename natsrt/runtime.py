@@ -204,20 +204,12 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
                 `RemoteAgentError`.
         """
         limit = self._limit if timeout is None else Limit.of_argument(timeout)
+        call = Call(message, recipient, sender, cancellation_token, message_id, reply_type, limit.deadline())
         sending: Awaitable[Any]
         if on_question is None:
-            sending = self._way_out().send(
-                message,
-                recipient,
-                sender=sender,
-                token=cancellation_token,
-                message_id=message_id,
-                reply_type=reply_type,
-                deadline=limit.deadline(),
-            )
+            sending = self._way_out().send(call)
         else:
             checked_agent(recipient, "recipient")
-            call = Call(message, recipient, sender, cancellation_token, message_id, reply_type, limit.deadline())
             streams = self._running().outgoing.streams
             sending = last_item(MessageStream(streams, call, DEFAULT_WINDOW, on_question, wants_items=False))
         return await limit.within(recipient, sending)

@@ -693,7 +693,7 @@ async def test_parts_are_not_published_where_replies_are_not(namespace: str, mak
         call = Call(Count(1), AGENT, None, None, None, None)
         call.more = f',"partsto":"{parts_to}","window":"1","windowbytes":"1"'
         with pytest.raises(natsrt.CannotDecode, match="partsto"):
-            await caller.running.outgoing.calls.stream(call)
+            await caller.running.outgoing.calls.send(call)
 
 
 async def test_parts_of_calls_that_are_forwarded_go_to_the_caller(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

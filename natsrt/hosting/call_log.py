@@ -56,7 +56,8 @@ class _LastReplies:
         while self._bytes > self._max_bytes or len(self._replies) > self._max_count:
             _, forgotten, _, arrived = self._replies.popleft()
             self._bytes -= len(forgotten)
-            self.forgot = max(self.forgot, arrived)
+            if arrived > self.forgot:  # max() takes longer, and this is done for each reply
+                self.forgot = arrived
 
     def get(self, call_id: str) -> Answer | None:
         for known, body, headers, _ in reversed(self._replies):

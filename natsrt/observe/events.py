@@ -7,6 +7,8 @@ Otherwise the field is ``"(payload at DEBUG only)"``, so that payloads do not ge
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from autogen_core import EVENT_LOGGER_NAME, AgentId, TopicId
@@ -23,9 +25,8 @@ _logger = logging.getLogger(EVENT_LOGGER_NAME)
 HIDDEN: Final = "(payload at DEBUG only)"
 
 
-def listening() -> bool:
-    """True if events are logged."""
-    return _logger.isEnabledFor(logging.INFO)
+listening: Final[Callable[[], bool]] = partial(_logger.isEnabledFor, logging.INFO)
+"""True if events are logged. It is called several times for each message; a function of Python would take longer."""
 
 
 def _shown(payload: bytes) -> str:

@@ -11,13 +11,14 @@ Rules, for calls and for events:
 3. A payload that does not fit into one message is stored first, in the turn of its message, so later messages wait.
 
 Each message passes the same steps: the turn and the interventions if needed (`CallSender.send`, `EventSender.publish`),
-encoding (``_call``, ``_event``), and sending (``_exchange_message``, ``_send_event``), inside a span if tracing is on.
+encoding (``_call``, ``_event``), and sending (``_answered``, ``_send_event``), inside a span if tracing is on.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from autogen_core import AgentId, CancellationToken
@@ -71,6 +72,7 @@ class Call:
         self.message: Any = message
         self.recipient: AgentId = recipient
         self.sender: AgentId | None = sender
+        """None: no agent makes the call."""
         self.token: CancellationToken | None = token
         self.message_id: str | None = message_id
         """None: a new id is used."""
@@ -123,28 +125,10 @@ class CallSender:
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def send(
-        self,
-        message: Any,
-        recipient: AgentId,
-        *,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str | None,
-        reply_type: type[Any] | None = None,
-        deadline: float | None = None,
-    ) -> Awaitable[Any]:
+    def send(self, call: Call) -> Awaitable[Any]:
         """Call an agent. Await the result to send the call, and to get what the handler returned.
 
-        If ``message_id`` is None, a new id is used. ``reply_type`` is the class of the reply; None means that the reply
-        names its class. ``deadline`` is when the caller stops waiting, by the event loop's clock; None: never.
-        """
-        return as_call(self._send(Call(message, recipient, sender, token, message_id, reply_type, deadline)))
-
-    def stream(self, call: Call) -> Awaitable[Any]:
-        """Make a call whose handler may send parts. Await the result as that of `send`.
-
-        Intervention handlers do not get the response: it is only one of the items.
+        Intervention handlers do not get the response of a call with parts: it is only one of the items.
         """
         return as_call(self._send(call))
 
@@ -178,43 +162,58 @@ class CallSender:
             response = await self._interventions.on_response(response, call.recipient, call.sender)
         return response
 
-    async def _call(self, call: Call, sent: Callable[[], None] | None = None) -> Any:
-        """Send a call, and return the handler's result.
+    def _call(self, call: Call, sent: Callable[[], None] | None = None) -> Awaitable[Any]:
+        """Encode a call. Await the result to send it, and to get what the handler returned.
 
         ``sent`` is called when the call is in the client's buffer, or is waiting for its agent's owner.
         """
-        message_id, recipient, sender, token = call.message_id, call.recipient, call.sender, call.token
+        message_id = call.message_id
         assert message_id is not None
         encoded = self._serialization.encode(call.message)
         timeout = None if call.deadline is None else call.deadline - asyncio.get_running_loop().time()
-        attributes = self._attributes.message(message_id, sender, encoded, token)
-        attributes += self._attributes.call(recipient, timeout)
+        attributes = self._attributes.message(message_id, call.sender, encoded, call.token)
+        attributes += self._attributes.call(call.recipient, timeout)
         attributes += call.more
         if chain := current_chain.get():
             attributes += chain_attribute(chain)
         if events.listening():
             events.message(
-                encoded.payload, sender=sender, receiver=recipient, kind=MessageKind.DIRECT, stage=DeliveryStage.SEND
+                encoded.payload,
+                sender=call.sender,
+                receiver=call.recipient,
+                kind=MessageKind.DIRECT,
+                stage=DeliveryStage.SEND,
             )
         if self._telemetry is None:
-            exchange = self._exchange_message(recipient, attributes, encoded, token, sent)
-            del encoded  # so that memory does not hold a large payload until the reply arrives
-            return await self._result(call, await exchange)
-        with self._telemetry.sending(
+            return self._answered(call, attributes, encoded, sent)
+        span = self._telemetry.sending(
             "send",
-            self._subjects.agent(recipient.type),
+            self._subjects.agent(call.recipient.type),
             kind=SpanKind.CLIENT,
             message_type=encoded.type_name,
             message_id=message_id,
             size=len(encoded.payload),
-        ) as trace_context:
-            attributes += trace_context
-            exchange = self._exchange_message(recipient, attributes, encoded, token, sent)
-            del encoded  # so that memory does not hold a large payload until the reply arrives
-            return await self._result(call, await exchange)
+        )
+        return self._traced(span, call, attributes, encoded, sent)
 
-    async def _result(self, call: Call, reply: Msg) -> Any:
-        """The handler's result, from the reply to its call. Raises the error that the reply reports."""
+    async def _traced(
+        self,
+        span: AbstractContextManager[str],
+        call: Call,
+        attributes: str,
+        encoded: Encoded,
+        sent: Callable[[], None] | None,
+    ) -> Any:
+        with span as trace_context:
+            answered = self._answered(call, attributes + trace_context, encoded, sent)
+            del encoded  # as in `_answered`
+            return await answered
+
+    async def _answered(self, call: Call, attributes: str, encoded: Encoded, sent: Callable[[], None] | None) -> Any:
+        """Send a call. Returns what the handler returned, or raises the error that the reply reports."""
+        exchange = self._exchange_message(call.recipient, attributes, encoded, call.token, sent)
+        del encoded  # so that memory does not hold a large payload until the reply arrives
+        reply = await exchange
         answer = self._replies.unpack(reply)
         if call.on_answer is not None:
             call.on_answer(answer)

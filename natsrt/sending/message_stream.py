@@ -489,4 +489,4 @@ def _complete(news: asyncio.Future[None], _: object = None) -> None:
 
 
 async def _make(calls: CallSender, call: Call) -> Any:
-    return await calls.stream(call)
+    return await calls.send(call)

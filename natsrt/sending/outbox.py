@@ -25,6 +25,7 @@ from natsrt.background import BackgroundTasks
 from natsrt.durable_types import covers
 from natsrt.errors import CannotSerialize, UndeliveredCall
 from natsrt.options import Options
+from natsrt.sending.call_sender import Call
 from natsrt.transport.readiness import Readiness
 from natsrt.wire.serialization import Serialization
 
@@ -52,17 +53,7 @@ class WayOut(Protocol):
     ) -> Awaitable[None]:
         """Publish an event, as `EventSender.publish`."""
 
-    def send(
-        self,
-        message: Any,
-        recipient: AgentId,
-        *,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str | None,
-        reply_type: type[Any] | None = None,
-        deadline: float | None = None,
-    ) -> Awaitable[Any]:
+    def send(self, call: Call) -> Awaitable[Any]:
         """Call an agent, as `CallSender.send`."""
 
 
@@ -145,35 +136,17 @@ class Outbox:
             )
         self._add(_WaitingEvent(message, topic, sender, token, message_id, due, self._size(message)))
 
-    async def send(
-        self,
-        message: Any,
-        recipient: AgentId,
-        *,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str | None,
-        reply_type: type[Any] | None = None,
-        deadline: float | None = None,
-    ) -> Any:
+    async def send(self, call: Call) -> Any:
         """Let a call wait, and then make it. Raises as `publish` and `CallSender.send` do."""
-        call = _WaitingCall(recipient, self._size(message))
-        self._add(call)
-        if token is not None:
-            token.link_future(call.turn)
+        waiting = _WaitingCall(call.recipient, self._size(call.message))
+        self._add(waiting)
+        if call.token is not None:
+            call.token.link_future(waiting.turn)
         try:
-            way_out = await call.turn
+            way_out = await waiting.turn
         finally:
-            self._remove(call)
-        return await way_out.send(
-            message,
-            recipient,
-            sender=sender,
-            token=token,
-            message_id=message_id,
-            reply_type=reply_type,
-            deadline=deadline,
-        )
+            self._remove(waiting)
+        return await way_out.send(call)
 
     def _size(self, message: Any) -> int:
         """The bytes that a message takes while it waits. Raises `CannotSerialize` if it cannot be sent."""
