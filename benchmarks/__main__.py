@@ -101,7 +101,7 @@ def main(
         for path in report.plot(results, plot):
             report.say(f"wrote {path}")
     if update_docs:
-        report.update_document(DOCUMENT, runs)
+        report.update_document(DOCUMENT, runs, [scenario.name for scenario in all_scenarios(short=False)])
     failed = report.failures(results)
     for failure in failed:
         report.say(f"FAILED {failure}")

@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,23 +152,29 @@ def _met(goal: Mapping[str, Any]) -> str:
 
 # -- the documentation -------------------------------------------------------------------------------------------
 
+_OF_ALL = frozenset({"goals", "environment", "tables", "plots"})
+"""The sections that show all scenarios."""
 _SECTION = re.compile(r"(<!-- benchmark: (?P<name>[\w-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 
 
-def update_document(path: Path, runs: Sequence[Results]) -> None:
+def update_document(path: Path, runs: Sequence[Results], everything: Collection[str]) -> None:
     """Fill the sections between ``<!-- benchmark: NAME -->`` and ``<!-- /benchmark -->``.
 
     The section ``goals`` has a column for every run. ``environment`` describes where and how the runs were measured.
     ``tables`` contains every scenario of the last run. ``plots`` shows the plots of the last run, which are written to
     a directory with the document's name. Any other name is that of one scenario of the last run. Sections of scenarios
-    that were not run are not changed.
+    that were not run are not changed. If the last run lacks one of the scenarios ``everything``, the four sections that
+    show all of them are not changed, either.
     """
     last = runs[-1]
     scenarios = {scenario["name"]: scenario for scenario in last["scenarios"]}
-    plots = plot(last, path.with_suffix(""))
+    is_whole = scenarios.keys() >= set(everything)
+    plots = plot(last, path.with_suffix("")) if is_whole else []
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
+        if name in _OF_ALL and not is_whole:
+            return match[0]
         if name == "goals":
             content = _goals_markdown(runs)
         elif name == "environment":

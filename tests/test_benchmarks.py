@@ -202,7 +202,7 @@ def test_the_sections_of_a_document_are_filled_and_its_text_stays(tmp_path: Path
         "# Title\n" + "\n".join(f"{s}:\n<!-- benchmark: {s} -->\nold {s}\n<!-- /benchmark -->" for s in sections)
     )
     for _ in range(2):  # filling again changes nothing
-        report.update_document(document, [results_of(a_scenario()), results_of(a_scenario())])
+        report.update_document(document, [results_of(a_scenario()), results_of(a_scenario())], ["calls"])
     text = document.read_text()
     assert text.startswith("# Title\nenvironment:\n<!-- benchmark: environment -->\n")
     assert "| calls are fast | ≥ 0.4 | 0.5 | 0.5 | yes |" in text
@@ -212,6 +212,17 @@ def test_the_sections_of_a_document_are_filled_and_its_text_stays(tmp_path: Path
     assert "old unknown" in text
     assert "[![ratios](performance/ratios.svg)](performance/ratios.png)" in text
     assert (tmp_path / "performance" / "ratios.png").exists()
+
+
+def test_a_run_of_some_scenarios_fills_only_their_sections(tmp_path: Path) -> None:
+    document = tmp_path / "performance.md"
+    sections = ["environment", "goals", "plots", "tables", "calls", "events"]
+    document.write_text("".join(f"<!-- benchmark: {s} -->\nold {s}\n<!-- /benchmark -->\n" for s in sections))
+    report.update_document(document, [results_of(a_scenario())], ["calls", "events"])
+    text = document.read_text()
+    assert [one for one in sections if f"old {one}" not in text] == ["calls"]
+    assert "| natsrt | 0.5 (0.25 … 0.75)" in text
+    assert list(tmp_path.iterdir()) == [document]
 
 
 @needs_matplotlib
