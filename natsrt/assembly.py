@@ -68,7 +68,7 @@ from natsrt.sending.arrivals import Arrivals
 from natsrt.sending.attributes import MessageAttributes
 from natsrt.sending.call_sender import Call, CallSender
 from natsrt.sending.durable import DurablePublisher
-from natsrt.sending.event_sender import EventSender
+from natsrt.sending.event_sender import Event, EventSender
 from natsrt.sending.keyed_delivery import KeyedDelivery
 from natsrt.sending.message_stream import IncomingStreams
 from natsrt.sending.missing_instances import MissingInstances
@@ -260,7 +260,7 @@ class Outgoing:
             telemetry=telemetry,
         )
         self.send: Callable[[Call], Awaitable[Any]] = self.calls.send
-        self.publish: Callable[..., Awaitable[None]] = self.events.publish
+        self.publish: Callable[[Event], Awaitable[None]] = self.events.publish
         self.again: Again = Again(
             self.publisher, network.subjects, network.dead_letter_box, network.bodies, network.registry
         )

@@ -46,6 +46,7 @@ from natsrt.options import Options
 from natsrt.options.arguments import MoreSettings
 from natsrt.reminder_types import Reminder, reminder_topic
 from natsrt.sending.call_sender import Call
+from natsrt.sending.event_sender import Event
 from natsrt.sending.limits import Limit
 from natsrt.sending.message_stream import MessageStream, last_item
 from natsrt.sending.questions import OnQuestion
@@ -299,9 +300,7 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
                 `EventNotStored`, after ``publish_timeout`` seconds, if that is less.
         """
         due = None if delay is None and at is None else due_time(delay, at)
-        await self._way_out().publish(
-            message, topic_id, sender=sender, token=cancellation_token, message_id=message_id, due=due
-        )
+        await self._way_out().publish(Event(message, topic_id, sender, cancellation_token, message_id, due))
 
     async def register_factory(
         self,

@@ -44,6 +44,31 @@ from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.subjects import Subjects
 
 
+class Event:
+    """An event that is about to be published."""
+
+    __slots__ = ("due", "message", "message_id", "sender", "token", "topic")
+
+    def __init__(
+        self,
+        message: Any,
+        topic: TopicId,
+        sender: AgentId | None,
+        token: CancellationToken | None,
+        message_id: str | None,
+        due: datetime | None,
+    ) -> None:
+        self.message: Any = message
+        self.topic: TopicId = topic
+        self.sender: AgentId | None = sender
+        """None: no agent publishes it."""
+        self.token: CancellationToken | None = token
+        self.message_id: str | None = message_id
+        """None: a new id is used."""
+        self.due: datetime | None = due
+        """When it is published; None: now."""
+
+
 class EventSender(RegistryListener):
     """Sends the events of one runtime."""
 
@@ -94,36 +119,20 @@ class EventSender(RegistryListener):
 
     # -- events --------------------------------------------------------------------------------------------------
 
-    def publish(
-        self,
-        message: Any,
-        topic: TopicId,
-        *,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str | None,
-        due: datetime | None = None,
-    ) -> Awaitable[None]:
-        """Publish an event. Await the result at once to send it.
-
-        If ``message_id`` is None, a new id is used. ``due``: when it is published; None: now.
-        """
+    def publish(self, event: Event) -> Awaitable[None]:
+        """Publish an event. Await the result at once to send it."""
         self._counters.sent += 1
-        message_id = self._attributes.next_id() if message_id is None else checked_message_id(message_id)
+        if event.message_id is None:
+            event.message_id = self._attributes.next_id()
+        else:
+            checked_message_id(event.message_id)
         send = self._event if self._steps.are_free else self._publish_in_turn
-        return self._steps.counted(send(message, topic, sender, token, message_id, due))
+        return self._steps.counted(send(event))
 
-    async def _publish_in_turn(
-        self,
-        message: Any,
-        topic: TopicId,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str,
-        due: datetime | None,
-    ) -> None:
+    async def _publish_in_turn(self, event: Event) -> None:
+        assert event.message_id is not None
         begun = asyncio.get_running_loop().time()
-        stream = self._registry.view.durable_stream(topic.type) if self._readiness.started else None
+        stream = self._registry.view.durable_stream(event.topic.type) if self._readiness.started else None
         try:
             async with (
                 self._durable.patience(begun, stream is not None) as waiting,
@@ -132,31 +141,23 @@ class EventSender(RegistryListener):
                 await self._steps.wait_ready(None, begun)
                 waiting.end()
                 if self._interventions.handlers:
-                    context = send_context(sender, topic, token, message_id)
+                    context = send_context(event.sender, event.topic, event.token, event.message_id)
                     try:
-                        message = await turn.intervene(self._interventions.on_publish(message, context))
+                        event.message = await turn.intervene(self._interventions.on_publish(event.message, context))
                     except MessageDroppedException:
                         return
                     begun = asyncio.get_running_loop().time()
-                await self._event(message, topic, sender, token, message_id, due, turn.end, begun)
+                await self._event(event, turn.end, begun)
         except TimeoutError:
             if stream is None or not waiting.expired:
                 raise
             reason = (
                 f"it could not be sent within publish_timeout = {self._publish_timeout:g} s: the connection is lost"
             )
-            raise EventNotStored(str(topic), stream, reason, may_be_stored=False) from None
+            raise EventNotStored(str(event.topic), stream, reason, may_be_stored=False) from None
 
     def _event(
-        self,
-        message: Any,
-        topic: TopicId,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str,
-        due: datetime | None,
-        sent: Callable[[], None] | None = None,
-        begun: float | None = None,
+        self, event: Event, sent: Callable[[], None] | None = None, begun: float | None = None
     ) -> Awaitable[None]:
         """Encode an event now. Await the result to send the event.
 
@@ -164,14 +165,18 @@ class EventSender(RegistryListener):
         to its stream. None: no function is called. ``begun`` is when its publisher began to wait, by the event loop's
         clock; None: now.
         """
+        topic, sender, message_id = event.topic, event.sender, event.message_id
+        assert message_id is not None
         subject = self._subjects.topic(topic.type, topic.source)
-        encoded = self._serialization.encode(message)
-        attributes = self._attributes.message(message_id, sender, encoded, token)
+        encoded = self._serialization.encode(event.message)
+        attributes = self._attributes.message(message_id, sender, encoded, event.token)
         if events.listening():
             events.message(
                 encoded.payload, sender=sender, receiver=topic, kind=MessageKind.PUBLISH, stage=DeliveryStage.SEND
             )
-        return self.send_encoded("publish", subject, topic, sender, message_id, attributes, encoded, due, sent, begun)
+        return self.send_encoded(
+            "publish", subject, topic, sender, message_id, attributes, encoded, event.due, sent, begun
+        )
 
     def send_encoded(
         self,
@@ -188,7 +193,7 @@ class EventSender(RegistryListener):
     ) -> Awaitable[None]:
         """Send an event that is encoded, in a span for ``operation`` if tracing is on. Await the result at once.
 
-        ``due`` is as in `publish`; the others are as in `_event`.
+        ``due`` is as in `Event`; the others are as in `_event`.
         """
         if self._telemetry is None:
             return self._send_event(subject, topic, sender, message_id, attributes, encoded, due, sent, begun)

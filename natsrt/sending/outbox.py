@@ -15,10 +15,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 from contextvars import Context, copy_context
-from datetime import datetime
+from copy import copy
 from typing import Any, Protocol
 
-from autogen_core import AgentId, CancellationToken, TopicId
+from autogen_core import AgentId
 
 from natsrt.agents.interventions import Interventions
 from natsrt.background import BackgroundTasks
@@ -26,6 +26,7 @@ from natsrt.durable_types import covers
 from natsrt.errors import CannotSerialize, UndeliveredCall
 from natsrt.options import Options
 from natsrt.sending.call_sender import Call
+from natsrt.sending.event_sender import Event
 from natsrt.transport.readiness import Readiness
 from natsrt.wire.serialization import Serialization
 
@@ -41,16 +42,7 @@ _OVERHEAD = 512
 class WayOut(Protocol):
     """Where messages are passed to be sent."""
 
-    def publish(
-        self,
-        message: Any,
-        topic: TopicId,
-        *,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str | None,
-        due: datetime | None = None,
-    ) -> Awaitable[None]:
+    def publish(self, event: Event) -> Awaitable[None]:
         """Publish an event, as `EventSender.publish`."""
 
     def send(self, call: Call) -> Awaitable[Any]:
@@ -60,24 +52,10 @@ class WayOut(Protocol):
 class _WaitingEvent:
     """An event that waits, with the context of its publisher."""
 
-    __slots__ = ("context", "due", "message", "message_id", "sender", "size", "token", "topic")
+    __slots__ = ("context", "event", "size")
 
-    def __init__(
-        self,
-        message: Any,
-        topic: TopicId,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str | None,
-        due: datetime | None,
-        size: int,
-    ) -> None:
-        self.message = message
-        self.topic = topic
-        self.sender = sender
-        self.token = token
-        self.message_id = message_id
-        self.due = due
+    def __init__(self, event: Event, size: int) -> None:
+        self.event = event
         self.size = size
         self.context: Context = copy_context()
 
@@ -113,28 +91,20 @@ class Outbox:
 
     # -- taking messages -----------------------------------------------------------------------------------------
 
-    async def publish(
-        self,
-        message: Any,
-        topic: TopicId,
-        *,
-        sender: AgentId | None,
-        token: CancellationToken | None,
-        message_id: str | None,
-        due: datetime | None = None,
-    ) -> None:
+    async def publish(self, event: Event) -> None:
         """Let an event wait.
 
         Raises `CannotSerialize` if it cannot be sent, and RuntimeError if too much waits, or if a stream is to confirm
         it, which no runtime can tell before it is started.
         """
         patterns = (pattern for topics in self._durable for pattern in topics.patterns)
-        if not self.holds and (due is not None or any(covers(pattern, topic.type) for pattern in patterns)):
+        topic = event.topic
+        if not self.holds and (event.due is not None or any(covers(pattern, topic.type) for pattern in patterns)):
             raise RuntimeError(
                 f"an event on {topic} cannot wait for the start of this runtime: its stream is to confirm that it is "
                 "stored. Call start() first"
             )
-        self._add(_WaitingEvent(message, topic, sender, token, message_id, due, self._size(message)))
+        self._add(_WaitingEvent(event, self._size(event.message)))
 
     async def send(self, call: Call) -> Any:
         """Let a call wait, and then make it. Raises as `publish` and `CallSender.send` do."""
@@ -193,21 +163,14 @@ class Outbox:
         """Wait until the events that were passed on are sent."""
         await self._tasks.wait()
 
-    async def _publish(self, event: _WaitingEvent, way_out: WayOut, readiness: Readiness) -> None:
+    async def _publish(self, waiting: _WaitingEvent, way_out: WayOut, readiness: Readiness) -> None:
         try:
-            await way_out.publish(
-                event.message,
-                event.topic,
-                sender=event.sender,
-                token=event.token,
-                message_id=event.message_id,
-                due=event.due,
-            )
+            await way_out.publish(copy(waiting.event))  # one that is kept for the next start stays as it was given
         except Exception:
             if readiness.started:
                 raise
-            self._waiting[event] = None
-            self._bytes += event.size
+            self._waiting[waiting] = None
+            self._bytes += waiting.size
 
     def close(self) -> None:
         """Fail the calls that wait, and drop the events."""
