@@ -20,14 +20,16 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
-from pydantic import BaseModel, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, computed_field, field_serializer
 from typing_extensions import TypedDict
 
 import natsrt
 from natsrt import NatsAgentRuntime
+from natsrt.contrib.arguments import checked_timeout
 from natsrt.contrib.services import OfferedService, ServiceAgent, offer_service
 from natsrt.contrib.services.json_types import JsonType
 from natsrt.embedded import EmbeddedServer
+from natsrt.errors import CannotDecode
 from natsrt.plain import PlainMessage
 from tests.support.processes import Processes, eventually
 
@@ -353,7 +355,30 @@ class Undefined:
     place: Nowhere  # type: ignore[name-defined]  # noqa: F821
 
 
+class Counted(BaseModel):
+    """It is written otherwise than it is read."""
+
+    model_config = ConfigDict(extra="forbid")
+    count: int = Field(validation_alias="n", serialization_alias="total", ge=0)
+    key: str = Field(default="hash", exclude=True)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def double(self) -> int:
+        return self.count * 2
+
+
+class Hexadecimal(BaseModel):
+    number: int
+
+    @field_serializer("number")
+    def _text(self, number: int) -> str:
+        return hex(number)
+
+
 ADMIN = Admin(name="ada", password_hash="hash")
+CIRCLE: list[Any] = []
+CIRCLE.append(CIRCLE)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +395,12 @@ ADMIN = Admin(name="ada", password_hash="hash")
         (bytes, "text", "it is of type str"),
         (str, b"\xff", "utf-8|string"),
         (dict[str, Any], {"a": object()}, "Unable to serialize"),
+        (list, CIRCLE, "nested too deeply, or contains itself"),
+        (list, [10**4500], "number out of range"),
+        (Counted, None, "Input should be"),
+        (list[Counted], [Counted(n=1), None], "1: Input should be"),
+        (Counted, {"n": "no number"}, "n: Input should be a valid integer"),
+        (Hexadecimal, Hexadecimal.model_construct(number="hash"), "does not have the declared type|'str' object"),
     ],
 )
 def test_what_no_json_can_hold_is_not_written(cls: Any, value: Any, problem: str) -> None:
@@ -390,6 +421,9 @@ def test_what_no_json_can_hold_is_not_written(cls: Any, value: Any, problem: str
         (dict[str, Person], {"a": ADMIN}, {"a": {"name": "ada"}}),
         (SerializeAsAny[Person], ADMIN, {"name": "ada", "password_hash": "hash"}),
         (Admin, ADMIN, {"name": "ada", "password_hash": "hash"}),
+        (Counted, Counted(n=3), {"total": 3, "double": 6}),
+        (Counted | None, Counted(n=3), {"total": 3, "double": 6}),
+        (Hexadecimal, Hexadecimal(number=255), {"number": "0xff"}),
     ],
 )
 def test_what_the_declared_type_does_not_have_is_not_written(cls: Any, value: Any, written: Any) -> None:
@@ -407,6 +441,7 @@ def test_what_the_declared_type_does_not_have_is_not_written(cls: Any, value: An
         ({"subject": "x" * 2000}, ValueError, "too long"),
         ({"timeout": 0}, ValueError, "timeout must be a number of seconds above 0"),
         ({"timeout": "5"}, ValueError, "timeout must be"),
+        ({"timeout": float("nan")}, ValueError, "timeout must be"),
         ({"headers": {"a": "b\r\nc"}}, ValueError, "without line ends"),
         ({"headers": {"a b": "c"}}, ValueError, "name of a header"),
         ({"response_type": Client}, TypeError, "response_type must be a type that Pydantic can write as JSON"),
@@ -541,6 +576,8 @@ class Forecasts(RoutedAgent):
     async def forecast(self, message: Query, ctx: MessageContext) -> Weather:
         if message.place.city == "Atlantis":
             raise LookupError('it has\r\nsunk, in \n  File "/srv/app.py"')
+        if message.place.city == "Odd":
+            raise ValueError("a\0b\x1b[31mc\u20ac")
         if message.place.city == "Limbo":
             raise asyncio.CancelledError
         if message.place.city == "Slow":
@@ -594,6 +631,8 @@ async def test_a_request_becomes_a_call_to_an_agent_on_any_worker(make: Make, pl
         (request("Atlantis"), "500", "^LookupError: it has$"),
         (request("Limbo"), "499", "^CancelledError: the agent cancelled the call$"),
         (request("Slow"), "504", "CallTimeout: no reply from forecasts/default within timeout = 0.2 s"),
+        (request("Odd"), "500", r"^ValueError: a\?b\?\[31mc\?$"),
+        (b'{"place": {"city": "Rome", "days": ["x"]}}', "400", r"place\.days\.0: Input should be a valid integer"),
     ],
 )
 async def test_errors_are_told_in_the_headers_of_services(
@@ -612,6 +651,27 @@ async def test_errors_are_told_in_the_headers_of_services(
     assert stats["last_error"] == f"{code}: {kind}"  # anybody may read it, so it has no text
     reply = await plain.request(service.subject, request("Rome"))  # it goes on
     assert reply.data
+
+
+@pytest.mark.parametrize("name", ["\0", "\r\nA: b", "\x1b[31m", "\ud83d", "k" * 500_000])
+async def test_a_request_with_any_field_is_answered(make: Make, plain: Client, namespace: str, name: str) -> None:
+    runtime = await make()
+    await host(runtime)
+    service = await offer(runtime, f"{namespace}.forecast", request_type=Counted)
+    reply = await plain.request(service.subject, json.dumps({"n": 1, name: 2}).encode())
+    assert reply.headers is not None and reply.headers["Nats-Service-Error-Code"] == "400"
+    assert reply.headers["Nats-Service-Error"].startswith("CannotDecode") and len(str(reply.headers)) < 600
+
+
+def test_an_error_about_long_names_is_short() -> None:
+    with pytest.raises(CannotDecode) as raised:
+        JsonType(Counted, "request_type").decode(json.dumps({"n": 1, "k" * 500_000: 2}).encode(), "a request")
+    assert "Extra inputs are not permitted" in str(raised.value) and len(str(raised.value)) < 500
+
+
+def test_a_timeout_may_be_endless() -> None:
+    for timeout in (float("inf"), 10**400):
+        assert checked_timeout(timeout) > 86_400 * 365
 
 
 async def test_an_unknown_agent_type_and_a_wrong_reply_are_errors(make: Make, plain: Client, namespace: str) -> None:
@@ -868,7 +928,11 @@ async def test_the_trace_goes_on_at_the_agent(make: Make, plain: Client, namespa
         ({"name": "my service"}, ValueError, "letters, digits, _ and -"),
         ({"version": "1"}, ValueError, "semantic version"),
         ({"timeout": -1}, ValueError, "timeout must be"),
-        ({"queue": "a b"}, ValueError, "not a subject"),
+        ({"queue": "a b"}, ValueError, "queue must be the name of a queue group"),
+        ({"queue": None}, ValueError, "queue must be the name of a queue group"),
+        ({"name": 5}, ValueError, "letters, digits, _ and -"),
+        ({"version": None}, ValueError, "semantic version"),
+        ({"key": "ada"}, TypeError, "key must be a function"),
         ({"request_type": Client}, TypeError, "request_type must be"),
         ({"request_type": Callback}, TypeError, "request_type must have a JSON schema"),
         ({"response_type": list[Callback]}, TypeError, "response_type must have a JSON schema"),

@@ -12,11 +12,11 @@ from autogen_core import MessageContext, RoutedAgent
 from opentelemetry.propagate import inject
 
 import natsrt
+from natsrt.contrib.arguments import checked_timeout
 from natsrt.contrib.services.json_types import JsonType, check_message_type
 from natsrt.contrib.services.replies import RepliesRead
-from natsrt.contrib.services.wire import STREAM
 from natsrt.errors import CallTimeout
-from natsrt.plain import PlainMessage, PlainReplies, checked_headers, checked_subject
+from natsrt.plain import STREAM_HEADER, PlainMessage, PlainReplies, checked_headers, checked_subject
 
 
 class ServiceAgent(RoutedAgent):
@@ -72,21 +72,19 @@ class ServiceAgent(RoutedAgent):
         headers: Mapping[str, str] | None = None,
         description: str | None = None,
     ) -> None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-            raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r:.60}")
         super().__init__(description or f"the NATS service on {subject}")
         self.subject: str = checked_subject(subject)
         self._request = JsonType(request_type, "request_type")
         self._response = JsonType(response_type, "response_type")
         self._stream = stream
-        self._timeout = float(timeout)
+        self._timeout = checked_timeout(timeout)
         self._headers = checked_headers(headers)
 
     async def _items(self, message: Any, ctx: MessageContext) -> AsyncGenerator[Any, None]:
         payload, headers = self._request.encode(message), dict(self._headers)
         inject(headers)
         if self._stream:
-            headers[STREAM] = "1"
+            headers[STREAM_HEADER] = "1"
         read = RepliesRead(self.subject, self._response, stream=self._stream)
         async with natsrt.runtime_of(self).request_plain(self.subject, payload, headers=headers) as replies:
             while not read.is_complete:

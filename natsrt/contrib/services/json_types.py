@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from functools import cached_property
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
-from pydantic_core import PydanticSerializationError
+from pydantic_core import PydanticSerializationError, from_json
 from typing_extensions import is_typeddict
 
 from natsrt.errors import CannotDecode, CannotSerialize
@@ -73,15 +74,40 @@ class JsonType:
             if not _is_finite(self._adapter.dump_python(value, warnings=False)):  # Pydantic writes them as null
                 raise CannotSerialize(self.name, "JSON has no NaN and no infinity")
             payload = self._adapter.dump_json(value, by_alias=True, warnings=False)
-            self._adapter.validate_json(payload)
+            self._require_fit(value, payload)
             self._require_declared(value)
         except ValidationError as error:
             raise CannotSerialize(self.name, _outline(error)) from None
         except CannotSerialize:
             raise
+        except RecursionError:
+            raise CannotSerialize(self.name, "it is nested too deeply, or contains itself") from None
         except (PydanticSerializationError, ValueError, TypeError, AttributeError) as error:
             raise CannotSerialize(self.name, str(error).splitlines()[0]) from None
         return payload
+
+    def _require_fit(self, value: Any, payload: bytes) -> None:
+        """Raise ValidationError or ValueError if the value, written as ``payload``, does not fit the type.
+
+        Pydantic writes None in any place, and leaves out fields that are missing. Reading finds both, but some types
+        cannot read what they write.
+        """
+        try:
+            self._adapter.validate_json(payload)
+        except ValidationError:
+            if not self._is_written_otherwise:
+                raise
+            from_json(payload)
+            self._adapter.validate_python(value)
+
+    @cached_property
+    def _is_written_otherwise(self) -> bool:
+        """True if the type says that it is written in another form than it is read: by a ``serialization_alias``,
+        computed or excluded fields, or a serializer with a return type."""
+        try:
+            return self._adapter.json_schema(mode="validation") != self._adapter.json_schema(mode="serialization")
+        except PydanticUserError:  # it has no schema
+            return False
 
     def _require_declared(self, value: Any) -> None:
         """Raise `CannotSerialize` if a part of the value does not have its declared type.
@@ -155,8 +181,11 @@ def _is_finite(tree: Any) -> bool:
 
 
 def _outline(error: ValidationError) -> str:
-    """What is wrong where, without the values: they are payload."""
+    """What is wrong where, without the values: they are payload. Keys of the payload may be of any length."""
     found = error.errors(include_input=False, include_url=False, include_context=False)
-    problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" if one["loc"] else one["msg"] for one in found[:5]]
+    problems = [
+        f"{'.'.join(map(str, one['loc'])):.200}: {one['msg']:.200}" if one["loc"] else f"{one['msg']:.200}"
+        for one in found[:5]
+    ]
     more = f", and {len(found) - 5} more" if len(found) > 5 else ""
     return "; ".join(problems) + more

@@ -22,10 +22,22 @@ from opentelemetry import context as tracing
 from opentelemetry.propagate import extract
 
 from natsrt import NatsAgentRuntime
+from natsrt.contrib.arguments import checked_timeout
 from natsrt.contrib.services.json_types import JsonType
-from natsrt.contrib.services.wire import KEY, PART, PARTS, SERVICE_ERROR, SERVICE_ERROR_CODE, STREAM
 from natsrt.errors import CallTimeout, NatsrtError, WorkerStopped
-from natsrt.plain import PlainHandler, PlainMessage, PlainSubscription, checked_service_subject, checked_subject
+from natsrt.plain import (
+    KEY_HEADER,
+    PART_HEADER,
+    PARTS_HEADER,
+    SERVICE_ERROR,
+    SERVICE_ERROR_CODE,
+    STREAM_HEADER,
+    PlainHandler,
+    PlainMessage,
+    PlainSubscription,
+    checked_service_subject,
+    checked_subject,
+)
 
 logger: logging.Logger = logging.getLogger("natsrt.contrib")
 
@@ -134,7 +146,7 @@ class OfferedService:
         began, failure = time.perf_counter_ns(), ""
         context = tracing.attach(extract(message.headers))
         try:
-            if message.reply and message.headers.get(STREAM) == "1":
+            if message.reply and message.headers.get(STREAM_HEADER) == "1":
                 await self._stream(message)
             else:
                 await self._answer(message)
@@ -175,20 +187,20 @@ class OfferedService:
                 async for item in stream:
                     payload = self._response.encode(item)
                     count += 1
-                    await message.respond(payload, headers={PART: str(count)})
+                    await message.respond(payload, headers={PART_HEADER: str(count)})
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and _is_cancelled():
                 raise
             if isinstance(error, TimeoutError) and limit.expired():
                 error = CallTimeout(str(agent), self._timeout, "timeout")
             raise _Broken(count, error) from None
-        await message.respond(b"", headers={PARTS: str(count)})
+        await message.respond(b"", headers={PARTS_HEADER: str(count)})
 
     async def _refuse(self, message: PlainMessage, error: BaseException) -> str:
         """Answer with an error. Returns what the statistics say of it: code and class. Its text is for its client."""
         more: dict[str, str] = {}
         if isinstance(error, _Broken):
-            more, error = {PARTS: str(error.count)}, error.reason
+            more, error = {PARTS_HEADER: str(error.count)}, error.reason
         code, text = _described(error)
         failure = f"{code}: {_kind(error)}"
         if not message.reply:
@@ -230,7 +242,7 @@ class OfferedService:
 
 def key_in_header(message: PlainMessage) -> str:
     """The key of the agent for a request: its header ``Natsrt-Key``, else ``default``."""
-    return message.headers.get(KEY, "default")
+    return message.headers.get(KEY_HEADER, "default")
 
 
 async def offer_service(
@@ -283,16 +295,16 @@ async def offer_service(
     """
     agent_type = agent_type.type if isinstance(agent_type, AgentType) else AgentId(agent_type, "default").type
     checked_service_subject(subject, runtime.options)
-    checked_subject(queue)
+    _check_queue(queue)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", agent_type) if name is None else name
-    if not _NAME.fullmatch(name):
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise ValueError(f"name must be letters, digits, _ and -, not {name!r:.60}")
-    if not _VERSION.fullmatch(version):
+    if not (isinstance(version, str) and _VERSION.fullmatch(version)):
         raise ValueError(f"version must be a semantic version such as 1.0.0, not {version!r:.60}")
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r:.60}")
     if not isinstance(description, str):
         raise TypeError(f"description must be a text, not {description!r:.60}")
+    if not callable(key):
+        raise TypeError(f"key must be a function of the request, which returns the key, not {key!r:.60}")
     request, response = JsonType(request_type, "request_type"), JsonType(response_type, "response_type")
     service = OfferedService(
         runtime,
@@ -304,13 +316,23 @@ async def offer_service(
         version=version,
         description=description,
         queue=queue,
-        timeout=timeout,
+        timeout=checked_timeout(timeout),
         key=key,
         metadata=_checked_metadata(metadata),
     )
     runtime.add_message_type(*response.message_classes)
     await service.start()
     return service
+
+
+def _check_queue(queue: str) -> None:
+    """Raise ValueError if ``queue`` is no name of a queue group, which consists of tokens as a subject does."""
+    try:
+        checked_subject(queue)
+    except ValueError:
+        raise ValueError(
+            f"queue must be the name of a queue group, without white space and wildcards, not {queue!r:.60}"
+        ) from None
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -330,7 +352,7 @@ def _is_cancelled() -> bool:
 
 
 def _described(error: BaseException) -> tuple[int, str]:
-    """The code and the description of an error, for headers.
+    """The code and the description of an error, for headers, which can hold printable ASCII in any client.
 
     The description has the first line of the text only: further ones may be a traceback, with the paths of files.
     """
@@ -339,7 +361,8 @@ def _described(error: BaseException) -> tuple[int, str]:
     code = error.code if isinstance(error, NatsrtError) else 504 if isinstance(error, TimeoutError) else 500
     lines = str(error).strip().splitlines()
     line = " ".join(f"{_kind(error)}: {lines[0]}".split()) if lines else _kind(error)
-    return code, line.encode("ascii", "replace").decode()[:_LONGEST_ERROR]
+    printable = (char if char.isascii() and char.isprintable() else "?" for char in line[:_LONGEST_ERROR])
+    return code, "".join(printable)
 
 
 def _kind(error: BaseException) -> str:

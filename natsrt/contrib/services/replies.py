@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from natsrt.contrib.services.json_types import JsonType
-from natsrt.contrib.services.wire import PART, PARTS, SERVICE_ERROR, SERVICE_ERROR_CODE
 from natsrt.errors import CannotDecode, ServiceError
+from natsrt.plain import PART_HEADER, PARTS_HEADER, SERVICE_ERROR, SERVICE_ERROR_CODE
 
 _UNKNOWN_CODE: Final = 500
 _DIGITS: Final = 15
@@ -45,12 +45,14 @@ class RepliesRead:
             CannotDecode: It does not fit the type, or shows that others were lost.
         """
         self._require_success(headers)
-        if self._stream and not payload and PART not in headers:
+        if self._stream and not payload and PART_HEADER not in headers:
             self.total = self._total_of(headers)
             return []
         expected = str(self.count + 1)
-        if self._stream and headers.get(PART, expected) != expected:
-            raise CannotDecode(self._what, f"its {PART} is {headers[PART]:.20}, not {expected}: parts were lost")
+        if self._stream and headers.get(PART_HEADER, expected) != expected:
+            raise CannotDecode(
+                self._what, f"its {PART_HEADER} is {headers[PART_HEADER]:.20}, not {expected}: parts were lost"
+            )
         item = self._response.decode(payload, self._what)
         self.count += 1
         return [item]
@@ -71,9 +73,11 @@ class RepliesRead:
             )
 
     def _total_of(self, headers: Mapping[str, str]) -> int:
-        total = self.count if PARTS not in headers else _number(headers[PARTS])
+        total = self.count if PARTS_HEADER not in headers else _number(headers[PARTS_HEADER])
         if total is None or total < self.count:
-            raise CannotDecode(self._what, f"its {PARTS} is {headers[PARTS]:.20}, and {self.count} have arrived")
+            raise CannotDecode(
+                self._what, f"its {PARTS_HEADER} is {headers[PARTS_HEADER]:.20}, and {self.count} have arrived"
+            )
         return total
 
 
