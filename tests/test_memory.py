@@ -154,7 +154,8 @@ _CIRCLE["self"] = _CIRCLE
         (MemoryContent.model_construct(content=5, mime_type="x"), "content is a int"),
         (MemoryContent.model_construct(content="x", mime_type=5), "mime_type is a int"),
         (MemoryContent.model_construct(content=_CIRCLE, mime_type="x"), "contains itself"),
-        (Remark(content="x", mime_type="x"), "derives from it"),
+        (MemoryContent.model_construct(content="x", mime_type="x", metadata=[]), "metadata is a list"),
+        (Remark(content="x", mime_type="x"), "none of its subclasses"),
         ("just text", "holds MemoryContent"),
     ],
 )
@@ -489,6 +490,36 @@ async def test_what_the_memory_refuses_is_told_to_who_adds_it_and_blocks_nobody(
     assert (here.left_out, there.left_out) == (1, 1)
     assert "is left out: the memory that is wrapped raised ValueError" in caplog.text
     assert "no bad" not in caplog.text  # it may quote the content
+
+
+@pytest.mark.parametrize("call", ["add", "clear"])
+async def test_a_memory_that_cancels_itself_stops_nobody(make: Make, call: str) -> None:
+    class Cancelled(Notes):
+        ends = 9
+
+        async def _maybe(self) -> None:
+            if self.ends:
+                self.ends -= 1
+                raise asyncio.CancelledError
+
+        async def add(self, content: MemoryContent, cancellation_token: CancellationToken | None = None) -> None:
+            if call == "add" and content.content == "bad":
+                await self._maybe()
+            await super().add(content)
+
+        async def clear(self) -> None:
+            if call == "clear":
+                await self._maybe()
+            await super().clear()
+
+    wrapped, other = Cancelled(), make()
+    here = make(memory=wrapped)
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError, match="the memory that is wrapped raised CancelledError"):
+            await add(here, "bad")
+        wrapped.ends = 0
+        await add(here, "good")
+        assert (await texts(here))[-1] == (await texts(other))[-1] == "good"
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def encode(content: MemoryContent) -> bytes:
         CannotSerialize: It would not arrive as it is. The text names the part.
     """
     if type(content) is not MemoryContent:
-        raise CannotSerialize(type(content).__name__, f"a memory holds {_WHAT}, and not what derives from it")
+        raise CannotSerialize(type(content).__name__, f"a memory holds {_WHAT} only, also none of its subclasses")
     mime_type = content.mime_type
     if type(mime_type) not in (str, MemoryMimeType):
         raise CannotSerialize(_WHAT, f"mime_type is a {type(mime_type).__name__}; it must be text or MemoryMimeType")
@@ -36,6 +36,8 @@ def encode(content: MemoryContent) -> bytes:
         "known": isinstance(mime_type, MemoryMimeType),
     }
     if content.metadata is not None:
+        if type(content.metadata) is not dict:
+            raise CannotSerialize(_WHAT, f"metadata is a {type(content.metadata).__name__}; it must be a dict or None")
         _check("metadata", content.metadata)
         body["metadata"] = content.metadata
     try:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 
 from autogen_core.memory import ListMemory, Memory, MemoryContent
@@ -49,6 +51,18 @@ async def end(task: asyncio.Task[Any]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=_CANCEL_AGAIN)
+
+
+@asynccontextmanager
+async def _no_cancellation() -> AsyncIterator[None]:
+    """Turn a ``CancelledError`` that a memory raises by itself into a RuntimeError, which does not end the task."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RuntimeError("the memory that is wrapped raised CancelledError") from None
 
 
 class _Entry(NamedTuple):
@@ -278,11 +292,14 @@ class Session:
 
     async def _start_over(self, created: str) -> None:
         """Forget all, so that the stream is read from its beginning."""
-        async with self.using:
-            await self._memory.clear()
+        await self._clear_memory()
         self._entries.clear()
         self._position = self._seen = self._surplus = 0
         self._created = created
+
+    async def _clear_memory(self) -> None:
+        async with self.using, _no_cancellation():
+            await self._memory.clear()
 
     async def _read_until(self, last: int) -> None:
         """Take all that the stream has up to a sequence, as its leader says. Others may store more meanwhile, without
@@ -309,8 +326,7 @@ class Session:
             logger.warning("message %d of the stream %s is left out: %s", message.sequence, self.log.stream, error)
         else:
             if content is None:
-                async with self.using:
-                    await self._memory.clear()
+                await self._clear_memory()
                 self._entries.clear()
                 self._surplus = 0
             else:
@@ -327,7 +343,7 @@ class Session:
         """Add to the memory. Returns False if it refuses that, in all attempts."""
         for pause in (*_PAUSES, None):
             try:
-                async with self.using:
+                async with self.using, _no_cancellation():
                     await self._memory.add(content)
                 return True
             except Exception as error:
