@@ -260,6 +260,7 @@ async def test_a_model_that_does_not_know_its_limit_is_described_nevertheless(ma
     [
         ({"tools": [weather]}, TypeError, "must be an autogen_core.tools.Tool or a ToolSchema with a name"),
         ({"tools": [{"description": "no name"}]}, TypeError, "with a name"),
+        ({"tools": [{"name": "a", "parameters": object()}]}, TypeError, "the schema of the tool 'a' is not JSON"),
         ({"tool_choice": "weather"}, ValueError, "'auto', 'required', 'none' or a tool"),
         ({"json_output": dict}, ValueError, "a subclass of pydantic.BaseModel"),
         ({"json_output": "yes"}, ValueError, "None, a bool"),
@@ -311,6 +312,10 @@ async def test_bad_arguments_of_the_client_are_refused(make: Make) -> None:
         RemoteChatCompletionClient("gpt", runtime, servers="nats://127.0.0.1:4222")
     with pytest.raises(ValueError, match="retries"):
         RemoteChatCompletionClient("gpt", runtime, retries=-1)
+    with pytest.raises(ValueError, match="max_tokens must be a whole number"):
+        RemoteChatCompletionClient("gpt", runtime, max_tokens="8000")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="token_counter must be a function"):
+        RemoteChatCompletionClient("gpt", runtime, token_counter=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="structured_output|Missing required field"):
         RemoteChatCompletionClient("gpt", runtime, model_info={"vision": True})  # type: ignore[typeddict-item]
     with pytest.raises(natsrt.AgentNotServed, match="gpt"):

@@ -113,6 +113,10 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
         self._retries = checked_retries(retries)
         if model_info is not None:
             validate_model_info(model_info)
+        if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int)):
+            raise ValueError(f"max_tokens must be a whole number or None, not {max_tokens!r:.60}")
+        if not (token_counter is None or callable(token_counter)):
+            raise ValueError(f"token_counter must be a function of messages and tools, not {token_counter!r:.60}")
         self._agent = AgentId(type, KEY)
         self._own = runtime is None
         self._runtime = runtime or NatsAgentRuntime(servers, namespace=namespace, options=options)
@@ -136,6 +140,7 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
         *,
         servers: str | Sequence[str] | None = None,
         namespace: str | None = None,
+        options: Options | None = None,
         token_counter: TokenCounter | None = None,
         retries: int = 0,
         timeout: float | None = 30.0,
@@ -149,7 +154,15 @@ class RemoteChatCompletionClient(ChatCompletionClient, Component[RemoteModelConf
             CallTimeout: The worker did not answer in time.
             ServerUnreachable, PermissionDenied: There is no connection.
         """
-        client = cls(type, runtime, servers=servers, namespace=namespace, token_counter=token_counter, retries=retries)
+        client = cls(
+            type,
+            runtime,
+            servers=servers,
+            namespace=namespace,
+            options=options,
+            token_counter=token_counter,
+            retries=retries,
+        )
         try:
             await client._read_description(timeout)
         except BaseException:

@@ -13,7 +13,7 @@ from autogen_core import CancellationToken
 from autogen_core.models import LLMMessage
 from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel, RootModel
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from natsrt.errors import NatsrtError
 
@@ -83,7 +83,10 @@ def schema_of(tool: Tool | ToolSchema) -> dict[str, Any]:
     schema = tool.schema if isinstance(tool, Tool) else tool
     if not isinstance(schema, Mapping) or "name" not in schema:
         raise TypeError(f"a tool must be an autogen_core.tools.Tool or a ToolSchema with a name, not {tool!r:.100}")
-    return cast(dict[str, Any], to_jsonable_python(schema))
+    try:
+        return cast(dict[str, Any], to_jsonable_python(schema))
+    except (PydanticSerializationError, RecursionError, ValueError) as error:
+        raise TypeError(f"the schema of the tool {schema['name']!r:.60} is not JSON: {error}") from None
 
 
 def choice_of(choice: object) -> ToolChoice | dict[str, Any]:
