@@ -1,4 +1,4 @@
-"""Background tasks: they are kept alive, watched, and ended together."""
+"""Background tasks: they are kept alive, watched, and ended together. Public for what is built on natsrt."""
 
 from __future__ import annotations
 

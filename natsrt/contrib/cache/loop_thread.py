@@ -8,10 +8,10 @@ from collections.abc import Coroutine
 from concurrent.futures import CancelledError
 from typing import Any, Final, TypeVar
 
+from natsrt.background import end_tasks
+
 T = TypeVar("T")
 
-_CANCEL_AGAIN: Final = 0.1
-"""Seconds after which tasks that were cancelled and go on are cancelled again."""
 _END_WITHIN: Final = 5.0
 """Seconds within which the thread ends. It waits for nothing then but for its own tasks to be cancelled."""
 
@@ -29,9 +29,7 @@ class LoopThread:
         try:
             self._loop.run_forever()
             while left := asyncio.all_tasks(self._loop):
-                for task in left:
-                    task.cancel()  # again, if it ignored that: asyncio.wait_for may, before Python 3.12
-                self._loop.run_until_complete(asyncio.wait(left, timeout=_CANCEL_AGAIN))
+                self._loop.run_until_complete(end_tasks(*left))
         finally:
             asyncio.set_event_loop(None)
             self._loop.close()

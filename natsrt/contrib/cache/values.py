@@ -8,13 +8,12 @@ nothing is imported by a name from the bucket.
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Iterable
 from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
+from natsrt.contrib.exact_json import check_keys, dump, is_scalar, too_deep
 from natsrt.errors import CannotDecode, CannotSerialize
 
 _VALUE: Final = "a value of a cache"
@@ -55,31 +54,20 @@ class Values:
         try:
             body = {"value": self._encoded("the value", value)}
         except RecursionError:
-            raise CannotSerialize(type(value).__name__, "it is nested too deeply, or contains itself") from None
-        try:
-            return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-        except UnicodeEncodeError:  # a lone surrogate, which is no UTF-8, but has an escape
-            return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-        except ValueError:  # Python writes no int of so many digits
-            raise CannotSerialize(
-                type(value).__name__, f"it has an int of more than {sys.get_int_max_str_digits():,} digits"
-            ) from None
+            raise too_deep(type(value).__name__, "it") from None
+        return dump(type(value).__name__, body)
 
     def _encoded(self, where: str, value: Any) -> Any:
         kind = type(value)
         if isinstance(value, BaseModel):
             return self._encoded_model(where, value)
         if kind is dict:
-            for key in value:
-                if type(key) is not str:
-                    raise CannotSerialize("dict", f"{where} has the key {key!r:.60}; JSON has text keys only")
+            check_keys("dict", where, value)
             items = {key: self._encoded(f"{where}[{key!r:.60}]", item) for key, item in value.items()}
             return {"$dict": items} if any(key.startswith("$") for key in items) else items
         if kind is list:
             return [self._encoded(f"{where}[{index}]", item) for index, item in enumerate(value)]
-        if kind is float and not math.isfinite(value):
-            raise CannotSerialize("float", f"{where} is {value}, which JSON does not have")
-        if value is None or kind in (str, int, float, bool):
+        if is_scalar(kind.__name__, where, value):
             return value
         raise CannotSerialize(
             kind.__name__,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-import sys
 from typing import Any, Final
 
 from autogen_core import Image
 from autogen_core.memory import MemoryContent, MemoryMimeType
 
+from natsrt.contrib.exact_json import check_keys, dump, is_scalar, too_deep
 from natsrt.errors import CannotDecode, CannotSerialize
 
 CLEAR: Final = b'{"kind":"clear"}'
@@ -40,12 +39,7 @@ def encode(content: MemoryContent) -> bytes:
             raise CannotSerialize(_WHAT, f"metadata is a {type(content.metadata).__name__}; it must be a dict or None")
         _check("metadata", content.metadata)
         body["metadata"] = content.metadata
-    try:
-        return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:  # a lone surrogate, which is no UTF-8, but has an escape
-        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-    except ValueError:  # Python writes no int of so many digits
-        raise CannotSerialize(_WHAT, f"it has an int of more than {sys.get_int_max_str_digits():,} digits") from None
+    return dump(_WHAT, body)
 
 
 def _encoded(content: Any) -> dict[str, Any]:
@@ -66,22 +60,18 @@ def _check(where: str, value: Any) -> None:
     try:
         _check_each(where, value)
     except RecursionError:
-        raise CannotSerialize(_WHAT, f"{where} is nested too deeply, or contains itself") from None
+        raise too_deep(_WHAT, where) from None
 
 
 def _check_each(where: str, value: Any) -> None:
     if type(value) is dict:
+        check_keys(_WHAT, where, value)
         for key, item in value.items():
-            if type(key) is not str:
-                raise CannotSerialize(_WHAT, f"{where} has the key {key!r:.60}; JSON has text keys only")
             _check_each(f"{where}.{key:.60}", item)
     elif type(value) is list:
         for index, item in enumerate(value):
             _check_each(f"{where}[{index}]", item)
-    elif type(value) is float:
-        if not math.isfinite(value):
-            raise CannotSerialize(_WHAT, f"{where} is {value}, which JSON does not have")
-    elif value is not None and type(value) not in (str, int, bool):
+    elif not is_scalar(_WHAT, where, value):
         kind = type(value).__name__
         raise CannotSerialize(_WHAT, f"{where} is a {kind}, which would not arrive as one: convert it to what JSON has")
 

@@ -13,8 +13,9 @@ from autogen_core.memory import ListMemory, Memory, MemoryContent, MemoryQueryRe
 from autogen_core.model_context import ChatCompletionContext
 
 from natsrt import NatsAgentRuntime, Options
+from natsrt.background import end_tasks
 from natsrt.contrib.memory.contents import CLEAR, encode
-from natsrt.contrib.memory.session import Session, end
+from natsrt.contrib.memory.session import Session
 from natsrt.contrib.servers import ServersConfig, config_of, settings_of
 from natsrt.storage import Storage, check_limits
 
@@ -323,7 +324,7 @@ class _Life:
         return session
 
     async def end(self) -> None:
-        await end(self._opening)
+        await end_tasks(self._opening)
         if self.session is not None:
             await self.session.stop()
             await self.storage.close()

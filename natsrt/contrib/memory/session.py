@@ -19,10 +19,11 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from autogen_core.memory import ListMemory, Memory, MemoryContent
 
+from natsrt.background import end_tasks
 from natsrt.contrib.memory.contents import decode
 from natsrt.errors import CannotDecode, NatsrtError
 from natsrt.storage import LogMessage, SessionLog
@@ -38,19 +39,6 @@ _LOOKS: Final = 5
 _IN_THREAD: Final = 65_536
 """Bytes from which a body is decoded in a thread: an image of a megabyte takes some ten milliseconds."""
 _KEPT_FAILURES: Final = 100
-_CANCEL_AGAIN: Final = 0.1
-"""Seconds after which a task that was cancelled and goes on is cancelled again."""
-
-
-async def end(task: asyncio.Task[Any]) -> None:
-    """Cancel a task, and wait until it has ended, whatever it raises.
-
-    Before Python 3.12, ``asyncio.wait_for`` ignores a cancellation that comes at the moment when what it waits for is
-    done, and nats-py uses it. So a task that goes on is cancelled again.
-    """
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=_CANCEL_AGAIN)
 
 
 @asynccontextmanager
@@ -121,7 +109,7 @@ class Session:
         """Follow the log no longer. Has no effect if stopped."""
         task, self._task = self._task, None
         if task is not None:
-            await end(task)
+            await end_tasks(task)
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_exception(RuntimeError("the memory was closed meanwhile"))
