@@ -663,6 +663,15 @@ async def test_a_request_with_any_field_is_answered(make: Make, plain: Client, n
     assert reply.headers["Nats-Service-Error"].startswith("CannotDecode") and len(str(reply.headers)) < 600
 
 
+async def test_a_stream_that_is_asked_for_in_other_words_is_refused(make: Make, plain: Client, namespace: str) -> None:
+    runtime = await make()
+    await host(runtime)
+    service = await offer(runtime, f"{namespace}.forecast")
+    reply = await plain.request(service.subject, request("Rome"), headers={"Natsrt-Stream": "true"})
+    assert reply.headers is not None and reply.headers["Nats-Service-Error-Code"] == "400"
+    assert "its header Natsrt-Stream must be 1" in reply.headers["Nats-Service-Error"]
+
+
 def test_an_error_about_long_names_is_short() -> None:
     with pytest.raises(CannotDecode) as raised:
         JsonType(Counted, "request_type").decode(json.dumps({"n": 1, "k" * 500_000: 2}).encode(), "a request")

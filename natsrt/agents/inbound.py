@@ -248,8 +248,16 @@ class Inbound:
     @property
     def streams_plainly(self) -> bool:
         """True for the call of a plain NATS client that wants every item of the reply."""
+        return self.plain_stream is not None
+
+    @property
+    def plain_stream(self) -> str | None:
+        """The value of the header with which a plain NATS client asks for every item of the reply to its call. None for
+        all other messages."""
         headers = self.message.headers
-        return headers is not None and self.body is None and self.call is not None and STREAM_HEADER in headers
+        return (
+            headers.get(STREAM_HEADER) if headers is not None and self.body is None and self.call is not None else None
+        )
 
     @property
     def is_out_of_turn(self) -> bool:

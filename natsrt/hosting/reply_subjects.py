@@ -68,7 +68,7 @@ class ReplySubjects:
 
     def plain_stream_of(self, inbound: Inbound) -> str:
         """The subject on which the plain client that has made a call gets the items. Raises `CannotDecode`."""
-        value: str = (inbound.message.headers or {})[STREAM_HEADER]
+        value = inbound.plain_stream or ""
         if value == "1":
             return inbound.message.reply
         if not self.is_of_other_client(inbound):
@@ -77,7 +77,7 @@ class ReplySubjects:
 
     def is_of_other_client(self, inbound: Inbound) -> bool:
         """True if a worker has passed on the call of a plain client that gets the items."""
-        value: str = (inbound.message.headers or {})[STREAM_HEADER]
+        value = inbound.plain_stream or "1"
         return value != "1" and may_be_forwarded(inbound) and self.may_stream(value, None, forwarded=True)
 
     def stranger_to(self, reply: str, accept_to: str | None) -> str | None:

@@ -24,7 +24,7 @@ from opentelemetry.propagate import extract
 from natsrt import NatsAgentRuntime
 from natsrt.contrib.arguments import checked_timeout
 from natsrt.contrib.services.json_types import JsonType
-from natsrt.errors import CallTimeout, NatsrtError, WorkerStopped
+from natsrt.errors import CallTimeout, CannotDecode, NatsrtError, WorkerStopped
 from natsrt.plain import (
     KEY_HEADER,
     PART_HEADER,
@@ -146,7 +146,7 @@ class OfferedService:
         began, failure = time.perf_counter_ns(), ""
         context = tracing.attach(extract(message.headers))
         try:
-            if message.reply and message.headers.get(STREAM_HEADER) == "1":
+            if self._is_for_stream(message):
                 await self._stream(message)
             else:
                 await self._answer(message)
@@ -166,6 +166,13 @@ class OfferedService:
             if failure:
                 self._stats.errors += 1
                 self._stats.last_error = failure
+
+    def _is_for_stream(self, message: PlainMessage) -> bool:
+        """True for a request for a stream. Raises `CannotDecode`: its sender may wait for an end that does not come."""
+        wanted = message.headers.get(STREAM_HEADER)
+        if wanted not in (None, "1"):
+            raise CannotDecode(f"a request on {self.subject}", f"its header {STREAM_HEADER} must be 1")
+        return wanted is not None and bool(message.reply)
 
     def _call(self, message: PlainMessage) -> tuple[Any, AgentId]:
         """The message and the agent of a request. Raises `CannotDecode`, and what ``key`` raises."""
