@@ -693,6 +693,30 @@ async def test_a_gap_in_what_is_told_is_noticed_at_the_next_message(
     await eventually(lambda: [content.content for content in there.content] == ["a", "lost", "c"])
 
 
+@pytest.mark.parametrize("sequence", ["2", "9000000000000000000"], ids=["below the stream's", "above it"])
+async def test_what_somebody_else_tells_is_forgotten_at_the_next_query(
+    make: Make, server: EmbeddedServer, namespace: str, sequence: str
+) -> None:
+    here, other = make(), make()
+    await add(other, "a", "b")
+    assert await texts(here) == ["a", "b"]
+    session = here._life and here._life.session
+    assert session is not None
+    liar = await nats.connect(server.url)
+    await liar.publish(
+        Subjects(namespace).remembered("default", "s"),
+        encode(text("a lie")),
+        headers={"Nats-Sequence": sequence, "Nats-Last-Sequence": str(session._position)},
+    )
+    await liar.flush()
+    if int(sequence) > 2:
+        await eventually(lambda: session._position == int(sequence))
+    assert await texts(here) == ["a", "b"]
+    await add(other, "c")
+    assert await texts(here) == ["a", "b", "c"]
+    await liar.close()
+
+
 async def test_what_is_told_faster_than_a_memory_takes_it_is_read_later(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

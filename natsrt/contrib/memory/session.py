@@ -9,7 +9,8 @@ Rules:
 3. The memory holds what the stream holds. What the stream has dropped is dropped here too: by limits the oldest, which
    `ListMemory` can lose one by one; any other memory is cleared and filled again once an eighth of it is gone.
 4. The memory is cleared and filled again as well if the stream was deleted, or lost messages that are not its oldest:
-   an operator removed them, or a server came back with an older state of its disk.
+   an operator removed them, or a server came back with an older state of its disk. So it is if the last message that
+   was taken is not in the stream: somebody else told it.
 """
 
 from __future__ import annotations
@@ -224,13 +225,16 @@ class Session:
 
     async def _look(self) -> bool:
         """Look at the stream once. Returns False if another look is needed."""
+        position = self._position
         state = await self.log.state()
         if state.created != self._created:
             if self._created is not None:
                 logger.warning("the stream %s was deleted, with all that its sessions remember", self.log.stream)
             await self._start_over(state.created)
-        elif self._doubtful and not await self._is_there():
-            logger.warning("the stream %s is in an older state than before", self.log.stream)
+        elif (self._doubtful or position > state.last) and not await self._is_there():
+            logger.warning(
+                "the stream %s does not have the message that was taken last: it is read again", self.log.stream
+            )
             await self._start_over(state.created)
         self._doubtful = False
         is_new = state.last > self._seen
