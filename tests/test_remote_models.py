@@ -31,6 +31,7 @@ from pydantic import BaseModel
 import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.contrib.models import ModelBusy, ModelRequest, RemoteChatCompletionClient, host_model
+from natsrt.contrib.models.client import _Pauses
 from natsrt.embedded import EmbeddedServer
 from tests.programs import model_worker
 from tests.programs.model_worker import INFO, OutOfTokens, Scripted
@@ -438,6 +439,16 @@ async def test_ten_workers_share_a_models_load(make: Make, start: Make) -> None:
     served = [result.content for result in results]
     assert set(served) == {f"w{number}" for number in range(10)}
     assert max(served.count(name) for name in set(served)) <= 20
+
+
+async def test_requests_that_were_refused_together_come_again_at_different_times() -> None:
+    busy = ModelBusy("gpt", 1, 0)
+    each = [_Pauses(60.0, 0) for _ in range(20)]
+    for number in range(8):
+        pauses = [one.after(busy) or 0.0 for one in each]
+        middle = min(0.05 * 2**number, 2.0)
+        assert all(middle * 0.5 <= pause <= middle * 1.5 for pause in pauses)
+        assert max(pauses) - min(pauses) > middle * 0.2
 
 
 async def test_a_model_runs_as_many_generations_as_it_may(make: Make) -> None:

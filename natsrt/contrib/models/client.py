@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -49,7 +50,7 @@ _PER_IMAGE: Final = 1105
 """Tokens of an image of 1024 x 1024 pixels in high detail, as OpenAI's models count them."""
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
-"""Seconds between two attempts to reach a worker that has room, or is there."""
+"""Seconds between two attempts to reach a worker that has room, or is there: from half of it to one and a half."""
 _WORKER_WITHIN: Final = 30.0
 """Seconds for which a request with retries is sent again while no worker hosts the model, as in `natsrt.agentchat`."""
 
@@ -395,7 +396,7 @@ class _Pauses:
         if not self._may_go_on(error, self._loop.time()):
             return None
         pause, self._next = self._next, min(self._next * 2, _LONGEST_PAUSE)
-        return pause
+        return pause * random.uniform(0.5, 1.5)  # or those that were refused together would meet again
 
     def _may_go_on(self, error: Exception, now: float) -> bool:
         if isinstance(error, ModelBusy | WorkerBusy):
