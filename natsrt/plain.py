@@ -13,7 +13,7 @@ from natsrt.transport.plain import (
     checked_subject,
 )
 from natsrt.wire.envelope import KEY_HEADER
-from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE
+from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE, header_text
 from natsrt.wire.part_messages import PART_HEADER, PARTS_HEADER, STREAM_HEADER
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "checked_headers",
     "checked_service_subject",
     "checked_subject",
+    "header_text",
 ]

@@ -663,6 +663,14 @@ async def test_a_request_with_any_field_is_answered(make: Make, plain: Client, n
     assert reply.headers["Nats-Service-Error"].startswith("CannotDecode") and len(str(reply.headers)) < 600
 
 
+async def test_the_header_of_an_error_is_printable_for_plain_clients_of_agents_too(
+    make: Make, plain: Client, namespace: str
+) -> None:
+    await host(await make())
+    reply = await plain.request(f"{namespace}.agent.forecasts", request("Odd"), headers={"Natsrt-Type": "Query"})
+    assert reply.headers is not None and reply.headers["Nats-Service-Error"] == "a?b?[31mc?"
+
+
 async def test_a_stream_that_is_asked_for_in_other_words_is_refused(make: Make, plain: Client, namespace: str) -> None:
     runtime = await make()
     await host(runtime)

@@ -39,6 +39,9 @@ SERVICE_ERROR: Final = "Nats-Service-Error"
 SERVICE_ERROR_CODE: Final = "Nats-Service-Error-Code"
 """Header with an error's number (ADR-32)."""
 
+_LONGEST_HEADER: Final = 512
+"""Characters of an error's text in a header."""
+
 CANCELLED: Final = 499
 BUSY: Final = 429
 """The code of a refusal: the call was not started, and its caller sends it again."""
@@ -264,6 +267,15 @@ def _where(remote: Remote) -> str:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
+def header_text(text: str) -> str:
+    """``text`` in a form that a header can have for clients in any language: one line of printable ASCII.
+
+    Other characters become ``?``. What is longer than 512 characters is cut.
+    """
+    line = " ".join(text.split())[:_LONGEST_HEADER]
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in line)
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An exception ready to be sent: ``payload`` for the body, ``code`` and ``text`` for the headers."""
@@ -274,8 +286,7 @@ class Failure:
 
     @property
     def headers(self) -> dict[str, str]:
-        line = " ".join(self.text.split()) or "error"
-        return {SERVICE_ERROR: line.encode("ascii", "replace").decode()[:512], SERVICE_ERROR_CODE: str(self.code)}
+        return {SERVICE_ERROR: header_text(self.text) or "error", SERVICE_ERROR_CODE: str(self.code)}
 
 
 @dataclass(frozen=True, slots=True)

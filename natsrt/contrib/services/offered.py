@@ -37,6 +37,7 @@ from natsrt.plain import (
     PlainSubscription,
     checked_service_subject,
     checked_subject,
+    header_text,
 )
 
 logger: logging.Logger = logging.getLogger("natsrt.contrib")
@@ -47,8 +48,6 @@ _VERBS: Final = ("PING", "INFO", "STATS")
 _KIND: Final = "io.nats.micro.v1.{}_response"
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _VERSION: Final = re.compile(r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
-_LONGEST_ERROR: Final = 512
-"""Characters of the description of an error in a header."""
 _CANCELLED: Final = 499
 """The code of a call that its agent cancelled, as natsrt sends it (docs/PROTOCOL.md)."""
 
@@ -359,7 +358,7 @@ def _is_cancelled() -> bool:
 
 
 def _described(error: BaseException) -> tuple[int, str]:
-    """The code and the description of an error, for headers, which can hold printable ASCII in any client.
+    """The code and the description of an error, for headers.
 
     The description has the first line of the text only: further ones may be a traceback, with the paths of files.
     """
@@ -367,9 +366,7 @@ def _described(error: BaseException) -> tuple[int, str]:
         return _CANCELLED, f"{_kind(error)}: the agent cancelled the call"
     code = error.code if isinstance(error, NatsrtError) else 504 if isinstance(error, TimeoutError) else 500
     lines = str(error).strip().splitlines()
-    line = " ".join(f"{_kind(error)}: {lines[0]}".split()) if lines else _kind(error)
-    printable = (char if char.isascii() and char.isprintable() else "?" for char in line[:_LONGEST_ERROR])
-    return code, "".join(printable)
+    return code, header_text(f"{_kind(error)}: {lines[0]}" if lines else _kind(error))
 
 
 def _kind(error: BaseException) -> str:
