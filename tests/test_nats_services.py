@@ -176,6 +176,31 @@ async def test_an_agent_that_asks_a_service_is_called_by_plain_clients_too(
     assert json.loads(reply.data) == {"city": "Köln", "temp": 21.5}
 
 
+class WeatherStation(ServiceAgent):
+    """A class of its own, as users write one for each service."""
+
+    def __init__(self, subject: str) -> None:
+        super().__init__(subject=subject, request_type=Query, response_type=Weather)
+        self.asked = 0
+
+    async def _items(self, message: Any, ctx: MessageContext) -> AsyncGenerator[Any, None]:
+        self.asked += 1
+        async for item in super()._items(message, ctx):
+            yield item
+
+
+async def test_a_service_agent_can_have_subclasses(make: Make, respond: Make, namespace: str) -> None:
+    async def answer(request: Msg) -> None:
+        await request.respond(b'{"city": "Rome", "temp": 1}')
+
+    subject = await respond(answer)
+    runtime = await make()
+    await natsrt.register(runtime, WeatherStation, "weather", lambda: WeatherStation(subject))
+    assert await runtime.send_message(Query(Place("Rome")), AGENT) == Weather(city="Rome", temp=1)
+    station = await runtime.try_get_underlying_agent_instance(AGENT, WeatherStation)
+    assert station.asked == 1
+
+
 async def test_a_service_of_the_nats_library_is_an_agent(make: Make, plain: Client, namespace: str) -> None:
     service = await nats.micro.add_service(plain, name="weather", version="1.0.0")
 
@@ -444,6 +469,9 @@ def test_what_the_declared_type_does_not_have_is_not_written(cls: Any, value: An
         ({"timeout": float("nan")}, ValueError, "timeout must be"),
         ({"headers": {"a": "b\r\nc"}}, ValueError, "without line ends"),
         ({"headers": {"a b": "c"}}, ValueError, "name of a header"),
+        ({"headers": {"a": "\ud800"}}, ValueError, "lone surrogates"),
+        ({"headers": ["a"]}, ValueError, "headers must be a mapping"),
+        ({"subject": "a.\ud800"}, ValueError, "not a subject"),
         ({"response_type": Client}, TypeError, "response_type must be a type that Pydantic can write as JSON"),
         ({"request_type": Undefined}, TypeError, "request_type must be a type that Pydantic can write as JSON"),
         *(

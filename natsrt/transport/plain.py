@@ -36,11 +36,11 @@ from natsrt.wire.subjects import is_subject_length, service_problem
 
 logger: logging.Logger = logging.getLogger("natsrt.plain")
 
-_TOKEN: Final = r"[^\s.*>\x00-\x1f\x7f]+"
+_TOKEN: Final = r"[^\s.*>\x00-\x1f\x7f\ud800-\udfff]+"
 _SUBJECT: Final = re.compile(rf"{_TOKEN}(?:\.{_TOKEN})*")
 _FILTER: Final = re.compile(rf"(?:(?:{_TOKEN}|\*)\.)*(?:{_TOKEN}|\*|>)")
 _HEADER_NAME: Final = re.compile(r"[!-9;-~]+")
-_HEADER_VALUE: Final = re.compile(r"[^\r\n\x00]*")
+_HEADER_VALUE: Final = re.compile(r"[^\r\n\x00\ud800-\udfff]*")
 _OVERHEAD: Final = 512
 """Bytes that a message takes in addition to its payload while it is handled."""
 _BUSY: Final = {SERVICE_ERROR: "busy: too many requests are handled here", SERVICE_ERROR_CODE: "429"}
@@ -71,11 +71,15 @@ def checked_service_subject(subject: str, options: Options) -> str:
 
 def checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
     """A copy of ``headers``, if they can be sent: a line end in one would begin another. Raises ValueError."""
+    if not isinstance(headers, Mapping | None):
+        raise ValueError(f"headers must be a mapping of texts to texts, not {headers!r:.60}")
     for name, value in (headers or {}).items():
         if not (isinstance(name, str) and _HEADER_NAME.fullmatch(name)):
             raise ValueError(f"{name!r:.60} is not the name of a header: printable ASCII without colons and spaces")
         if not (isinstance(value, str) and _HEADER_VALUE.fullmatch(value)):
-            raise ValueError(f"the header {name} must be a text without line ends, not {value!r:.60}")
+            raise ValueError(
+                f"the header {name} must be a text without line ends, NUL and lone surrogates, not {value!r:.60}"
+            )
     return dict(headers or {})
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import lru_cache
-from typing import Any, Self, cast
+from typing import Any
 
 from autogen_core import MessageContext, RoutedAgent
 from opentelemetry.propagate import inject
@@ -55,12 +55,6 @@ class ServiceAgent(RoutedAgent):
         CannotSerialize, MessageTooLarge, PermissionDenied: The request cannot be sent.
     """
 
-    def __new__(cls, *, request_type: Any, response_type: Any, **_: Any) -> Self:
-        # AutoGen reads the message types of an agent from its class, so each pair of types has a class of its own.
-        check_message_type(request_type, "request_type")
-        check_message_type(response_type, "response_type")
-        return super().__new__(cast(type[Self], _class_for(cls, request_type, response_type)))
-
     def __init__(
         self,
         *,
@@ -72,6 +66,10 @@ class ServiceAgent(RoutedAgent):
         headers: Mapping[str, str] | None = None,
         description: str | None = None,
     ) -> None:
+        check_message_type(request_type, "request_type")
+        check_message_type(response_type, "response_type")
+        # AutoGen reads the message types of an agent from its class, so each pair of types has a class of its own.
+        self.__class__ = _class_for(type(self), request_type, response_type)
         super().__init__(description or f"the NATS service on {subject}")
         self.subject: str = checked_subject(subject)
         self._request = JsonType(request_type, "request_type")
