@@ -155,7 +155,7 @@ _CIRCLE["self"] = _CIRCLE
         (MemoryContent.model_construct(content="x", mime_type=5), "mime_type is a int"),
         (MemoryContent.model_construct(content=_CIRCLE, mime_type="x"), "contains itself"),
         (MemoryContent.model_construct(content="x", mime_type="x", metadata=[]), "metadata is a list"),
-        (Remark(content="x", mime_type="x"), "none of its subclasses"),
+        (Remark(content="x", mime_type="x"), "no subclass of it"),
         ("just text", "holds MemoryContent"),
     ],
 )

@@ -25,7 +25,7 @@ def encode(content: MemoryContent) -> bytes:
         CannotSerialize: It would not arrive as it is. The text names the part.
     """
     if type(content) is not MemoryContent:
-        raise CannotSerialize(type(content).__name__, f"a memory holds {_WHAT} only, also none of its subclasses")
+        raise CannotSerialize(type(content).__name__, f"a memory holds {_WHAT} itself, and no subclass of it")
     mime_type = content.mime_type
     if type(mime_type) not in (str, MemoryMimeType):
         raise CannotSerialize(_WHAT, f"mime_type is a {type(mime_type).__name__}; it must be text or MemoryMimeType")
