@@ -22,7 +22,7 @@ from natsrt.options.values import Durable
 from natsrt.plain import checked_subject
 from natsrt.storage import check_limits
 from natsrt.task_types import TASK_TOPICS
-from natsrt.wire.subjects import Subjects, inbox_problem
+from natsrt.wire.subjects import Subjects, inbox_problem, service_problem
 
 Role = Literal["worker", "caller", "publisher", "client", "operator", "tool", "recorder", "keeper"]
 
@@ -276,6 +276,9 @@ def parse(text: str, where: str, namespace: str | None = None) -> Declaration:
     if not users:
         raise ConfigurationError(where, "it declares no user: add a table such as [users.worker] with a role")
     _check_names(where, types, users)
+    inboxes = [user.inbox for user in users.values()]
+    for name, user in users.items():
+        _check_services(f"{where}: users.{name}", user, namespace, inboxes)
     domain, account = _jetstream(where, data)
     durable = _durable(f"{where}: durable", data.get("durable", []))
     declared = Declaration(types, users, namespace, domain, account, durable)
@@ -336,10 +339,6 @@ def _user(where: str, name: str, table: Mapping[str, Any], subjects: Subjects) -
             record_tree(subjects, stream)
         except ConfigurationError as error:
             raise ConfigurationError(f"{where}.records", error.problem) from None
-    for key in ("requests", "offers"):
-        for subject in lists[key]:
-            if problem := service_problem(subject, subjects.namespace):
-                raise ConfigurationError(f"{where}.{key}", problem)
     for key in ("memories", "caches"):
         for kept in lists[key]:
             try:
@@ -400,25 +399,22 @@ def agent_type_problem(name: str, subjects: Subjects) -> str:
     return topic_problem(f"{name}:{EVERY}", subjects)
 
 
-def service_problem(subject: str, namespace: str) -> str:
-    """Why no service can have this subject, which may have wildcards; empty if one can."""
-    try:
-        checked_subject(subject, wildcards=True)
-    except ValueError as error:
-        return str(error)
-    root = f"{namespace}." if namespace else ""
-    own = [f"{root}{tree}" for tree in ("agent", "topic", "natsrt")]
-    first = subject.split(".")[: len(own[0].split("."))]
-    if subject.startswith("$") or any(_may_be(first, tree.split(".")) for tree in own):
-        return f"{subject!r} is a subject of natsrt or of the server, or includes some: services have others"
-    return ""
+def _check_services(where: str, user: User, namespace: str, inboxes: Sequence[str]) -> None:
+    """Check the subjects of plain NATS services. ``inboxes`` are the prefixes of all users' reply subjects.
 
-
-def _may_be(tokens: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether subjects that begin with ``tokens``, which may be wildcards, can begin with ``other``."""
-    return all(mine == ">" or mine in ("*", theirs) for mine, theirs in zip(tokens, other, strict=False)) and (
-        len(tokens) == len(other) or tokens[-1] == ">"
-    )
+    A subject may have wildcards, since it is a permission for all services that its user asks or offers, but it may
+    include none that no service has. A user offers what `natsrt.contrib.services.offer_service` takes. It may also ask
+    agents of other namespaces, which are plain services to it.
+    """
+    for key, namespaces in (("requests", (namespace,)), ("offers", ("", namespace))):
+        for subject in getattr(user, key):
+            try:
+                problem = service_problem(checked_subject(subject, wildcards=True), namespaces, inboxes)
+            except ValueError as error:
+                raise ConfigurationError(f"{where}.{key}", str(error)) from None
+            if problem:
+                right = "services have subjects of their own, such as 'weather.get' or 'weather.>'"
+                raise ConfigurationError(f"{where}.{key}", f"{subject!r} {problem}; {right}")
 
 
 def topic_problem(topic: str, subjects: Subjects) -> str:

@@ -59,6 +59,7 @@ from natsrt.transport.plain import (
     PlainSubscription,
     PlainSubscriptions,
     checked_headers,
+    checked_plain_subject,
     checked_subject,
 )
 from natsrt.wire.failures import ErrorTypes
@@ -887,7 +888,10 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         make calls, within ``drain_timeout``.
 
         Args:
-            subject: The subject, as it is: without the namespace. It may have wildcards.
+            subject: The subject, as it is: without the namespace. It may have wildcards. It may be one of the server,
+                such as ``$JS.EVENT.ADVISORY.>``. It may match no subject of natsrt (``agent``, ``topic``, ``natsrt``
+                and all below them, in the namespace of this runtime or without one), and no inbox (``_INBOX`` or the
+                setting ``inbox_prefix``, and all below): so it begins with no wildcard.
             handler: Called for each message, in a task of its own. It answers with `PlainMessage.respond`. What it
                 raises is logged.
             queue: The queue group: each message goes to one member of it. Empty: none.
@@ -897,12 +901,12 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             The subscription, which remains when the runtime is stopped and started again.
 
         Raises:
-            ValueError: The subject or the queue group is not valid.
+            ValueError: The subject or the queue group is not valid, or the subject matches some that it may not.
             PermissionDenied, SubscriptionRefused: The server refuses the subscription. Before the start, it is the
                 start that raises this.
             ServerUnreachable: There was no connection for ``offline_timeout`` seconds.
         """
-        checked_subject(subject, wildcards=True)
+        checked_plain_subject(subject, self._options)
         if queue:
             checked_subject(queue)
         await self._settled()

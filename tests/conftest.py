@@ -122,6 +122,16 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Embe
         yield shared
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def matrix(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[EmbeddedServer]:
+    """A server with the users of all cases of ``MATRIX``, the permissions of the test's module."""
+    config = request.module.MATRIX.configuration(tmp_path_factory.mktemp(request.module.__name__.rpartition(".")[2]))
+    async with EmbeddedServer(config=config) as server:
+        yield server
+
+
 @pytest.fixture
 async def own_server(tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
     """A running server of this test alone, to be restarted, killed or paused."""

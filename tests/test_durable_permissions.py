@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from autogen_core import MessageContext, RoutedAgent, TopicId, TypeSubscription, event
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import Declaration, User, parse
@@ -31,6 +29,7 @@ from natsrt.wire.subjects import Subjects
 from tests.support.cli import natsrt as run
 from tests.support.permission_matrix import Matrix, delete_streams, label
 from tests.support.permission_scene import PASSWORD, Case, Scene, configuration
+from tests.support.permission_tests import MatrixTests
 from tests.support.processes import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each permission is a case with workers of its own
@@ -253,15 +252,7 @@ async def reads_and_replays_events(scene: Scene) -> None:
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
-    """A server with the users of all cases."""
-    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("durable"))) as server:
-        yield server
-
-
-def test_each_permission_has_a_use_that_needs_it() -> None:
-    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
+def test_publishers_and_callers_need_nothing_more() -> None:
     assert added("press") == added("web") == []
 
 
@@ -275,16 +266,8 @@ def test_a_worker_that_hosts_everything_may_do_the_same_for_every_type() -> None
     assert all(any(covers(one.subject, grant.subject) for grant in own) for one in wide)
 
 
-@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
-async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
-    await MATRIX.fails_without(matrix, user, permission)
-
-
-@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
-async def test_with_its_permissions_each_use_succeeds(
-    matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    await MATRIX.succeeds(matrix, user, number, caplog, before=delete_streams)
+class TestEachPermission(MatrixTests):
+    before = delete_streams
 
 
 async def test_tail_ends_if_its_user_may_not_read_the_stream(matrix: EmbeddedServer) -> None:

@@ -6,13 +6,12 @@ See `tests.support.permission_matrix`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
 import nats
 import pytest
-import pytest_asyncio
 from autogen_core.memory import MemoryContent
 from natsrt_cli.declaration import parse
 from natsrt_cli.permissions import forbidden, forms, grants
@@ -24,6 +23,7 @@ from natsrt.embedded import EmbeddedServer
 from natsrt.errors import ConfigurationError, PermissionDenied
 from tests.support.permission_matrix import Matrix, delete_streams
 from tests.support.permission_scene import PASSWORD, Scene
+from tests.support.permission_tests import MatrixTests
 from tests.support.processes import eventually
 
 pytestmark = [pytest.mark.timeout(120)]
@@ -132,28 +132,8 @@ async def caches_as_a_worker(scene: Scene) -> None:
     await caches(scene, "mill")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
-    """A server with the users of all cases."""
-    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("keepers"))) as server:
-        yield server
-
-
-def test_each_permission_has_a_use_that_needs_it() -> None:
-    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
-async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
-    await MATRIX.fails_without(matrix, user, permission)
-
-
-@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
-async def test_with_its_permissions_each_use_succeeds(
-    matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    await MATRIX.succeeds(matrix, user, number, caplog, before=delete_streams)
+class TestEachPermission(MatrixTests):
+    before = delete_streams
 
 
 @pytest.mark.parametrize("user", ["other", "web"])

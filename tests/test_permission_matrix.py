@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from autogen_core import AgentId, CancellationToken, TopicId
 from natsrt_cli.declaration import parse
 from natsrt_cli.exits import Exit
 from natsrt_cli.permissions import Grant, grants
 
 from natsrt import NatsAgentRuntime
-from natsrt.embedded import EmbeddedServer
 from natsrt.errors import UnknownAgentType
 from tests.support.clients import settled
 from tests.support.permission_matrix import Matrix, label
 from tests.support.permission_scene import Scene, Text
+from tests.support.permission_tests import MatrixTests
 from tests.support.processes import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -720,24 +719,5 @@ async def examines_everything(scene: Scene) -> None:
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
-    """A server with the users of all cases."""
-    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("matrix"))) as server:
-        yield server
-
-
-def test_each_permission_has_a_use_that_needs_it() -> None:
-    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
-
-
-@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
-async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
-    await MATRIX.fails_without(matrix, user, permission)
-
-
-@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
-async def test_with_its_permissions_each_use_succeeds(
-    matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    await MATRIX.succeeds(matrix, user, number, caplog)
+class TestEachPermission(MatrixTests):
+    pass

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Any
 
 import nats
 import pytest
-import pytest_asyncio
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
 from natsrt_cli.check_streams import judge_record
 from natsrt_cli.declaration import parse
@@ -27,6 +24,7 @@ from natsrt.jetstream.recorder import Recorder
 from tests.support.cli import natsrt as natsrt_command
 from tests.support.permission_matrix import Matrix, delete_streams
 from tests.support.permission_scene import Scene
+from tests.support.permission_tests import MatrixTests
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each permission is a case with a recorder of its own
 
@@ -175,17 +173,6 @@ async def test_doctor_finds_a_stream_of_records_that_somebody_has_changed(
         await client.close()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
-    """A server with the users of all cases."""
-    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("recorders"))) as server:
-        yield server
-
-
-def test_each_permission_has_a_use_that_needs_it() -> None:
-    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
-
-
 def test_a_recorder_publishes_nothing_but_records() -> None:
     user = DECLARATION.users["ear"]
     own = {grant.subject for grant in grants(DECLARATION, user) if grant.operation == "publish"}
@@ -204,20 +191,11 @@ def test_a_stream_that_cannot_have_records_is_refused(name: str) -> None:
         parse(text, "recorders")
 
 
-@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
-async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
-    async with AsyncExitStack() as stack:
-        await purge(Scene(matrix.url, MATRIX.case_of(user, permission), stack))
-    await MATRIX.fails_without(matrix, user, permission)
-
-
-@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
-async def test_with_its_permissions_each_use_succeeds(
-    matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    await MATRIX.succeeds(matrix, user, number, caplog, before=purge)
-
-
 async def purge(scene: Scene) -> None:
     """Remove what the use before has left."""
     await delete_streams(scene, "audit")
+
+
+class TestEachPermission(MatrixTests):
+    before = purge
+    before_failing = purge

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import pytest
-import pytest_asyncio
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import parse
@@ -22,9 +20,9 @@ import natsrt
 from natsrt import NatsAgentRuntime
 from natsrt.contrib.services import ServiceAgent, offer_service
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import ConfigurationError
 from tests.support.permission_matrix import Matrix
 from tests.support.permission_scene import Scene
+from tests.support.permission_tests import MatrixTests
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -147,27 +145,8 @@ async def a_service_is_listed(scene: Scene) -> None:
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
-    """A server with the users of all cases."""
-    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("services"))) as server:
-        yield server
-
-
-def test_each_permission_has_a_use_that_needs_it() -> None:
-    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
-
-
-@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
-async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
-    await MATRIX.fails_without(matrix, user, permission)
-
-
-@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
-async def test_with_its_permissions_each_use_succeeds(
-    matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    await MATRIX.succeeds(matrix, user, number, caplog)
+class TestEachPermission(MatrixTests):
+    pass
 
 
 async def test_a_request_that_is_not_permitted_is_an_error_at_once(matrix: EmbeddedServer) -> None:
@@ -185,24 +164,3 @@ async def test_an_offer_that_is_not_permitted_is_an_error(matrix: EmbeddedServer
         with pytest.raises(natsrt.PermissionDenied, match="subscribe to 'other.get'"):
             await offer_service(gate, "clock", subject="other.get", request_type=Text, response_type=Text)
         assert list(gate._plain) == []
-
-
-@pytest.mark.parametrize(
-    "subject", ["a b", "", "a..b", "$JS.API.>", "ns.agent.x", "ns.natsrt.>", "ns.>", ">", "*.>", "ns.*.a", "ns.topic.a"]
-)
-@pytest.mark.parametrize("key", ["requests", "offers"])
-def test_subjects_that_no_service_can_have_are_refused(subject: str, key: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"users.a.{key}"):
-        parse(f'namespace = "ns"\n[users.a]\nrole = "client"\n{key} = ["{subject}"]', "services")
-
-
-@pytest.mark.parametrize("subject", ["a", "agent.a", "ns.weather.get", "*.get", "ns.agents", "a.>"])
-def test_subjects_that_a_service_can_have_are_taken(subject: str) -> None:
-    declared = parse(f'namespace = "ns"\n[users.a]\nrole = "client"\noffers = ["{subject}"]', "services")
-    assert declared.users["a"].offers == (subject,)
-
-
-@pytest.mark.parametrize(("role", "key"), [("caller", "offers"), ("publisher", "requests"), ("operator", "offers")])
-def test_roles_without_services_have_no_such_list(role: str, key: str) -> None:
-    with pytest.raises(ConfigurationError, match=key):
-        parse(f'[users.a]\nrole = "{role}"\n{key} = ["a"]', "services")

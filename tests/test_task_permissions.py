@@ -7,13 +7,11 @@ of durable topics too, which tests/test_durable_permissions.py has.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import parse
@@ -29,6 +27,7 @@ from natsrt.wire import envelope
 from natsrt.wire.subjects import Subjects
 from tests.support.permission_matrix import Matrix, delete_streams
 from tests.support.permission_scene import Scene
+from tests.support.permission_tests import MatrixTests
 from tests.support.processes import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]  # each permission is a case with workers of its own
@@ -312,17 +311,6 @@ async def _has_no_consumers(runtime: NatsAgentRuntime, stream: str) -> bool:
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def matrix(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EmbeddedServer]:
-    """A server with the users of all cases."""
-    async with EmbeddedServer(config=MATRIX.configuration(tmp_path_factory.mktemp("tasks"))) as server:
-        yield server
-
-
-def test_each_permission_has_a_use_that_needs_it() -> None:
-    assert set(MATRIX.permissions) == set(MATRIX.needed_for)
-
-
 def test_a_recording_declares_who_submits_tasks() -> None:
     recording = Recording(Subjects())
     attributes = '"id":"r1-1","source":"/","messagetype":"Job"'
@@ -350,13 +338,5 @@ def test_tasks_need_streams_in_the_account_of_the_users() -> None:
         parse(text, "tasks")
 
 
-@pytest.mark.parametrize(("user", "permission"), MATRIX.needed_for, ids=MATRIX.ids)
-async def test_without_a_permission_its_use_fails(matrix: EmbeddedServer, user: str, permission: str) -> None:
-    await MATRIX.fails_without(matrix, user, permission)
-
-
-@pytest.mark.parametrize(("user", "number"), MATRIX.numbers)
-async def test_with_its_permissions_each_use_succeeds(
-    matrix: EmbeddedServer, user: str, number: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    await MATRIX.succeeds(matrix, user, number, caplog, before=delete_streams)
+class TestEachPermission(MatrixTests):
+    before = delete_streams

@@ -45,7 +45,15 @@ from natsrt.sending.tickets import cancel_id
 from natsrt.task_types import TaskId, task_of
 from natsrt.wire import envelope
 from natsrt.wire.exception_parts import qualified_name
-from natsrt.wire.failures import FULL, ErrorTypes, decode_answer, describe, is_refusal
+from natsrt.wire.failures import (
+    FULL,
+    SERVICE_ERROR,
+    SERVICE_ERROR_CODE,
+    ErrorTypes,
+    decode_answer,
+    describe,
+    is_refusal,
+)
 from natsrt.wire.part_flow import PartsReceived, PartsSent, Progress, Window
 from natsrt.wire.part_messages import encode_progress, read_progress, read_window, stream_attributes
 from natsrt.wire.recorded import RECORD_HEADER, read_record
@@ -521,6 +529,13 @@ def test_errors_that_decide_are_known_by_their_bases_as_the_vectors_say(case: di
     assert {name: getattr(got, name) for name in case["fields"]} == case["fields"]
     described = describe(got, with_traceback=False, agent="shop/default")
     assert json.loads(described.payload) == {"code": 500} | case["data"]
+
+
+@cases("headers", ERRORS)
+def test_errors_have_the_headers_of_the_vectors(case: dict[str, Any]) -> None:
+    failure = describe(ValueError(case["text"]), with_traceback=False)
+    assert failure.headers == {SERVICE_ERROR: case["header"], SERVICE_ERROR_CODE: "500"}
+    assert json.loads(failure.payload)["message"] == case["text"]
 
 
 @cases("busy", ERRORS)

@@ -32,7 +32,7 @@ from natsrt.options import Options
 from natsrt.transport.connection import Connection, Interest, Refusal
 from natsrt.transport.inbox import PLAIN_REQUEST, Inbox, is_nobody
 from natsrt.wire.failures import SERVICE_ERROR, SERVICE_ERROR_CODE
-from natsrt.wire.subjects import is_subject_length, service_problem
+from natsrt.wire.subjects import is_subject_length, service_problem, taken_problem
 
 logger: logging.Logger = logging.getLogger("natsrt.plain")
 
@@ -64,8 +64,20 @@ def checked_service_subject(subject: str, options: Options) -> str:
     """
     if checked_subject(subject, wildcards=True).partition(".")[0] in ("*", ">"):
         raise ValueError(f"the subject {subject!r} begins with a wildcard: it would take the messages of others")
-    if problem := service_problem(subject, options.namespace, options.inbox_prefix):
+    if problem := service_problem(subject, ("", options.namespace), (options.inbox_prefix,)):
         raise ValueError(f"the subject {subject!r} {problem}; choose another one")
+    return subject
+
+
+def checked_plain_subject(subject: str, options: Options) -> str:
+    """``subject``, which may have wildcards, if a runtime with these options can subscribe to it as to a plain one.
+
+    Raises ValueError if it is not valid, or can match a subject of natsrt, in the namespace of the options or without
+    one, or an inbox. Those of the server are allowed: it sends reports there, and clients ask services on ``$SRV``.
+    """
+    checked_subject(subject, wildcards=True)
+    if problem := taken_problem(subject, ("", options.namespace), (options.inbox_prefix,)):
+        raise ValueError(f"the subject {subject!r} {problem}; choose one that begins with a token of your own")
     return subject
 
 

@@ -270,9 +270,12 @@ def _where(remote: Remote) -> str:
 def header_text(text: str) -> str:
     """``text`` in a form that a header can have for clients in any language: one line of printable ASCII.
 
-    Other characters become ``?``. What is longer than 512 characters is cut.
+    It is the first line that is not blank; empty if there is none. Other characters become ``?``. What is longer than
+    512 characters is cut, and ends in three dots.
     """
-    line = " ".join(text.split())[:_LONGEST_HEADER]
+    line = next(filter(None, (" ".join(line.split()) for line in text.splitlines())), "")
+    if len(line) > _LONGEST_HEADER:
+        line = f"{line[: _LONGEST_HEADER - 3]}..."
     return "".join(char if char.isascii() and char.isprintable() else "?" for char in line)
 
 

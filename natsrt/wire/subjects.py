@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -44,6 +44,7 @@ __all__ = [
     "is_subject_length",
     "plain_prefix",
     "service_problem",
+    "taken_problem",
 ]
 
 MAX_TOKEN_BYTES = 200
@@ -66,6 +67,7 @@ _ENCODED_BYTES = tuple(chr(byte) if _PLAIN.fullmatch(chr(byte)) else f"={byte:02
 _INBOX_PREFIX = re.compile(r"[A-Za-z0-9_=:/@+~-]+(\.[A-Za-z0-9_=:/@+~-]+)*")
 
 _TREES = ("agent", "topic", "natsrt")
+_INBOX = "_INBOX"
 
 
 def encode_text(value: str) -> str:
@@ -139,21 +141,30 @@ def inbox_problem(prefix: str, namespace: str) -> str:
     return ""
 
 
-def service_problem(pattern: str, namespace: str, inbox_prefix: str) -> str:
-    """Why no service can be offered on the subjects of ``pattern``, as words that follow it; empty if one can.
+def service_problem(pattern: str, namespaces: Iterable[str], inboxes: Iterable[str]) -> str:
+    """Why no service can have the subjects of ``pattern``, as words that follow it; empty if one can.
 
-    A service takes the requests there. So it has no subject of natsrt, in this namespace or without one, no inbox, and
-    none of the server, whose subjects begin with ``$``.
+    A service takes the requests there. So it has none of the server's subjects, which begin with ``$``, and none that
+    is in use in another way: see `taken_problem`.
     """
     if pattern.startswith("$"):
         return "is a subject of the server, whose subjects begin with $"
-    roots = dict.fromkeys(("", namespace and f"{namespace}."))
+    return taken_problem(pattern, namespaces, inboxes)
+
+
+def taken_problem(pattern: str, namespaces: Iterable[str], inboxes: Iterable[str]) -> str:
+    """Why a plain subscription cannot have the subjects of ``pattern``, as words that follow it; empty if it can.
+
+    ``pattern`` may not match a subject of natsrt in one of ``namespaces``, nor an inbox: one below ``_INBOX``, which is
+    the prefix of clients that have no other one, or below one of the prefixes ``inboxes``.
+    """
+    roots = dict.fromkeys(name and f"{name}." for name in namespaces)
     for tree in (f"{root}{tree}" for root in roots for tree in _TREES):
         if intersects(pattern, tree) or intersects(pattern, f"{tree}.>"):
             return f"is a subject of natsrt, or includes some: those are {tree} and all below it"
-    for inboxes in dict.fromkeys(("_INBOX", inbox_prefix)):
-        if intersects(pattern, inboxes) or intersects(pattern, f"{inboxes}.>"):
-            return f"is a subject for replies, or includes some: those are {inboxes} and all below it"
+    for prefix in dict.fromkeys((_INBOX, *inboxes)):
+        if intersects(pattern, prefix) or intersects(pattern, f"{prefix}.>"):
+            return f"is a subject for replies, or includes some: those are {prefix} and all below it"
     return ""
 
 
@@ -517,7 +528,7 @@ def _check_namespace(namespace: str) -> None:
         raise ConfigurationError(
             "namespace", f"it takes {len(namespace):,} bytes; at most {MAX_TOKEN_BYTES} are allowed"
         )
-    if namespace in (*_TREES, "_INBOX"):
+    if namespace in (*_TREES, _INBOX):
         raise ConfigurationError(
             "namespace",
             f"{namespace!r} would mix its subjects with those of applications that have no namespace; choose another",
