@@ -356,6 +356,25 @@ async def test_the_handler_is_stopped_when_its_items_are_not_wanted(
     assert (await caller.send_message(Count(1), AGENT)).total > 0  # the agent is free
 
 
+async def test_a_stream_whose_block_is_cancelled_while_it_begins_is_closed(make: Make) -> None:
+    ended: list[str] = []
+    worker, caller = await make(ended, keyed=True), await make()
+    stream = caller.stream_message(Count(1_000_000), AGENT)
+
+    async def consume() -> None:
+        async with stream:
+            pytest.fail("it was cancelled before")
+
+    task = asyncio.ensure_future(consume())
+    asyncio.get_running_loop().call_soon(task.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await eventually(lambda: worker.running.dispatch.running == 0 and nothing_is_open(worker, caller))
+    assert await caller.send_message(Count(1), AGENT) == Sum(1)  # the agent is free
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
 @KEYED
 async def test_a_token_ends_the_stream_and_its_handler(make: Make, keyed: bool | None) -> None:
     ended: list[str] = []

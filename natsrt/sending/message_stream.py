@@ -459,7 +459,11 @@ class MessageStream:
     async def __aenter__(self) -> Self:
         if not self._done:
             self._begin()
-            await asyncio.sleep(0)  # so that the call is sent before what is sent later
+            try:
+                await asyncio.sleep(0)  # so that the call is sent before what is sent later
+            except BaseException:  # cancelled: no `__aexit__` follows
+                self._end()
+                raise
         return self
 
     async def __aexit__(
