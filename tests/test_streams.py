@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import nats
 import pytest
 from autogen_core import (
     AgentId,
@@ -20,6 +22,7 @@ from autogen_core import (
     SingleThreadedAgentRuntime,
     rpc,
 )
+from nats.aio.msg import Msg
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -29,6 +32,7 @@ from benchmarks.chaos.proxy import Proxy
 from natsrt import MessageStream, NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.sending.call_sender import Call
+from natsrt.sending.replies import Replies
 from natsrt.wire.part_flow import PartsReceived
 from tests.programs import stream_worker
 from tests.programs.stream_worker import Count, Item, Streams, Sum
@@ -276,6 +280,72 @@ async def test_parts_that_never_come_end_the_stream(make: Make, monkeypatch: pyt
         async for item in caller.stream_message(Count(5), AGENT):
             received.append(item)
     assert received == items(1)
+
+
+async def test_a_stream_may_be_closed_while_it_waits_for_parts_after_its_reply(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make([])
+    caller = await make()
+    receive = PartsReceived.receive
+
+    def loses_the_second(self: PartsReceived[Any], number: int, item: Any, size: int) -> bool:
+        return number != 2 and receive(self, number, item, size)
+
+    monkeypatch.setattr(PartsReceived, "receive", loses_the_second)
+    stream = caller.stream_message(Count(5), AGENT)
+    assert await anext(stream) == Item(1)
+    second = asyncio.ensure_future(anext(stream))
+    receiving = stream._receiving
+    assert receiving is not None
+    await eventually(receiving.call.done)
+    await stream.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await second
+
+
+async def test_a_stream_may_be_closed_while_a_large_item_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make([])
+    caller = await make()
+    stream = caller.stream_message(Count(2, size=9_000_000), AGENT)
+    assert await anext(stream) == Item(1, "x" * 9_000_000)
+    loads = asyncio.Event()
+
+    async def loads_for_ever(self: Replies, *_: Any) -> None:
+        loads.set()
+        await asyncio.sleep(LONG)
+
+    monkeypatch.setattr(Replies, "load", loads_for_ever)
+    second = asyncio.ensure_future(anext(stream))
+    await loads.wait()
+    await stream.aclose()
+    with pytest.raises(StopAsyncIteration):  # it was not cancelled itself
+        await second
+
+
+class Leaves(RoutedAgent):
+    """Ends while a task that it has started sends a large item."""
+
+    def __init__(self, sending: list[asyncio.Task[bool]]) -> None:
+        super().__init__("leaves")
+        self._sending = sending
+
+    @rpc
+    async def leave(self, message: str, ctx: MessageContext) -> str:
+        self._sending.append(asyncio.ensure_future(natsrt.emit(Item(1, "x" * 9_000_000))))
+        await asyncio.sleep(0)  # it begins to store the item
+        return "last"
+
+
+@KEYED
+async def test_an_item_that_is_stored_when_its_handler_ends_is_not_sent(make: Make, keyed: bool | None) -> None:
+    sending: list[asyncio.Task[bool]] = []
+    worker, caller = await make(), await make()
+    await worker.register_factory("leaves", lambda: Leaves(sending), expected_class=Leaves, keyed=keyed)
+    assert await all_of(caller.stream_message("x", AgentId("leaves", "k"))) == ["last"]
+    with pytest.raises(natsrt.StreamAbandoned, match="its handler has ended"):
+        await sending[0]
+    await eventually(lambda: nothing_is_open(worker, caller))
 
 
 async def test_what_is_sent_after_a_block_begins_is_sent_after_its_call(make: Make) -> None:
@@ -600,6 +670,74 @@ async def test_a_stream_goes_on_after_a_restart_of_the_server(own_server: Embedd
         if item == Item(100, "x" * 100):
             await own_server.restart(kill=True)
     assert received == [*items(300, 100), Sum(1)]
+
+
+class Stubborn(RoutedAgent):
+    """Sends three items when it is ``free``, and ignores that it is cancelled until it is ``released``."""
+
+    free = asyncio.Event()
+    released = asyncio.Event()
+
+    def __init__(self) -> None:
+        super().__init__("stubborn")
+
+    @rpc
+    async def send(self, message: str, ctx: MessageContext) -> str:
+        await self.free.wait()
+        for number in range(1, 4):
+            await natsrt.emit(Item(number))
+        while not self.released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.released.wait()
+        return "last"
+
+
+@pytest.fixture
+def stubborn() -> Iterator[type[Stubborn]]:
+    """An agent whose handlers are released at the end of the test."""
+    Stubborn.free, Stubborn.released = asyncio.Event(), asyncio.Event()
+    yield Stubborn
+    Stubborn.released.set()
+
+
+async def test_after_a_reconnect_nothing_is_sent_again_to_a_caller_that_is_gone(
+    server: EmbeddedServer, make: Make, stubborn: type[Stubborn]
+) -> None:
+    heard: list[bytes] = []
+
+    async def hear(message: Msg) -> None:
+        heard.append(message.data)
+
+    async with Proxy(server.url) as near, Proxy(server.url) as far:
+        worker = await make([], url=far.url, stream_idle_timeout=1.0, reconnect_wait=0.05, drain_timeout=0.5)
+        caller = await make(url=near.url)
+        await worker.register_factory("stubborn", stubborn, expected_class=stubborn)
+        tap = await nats.connect(server.url)
+        stream = caller.stream_message("x", AgentId("stubborn", "k"))
+        async with stream:
+            receiving = stream._receiving
+            assert receiving is not None
+            await tap.subscribe(receiving.parts_to, cb=hear)
+            await tap.flush()
+            await eventually(lambda: worker.running.dispatch.running == 1)
+            near.cut()
+            stubborn.free.set()  # its items reach nobody
+            (sent,) = worker.running.incoming.streams._streams.values()
+            await eventually(lambda: sent.stopping.is_abandoned)
+            await tap.flush()
+            assert len(heard) >= 3 and sent.stopping.ended_at is None
+            before, reconnects = len(heard), worker.running.network.connection.reconnects
+            far.cut()
+            await far.restore()
+            await eventually(lambda: worker.running.network.connection.reconnects > reconnects)
+            await worker.running.network.connection.round_trip(LONG)
+            await tap.flush()
+            assert len(heard) == before
+            await near.restore()
+        await tap.close()
+        stubborn.released.set()
+        for runtime in (caller, worker):  # before their links end
+            await runtime.close()
 
 
 # -- keyed agents ----------------------------------------------------------------------------------------------------

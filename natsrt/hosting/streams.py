@@ -99,7 +99,10 @@ class StreamOut:
             assert key is not None
             answers, number = self._streams.answers, self.flow.sent + 1
             part = answers.part(encoded, number, self._body, self._inbound.agent_type, key, more)
-            body = (part if isinstance(part, Answer) else await part).body
+            if not isinstance(part, Answer):
+                part = await part
+                self.stopping.require_caller()  # the handler may have ended, and its reply says how many parts there are
+            body = part.body
             now = asyncio.get_running_loop().time()
             if not self.flow.sent:
                 self.heard_at = now  # it cannot have said anything before
@@ -258,10 +261,14 @@ class Streams:
         """Part of `Listener`."""
 
     def connection_made(self) -> None:
-        """Part of `Listener`. What was sent on the former connection may be lost."""
+        """Part of `Listener`. What was sent on the former connection may be lost.
+
+        A caller that was taken for gone asks by itself, if it is there.
+        """
         self._hears_again()
         for stream in self._streams.values():
-            stream.send_again()
+            if not stream.stopping.is_abandoned:
+                stream.send_again()
 
     def _hears_again(self) -> None:
         self._hears_since = asyncio.get_running_loop().time()

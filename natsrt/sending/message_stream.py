@@ -251,8 +251,10 @@ class Receiving:
     def _require_hope(self) -> None:
         """Raise an error if the parts that are missing will not come any more."""
         streams, now = self._streams, self._loop.time()
-        if self._timer is None:
-            raise self.failure or stopped(self.recipient)
+        if self._timer is None:  # closed by another task, or with its runtime
+            if self.failure is not None:
+                raise self.failure
+            return
         if not streams.connection.connected:
             limit = streams.offline_timeout
             if limit is not None and now > streams.lost_at + limit:
@@ -405,9 +407,12 @@ class MessageStream:
             if body.reference is None and not self._streams.interventions.handlers:
                 return self._message(body)
             self._reading = asyncio.ensure_future(self._read(body))
-        item = await asyncio.shield(self._reading)
+        reading = self._reading
+        await asyncio.wait({reading})
+        if self._done:  # closed by another task
+            raise StopAsyncIteration
         self._reading = None
-        return item
+        return reading.result()
 
     def _begin(self) -> Receiving:
         if self._receiving is None:
