@@ -101,7 +101,7 @@ class StreamOut:
             part = answers.part(encoded, number, self._body, self._inbound.agent_type, key, more)
             if not isinstance(part, Answer):
                 part = await part
-                self.stopping.require_caller()  # the handler may have ended, and its reply says how many parts there are
+                self.stopping.require_caller()  # the handler may have ended, and have said how many parts there are
             body = part.body
             now = asyncio.get_running_loop().time()
             if not self.flow.sent:
