@@ -8,7 +8,8 @@ from itertools import groupby
 
 from .accounts import exports, imports
 from .declaration import USERS_ACCOUNT, Declaration, User
-from .permissions import PUBLISH, SUBSCRIBE, Grant, grants
+from .grant import PUBLISH, SUBSCRIBE, Grant
+from .permissions import grants
 
 _WIDTH = 118
 """Characters of a line in a configuration file."""

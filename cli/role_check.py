@@ -15,7 +15,9 @@ from natsrt.transport.probe import TRACE_DEST, TRACE_ONLY
 from natsrt.wire.filters import intersects
 
 from .declaration import Declaration, User
-from .permissions import PUBLISH, SUBSCRIBE, Grant, covers, forbidden, forms, grants, sample
+from .forbidden import forbidden, forms, sample
+from .grant import PUBLISH, SUBSCRIBE, Grant, covers
+from .permissions import grants
 
 _NEVER_STORED = {"Nats-Expected-Last-Sequence": str(2**63)}
 """Headers of a message that every stream refuses, since no stream has such a sequence."""

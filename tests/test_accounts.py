@@ -17,7 +17,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import parse
 from natsrt_cli.doctor import examine
-from natsrt_cli.permissions import forbidden
+from natsrt_cli.forbidden import forbidden
 from natsrt_cli.role_check import sample
 
 import natsrt

@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import EXAMPLE, ROLES, Declaration, Role, of_role, overlap, parse
 from natsrt_cli.doctor import examine
+from natsrt_cli.forbidden import forbidden, forms
+from natsrt_cli.grant import PUBLISH, SUBSCRIBE, Grant, covers
 from natsrt_cli.patient import Finding
 from natsrt_cli.permission_texts import conf, nsc
-from natsrt_cli.permissions import PUBLISH, SUBSCRIBE, Grant, covers, forbidden, forms, grants
+from natsrt_cli.permissions import grants
 from natsrt_cli.recording import Recording
 from natsrt_cli.role_check import RoleCheck, told, touched
 

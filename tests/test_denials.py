@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 import pytest_asyncio
-from natsrt_cli.permissions import SUBSCRIBE, forbidden, forms
+from natsrt_cli.forbidden import forbidden, forms
+from natsrt_cli.grant import SUBSCRIBE
 
 from natsrt.embedded import EmbeddedServer
 from tests.support.permission_scene import Case, Scene, configuration, in_namespace

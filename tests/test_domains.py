@@ -13,7 +13,8 @@ import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubscription, event, rpc
 from natsrt_cli.declaration import parse
 from natsrt_cli.doctor import examine
-from natsrt_cli.permissions import PUBLISH, SUBSCRIBE, grants
+from natsrt_cli.grant import PUBLISH, SUBSCRIBE
+from natsrt_cli.permissions import grants
 
 import natsrt
 from natsrt import NatsAgentRuntime, register

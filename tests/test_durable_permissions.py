@@ -16,7 +16,8 @@ import pytest
 from autogen_core import MessageContext, RoutedAgent, TopicId, TypeSubscription, event
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import Declaration, User, parse
-from natsrt_cli.permissions import Grant, covers, grants
+from natsrt_cli.grant import Grant, covers
+from natsrt_cli.permissions import grants
 from natsrt_cli.recording import Recording
 
 import natsrt

@@ -14,7 +14,8 @@ import nats
 import pytest
 from autogen_core.memory import MemoryContent
 from natsrt_cli.declaration import parse
-from natsrt_cli.permissions import forbidden, forms, grants
+from natsrt_cli.forbidden import forbidden, forms
+from natsrt_cli.permissions import grants
 
 from natsrt import Options
 from natsrt.contrib.cache import NatsCacheStore

@@ -14,7 +14,8 @@ import pytest
 from autogen_core import AgentId, CancellationToken, TopicId
 from natsrt_cli.declaration import parse
 from natsrt_cli.exits import Exit
-from natsrt_cli.permissions import Grant, grants
+from natsrt_cli.grant import Grant
+from natsrt_cli.permissions import grants
 
 from natsrt import NatsAgentRuntime
 from natsrt.errors import UnknownAgentType

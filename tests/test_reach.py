@@ -12,7 +12,8 @@ import pytest
 from autogen_core import AgentId, DefaultInterventionHandler, MessageContext, TopicId
 from natsrt_cli.declaration import Declaration, parse
 from natsrt_cli.exits import Exit
-from natsrt_cli.permissions import PUBLISH, Grant, grants
+from natsrt_cli.grant import PUBLISH, Grant
+from natsrt_cli.permissions import grants
 
 from natsrt import NatsAgentRuntime, PermissionDenied
 from natsrt.embedded import EmbeddedServer

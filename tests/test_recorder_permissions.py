@@ -15,7 +15,8 @@ import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
 from natsrt_cli.check_streams import judge_record
 from natsrt_cli.declaration import parse
-from natsrt_cli.permissions import forbidden, grants
+from natsrt_cli.forbidden import forbidden
+from natsrt_cli.permissions import grants
 
 import natsrt
 from natsrt.embedded import EmbeddedServer

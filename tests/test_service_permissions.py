@@ -14,7 +14,8 @@ import pytest
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import parse
-from natsrt_cli.permissions import Grant, grants
+from natsrt_cli.grant import Grant
+from natsrt_cli.permissions import grants
 
 import natsrt
 from natsrt import NatsAgentRuntime

@@ -14,7 +14,8 @@ import pytest_asyncio
 from autogen_core import AgentId, MessageContext, RoutedAgent, rpc
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import parse
-from natsrt_cli.permissions import PUBLISH, SUBSCRIBE, forbidden, forms
+from natsrt_cli.forbidden import forbidden, forms
+from natsrt_cli.grant import PUBLISH, SUBSCRIBE
 
 import natsrt
 from natsrt import NatsAgentRuntime

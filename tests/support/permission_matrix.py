@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from natsrt_cli.declaration import Declaration
-from natsrt_cli.permissions import Grant, grants
+from natsrt_cli.grant import Grant
+from natsrt_cli.permissions import grants
 
 from natsrt.embedded import EmbeddedServer
 from tests.support.permission_scene import PROBED, Case, Scene, configuration, in_namespace

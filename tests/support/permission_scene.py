@@ -21,7 +21,8 @@ from autogen_core import event as event_handler
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import Declaration
-from natsrt_cli.permissions import PUBLISH, SUBSCRIBE, Grant, grants
+from natsrt_cli.grant import PUBLISH, SUBSCRIBE, Grant
+from natsrt_cli.permissions import grants
 
 from natsrt import NatsAgentRuntime, register
 from tests.support.cli import Ended, natsrt
