@@ -216,6 +216,7 @@ class Outgoing:
             telemetry=telemetry,
         )
         questions = QuestionAnswers(
+            calls=network.calls,
             peers=network.peers,
             registry=network.registry,
             bodies=network.bodies,

@@ -372,6 +372,74 @@ async def test_a_keyed_agent_may_be_called_back_by_who_answers(make: Make) -> No
     assert await asyncio.wait_for(asked, 20) == Answered([1, 2])
 
 
+class Crosses(RoutedAgent):
+    """A keyed agent whose handler calls the agent that asks, in a chain of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("crosses")
+
+    @rpc
+    async def on_text(self, message: str, ctx: MessageContext) -> Answered:
+        crossed: Answered = await self.send_message(Touch(), AGENT)
+        return crossed
+
+    @rpc
+    async def on_touch(self, message: Touch, ctx: MessageContext) -> Answered:
+        return Answered([42])
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one worker", "two workers"])
+async def test_a_cycle_over_a_question_is_a_deadlock(make: Make, together: bool) -> None:
+    worker = await make([], keyed=True)
+    other = worker if together else await make()
+    await other.register_factory("crosses", Crosses, expected_class=Crosses, keyed=True)
+    caller, third, asked = await make(), await make(), asyncio.Event()
+    crosses = AgentId("crosses", "c")
+
+    async def on_question(question: Question) -> Answer:
+        asked.set()
+        await asyncio.sleep(0.5)  # the other agent is busy then
+        touched: Answered = await caller.send_message(Touch(), crosses)
+        return Answer(touched.numbers[0])
+
+    asking = asyncio.ensure_future(caller.send_message(Ask(), AGENT, on_question=on_question))
+    await asked.wait()
+    crossing = asyncio.ensure_future(third.send_message("", crosses))
+    async with asyncio.timeout(20):
+        results = await asyncio.gather(asking, crossing, return_exceptions=True)
+    refused = [result for result in results if isinstance(result, natsrt.Deadlock)]
+    assert len(refused) == 1
+    assert results in ([Answered([42]), refused[0]], [refused[0], Answered([1])])
+    assert await caller.send_message(Touch(), AGENT) == Answered([1])  # both are free
+    assert await caller.send_message(Touch(), crosses) == Answered([42])
+
+
+async def test_an_answer_that_does_not_wait_for_its_call_is_in_no_cycle(make: Make) -> None:
+    worker = await make([], keyed=True)
+    await worker.register_factory("crosses", Crosses, expected_class=Crosses, keyed=True)
+    caller, third, asked, free = await make(), await make(), asyncio.Event(), asyncio.Event()
+    crosses, calls = AgentId("crosses", "c"), []
+
+    async def on_question(question: Question) -> Answer:
+        asked.set()
+        await asyncio.sleep(0.5)
+        calls.append(asyncio.ensure_future(caller.send_message(Touch(), crosses)))
+        await free.wait()  # a person's answer, say
+        return Answer(7)
+
+    asking = asyncio.ensure_future(caller.send_message(Ask(), AGENT, on_question=on_question))
+    await asked.wait()
+    crossing = asyncio.ensure_future(third.send_message("", crosses))
+    await asyncio.sleep(5)  # several rounds of the search
+    assert not asking.done() and not crossing.done() and not calls[0].done()
+    free.set()
+    assert await asyncio.wait_for(asyncio.gather(asking, crossing, calls[0]), 20) == [
+        Answered([7]),
+        Answered([1]),
+        Answered([42]),
+    ]
+
+
 class Consumer(RoutedAgent):
     """A keyed agent that is asked, and is called back while it answers."""
 

@@ -55,7 +55,7 @@ from natsrt.wire.failures import (
     is_refusal,
 )
 from natsrt.wire.part_flow import PartsReceived, PartsSent, Progress, Window
-from natsrt.wire.part_messages import encode_progress, read_progress, read_window, stream_attributes
+from natsrt.wire.part_messages import encode_progress, read_awaited, read_progress, read_window, stream_attributes
 from natsrt.wire.recorded import RECORD_HEADER, read_record
 from natsrt.wire.references import OfEvent, Reference, event_of, new_blob_id, stream_mark
 from natsrt.wire.retry_subjects import attempts_of, redriven, retried, retries_of, retry_of
@@ -645,10 +645,12 @@ def test_windows_of_streams_are_read_as_the_vectors_say(case: dict[str, Any]) ->
 @cases("progress", STREAMS)
 def test_progress_of_streams_is_written_as_the_vectors_say(case: dict[str, Any]) -> None:
     progress = said(case)
-    assert encode_progress("_INBOX.x.s1", progress, stop=case["stop"]).decode() == case["body"]
+    awaited = case.get("awaited", {})
+    assert encode_progress("_INBOX.x.s1", progress, stop=case["stop"], awaited=awaited).decode() == case["body"]
     body = envelope.decode(case["body"].encode())
     assert body is not None and body.type == envelope.MORE
     assert read_progress(body.json()) == (progress, case["stop"])
+    assert read_awaited(body.json()) == awaited
 
 
 def said(case: dict[str, Any]) -> Progress:

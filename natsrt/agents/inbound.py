@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -141,6 +141,11 @@ class Stream(Protocol):
 
     def reported(self, error: BaseException) -> BaseException:
         """The error that ends the parts, for one that the handler has raised."""
+
+    def awaited(self) -> Iterable[tuple[asyncio.Task[Any], str]]:
+        """The tasks of the handler that wait for answers, each with the reply subject of a call that its answer waits
+        for.
+        """
 
 
 class Inbound:
@@ -374,15 +379,24 @@ class SentBack(Exception):
         super().__init__(str(error))
 
 
-handling: ContextVar[Inbound | None] = ContextVar("natsrt_handling", default=None)
+class Answering:
+    """The answer to a question of a handler, which is being made by ``task``."""
+
+    __slots__ = ("task",)
+
+    def __init__(self, task: asyncio.Task[Any] | None) -> None:
+        self.task: asyncio.Task[Any] | None = task
+
+
+handling: ContextVar[Inbound | Answering | None] = ContextVar("natsrt_handling", default=None)
 """The message that the current code handles, if it may be part of a deadlock: it is for a keyed agent, or has a chain.
-None otherwise."""
+Or the question that it answers. None otherwise."""
 
 
 class Awaiting(NamedTuple):
-    """A task that makes a call for the handler of a message. The handler may await this task, or be it."""
+    """A task that makes a call for the handler of a message, or for an answer. These may await this task, or be it."""
 
-    inbound: Inbound
+    inbound: Inbound | Answering
     task: asyncio.Task[Any] | None
 
 

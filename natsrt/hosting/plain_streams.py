@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from typing import Any, Final
 
 from natsrt.agents.inbound import Answer, Inbound
@@ -88,6 +89,10 @@ class PlainStream:
     def headers(self) -> dict[str, str]:
         """Part of `Stream`."""
         return {PARTS_HEADER: str(self._sent)}
+
+    def awaited(self) -> Iterable[tuple[asyncio.Task[Any], str]]:
+        """Part of `Stream`. Plain clients cannot be asked."""
+        return ()
 
     def reported(self, error: BaseException) -> BaseException:
         """Part of `Stream`."""

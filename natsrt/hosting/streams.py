@@ -43,7 +43,7 @@ from natsrt.transport.stall_watch import StallWatch
 from natsrt.wire.envelope import Envelope
 from natsrt.wire.failures import ErrorTypes
 from natsrt.wire.part_flow import PartsSent, Progress
-from natsrt.wire.part_messages import ONLY_QUESTIONS, read_progress, read_window
+from natsrt.wire.part_messages import ONLY_QUESTIONS, Awaited, read_awaited, read_progress, read_window
 from natsrt.wire.serialization import Encoded, Serialization
 from natsrt.wire.wanted_type import WantedType
 
@@ -55,6 +55,9 @@ _LATE: Final = 0.4
 """Seconds, beside the round trip, after which a part that the caller does not have is taken for lost."""
 _STALL: Final = 1.0
 """Seconds for which the event loop must stand still before what callers have said meanwhile is waited for."""
+_FRESH: Final = 0.9
+"""Seconds for which it counts what callers say about the calls that their answers wait for. It is less than the time
+between two rounds of `natsrt.keyed.deadlocks`, so both rounds see what was true between them."""
 _UNHEARD: Final = 1.0
 """Seconds, beside the round trip, after which a caller that has said nothing is sent the first part again."""
 
@@ -73,6 +76,10 @@ class StreamOut:
         self._answers_questions = body.text("questions") is not None
         self._questions: dict[str, asyncio.Future[Envelope]] = {}
         """The questions that are not answered, by their numbers."""
+        self._asking: dict[str, asyncio.Task[Any]] = {}
+        """The tasks that wait for the answers."""
+        self._awaited: Awaited = {}
+        """The calls that the answers wait for, as the caller has said last."""
         self._asked = 0
         self.all_emitted: bool = False
         self.heard_at: float = asyncio.get_running_loop().time()
@@ -118,6 +125,8 @@ class StreamOut:
         self._asked += 1
         number = str(self._asked)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
+        if (task := asyncio.current_task()) is not None:
+            self._asking[number] = task
         try:
             encoded = self._streams.serialization.encode(question)
             await self._put(encoded, f',"question":"{number}"{chain_attribute(current_chain.get())}')
@@ -127,6 +136,7 @@ class StreamOut:
             raise
         finally:
             del self._questions[number]
+            self._asking.pop(number, None)
         return await self._streams.read_answer(body, str(self.stopping), type(question), wanted)
 
     async def _withdraw(self, number: str) -> None:
@@ -168,9 +178,18 @@ class StreamOut:
         """Part of `Stream`."""
         return self.stopping.reported(error)
 
+    def awaited(self) -> Iterable[tuple[asyncio.Task[Any], str]]:
+        """Part of `Stream`."""
+        if asyncio.get_running_loop().time() > self.heard_at + _FRESH:
+            return
+        for number, calls in self._awaited.items():
+            if (task := self._asking.get(number)) is not None:
+                yield from ((task, call) for call in calls)
+
     def told(self, data: dict[str, Any]) -> None:
         """Take in what the caller says. Called in the read loop. Raises `CannotDecode`."""
         progress, stop = read_progress(data)
+        self._awaited = read_awaited(data)
         now = asyncio.get_running_loop().time()
         self.heard_at, self.is_heard = now, True
         self._queue_again(self.flow.told(progress, now, _LATE + self._streams.rtt_allowance))

@@ -7,8 +7,9 @@ Such a cycle may lead over any number of agents and workers. No call may hang, s
 1. A call waits for a second call if a handler awaits the second call, and this handler either handles the first call,
    or must end before the first call enters the mailbox in which it waits. A cycle of such links is a deadlock. A
    handler awaits what its own task awaits, and what it awaits in other tasks, as far as `natsrt.awaiting` can tell that
-   it does not go on earlier. Each worker reports only what its own handlers await now, so a call that was given up is
-   in no cycle, even if its message still waits somewhere.
+   it does not go on earlier. A handler that asks its caller awaits the calls that the answer waits for: the caller says
+   which, with how far it is in the stream. Each worker reports only what its own handlers await now, so a call that was
+   given up is in no cycle, even if its message still waits somewhere.
 2. While calls have waited in mailboxes for over a second, their worker follows the links that start at them, and asks
    all other workers at each step. A link begins once and ends once. So if two rounds in a row find the same cycle, all
    its links existed at the same time between the rounds.
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 from autogen_core import AgentId
 
 from natsrt.agents.chain import Chain, Handler
-from natsrt.agents.inbound import Awaiting, Inbound
+from natsrt.agents.inbound import Answering, Awaiting, Inbound
 from natsrt.awaiting import awaits
 from natsrt.background import end_tasks
 from natsrt.errors import Deadlock
@@ -111,7 +112,7 @@ class Deadlocks:
         """The links that start at these calls and lead over handlers of this worker."""
         by_call = {inbound.message.reply: inbound for inbound in self._active}
         by_handler = {inbound.handler: inbound for inbound in self._active}
-        awaited: dict[Inbound, list[tuple[str, asyncio.Task[Any]]]] = {}
+        awaited: dict[Inbound | Answering, list[tuple[str, asyncio.Task[Any]]]] = {}
         for reply, one in self._calls.awaited():
             if isinstance(one, Awaiting) and one.task is not None:
                 awaited.setdefault(one.inbound, []).append((reply, one.task))
@@ -129,7 +130,7 @@ class Deadlocks:
             links += [
                 WaitLink(call, reply, inbound.handler.handler_id if inbound.handler else "", agent)
                 for inbound in inbounds
-                for reply, task in awaited.get(inbound, ())
+                for reply, task in (*awaited.get(inbound, ()), *_awaited_by_answers(inbound))
                 if inbound.task is not None and awaits(inbound.task, task, surely=True)
             ]
         return links
@@ -196,6 +197,11 @@ class Deadlocks:
         """End the search. Harmless when there is none."""
         if self._searching is not None:
             await end_tasks(self._searching)
+
+
+def _awaited_by_answers(inbound: Inbound) -> Iterable[tuple[str, asyncio.Task[Any]]]:
+    """The calls for which the answers to questions of a handler wait, each with the task that waits for the answer."""
+    return () if inbound.stream is None else ((call, task) for task, call in inbound.stream.awaited())
 
 
 def _resumes_after(inbound: Inbound) -> Sequence[Handler]:

@@ -295,7 +295,9 @@ class Receiving:
         if self._worker_id is not None:
             self._told_at = self._loop.time()
             progress = self.parts.progress(some_lost=some_lost)
-            self._streams.send(self._worker_id, encode_progress(self.parts_to, progress, stop=stop))
+            awaited = None if self._questions is None else self._questions.awaited()
+            body = encode_progress(self.parts_to, progress, stop=stop, awaited=awaited)
+            self._streams.send(self._worker_id, body)
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(_TELL_EVERY, self._tick)

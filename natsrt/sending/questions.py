@@ -19,8 +19,10 @@ from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin
 
 from natsrt.agents.chain import chain_of, current_chain
+from natsrt.agents.inbound import Answering, Awaiting, handling
 from natsrt.agents.interventions import Interventions
 from natsrt.agents.streaming import ask
+from natsrt.awaiting import awaits
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, NobodyToAsk
 from natsrt.jetstream.registry.registry import Registry
@@ -30,6 +32,7 @@ from natsrt.sending.call_sender import Call
 from natsrt.sending.replies import Replies
 from natsrt.sending.steps import send_context
 from natsrt.transport.bodies import Bodies
+from natsrt.transport.calls import Calls
 from natsrt.transport.peers import Peers
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, attribute
@@ -45,6 +48,8 @@ OnQuestion = Callable[[Any], Any]
 
 _CONFIRMED_WITHIN: Final = 2.0
 """Seconds, beside the round trip, in which a worker confirms an answer. Then the answer is sent again."""
+_LIST_EVERY: Final = 0.1
+"""Seconds between two looks at all calls of a runtime, for those that are made for answers."""
 _AGAIN_AFTER: Final = 0.5
 """Seconds until an answer is sent again that could not be sent, because there is no connection."""
 
@@ -55,6 +60,7 @@ class QuestionAnswers:
     def __init__(
         self,
         *,
+        calls: Calls,
         peers: Peers,
         registry: Registry,
         bodies: Bodies,
@@ -65,6 +71,9 @@ class QuestionAnswers:
         attributes: MessageAttributes,
         options: Options,
     ) -> None:
+        self._calls = calls
+        self._listed: tuple[float, dict[Answering, list[tuple[str, asyncio.Task[Any]]]]] = (-1.0, {})
+        """The calls that are made for answers, and when they were listed."""
         self._peers = peers
         self._registry = registry
         self._bodies = bodies
@@ -74,6 +83,18 @@ class QuestionAnswers:
         self._attributes = attributes
         self._with_tracebacks = options.send_tracebacks
         self.replies: Replies = replies
+
+    def awaited(self, answering: Answering) -> list[str]:
+        """The reply subjects of the calls for which an answer waits."""
+        now = asyncio.get_running_loop().time()
+        if now > self._listed[0] + _LIST_EVERY:
+            calls: dict[Answering, list[tuple[str, asyncio.Task[Any]]]] = {}
+            for reply, one in self._calls.awaited():
+                if isinstance(one, Awaiting) and isinstance(one.inbound, Answering) and one.task is not None:
+                    calls.setdefault(one.inbound, []).append((reply, one.task))
+            self._listed = now, calls
+        found, task = self._listed[1].get(answering, ()), answering.task
+        return [] if task is None else [reply for reply, one in found if awaits(task, one, surely=True)]
 
     async def answer(self, question: Envelope, call: Call, on_question: OnQuestion) -> Any:
         """Return what ``on_question`` answers to a question of ``call``. Raises what it raises, and `CannotDecode`."""
@@ -147,6 +168,7 @@ class Questions:
         self._on_question = on_question
         self._parts_to = parts_to
         self._open: dict[str, asyncio.Task[None]] = {}
+        self._answering: dict[str, Answering] = {}
         self._tasks = BackgroundTasks(logger, "a question could not be answered")
 
     def take(self, part: Envelope) -> None:
@@ -162,6 +184,8 @@ class Questions:
 
     async def _answer(self, part: Envelope, number: str, worker_id: str, about: str) -> None:
         reference: Reference | None = None
+        answering = self._answering[number] = Answering(asyncio.current_task())
+        handling.set(answering)
         try:
             try:
                 answer = await self._answers.answer(part, self._call, self._on_question)
@@ -184,6 +208,14 @@ class Questions:
             if reference is not None:
                 self._answers.discard(reference)
             self._open.pop(number, None)
+            self._answering.pop(number, None)
+
+    def awaited(self) -> dict[str, list[str]]:
+        """By the numbers of the questions: the reply subjects of the calls for which the answers wait, if there are
+        any.
+        """
+        found = {number: self._answers.awaited(answering) for number, answering in self._answering.items()}
+        return {number: calls for number, calls in found.items() if calls}
 
     def close(self) -> None:
         """Nobody waits for answers any more."""

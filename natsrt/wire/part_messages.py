@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import orjson
@@ -74,10 +75,16 @@ def _number_of(body: Envelope, name: str, most: int) -> int:
     return min(int(text), most)
 
 
-def encode_progress(parts_to: str, progress: Progress, *, stop: bool) -> bytes:
+Awaited = Mapping[str, Sequence[str]]
+"""By the numbers of questions: the reply subjects of the calls that their answers wait for."""
+
+
+def encode_progress(parts_to: str, progress: Progress, *, stop: bool, awaited: Awaited | None = None) -> bytes:
     """The message that tells a worker how far the caller of a stream is. ``stop``: it wants no more parts."""
     data = {"stream": parts_to, "consumed": progress.consumed, "have": progress.have}
     more: dict[str, Any] = {"missing": list(progress.missing) if progress.missing else None, "stop": stop}
+    if awaited:
+        more["awaited"] = awaited
     return envelope.encode(envelope.MORE, '"id":"more","source":"/"', orjson.dumps(data | more))
 
 
@@ -89,6 +96,18 @@ def read_progress(data: dict[str, Any]) -> tuple[Progress, bool]:
     numbers = [_whole(data.get("consumed"), "consumed"), _whole(data.get("have"), "have")]
     gap = None if missing is None else (_whole(missing[0], "missing"), _whole(missing[1], "missing"))
     return Progress(numbers[0], numbers[1], gap), data.get("stop") is True
+
+
+def read_awaited(data: dict[str, Any]) -> Awaited:
+    """Which calls the answers to questions wait for. Raises `CannotDecode`."""
+    awaited = data.get("awaited")
+    if awaited is None:
+        return {}
+    if not isinstance(awaited, dict) or not all(
+        isinstance(calls, list) and all(isinstance(call, str) for call in calls) for calls in awaited.values()
+    ):
+        raise CannotDecode(_WHAT, "awaited must have a list of reply subjects for each question")
+    return awaited
 
 
 def _whole(value: Any, name: str) -> int:

@@ -54,7 +54,7 @@ from natsrt.wire.failures import FULL, SHORT, ErrorTypes, decode_answer, describ
 from natsrt.wire.ids import MAX_FORMER, former_copies
 from natsrt.wire.known_classes import NamedClasses
 from natsrt.wire.part_flow import PartsSent, Window
-from natsrt.wire.part_messages import number_of_part, read_progress, read_window, total_of
+from natsrt.wire.part_messages import number_of_part, read_awaited, read_progress, read_window, total_of
 from natsrt.wire.recorded import RECORD_HEADER, read_record
 from natsrt.wire.retry_subjects import attempts_of
 from natsrt.wire.serialization import Serialization
@@ -303,6 +303,7 @@ def _stream(given: bytes) -> None:
         if not isinstance(data, dict):
             raise CannotDecode("the progress of a stream", "expected an object")
         progress, stop = read_progress(data)
+        assert all(isinstance(call, str) for calls in read_awaited(data).values() for call in calls)
         sent = PartsSent(Window(8, 1000))
         for number in range(4):
             sent.add(b"%d" % number, 1, 0.0)
