@@ -72,8 +72,8 @@ class QuestionAnswers:
         options: Options,
     ) -> None:
         self._calls = calls
-        self._listed: tuple[float, dict[Answering, list[tuple[str, asyncio.Task[Any]]]]] = (-1.0, {})
-        """The calls that are made for answers, and when they were listed."""
+        self._listed: dict[Answering, list[tuple[str, asyncio.Task[Any]]]] | None = None
+        """The calls that are made for answers; None if they were not listed for `_LIST_EVERY` seconds."""
         self._peers = peers
         self._registry = registry
         self._bodies = bodies
@@ -86,15 +86,17 @@ class QuestionAnswers:
 
     def awaited(self, answering: Answering) -> list[str]:
         """The reply subjects of the calls for which an answer waits."""
-        now = asyncio.get_running_loop().time()
-        if now > self._listed[0] + _LIST_EVERY:
-            calls: dict[Answering, list[tuple[str, asyncio.Task[Any]]]] = {}
+        if self._listed is None:
+            self._listed = {}
             for reply, one in self._calls.awaited():
                 if isinstance(one, Awaiting) and isinstance(one.inbound, Answering) and one.task is not None:
-                    calls.setdefault(one.inbound, []).append((reply, one.task))
-            self._listed = now, calls
-        found, task = self._listed[1].get(answering, ()), answering.task
+                    self._listed.setdefault(one.inbound, []).append((reply, one.task))
+            asyncio.get_running_loop().call_later(_LIST_EVERY, self._forget)  # it must not keep tasks alive
+        found, task = self._listed.get(answering, ()), answering.task
         return [] if task is None else [reply for reply, one in found if awaits(task, one, surely=True)]
+
+    def _forget(self) -> None:
+        self._listed = None
 
     async def answer(self, question: Envelope, call: Call, on_question: OnQuestion) -> Any:
         """Return what ``on_question`` answers to a question of ``call``. Raises what it raises, and `CannotDecode`."""
