@@ -41,7 +41,7 @@ from natsrt.contrib.agentchat.requests import (
     TurnStarted,
 )
 from natsrt.contrib.agentchat.sources import renamed
-from natsrt.contrib.agentchat.stored import Result, Stored, dump_result, load_result
+from natsrt.contrib.agentchat.stored import Answer, Result, Stored, dump_result, load_result
 from natsrt.errors import StateConflict
 
 logger: logging.Logger = logging.getLogger("natsrt.agentchat")
@@ -85,7 +85,11 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             if self._live is None:
                 live = self._checked(await self._factory.make(self.runtime, self.id))
                 if self._stored is not None:
-                    await live.load_state(self._stored.state)
+                    try:
+                        await live.load_state(self._stored.state)
+                    except BaseException:
+                        self._close_soon(live)
+                        raise
                 self._live, self._untouched = live, self._stored is None
             return self._live
 
@@ -145,23 +149,21 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
                     yield renamed(item, *names)
         if answer is None:
             raise RuntimeError(f"{self.id} gave no final {last.__name__}")
-        stored = await self._completed(live, token, answer, turn)
+        state = await self._completed(live, token)
+        kept = None if turn is None else Answer(turn, dump_result(answer, self._factory.types))
+        stored = (self._stored or Stored(state)).after(state, kept)
         yield answer
         await self._keep(stored)
 
-    async def _completed(
-        self, live: Hosted, token: CancellationToken, result: Result | None = None, turn: str | None = None
-    ) -> Stored:
-        """What is to be stored of a turn that is about to be completed; ``turn`` None: without its answer.
+    async def _completed(self, live: Hosted, token: CancellationToken) -> Mapping[str, Any]:
+        """The state after a turn that is about to be completed.
 
         Raises CancelledError if the turn was cancelled, which the live one may not have noticed.
         """
         state = dict(await live.save_state())
         if token.is_cancelled():
             raise asyncio.CancelledError("the turn was cancelled")
-        if turn is None or result is None:
-            return Stored(state)
-        return Stored(state, turn, dump_result(result, self._factory.types))
+        return state
 
     async def _keep(self, stored: Stored) -> None:
         """Complete a turn: store what the session is after it. If that fails, it is what it was before.
@@ -186,18 +188,20 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             raise StateConflict(str(self.id), str(runtime.worker_id)) from None
 
     def _answer(self, turn: str) -> Result | None:
-        """The answer of a turn that was completed before; None if it was not."""
-        if self._stored is None or self._stored.turn != turn or self._stored.result is None:
-            return None
-        return load_result(self._stored.result, self._factory.types)
+        """The answer of a turn that was completed before; None if it is not kept."""
+        result = None if self._stored is None else self._stored.result_of(turn)
+        return None if result is None else load_result(result, self._factory.types)
 
     def _drop(self) -> None:
         """Let the next turn make a live one, and close this one in the background."""
         live, self._live = self._live, None
         if live is not None:
-            task = asyncio.get_running_loop().create_task(self._close(live), name=f"close {self.id}")
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._close_soon(live)
+
+    def _close_soon(self, live: ChatAgent | Team) -> None:
+        task = asyncio.get_running_loop().create_task(self._close(live), name=f"close {self.id}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _close(self, live: ChatAgent | Team) -> None:
         if isinstance(live, ChatAgent):  # a team has no close
@@ -233,13 +237,13 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     async def on_reset(self, message: Reset, ctx: MessageContext) -> None:
         async with self._turn(ctx) as (live, token):
             await (live.reset() if isinstance(live, Team) else live.on_reset(token))
-            await self._keep(await self._completed(live, token))
+            await self._keep(Stored(await self._completed(live, token)))
 
     @message_handler
     async def on_load(self, message: LoadState, ctx: MessageContext) -> None:
         async with self._turn(ctx) as (live, token):
             await live.load_state(message.state)
-            await self._keep(await self._completed(live, token))
+            await self._keep(Stored(await self._completed(live, token)))
 
     @natsrt.out_of_turn
     @message_handler

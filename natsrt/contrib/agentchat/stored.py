@@ -1,23 +1,46 @@
-"""What is stored of one session, beside the state of the agent or team itself: the answer of its last turn, perhaps.
+"""What is stored of one session, beside the state of the agent or team itself: the answers of its last turns, perhaps.
 
 A worker may be lost after it has stored the state of a turn, and before its caller has the answer. The caller tries the
-turn again, and gets the stored answer. So the agent gets the messages of a turn once.
+turn again, and gets the stored answer. So the agent gets the messages of a turn once. Other callers of the session may
+have had turns by then, so a few answers are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias, cast
 
 import orjson
 from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.messages import BaseChatMessage
+from pydantic import TypeAdapter, ValidationError
 
 from natsrt.contrib.agentchat.message_types import MessageTypes
 from natsrt.errors import CannotSerialize
 
 Result: TypeAlias = Response | TaskResult
+
+EARLIER_ANSWERS: Final = 7
+"""How many answers are kept beside the last one."""
+EARLIER_BYTES: Final = 64 * 1024
+"""Bytes of JSON that the answers beside the last one have at most, together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer of a turn."""
+
+    turn: str
+    """The id of the turn."""
+    result: Mapping[str, Any]
+    """The answer, as `dump_result` makes it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes as JSON, about."""
+        return len(json.dumps(self.result))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +49,34 @@ class Stored:
 
     state: Mapping[str, Any]
     """What ``save_state`` of the agent or team returned."""
-    turn: str | None = None
-    """The id of the turn, if its answer is stored."""
-    result: Mapping[str, Any] | None = None
-    """The answer, as `dump_result` makes it."""
+    answers: Sequence[Answer] = ()
+    """The answers of the last turns that may be tried again, the latest last."""
+
+    def after(self, state: Mapping[str, Any], answer: Answer | None = None) -> Stored:
+        """What is stored after the next turn; ``answer`` None: it is not tried again.
+
+        A new answer is kept, whatever its size. Of those before it, the latest are kept, within `EARLIER_ANSWERS` and
+        `EARLIER_BYTES`.
+        """
+        if answer is None:
+            return replace(self, state=state)
+        kept, room = [answer], EARLIER_BYTES
+        for one in reversed(self.answers[-EARLIER_ANSWERS:]):
+            room -= one.size
+            if room < 0:
+                break
+            kept.insert(0, one)
+        return Stored(state, kept)
+
+    def result_of(self, turn: str) -> Mapping[str, Any] | None:
+        """The answer of a turn, as `dump_result` made it; None if it is not kept."""
+        return next((one.result for one in self.answers if one.turn == turn), None)
 
     def dump(self) -> dict[str, Any]:
         """The state of the session's agent."""
         dumped: dict[str, Any] = {"state": self.state}
-        if self.turn is not None:
-            dumped |= {"turn": self.turn, "result": self.result}
+        if self.answers:
+            dumped["answers"] = [{"turn": one.turn, "result": one.result} for one in self.answers]
         return dumped
 
     def check(self) -> None:
@@ -54,9 +95,16 @@ class Stored:
         if not dumped:
             return None
         state = dumped.get("state")
-        if not isinstance(state, Mapping) or dumped.keys() - {"state", "turn", "result"}:
+        if not isinstance(state, Mapping) or dumped.keys() - {"state", "answers"}:
             raise ValueError('the state of a session must be {"state": the state of the agent or team}')
-        return cls(state, dumped.get("turn"), dumped.get("result"))
+        try:
+            answers = _answers.validate_python(dumped.get("answers", ()))
+        except ValidationError as error:
+            raise ValueError(f"the answers in the state of a session cannot be read: {error}") from None
+        return cls(state, answers)
+
+
+_answers: TypeAdapter[list[Answer]] = TypeAdapter(list[Answer])
 
 
 def dump_result(result: Result, types: MessageTypes) -> dict[str, Any]:
