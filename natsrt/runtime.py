@@ -484,6 +484,22 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
         """
         await self._running().ownership.store(agent)
 
+    def delete_state(self, agent: AgentId) -> None:
+        """Let a keyed agent end: delete what is stored of it when its handler, which calls this, has ended.
+
+        The instance is closed then, before the call is answered. The agent's next message makes a new one, without a
+        state. What is deleted is the record, with the sequences of the events of streams that the agent has handled;
+        its reminders stay. Handlers that run in the agent at the same time end first; those out of turn get
+        `StateConflict`.
+
+        Raises:
+            LookupError: The agent is not live in this runtime.
+            RuntimeError: This is not called in a handler of the agent.
+
+        The call that is being handled raises `StateNotSaved` if the record cannot be deleted. The agent stays then.
+        """
+        self._running().ownership.delete_after_handler(agent)
+
     async def add_subscription(self, subscription: Subscription) -> None:
         """Subscribe an agent type to topics. Returns when every live worker of the type serves the subscription.
 

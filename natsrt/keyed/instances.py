@@ -134,6 +134,26 @@ class Instances:
         except NatsrtError as error:
             raise StateNotSaved(str(slot.agent_id), self._worker_id, str(error)) from error
 
+    async def delete(self, slot: AgentSlot) -> None:
+        """Delete the record, and drop the instance. If that fails, both stay.
+
+        Raises `StateConflict` if the agent was taken over meanwhile, and `StateNotSaved` if the record cannot be
+        deleted.
+        """
+        slot.to_delete = False
+        async with slot.saving:
+            if (record := slot.record) is None:
+                raise self.dropped(slot)
+            try:
+                await self._records.remove(record)
+            except RecordChanged as changed:
+                if changed.present is not None:
+                    await self.drop_lost(slot, changed.present)
+                    raise self.dropped(slot) from None
+            except NatsrtError as error:
+                raise StateNotSaved(str(slot.agent_id), self._worker_id, str(error)) from error
+            await self.drop(slot)
+
     # -- records that are missing --------------------------------------------------------------------------------
 
     async def restore(self, slot: AgentSlot, owner: str | None) -> bool:

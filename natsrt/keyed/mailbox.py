@@ -66,6 +66,11 @@ class Mailbox:
             return True
         return any(ids is not None and not ids.isdisjoint(chain) for ids in (self._concurrent, self._beside))
 
+    def is_alone(self, handler: Handler) -> bool:
+        """Return True if no other handler runs here, apart from those beside the turns."""
+        others = {one.handler_id for one in self._inside} | (self._concurrent or set())
+        return others <= {handler.handler_id}
+
     def count(self, handlers: Collection[str]) -> int:
         """How many of ``handlers`` run here."""
         if not handlers:

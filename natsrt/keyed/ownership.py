@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 import nats.errors
 from autogen_core import Agent, AgentId
 
+from natsrt.agents.chain import current_chain
 from natsrt.agents.hosted_type import HostedType
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, SubscriptionRefused
@@ -248,6 +249,18 @@ class Ownership(RegistryListener):
         if slot is None or slot.agent is None:
             raise LookupError(f"Agent {agent_id} is not live in this runtime.")
         await self._instances.store(slot)
+
+    def delete_after_handler(self, agent_id: AgentId) -> None:
+        """Delete the agent's record and instance when the present handler, which runs in it, has ended.
+
+        Raises `LookupError` where it is not live here, and `RuntimeError` outside its handlers.
+        """
+        slot = self._slots.find(agent_id.type, agent_id.key)
+        if slot is None or slot.agent is None:
+            raise LookupError(f"Agent {agent_id} is not live in this runtime.")
+        if not slot.mailbox.runs_any(current_chain.get()):
+            raise RuntimeError(f"only a handler of {agent_id} itself can delete its state")
+        slot.to_delete = True
 
     async def release_some(self, agent_type: str, count: int) -> int:
         """Release up to ``count`` agents of a type that can move to other workers now. Returns the number released."""

@@ -64,6 +64,7 @@ class AgentSlot:
         "chains",
         "changed",
         "closing",
+        "to_delete",
         "counted",
         "hosted",
         "interest",
@@ -121,6 +122,8 @@ class AgentSlot:
         """Whether the instance has a state to be stored."""
         self.changed: bool = False
         """Whether messages were handled since the last save."""
+        self.to_delete: bool = False
+        """Whether the record and the instance are to be deleted when no handler runs in it any more."""
         self.counted: tuple[str, ...] = ()
         """The ids of lost copies of calls that were handled since the last save."""
         self.applied: Mapping[str, int] = NOTHING_HANDLED
@@ -224,6 +227,7 @@ class AgentSlot:
     def activate(self, agent: Agent, now: float) -> None:
         """The instance is live, with the state that is stored."""
         self.agent, self.keeps_state, self.saved_at = agent, keeps_state(agent), now
+        self.to_delete = False
 
     def handled(self, supersedes: Sequence[str] = ()) -> None:
         """The instance has handled a message, which may have changed its state.

@@ -110,7 +110,9 @@ class Turns:
                         await self._ownership.verify(slot)
                     if slot.agent is not agent:
                         raise self._instances.dropped(slot)
-                    if not out_of_turn and self._is_due(slot, event):
+                    if slot.to_delete and slot.mailbox.is_alone(handler):
+                        await self._instances.delete(slot)
+                    elif not out_of_turn and self._is_due(slot, event):
                         await self._instances.store(slot)
             finally:
                 slot.mailbox.exit(handler)

@@ -1,0 +1,203 @@
+"""`NatsAgentRuntime.delete_state`: a keyed agent ends, and nothing of it stays stored."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import nats
+import pytest
+from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
+from nats.js.errors import NoKeysError
+
+import natsrt
+from natsrt import KeyedOptions, NatsAgentRuntime
+from natsrt.embedded import EmbeddedServer
+from natsrt.errors import StateConflict, StateNotSaved
+from tests.support.processes import eventually
+
+ONE = AgentId("ledger", "one")
+
+
+@dataclass
+class Add:
+    text: str
+
+
+@dataclass
+class End:
+    """``via``: the agent that is to send another one back. ``wait``: wait for `Ledger.may_end` after asking for the
+    end."""
+
+    via: str = ""
+    wait: bool = False
+
+
+@dataclass
+class PassOn:
+    to: str
+
+
+@natsrt.keyed
+class Ledger(RoutedAgent):
+    closed = 0
+    waits = 0
+    may_end = asyncio.Event()
+
+    def __init__(self) -> None:
+        super().__init__("adds texts")
+        self.text = ""
+
+    @message_handler
+    async def add(self, message: Add, ctx: MessageContext) -> str:
+        self.text += message.text
+        return self.text
+
+    @message_handler
+    async def end(self, message: End, ctx: MessageContext) -> str:
+        if message.via:
+            await self.send_message(PassOn(str(self.id)), AgentId.from_str(message.via))
+            self.text += " (end of the outer handler)"
+            return self.text
+        natsrt.runtime_of(self).delete_state(self.id)
+        if message.wait:
+            Ledger.waits += 1
+            await Ledger.may_end.wait()
+        return self.text
+
+    async def save_state(self) -> Mapping[str, Any]:
+        return {"text": self.text}
+
+    async def load_state(self, state: Mapping[str, Any]) -> None:
+        self.text = state["text"]
+
+    async def close(self) -> None:
+        Ledger.closed += 1
+
+
+class Through(RoutedAgent):
+    @message_handler
+    async def pass_on(self, message: PassOn, ctx: MessageContext) -> str:
+        return await self.send_message(End(), AgentId.from_str(message.to))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+async def worker(server: EmbeddedServer, namespace: str) -> AsyncIterator[NatsAgentRuntime]:
+    Ledger.closed, Ledger.waits, Ledger.may_end = 0, 0, asyncio.Event()
+    async with NatsAgentRuntime(server.url, namespace=namespace) as started:
+        await natsrt.register(started, Ledger, "ledger", Ledger)
+        yield started
+
+
+@pytest.fixture
+async def caller(server: EmbeddedServer, namespace: str) -> AsyncIterator[NatsAgentRuntime]:
+    async with NatsAgentRuntime(server.url, namespace=namespace) as started:
+        await started.wait_for("ledger", timeout=10)
+        yield started
+
+
+async def stored(server: EmbeddedServer, namespace: str) -> int:
+    """How many keys the bucket has: records, and parts of states."""
+    nc = await nats.connect(server.url)
+    try:
+        kv = await nc.jetstream().key_value(f"{namespace}_natsrt_agents")
+        return len([key for key in await kv.keys() if key.startswith(("a.", "c."))])
+    except NoKeysError:
+        return 0
+    finally:
+        await nc.close()
+
+
+@pytest.mark.parametrize("size", [3, 300_000], ids=["small", "in parts"])
+async def test_nothing_stays_stored_and_the_next_message_begins_anew(
+    size: int, server: EmbeddedServer, namespace: str, worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    text = "x" * size
+    assert await caller.send_message(Add(text), ONE) == text
+    assert await stored(server, namespace) >= 1
+    assert await caller.send_message(End(), ONE) == text
+    assert Ledger.closed == 1
+    assert await stored(server, namespace) == 0
+    assert await caller.send_message(Add("b"), ONE) == "b"
+
+
+async def test_messages_that_waited_are_for_the_new_one(worker: NatsAgentRuntime, caller: NatsAgentRuntime) -> None:
+    await caller.send_message(Add("a"), ONE)
+    ending = asyncio.create_task(caller.send_message(End(wait=True), ONE))
+    await eventually(lambda: Ledger.waits == 1)
+    waiting = [asyncio.create_task(caller.send_message(Add(text), ONE)) for text in "bcd"]
+    await asyncio.wait(waiting, timeout=0.2)
+    Ledger.may_end.set()
+    async with asyncio.timeout(10):
+        assert await ending == "a"
+        assert [await one for one in waiting] == ["b", "bc", "bcd"]
+
+
+async def test_an_outer_handler_ends_first(
+    server: EmbeddedServer, namespace: str, worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    await natsrt.register(worker, Through, "through", lambda: Through("passes on"))
+    await caller.send_message(Add("a"), ONE)
+    async with asyncio.timeout(10):
+        assert await caller.send_message(End(via="through/x"), ONE) == "a (end of the outer handler)"
+    assert await stored(server, namespace) == 0
+    assert await caller.send_message(Add("b"), ONE) == "b"
+
+
+async def test_handlers_that_run_at_the_same_time_end_first(
+    server: EmbeddedServer, namespace: str, worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    options = KeyedOptions(concurrency="concurrent")
+    await natsrt.register(worker, Ledger, "both", Ledger, keyed=options)
+    await caller.wait_for("both", timeout=10)
+    both = AgentId("both", "one")
+    await caller.send_message(Add("a"), both)
+    ending = asyncio.create_task(caller.send_message(End(wait=True), both))
+    await eventually(lambda: Ledger.waits == 1)
+    assert await caller.send_message(Add("b"), both) == "ab"
+    Ledger.may_end.set()
+    assert await ending == "ab"
+    assert await stored(server, namespace) == 0
+
+
+async def test_a_record_that_cannot_be_deleted_stays(
+    server: EmbeddedServer, namespace: str, worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    await caller.send_message(Add("a"), ONE)
+    nc = await nats.connect(server.url)
+    try:
+        js = nc.jetstream()
+        config = (await js.stream_info(f"KV_{namespace}_natsrt_agents")).config
+        await js.update_stream(config.evolve(subjects=[f"{namespace}.elsewhere"]))
+        with pytest.raises(StateNotSaved):
+            await caller.send_message(End(), ONE)
+        await js.update_stream(config)
+    finally:
+        await nc.close()
+    assert await caller.send_message(Add("b"), ONE) == "ab"
+    assert await caller.send_message(Add("c"), ONE) == "abc"  # and it has not ended meanwhile
+
+
+async def test_a_state_that_was_changed_elsewhere_is_not_deleted(
+    worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    await caller.send_message(Add("a"), ONE)
+    ending = asyncio.create_task(caller.send_message(End(wait=True), ONE))
+    await eventually(lambda: Ledger.waits == 1)
+    records = caller.running.records
+    await records.write_state(ONE, b'{"text":"by an operator"}', expected=await records.read(ONE))
+    Ledger.may_end.set()
+    with pytest.raises(StateConflict):
+        await ending
+    assert await caller.send_message(Add("!"), ONE) == "by an operator!"
+
+
+async def test_only_the_agent_itself_can_end(worker: NatsAgentRuntime, caller: NatsAgentRuntime) -> None:
+    await caller.send_message(Add("a"), ONE)
+    with pytest.raises(RuntimeError, match="only a handler of ledger/one itself"):
+        worker.delete_state(ONE)
+    with pytest.raises(LookupError, match="ledger/one is not live"):
+        caller.delete_state(ONE)
+    assert await caller.send_message(Add("b"), ONE) == "ab"
