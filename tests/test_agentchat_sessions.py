@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 pytest.importorskip("autogen_agentchat", reason="autogen-agentchat is not installed: pip install 'natsrt[dev]'")
 
-from autogen_agentchat.messages import TextMessage
+from autogen_agentchat.base import Response, TaskResult, Team
+from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, TextMessage
+from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import AgentId, CancellationToken
 
 from natsrt import NatsAgentRuntime
-from natsrt.agentchat import RemoteChatAgent, host
+from natsrt.agentchat import RemoteChatAgent, RemoteTeam, host
 from natsrt.contrib.agentchat.requests import ChatTurn
 from natsrt.contrib.agentchat.stored import EARLIER_ANSWERS, EARLIER_BYTES, Answer, Stored
 from natsrt.embedded import EmbeddedServer
+from natsrt.errors import NoLiveWorker
 from tests.support.chat import Counter, Made, said
 from tests.support.processes import eventually
 
@@ -140,3 +145,166 @@ async def test_an_agent_that_cannot_load_its_state_is_closed(
         await said(agent, "b")
     assert await said(agent, "b") == "2"
     await eventually(lambda: [one.events for one in made.all] == [["closed"], ["closed"], []])
+
+
+# -- the end of a session --------------------------------------------------------------------------------------------
+
+
+async def records(runtime: NatsAgentRuntime) -> list[str]:
+    return [str(record.agent) async for record in runtime.running.records.records() if record.has_state]
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live", "stored"])
+async def test_a_session_that_is_forgotten_begins_anew(
+    live: bool, server: EmbeddedServer, namespace: str, runtime: NatsAgentRuntime
+) -> None:
+    made = Made()
+    async with NatsAgentRuntime(server.url, namespace=namespace) as first:
+        agent = await ada(first, runtime, made)
+        assert await answer(runtime, turn("a", "t1")) == "1"
+        assert await records(runtime) == ["counter/ada"]
+        if live:
+            await agent.forget()
+            assert [one.events for one in made.all] == [["closed"]]
+            assert await records(runtime) == []
+            assert await said(agent, "b") == "1"
+    async with NatsAgentRuntime(server.url, namespace=namespace) as second:
+        await host(second, "counter", made)
+        await agent.forget()
+        assert await records(runtime) == []
+        assert await answer(runtime, turn("a", "t1")) == "1"  # its answer was forgotten, too
+        assert await agent.save_state() == {"got": ["a"]}
+
+
+async def test_a_team_is_forgotten_but_not_while_it_runs(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:
+    made = Made(lambda: RoundRobinGroupChat([Counter("one")], max_turns=1))
+    await host(worker, "team", made)
+    team = await RemoteTeam.connect("team", runtime, timeout=10)
+    assert await said(team, "a") == "1"
+    running = asyncio.create_task(said(team, "wait"))
+    await eventually(lambda: made.all[0]._participants[0].events == ["waits"])
+    with pytest.raises(RuntimeError, match="cannot be ended while the team is running"):
+        await team.forget()
+    made.all[0]._participants[0].may_go_on.set()
+    assert await running == "2"
+    await team.forget()
+    assert await records(runtime) == []
+    await team.close()  # there is nothing to close, and no worker is asked to make something for that
+    assert len(made.all) == 1
+    assert await said(team, "b") == "1"
+
+
+async def test_a_session_is_forgotten_after_the_turns_before_that(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    made = Made()
+    agent = await ada(worker, runtime, made)
+    running = asyncio.create_task(said(agent, "wait"))
+    await eventually(lambda: made.all and made.all[0].events == ["waits"])
+    forgetting = asyncio.create_task(agent.forget())
+    await asyncio.wait({forgetting}, timeout=0.2)
+    later = asyncio.create_task(said(agent, "b"))
+    await asyncio.wait({later}, timeout=0.2)
+    made.all[0].may_go_on.set()
+    async with asyncio.timeout(10):
+        assert await running == "1"
+        await forgetting
+        assert await later == "1"
+
+
+async def test_nobody_forgets_without_a_worker(
+    server: EmbeddedServer, namespace: str, runtime: NatsAgentRuntime
+) -> None:
+    async with NatsAgentRuntime(server.url, namespace=namespace) as first:
+        agent = await ada(first, runtime)
+        assert await said(agent, "a") == "1"
+    with pytest.raises(NoLiveWorker):
+        await agent.forget()
+    assert await records(runtime) == ["counter/ada"]
+
+
+# -- pauses ----------------------------------------------------------------------------------------------------------
+
+
+class Paused(RoundRobinGroupChat):
+    """Its pause waits for a run that never comes, as that of AutoGen's teams does if it comes just after the end."""
+
+    async def pause(self) -> None:
+        counter: Any = self._participants[0]
+        counter.events.append("is paused")
+        await asyncio.Event().wait()
+
+    resume = pause
+
+
+@pytest.mark.parametrize("action", ["pause", "resume"])
+@pytest.mark.parametrize("reader", ["waits", "takes all"])
+async def test_a_pause_that_the_end_of_the_run_overtakes_fails_and_the_team_is_not_used_again(
+    action: str, reader: str, worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    made = Made(lambda: Paused([Counter("one")], max_turns=1))
+    await host(worker, "team", made)
+    team = await RemoteTeam.connect("team", runtime, timeout=10)
+    pausing: asyncio.Task[None]
+    async with asyncio.timeout(20), aclosing(team.run_stream(task="wait")) as items:
+        first = await anext(items)
+        rest = asyncio.create_task(_all(items)) if reader == "takes all" else None
+        await eventually(lambda: made.all and made.all[0]._participants[0].events == ["waits"])
+        pausing = asyncio.create_task(getattr(team, action)())
+        await eventually(lambda: made.all[0]._participants[0].events == ["waits", "is paused"])
+        made.all[0]._participants[0].may_go_on.set()
+        with pytest.raises(RuntimeError, match="not running"):
+            await pausing
+        said_last = [first, *(await (rest or _all(items)))][-1]
+        assert isinstance(said_last, TaskResult)
+        assert said_last.messages[-1].to_text() == "1"
+        await team.reset()
+        assert await said(team, "b") == "1"
+    assert len(made.all) == 2
+
+
+async def _all(items: Any) -> list[Any]:
+    return [item async for item in items]
+
+
+# -- participants that cancel themselves -----------------------------------------------------------------------------
+
+
+class CancelsItself(Counter):
+    async def on_messages_stream(
+        self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
+        raise asyncio.CancelledError
+        yield
+
+
+async def test_a_remote_participant_that_cancels_itself_fails_its_team(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    """Both for a team of this process, and for one that is hosted."""
+    await host(worker, "odd", CancelsItself)
+
+    async def team() -> Team:
+        return RoundRobinGroupChat([await RemoteChatAgent.connect("odd", runtime, name="odd", timeout=10)], max_turns=1)
+
+    await host(worker, "team", team)
+    for one in (await team(), await RemoteTeam.connect("team", runtime, timeout=10)):
+        with pytest.raises(RuntimeError, match="was cancelled, but not by its caller"):
+            await said(one, "a")
+
+
+async def test_a_run_whose_participant_cancels_itself_ends_when_its_caller_cancels_it(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    """AgentChat's run waits for ever then, without natsrt too. The session goes on."""
+    classes = [Counter, CancelsItself, Counter]  # the first one is announced
+    await host(worker, "team", lambda: RoundRobinGroupChat([classes.pop(0)("odd")], max_turns=1))
+    team = await RemoteTeam.connect("team", runtime, timeout=10)
+    token = CancellationToken()
+    running = asyncio.create_task(team.run(task="a", cancellation_token=token))
+    assert not (await asyncio.wait({running}, timeout=1))[0]
+    token.cancel()
+    async with asyncio.timeout(10):
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert await said(team, "b") == "1"

@@ -3,7 +3,8 @@
 `host` makes an agent or a team available, and `RemoteChatAgent` and `RemoteTeam` are used in its place::
 
     RemoteChatAgent (chat_agent)   RemoteTeam (team)      in the process that uses it
-              └──────── Remote (remote) ────────┘         who it is: announcement, message_types, components
+              └───────── RemoteComponent ───────┘         what they share (remote_component)
+                             Remote (remote)              who it is: announcement, message_types, components
                             Session (session)             its turns, again after a lost worker: repeats
                                   │ requests
                          Conversation (conversation)      at the worker: one keyed agent for each session

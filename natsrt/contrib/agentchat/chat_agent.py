@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, cast
 
 from autogen_agentchat.agents import BaseChatAgent
 from autogen_agentchat.base import Response
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
-from autogen_core import AgentType, CancellationToken, Component
+from autogen_core import CancellationToken, Component
 
-from natsrt import NatsAgentRuntime
+from natsrt.contrib.agentchat.announcement import Kind
 from natsrt.contrib.agentchat.chain import waiting
 from natsrt.contrib.agentchat.components import RemoteConfig
-from natsrt.contrib.agentchat.remote import Remote, mapping, wait_for_worker
-from natsrt.contrib.agentchat.requests import ChatTurn, LoadState, Pause, Reset, Resume, SaveState, State
-from natsrt.contrib.agentchat.session import OnQuestion
+from natsrt.contrib.agentchat.remote import Remote
+from natsrt.contrib.agentchat.remote_component import RemoteComponent
+from natsrt.contrib.agentchat.requests import ChatTurn, Pause, Reset, Resume
 
 
-class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
+class RemoteChatAgent(RemoteComponent, BaseChatAgent, Component[RemoteConfig]):
     """A chat agent that a worker hosts with `host`. Use it as any other one: alone, in a team, or as a tool.
 
     Its model, tools and memory are at the worker, and its state is stored there after each turn. What it says comes as
@@ -32,8 +32,8 @@ class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
         name: The name of the agent here, as in a team. What it says has this name as its source. None: the name that
             the worker announces.
         description: None: the description that the worker announces.
-        session: Whose conversation it is: agents with the same session, in any process, share one. It is kept until an
-            operator removes it. None: one of this object's own; `session` says which.
+        session: Whose conversation it is: agents with the same session, in any process, share one. It is kept until
+            `forget`. None: one of this object's own; `session` says which.
         message_types: Message classes beside AutoGen's own that are sent to the agent, or come from it, such as
             ``StructuredMessage[Plan]``.
         retries: How often a turn is tried again whose worker is lost. The agent gets its messages once, whatever
@@ -48,80 +48,12 @@ class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
         RuntimeError: The runtime is not started, and ``name`` or ``description`` is None.
     """
 
-    component_config_schema: type[RemoteConfig] = RemoteConfig
     component_provider_override: ClassVar[str | None] = "natsrt.agentchat.RemoteChatAgent"
-
-    def __init__(
-        self,
-        type: str | AgentType,
-        runtime: NatsAgentRuntime,
-        *,
-        name: str | None = None,
-        description: str | None = None,
-        session: str | None = None,
-        message_types: Iterable[Any] = (),
-        retries: int = 0,
-        on_question: OnQuestion | None = None,
-    ) -> None:
-        self._begin(
-            Remote.of(
-                "agent",
-                type,
-                runtime,
-                name=name,
-                description=description,
-                session=session,
-                message_types=message_types,
-                retries=retries,
-                on_question=on_question,
-            )
-        )
+    kind: ClassVar[Kind] = "agent"
 
     def _begin(self, remote: Remote) -> None:
-        super().__init__(remote.announcement.name, remote.announcement.description)
-        self._remote = remote
-        self._session = remote.session
-
-    @classmethod
-    async def connect(
-        cls,
-        type: str | AgentType,
-        runtime: NatsAgentRuntime,
-        *,
-        timeout: float | None = None,
-        name: str | None = None,
-        description: str | None = None,
-        session: str | None = None,
-        message_types: Iterable[Any] = (),
-        retries: int = 0,
-        on_question: OnQuestion | None = None,
-    ) -> Self:
-        """Wait until a live worker hosts the type, and return the agent. The arguments are those of the class.
-
-        Args:
-            timeout: Seconds to wait. None: without a limit.
-
-        Raises:
-            AgentNotServed: The time is up.
-            RuntimeError: The runtime is not started.
-            Exception: What the constructor and `NatsAgentRuntime.wait_for` raise.
-        """
-        await wait_for_worker(type, runtime, timeout)
-        return cls(
-            type,
-            runtime,
-            name=name,
-            description=description,
-            session=session,
-            message_types=message_types,
-            retries=retries,
-            on_question=on_question,
-        )
-
-    @property
-    def session(self) -> str:
-        """The session, for other agents that are to share or to resume it."""
-        return self._session.agent_id.key
+        BaseChatAgent.__init__(self, remote.announcement.name, remote.announcement.description)
+        super()._begin(remote)
 
     @property
     def produced_message_types(self) -> Sequence[type[BaseChatMessage]]:
@@ -170,27 +102,3 @@ class RemoteChatAgent(BaseChatAgent, Component[RemoteConfig]):
     async def on_resume(self, cancellation_token: CancellationToken) -> None:
         """Resume the agent, in the middle of a turn too."""
         await self._session.call(Resume(), cancellation_token)
-
-    async def save_state(self) -> Mapping[str, Any]:
-        """Return the state after the last turn that was completed, as the agent itself saves it."""
-        return cast(State, await self._session.call(SaveState())).state
-
-    async def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load a state of the agent, and store it. An agent in this process may have saved it.
-
-        Raises TypeError if it is no mapping.
-        """
-        await self._session.call(LoadState(mapping(state)))
-
-    async def close(self) -> None:
-        """Let the worker release what the agent holds in memory. The session stays, and goes on with the next turn."""
-        await self._session.close()
-
-    def _to_config(self) -> RemoteConfig:
-        return self._remote.config()
-
-    @classmethod
-    def _from_config(cls, config: RemoteConfig) -> Self:
-        made = cls.__new__(cls)
-        made._begin(Remote.loaded("agent", config))
-        return made

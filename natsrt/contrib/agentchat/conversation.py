@@ -31,6 +31,7 @@ from natsrt.contrib.agentchat.factory import SessionFactory
 from natsrt.contrib.agentchat.requests import (
     ChatTurn,
     Close,
+    Forget,
     LoadState,
     Pause,
     Reset,
@@ -289,6 +290,10 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     @message_handler
     async def on_close(self, message: Close, ctx: MessageContext) -> None:
         await self.close()
+
+    @message_handler
+    async def on_forget(self, message: Forget, ctx: MessageContext) -> None:
+        natsrt.runtime_of(self).delete_state(self.id)
 
     @natsrt.streaming
     async def on_text(

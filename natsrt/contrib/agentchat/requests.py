@@ -126,5 +126,10 @@ class Close:
     """Close the live agent or team. What is stored stays."""
 
 
+@dataclass
+class Forget:
+    """End the session: close the live agent or team, and delete what is stored."""
+
+
 OUT_OF_TURN: Final = (Pause, Resume, SaveState)
 """The requests that are carried out beside a turn, not after it."""

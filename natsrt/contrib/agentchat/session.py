@@ -13,7 +13,7 @@ from autogen_core import AgentId, CancellationToken
 
 from natsrt.contrib.agentchat.chain import refuse_circle
 from natsrt.contrib.agentchat.repeats import Repeats
-from natsrt.contrib.agentchat.requests import OUT_OF_TURN, ChatTurn, Close, TeamRun, TurnStarted
+from natsrt.contrib.agentchat.requests import OUT_OF_TURN, ChatTurn, Close, Forget, TeamRun, TurnStarted
 from natsrt.contrib.agentchat.runtimes import Runtimes
 from natsrt.contrib.arguments import checked_retries
 from natsrt.errors import (
@@ -123,4 +123,9 @@ class Session:
             await self.call(Close())
         except (UndeliveredCall, ServerUnreachable) as error:
             logger.debug("%s is not closed: %s", self.agent_id, error)
+        self._used = False
+
+    async def forget(self) -> None:
+        """End the session: nothing stays live or stored. Raises as `NatsAgentRuntime.send_message`."""
+        await self.call(Forget())
         self._used = False

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 from autogen_agentchat.base import TaskResult, Team
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, TextMessage
-from autogen_core import AgentType, CancellationToken, Component
+from autogen_core import CancellationToken, Component
 
-from natsrt import NatsAgentRuntime
+from natsrt.contrib.agentchat.announcement import Kind
 from natsrt.contrib.agentchat.chain import waiting
 from natsrt.contrib.agentchat.components import RemoteConfig
-from natsrt.contrib.agentchat.remote import Remote, mapping, wait_for_worker
-from natsrt.contrib.agentchat.requests import LoadState, Pause, Reset, Resume, SaveState, State, TeamRun
-from natsrt.contrib.agentchat.session import OnQuestion
+from natsrt.contrib.agentchat.remote import Remote
+from natsrt.contrib.agentchat.remote_component import RemoteComponent
+from natsrt.contrib.agentchat.requests import Pause, Reset, Resume, TeamRun
 
 
-class RemoteTeam(Team, Component[RemoteConfig]):
+class RemoteTeam(RemoteComponent, Team, Component[RemoteConfig]):
     """A team that a worker hosts with `host`. Use it as any other one: alone, in another team, or as a tool.
 
     Its manager and its participants are at the worker, or wherever that finds them, and its state is stored there after
@@ -28,75 +28,12 @@ class RemoteTeam(Team, Component[RemoteConfig]):
     The arguments, and what is raised, are those of `RemoteChatAgent`. The name may be any text.
     """
 
-    component_config_schema: type[RemoteConfig] = RemoteConfig
     component_provider_override: ClassVar[str | None] = "natsrt.agentchat.RemoteTeam"
-
-    def __init__(
-        self,
-        type: str | AgentType,
-        runtime: NatsAgentRuntime,
-        *,
-        name: str | None = None,
-        description: str | None = None,
-        session: str | None = None,
-        message_types: Iterable[Any] = (),
-        retries: int = 0,
-        on_question: OnQuestion | None = None,
-    ) -> None:
-        self._begin(
-            Remote.of(
-                "team",
-                type,
-                runtime,
-                name=name,
-                description=description,
-                session=session,
-                message_types=message_types,
-                retries=retries,
-                on_question=on_question,
-            )
-        )
+    kind: ClassVar[Kind] = "team"
 
     def _begin(self, remote: Remote) -> None:
-        self._remote = remote
-        self._session = remote.session
+        super()._begin(remote)
         self._running = False
-
-    @classmethod
-    async def connect(
-        cls,
-        type: str | AgentType,
-        runtime: NatsAgentRuntime,
-        *,
-        timeout: float | None = None,
-        name: str | None = None,
-        description: str | None = None,
-        session: str | None = None,
-        message_types: Iterable[Any] = (),
-        retries: int = 0,
-        on_question: OnQuestion | None = None,
-    ) -> Self:
-        """Wait until a live worker hosts the type, and return the team. The arguments are those of the class.
-
-        Args:
-            timeout: Seconds to wait. None: without a limit.
-
-        Raises:
-            AgentNotServed: The time is up.
-            RuntimeError: The runtime is not started.
-            Exception: What the constructor and `NatsAgentRuntime.wait_for` raise.
-        """
-        await wait_for_worker(type, runtime, timeout)
-        return cls(
-            type,
-            runtime,
-            name=name,
-            description=description,
-            session=session,
-            message_types=message_types,
-            retries=retries,
-            on_question=on_question,
-        )
 
     @property
     def name(self) -> str:
@@ -107,11 +44,6 @@ class RemoteTeam(Team, Component[RemoteConfig]):
     def description(self) -> str:
         """What the team is for."""
         return self._remote.announcement.description
-
-    @property
-    def session(self) -> str:
-        """The session, for other teams that are to share or to resume it."""
-        return self._session.agent_id.key
 
     async def run(
         self,
@@ -180,10 +112,6 @@ class RemoteTeam(Team, Component[RemoteConfig]):
         """Resume the participants, in the middle of a run. Raises RuntimeError if the team has not run yet."""
         await self._session.call(Resume())
 
-    async def save_state(self) -> Mapping[str, Any]:
-        """Return the state after the last run that was completed, as the team itself saves it."""
-        return cast(State, await self._session.call(SaveState())).state
-
     async def load_state(self, state: Mapping[str, Any]) -> None:
         """Load a state of the team, and store it. A team in this process may have saved it.
 
@@ -192,11 +120,14 @@ class RemoteTeam(Team, Component[RemoteConfig]):
         if self._running:
             raise RuntimeError("The team cannot be loaded while it is running.")
         with self._busy():
-            await self._session.call(LoadState(mapping(state)))
+            await super().load_state(state)
 
-    async def close(self) -> None:
-        """Let the worker release what the team holds in memory. The session stays, and goes on with the next run."""
-        await self._session.close()
+    async def forget(self) -> None:
+        """As `RemoteChatAgent.forget`. Raises RuntimeError if the team is running."""
+        if self._running:
+            raise RuntimeError("The session cannot be ended while the team is running.")
+        with self._busy():
+            await super().forget()
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -205,15 +136,6 @@ class RemoteTeam(Team, Component[RemoteConfig]):
             yield
         finally:
             self._running = False
-
-    def _to_config(self) -> RemoteConfig:
-        return self._remote.config()
-
-    @classmethod
-    def _from_config(cls, config: RemoteConfig) -> Self:
-        made = cls.__new__(cls)
-        made._begin(Remote.loaded("team", config))
-        return made
 
 
 def _messages(task: str | BaseChatMessage | Sequence[BaseChatMessage] | None) -> list[BaseChatMessage] | None:
