@@ -142,7 +142,9 @@ def test_broken_bodies_of_ours_are_refused_and_never_plain(case: dict[str, Any])
     assert raised.value.payload == bytes_of(case, "body")
 
 
-@pytest.mark.parametrize("name", ["subjects", "messages", "envelopes", "keyed", "registry", "errors", "worker"])
+@pytest.mark.parametrize(
+    "name", ["subjects", "messages", "envelopes", "keyed", "registry", "errors", "worker", "agentchat"]
+)
 def test_every_file_of_vectors_says_what_it_is_about(name: str) -> None:
     assert vectors(name)["about"]
 

@@ -17,7 +17,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, NoReturn, TypeVar
 
 from autogen_agentchat.base import ChatAgent, Response, TaskResult, Team
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
@@ -28,7 +28,9 @@ from natsrt.contrib.agentchat.ahead import Ahead
 from natsrt.contrib.agentchat.chain import in_turn
 from natsrt.contrib.agentchat.closing import close_agent
 from natsrt.contrib.agentchat.factory import SessionFactory
+from natsrt.contrib.agentchat.leaving import is_cancelled, left
 from natsrt.contrib.agentchat.requests import (
+    OF_BOTH,
     ChatTurn,
     Close,
     Forget,
@@ -43,7 +45,7 @@ from natsrt.contrib.agentchat.requests import (
 )
 from natsrt.contrib.agentchat.sources import renamed
 from natsrt.contrib.agentchat.stored import Answer, Result, Stored, dump_result, load_result
-from natsrt.errors import StateConflict
+from natsrt.errors import StateConflict, UnhandledMessage
 
 logger: logging.Logger = logging.getLogger("natsrt.agentchat")
 
@@ -55,6 +57,9 @@ Hosted = TypeVar("Hosted", ChatAgent, Team)
 
 class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     """One session of a hosted agent or team."""
+
+    turn_class: ClassVar[type[ChatTurn | TeamRun]]
+    """The request for a turn."""
 
     def __init__(self, factory: SessionFactory, description: str, *, stores_turns: bool = True) -> None:
         """``stores_turns``: whether each turn is stored before it counts, as with ``save="message"``."""
@@ -109,7 +114,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             with in_turn(str(self.id), callers):
                 yield live, token
         except BaseException as error:
-            was_cancelled = ctx.cancellation_token.is_cancelled() or _is_cancelled()
+            was_cancelled = ctx.cancellation_token.is_cancelled() or is_cancelled()
             token.cancel()
             self._drop()
             if isinstance(error, asyncio.CancelledError) and not was_cancelled:
@@ -142,7 +147,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         if isinstance(live, Team):
             self._running = Ahead(items)
             items = self._running.items()
-        async with _left(items, token):
+        async with left(items, token):
             async for item in items:
                 if isinstance(item, last):
                     answer = renamed(item, *names) if isinstance(item, Response) else item
@@ -295,6 +300,11 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
     async def on_forget(self, message: Forget, ctx: MessageContext) -> None:
         natsrt.runtime_of(self).delete_state(self.id)
 
+    async def on_unhandled_message(self, message: Any, ctx: MessageContext) -> NoReturn:
+        """Refuse what another session of this worker would take, such as the run of a team."""
+        handled = [one.__name__ for one in (self.turn_class, *OF_BOTH, str)]
+        raise UnhandledMessage(str(self.id), type(message).__name__, handled)
+
     @natsrt.streaming
     async def on_text(
         self, message: str, ctx: MessageContext
@@ -309,6 +319,8 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
 
 class AgentConversation(Conversation[ChatAgent]):
     """One session of a hosted chat agent."""
+
+    turn_class = ChatTurn
 
     def _checked(self, made: ChatAgent | Team) -> ChatAgent:
         if isinstance(made, ChatAgent):
@@ -338,6 +350,8 @@ class AgentConversation(Conversation[ChatAgent]):
 class TeamConversation(Conversation[Team]):
     """One session of a hosted team."""
 
+    turn_class = TeamRun
+
     def _checked(self, made: ChatAgent | Team) -> Team:
         if isinstance(made, Team):
             return made
@@ -363,26 +377,3 @@ class TeamConversation(Conversation[Team]):
             async with aclosing(self._said(live, token, running, TaskResult, turn)) as items:
                 async for item in items:
                     yield item
-
-
-@asynccontextmanager
-async def _left(items: AsyncGenerator[Any, None], token: CancellationToken) -> AsyncIterator[None]:
-    """Close ``items`` at the end of the block, after cancelling the token if the block is left in the middle."""
-    try:
-        yield
-    except BaseException:
-        token.cancel()
-        try:
-            await items.aclose()
-        except asyncio.CancelledError:  # of what the token has cancelled, unless this task is cancelled too
-            if _is_cancelled():
-                raise
-        except Exception as error:
-            logger.debug("closing what was left raised %s", type(error).__name__)
-        raise
-    await items.aclose()
-
-
-def _is_cancelled() -> bool:
-    """Whether somebody has cancelled this task."""
-    return (task := asyncio.current_task()) is not None and task.cancelling() > 0

@@ -131,5 +131,7 @@ class Forget:
     """End the session: close the live agent or team, and delete what is stored."""
 
 
+OF_BOTH: Final = (Reset, LoadState, Close, Forget, Pause, Resume, SaveState)
+"""The requests that agents and teams have in common."""
 OUT_OF_TURN: Final = (Pause, Resume, SaveState)
 """The requests that are carried out beside a turn, not after it."""
