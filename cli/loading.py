@@ -20,6 +20,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ class Target:
         elif isinstance(first, BaseAgent):
             cls = type(first)
             await self._guarded(lambda: register(runtime, cls, agent_type, serving), "cannot be registered")
+        elif isinstance(first, AbstractAsyncContextManager):  # which gives an agent or team of AgentChat
+            await self._guarded(lambda: host_chats(runtime, agent_type, serving), "cannot be hosted")
         else:
             raise CommandFailed(
                 f"{self.text} returned {type(first).__name__}, not an agent. A factory without parameters returns "

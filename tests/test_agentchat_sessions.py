@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ pytest.importorskip("autogen_agentchat", reason="autogen-agentchat is not instal
 from autogen_agentchat.base import Response, TaskResult, Team
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, TextMessage
 from autogen_agentchat.teams import RoundRobinGroupChat
-from autogen_core import AgentId, CancellationToken
+from autogen_core import AgentId, AgentInstantiationContext, CancellationToken
 
 from natsrt import NatsAgentRuntime
 from natsrt.agentchat import RemoteChatAgent, RemoteTeam, host
@@ -308,3 +308,82 @@ async def test_a_run_whose_participant_cancels_itself_ends_when_its_caller_cance
         with pytest.raises(asyncio.CancelledError):
             await running
         assert await said(team, "b") == "1"
+
+
+# -- factories with an end of their own ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["agent", "team"])
+async def test_a_context_manager_of_a_factory_is_left_where_it_was_entered(
+    kind: str, server: EmbeddedServer, namespace: str, runtime: NatsAgentRuntime
+) -> None:
+    entered: list[tuple[str, asyncio.Task[Any] | None]] = []
+    left: list[asyncio.Task[Any] | None] = []
+    made: list[Counter] = []
+
+    @asynccontextmanager
+    async def factory() -> AsyncIterator[Any]:
+        entered.append((AgentInstantiationContext.current_agent_id().key, asyncio.current_task()))
+        made.append(Counter())
+        async with asyncio.timeout(None):  # which can only be left in the same task
+            yield made[-1] if kind == "agent" else RoundRobinGroupChat([made[-1]], max_turns=1)
+        left.append(asyncio.current_task())
+
+    async with NatsAgentRuntime(server.url, namespace=namespace) as worker:
+        await host(worker, "counter", factory)
+        assert len(left) == 1  # of what was made to be announced
+        connect: Any = RemoteChatAgent.connect if kind == "agent" else RemoteTeam.connect
+        one = await connect("counter", runtime, timeout=10, session="ada")
+        assert await said(one, "a") == "1"
+        assert len(left) == 1
+        await one.close()
+        assert len(left) == 2
+        assert await said(one, "b") == "2"
+    assert [key for key, _ in entered] == ["default", "ada", "ada"]
+    assert left == [task for _, task in entered]
+    assert [one.events for one in made] == [[], [], []]  # the block itself closes what is to be closed
+
+
+async def test_a_context_manager_that_fails_fails_the_turn_and_one_that_hangs_is_cancelled(
+    worker: NatsAgentRuntime, runtime: NatsAgentRuntime
+) -> None:
+    ends: list[str] = []
+    how = ["announced", "first", "fails", "hangs", "last"]
+
+    @asynccontextmanager
+    async def factory() -> AsyncIterator[Counter]:
+        now = how.pop(0)
+        try:
+            if now == "fails":
+                raise ValueError("no agent today")
+            if now == "hangs":
+                await asyncio.Event().wait()
+            yield Counter()
+        finally:
+            ends.append(now)
+
+    agent = await ada(worker, runtime, factory)
+    token = CancellationToken()
+    for text, match in (("fail", "it failed"), ("a", "no agent today")):
+        with pytest.raises(ValueError, match=match):
+            await said(agent, text)
+    running = asyncio.create_task(agent.run(task="a", cancellation_token=token))
+    await eventually(lambda: how == ["last"])
+    token.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await said(agent, "a") == "1"
+    await eventually(lambda: ends == ["announced", "first", "fails", "hangs"])
+
+
+async def test_a_context_manager_of_something_else_is_refused_and_left(worker: NatsAgentRuntime) -> None:
+    left: list[bool] = []
+
+    @asynccontextmanager
+    async def factory() -> AsyncIterator[int]:
+        yield 5
+        left.append(True)
+
+    with pytest.raises(TypeError, match="must make a ChatAgent or a Team, not 5"):
+        await host(worker, "counter", factory)  # type: ignore[arg-type]
+    assert left == [True]

@@ -24,6 +24,8 @@ from natsrt.embedded import EmbeddedServer
 from tests.support.processes import Process, Processes
 
 MODULE = """
+from contextlib import asynccontextmanager
+
 from autogen_agentchat.agents import AssistantAgent, BaseChatAgent
 from autogen_agentchat.base import Response
 from autogen_agentchat.messages import TextMessage
@@ -53,6 +55,10 @@ class Echo(BaseChatAgent):
 async def team():
     runtime = AgentInstantiationContext.current_runtime()
     return RoundRobinGroupChat([RemoteChatAgent("echo", runtime, name="far", description="far"), Echo()], max_turns=2)
+
+@asynccontextmanager
+async def lent():
+    yield RoundRobinGroupChat([Echo()], max_turns=1)
 
 async def pair():
     runtime = AgentInstantiationContext.current_runtime()
@@ -119,6 +125,14 @@ async def test_a_factory_an_agent_class_and_a_team_are_hosted(
         assert [(one.source, one.to_text()) for one in result.messages] == [
             ("user", "hello"), ("far", "hello"), ("echo", "hello"),
         ]  # fmt: skip
+
+
+async def test_a_factory_with_an_end_of_its_own_is_hosted(
+    workers: Workers, server: EmbeddedServer, namespace: str
+) -> None:
+    await workers.ready("chats:lent")
+    async with NatsAgentRuntime(server.url, namespace=namespace) as runtime:
+        assert await last_words(await RemoteTeam.connect("lent", runtime, timeout=20), "hello") == "hello"
 
 
 async def test_a_factory_may_wait_for_the_agents_of_other_workers(

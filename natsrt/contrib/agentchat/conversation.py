@@ -26,7 +26,7 @@ from autogen_core import CancellationToken, MessageContext, RoutedAgent, message
 import natsrt
 from natsrt.contrib.agentchat.ahead import Ahead
 from natsrt.contrib.agentchat.chain import in_turn
-from natsrt.contrib.agentchat.closing import close_agent
+from natsrt.contrib.agentchat.closing import Live
 from natsrt.contrib.agentchat.factory import SessionFactory
 from natsrt.contrib.agentchat.leaving import is_cancelled, left
 from natsrt.contrib.agentchat.requests import (
@@ -68,7 +68,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         self._stores_turns = stores_turns
         self._stored: Stored | None = None
         """What the session is after its last completed turn; None: it had no turn."""
-        self._live: Hosted | None = None
+        self._live: Live[Hosted] | None = None
         """The agent or team, as it is after its last completed turn, unless a turn runs; None: to be made."""
         self._untouched = False
         """True while the live one has had nothing to do."""
@@ -89,15 +89,16 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         """The live agent or team, made and loaded if there is none. Raises what its factory and its state raise."""
         async with self._making:
             if self._live is None:
-                live = self._checked(await self._factory.make(self.runtime, self.id))
-                if self._stored is not None:
-                    try:
-                        await live.load_state(self._stored.state)
-                    except BaseException:
-                        self._close_soon(live)
-                        raise
-                self._live, self._untouched = live, self._stored is None
-            return self._live
+                live = await self._factory.make(self.runtime, self.id)
+                try:
+                    checked = self._checked(live.one)
+                    if self._stored is not None:
+                        await checked.load_state(self._stored.state)
+                except BaseException:
+                    self._close_soon(live)
+                    raise
+                self._live, self._untouched = Live(checked, live.end), self._stored is None
+            return self._live.one
 
     @asynccontextmanager
     async def _turn(
@@ -204,14 +205,10 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
         if live is not None:
             self._close_soon(live)
 
-    def _close_soon(self, live: ChatAgent | Team) -> None:
-        task = asyncio.get_running_loop().create_task(self._close(live), name=f"close {self.id}")
+    def _close_soon(self, live: Live[Any]) -> None:
+        task = asyncio.get_running_loop().create_task(live.close(str(self.id)), name=f"close {self.id}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-
-    async def _close(self, live: ChatAgent | Team) -> None:
-        if isinstance(live, ChatAgent):  # a team has no close
-            await close_agent(live, str(self.id))
 
     # -- the keyed agent -----------------------------------------------------------------------------------------
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from autogen_agentchat.base import ChatAgent, Team
+from autogen_agentchat.base import Team
 from autogen_core import AgentId, AgentType
 
 import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime
 from natsrt.contrib.agentchat.announcement import Announcement
-from natsrt.contrib.agentchat.closing import close_agent
 from natsrt.contrib.agentchat.conversation import AgentConversation, Conversation, TeamConversation
 from natsrt.contrib.agentchat.factory import Factory, SessionFactory
 from natsrt.contrib.agentchat.message_types import MessageTypes, produced_types
@@ -36,9 +35,11 @@ async def host(
         runtime: The runtime that will host the type. It may be started later.
         type: The name of the agent type.
         factory: Makes the `ChatAgent` or `Team` of one session. It is called without arguments, and may be
-            asynchronous. AutoGen's `AgentInstantiationContext` has the session, as the key of the agent's id, and the
-            runtime. It is called here once too, for a session ``default``, to find out what to announce; what it makes
-            then is closed, and not used.
+            asynchronous. It may return an asynchronous context manager, as a function with
+            ``contextlib.asynccontextmanager`` does, which gives the agent or team, and is left instead of calling
+            ``close`` when the session is unloaded. AutoGen's `AgentInstantiationContext` has the session, as the key of
+            the agent's id, and the runtime. It is called here once too, for a session ``default``, to find out what to
+            announce; what it makes then is closed, and not used.
         message_types: Message classes beside AutoGen's own that the agent or team gets or sends, such as
             ``StructuredMessage[Plan]``. Those in ``produced_message_types`` need not be named.
         keyed: The options of the keyed type: when its state is stored, and how long an idle session stays in memory.
@@ -61,15 +62,15 @@ async def host(
             f"factory must be a function that makes a ChatAgent or a Team for each session, not {factory!r:.80}"
         )
     given = list(message_types)
-    sample = await SessionFactory(factory, MessageTypes(given)).make(runtime, AgentId(agent_type.type, "default"))
+    made = await SessionFactory(factory, MessageTypes(given)).make(runtime, AgentId(agent_type.type, "default"))
+    sample = made.one
     produced = [] if isinstance(sample, Team) else produced_types(sample.produced_message_types)
     made_here = {one.__name__ for one in produced}  # a factory may make classes anew that are given too
     known = MessageTypes([*(one for one in given if one.__name__ not in made_here), *produced])
     sessions = SessionFactory(factory, known)
     cls = TeamConversation if isinstance(sample, Team) else AgentConversation
     description, details = sample.description, Announcement.of(sample).details
-    if isinstance(sample, ChatAgent):  # a team has no close
-        await close_agent(sample, f"the agent that was made to announce {agent_type.type!r}")
+    await made.close(f"the agent that was made to announce {agent_type.type!r}")
 
     async def begin() -> Conversation[Any]:
         conversation = cls(sessions, description, stores_turns=options.save == "message")
