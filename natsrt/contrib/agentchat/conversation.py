@@ -317,7 +317,7 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
 class AgentConversation(Conversation[ChatAgent]):
     """One session of a hosted chat agent."""
 
-    turn_class = ChatTurn
+    turn_class: ClassVar[type[ChatTurn | TeamRun]] = ChatTurn
 
     def _checked(self, made: ChatAgent | Team) -> ChatAgent:
         if isinstance(made, ChatAgent):
@@ -347,7 +347,7 @@ class AgentConversation(Conversation[ChatAgent]):
 class TeamConversation(Conversation[Team]):
     """One session of a hosted team."""
 
-    turn_class = TeamRun
+    turn_class: ClassVar[type[ChatTurn | TeamRun]] = TeamRun
 
     def _checked(self, made: ChatAgent | Team) -> Team:
         if isinstance(made, Team):
