@@ -115,7 +115,8 @@ class RemoteComponent(ABC):
         """End the session, after the turns before this: nothing of it stays stored, and the next turn begins anew.
 
         All who share the session lose it. It needs a live worker, which may have to make the agent or team first;
-        without one, use ``natsrt state rm``. Has no effect on a session that had no turn.
+        without one, use ``natsrt state rm``. Has no effect on a session that had no turn. After an error it may be
+        called again.
 
         Raises:
             RuntimeError: It is a team that runs.
