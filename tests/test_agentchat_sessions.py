@@ -107,6 +107,12 @@ def test_large_answers_are_kept_until_the_next_one() -> None:
     assert [one.turn for one in stored.after({}, Answer("four", half)).answers] == ["two", "three", "four"]
 
 
+def test_the_size_of_an_answer_is_that_of_its_json() -> None:
+    """Of a text in another script, and of a number that is too large to be stored, which is refused later."""
+    assert Answer("t", {"x": "\u6587" * 10}).size == len('{"x": ""}') + 30
+    assert Answer("t", {"x": 10**30}).size == len('{"x": }') + 31
+
+
 @pytest.mark.parametrize(
     "state",
     [{"other": 1}, {"state": 1}, {"state": {}, "answers": 5}, {"state": {}, "answers": [{"turn": "t1"}]}],

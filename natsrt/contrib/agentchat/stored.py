@@ -40,7 +40,7 @@ class Answer:
     @property
     def size(self) -> int:
         """Bytes that it takes as JSON, about."""
-        return len(json.dumps(self.result))
+        return len(json.dumps(self.result, ensure_ascii=False).encode(errors="replace"))
 
 
 @dataclass(frozen=True, slots=True)
