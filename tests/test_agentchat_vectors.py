@@ -100,3 +100,16 @@ async def test_agents_and_teams_are_announced_as_the_vectors_say(worker: NatsAge
     for agent_type, details in VECTORS["details"].items():
         await worker.wait_for(agent_type, timeout=10)
         assert agrees(worker.type_details(agent_type), details)
+
+
+async def test_no_traceback_of_a_team_is_sent_where_none_is_to_be_sent(
+    server: EmbeddedServer, namespace: str, client: Client
+) -> None:
+    """AgentChat puts tracebacks of participants into the text of its errors, which have causes, too."""
+    async with NatsAgentRuntime(server.url, namespace=namespace, send_tracebacks=False) as worker:
+        await host(worker, "pair", lambda: RoundRobinGroupChat([Counter("one")], max_turns=1))
+        (got,) = await replies(client, namespace, {"subject": "agent.pair", "key": "ada", "data": "fail"})
+        assert (got.headers or {})["Nats-Service-Error"] == "ValueError: it failed"
+        assert b"Traceback" not in got.data
+        assert b"test_agentchat" not in got.data
+        assert b".py" not in got.data

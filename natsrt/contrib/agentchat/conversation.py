@@ -121,9 +121,9 @@ class Conversation(RoutedAgent, ABC, Generic[Hosted]):
             if isinstance(error, asyncio.CancelledError) and not was_cancelled:
                 raise RuntimeError(f"{self.id} was cancelled, but not by its caller") from error
             if type(error) is RuntimeError and _TRACEBACK in str(error):
-                # AgentChat puts the traceback of a participant into the text, which is not for callers.
+                # AgentChat puts the traceback of a participant into the text, which is not for callers, as a cause too.
                 logger.warning("a turn of %s failed: %s", self.id, str(error).partition("\n")[0])
-                raise RuntimeError(str(error).partition(_TRACEBACK)[0].strip()) from error
+                raise RuntimeError(str(error).partition(_TRACEBACK)[0].strip()) from None
             raise
         finally:
             self._running = None
