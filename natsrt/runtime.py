@@ -489,8 +489,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
 
         The instance is closed then, before the call is answered. The agent's next message makes a new one, without a
         state. What is deleted is the record, with the sequences of the events of streams that the agent has handled;
-        its reminders stay. Handlers that run in the agent at the same time end first; those out of turn get
-        `StateConflict`.
+        its reminders stay. Handlers that run in the agent at the same time end first, and so do those of messages that
+        enter before the last of them has ended; those out of turn get `StateConflict`.
 
         Raises:
             LookupError: The agent is not live in this runtime.

@@ -201,3 +201,78 @@ async def test_only_the_agent_itself_can_end(worker: NatsAgentRuntime, caller: N
     with pytest.raises(LookupError, match="ledger/one is not live"):
         caller.delete_state(ONE)
     assert await caller.send_message(Add("b"), ONE) == "ab"
+
+
+class EndsBeside(Ledger):
+    """As `Ledger`, but it ends out of turn."""
+
+    @natsrt.out_of_turn
+    @message_handler
+    async def end(self, message: End, ctx: MessageContext) -> str:
+        natsrt.runtime_of(self).delete_state(self.id)
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("cls", "concurrency"), [(Ledger, "concurrent"), (EndsBeside, "concurrent"), (EndsBeside, "serial")]
+)
+async def test_what_comes_during_the_deletion_is_for_the_new_one(
+    cls: type[Ledger], concurrency: Any, worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    await natsrt.register(worker, cls, "both", cls, keyed=KeyedOptions(concurrency=concurrency))
+    await caller.wait_for("both", timeout=10)
+    for number in range(20):
+        one = AgentId("both", str(number))
+        await caller.send_message(Add("a"), one)
+        ending = asyncio.create_task(caller.send_message(End(), one))
+        adding: list[asyncio.Task[Any]] = []
+        while not ending.done():
+            adding.append(asyncio.create_task(caller.send_message(Add("b"), one)))
+            await asyncio.sleep(0.0005)
+        await ending
+        await asyncio.gather(*adding)  # none raises StateConflict
+        assert set(await caller.send_message(Add("b"), one)) == {"b"}
+
+
+async def test_the_last_handler_ends_the_agent_even_if_it_does_not_run(
+    server: EmbeddedServer, namespace: str, worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    await natsrt.register(worker, Ledger, "both", Ledger, keyed=KeyedOptions(concurrency="concurrent", save="manual"))
+    await caller.wait_for("both", timeout=10)
+    both = AgentId("both", "one")
+    await caller.send_message(Add("a"), both)
+    ending = asyncio.create_task(caller.send_message(End(wait=True), both))
+    await eventually(lambda: Ledger.waits == 1)
+    slot = worker.running.ownership._slots.find("both", "one")
+    assert slot is not None
+    epoch = slot.verified_epoch
+    async with slot.saving:
+        slot.doubted()
+        adding = asyncio.create_task(caller.send_message(Add("b"), both))
+        await eventually(lambda: len(slot.mailbox.inside) == 1)  # it waits until the record is verified
+        slot.verified(epoch)
+        Ledger.may_end.set()
+        await ending
+        (waiting,) = slot.mailbox._inside
+        assert waiting.task is not None
+        waiting.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await adding
+    assert await stored(server, namespace) == 0
+    assert await caller.send_message(Add("c"), both) == "c"
+
+
+class EndsAnother(RoutedAgent):
+    @message_handler
+    async def pass_on(self, message: PassOn, ctx: MessageContext) -> None:
+        natsrt.runtime_of(self).delete_state(AgentId.from_str(message.to))
+
+
+async def test_an_agent_that_is_called_cannot_end_its_caller(
+    worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    await natsrt.register(worker, EndsAnother, "another", lambda: EndsAnother("ends another"))
+    await caller.send_message(Add("a"), ONE)
+    with pytest.raises(RuntimeError, match="only a handler of ledger/one itself"):
+        await caller.send_message(End(via="another/x"), ONE)
+    assert await caller.send_message(Add("b"), ONE) == "ab"

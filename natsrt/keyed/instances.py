@@ -137,10 +137,14 @@ class Instances:
     async def delete(self, slot: AgentSlot) -> None:
         """Delete the record, and drop the instance. If that fails, both stay.
 
+        What enters meanwhile verifies the record first, so it waits for the end of this. It does so after a failure,
+        too: the record may be deleted although nobody confirmed that.
+
         Raises `StateConflict` if the agent was taken over meanwhile, and `StateNotSaved` if the record cannot be
         deleted.
         """
         slot.to_delete = False
+        slot.doubted()
         async with slot.saving:
             if (record := slot.record) is None:
                 raise self.dropped(slot)

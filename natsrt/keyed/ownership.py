@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection
 import nats.errors
 from autogen_core import Agent, AgentId
 
-from natsrt.agents.chain import current_chain
+from natsrt.agents.chain import Handler, current_handler
 from natsrt.agents.hosted_type import HostedType
 from natsrt.background import BackgroundTasks
 from natsrt.errors import NatsrtError, SubscriptionRefused
@@ -258,7 +258,8 @@ class Ownership(RegistryListener):
         slot = self._slots.find(agent_id.type, agent_id.key)
         if slot is None or slot.agent is None:
             raise LookupError(f"Agent {agent_id} is not live in this runtime.")
-        if not slot.mailbox.runs_any(current_chain.get()):
+        handler = current_handler.get()
+        if not isinstance(handler, Handler) or not slot.mailbox.runs_any((handler.handler_id,)):
             raise RuntimeError(f"only a handler of {agent_id} itself can delete its state")
         slot.to_delete = True
 

@@ -227,7 +227,6 @@ class AgentSlot:
     def activate(self, agent: Agent, now: float) -> None:
         """The instance is live, with the state that is stored."""
         self.agent, self.keeps_state, self.saved_at = agent, keeps_state(agent), now
-        self.to_delete = False
 
     def handled(self, supersedes: Sequence[str] = ()) -> None:
         """The instance has handled a message, which may have changed its state.
@@ -280,6 +279,7 @@ class AgentSlot:
     def remove_instance(self) -> Agent | None:
         """Take the instance out, so that it gets no more messages. Returns it; None if there is none."""
         self.agent, self.changed, self.counted, self.applied = None, False, (), NOTHING_HANDLED
+        self.to_delete = False
         return self.hosted.live.pop(self.key, None)
 
     # -- release -------------------------------------------------------------------------------------------------
