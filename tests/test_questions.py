@@ -440,6 +440,40 @@ async def test_an_answer_that_does_not_wait_for_its_call_is_in_no_cycle(make: Ma
     ]
 
 
+async def test_an_answer_may_wait_for_many_calls(make: Make, tmp_path: Path) -> None:
+    """The caller says which, about every half second. That fits into a message, so the caller does not fall silent."""
+    config = tmp_path / "nats.conf"
+    store = tmp_path / "data"
+    config.write_text(f"listen: 127.0.0.1:-1\nmax_payload: 8KB\njetstream {{ store_dir: {store} }}\n")
+    async with EmbeddedServer(config=config) as server:
+        worker = await make([], keyed=True, stream_idle_timeout=1.5, url=server.url)
+        caller = await make(url=server.url)
+        await answer_by_many_calls(worker, caller)
+
+
+async def answer_by_many_calls(worker: NatsAgentRuntime, caller: NatsAgentRuntime) -> None:
+    free = asyncio.Event()
+
+    class Slow(RoutedAgent):
+        @rpc
+        async def on_touch(self, message: Touch, ctx: MessageContext) -> None:
+            await free.wait()
+
+    await worker.register_factory("slow", lambda: Slow("slow"), expected_class=Slow)
+
+    async def on_question(question: Question) -> Answer:
+        calls = (caller.send_message(Touch(), AgentId("slow", str(number))) for number in range(1_000))
+        await asyncio.gather(*calls)
+        return Answer(7)
+
+    asking = asyncio.ensure_future(caller.send_message(Ask(), AGENT, on_question=on_question))
+    await asyncio.wait({asking}, timeout=5)
+    free.set()
+    assert await asyncio.wait_for(asking, 30) == Answered([7])
+    await worker.stop()
+    await caller.stop()
+
+
 class Consumer(RoutedAgent):
     """A keyed agent that is asked, and is called back while it answers."""
 

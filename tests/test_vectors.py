@@ -655,6 +655,16 @@ def test_progress_of_streams_is_written_as_the_vectors_say(case: dict[str, Any])
     assert read_awaited(body.json()) == awaited
 
 
+@pytest.mark.parametrize(
+    "awaited",
+    [[], {"1": "x"}, {"1": [1]}, {"1": ["x"] * 1_001}, {str(n): [] for n in range(1_001)}, {"1": ["x" * 100_000]}],
+    ids=["a list", "a text", "a number", "many calls", "many questions", "a long id"],
+)
+def test_what_callers_say_about_their_answers_is_checked(awaited: Any) -> None:
+    with pytest.raises(CannotDecode, match="progress of a stream"):
+        read_awaited({"awaited": awaited})
+
+
 def said(case: dict[str, Any]) -> Progress:
     missing = case["missing"]
     return Progress(case["consumed"], case["have"], None if missing is None else (missing[0], missing[1]))

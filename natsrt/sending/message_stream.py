@@ -295,7 +295,8 @@ class Receiving:
         if self._worker_id is not None:
             self._told_at = self._loop.time()
             progress = self.parts.progress(some_lost=some_lost)
-            awaited = None if self._questions is None else self._questions.awaited()
+            room = self._streams.connection.max_payload // 2
+            awaited = None if self._questions is None else self._questions.awaited(room)
             body = encode_progress(self.parts_to, progress, stop=stop, awaited=awaited)
             self._streams.send(self._worker_id, body)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin
 
@@ -38,6 +38,7 @@ from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, attribute
 from natsrt.wire.failures import ErrorTypes, Failure, decode_answer, describe_within
 from natsrt.wire.ids import checked_id
+from natsrt.wire.part_messages import MOST_AWAITED
 from natsrt.wire.references import Reference
 from natsrt.wire.serialization import Encoded, Serialization, type_name_of
 
@@ -50,6 +51,8 @@ _CONFIRMED_WITHIN: Final = 2.0
 """Seconds, beside the round trip, in which a worker confirms an answer. Then the answer is sent again."""
 _LIST_EVERY: Final = 0.1
 """Seconds between two looks at all calls of a runtime, for those that are made for answers."""
+_AROUND_CALL: Final = 6
+"""Bytes of JSON around the reply subject of a call, or around the number of a question, at most."""
 _AGAIN_AFTER: Final = 0.5
 """Seconds until an answer is sent again that could not be sent, because there is no connection."""
 
@@ -84,8 +87,8 @@ class QuestionAnswers:
         self._with_tracebacks = options.send_tracebacks
         self.replies: Replies = replies
 
-    def awaited(self, answering: Answering) -> list[str]:
-        """The reply subjects of the calls for which an answer waits."""
+    def awaited(self, answering: Answering) -> Iterator[str]:
+        """The reply subjects of the calls for which an answer waits, those first that were sent first."""
         if self._listed is None:
             self._listed = {}
             for reply, one in self._calls.awaited():
@@ -93,7 +96,7 @@ class QuestionAnswers:
                     self._listed.setdefault(one.inbound, []).append((reply, one.task))
             asyncio.get_running_loop().call_later(_LIST_EVERY, self._forget)  # it must not keep tasks alive
         found, task = self._listed.get(answering, ()), answering.task
-        return [] if task is None else [reply for reply, one in found if awaits(task, one, surely=True)]
+        return iter(()) if task is None else (reply for reply, one in found if awaits(task, one, surely=True))
 
     def _forget(self) -> None:
         self._listed = None
@@ -212,12 +215,22 @@ class Questions:
             self._open.pop(number, None)
             self._answering.pop(number, None)
 
-    def awaited(self) -> dict[str, list[str]]:
+    def awaited(self, room: int) -> dict[str, list[str]]:
         """By the numbers of the questions: the reply subjects of the calls for which the answers wait, if there are
-        any.
+        any; as many as fit into ``room`` bytes of JSON, and `MOST_AWAITED` at most. Those of one question that were
+        sent first come first, and those that are answered make room for others.
         """
-        found = {number: self._answers.awaited(answering) for number, answering in self._answering.items()}
-        return {number: calls for number, calls in found.items() if calls}
+        found: dict[str, list[str]] = {}
+        left = MOST_AWAITED
+        for number, answering in self._answering.items():
+            for call in self._answers.awaited(answering):
+                named = found.setdefault(number, [])
+                room -= len(call) + _AROUND_CALL + (0 if named else len(number) + _AROUND_CALL)
+                if not left or room < 0:
+                    return found
+                named.append(call)
+                left -= 1
+        return found
 
     def close(self) -> None:
         """Nobody waits for answers any more."""

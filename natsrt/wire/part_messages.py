@@ -10,6 +10,7 @@ import orjson
 from natsrt.errors import CannotDecode
 from natsrt.wire import envelope
 from natsrt.wire.envelope import Envelope, attribute
+from natsrt.wire.ids import MAX_IDS, checked_id
 from natsrt.wire.part_flow import Progress, Window
 
 MOST_ITEMS: Final = 65_536
@@ -27,6 +28,9 @@ _QUESTIONS_TOO: Final = "also"
 """Value of it: the caller answers questions among the items. Without the attribute, it answers none."""
 MOST_BYTES: Final = 64 * 1024 * 1024
 """The largest window, in bytes."""
+MOST_AWAITED: Final = 500
+"""How many calls a caller says at most that its answers wait for. What it says must fit into a message. `MAX_IDS` are
+read."""
 _WHAT: Final = "the progress of a stream"
 _MOST: Final = 2**53
 """More parts than any stream has."""
@@ -107,6 +111,11 @@ def read_awaited(data: dict[str, Any]) -> Awaited:
         isinstance(calls, list) and all(isinstance(call, str) for call in calls) for calls in awaited.values()
     ):
         raise CannotDecode(_WHAT, "awaited must have a list of reply subjects for each question")
+    if max(len(awaited), sum(map(len, awaited.values()))) > MAX_IDS:
+        raise CannotDecode(_WHAT, f"awaited names more than {MAX_IDS:,} calls or questions")
+    for calls in awaited.values():
+        for call in calls:
+            checked_id(call, _WHAT)  # other workers are asked about it
     return awaited
 
 
