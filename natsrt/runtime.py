@@ -496,7 +496,8 @@ class NatsAgentRuntime(Lifecycle, AgentRuntime):
             LookupError: The agent is not live in this runtime.
             RuntimeError: This is not called in a handler of the agent.
 
-        The call that is being handled raises `StateNotSaved` if the record cannot be deleted. The agent stays then.
+        The call that is being handled raises `StateNotSaved` if the record cannot be deleted. The agent stays then, and
+        an event of a durable topic is handled again.
         """
         self._running().ownership.delete_after_handler(agent)
 

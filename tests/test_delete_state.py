@@ -9,7 +9,7 @@ from typing import Any
 
 import nats
 import pytest
-from autogen_core import AgentId, MessageContext, RoutedAgent, message_handler
+from autogen_core import AgentId, MessageContext, RoutedAgent, TopicId, TypeSubscription, message_handler
 from nats.js.errors import NoKeysError
 
 import natsrt
@@ -276,3 +276,35 @@ async def test_an_agent_that_is_called_cannot_end_its_caller(
     with pytest.raises(RuntimeError, match="only a handler of ledger/one itself"):
         await caller.send_message(End(via="another/x"), ONE)
     assert await caller.send_message(Add("b"), ONE) == "ab"
+
+
+class Account(Ledger):
+    """It ends with the event `End`."""
+
+    events = 0
+
+    @message_handler
+    async def end(self, message: End, ctx: MessageContext) -> None:
+        Account.events += 1
+        self.text += "!"
+        natsrt.runtime_of(self).delete_state(self.id)
+
+
+async def test_an_event_whose_deletion_failed_is_handled_again(server: EmbeddedServer, namespace: str) -> None:
+    Account.events = 0
+    settings: Any = {"durable": ["work."], "retry_delay": 0.05, "retry_delay_max": 0.2}
+    async with NatsAgentRuntime(server.url, namespace=namespace, **settings) as worker:
+        await natsrt.register(worker, Account, "account", Account)
+        await worker.add_subscription(TypeSubscription("work.accounts", "account"))
+        await worker.send_message(Add("a"), AgentId("account", "one"))
+        js = worker.running.connection.jetstream
+        config = (await js.stream_info(f"KV_{namespace}_natsrt_agents")).config
+        await js.update_stream(config.evolve(subjects=[f"{namespace}.elsewhere"]))
+        await worker.publish_message(End(), TopicId("work.accounts", "one"))
+        await eventually(lambda: Account.events == 1)
+        await eventually(lambda: worker.health().messages_failed, 30)  # a write is tried for 10 s
+        await js.update_stream(config)
+        await eventually(lambda: Account.events == 2, 20)
+        async with asyncio.timeout(20):
+            while await stored(server, namespace):
+                await asyncio.sleep(0.1)

@@ -146,6 +146,8 @@ class Turns:
             if slot.has_applied(event):
                 return None
             answer = await serve()
-            if slot.agent is agent:
+            if (
+                slot.agent is agent and not slot.to_delete
+            ):  # if the deletion fails, the event comes again, and asks again
                 slot.apply(event)
             return answer
