@@ -146,8 +146,7 @@ class Turns:
             if slot.has_applied(event):
                 return None
             answer = await serve()
-            if (
-                slot.agent is agent and not slot.to_delete
-            ):  # if the deletion fails, the event comes again, and asks again
+            # An event that ends the agent counts when that has been done: if it fails, the event comes again.
+            if slot.agent is agent and not slot.to_delete:
                 slot.apply(event)
             return answer
