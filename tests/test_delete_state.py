@@ -15,7 +15,7 @@ from nats.js.errors import NoKeysError
 import natsrt
 from natsrt import KeyedOptions, NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
-from natsrt.errors import StateConflict, StateNotSaved
+from natsrt.errors import StateConflict, StateNotSaved, StateUnavailable
 from tests.support.processes import eventually
 
 ONE = AgentId("ledger", "one")
@@ -308,3 +308,21 @@ async def test_an_event_whose_deletion_failed_is_handled_again(server: EmbeddedS
         async with asyncio.timeout(20):
             while await stored(server, namespace):
                 await asyncio.sleep(0.1)
+
+
+async def test_a_deletion_that_nobody_confirmed_counts(
+    worker: NatsAgentRuntime, caller: NatsAgentRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next message is for the new instance, and does not fail."""
+    records = worker.running.records
+    remove = records.remove
+
+    async def unconfirmed(record: Any) -> None:
+        await remove(record)
+        raise StateUnavailable("delete", "no answer")
+
+    await caller.send_message(Add("a"), ONE)
+    monkeypatch.setattr(records, "remove", unconfirmed)
+    with pytest.raises(StateNotSaved):
+        await caller.send_message(End(), ONE)
+    assert await caller.send_message(Add("b"), ONE) == "b"
