@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ import pytest
 pytest.importorskip("autogen_agentchat", reason="autogen-agentchat is not installed: pip install 'natsrt[dev]'")
 pytest.importorskip("autogen_ext", reason="autogen-ext is not installed: pip install 'natsrt[dev]'")
 
-from autogen_agentchat.base import TaskResult, Team
-from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, ModelClientStreamingChunkEvent
+from autogen_agentchat.base import Response, TaskResult, Team
+from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, ModelClientStreamingChunkEvent, TextMessage
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core import CancellationToken, SingleThreadedAgentRuntime
 
 from natsrt import NatsAgentRuntime
-from natsrt.agentchat import RemoteChatAgent, RemoteTeam
+from natsrt.agentchat import RemoteChatAgent, RemoteTeam, host
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import WorkerLost
 from tests.programs.chat_teams import SCENES, Scene, type_of
+from tests.support.chat import Counter
 from tests.support.processes import REPOSITORY, Processes, eventually
 
 WORKER = REPOSITORY / "tests" / "programs" / "chat_teams.py"
@@ -108,6 +111,59 @@ async def test_two_teams_with_one_remote_agent_at_a_time_have_a_session_each(run
     expected = await streamed(local(SCENES["round_robin"]), task="Begin.")
     teams = [SCENES["round_robin"].build(await remote("round_robin", runtime)) for _ in range(4)]
     assert await asyncio.gather(*(streamed(team, task="Begin.") for team in teams)) == [expected] * 4
+
+
+@pytest.mark.parametrize("place", ["its own runtime", "a given runtime", "a worker"])
+async def test_after_a_cancelled_run_a_team_goes_on_as_the_page_says(
+    place: str, server: EmbeddedServer, namespace: str
+) -> None:
+    """A team of this process as a new one with the state of the old one; a `RemoteTeam` as it is."""
+    waiting, gate = asyncio.Event(), asyncio.Event()
+
+    class Slow(Counter):
+        async def on_messages_stream(
+            self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
+        ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
+            waiting.set()
+            opened = asyncio.ensure_future(gate.wait())
+            cancellation_token.link_future(opened)
+            await opened
+            async for item in super().on_messages_stream(messages, cancellation_token):
+                yield item
+
+    given = SingleThreadedAgentRuntime() if place == "a given runtime" else None
+    async with (
+        NatsAgentRuntime(server.url, namespace=namespace) as worker,
+        NatsAgentRuntime(server.url, namespace=namespace) as caller,
+    ):
+        await host(worker, "slow", Slow)
+
+        async def make() -> RoundRobinGroupChat:
+            return RoundRobinGroupChat([await RemoteChatAgent.connect("slow", caller)], max_turns=3, runtime=given)
+
+        team: Team = await make()
+        if place == "a worker":
+            await host(worker, "team", make)
+            team = await RemoteTeam.connect("team", caller)
+        if given is not None:
+            given.start()
+        token = CancellationToken()
+        running = asyncio.create_task(team.run(task="Begin.", cancellation_token=token))
+        async with asyncio.timeout(20):
+            await waiting.wait()
+            token.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            gate.set()
+            if place != "a worker":
+                saved = await team.save_state()
+                team = await make()
+                await team.load_state(saved)
+            result = await team.run(task="Again.")
+        assert result.stop_reason == "Maximum number of turns 3 reached."
+        assert [type(message) for message in result.messages].count(TextMessage) == 4
+        if given is not None:
+            await given.stop()
 
 
 @pytest.mark.parametrize("end", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
