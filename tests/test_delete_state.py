@@ -29,10 +29,11 @@ class Add:
 @dataclass
 class End:
     """``via``: the agent that is to send another one back. ``wait``: wait for `Ledger.may_end` after asking for the
-    end."""
+    end. ``fail``: raise an error after that."""
 
     via: str = ""
     wait: bool = False
+    fail: bool = False
 
 
 @dataclass
@@ -65,6 +66,8 @@ class Ledger(RoutedAgent):
         if message.wait:
             Ledger.waits += 1
             await Ledger.may_end.wait()
+        if message.fail:
+            raise LookupError("after asking for the end")
         return self.text
 
     async def save_state(self) -> Mapping[str, Any]:
@@ -120,6 +123,17 @@ async def test_nothing_stays_stored_and_the_next_message_begins_anew(
     assert await caller.send_message(End(), ONE) == text
     assert Ledger.closed == 1
     assert await stored(server, namespace) == 0
+    assert await caller.send_message(Add("b"), ONE) == "b"
+
+
+async def test_an_agent_whose_handler_fails_after_asking_ends_too(
+    server: EmbeddedServer, namespace: str, worker: NatsAgentRuntime, caller: NatsAgentRuntime
+) -> None:
+    await caller.send_message(Add("a"), ONE)
+    with pytest.raises(LookupError, match="after asking for the end"):
+        await caller.send_message(End(fail=True), ONE)
+    assert await stored(server, namespace) == 0
+    assert Ledger.closed == 1
     assert await caller.send_message(Add("b"), ONE) == "b"
 
 

@@ -55,9 +55,10 @@ _LATE: Final = 0.4
 """Seconds, beside the round trip, after which a part that the caller does not have is taken for lost."""
 _STALL: Final = 1.0
 """Seconds for which the event loop must stand still before what callers have said meanwhile is waited for."""
-_FRESH: Final = 0.9
-"""Seconds for which it counts what callers say about the calls that their answers wait for. It is less than the time
-between two rounds of `natsrt.keyed.deadlocks`, so both rounds see what was true between them."""
+_FRESH: Final = 0.75
+"""Seconds for which it counts what callers say about the calls that their answers wait for. A caller says it every
+0.5 s, and what it says may be 0.1 s old. Two rounds of `natsrt.keyed.deadlocks` are 1 s apart, so both see what was
+true between them, if a message takes no more than 0.15 s."""
 _UNHEARD: Final = 1.0
 """Seconds, beside the round trip, after which a caller that has said nothing is sent the first part again."""
 
