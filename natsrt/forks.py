@@ -10,6 +10,7 @@ are blocked while it forks, so that a signal which comes at once finds the child
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -70,7 +71,8 @@ def _in_parent() -> None:
 
 def _in_child() -> None:
     for inherited in list(_inherited):
-        inherited.drop_in_child()
+        with contextlib.suppress(Exception):  # the others are dropped all the same
+            inherited.drop_in_child()
     _in_parent()
 
 

@@ -14,6 +14,7 @@ from autogen_core import AgentId
 from natsrt import NatsAgentRuntime
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import WorkerLost
+from natsrt.forks import Inherited, drop_in_children, keep_in_children
 from natsrt.signals import StopSignals
 from tests.support.processes import Process, Processes, eventually
 
@@ -188,6 +189,26 @@ async def test_nested_signal_handlers_leave_children_what_was_there_before_the_o
         await asyncio.wait_for(inner.received.wait(), 5)
         assert not outer.received.is_set()
     assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+
+
+class Faulty(Inherited):
+    def drop_in_child(self) -> None:
+        raise OSError("as it should")
+
+
+async def test_what_cannot_be_dropped_keeps_nothing_else_in_the_child() -> None:
+    faulty = [Faulty() for _ in range(16)]
+    for one in faulty:
+        drop_in_children(one)
+    try:
+        with StopSignals([signal.SIGUSR2]):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0 if signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        for one in faulty:
+            keep_in_children(one)
 
 
 async def test_the_outer_handler_gets_its_signals_back() -> None:
