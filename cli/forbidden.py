@@ -11,10 +11,11 @@ from natsrt.jetstream.recorder import record_tree
 from natsrt.jetstream.registry.entries import FEED, HEARTBEAT
 from natsrt.jetstream.registry.registry import BUCKET
 from natsrt.jetstream.streams import BLOBS, RESULTS, cache_name, memory_name
+from natsrt.wire.filters import covers
 from natsrt.wire.subjects import encode_token
 
 from .declaration import EVERY, Declaration, User
-from .grant import PUBLISH, SUBSCRIBE, Grant, covers, included
+from .grant import PUBLISH, SUBSCRIBE, Grant, included
 from .permission_subjects import Names
 from .permissions import grants
 

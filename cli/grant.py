@@ -1,10 +1,12 @@
-"""A permission of a user of the server, and how the subjects of two compare. Pure values, no I/O."""
+"""A permission of a user of the server. Pure values, no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
+
+from natsrt.wire.filters import covers
 
 Operation = Literal["publish", "subscribe"]
 
@@ -21,17 +23,6 @@ class Grant:
     why: str
 
 
-def covers(pattern: str, subject: str) -> bool:
-    """Whether ``pattern`` matches all that ``subject``, which may have wildcards too, matches."""
-    wanted, given = pattern.split("."), subject.split(".")
-    for index, token in enumerate(wanted):
-        if token == ">":
-            return len(given) > index
-        if index >= len(given) or given[index] == ">" or (token != "*" and token != given[index]):
-            return False
-    return len(wanted) == len(given)
-
-
-def included(own: Iterable[Grant], operation: Operation, subject: str) -> bool:
+def included(own: Iterable[Grant], operation: str, subject: str) -> bool:
     """Whether one of the permissions ``own`` includes an operation on all that ``subject`` matches."""
     return any(grant.operation == operation and covers(grant.subject, subject) for grant in own)

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 
 from natsrt.jetstream.agent_bucket import AGENTS_BUCKET
 from natsrt.jetstream.recorder import record_tree
-from natsrt.wire.filters import intersects
+from natsrt.wire.filters import covers, intersects
 from natsrt.wire.subjects import encode_token
 
 from .declaration import EVERY, AgentType, Declaration, User, is_exact, topic_subject
 from .durable_permissions import handles_durable, handles_tasks, knows_tasks, looks_after_durable, submits
-from .grant import PUBLISH, SUBSCRIBE, Grant, Operation, covers
+from .grant import PUBLISH, SUBSCRIBE, Grant, Operation
 from .permission_subjects import Names
 from .storage_permissions import LARGE, blobs, bucket, memories_and_caches, reads_bucket, registry
 

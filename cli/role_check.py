@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from natsrt.transport.probe import TRACE_DEST, TRACE_ONLY
-from natsrt.wire.filters import intersects
+from natsrt.wire.filters import covers, intersects
 
 from .declaration import Declaration, User
 from .forbidden import forbidden, forms, sample
-from .grant import PUBLISH, SUBSCRIBE, Grant, covers
+from .grant import PUBLISH, SUBSCRIBE, Grant, included
 from .permissions import grants
 
 _NEVER_STORED = {"Nats-Expected-Last-Sequence": str(2**63)}
@@ -49,8 +49,7 @@ def touched(permissions: Mapping[str, Any], unwanted: Iterable[Grant], own: Coll
         grant
         for grant in unwanted
         if any(
-            intersects(one, grant.subject)
-            and not any(mine.operation == grant.operation and covers(mine.subject, one) for mine in own)
+            intersects(one, grant.subject) and not included(own, grant.operation, one)
             for one in _list(permissions, grant, "allow") or [">"]
         )
         and not any(covers(one, grant.subject) for one in _list(permissions, grant, "deny"))
@@ -111,7 +110,7 @@ class RoleCheck:
 
     def needs(self, operation: str, subject: str) -> bool:
         """Whether the user needs a permission that the server refused."""
-        return any(grant.operation == operation and covers(grant.subject, subject) for grant in self.wanted)
+        return included(self.wanted, operation, subject)
 
     def told(self, permissions: Mapping[str, Any]) -> tuple[str, str, str]:
         """The finding, from the permissions as the server tells them: level, text and advice."""

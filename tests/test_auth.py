@@ -23,7 +23,7 @@ from nats.aio.msg import Msg
 from natsrt_cli.declaration import EXAMPLE, ROLES, Declaration, Role, of_role, overlap, parse
 from natsrt_cli.doctor import examine
 from natsrt_cli.forbidden import forbidden, forms
-from natsrt_cli.grant import PUBLISH, SUBSCRIBE, Grant, covers
+from natsrt_cli.grant import PUBLISH, SUBSCRIBE, Grant
 from natsrt_cli.patient import Finding
 from natsrt_cli.permission_texts import conf, nsc
 from natsrt_cli.permissions import grants
@@ -34,7 +34,7 @@ from natsrt import ConfigurationError, NatsAgentRuntime, Options, register
 from natsrt.embedded import EmbeddedServer
 from natsrt.jetstream.registry.entries import Rule, SubscriptionEntry, TypeEntry, WorkerEntry
 from natsrt.jetstream.registry.view import View
-from natsrt.wire.filters import intersects
+from natsrt.wire.filters import covers, intersects
 from natsrt.wire.subjects import Subjects, encode_token
 from tests.support.cli import natsrt
 from tests.support.permission_scene import CONFIG, PASSWORD, Case, Scene, Served, Text, configuration

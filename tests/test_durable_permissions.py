@@ -16,7 +16,7 @@ import pytest
 from autogen_core import MessageContext, RoutedAgent, TopicId, TypeSubscription, event
 from nats.aio.msg import Msg
 from natsrt_cli.declaration import Declaration, User, parse
-from natsrt_cli.grant import Grant, covers
+from natsrt_cli.grant import Grant
 from natsrt_cli.permissions import grants
 from natsrt_cli.recording import Recording
 
@@ -26,6 +26,7 @@ from natsrt.embedded import EmbeddedServer
 from natsrt.errors import ConfigurationError
 from natsrt.jetstream.registry.entries import DurableEntry
 from natsrt.jetstream.registry.view import View
+from natsrt.wire.filters import covers
 from natsrt.wire.subjects import Subjects
 from tests.support.cli import natsrt as run
 from tests.support.permission_matrix import Matrix, delete_streams, label
