@@ -142,9 +142,9 @@ class Stream(Protocol):
     def reported(self, error: BaseException) -> BaseException:
         """The error that ends the parts, for one that the handler has raised."""
 
-    def awaited(self) -> Iterable[tuple[asyncio.Task[Any], str]]:
-        """The tasks of the handler that wait for answers, each with the reply subject of a call that its answer waits
-        for.
+    def awaited(self) -> Iterable[tuple[str, asyncio.Task[Any]]]:
+        """The reply subjects of the calls that answers to the handler wait for, each with the handler's task that waits
+        for the answer.
         """
 
 
@@ -380,12 +380,18 @@ class SentBack(Exception):
 
 
 class Answering:
-    """The answer to a question of a handler, which is being made by ``task``."""
+    """The answer to a question of a handler."""
 
     __slots__ = ("task",)
 
-    def __init__(self, task: asyncio.Task[Any] | None) -> None:
-        self.task: asyncio.Task[Any] | None = task
+    def __init__(self) -> None:
+        self.task: asyncio.Task[Any] | None = None
+        """The task that makes it; None until there is one."""
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        if self.task is not None:
+            self.task.cancel()
 
 
 handling: ContextVar[Inbound | Answering | None] = ContextVar("natsrt_handling", default=None)
@@ -398,6 +404,21 @@ class Awaiting(NamedTuple):
 
     inbound: Inbound | Answering
     task: asyncio.Task[Any] | None
+
+
+Waiters = dict[Inbound | Answering, list[tuple[str, asyncio.Task[Any]]]]
+
+
+def waiters(awaited: Iterable[tuple[str, object]]) -> Waiters:
+    """By what makes them, the calls in ``awaited``: the reply subject and the task of each.
+
+    ``awaited`` has the reply subjects of calls, each with what `awaiting` returned when the call was made.
+    """
+    found: Waiters = {}
+    for reply, one in awaited:
+        if isinstance(one, Awaiting) and one.task is not None:
+            found.setdefault(one.inbound, []).append((reply, one.task))
+    return found
 
 
 def awaiting() -> Awaiting | None:

@@ -90,7 +90,7 @@ class PlainStream:
         """Part of `Stream`."""
         return {PARTS_HEADER: str(self._sent)}
 
-    def awaited(self) -> Iterable[tuple[asyncio.Task[Any], str]]:
+    def awaited(self) -> Iterable[tuple[str, asyncio.Task[Any]]]:
         """Part of `Stream`. Plain clients cannot be asked."""
         return ()
 

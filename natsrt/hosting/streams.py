@@ -20,7 +20,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Iterable
-from typing import Any, Final
+from itertools import repeat
+from typing import Any, Final, NamedTuple
 
 from autogen_core import MessageContext
 
@@ -63,6 +64,14 @@ _UNHEARD: Final = 1.0
 """Seconds, beside the round trip, after which a caller that has said nothing is sent the first part again."""
 
 
+class _Question(NamedTuple):
+    """A question that is not answered."""
+
+    answer: asyncio.Future[Envelope]
+    asking: asyncio.Task[Any] | None
+    """The task that waits for the answer."""
+
+
 class StreamOut:
     """What one handler sends to a caller that streams its call. An `Emitter`."""
 
@@ -75,10 +84,8 @@ class StreamOut:
         self.flow: PartsSent = PartsSent(read_window(body))
         self.wants_items: bool = body.text("questions") != ONLY_QUESTIONS
         self._answers_questions = body.text("questions") is not None
-        self._questions: dict[str, asyncio.Future[Envelope]] = {}
+        self._questions: dict[str, _Question] = {}
         """The questions that are not answered, by their numbers."""
-        self._asking: dict[str, asyncio.Task[Any]] = {}
-        """The tasks that wait for the answers."""
         self._awaited: Awaited = {}
         """The calls that the answers wait for, as the caller has said last."""
         self._asked = 0
@@ -125,9 +132,8 @@ class StreamOut:
         wanted = None if reply_type is None else WantedType(reply_type)
         self._asked += 1
         number = str(self._asked)
-        answer = self._questions[number] = asyncio.get_running_loop().create_future()
-        if (task := asyncio.current_task()) is not None:
-            self._asking[number] = task
+        answer: asyncio.Future[Envelope] = asyncio.get_running_loop().create_future()
+        self._questions[number] = _Question(answer, asyncio.current_task())
         try:
             encoded = self._streams.serialization.encode(question)
             await self._put(encoded, f',"question":"{number}"{chain_attribute(current_chain.get())}')
@@ -137,7 +143,6 @@ class StreamOut:
             raise
         finally:
             del self._questions[number]
-            self._asking.pop(number, None)
         return await self._streams.read_answer(body, str(self.stopping), type(question), wanted)
 
     async def _withdraw(self, number: str) -> None:
@@ -147,14 +152,14 @@ class StreamOut:
 
     def answered(self, number: str, body: Envelope) -> bool:
         """Take in the answer to a question. Returns False if nobody waits for it."""
-        answer = self._questions.get(number)
-        if answer is None or answer.done():
+        question = self._questions.get(number)
+        if question is None or question.answer.done():
             return False
-        answer.set_result(body)
+        question.answer.set_result(body)
         return True
 
     def _fail_questions(self) -> None:
-        for answer in self._questions.values():
+        for answer, _ in self._questions.values():
             if not answer.done():
                 answer.set_exception(StreamAbandoned(str(self.stopping)))
                 answer.exception()  # who asks may still wait for room
@@ -179,13 +184,14 @@ class StreamOut:
         """Part of `Stream`."""
         return self.stopping.reported(error)
 
-    def awaited(self) -> Iterable[tuple[asyncio.Task[Any], str]]:
+    def awaited(self) -> Iterable[tuple[str, asyncio.Task[Any]]]:
         """Part of `Stream`."""
         if asyncio.get_running_loop().time() > self.heard_at + _FRESH:
             return
         for number, calls in self._awaited.items():
-            if (task := self._asking.get(number)) is not None:
-                yield from ((task, call) for call in calls)
+            question = self._questions.get(number)
+            if question is not None and question.asking is not None:
+                yield from zip(calls, repeat(question.asking), strict=False)
 
     def told(self, data: dict[str, Any]) -> None:
         """Take in what the caller says. Called in the read loop. Raises `CannotDecode`."""

@@ -25,12 +25,12 @@ import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from autogen_core import AgentId
 
 from natsrt.agents.chain import Chain, Handler
-from natsrt.agents.inbound import Answering, Awaiting, Inbound
+from natsrt.agents.inbound import Inbound, waiters
 from natsrt.awaiting import awaits
 from natsrt.background import end_tasks
 from natsrt.errors import Deadlock
@@ -112,10 +112,7 @@ class Deadlocks:
         """The links that start at these calls and lead over handlers of this worker."""
         by_call = {inbound.message.reply: inbound for inbound in self._active}
         by_handler = {inbound.handler: inbound for inbound in self._active}
-        awaited: dict[Inbound | Answering, list[tuple[str, asyncio.Task[Any]]]] = {}
-        for reply, one in self._calls.awaited():
-            if isinstance(one, Awaiting) and one.task is not None:
-                awaited.setdefault(one.inbound, []).append((reply, one.task))
+        awaited = waiters(self._calls.awaited())
         links: list[WaitLink] = []
         for call in calls:
             if (waiting := self._waiting.get(call)) is not None:
@@ -130,7 +127,10 @@ class Deadlocks:
             links += [
                 WaitLink(call, reply, inbound.handler.handler_id if inbound.handler else "", agent)
                 for inbound in inbounds
-                for reply, task in (*awaited.get(inbound, ()), *_awaited_by_answers(inbound))
+                for reply, task in (
+                    *awaited.get(inbound, ()),
+                    *(() if inbound.stream is None else inbound.stream.awaited()),
+                )
                 if inbound.task is not None and awaits(inbound.task, task, surely=True)
             ]
         return links
@@ -197,11 +197,6 @@ class Deadlocks:
         """End the search. Harmless when there is none."""
         if self._searching is not None:
             await end_tasks(self._searching)
-
-
-def _awaited_by_answers(inbound: Inbound) -> Iterable[tuple[str, asyncio.Task[Any]]]:
-    """The calls for which the answers to questions of a handler wait, each with the task that waits for the answer."""
-    return () if inbound.stream is None else ((call, task) for task, call in inbound.stream.awaited())
 
 
 def _resumes_after(inbound: Inbound) -> Sequence[Handler]:

@@ -19,7 +19,7 @@ from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin
 
 from natsrt.agents.chain import chain_of, current_chain
-from natsrt.agents.inbound import Answering, Awaiting, handling
+from natsrt.agents.inbound import Answering, Waiters, handling, waiters
 from natsrt.agents.interventions import Interventions
 from natsrt.agents.streaming import ask
 from natsrt.awaiting import awaits
@@ -75,8 +75,8 @@ class QuestionAnswers:
         options: Options,
     ) -> None:
         self._calls = calls
-        self._listed: dict[Answering, list[tuple[str, asyncio.Task[Any]]]] | None = None
-        """The calls that are made for answers; None if they were not listed for `_LIST_EVERY` seconds."""
+        self._listed: Waiters | None = None
+        """The calls of this runtime; None if they were not listed for `_LIST_EVERY` seconds."""
         self._peers = peers
         self._registry = registry
         self._bodies = bodies
@@ -90,10 +90,7 @@ class QuestionAnswers:
     def awaited(self, answering: Answering) -> Iterator[str]:
         """The reply subjects of the calls for which an answer waits, those first that were sent first."""
         if self._listed is None:
-            self._listed = {}
-            for reply, one in self._calls.awaited():
-                if isinstance(one, Awaiting) and isinstance(one.inbound, Answering) and one.task is not None:
-                    self._listed.setdefault(one.inbound, []).append((reply, one.task))
+            self._listed = waiters(self._calls.awaited())
             asyncio.get_running_loop().call_later(_LIST_EVERY, self._forget)  # it must not keep tasks alive
         found, task = self._listed.get(answering, ()), answering.task
         return iter(()) if task is None else (reply for reply, one in found if awaits(task, one, surely=True))
@@ -172,24 +169,23 @@ class Questions:
         self._call = call
         self._on_question = on_question
         self._parts_to = parts_to
-        self._open: dict[str, asyncio.Task[None]] = {}
-        self._answering: dict[str, Answering] = {}
+        self._open: dict[str, Answering] = {}
         self._tasks = BackgroundTasks(logger, "a question could not be answered")
 
     def take(self, part: Envelope) -> None:
         """Begin to answer a question, or stop to, as a part says. Raises `CannotDecode`."""
         if (withdrawn := part.text("withdrawn")) is not None:
-            if (task := self._open.pop(withdrawn, None)) is not None:
-                task.cancel()
+            if (answering := self._open.pop(withdrawn, None)) is not None:
+                answering.cancel()
             return
         number = part.required("question")
         worker_id = checked_id(part.required("workerid"), "a question")
         about = f",{attribute('partsto', self._parts_to)},{attribute('question', number)}"
-        self._open[number] = self._tasks.spawn(self._answer(part, number, worker_id, about))
+        answering = self._open[number] = Answering()
+        answering.task = self._tasks.spawn(self._answer(answering, part, number, worker_id, about))
 
-    async def _answer(self, part: Envelope, number: str, worker_id: str, about: str) -> None:
+    async def _answer(self, answering: Answering, part: Envelope, number: str, worker_id: str, about: str) -> None:
         reference: Reference | None = None
-        answering = self._answering[number] = Answering(asyncio.current_task())
         handling.set(answering)
         try:
             try:
@@ -213,7 +209,6 @@ class Questions:
             if reference is not None:
                 self._answers.discard(reference)
             self._open.pop(number, None)
-            self._answering.pop(number, None)
 
     def awaited(self, room: int) -> dict[str, list[str]]:
         """By the numbers of the questions: the reply subjects of the calls for which the answers wait, if there are
@@ -222,7 +217,7 @@ class Questions:
         """
         found: dict[str, list[str]] = {}
         left = MOST_AWAITED
-        for number, answering in self._answering.items():
+        for number, answering in self._open.items():
             for call in self._answers.awaited(answering):
                 named = found.setdefault(number, [])
                 room -= len(call) + _AROUND_CALL + (0 if named else len(number) + _AROUND_CALL)
@@ -234,9 +229,9 @@ class Questions:
 
     def close(self) -> None:
         """Nobody waits for answers any more."""
-        open_tasks, self._open = list(self._open.values()), {}
-        for task in open_tasks:
-            task.cancel()
+        left, self._open = list(self._open.values()), {}
+        for answering in left:
+            answering.cancel()
 
 
 def _expected(on_question: OnQuestion, type_name: str | None) -> Any:
