@@ -46,7 +46,7 @@ from natsrt.contrib.agentchat.sources import renamed
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import AgentNotServed, CannotSerialize, NoLiveWorker, StateNotSaved
 from tests.programs.chat_teams import MODEL, Plan, assistant, calls
-from tests.support.chat import Counter, Made, Odd, said
+from tests.support.chat import CancelsItself, Counter, Made, Odd, said
 from tests.support.processes import REPOSITORY, Processes, eventually
 
 PIXEL = Image.from_base64(
@@ -303,14 +303,6 @@ async def test_a_turn_that_is_cancelled_does_not_count(worker: NatsAgentRuntime,
     await eventually(lambda: made.all[0].events == ["waits", "cancelled", "closed"])
     assert await said(agent, "b") == "2"
     assert made.all[1].got == ["a", "b"]
-
-
-class CancelsItself(Counter):
-    async def on_messages_stream(
-        self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
-    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
-        raise asyncio.CancelledError
-        yield
 
 
 async def test_an_agent_that_cancels_itself_fails(worker: NatsAgentRuntime, runtime: NatsAgentRuntime) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("autogen_agentchat", reason="autogen-agentchat is not installed: pip install 'natsrt[dev]'")
 
-from autogen_agentchat.base import Response, TaskResult, Team
-from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, TextMessage
+from autogen_agentchat.base import TaskResult, Team
+from autogen_agentchat.messages import TextMessage
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import AgentId, AgentInstantiationContext, CancellationToken
 
@@ -22,7 +22,7 @@ from natsrt.contrib.agentchat.requests import ChatTurn
 from natsrt.contrib.agentchat.stored import EARLIER_ANSWERS, EARLIER_BYTES, Answer, Stored
 from natsrt.embedded import EmbeddedServer
 from natsrt.errors import NoLiveWorker
-from tests.support.chat import Counter, Made, said
+from tests.support.chat import CancelsItself, Counter, Made, said
 from tests.support.processes import eventually
 
 ADA = AgentId("counter", "ada")
@@ -274,14 +274,6 @@ async def _all(items: Any) -> list[Any]:
 
 
 # -- participants that cancel themselves -----------------------------------------------------------------------------
-
-
-class CancelsItself(Counter):
-    async def on_messages_stream(
-        self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
-    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
-        raise asyncio.CancelledError
-        yield
 
 
 async def test_a_remote_participant_that_cancels_itself_fails_its_team(

@@ -83,6 +83,14 @@ class Counter(BaseChatAgent):
         self.events.append("closed")
 
 
+class CancelsItself(Counter):
+    async def on_messages_stream(
+        self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
+    ) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage | Response, None]:
+        raise asyncio.CancelledError
+        yield
+
+
 class Made:
     """A factory that keeps what it has made, without the one that `host` looks at."""
 
