@@ -245,23 +245,25 @@ class Ownership(RegistryListener):
 
     async def store(self, agent_id: AgentId) -> None:
         """Store the agent's state now. Raises `LookupError` where it is not live here."""
-        slot = self._slots.find(agent_id.type, agent_id.key)
-        if slot is None or slot.agent is None:
-            raise LookupError(f"Agent {agent_id} is not live in this runtime.")
-        await self._instances.store(slot)
+        await self._instances.store(self._live(agent_id))
 
     def delete_after_handler(self, agent_id: AgentId) -> None:
         """Delete the agent's record and instance when the present handler, which runs in it, has ended.
 
         Raises `LookupError` where it is not live here, and `RuntimeError` outside its handlers.
         """
-        slot = self._slots.find(agent_id.type, agent_id.key)
-        if slot is None or slot.agent is None:
-            raise LookupError(f"Agent {agent_id} is not live in this runtime.")
+        slot = self._live(agent_id)
         handler = current_handler.get()
         if not isinstance(handler, Handler) or not slot.mailbox.runs_any((handler.handler_id,)):
             raise RuntimeError(f"only a handler of {agent_id} itself can delete its state")
         slot.to_delete = True
+
+    def _live(self, agent_id: AgentId) -> AgentSlot:
+        """The slot of an agent that is live here. Raises `LookupError` if it is not."""
+        slot = self._slots.find(agent_id.type, agent_id.key)
+        if slot is None or slot.agent is None:
+            raise LookupError(f"Agent {agent_id} is not live in this runtime.")
+        return slot
 
     async def release_some(self, agent_type: str, count: int) -> int:
         """Release up to ``count`` agents of a type that can move to other workers now. Returns the number released."""

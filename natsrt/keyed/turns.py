@@ -110,11 +110,13 @@ class Turns:
                         await self._ownership.verify(slot)
                     if slot.agent is not agent:
                         raise self._instances.dropped(slot)
-                    if not out_of_turn and not self._ends(slot, handler) and self._is_due(slot, event):
+                    ends = slot.to_delete and slot.mailbox.is_alone(handler)
+                    if not out_of_turn and not ends and self._is_due(slot, event):
                         await self._instances.store(slot)
             finally:
                 try:
-                    if self._ends(slot, handler):  # also if another handler has asked for it, and this one did not run
+                    # Another handler may have asked for it, and this one may not have run.
+                    if slot.to_delete and slot.mailbox.is_alone(handler):
                         await self._instances.delete(slot)
                 finally:
                     slot.mailbox.exit(handler)
@@ -122,10 +124,6 @@ class Turns:
             slot.exit(chain, self._loop.time())
             if slot.record is None:
                 self._slots.forget_unused(slot)
-
-    def _ends(self, slot: AgentSlot, handler: Handler) -> bool:
-        """Whether the agent ends with this handler."""
-        return slot.to_delete and slot.mailbox.is_alone(handler)
 
     def _is_due(self, slot: AgentSlot, event: StoredEvent | None) -> bool:
         """Whether to store the agent's state after a message, which is ``event`` if that is one of a stream."""

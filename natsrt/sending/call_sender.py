@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from autogen_core import AgentId, CancellationToken
@@ -42,7 +41,7 @@ from natsrt.sending.owner_cache import OwnerCache
 from natsrt.sending.ready_bodies import ready_message
 from natsrt.sending.referring import Referring
 from natsrt.sending.replies import Replies
-from natsrt.sending.steps import SendSteps, send_context
+from natsrt.sending.steps import SendSteps, send_context, traced
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.calls import Calls
 from natsrt.wire import envelope
@@ -194,20 +193,7 @@ class CallSender:
             message_id=message_id,
             size=len(encoded.payload),
         )
-        return self._traced(span, call, attributes, encoded, sent)
-
-    async def _traced(
-        self,
-        span: AbstractContextManager[str],
-        call: Call,
-        attributes: str,
-        encoded: Encoded,
-        sent: Callable[[], None] | None,
-    ) -> Any:
-        with span as trace_context:
-            answered = self._answered(call, attributes + trace_context, encoded, sent)
-            del encoded  # as in `_answered`
-            return await answered
+        return traced(span, lambda more: self._answered(call, attributes + more, encoded, sent))
 
     async def _answered(self, call: Call, attributes: str, encoded: Encoded, sent: Callable[[], None] | None) -> Any:
         """Send a call. Returns what the handler returned, or raises the error that the reply reports."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -34,7 +33,7 @@ from natsrt.sending.missing_instances import MissingInstances
 from natsrt.sending.reach import Reach
 from natsrt.sending.ready_bodies import ready_message
 from natsrt.sending.referring import Referring
-from natsrt.sending.steps import SendSteps, send_context
+from natsrt.sending.steps import SendSteps, send_context, traced
 from natsrt.transport.bodies import Bodies
 from natsrt.transport.connection import Connection
 from natsrt.transport.readiness import Readiness
@@ -205,7 +204,7 @@ class EventSender(RegistryListener):
             message_id=message_id,
             size=len(encoded.payload),
         )
-        return _traced(
+        return traced(
             span,
             lambda more: self._send_event(
                 subject, topic, sender, message_id, attributes + more, encoded, due, sent, begun
@@ -430,9 +429,3 @@ class EventSender(RegistryListener):
         body = envelope.decode(envelope.encode(envelope.EVENT, attributes, encoded.payload, encoded.content_type))
         assert body is not None
         return body
-
-
-async def _traced(span: AbstractContextManager[str], send: Callable[[str], Awaitable[None]]) -> None:
-    """Send an event inside ``span``. ``send`` is called with the attributes that contain its trace context."""
-    with span as trace_context:
-        await send(trace_context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -95,6 +95,14 @@ class SendSteps:
             return await storing
         finally:
             storing.cancel()
+
+
+async def traced(span: AbstractContextManager[str], send: Callable[[str], Awaitable[T]]) -> T:
+    """Send a message inside ``span``. ``send`` is called with the attributes that contain its trace context."""
+    with span as trace_context:
+        sending = send(trace_context)
+        del send  # so that memory does not hold a large payload until the reply arrives
+        return await sending
 
 
 def send_context(

@@ -393,10 +393,10 @@ class Tickets:
         if status.has_ended or not await self._source.cancel(task, self._result_ttl):
             return False
         self._cancellations.announce(cancel_id(task))
-        with contextlib.suppress(
-            ServerUnreachable
-        ):  # it is cancelled; a worker that does not hear of it drops what comes of it
-            await self._connection.barrier()  # so that a worker which holds it does not begin it after this returns
+        # A worker that holds the task must not begin it after this returns. One that does not hear of it drops what
+        # comes of it.
+        with contextlib.suppress(ServerUnreachable):
+            await self._connection.barrier()
         return True
 
     async def retry(self, task: TaskId) -> bool:
