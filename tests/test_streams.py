@@ -120,6 +120,35 @@ async def test_a_plain_call_gets_the_last_item_of_a_streaming_handler(make: Make
     assert await all_of(caller.stream_message(Count(0, what="nothing"), AGENT)) == []
 
 
+def is_short(message: Count, ctx: MessageContext) -> bool:
+    return message.to < 10
+
+
+def is_long(message: Count, ctx: MessageContext) -> bool:
+    return not is_short(message, ctx)
+
+
+class Chooses(RoutedAgent):
+    @natsrt.streaming(match=is_short)
+    async def one_by_one(self, message: Count, ctx: MessageContext) -> AsyncGenerator[Item | Sum, None]:
+        for number in range(1, message.to + 1):
+            yield Item(number)
+
+    @natsrt.streaming(match=is_long)
+    async def in_one(self, message: Count, ctx: MessageContext) -> AsyncGenerator[Item | Sum, None]:
+        yield Sum(message.to)
+
+
+async def test_match_chooses_between_streaming_handlers_of_one_type(make: Make) -> None:
+    worker, caller = await make(), await make()
+    await worker.register_factory("chooses", lambda: Chooses("chooses"), expected_class=Chooses)
+    agent = AgentId("chooses", "k")
+    assert await all_of(caller.stream_message(Count(3), agent)) == items(3)
+    assert await all_of(caller.stream_message(Count(30), agent)) == [Sum(30)]
+    assert await caller.send_message(Count(3), agent) == Item(3)
+    assert await caller.send_message(Count(30), agent) == Sum(30)
+
+
 async def test_a_streaming_handler_works_in_the_runtime_of_autogen() -> None:
     class Counts(RoutedAgent):
         @natsrt.streaming
